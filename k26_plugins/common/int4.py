@@ -1,0 +1,64 @@
+"""INT4 weights as the checkpoint stores them: the plain reference of pack, unpack, quantise and dequantise.
+
+The layout is compressed-tensors' `pack-quantized`. A weight q in [-8, 7] is stored as u = q + 8, eight to an int32 along
+the input dimension, the lowest nibble first. One bfloat16 scale covers 32 consecutive inputs of a row; there is no zero
+point. Shapes below: `N` output features, `K` input features, any leading dimensions before them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+GROUP_SIZE = 32
+PACK_FACTOR = 8  # values in an int32
+OFFSET = 8  # u = q + OFFSET
+
+
+class PackingError(ValueError):
+    """Tensors that cannot be this INT4 format. The message names the shape or dtype."""
+
+
+def pack(q: torch.Tensor) -> torch.Tensor:
+    """Pack integers q in [-8, 7], `[..., N, K]`, into int32 `[..., N, K / 8]`. K must be a multiple of 8."""
+    if q.shape[-1] % PACK_FACTOR:
+        raise PackingError(f"cannot pack {tuple(q.shape)}: the last dimension must be a multiple of {PACK_FACTOR}.")
+    nibbles = (q.to(torch.int32) + OFFSET).unflatten(-1, (-1, PACK_FACTOR))
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=q.device)
+    # int32 addition wraps as the bits do: no two nibbles overlap, so a sum is an or.
+    return (nibbles << shifts).sum(-1, dtype=torch.int32)
+
+
+def unpack(packed: torch.Tensor) -> torch.Tensor:
+    """Unpack int32 `[..., N, K / 8]` to int8 q in [-8, 7], `[..., N, K]`."""
+    if packed.dtype != torch.int32:
+        raise PackingError(f"packed INT4 weights are int32, these are {packed.dtype}.")
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=packed.device)
+    # The shift is arithmetic: mask after it.
+    nibbles = (packed.unsqueeze(-1) >> shifts) & 0xF
+    return (nibbles - OFFSET).to(torch.int8).flatten(-2)
+
+
+def dequantise(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """Weights `[..., N, K]` from packed `[..., N, K / 8]` and scales `[..., N, K / 32]`: a float32 product, then `dtype`."""
+    if packed.shape[:-1] != scale.shape[:-1] or packed.shape[-1] * PACK_FACTOR != scale.shape[-1] * GROUP_SIZE:
+        raise PackingError(
+            f"packed weights {tuple(packed.shape)} and scales {tuple(scale.shape)} do not belong together: "
+            f"expected one scale for {GROUP_SIZE // PACK_FACTOR} packed words of a row."
+        )
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    q = unpack(packed).unflatten(-1, (-1, GROUP_SIZE))
+    return (q.to(compute) * scale.to(compute).unsqueeze(-1)).flatten(-2).to(dtype)
+
+
+def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round `[..., N, K]` to INT4 with scale absmax / 7.5 of each group, as compressed-tensors does.
+
+    Returns packed int32 `[..., N, K / 8]` and bfloat16 scales `[..., N, K / 32]`. K must be a multiple of 32.
+    """
+    if weight.shape[-1] % GROUP_SIZE:
+        raise PackingError(f"cannot quantise {tuple(weight.shape)}: the last dimension is no multiple of {GROUP_SIZE}.")
+    groups = weight.float().unflatten(-1, (-1, GROUP_SIZE))
+    scale = (groups.abs().amax(-1) / 7.5).to(torch.bfloat16)
+    divisor = torch.where(scale == 0, torch.ones_like(scale), scale).float()
+    q = torch.round(groups / divisor.unsqueeze(-1)).clamp(-8, 7).to(torch.int8)
+    return pack(q.flatten(-2)), scale
