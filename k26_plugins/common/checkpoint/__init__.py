@@ -1,0 +1,21 @@
+"""The checkpoint: its table of tensors, reading them, and checking a folder against the table."""
+
+from k26_plugins.common.checkpoint.check import Fault, Problem, Report, check, compare
+from k26_plugins.common.checkpoint.header import CheckpointError
+from k26_plugins.common.checkpoint.reader import Checkpoint
+from k26_plugins.common.checkpoint.table import ShardError, TensorSpec, expert_name, shard, tensor_table
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "Fault",
+    "Problem",
+    "Report",
+    "ShardError",
+    "TensorSpec",
+    "check",
+    "compare",
+    "expert_name",
+    "shard",
+    "tensor_table",
+]

@@ -1,0 +1,172 @@
+"""The table of every tensor in a Kimi-K2.6 checkpoint: name, shape, dtype and how tensor parallelism cuts it.
+
+Names and shapes follow from the configuration alone. For the published one the table holds 208,550 tensors and
+595,148,192,736 bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from k26_plugins.common.config import K26Config, TextConfig, VisionConfig
+from k26_plugins.common.int4 import PACK_FACTOR
+
+LANGUAGE_MODEL = "language_model."
+# safetensors' names of the dtypes that occur.
+TORCH_DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "I32": torch.int32}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor of the checkpoint, as stored: `[out_features, in_features]` for a matrix."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = "BF16"
+    shard_dim: int | None = None
+    """Dimension that tensor parallelism cuts; None where every rank holds the whole tensor."""
+    shard_blocks: int = 1
+    """Equal blocks along `shard_dim` that are each cut by themselves (3 for a fused query, key, value)."""
+    layer: int | None = None
+    """Decoder layer, for pipeline parallelism; None outside the decoder's layers."""
+    expert: int | None = None
+    """Routed expert, for expert parallelism; None outside the routed experts."""
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * TORCH_DTYPES[self.dtype].itemsize
+
+
+class ShardError(ValueError):
+    """A tensor-parallel size that a tensor cannot be cut into."""
+
+
+def shard(tensor: torch.Tensor, spec: TensorSpec, rank: int, size: int) -> torch.Tensor:
+    """The part of a whole `tensor` that tensor-parallel `rank` of `size` holds, a view where one block is cut.
+
+    A row-parallel matrix (`shard_dim` 1) gives partial sums, which the ranks add; its bias is not cut and is added once.
+    """
+    if spec.shard_dim is None or size == 1:
+        return tensor
+    length = spec.shape[spec.shard_dim] // spec.shard_blocks
+    if length % size:
+        raise ShardError(
+            f"tensor parallel size {size} does not divide {spec.name}: {length} along dimension {spec.shard_dim}. "
+            f"Choose a size that divides it."
+        )
+    blocks = tensor.unflatten(spec.shard_dim, (spec.shard_blocks, length))
+    part = blocks.narrow(spec.shard_dim + 1, rank * (length // size), length // size)
+    return part.flatten(spec.shard_dim, spec.shard_dim + 1)
+
+
+def tensor_table(config: K26Config) -> dict[str, TensorSpec]:
+    """Every tensor of a checkpoint with this configuration, by name."""
+    specs = [*_text(config.text), *_vision_tower(config.vision), *_projector(config.vision)]
+    return {spec.name: spec for spec in specs}
+
+
+def expert_name(layer: int, expert: int, projection: str, part: str) -> str:
+    """Name of a routed expert's tensor: `projection` gate, up or down; `part` packed, scale or shape."""
+    return f"{LANGUAGE_MODEL}model.layers.{layer}.mlp.experts.{expert}.{projection}_proj.weight_{part}"
+
+
+def _text(text: TextConfig) -> Iterator[TensorSpec]:
+    yield TensorSpec(f"{LANGUAGE_MODEL}model.embed_tokens.weight", (text.vocab_size, text.hidden_size), shard_dim=0)
+    for layer in range(text.num_hidden_layers):
+        yield from _attention(text, layer)
+        if text.is_moe_layer(layer):
+            yield from _moe(text, layer)
+        else:
+            yield from _swiglu(f"{_prefix(layer)}.mlp", text.hidden_size, text.intermediate_size, layer)
+    yield TensorSpec(f"{LANGUAGE_MODEL}model.norm.weight", (text.hidden_size,))
+    yield TensorSpec(f"{LANGUAGE_MODEL}lm_head.weight", (text.vocab_size, text.hidden_size), shard_dim=0)
+
+
+def _prefix(layer: int) -> str:
+    return f"{LANGUAGE_MODEL}model.layers.{layer}"
+
+
+def _attention(text: TextConfig, layer: int) -> Iterator[TensorSpec]:
+    heads, hidden = text.num_attention_heads, text.hidden_size
+    matrices: dict[str, tuple[tuple[int, ...], int | None]] = {
+        "q_a_proj": ((text.q_lora_rank, hidden), None),
+        "q_a_layernorm": ((text.q_lora_rank,), None),
+        "q_b_proj": ((heads * text.qk_head_dim, text.q_lora_rank), 0),
+        "kv_a_proj_with_mqa": ((text.kv_lora_rank + text.qk_rope_head_dim, hidden), None),
+        "kv_a_layernorm": ((text.kv_lora_rank,), None),
+        "kv_b_proj": ((heads * (text.qk_nope_head_dim + text.v_head_dim), text.kv_lora_rank), 0),
+        "o_proj": ((hidden, heads * text.v_head_dim), 1),
+    }
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        yield TensorSpec(f"{_prefix(layer)}.{name}.weight", (hidden,), layer=layer)
+    for name, (shape, shard_dim) in matrices.items():
+        yield TensorSpec(f"{_prefix(layer)}.self_attn.{name}.weight", shape, shard_dim=shard_dim, layer=layer)
+
+
+def _swiglu(prefix: str, hidden_size: int, intermediate_size: int, layer: int) -> Iterator[TensorSpec]:
+    for name in ("gate_proj", "up_proj"):
+        yield TensorSpec(f"{prefix}.{name}.weight", (intermediate_size, hidden_size), shard_dim=0, layer=layer)
+    yield TensorSpec(f"{prefix}.down_proj.weight", (hidden_size, intermediate_size), shard_dim=1, layer=layer)
+
+
+def _moe(text: TextConfig, layer: int) -> Iterator[TensorSpec]:
+    prefix = f"{_prefix(layer)}.mlp"
+    experts = text.n_routed_experts
+    yield TensorSpec(f"{prefix}.gate.weight", (experts, text.hidden_size), layer=layer)
+    yield TensorSpec(f"{prefix}.gate.e_score_correction_bias", (experts,), "F32", layer=layer)
+    shared_size = text.moe_intermediate_size * text.n_shared_experts
+    yield from _swiglu(f"{prefix}.shared_experts", text.hidden_size, shared_size, layer)
+    for expert in range(experts):
+        yield from _expert(text, layer, expert)
+
+
+def _expert(text: TextConfig, layer: int, expert: int) -> Iterator[TensorSpec]:
+    wide = (text.moe_intermediate_size, text.hidden_size)
+    group = text.quantization.group_size
+    for projection, (n, k), shard_dim in (("gate", wide, 0), ("up", wide, 0), ("down", wide[::-1], 1)):
+        parts: dict[str, tuple[tuple[int, ...], str, int | None]] = {
+            "packed": ((n, k // PACK_FACTOR), "I32", shard_dim),
+            "scale": ((n, k // group), "BF16", shard_dim),
+            "shape": ((2,), "I32", None),
+        }
+        for part, (shape, dtype, dim) in parts.items():
+            name = expert_name(layer, expert, projection, part)
+            yield TensorSpec(name, shape, dtype, shard_dim=dim, layer=layer, expert=expert)
+
+
+def _vision_tower(vision: VisionConfig) -> Iterator[TensorSpec]:
+    hidden, mlp = vision.hidden_size, vision.intermediate_size
+    prefix = "vision_tower"
+    yield TensorSpec(f"{prefix}.patch_embed.proj.weight", (hidden, 3, vision.patch_size, vision.patch_size))
+    yield TensorSpec(f"{prefix}.patch_embed.proj.bias", (hidden,))
+    yield TensorSpec(
+        f"{prefix}.patch_embed.pos_emb.weight", (vision.pos_emb_height, vision.pos_emb_width, hidden)
+    )
+    for index in range(vision.num_hidden_layers):
+        block = f"{prefix}.encoder.blocks.{index}"
+        for name in ("norm0", "norm1"):
+            yield from _affine(f"{block}.{name}", (hidden,))
+        yield from _affine(f"{block}.wqkv", (3 * hidden, hidden), shard_dim=0, shard_blocks=3)
+        yield from _affine(f"{block}.wo", (hidden, hidden), shard_dim=1)
+        yield from _affine(f"{block}.mlp.fc0", (mlp, hidden), shard_dim=0)
+        yield from _affine(f"{block}.mlp.fc1", (hidden, mlp), shard_dim=1)
+    yield from _affine(f"{prefix}.encoder.final_layernorm", (hidden,))
+
+
+def _projector(vision: VisionConfig) -> Iterator[TensorSpec]:
+    merged = vision.merged_size
+    yield from _affine("mm_projector.pre_norm", (vision.hidden_size,))
+    yield from _affine("mm_projector.proj.0", (merged, merged), shard_dim=0)
+    yield from _affine("mm_projector.proj.2", (vision.text_hidden_size, merged), shard_dim=1)
+
+
+def _affine(
+    prefix: str, shape: tuple[int, ...], *, shard_dim: int | None = None, shard_blocks: int = 1
+) -> Iterator[TensorSpec]:
+    yield TensorSpec(f"{prefix}.weight", shape, shard_dim=shard_dim, shard_blocks=shard_blocks)
+    # A cut along the outputs cuts the bias too; a cut along the inputs leaves it whole.
+    yield TensorSpec(f"{prefix}.bias", shape[:1], shard_dim=0 if shard_dim == 0 else None, shard_blocks=shard_blocks)

@@ -1,0 +1,347 @@
+"""Make a small random checkpoint with exactly Kimi-K2.6's structure, for tests and for trying an engine.
+
+Everything that a reader of the real checkpoint meets is there: hub-style config.json with the names of both schemas,
+sharded safetensors with an index, INT4 experts, the vision tower and projector, `tiktoken.model` with the special tokens
+in their places, a chat template and preprocessor_config.json. Only the sizes and the values are made up.
+"""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import json
+import math
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from k26_plugins.common.checkpoint.header import INDEX_FILE
+from k26_plugins.common.checkpoint.table import TORCH_DTYPES, TensorSpec, tensor_table
+from k26_plugins.common.config import ARCHITECTURE, K26Config
+from k26_plugins.common.int4 import quantise
+from k26_plugins.common.prompt.special_tokens import NUM_SPECIAL_TOKENS, special_token_ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinySizes:
+    """Sizes of the checkpoint. The head dimensions stay the model's own: the engines' MLA kernels are made for them."""
+
+    layers: int = 3
+    hidden_size: int = 128
+    intermediate_size: int = 256
+    moe_intermediate_size: int = 64
+    experts: int = 8
+    top_k: int = 2
+    heads: int = 4
+    q_lora_rank: int = 96
+    vocab_size: int = 512
+    vision_layers: int = 2
+    vision_heads: int = 2
+    vision_intermediate_size: int = 192
+    shards: int = 3
+
+
+VISION_HEAD_DIM = 72
+
+
+def make_tiny(folder: str | Path, sizes: TinySizes | None = None, *, seed: int = 0) -> K26Config:
+    """Write the checkpoint into `folder`, which is made, and return its configuration.
+
+    The same sizes and seed give the same bytes. Raises ConfigError for sizes that the model cannot have, and
+    FileExistsError where the folder already holds something.
+    """
+    folder = Path(folder)
+    sizes = sizes or TinySizes()
+    if sizes.vocab_size <= NUM_SPECIAL_TOKENS + 255:
+        raise ValueError(f"vocab_size is {sizes.vocab_size}, expected at least 512: 256 bytes and 256 special tokens.")
+    config_json = _config_json(sizes)
+    config = K26Config.from_dict(config_json)
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} is not empty: give a new folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    files: dict[str, Any] = {
+        "config.json": config_json,
+        "generation_config.json": {"max_length": 262144, "eos_token_id": config.eos_token_id},
+        "preprocessor_config.json": _preprocessor_config(),
+        "tokenizer_config.json": _tokenizer_config(sizes.vocab_size),
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    template = resources.files("k26_plugins.common.prompt").joinpath("chat_template.jinja").read_text(encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    _write_ranks(folder / "tiktoken.model", sizes.vocab_size - NUM_SPECIAL_TOKENS)
+    _write_weights(folder, config, sizes.shards, seed)
+    return config
+
+
+def _config_json(sizes: TinySizes) -> dict[str, Any]:
+    ids = special_token_ids(sizes.vocab_size - NUM_SPECIAL_TOKENS)
+    common_ids = {"bos_token_id": ids["[BOS]"], "eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["[PAD]"]}
+    vision_hidden = sizes.vision_heads * VISION_HEAD_DIM
+    text = {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "kimi_k2",
+        "dtype": "bfloat16",
+        **common_ids,
+        "vocab_size": sizes.vocab_size,
+        "hidden_size": sizes.hidden_size,
+        "intermediate_size": sizes.intermediate_size,
+        "moe_intermediate_size": sizes.moe_intermediate_size,
+        "num_hidden_layers": sizes.layers,
+        "first_k_dense_replace": 1,
+        "moe_layer_freq": 1,
+        "n_routed_experts": sizes.experts,
+        "num_experts_per_tok": sizes.top_k,
+        "n_shared_experts": 1,
+        "routed_scaling_factor": 2.827,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+        "num_attention_heads": sizes.heads,
+        "num_key_value_heads": sizes.heads,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "q_lora_rank": sizes.q_lora_rank,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "rope_theta": 50000.0,
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 64.0,
+            "original_max_position_embeddings": 4096,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+        },
+        "max_position_embeddings": 262144,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "num_nextn_predict_layers": 0,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "quantization_config": _quantization_config(),
+    }
+    vision = {
+        "patch_size": 14,
+        "vt_hidden_size": vision_hidden,
+        "vt_num_hidden_layers": sizes.vision_layers,
+        "vt_num_attention_heads": sizes.vision_heads,
+        "vt_intermediate_size": sizes.vision_intermediate_size,
+        "init_pos_emb_height": 64,
+        "init_pos_emb_width": 64,
+        "init_pos_emb_time": 4,
+        "pos_emb_type": "divided_fixed",
+        "merge_kernel_size": [2, 2],
+        "merge_type": "sd2_tpool",
+        "video_attn_type": "spatial_temporal",
+        "mm_projector_type": "patchmerger",
+        "mm_hidden_size": vision_hidden,
+        "projector_hidden_act": "gelu",
+        "projector_ln_eps": 1e-5,
+        "text_hidden_size": sizes.hidden_size,
+        # transformers' names for the same: an engine that reads only these would otherwise take the real model's sizes.
+        "hidden_size": vision_hidden,
+        "num_hidden_layers": sizes.vision_layers,
+        "num_attention_heads": sizes.vision_heads,
+        "intermediate_size": sizes.vision_intermediate_size,
+        "pos_emb_height": 64,
+        "pos_emb_width": 64,
+        "pos_emb_time": 4,
+    }
+    return {
+        "architectures": [ARCHITECTURE],
+        "auto_map": {
+            "AutoConfig": "configuration_kimi_k25.KimiK25Config",
+            "AutoModel": "modeling_kimi_k25.KimiK25ForConditionalGeneration",
+            "AutoModelForCausalLM": "modeling_kimi_k25.KimiK25ForConditionalGeneration",
+        },
+        "model_type": "kimi_k25",
+        "dtype": "bfloat16",
+        **common_ids,
+        "ignore_index": -100,
+        "media_placeholder_token_id": ids["<|media_pad|>"],
+        "image_token_id": ids["<|media_pad|>"],
+        "video_token_id": sizes.vocab_size,
+        "vision_start_token_id": ids["<|media_begin|>"],
+        "vision_end_token_id": ids["<|media_end|>"],
+        "projection_hidden_size": vision_hidden,
+        "projection_layer_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "use_unified_vision_chunk": True,
+        "video_placeholder": "<|kimi_k25_video_placeholder|>",
+        "text_config": text,
+        "vision_config": vision,
+    }
+
+
+def _quantization_config() -> dict[str, Any]:
+    weights = {
+        "num_bits": 4,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "group",
+        "group_size": 32,
+        "dynamic": False,
+        "actorder": None,
+        "block_structure": None,
+        "observer": "minmax",
+        "observer_kwargs": {},
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "kv_cache_scheme": None,
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": weights,
+                "input_activations": None,
+                "output_activations": None,
+            }
+        },
+        # As published. The vision tower is not listed although it is not quantised.
+        "ignore": [
+            "lm_head",
+            "re:.*self_attn.*",
+            "re:.*shared_experts.*",
+            "re:.*mlp\\.(gate|up|gate_up|down)_proj.*",
+        ],
+    }
+
+
+def _preprocessor_config() -> dict[str, Any]:
+    return {
+        "auto_map": {
+            "AutoProcessor": "kimi_k25_processor.KimiK25Processor",
+            "AutoImageProcessor": "kimi_k25_vision_processing.KimiK25VisionProcessor",
+        },
+        "media_proc_cfg": {
+            "in_patch_limit": 16384,
+            "patch_size": 14,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+            "merge_kernel_size": 2,
+            "fixed_output_tokens": None,
+            "patch_limit_on_one_side": 512,
+            "in_patch_limit_each_frame": 4096,
+            "in_patch_limit_video": None,
+            "sample_fps": 2.0,
+            "max_num_frames_each_video": None,
+            "temporal_merge_kernel_size": 4,
+            "timestamp_mode": "hh:mm:ss.fff",
+            "config_type": "media_proc.processors.moonvit.MoonViTMediaProcessorConfig",
+        },
+    }
+
+
+def _tokenizer_config(vocab_size: int) -> dict[str, Any]:
+    named = special_token_ids(vocab_size - NUM_SPECIAL_TOKENS)
+    decoder = {
+        str(token_id): {
+            "content": name,
+            "lstrip": False,
+            "normalized": False,
+            "rstrip": False,
+            "single_word": False,
+            # The hub's file leaves the markers of thinking and of tool calls visible in decoded text.
+            "special": name not in ("<think>", "</think>") and "tool_call" not in name,
+        }
+        for name, token_id in sorted(named.items(), key=lambda item: item[1])
+    }
+    return {
+        "added_tokens_decoder": decoder,
+        "auto_map": {"AutoTokenizer": ["tokenization_kimi.TikTokenTokenizer", None]},
+        "tokenizer_class": "TikTokenTokenizer",
+        "bos_token": "[BOS]",
+        "eos_token": "[EOS]",
+        "unk_token": "[UNK]",
+        "pad_token": "[PAD]",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 1000000000000000019884624838656,
+    }
+
+
+def _write_ranks(file: Path, count: int) -> None:
+    """The 256 bytes, then as many pairs and triples of them as `count` asks for, in order."""
+    sequences: Iterator[tuple[int, ...]] = itertools.chain.from_iterable(
+        itertools.product(range(256), repeat=length) for length in itertools.count(1)
+    )
+    lines = (
+        f"{base64.b64encode(bytes(sequence)).decode()} {rank}\n"
+        for rank, sequence in enumerate(itertools.islice(sequences, count))
+    )
+    file.write_text("".join(lines), encoding="ascii")
+
+
+def _write_weights(folder: Path, config: K26Config, shards: int, seed: int) -> None:
+    table = tensor_table(config)
+    total = sum(spec.num_bytes for spec in table.values())
+    weight_map: dict[str, str] = {}
+    pending: dict[str, torch.Tensor] = {}
+    scales: dict[str, torch.Tensor] = {}
+    written, shard_number = 0, 1
+
+    def flush() -> None:
+        name = f"model-{shard_number:05d}-of-{shards:06d}.safetensors"
+        save_file(pending, folder / name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(pending, name))
+        pending.clear()
+
+    for spec in table.values():
+        pending[spec.name] = _make_tensor(spec, scales, table, seed)
+        written += spec.num_bytes
+        if written >= total * shard_number / shards and shard_number < shards:
+            flush()
+            shard_number += 1
+    flush()
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _make_tensor(
+    spec: TensorSpec, scales: dict[str, torch.Tensor], table: dict[str, TensorSpec], seed: int
+) -> torch.Tensor:
+    # A generator of its own for each name: the bytes do not depend on the order or on the other sizes.
+    generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(spec.name.encode()))
+    owner, _, part = spec.name.rpartition(".")
+    if part == "weight_packed":
+        n, k = spec.shape[0], spec.shape[1] * 8
+        packed, scales[owner] = quantise(torch.randn(n, k, generator=generator) / math.sqrt(k))
+        return packed
+    if part == "weight_scale":
+        return scales.pop(owner)
+    if part == "weight_shape":
+        rows, words = table[f"{owner}.weight_packed"].shape
+        return torch.tensor([rows, words * 8], dtype=torch.int32)
+    values = torch.randn(spec.shape, generator=generator)
+    return (values * _spread(spec) + _centre(spec)).to(TORCH_DTYPES[spec.dtype])
+
+
+def _centre(spec: TensorSpec) -> float:
+    is_norm = len(spec.shape) == 1 and "norm" in spec.name and spec.name.endswith(".weight")
+    return 1.0 if is_norm else 0.0
+
+
+def _spread(spec: TensorSpec) -> float:
+    """Standard deviation that keeps activations near 1 and the logits far enough apart to rank them in bfloat16."""
+    if spec.name.endswith("e_score_correction_bias"):
+        return 0.02
+    if spec.name.endswith("embed_tokens.weight"):
+        return 1.0
+    if len(spec.shape) != 2 and "proj.weight" not in spec.name:
+        return 0.1
+    fan_in = math.prod(spec.shape[1:])
+    return (3.0 if spec.name.endswith("lm_head.weight") else 1.0) / math.sqrt(fan_in)
