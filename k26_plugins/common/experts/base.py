@@ -1,0 +1,159 @@
+"""The routed INT4 experts of one MoE layer: their weights, and the interface that every backend offers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Self
+
+import torch
+
+from k26_plugins.common.int4 import GROUP_SIZE, PACK_FACTOR
+
+
+class ExpertsError(ValueError):
+    """Experts that no backend can compute rightly. The message names what was found and the remedy."""
+
+
+class Expert(NamedTuple):
+    """One expert as the checkpoint packs it. `I` is the intermediate size (of this shard), `H` the hidden size."""
+
+    w13_packed: torch.Tensor
+    """int32 `[2 I, H / 8]`, the gate projection's rows, then the up projection's."""
+    w13_scale: torch.Tensor
+    """bfloat16 `[2 I, H / 32]`."""
+    w2_packed: torch.Tensor
+    """int32 `[H, I / 8]`."""
+    w2_scale: torch.Tensor
+    """bfloat16 `[H, I / 32]`."""
+
+
+@dataclass(slots=True)
+class ExpertWeights:
+    """The experts of a layer that live on this rank, each field of `Expert` stacked to `[E, ...]`.
+
+    Under tensor parallelism `I` is this rank's part: rows of w13 (gate and up each), columns of w2.
+    """
+
+    w13_packed: torch.Tensor
+    w13_scale: torch.Tensor
+    w2_packed: torch.Tensor
+    w2_scale: torch.Tensor
+
+    def __post_init__(self) -> None:
+        for name, dtype in (
+            ("w13_packed", torch.int32),
+            ("w13_scale", torch.bfloat16),
+            ("w2_packed", torch.int32),
+            ("w2_scale", torch.bfloat16),
+        ):
+            tensor: torch.Tensor = getattr(self, name)
+            if tensor.dtype != dtype or tensor.dim() != 3:
+                raise ExpertsError(
+                    f"expert tensor {name} is {tensor.dtype} with {tensor.dim()} dimensions, expected {dtype} with 3: "
+                    f"use the checkpoint as published, without conversion."
+                )
+        experts, hidden, inner = self.num_experts, self.hidden_size, self.intermediate_size
+        expected = {
+            "w13_packed": (experts, 2 * inner, hidden // PACK_FACTOR),
+            "w13_scale": (experts, 2 * inner, hidden // GROUP_SIZE),
+            "w2_packed": (experts, hidden, inner // PACK_FACTOR),
+            "w2_scale": (experts, hidden, inner // GROUP_SIZE),
+        }
+        for name, shape in expected.items():
+            if tuple(getattr(self, name).shape) != shape or hidden % GROUP_SIZE or inner % GROUP_SIZE:
+                raise ExpertsError(
+                    f"expert tensor {name} has shape {list(getattr(self, name).shape)}, expected {list(shape)} with "
+                    f"hidden size {hidden} and intermediate size {inner} multiples of {GROUP_SIZE}: choose a tensor "
+                    f"parallel size that leaves whole groups on each rank."
+                )
+
+    @property
+    def num_experts(self) -> int:
+        return self.w13_packed.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.w2_packed.shape[1]
+
+    @property
+    def intermediate_size(self) -> int:
+        return self.w2_packed.shape[2] * PACK_FACTOR
+
+    @property
+    def device(self) -> torch.device:
+        return self.w13_packed.device
+
+    def expert(self, index: int) -> Expert:
+        return Expert(self.w13_packed[index], self.w13_scale[index], self.w2_packed[index], self.w2_scale[index])
+
+    def copy_of(self, indices: list[int]) -> ExpertWeights:
+        """A copy of some of the experts, in the order given."""
+        return ExpertWeights(
+            *(tensor[indices].clone() for tensor in (self.w13_packed, self.w13_scale, self.w2_packed, self.w2_scale))
+        )
+
+
+class ExpertsBackend(ABC):
+    """Computes the routed sum of one layer, Σ weight · down(silu(gate · x) · (up · x)), over the experts that live here.
+
+    Neither the shared expert nor the routed scaling factor is part of it: the first is the engine's, the second is in
+    `topk_weights`. Under tensor or expert parallelism each rank returns its partial sum.
+    """
+
+    name: ClassVar[str]
+
+    @classmethod
+    @abstractmethod
+    def unsupported(cls, weights: ExpertWeights) -> str | None:
+        """Why this backend cannot run these weights on their device, or None."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, weights: ExpertWeights) -> Self:
+        """Take the weights over, repacked expert by expert into the same storage where the sizes allow it."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The repacked weights, each contiguous `[E, ...]` and self-contained per expert.
+
+        An engine may register them as parameters and move an expert's rows between ranks (EPLB): what is computed
+        follows the rows.
+        """
+
+    def workspace_bytes(self, num_tokens: int, top_k: int) -> int:
+        """Bytes of scratch that `apply` wants from the caller, so that a CUDA graph can hold it; 0 if none."""
+        del num_tokens, top_k
+        return 0
+
+    @abstractmethod
+    def apply(
+        self,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        *,
+        expert_map: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        workspace: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The routed sum, `[num_tokens, hidden_size]` in the dtype of `hidden_states`, written to `out` if given.
+
+        hidden_states: `[num_tokens, hidden_size]`. topk_ids: `[num_tokens, top_k]` integers, −1 for no expert.
+        topk_weights: `[num_tokens, top_k]` float32. expert_map: `[num_global_experts]`, the local index of a global id
+        or −1; without it the ids are local. workspace: uint8, at least `workspace_bytes`.
+        """
+
+
+def tokens_by_expert(
+    topk_ids: torch.Tensor, expert_map: torch.Tensor | None, num_experts: int
+) -> list[tuple[int, torch.Tensor]]:
+    """For each local expert with tokens, in order: its index and the flat slots (token · top_k + k) that chose it."""
+    local = topk_ids.flatten().long()
+    if expert_map is not None:
+        local = torch.where(local >= 0, expert_map.long()[local.clamp(min=0)], local)
+    order = torch.argsort(local, stable=True)
+    # Slots of −1 sort first and are dropped.
+    counts = torch.bincount(local + 1, minlength=num_experts + 1).tolist()
+    slots = order.split(counts)[1:]
+    return [(expert, slot) for expert, slot in enumerate(slots) if len(slot)]

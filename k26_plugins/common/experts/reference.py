@@ -1,0 +1,78 @@
+"""The experts in plain PyTorch, float32 inside: what the other backends are held to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+
+from k26_plugins.common.experts.base import Expert, ExpertsBackend, ExpertWeights, tokens_by_expert
+from k26_plugins.common.int4 import dequantise
+
+
+def reference_experts(
+    hidden_states: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    expert: Callable[[int], Expert],
+    num_experts: int,
+    expert_map: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The routed sum `[num_tokens, hidden_size]`, in float32, or in float64 where `hidden_states` are.
+
+    `expert(index)` is called once for each expert that a token chose, so that experts can come one by one from a mapped
+    checkpoint. Shapes are those of `ExpertsBackend.apply`.
+    """
+    dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
+    x = hidden_states.to(dtype)
+    weights = topk_weights.to(dtype).flatten()
+    out = torch.zeros_like(x)
+    for index, slots in tokens_by_expert(topk_ids, expert_map, num_experts):
+        packed = expert(index)
+        tokens = slots // topk_ids.shape[1]
+        gate, up = (x[tokens] @ dequantise(packed.w13_packed, packed.w13_scale, dtype).T).chunk(2, dim=-1)
+        y = (F.silu(gate) * up) @ dequantise(packed.w2_packed, packed.w2_scale, dtype).T
+        out.index_add_(0, tokens, y * weights[slots].unsqueeze(-1))
+    return out
+
+
+class ReferenceExperts(ExpertsBackend):
+    """Dequantises each expert that is touched, on any device. Slow."""
+
+    name = "reference"
+
+    def __init__(self, weights: ExpertWeights) -> None:
+        self.weights = weights
+
+    @classmethod
+    def unsupported(cls, weights: ExpertWeights) -> str | None:
+        return None
+
+    @classmethod
+    def load(cls, weights: ExpertWeights) -> Self:
+        return cls(weights)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {
+            "w13_packed": self.weights.w13_packed,
+            "w13_scale": self.weights.w13_scale,
+            "w2_packed": self.weights.w2_packed,
+            "w2_scale": self.weights.w2_scale,
+        }
+
+    def apply(
+        self,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        *,
+        expert_map: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        workspace: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        result = reference_experts(
+            hidden_states, topk_ids, topk_weights, self.weights.expert, self.weights.num_experts, expert_map
+        ).to(hidden_states.dtype)
+        return result if out is None else out.copy_(result)
