@@ -1,0 +1,221 @@
+"""Images and video frames to the vision tower's input: resize, pad, cut into patches, count tokens.
+
+The arithmetic is that of the model's own preprocessing (NaViT resize, PIL's bicubic filter, padding at the right and the
+bottom before normalisation), to the byte.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+
+# PIL's own threshold of a decompression bomb, 2 × 89 million pixels; the largest input that resizing keeps is 51 million.
+MAX_PIXELS = 178_956_970
+_MAX_THREADS = 4
+
+
+class MediaError(ValueError):
+    """An image that cannot be shown to the model. The message names what is wrong with it, for the client."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MediaConfig:
+    """`media_proc_cfg` of the checkpoint's preprocessor_config.json."""
+
+    patch_size: int = 14
+    merge_kernel_size: int = 2
+    in_patch_limit: int = 16384
+    """Patches of an image, before padding."""
+    in_patch_limit_each_frame: int | None = 4096
+    """Patches of a video frame; None as for an image."""
+    in_patch_limit_video: int | None = None
+    """Patches of all frames of one chunk together."""
+    patch_limit_on_one_side: int = 512
+    fixed_output_tokens: int | None = None
+    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    temporal_merge_kernel_size: int = 4
+    """Frames of a video chunk."""
+
+    def __post_init__(self) -> None:
+        for name in ("patch_size", "merge_kernel_size", "in_patch_limit", "patch_limit_on_one_side"):
+            self._require_positive(name)
+        for name in ("in_patch_limit_each_frame", "in_patch_limit_video", "fixed_output_tokens"):
+            if getattr(self, name) is not None:
+                self._require_positive(name)
+        self._require_positive("temporal_merge_kernel_size")
+        for name in ("image_mean", "image_std"):
+            if len(getattr(self, name)) != 3:
+                raise MediaError(f"preprocessor_config.json: {name} is {getattr(self, name)!r}, expected three numbers.")
+
+    def _require_positive(self, name: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+            raise MediaError(f"preprocessor_config.json: {name} is {value!r}, expected a positive integer.")
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> MediaConfig:
+        """Read the mapping of a preprocessor_config.json. Fields that concern video sampling only are left aside."""
+        media = config.get("media_proc_cfg")
+        if not isinstance(media, Mapping):
+            raise MediaError("preprocessor_config.json has no media_proc_cfg: take the file of the published model.")
+        known = {item.name for item in fields(cls)}
+        values = {name: value for name, value in media.items() if name in known}
+        for name, value in values.items():
+            if isinstance(value, list):
+                values[name] = value[0] if name == "merge_kernel_size" else tuple(value)
+        return cls(**values)
+
+    @classmethod
+    def from_path(cls, folder: str | Path) -> MediaConfig:
+        """Read preprocessor_config.json of a checkpoint's folder."""
+        file = Path(folder) / "preprocessor_config.json"
+        try:
+            return cls.from_dict(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, json.JSONDecodeError) as error:
+            raise MediaError(f"{file} is not readable ({error}): download it again.") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Resize:
+    """What becomes of an image: its new size, the padding, the grid of patches and the tokens it takes."""
+
+    width: int
+    height: int
+    pad_width: int
+    pad_height: int
+    grid_h: int
+    grid_w: int
+    num_tokens: int
+
+
+def navit_resize(width: int, height: int, config: MediaConfig, patch_limit: int | None = None) -> Resize:
+    """The resize of an image of `width` × `height` pixels: shrunk to the limits, never enlarged (specification 4.4).
+
+    `patch_limit` is the limit on patches, an image's if not given. Raises MediaError for an empty image.
+    """
+    if width <= 0 or height <= 0:
+        raise MediaError(f"the image is {width} × {height} pixels, expected at least 1 × 1.")
+    patch, limit = config.patch_size, patch_limit or config.in_patch_limit
+    longest = config.patch_limit_on_one_side * patch
+    scale = min(
+        1.0,
+        math.sqrt(limit / (max(1.0, width // patch) * max(1.0, height // patch))),
+        longest / width,
+        longest / height,
+    )
+    new_width = min(max(1, int(width * scale)), longest)
+    new_height = min(max(1, int(height * scale)), longest)
+    factor = config.merge_kernel_size * patch
+    pad_width, pad_height = -new_width % factor, -new_height % factor
+    grid_h, grid_w = (new_height + pad_height) // patch, (new_width + pad_width) // patch
+    merged = (grid_h // config.merge_kernel_size) * (grid_w // config.merge_kernel_size)
+    tokens = config.fixed_output_tokens or merged
+    return Resize(new_width, new_height, pad_width, pad_height, grid_h, grid_w, tokens)
+
+
+def frame_resize(width: int, height: int, num_frames: int, config: MediaConfig) -> Resize:
+    """The resize of every frame in a video chunk of `num_frames`, from the size of its first frame."""
+    limit = config.in_patch_limit_each_frame or config.in_patch_limit
+    if config.in_patch_limit_video is not None:
+        limit = min(round(config.in_patch_limit_video / num_frames), limit)
+    return navit_resize(width, height, config, limit)
+
+
+def open_image(data: bytes) -> Image.Image:
+    """Decode an image file to RGB; transparency is dropped and EXIF rotation is not applied, as in the reference.
+
+    The number of pixels is limited by the header, before anything is decoded. Raises MediaError.
+    """
+    try:
+        with warnings.catch_warnings():
+            # The limit below is the bomb check; PIL's warning would only repeat it.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data))
+            check_size(*image.size)
+            return image.convert("RGB")
+    except Image.DecompressionBombError as error:
+        raise MediaError(f"the image is too large: {error}. Send at most {MAX_PIXELS:,} pixels.") from error
+    except UnidentifiedImageError as error:
+        raise MediaError("the data is no image in a format that is known: send PNG, JPEG, WebP or GIF.") from error
+    except MediaError:
+        raise
+    # PIL's decoders raise any of these on damaged files.
+    except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError) as error:
+        raise MediaError(f"the image is damaged ({error}): send a whole file.") from error
+
+
+def check_size(width: int, height: int) -> None:
+    """Raise MediaError for an image without pixels or with more than MAX_PIXELS."""
+    if width <= 0 or height <= 0:
+        raise MediaError(f"the image is {width} × {height} pixels, expected at least 1 × 1.")
+    if width * height > MAX_PIXELS:
+        raise MediaError(f"the image is {width} × {height} pixels, expected at most {MAX_PIXELS:,} in all.")
+
+
+def media_resize(frames: Sequence[Image.Image], config: MediaConfig, *, is_video: bool) -> Resize:
+    """The resize of one medium: an image (one frame) or a chunk of video frames."""
+    check_size(*frames[0].size)
+    if is_video:
+        return frame_resize(*frames[0].size, len(frames), config)
+    return navit_resize(*frames[0].size, config)
+
+
+def patchify(
+    frames: Sequence[Image.Image], resize: Resize, config: MediaConfig
+) -> npt.NDArray[np.uint8]:
+    """Resize, pad with 0 and cut: uint8 `[frames · grid_h · grid_w, 3, patch, patch]`, frame by frame, row by row."""
+    patch = config.patch_size
+    size = (resize.width, resize.height)
+    out = np.zeros((len(frames), resize.grid_h, resize.grid_w, 3, patch, patch), dtype=np.uint8)
+    padded = np.zeros((resize.grid_h * patch, resize.grid_w * patch, 3), dtype=np.uint8)
+    for index, frame in enumerate(frames):
+        rgb = frame if frame.mode == "RGB" else frame.convert("RGB")
+        padded[: resize.height, : resize.width] = np.asarray(rgb.resize(size, Image.Resampling.BICUBIC))
+        out[index] = padded.reshape(resize.grid_h, patch, resize.grid_w, patch, 3).transpose(0, 2, 4, 1, 3)
+    return out.reshape(-1, 3, patch, patch)
+
+
+def normalise(patches: npt.NDArray[np.uint8], config: MediaConfig) -> npt.NDArray[np.float32]:
+    """float32 (v / 255 − mean) / std of uint8 patches `[N, 3, patch, patch]`; padding becomes (0 − mean) / std."""
+    levels = np.arange(256, dtype=np.float32)[:, None] / np.float32(255.0)
+    mean = np.asarray(config.image_mean, dtype=np.float32)
+    # The reference multiplies by the reciprocal; for a std of 0.5 that is the same bits as dividing.
+    table = (levels - mean) * (np.float32(1.0) / np.asarray(config.image_std, dtype=np.float32))
+    out = np.empty(patches.shape, dtype=np.float32)
+    for channel in range(3):
+        np.take(table[:, channel], patches[:, channel], out=out[:, channel])
+    return out
+
+
+def preprocess(
+    media: Sequence[Sequence[Image.Image]], config: MediaConfig, *, is_video: Sequence[bool] | None = None
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """Patches of several media, each a list of frames (one for an image), and their grids.
+
+    Returns uint8 patches `[Σ t · h · w, 3, patch, patch]` and grid_thw int64 `[num_media, 3]`. Several media are
+    processed at once: PIL's resize runs outside the interpreter's lock. Raises MediaError.
+    """
+    video = is_video or [False] * len(media)
+    resizes = [media_resize(frames, config, is_video=flag) for frames, flag in zip(media, video, strict=True)]
+    grids = np.array(
+        [[len(frames), resize.grid_h, resize.grid_w] for frames, resize in zip(media, resizes, strict=True)],
+        dtype=np.int64,
+    ).reshape(-1, 3)
+    if len(media) == 1:
+        return patchify(media[0], resizes[0], config), grids
+    with ThreadPoolExecutor(max_workers=_MAX_THREADS) as pool:
+        parts = list(pool.map(lambda pair: patchify(*pair, config), zip(media, resizes, strict=True)))
+    patch = config.patch_size
+    return np.concatenate(parts) if parts else np.empty((0, 3, patch, patch), dtype=np.uint8), grids
