@@ -25,6 +25,10 @@ class ConfigError(ValueError):
     """A configuration that is not Kimi-K2.6's, or one that contradicts itself. The message names the field."""
 
 
+class UnsupportedQuantizationError(ConfigError):
+    """The right architecture with experts in another format than the published INT4."""
+
+
 def _refuse(name: str, value: object, expected: str) -> NoReturn:
     raise ConfigError(
         f"config field {name!r} is {value!r}, expected {expected}. k26-plugins serves the Kimi-K2.5/K2.6 architecture "
@@ -343,6 +347,13 @@ def _read_yarn(text: Mapping[str, Any]) -> YarnConfig:
 
 
 def _read_quantization(quantization: object) -> QuantConfig:
+    try:
+        return _read_int4(quantization)
+    except ConfigError as error:
+        raise UnsupportedQuantizationError(str(error)) from error
+
+
+def _read_int4(quantization: object) -> QuantConfig:
     if not isinstance(quantization, Mapping):
         _refuse("quantization_config", quantization, "the INT4 description, at the top level or inside text_config")
     for name, expected in (("quant_method", "compressed-tensors"), ("format", "pack-quantized")):

@@ -1,0 +1,23 @@
+"""The vLLM adapter. vLLM calls `register` in every process, through the entry point `vllm.general_plugins`."""
+
+from __future__ import annotations
+
+import logging
+
+# Under vLLM's own logger, so that its level and format apply.
+logger = logging.getLogger("vllm.k26_plugins")
+
+
+def register() -> None:
+    """Put Kimi-K2.6's classes into vLLM's registries. Cheap, repeatable, and never raises.
+
+    vLLM does not catch what a plugin raises, and runs it for every model: a failure here is logged, and vLLM stays as it
+    was. `VLLM_PLUGINS` without `k26` in it switches the plugin off.
+    """
+    try:
+        from k26_plugins.vllm import compat
+
+        compat.register_model("k26_plugins.vllm.model")
+        compat.register_config_hook("k26_plugins.vllm.config")
+    except Exception:
+        logger.exception("k26-plugins is not active: vLLM serves Kimi-K2.6 with its own code.")

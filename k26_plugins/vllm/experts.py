@@ -1,0 +1,237 @@
+"""The core's INT4 experts through vLLM's fused-MoE interfaces: a quantisation method and a modular experts class."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.fused_moe import modular_kernel as mk
+from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG, FusedMoEConfig
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
+from vllm.model_executor.utils import set_weight_attrs
+
+from k26_plugins.common.experts import ExpertsBackend, ExpertWeights, create_experts
+from k26_plugins.common.int4 import GROUP_SIZE, PACK_FACTOR
+from k26_plugins.vllm import compat, logger
+
+# The operator below gets a layer's backend by number: torch.compile must not look inside it.
+_backends: weakref.WeakValueDictionary[int, ExpertsBackend] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+@torch.library.custom_op("k26::routed_experts", mutates_args=())
+def routed_experts(
+    hidden_states: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    backend: int,
+) -> torch.Tensor:
+    """The routed sum `[num_tokens, hidden_size]` of the layer whose backend has this number."""
+    return _backends[backend].apply(hidden_states, topk_ids, topk_weights, expert_map=expert_map)
+
+
+@routed_experts.register_fake
+def _(
+    hidden_states: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    backend: int,
+) -> torch.Tensor:
+    return torch.empty_like(hidden_states)
+
+
+class K26ExpertsMethod(FusedMoEMethodBase):
+    """Creates the packed weights as the checkpoint has them; after loading, a core backend takes them over."""
+
+    def __init__(self, moe: FusedMoEConfig, backend_name: str) -> None:
+        super().__init__(moe)
+        self.backend_name = backend_name
+        self.backend: ExpertsBackend | None = None
+        self.number = next(_numbers)
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        inner = intermediate_size_per_partition
+        if inner % GROUP_SIZE:
+            raise ValueError(
+                f"tensor parallelism leaves {inner} of moe_intermediate_size on a rank, which is no multiple of the "
+                f"INT4 group of {GROUP_SIZE}: choose a smaller tensor parallel size, or add --enable-expert-parallel."
+            )
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "w13_weight_packed": ((num_experts, 2 * inner, hidden_size // PACK_FACTOR), torch.int32),
+            "w13_weight_scale": ((num_experts, 2 * inner, hidden_size // GROUP_SIZE), torch.bfloat16),
+            "w13_weight_shape": ((num_experts, 2), torch.int32),
+            "w2_weight_packed": ((num_experts, hidden_size, inner // PACK_FACTOR), torch.int32),
+            "w2_weight_scale": ((num_experts, hidden_size, inner // GROUP_SIZE), torch.bfloat16),
+            "w2_weight_shape": ((num_experts, 2), torch.int32),
+        }
+        # vLLM's loader reads these to cut for tensor parallelism and to place an expert.
+        extra_weight_attrs.update({"is_transposed": False, "quant_method": "group"})
+        for name, (shape, dtype) in shapes.items():
+            parameter = torch.nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+            layer.register_parameter(name, parameter)
+            set_weight_attrs(parameter, extra_weight_attrs)
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        weights = ExpertWeights(
+            layer.w13_weight_packed.data,
+            layer.w13_weight_scale.data,
+            layer.w2_weight_packed.data,
+            layer.w2_weight_scale.data,
+        )
+        for name in list(layer._parameters):
+            if name.startswith(("w13_weight", "w2_weight")):
+                delattr(layer, name)
+        self.backend = create_experts(weights, self.backend_name)
+        _backends[self.number] = self.backend
+        # Registered again, so that EPLB finds and moves what the backend computes with.
+        for name, tensor in self.backend.tensors().items():
+            layer.register_parameter(f"k26_{name}", torch.nn.Parameter(tensor, requires_grad=False))
+        self.moe_quant_config = self.get_fused_moe_quant_config(layer)
+        if compat.kernel_takes_experts_only():
+            self.moe_kernel = compat.make_kernel(self, layer, self._make_experts)
+
+    def _make_experts(self, moe: FusedMoEConfig, quant_config: Any) -> K26Experts:
+        return K26Experts(moe, quant_config, self.number)
+
+    def get_fused_moe_quant_config(self, layer: torch.nn.Module) -> Any:
+        return FUSED_MOE_UNQUANTIZED_CONFIG  # the activations are not quantised, and the weights are ours
+
+    def maybe_make_prepare_finalize(self, *args: Any, **kwargs: Any) -> None:
+        """0.19.1 would build its own kernel around the method; the method applies the experts there."""
+        return None
+
+    @property
+    def supports_eplb(self) -> bool:
+        return True
+
+    def apply(
+        self,
+        layer: Any,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: Any = None,
+        shared_experts_input: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if self.moe_kernel is None:
+            result: torch.Tensor = torch.ops.k26.routed_experts(
+                x, topk_weights, topk_ids, layer.expert_map, self.number
+            )
+            return result
+        output: torch.Tensor = self.moe_kernel.apply(
+            x,
+            layer.k26_w13_packed,
+            layer.k26_w2_packed,
+            topk_weights=topk_weights,
+            topk_ids=topk_ids,
+            activation=layer.activation,
+            global_num_experts=layer.global_num_experts,
+            expert_map=layer.expert_map,
+            apply_router_weight_on_input=layer.apply_router_weight_on_input,
+            shared_experts=shared_experts,
+            shared_experts_input=shared_experts_input,
+        )
+        return output
+
+
+class K26Experts(mk.FusedMoEExpertsModular):
+    """The experts' part of vLLM's modular kernel; weighting and the sum over the chosen experts are ours."""
+
+    def __init__(self, moe_config: FusedMoEConfig, quant_config: Any, number: int) -> None:
+        super().__init__(moe_config, quant_config)
+        self.number = number
+
+    @staticmethod
+    def activation_format() -> mk.FusedMoEActivationFormat:
+        return mk.FusedMoEActivationFormat.Standard
+
+    # vLLM's oracle asks these before it takes a class. This one is not offered to it: the method has already chosen.
+    @staticmethod
+    def _supports_current_device() -> bool:
+        return True
+
+    @staticmethod
+    def _supports_no_act_and_mul() -> bool:
+        return False
+
+    @staticmethod
+    def _supports_quant_scheme(weight_key: Any, activation_key: Any) -> bool:
+        return activation_key is None
+
+    @staticmethod
+    def _supports_activation(activation: Any) -> bool:
+        return getattr(activation, "value", activation) == "silu"
+
+    @staticmethod
+    def _supports_parallel_config(moe_parallel_config: Any) -> bool:
+        return True
+
+    def supports_expert_map(self) -> bool:
+        return True
+
+    def moe_problem_size(
+        self, a1: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, topk_ids: torch.Tensor
+    ) -> tuple[int, int, int, int, int]:
+        """(local experts, tokens, w13 rows, hidden size, top_k): the packed weights' own last dimension is none of these."""
+        rows = 2 * self.moe_config.intermediate_size_per_partition
+        return w1.shape[0], a1.shape[0], rows, a1.shape[-1], topk_ids.shape[1]
+
+    def workspace_shapes(
+        self, M: int, N: int, K: int, topk: int, *args: Any  # noqa: N803 - vLLM's names
+    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        return (0,), (0,), (M, K)
+
+    def finalize_weight_and_reduce_impl(self) -> Any:
+        return TopKWeightAndReduceNoOP()
+
+    def apply(
+        self,
+        output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        activation: Any,
+        global_num_experts: int,
+        expert_map: torch.Tensor | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        output.copy_(torch.ops.k26.routed_experts(hidden_states, topk_weights, topk_ids, expert_map, self.number))
+
+
+def use_core_experts(vllm_config: Any, backend_name: str) -> None:
+    """Give this model's quantisation configuration our method for routed experts, and leave the rest of it alone.
+
+    The object's class is replaced by a subclass of its own: the configuration of another model in the process keeps its.
+    """
+    quant_config = vllm_config.quant_config
+    base = compat.compressed_tensors_config()
+    if not isinstance(quant_config, base):
+        raise compat.UnsupportedEngineError(
+            f"vLLM {compat.vllm_version()} read the INT4 checkpoint as {type(quant_config).__name__}, expected "
+            f"{base.__name__}: remove --quantization, or set K26_EXPERTS=engine to keep vLLM's experts."
+        )
+
+    class K26QuantConfig(type(quant_config)):  # type: ignore[misc]
+        def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+            if compat.is_routed_experts(layer):
+                return K26ExpertsMethod(layer.moe_config, backend_name)
+            return super().get_quant_method(layer, prefix)
+
+    quant_config.__class__ = K26QuantConfig
+    logger.info("k26-plugins: INT4 experts run on the core (%s).", backend_name)

@@ -1,0 +1,38 @@
+"""Accounting of the weights that vLLM's loader delivers, against the core's table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from k26_plugins.common.checkpoint import CheckpointError, compare, tensor_table
+from k26_plugins.common.checkpoint.table import TORCH_DTYPES
+from k26_plugins.common.config import K26Config
+
+_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()} | {torch.float16: "F16"}
+NUM_NAMES_SHOWN = 8
+
+
+def account(
+    weights: Iterable[tuple[str, torch.Tensor]], config: K26Config, *, all_experts: bool
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Pass the weights on one by one; raise CheckpointError for one that is extra, repeated, mistyped or missing.
+
+    all_experts: False where vLLM skips the experts of other ranks before they arrive here.
+    """
+    table = tensor_table(config)
+    seen: set[str] = set()
+    for name, tensor in weights:
+        problem = compare(name, tensor.shape, _NAMES.get(tensor.dtype, str(tensor.dtype)), table.get(name))
+        if problem:
+            raise CheckpointError(f"{name} {problem.message}")
+        if name in seen:
+            raise CheckpointError(f"{name} is in the checkpoint twice: delete the file that is not of this model.")
+        seen.add(name)
+        yield name, tensor
+    missing = [name for name, spec in table.items() if name not in seen and (all_experts or spec.expert is None)]
+    if missing:
+        shown = ", ".join(missing[:NUM_NAMES_SHOWN])
+        more = f" and {len(missing) - NUM_NAMES_SHOWN} more" if len(missing) > NUM_NAMES_SHOWN else ""
+        raise CheckpointError(f"missing from the checkpoint: {shown}{more}. Download it again.")

@@ -1,0 +1,52 @@
+"""Kimi-K2.6 in vLLM: the in-tree class, with what the core defines put in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.platforms import current_platform
+
+from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, experts_setting
+from k26_plugins.vllm import compat, logger
+from k26_plugins.vllm.config import core_config
+from k26_plugins.vllm.experts import use_core_experts
+from k26_plugins.vllm.loading import account
+from k26_plugins.vllm.processing import K26ProcessingInfo
+
+_in_tree = compat.in_tree_model()
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    _in_tree.KimiK25MultiModalProcessor, info=K26ProcessingInfo, dummy_inputs=_in_tree.KimiK25DummyInputsBuilder
+)
+class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):  # type: ignore[misc, name-defined]
+    """Keeps the in-tree class' name: vLLM compares names."""
+
+    def __init__(self, vllm_config: Any, prefix: str = "") -> None:
+        self.core_config = core_config(vllm_config.model_config.hf_config)
+        self.expert_parallel = vllm_config.parallel_config.enable_expert_parallel
+        self.weights_loaded = False
+        backend = _experts_for_this_device()
+        if self.core_config is not None and backend != ENGINE:
+            use_core_experts(vllm_config, backend)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        # Later calls update some of the weights of a running server (RLHF); only the first must be whole.
+        if self.core_config is not None and not self.weights_loaded:
+            weights = account(weights, self.core_config, all_experts=not self.expert_parallel)
+        loaded: set[str] = super().load_weights(weights)
+        self.weights_loaded = True
+        return loaded
+
+
+def _experts_for_this_device() -> str:
+    """The setting, with `auto` resolved: the core where it has a fast backend, else the engine's own experts."""
+    setting = experts_setting()
+    if setting == "auto" and not current_platform.is_cpu():
+        logger.info("k26-plugins: vLLM's own INT4 experts are kept on this device (%s chooses).", EXPERTS_VARIABLE)
+        return ENGINE
+    return setting
