@@ -140,7 +140,8 @@ class TextConfig:
     @property
     def softmax_scale(self) -> float:
         """Scale of the attention scores, in the plain and in the absorbed form: 0.1446796258 for the published model."""
-        return self.qk_head_dim**-0.5 * self.rope_scaling.magnitude(self.rope_scaling.mscale_all_dim) ** 2
+        scale: float = self.qk_head_dim**-0.5 * self.rope_scaling.magnitude(self.rope_scaling.mscale_all_dim) ** 2
+        return scale
 
     def is_moe_layer(self, layer: int) -> bool:
         return layer >= self.first_k_dense_replace
@@ -356,9 +357,9 @@ def _read_quantization(quantization: object) -> QuantConfig:
 def _read_int4(quantization: object) -> QuantConfig:
     if not isinstance(quantization, Mapping):
         _refuse("quantization_config", quantization, "the INT4 description, at the top level or inside text_config")
-    for name, expected in (("quant_method", "compressed-tensors"), ("format", "pack-quantized")):
-        if quantization.get(name) != expected:
-            _refuse(f"quantization_config.{name}", quantization.get(name), repr(expected))
+    for name, required in (("quant_method", "compressed-tensors"), ("format", "pack-quantized")):
+        if quantization.get(name) != required:
+            _refuse(f"quantization_config.{name}", quantization.get(name), repr(required))
     groups = quantization.get("config_groups")
     if not isinstance(groups, Mapping) or len(groups) != 1:
         _refuse("quantization_config.config_groups", groups, "one group")
@@ -368,7 +369,8 @@ def _read_int4(quantization: object) -> QuantConfig:
         _refuse("quantization_config.config_groups.weights", weights, "an object")
     if group.get("input_activations") is not None:
         _refuse("quantization_config.config_groups.input_activations", group["input_activations"], "null")
-    for name, expected in (("type", "int"), ("symmetric", True), ("strategy", "group")):
+    fixed: dict[str, object] = {"type": "int", "symmetric": True, "strategy": "group"}
+    for name, expected in fixed.items():
         if weights.get(name) != expected:
             _refuse(f"quantization_config.config_groups.weights.{name}", weights.get(name), repr(expected))
     if weights.get("actorder"):

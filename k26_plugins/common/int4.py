@@ -35,7 +35,8 @@ def unpack(packed: torch.Tensor) -> torch.Tensor:
     shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=packed.device)
     # The shift is arithmetic: mask after it.
     nibbles = (packed.unsqueeze(-1) >> shifts) & 0xF
-    return (nibbles - OFFSET).to(torch.int8).flatten(-2)
+    q: torch.Tensor = (nibbles - OFFSET).to(torch.int8).flatten(-2)
+    return q
 
 
 def dequantise(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -47,7 +48,8 @@ def dequantise(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = t
         )
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     q = unpack(packed).unflatten(-1, (-1, GROUP_SIZE))
-    return (q.to(compute) * scale.to(compute).unsqueeze(-1)).flatten(-2).to(dtype)
+    weight: torch.Tensor = (q.to(compute) * scale.to(compute).unsqueeze(-1)).flatten(-2)
+    return weight.to(dtype)
 
 
 def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -57,7 +57,9 @@ class MediaConfig:
         self._require_positive("temporal_merge_kernel_size")
         for name in ("image_mean", "image_std"):
             if len(getattr(self, name)) != 3:
-                raise MediaError(f"preprocessor_config.json: {name} is {getattr(self, name)!r}, expected three numbers.")
+                raise MediaError(
+                    f"preprocessor_config.json: {name} is {getattr(self, name)!r}, expected three numbers."
+                )
 
     def _require_positive(self, name: str) -> None:
         value = getattr(self, name)
@@ -172,9 +174,7 @@ def media_resize(frames: Sequence[Image.Image], config: MediaConfig, *, is_video
     return navit_resize(*frames[0].size, config)
 
 
-def patchify(
-    frames: Sequence[Image.Image], resize: Resize, config: MediaConfig
-) -> npt.NDArray[np.uint8]:
+def patchify(frames: Sequence[Image.Image], resize: Resize, config: MediaConfig) -> npt.NDArray[np.uint8]:
     """Resize, pad with 0 and cut: uint8 `[frames · grid_h · grid_w, 3, patch, patch]`, frame by frame, row by row."""
     patch = config.patch_size
     size = (resize.width, resize.height)
@@ -216,6 +216,6 @@ def preprocess(
     if len(media) == 1:
         return patchify(media[0], resizes[0], config), grids
     with ThreadPoolExecutor(max_workers=_MAX_THREADS) as pool:
-        parts = list(pool.map(lambda pair: patchify(*pair, config), zip(media, resizes, strict=True)))
+        parts = list(pool.map(lambda pair: patchify(pair[0], pair[1], config), zip(media, resizes, strict=True)))
     patch = config.patch_size
     return np.concatenate(parts) if parts else np.empty((0, 3, patch, patch), dtype=np.uint8), grids

@@ -51,7 +51,7 @@ class PositionEmbedding(nn.Module):
         """`[t · h · w, D]`. Raises ValueError for more frames than a chunk has."""
         if not 1 <= t <= self.max_frames:
             raise ValueError(f"a medium has {t} frames, expected 1 to {self.max_frames}: split the video into chunks.")
-        grid = self.weight
+        grid: torch.Tensor = self.weight
         if (h, w) != tuple(grid.shape[:2]):
             resampled = F.interpolate(
                 grid.permute(2, 0, 1).unsqueeze(0), size=(h, w), mode="bicubic", align_corners=False

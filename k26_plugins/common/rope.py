@@ -29,7 +29,9 @@ def yarn_inv_freq(config: TextConfig) -> torch.Tensor:
     return (theta / yarn.factor * ramp + theta * (1 - ramp)).float()
 
 
-def apply_rope(x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor, magnitude: float = 1.0) -> torch.Tensor:
+def apply_rope(
+    x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor, magnitude: float = 1.0
+) -> torch.Tensor:
     """Turn the pairs (x_2j, x_2j+1) of `[num_tokens, ..., dim]` by position · inv_freq_j, in float32.
 
     positions: `[num_tokens]`. magnitude: YaRN's factor on cosine and sine, 1 for the published model.

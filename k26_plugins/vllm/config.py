@@ -55,7 +55,9 @@ def _check_headers(folder: Path) -> None:
         return  # a name on the hub, or dummy weights: what arrives is checked while it is loaded
     problems = check(folder).problems
     if problems:
-        shown = "\n".join(f"  {problem.fault}: {problem.name} {problem.message}" for problem in problems[:NUM_PROBLEMS_SHOWN])
+        shown = "\n".join(
+            f"  {problem.fault}: {problem.name} {problem.message}" for problem in problems[:NUM_PROBLEMS_SHOWN]
+        )
         more = f"\n  and {len(problems) - NUM_PROBLEMS_SHOWN} more" if len(problems) > NUM_PROBLEMS_SHOWN else ""
         raise CheckpointError(
             f"the checkpoint in {folder} has {len(problems)} faults:\n{shown}{more}\n"

@@ -190,7 +190,12 @@ class K26Experts(mk.FusedMoEExpertsModular):
         return w1.shape[0], a1.shape[0], rows, a1.shape[-1], topk_ids.shape[1]
 
     def workspace_shapes(
-        self, M: int, N: int, K: int, topk: int, *args: Any  # noqa: N803 - vLLM's names
+        self,
+        M: int,
+        N: int,
+        K: int,
+        topk: int,
+        *args: Any,
     ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         return (0,), (0,), (M, K)
 
@@ -217,7 +222,7 @@ class K26Experts(mk.FusedMoEExpertsModular):
 def use_core_experts(vllm_config: Any, backend_name: str) -> None:
     """Give this model's quantisation configuration our method for routed experts, and leave the rest of it alone.
 
-    The object's class is replaced by a subclass of its own: the configuration of another model in the process keeps its.
+    The object's class is replaced by a subclass of its own: the one of another model in the process keeps its.
     """
     quant_config = vllm_config.quant_config
     base = compat.compressed_tensors_config()

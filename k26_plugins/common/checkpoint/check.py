@@ -60,7 +60,9 @@ def check(folder: str | Path, on_file: Callable[[int, int], None] = lambda done,
             broken = {problem.name for problem in problems}
             for entry in entries:
                 if entry.name in found:
-                    message = f"is in {found[entry.name]} and in {file.name}: delete the file that is not of this model."
+                    message = (
+                        f"is in {found[entry.name]} and in {file.name}: delete the file that is not of this model."
+                    )
                     report.problems.append(Problem(Fault.REPEATED, entry.name, message))
                     continue
                 found[entry.name] = file.name
@@ -98,7 +100,11 @@ def _read_file(file: Path) -> tuple[list[HeaderEntry], list[Problem]]:
     except CheckpointError as error:
         return [], [Problem(Fault.UNREADABLE, file.name, str(error))]
     problems = [
-        Problem(Fault.TRUNCATED, entry.name, f"ends at byte {entry.end} of {file.name}, which has {size}: download it again.")
+        Problem(
+            Fault.TRUNCATED,
+            entry.name,
+            f"ends at byte {entry.end} of {file.name}, which has {size}: download it again.",
+        )
         for entry in entries
         if entry.end > size
     ]

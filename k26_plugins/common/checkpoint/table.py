@@ -60,7 +60,8 @@ def shard(tensor: torch.Tensor, spec: TensorSpec, rank: int, size: int) -> torch
         )
     blocks = tensor.unflatten(spec.shard_dim, (spec.shard_blocks, length))
     part = blocks.narrow(spec.shard_dim + 1, rank * (length // size), length // size)
-    return part.flatten(spec.shard_dim, spec.shard_dim + 1)
+    flat: torch.Tensor = part.flatten(spec.shard_dim, spec.shard_dim + 1)
+    return flat
 
 
 def tensor_table(config: K26Config) -> dict[str, TensorSpec]:
@@ -143,9 +144,7 @@ def _vision_tower(vision: VisionConfig) -> Iterator[TensorSpec]:
     prefix = "vision_tower"
     yield TensorSpec(f"{prefix}.patch_embed.proj.weight", (hidden, 3, vision.patch_size, vision.patch_size))
     yield TensorSpec(f"{prefix}.patch_embed.proj.bias", (hidden,))
-    yield TensorSpec(
-        f"{prefix}.patch_embed.pos_emb.weight", (vision.pos_emb_height, vision.pos_emb_width, hidden)
-    )
+    yield TensorSpec(f"{prefix}.patch_embed.pos_emb.weight", (vision.pos_emb_height, vision.pos_emb_width, hidden))
     for index in range(vision.num_hidden_layers):
         block = f"{prefix}.encoder.blocks.{index}"
         for name in ("norm0", "norm1"):

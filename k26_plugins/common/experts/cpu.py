@@ -53,7 +53,8 @@ class PackedLayout:
         nibbles = torch.stack((low, high), -1).flatten(-2) if self.interleaved else torch.cat((low, high), -1)
         # Wraps below zero, as the two's complement of u − 8 does.
         q = nibbles.sub_(8).view(torch.int8).to(torch.bfloat16)
-        return q.unflatten(1, (-1, GROUP_SIZE)).mul_(scale.unsqueeze(2)).flatten(1, 2)
+        weights: torch.Tensor = q.unflatten(1, (-1, GROUP_SIZE)).mul_(scale.unsqueeze(2)).flatten(1, 2)
+        return weights
 
 
 @cache

@@ -1,0 +1,96 @@
+"""Kimi's tokenizer on the tiktoken library, from the checkpoint's own `tiktoken.model`; no code of it is executed."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Sequence
+from pathlib import Path
+
+import tiktoken
+
+from k26_plugins.common.config import K26Config
+from k26_plugins.common.prompt.special_tokens import NUM_SPECIAL_TOKENS, special_token_ids
+
+RANKS_FILE = "tiktoken.model"
+
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+# Specification 5.1. Runs of Han characters stand for themselves; the letter classes leave Han out.
+SPLIT_PATTERN = "|".join(
+    [
+        r"[\p{Han}]+",
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTION}",
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    ]
+)
+
+
+class TokenizerError(ValueError):
+    """A tokenizer that is not this model's. The message names the file or the token, and the remedy."""
+
+
+class KimiTokenizer:
+    """Text to token ids and back."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Read `tiktoken.model` of a checkpoint's folder. Raises TokenizerError."""
+        ranks = _read_ranks(Path(folder) / RANKS_FILE)
+        self.named = special_token_ids(len(ranks))
+        first = len(ranks)
+        names = {token_id: name for name, token_id in self.named.items()}
+        slots = range(first, first + NUM_SPECIAL_TOKENS)
+        special = {names.get(token_id, f"<|reserved_token_{token_id}|>"): token_id for token_id in slots}
+        self.vocab_size = first + NUM_SPECIAL_TOKENS
+        self._encoding = tiktoken.Encoding("kimi", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=special)
+
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        """Token ids of `text`. A control token's name in it stays text, unless allow_special: rendered prompts need it."""
+        if allow_special:
+            return self._encoding.encode(text, allowed_special="all")
+        return self._encoding.encode_ordinary(text)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids; bytes that are no UTF-8 become U+FFFD."""
+        return self._encoding.decode(list(token_ids))
+
+    def check(self, config: K26Config) -> None:
+        """Raise TokenizerError where the configuration and the tokenizer disagree on an id."""
+        if self.vocab_size != config.text.vocab_size:
+            raise TokenizerError(
+                f"{RANKS_FILE} gives {self.vocab_size} tokens and config.json {config.text.vocab_size}: "
+                f"they are of two models, download both again."
+            )
+        expected = {
+            "[BOS]": config.bos_token_id,
+            "[PAD]": config.pad_token_id,
+            "<|media_pad|>": config.media_placeholder_token_id,
+        }
+        for name, token_id in expected.items():
+            if self.named[name] != token_id:
+                raise TokenizerError(
+                    f"{name} is token {self.named[name]} in {RANKS_FILE} and {token_id} in config.json: "
+                    f"they are of two models, download both again."
+                )
+
+
+def _read_ranks(file: Path) -> dict[bytes, int]:
+    ranks: dict[bytes, int] = {}
+    try:
+        for line in file.read_bytes().splitlines():
+            if line:
+                token, rank = line.split()
+                ranks[base64.b64decode(token, validate=True)] = int(rank)
+    except OSError as error:
+        raise TokenizerError(f"{file} cannot be read ({error.strerror}): download it with the checkpoint.") from error
+    except (ValueError, binascii.Error) as error:
+        raise TokenizerError(f"{file} is damaged ({error}): download it again.") from error
+    if sorted(ranks.values()) != list(range(len(ranks))) or not ranks:
+        raise TokenizerError(f"{file} is damaged: its {len(ranks)} ranks are not 0 to {len(ranks) - 1}.")
+    return ranks
