@@ -25,7 +25,8 @@ def pack(q: torch.Tensor) -> torch.Tensor:
     nibbles = (q.to(torch.int32) + OFFSET).unflatten(-1, (-1, PACK_FACTOR))
     shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=q.device)
     # int32 addition wraps as the bits do: no two nibbles overlap, so a sum is an or.
-    return (nibbles << shifts).sum(-1, dtype=torch.int32)
+    words: torch.Tensor = (nibbles << shifts).sum(-1, dtype=torch.int32)
+    return words
 
 
 def unpack(packed: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ def register() -> None:
         from k26_plugins.vllm import compat
 
         compat.register_model("k26_plugins.vllm.model")
+        compat.register_tokenizer("k26_plugins.vllm.tokenizer", "K26Tokenizer")
         compat.register_config_hook("k26_plugins.vllm.config")
     except Exception:
         logger.exception("k26-plugins is not active: vLLM serves Kimi-K2.6 with its own code.")

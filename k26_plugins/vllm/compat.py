@@ -14,6 +14,7 @@ from typing import Any
 from k26_plugins.common.config import ARCHITECTURE
 
 CHECKED_VERSIONS = "0.19.1 to 0.32.0"
+TOKENIZER_MODE = "k26"
 
 
 class UnsupportedEngineError(RuntimeError):
@@ -56,6 +57,16 @@ def register_config_hook(module: str) -> None:
             importlib.import_module(module).prepare(model_config)
 
     private("vllm.model_executor.models.config", "MODELS_CONFIG_MAP")[ARCHITECTURE] = K26ConfigHook
+
+
+def register_tokenizer(module: str, class_name: str) -> None:
+    """Add the tokenizer mode `k26`, with vLLM's ordinary rendering of chats around it."""
+    tokenizers = private("vllm.tokenizers.registry", "TokenizerRegistry")
+    renderers = private("vllm.renderers.registry", "RENDERER_REGISTRY")
+    if TOKENIZER_MODE not in tokenizers.tokenizers:
+        tokenizers.register(TOKENIZER_MODE, module, class_name)
+    if TOKENIZER_MODE not in renderers.renderers:
+        renderers.register(TOKENIZER_MODE, "vllm.renderers.hf", "HfRenderer")
 
 
 def in_tree_model() -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 from k26_plugins.common.checkpoint import CheckpointError, check
 from k26_plugins.common.config import K26Config, UnsupportedQuantizationError
-from k26_plugins.vllm import logger
+from k26_plugins.vllm import compat, logger
 
 NUM_PROBLEMS_SHOWN = 8
 
@@ -29,6 +29,8 @@ def prepare(model_config: Any) -> None:
 
     Raises ConfigError or CheckpointError, which stop the start in the process that the user looks at.
     """
+    if model_config.tokenizer_mode == "auto":
+        model_config.tokenizer_mode = compat.TOKENIZER_MODE
     config = core_config(model_config.hf_config)
     if config is None:
         return

@@ -46,9 +46,9 @@ class KimiTokenizer:
         first = len(ranks)
         names = {token_id: name for name, token_id in self.named.items()}
         slots = range(first, first + NUM_SPECIAL_TOKENS)
-        special = {names.get(token_id, f"<|reserved_token_{token_id}|>"): token_id for token_id in slots}
+        self.special = {names.get(token_id, f"<|reserved_token_{token_id}|>"): token_id for token_id in slots}
         self.vocab_size = first + NUM_SPECIAL_TOKENS
-        self._encoding = tiktoken.Encoding("kimi", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=special)
+        self._encoding = tiktoken.Encoding("kimi", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=self.special)
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Token ids of `text`. A control token's name in it stays text, unless allow_special: rendered prompts need it."""

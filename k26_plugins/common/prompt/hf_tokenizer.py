@@ -1,0 +1,77 @@
+"""The tokenizer as the engines want it: a fast Hugging Face tokenizer, built from `tiktoken.model` without remote code.
+
+transformers' own conversion of this file splits text by a generic pattern and, in some releases, shifts the ids of the
+special tokens. Here the pattern is Kimi's and the ids are the file's.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import TikTokenConverter
+
+from k26_plugins.common.prompt.chat import TEMPLATE_FILE, own_template
+from k26_plugins.common.prompt.tokenizer import RANKS_FILE, SPLIT_PATTERN, KimiTokenizer, TokenizerError
+
+# Control tokens that the engines' parsers must find in decoded text.
+VISIBLE = ("<think>", "</think>", "<|tool_call")
+
+
+def load_hf_tokenizer(folder: str | Path, **kwargs: Any) -> PreTrainedTokenizerFast:
+    """Build the tokenizer of a checkpoint's folder; `kwargs` go to its constructor. Raises TokenizerError.
+
+    Control tokens in text become control tokens, as with the published tokenizer: chat prompts are rendered to text.
+    """
+    folder = Path(folder)
+    reference = KimiTokenizer(folder)
+    tokenizer = TikTokenConverter(vocab_file=str(folder / RANKS_FILE), pattern=SPLIT_PATTERN).converted()
+    added = [
+        AddedToken(name, normalized=False, special=not name.startswith(VISIBLE))
+        for name in sorted(reference.special, key=reference.special.__getitem__)
+    ]
+    # Added in the order of their ids, which follow the ranks without a gap.
+    tokenizer.add_tokens(added)
+    settings = _read_settings(folder / "tokenizer_config.json")
+    template = folder / TEMPLATE_FILE
+    if template.exists():
+        settings.setdefault("chat_template", template.read_text(encoding="utf-8"))
+    settings.setdefault("chat_template", own_template())
+    built = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{**settings, **kwargs})
+    _compare(built, reference)
+    return built
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "bos_token": "[BOS]",
+        "eos_token": "[EOS]",
+        "unk_token": "[UNK]",
+        "pad_token": "[PAD]",
+        "clean_up_tokenization_spaces": False,
+    }
+    if file.exists():
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise TokenizerError(f"{file} is not readable as JSON ({error}): download it again.") from error
+        settings.update({name: content[name] for name in ("model_max_length", "chat_template") if name in content})
+    return settings
+
+
+def _compare(built: PreTrainedTokenizerFast, reference: KimiTokenizer) -> None:
+    for name, token_id in reference.special.items():
+        if built.convert_tokens_to_ids(name) != token_id:
+            raise TokenizerError(
+                f"the tokenizers library gave {name} the id {built.convert_tokens_to_ids(name)}, expected {token_id}: "
+                f"install the versions of tokenizers and transformers that your engine asks for."
+            )
+    for text in ("Hello, world!", "中文English混合", "I'm 1234567890\r\n  x", "Ünï ÇODE's été"):
+        if built.encode(text, add_special_tokens=False) != reference.encode(text):
+            raise TokenizerError(
+                f"the tokenizers library splits {text!r} otherwise than the model does: install the versions of "
+                f"tokenizers and transformers that your engine asks for."
+            )
