@@ -48,7 +48,9 @@ class KimiTokenizer:
         slots = range(first, first + NUM_SPECIAL_TOKENS)
         self.special = {names.get(token_id, f"<|reserved_token_{token_id}|>"): token_id for token_id in slots}
         self.vocab_size = first + NUM_SPECIAL_TOKENS
-        self._encoding = tiktoken.Encoding("kimi", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=self.special)
+        self._encoding = tiktoken.Encoding(
+            "kimi", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=self.special
+        )
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Token ids of `text`. A control token's name in it stays text, unless allow_special: rendered prompts need it."""

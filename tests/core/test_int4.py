@@ -1,0 +1,50 @@
+"""The INT4 format, against compressed-tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+
+from k26_plugins.common.int4 import PackingError, dequantise, pack, quantise, unpack
+
+
+def test_the_specifications_vectors() -> None:
+    q = torch.tensor([list(range(-8, 0)), list(range(8))], dtype=torch.int8)
+    assert pack(q).flatten().tolist() == [0x76543210, -19088744]
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (3, 32), (64, 128), (5, 4096)], ids=str)
+def test_bit_equal_with_compressed_tensors(shape: tuple[int, int]) -> None:
+    q = torch.randint(-8, 8, shape, generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+    packed = pack_to_int32(q, 4)
+    assert torch.equal(pack(q), packed)
+    assert torch.equal(unpack(packed), unpack_from_int32(packed, 4, torch.Size(shape)))
+
+
+def test_dequantise_is_the_product_rounded_once() -> None:
+    weight = torch.randn(16, 96, generator=torch.Generator().manual_seed(0))
+    packed, scale = quantise(weight)
+    q = unpack_from_int32(packed, 4, torch.Size(weight.shape))
+    expected = q.double() * scale.double().repeat_interleave(32, dim=1)
+    assert torch.equal(dequantise(packed, scale, torch.float64), expected)
+    assert torch.equal(dequantise(packed, scale), expected.to(torch.bfloat16))
+    # Half a step, and what bfloat16 rounds off the scale (2^-9) at the eighth step.
+    step = scale.double().repeat_interleave(32, dim=1)
+    assert ((expected - weight.double()).abs() <= step * (0.5 + 8 / 2**8)).all()
+
+
+def test_a_group_of_zeros_stays_zero() -> None:
+    packed, scale = quantise(torch.zeros(2, 32))
+    assert torch.equal(dequantise(packed, scale), torch.zeros(2, 32, dtype=torch.bfloat16))
+
+
+def test_shapes_and_dtypes_that_do_not_fit() -> None:
+    with pytest.raises(PackingError, match="multiple of 8"):
+        pack(torch.zeros(2, 12, dtype=torch.int8))
+    with pytest.raises(PackingError, match="multiple of 32"):
+        quantise(torch.zeros(2, 48))
+    with pytest.raises(PackingError, match="int32"):
+        unpack(torch.zeros(2, 4, dtype=torch.int64))
+    with pytest.raises(PackingError, match="do not belong together"):
+        dequantise(torch.zeros(2, 8, dtype=torch.int32), torch.zeros(2, 1))

@@ -1,0 +1,120 @@
+"""Tokenizer and chat rendering, by the specification's facts."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from k26_plugins.common.config import K26Config
+from k26_plugins.common.prompt.chat import expand_media_placeholders, render
+from k26_plugins.common.prompt.hf_tokenizer import load_hf_tokenizer
+from k26_plugins.common.prompt.special_tokens import special_token_ids
+from k26_plugins.common.prompt.tokenizer import KimiTokenizer, TokenizerError
+from k26_plugins.common.tiny import TinySizes, make_tiny
+
+
+@pytest.fixture(scope="module")
+def full_vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with as many tokens as the published one; its ranks are made up, its special ids are real."""
+    folder = tmp_path_factory.mktemp("full") / "checkpoint"
+    sizes = TinySizes(vocab_size=163840, hidden_size=64, layers=2, vision_layers=1, experts=2, moe_intermediate_size=32)
+    make_tiny(folder, sizes)
+    return folder
+
+
+def test_special_tokens_have_the_published_ids(full_vocabulary: Path) -> None:
+    ids = special_token_ids(163584)
+    published = {
+        "[BOS]": 163584, "[EOS]": 163585, "<|im_end|>": 163586, "<|im_user|>": 163587, "<|im_assistant|>": 163588,
+        "<|start_header_id|>": 163590, "<|end_header_id|>": 163591, "[EOT]": 163593, "<|im_system|>": 163594,
+        "<|tool_calls_section_begin|>": 163595, "<|tool_calls_section_end|>": 163596, "<|tool_call_begin|>": 163597,
+        "<|tool_call_argument_begin|>": 163598, "<|tool_call_end|>": 163599, "<|im_middle|>": 163601,
+        "<|media_begin|>": 163602, "<|media_content|>": 163603, "<|media_end|>": 163604, "<|media_pad|>": 163605,
+        "<think>": 163606, "</think>": 163607, "[UNK]": 163838, "[PAD]": 163839,
+    }  # fmt: skip
+    assert ids == published
+    tokenizer = load_hf_tokenizer(full_vocabulary)
+    for name, token_id in published.items():
+        assert tokenizer.convert_tokens_to_ids(name) == token_id
+    assert tokenizer.convert_tokens_to_ids("<|reserved_token_163600|>") == 163600
+    assert len(tokenizer) == 163840
+
+
+def test_both_tokenizers_give_the_same_ids(full_vocabulary: Path) -> None:
+    """The fast one against the tiktoken library, on strings that the split pattern's every branch takes part in."""
+    fast, plain = load_hf_tokenizer(full_vocabulary), KimiTokenizer(full_vocabulary)
+    rng = random.Random(0)
+    alphabet = "abcXYZ éÜß中文字漢 \n\r\t'’s12345.,!?-—😀ñज्ञ한국어あカǅ\u0301ʰ'll'RE<>|"
+    for _ in range(500):
+        text = "".join(rng.choice(alphabet) for _ in range(rng.randint(1, 60)))
+        ids = plain.encode(text)
+        assert fast.encode(text, add_special_tokens=False) == ids, text
+        assert plain.decode(ids) == text
+
+
+def test_control_tokens_in_text_stay_text_by_default(tiny_folder: Path) -> None:
+    tokenizer = KimiTokenizer(tiny_folder)
+    assert 258 not in tokenizer.encode("a<|im_end|>b")
+    assert tokenizer.encode("a<|im_end|>b", allow_special=True) == [97, 258, 98]
+    assert tokenizer.decode([97, 258, 98]) == "a<|im_end|>b"
+
+
+def test_files_of_two_models_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match="gives 512 tokens and config.json 163840"):
+        KimiTokenizer(tiny_folder).check(K26Config())
+    with pytest.raises(TokenizerError, match="cannot be read"):
+        KimiTokenizer(tmp_path)
+    for content in ("YQ==", "YQ== 5\n", "!!! 0\n", ""):
+        (tmp_path / "tiktoken.model").write_text(content)
+        with pytest.raises(TokenizerError, match="damaged"):
+            KimiTokenizer(tmp_path)
+
+
+USER = {"role": "user", "content": "Hi"}
+
+
+def test_a_turn_is_rendered_as_specified() -> None:
+    assert render([USER]) == "<|im_user|>user<|im_middle|>Hi<|im_end|><|im_assistant|>assistant<|im_middle|><think>"
+    assert render([USER], thinking=False).endswith("<|im_middle|><think></think>")
+    assert render([USER], add_generation_prompt=False).endswith("Hi<|im_end|>")
+    assert render([{"role": "system", "content": "S", "name": "n"}, USER]).startswith(
+        "<|im_system|>n<|im_middle|>S<|im_end|>"
+    )
+
+
+def test_media_are_followed_by_a_newline() -> None:
+    image = {"type": "image_url", "image_url": {"url": "data:"}}
+    video = {"type": "video_url", "video_url": {"url": "data:"}}
+    text = {"type": "text", "text": "What?"}
+    assert "<|media_begin|>image<|media_content|><|media_pad|><|media_end|>\nWhat?" in render(
+        [{"role": "user", "content": [image, text]}]
+    )
+    assert "<|kimi_k25_video_placeholder|>\nWhat?" in render([{"role": "user", "content": [video, text]}])
+
+
+def test_thinking_of_past_answers() -> None:
+    """Dropped up to the last answer without tool calls, kept after it, and kept everywhere on demand."""
+    call = {"id": "functions.f:0", "function": {"name": "f", "arguments": '{"a":1}'}}
+    messages = [
+        USER,
+        {"role": "assistant", "content": "old", "reasoning": "R1"},
+        USER,
+        {"role": "assistant", "content": "", "reasoning_content": "R2", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "functions.f:0", "content": "42"},
+    ]
+    text = render(messages)
+    assert "<think></think>old<|im_end|>" in text
+    assert (
+        "<think>R2</think><|tool_calls_section_begin|><|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>"
+        '{"a":1}<|tool_call_end|><|tool_calls_section_end|><|im_end|>'
+        "<|im_system|>tool<|im_middle|>## Return of functions.f:0\n42<|im_end|>"
+    ) in text
+    assert "<think>R1</think>old" in render(messages, preserve_thinking=True)
+
+
+def test_placeholders_expand_in_order() -> None:
+    assert expand_media_placeholders([1, 9, 2, 9], [2, 3], 9) == [1, 9, 9, 2, 9, 9, 9]
+    with pytest.raises(ValueError, match="2 places for media and 1 media"):
+        expand_media_placeholders([9, 9], [1], 9)

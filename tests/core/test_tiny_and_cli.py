@@ -1,0 +1,73 @@
+"""The tiny checkpoint and the commands."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from k26_plugins.cli import app
+from k26_plugins.common.checkpoint import check
+from k26_plugins.common.config import ConfigError
+from k26_plugins.common.tiny import TinySizes, make_tiny
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_the_same_seed_gives_the_same_bytes(tiny_folder: Path, tmp_path: Path) -> None:
+    make_tiny(tmp_path / "same")
+    make_tiny(tmp_path / "other", seed=1)
+    assert contents(tmp_path / "same") == contents(tiny_folder)
+    assert contents(tmp_path / "other") != contents(tiny_folder)
+
+
+def test_other_sizes_are_whole_checkpoints(tmp_path: Path) -> None:
+    make_tiny(tmp_path / "a", TinySizes(layers=2, experts=4, hidden_size=192, heads=2, vision_layers=1, shards=5))
+    report = check(tmp_path / "a")
+    assert (report.num_files, report.problems) == (5, [])
+
+
+def test_sizes_that_cannot_be(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="moe_intermediate_size"):
+        make_tiny(tmp_path / "a", TinySizes(moe_intermediate_size=40))
+    with pytest.raises(ValueError, match="vocab_size is 300"):
+        make_tiny(tmp_path / "a", TinySizes(vocab_size=300))
+    assert not (tmp_path / "a").exists()
+
+
+def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = CliRunner().invoke(app, ["tiny", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "not empty" in result.output
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_generate_answers_text_and_image(tiny_folder: Path, tmp_path: Path) -> None:
+    image = tmp_path / "a.png"
+    Image.new("RGB", (60, 40), (200, 10, 10)).save(image)
+    command = ["generate", str(tiny_folder), "Hello", "--max-new-tokens", "4"]
+    text = CliRunner().invoke(app, command)
+    seen = CliRunner().invoke(app, [*command, "--image", str(image)])
+    assert (text.exit_code, seen.exit_code) == (0, 0)
+    assert text.output != seen.output
+
+
+@pytest.mark.parametrize("arguments", [["generate", "nowhere", "Hi"], ["check", "nowhere"], ["tensors", "nowhere"]])
+def test_a_folder_that_is_not_there(arguments: list[str]) -> None:
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 1
+    assert "does not exist" in result.output
+
+
+def test_importing_the_package_is_light() -> None:
+    """The engines import the package in every process: neither torch nor an engine may come with it."""
+    code = "import sys, k26_plugins, k26_plugins.vllm; print([m for m in ('torch', 'transformers', 'vllm') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
