@@ -314,8 +314,8 @@ def _write_weights(folder: Path, config: K26Config, shards: int, seed: int) -> N
 def _make_tensor(
     spec: TensorSpec, scales: dict[str, torch.Tensor], table: dict[str, TensorSpec], seed: int
 ) -> torch.Tensor:
-    # A generator of its own for each name: the bytes do not depend on the order or on the other sizes.
-    generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(spec.name.encode()))
+    # A seed of its own for each name: the bytes do not depend on the order. torch uses the low 32 bits only.
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {spec.name}".encode()))
     owner, _, part = spec.name.rpartition(".")
     if part == "weight_packed":
         n, k = spec.shape[0], spec.shape[1] * 8

@@ -62,7 +62,7 @@ def test_tensors_are_views_of_the_mapped_file(tiny_folder: Path) -> None:
     for name, spec in checkpoint.table.items():
         tensor = checkpoint.tensor(name)
         assert tuple(tensor.shape) == spec.shape
-    with pytest.raises(CheckpointError, match="nothing.of.this"):
+    with pytest.raises(CheckpointError, match=r"nothing\.of\.this"):
         checkpoint.tensor("nothing.of.this")
 
 
