@@ -319,7 +319,7 @@ def _make_tensor(
     owner, _, part = spec.name.rpartition(".")
     if part == "weight_packed":
         n, k = spec.shape[0], spec.shape[1] * 8
-        packed, scales[owner] = quantise(torch.randn(n, k, generator=generator) / math.sqrt(k))
+        packed, scales[owner] = quantise(torch.randn(n, k, generator=generator) * (_update_gain(spec) / math.sqrt(k)))
         return packed
     if part == "weight_scale":
         return scales.pop(owner)
@@ -336,12 +336,21 @@ def _centre(spec: TensorSpec) -> float:
 
 
 def _spread(spec: TensorSpec) -> float:
-    """Standard deviation that keeps activations near 1 and the logits far enough apart to rank them in bfloat16."""
+    """Standard deviation that keeps activations near 1, and a layer's update small beside the residual it is added to.
+
+    The second is what training does, and it matters: with updates as large as the residual, one token that bfloat16
+    sends to another expert (it happens near ties) changes every later token's distribution beyond comparison.
+    """
     if spec.name.endswith("e_score_correction_bias"):
         return 0.02
     if spec.name.endswith("embed_tokens.weight"):
         return 1.0
     if len(spec.shape) != 2 and "proj.weight" not in spec.name:
         return 0.1
-    fan_in = math.prod(spec.shape[1:])
-    return (3.0 if spec.name.endswith("lm_head.weight") else 1.0) / math.sqrt(fan_in)
+    return _update_gain(spec) / math.sqrt(math.prod(spec.shape[1:]))
+
+
+def _update_gain(spec: TensorSpec) -> float:
+    if spec.expert is not None:
+        return 0.3 if "down_proj" in spec.name else 1.0
+    return 0.5 if spec.name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0

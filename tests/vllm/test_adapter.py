@@ -1,0 +1,156 @@
+"""What can be held without a server, on the oldest supported vLLM as on the newest: registration, names, accounting."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PretrainedConfig
+
+from k26_plugins.common.checkpoint import Checkpoint, CheckpointError
+from k26_plugins.common.config import ARCHITECTURE
+from k26_plugins.vllm import compat, config, register
+from k26_plugins.vllm.experts import K26ExpertsMethod, use_core_experts
+from k26_plugins.vllm.loading import account
+
+
+def test_registration_takes_the_in_tree_classes_place() -> None:
+    register()
+    register()  # vLLM runs it in every process, some twice
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    model = ModelRegistry.models[ARCHITECTURE]
+    assert model.load_model_cls().__module__ == "k26_plugins.vllm.model"
+    loaded = model.load_model_cls()
+    assert loaded.__name__ == ARCHITECTURE
+    assert issubclass(loaded, compat.in_tree_model().KimiK25ForConditionalGeneration)
+
+
+def test_a_failing_registration_leaves_vllm_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(compat, "register_model", lambda module: 1 / 0)
+    register()
+    assert "k26-plugins is not active" in caplog.text
+
+
+def test_a_name_that_vllm_lost_is_one_clear_error() -> None:
+    with pytest.raises(compat.UnsupportedEngineError, match=r"vLLM .* has no vllm.nothing.Here.*checked on vLLM"):
+        compat.private("vllm.nothing", "Here")
+
+
+def hf_config(folder: Path) -> Any:
+    from vllm.transformers_utils.config import get_config
+
+    return get_config(str(folder), trust_remote_code=False)
+
+
+def test_the_configuration_is_understood_and_written_back(tiny_folder: Path) -> None:
+    class ModelConfig:
+        tokenizer_mode = "auto"
+        model = str(tiny_folder)
+
+    ModelConfig.hf_config = hf_config(tiny_folder)  # type: ignore[attr-defined]
+    ModelConfig.hf_config.vision_config.hidden_size = 1152  # type: ignore[attr-defined]
+    config.prepare(ModelConfig)
+    found = ModelConfig.hf_config  # type: ignore[attr-defined]
+    assert found.vision_config.hidden_size == 144
+    assert compat.media_token_id(found) == 277
+    assert ModelConfig.tokenizer_mode == compat.TOKENIZER_MODE
+
+
+def test_another_quantisation_is_left_to_vllm(tiny_folder: Path) -> None:
+    other = hf_config(tiny_folder)
+    quantization = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+    text = other.text_config
+    if isinstance(text, PretrainedConfig):
+        text.quantization_config = quantization
+    other.quantization_config = quantization
+    assert config.core_config(other) is None
+
+
+def quant_config(folder: Path) -> Any:
+    """vLLM's own reading of the checkpoint's quantisation."""
+    import json
+
+    settings = json.loads((folder / "config.json").read_text())["text_config"]["quantization_config"]
+    return compat.compressed_tensors_config().from_config(settings)
+
+
+def test_only_routed_experts_get_our_method(tiny_folder: Path) -> None:
+    class VllmConfig:
+        quant_config: Any = None
+
+    VllmConfig.quant_config = quant_config(tiny_folder)
+    untouched = quant_config(tiny_folder)
+    use_core_experts(VllmConfig, "cpu")
+    layer = torch.nn.Module()
+    layer.moe_config = object()
+    method = VllmConfig.quant_config.get_quant_method(layer, "model.layers.1.mlp.experts")
+    assert isinstance(method, K26ExpertsMethod)
+    assert isinstance(VllmConfig.quant_config, compat.compressed_tensors_config())
+    assert type(untouched) is compat.compressed_tensors_config()
+
+
+def test_the_methods_weights_are_the_checkpoints(tiny_folder: Path) -> None:
+    """Construction and loading by hand of one layer's experts, whole and as two tensor-parallel ranks that are summed."""
+    checkpoint = Checkpoint(tiny_folder)
+    text = checkpoint.config.text
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(9, text.hidden_size, generator=generator).to(torch.bfloat16)
+    ids = torch.randint(0, text.n_routed_experts, (9, 2), generator=generator, dtype=torch.int32)
+    weights = torch.rand(9, 2, generator=generator)
+
+    def run(rank: int, size: int) -> torch.Tensor:
+        layer = torch.nn.Module()
+        inner = text.moe_intermediate_size // size
+        method = K26ExpertsMethod.__new__(K26ExpertsMethod)
+        method.create_weights(layer, text.n_routed_experts, text.hidden_size, inner, torch.bfloat16)
+        from k26_plugins.common.checkpoint import expert_name, shard
+        from k26_plugins.common.experts import ExpertWeights, create_experts
+
+        for expert in range(text.n_routed_experts):
+            for part in ("packed", "scale"):
+                cut = {
+                    projection: shard(checkpoint.tensor(name), checkpoint.table[name], rank, size)
+                    for projection in ("gate", "up", "down")
+                    for name in [expert_name(1, expert, projection, part)]
+                }
+                getattr(layer, f"w13_weight_{part}").data[expert] = torch.cat((cut["gate"], cut["up"]))
+                getattr(layer, f"w2_weight_{part}").data[expert] = cut["down"]
+        experts = create_experts(
+            ExpertWeights(
+                layer.w13_weight_packed.data,
+                layer.w13_weight_scale.data,
+                layer.w2_weight_packed.data,
+                layer.w2_weight_scale.data,
+            )
+        )
+        return experts.apply(x, ids, weights).float()
+
+    whole = run(0, 1)
+    assert ((run(0, 2) + run(1, 2) - whole).norm() / whole.norm()).item() < 6e-3
+
+
+def test_accounting_of_what_the_loader_delivers(tiny_folder: Path) -> None:
+    checkpoint = Checkpoint(tiny_folder)
+    weights = [(name, checkpoint.tensor(name)) for name in checkpoint.table]
+    passed = list(account(weights, checkpoint.config, all_experts=True))
+    assert [name for name, _ in passed] == list(checkpoint.table)
+
+    def refused(delivered: list[tuple[str, torch.Tensor]], match: str, *, all_experts: bool = True) -> None:
+        with pytest.raises(CheckpointError, match=match):
+            list(account(delivered, checkpoint.config, all_experts=all_experts))
+
+    scale = "language_model.model.layers.1.mlp.experts.0.gate_proj.weight_scale"
+    half = [(name, tensor.half() if name == scale else tensor) for name, tensor in weights]
+    refused(half, f"{scale} has dtype F16, expected BF16")
+    refused(weights[:-1], f"missing.*{weights[-1][0]}")
+    refused([*weights, weights[3]], f"{weights[3][0]} is in the checkpoint twice")
+    refused([("other.weight", torch.zeros(1)), *weights], r"other.weight is not part of this model")
+    without_expert = [pair for pair in weights if ".experts.7." not in pair[0]]
+    refused(without_expert, "missing.*experts.7")
+    assert len(list(account(copy.copy(without_expert), checkpoint.config, all_experts=False))) == len(without_expert)

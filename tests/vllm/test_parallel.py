@@ -1,0 +1,102 @@
+"""Ranks on the CPU: the greedy tokens of one, for the same prompts; and torch.compile, and another model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from server import Server, image_part, png, random_image, serve
+from transformers import LlamaConfig, LlamaForCausalLM
+
+# vLLM's CPU backend wants to know which core is whose where two ranks share a NUMA node.
+TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+BYTES = list(range(256))
+
+
+@pytest.fixture(scope="module")
+def one_rank(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serve(tiny_folder, tmp_path_factory.mktemp("one") / "log", "--enforce-eager") as server:
+        yield server
+
+
+def first_tokens(server: Server) -> list[dict[int, float]]:
+    """Of several prompts, text and image, the likeliest next tokens and their log-probabilities."""
+    found = []
+    for index in range(6):
+        prompt = torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(index)).tolist()
+        answer = server.complete(
+            prompt, max_tokens=1, temperature=0, logprobs=5, return_tokens_as_token_ids=True, allowed_token_ids=BYTES
+        )
+        top = answer["choices"][0]["logprobs"]["top_logprobs"][0]
+        found.append({int(key.removeprefix("token_id:")): value for key, value in top.items()})
+    content = [image_part(png(random_image(100, 80))), {"type": "text", "text": "What?"}]
+    entry = server.chat(content, max_tokens=1, temperature=0, logprobs=True, top_logprobs=5)
+    top_tokens = entry["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    found.append({index: item["logprob"] for index, item in enumerate(top_tokens)})
+    return found
+
+
+def assert_same(found: list[dict[int, float]], expected: list[dict[int, float]]) -> None:
+    """The same greedy token wherever the second is clearly behind, and its log-probability up to bfloat16."""
+    clear = 0
+    for one, other in zip(found, expected, strict=True):
+        ranked = sorted(other, key=other.__getitem__, reverse=True)
+        if other[ranked[0]] - other[ranked[1]] > 0.1:
+            assert max(one, key=one.__getitem__) == ranked[0]
+            clear += 1
+        assert max(one.values()) == pytest.approx(max(other.values()), abs=0.1)
+    assert clear >= 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--tensor-parallel-size", "2"],
+        ["--tensor-parallel-size", "2", "--enable-expert-parallel", "--mm-encoder-tp-mode", "data"],
+    ],
+    ids=["tensor", "expert"],
+)
+def test_two_ranks_answer_as_one(tiny_folder: Path, tmp_path: Path, one_rank: Server, arguments: list[str]) -> None:
+    expected = first_tokens(one_rank)
+    with serve(tiny_folder, tmp_path / "log", "--enforce-eager", *arguments, **TWO_RANKS) as server:
+        assert_same(first_tokens(server), expected)
+
+
+def test_compiled_answers_as_eager(tiny_folder: Path, tmp_path: Path, one_rank: Server) -> None:
+    """torch.compile goes around the experts' operator: nothing in it may break the graph."""
+    with serve(tiny_folder, tmp_path / "log") as server:
+        assert_same(first_tokens(server), first_tokens(one_rank))
+
+
+def test_the_reference_backend_by_hand(tiny_folder: Path, tmp_path: Path, one_rank: Server) -> None:
+    with serve(tiny_folder, tmp_path / "log", "--enforce-eager", K26_EXPERTS="reference") as server:
+        assert "run on the core (reference)" in server.log.read_text()
+        assert_same(first_tokens(server), first_tokens(one_rank))
+
+
+def test_another_architecture_is_served_as_without_the_plugin(tiny_folder: Path, tmp_path: Path) -> None:
+    """A small Llama with and without the plugin: the same tokens, and no word of ours in the log."""
+    folder = tmp_path / "llama"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, vocab_size=512,
+        max_position_embeddings=4096, eos_token_id=511,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    for name in ("tiktoken.model",):
+        (folder / name).write_bytes((tiny_folder / name).read_bytes())
+    answers = []
+    for plugins in ("k26", "none"):
+        with serve(
+            folder, tmp_path / f"log-{plugins}", "--enforce-eager", "--skip-tokenizer-init", VLLM_PLUGINS=plugins
+        ) as server:
+            answer = server.complete(
+                list(range(50)), max_tokens=8, temperature=0, return_token_ids=True, detokenize=False
+            )
+            answers.append(answer["choices"][0]["token_ids"])
+            assert "k26-plugins" not in server.log.read_text()
+    assert answers[0] == answers[1]
+    assert len(json.dumps(answers[0])) > 2

@@ -1,0 +1,207 @@
+"""The real server on the CPU, through its OpenAI-compatible API, against the core's reference."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from server import MAX_LOGPROBS, Server, image_part, png, png_header, random_image, serve
+
+from k26_plugins.common.checkpoint import Checkpoint
+from k26_plugins.common.media import MediaConfig, normalise, preprocess
+from k26_plugins.common.multimodal import KimiK26
+from k26_plugins.common.prompt.chat import expand_media_placeholders, render
+from k26_plugins.common.prompt.tokenizer import KimiTokenizer
+
+# The design's bound on an engine's distribution against the reference.
+MAX_MEAN_KL = 1e-3
+# Tokens to choose from where a media placeholder would mean something to the reference.
+BYTES = list(range(256))
+# What bfloat16 does to a log-probability: in the reference itself, 98 of 100 positions stay below (see the test of that).
+BF16_NOISE = 0.05
+
+
+@pytest.fixture(scope="module")
+def server(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("vllm") / "server.log"
+    with serve(tiny_folder, log, "--enforce-eager") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_folder: Path) -> KimiK26:
+    return KimiK26(Checkpoint(tiny_folder), torch.float32)
+
+
+def rows(entries: list[dict[str, Any]]) -> torch.Tensor:
+    """The server's `{"token_id:N": logprob}` or `{"N": {"logprob": …}}`, one a position, as `[positions, vocab]`."""
+    out = torch.full((len(entries), MAX_LOGPROBS), -torch.inf)
+    for position, entry in enumerate(entries):
+        for key, value in entry.items():
+            out[position, int(key.removeprefix("token_id:"))] = value["logprob"] if isinstance(value, dict) else value
+    return out
+
+
+def assert_same_distribution(served: torch.Tensor, expected: torch.Tensor) -> None:
+    """The design's two bounds: mean KL, and the same likeliest token wherever that is no matter of rounding."""
+    kl = (expected.exp() * (expected - served)).sum(-1)
+    assert kl.mean().item() <= MAX_MEAN_KL
+    best = expected.topk(2, dim=-1)
+    clear = best.values[:, 0] - best.values[:, 1] > 2 * BF16_NOISE
+    assert clear.sum() > len(expected) // 10
+    assert torch.equal(served.argmax(-1)[clear], best.indices[clear, 0])
+
+
+def test_the_noise_is_what_bfloat16_does_to_the_reference(reference: KimiK26, tiny_folder: Path) -> None:
+    prompt = torch.randint(0, 256, (200,), generator=torch.Generator().manual_seed(0))
+    rounded = KimiK26(Checkpoint(tiny_folder)).logprobs(prompt)
+    deviation = (rounded - reference.logprobs(prompt)).abs().amax(-1)
+    assert BF16_NOISE / 10 < deviation.quantile(0.98).item() < BF16_NOISE
+
+
+def test_the_plugin_is_active(server: Server) -> None:
+    assert "INT4 experts run on the core" in server.log.read_text()
+
+
+def test_models(server: Server) -> None:
+    models = httpx.get(f"{server.url}/v1/models", timeout=10).json()["data"]
+    assert [model["id"] for model in models] == [server.model]
+
+
+def test_prompt_logprobs(server: Server, reference: KimiK26) -> None:
+    prompt = torch.randint(0, 256, (200,), generator=torch.Generator().manual_seed(0))
+    answer = server.complete(prompt.tolist(), max_tokens=1, prompt_logprobs=MAX_LOGPROBS)
+    served = rows(answer["choices"][0]["prompt_logprobs"][1:])
+    assert_same_distribution(served, reference.logprobs(prompt)[:-1])
+
+
+def test_decode_logprobs(server: Server, reference: KimiK26) -> None:
+    prompt = torch.randint(0, 256, (30,), generator=torch.Generator().manual_seed(1))
+    answer = server.complete(
+        prompt.tolist(),
+        max_tokens=40,
+        temperature=0,
+        logprobs=MAX_LOGPROBS,
+        return_tokens_as_token_ids=True,
+        allowed_token_ids=BYTES,
+        ignore_eos=True,
+    )
+    logprobs = answer["choices"][0]["logprobs"]
+    tokens = torch.tensor([int(token.removeprefix("token_id:")) for token in logprobs["tokens"]])
+    whole = torch.cat((prompt, tokens))
+    assert_same_distribution(rows(logprobs["top_logprobs"]), reference.logprobs(whole)[len(prompt) - 1 : -1])
+
+
+def test_text_is_rendered_and_tokenised_as_by_the_core(server: Server, tiny_folder: Path) -> None:
+    content = "Hello 中文 world, I'm 12345\n"
+    answer = server.chat(content, max_tokens=4, return_token_ids=True)
+    text = render([{"role": "user", "content": content}], tiny_folder)
+    assert answer["prompt_token_ids"] == KimiTokenizer(tiny_folder).encode(text, allow_special=True)
+
+
+def test_streaming_gives_the_same_text(server: Server) -> None:
+    whole = server.chat("Hello", max_tokens=16, temperature=0)["choices"][0]["message"]["content"]
+    body = {"model": server.model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 16}
+    pieces = []
+    with httpx.stream(
+        "POST", f"{server.url}/v1/chat/completions", json={**body, "temperature": 0, "stream": True}, timeout=60
+    ) as response:
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                pieces.append(json.loads(line[6:])["choices"][0]["delta"].get("content") or "")
+    assert "".join(pieces) == whole
+
+
+@pytest.mark.parametrize("sizes", [[(80, 60)], [(1000, 700)], [(28, 28), (300, 20), (1, 1)]], ids=str)
+def test_images(server: Server, tiny_folder: Path, reference: KimiK26, sizes: list[tuple[int, int]]) -> None:
+    """Same prompt tokens as the core's, and the tokens' logprobs as the reference gives them for the core's pixels."""
+    images = [random_image(*size, seed=index) for index, size in enumerate(sizes)]
+    content = [*(image_part(png(image)) for image in images), {"type": "text", "text": "What?"}]
+    answer = server.chat(
+        content,
+        max_tokens=6,
+        temperature=0,
+        logprobs=True,
+        return_token_ids=True,
+        ignore_eos=True,
+        allowed_token_ids=BYTES,
+    )
+    config = MediaConfig.from_path(tiny_folder)
+    patches, grids = preprocess([[image] for image in images], config)
+    text = render([{"role": "user", "content": content}], tiny_folder)
+    prompt = expand_media_placeholders(
+        KimiTokenizer(tiny_folder).encode(text, allow_special=True),
+        [h * w // 4 for _, h, w in grids.tolist()],
+        reference.config.media_placeholder_token_id,
+    )
+    assert answer["prompt_token_ids"] == prompt
+    choice = answer["choices"][0]
+    tokens = choice["token_ids"]
+    expected = reference.logprobs(
+        torch.tensor(prompt + tokens), torch.from_numpy(normalise(patches, config)), torch.from_numpy(grids)
+    )[len(prompt) - 1 : -1]
+    served = torch.tensor([entry["logprob"] for entry in choice["logprobs"]["content"]])
+    torch.testing.assert_close(served, expected.gather(1, torch.tensor(tokens)[:, None])[:, 0], rtol=0, atol=0.15)
+
+
+def test_sixteen_at_once_answer_as_alone(server: Server) -> None:
+    def ask(index: int) -> list[float]:
+        prompt = [(index * 7 + step) % 256 for step in range(20 + index)]
+        answer = server.complete(prompt, max_tokens=8, temperature=0, logprobs=1, ignore_eos=True)
+        logprobs: list[float] = answer["choices"][0]["logprobs"]["token_logprobs"]
+        return logprobs
+
+    alone = [ask(index) for index in range(4)]
+    with ThreadPoolExecutor(16) as pool:
+        together = list(pool.map(ask, range(16)))
+    for one, other in zip(alone, together, strict=False):
+        # The first token's batch is the prompt's own; later ones may differ where bfloat16 ties break.
+        assert one[0] == pytest.approx(other[0], abs=0.1)
+    assert all(len(answer) == 8 for answer in together)
+
+
+def test_a_prompt_seen_before(server: Server) -> None:
+    """The same long prompt twice. vLLM's CPU MLA has no prefix cache, so the answer is what can be compared."""
+    prompt = [(3 * step) % 256 for step in range(300)]
+    first, second = (server.complete(prompt, max_tokens=8, temperature=0, ignore_eos=True) for _ in range(2))
+    assert first["choices"][0]["text"] == second["choices"][0]["text"]
+
+
+BAD_IMAGES = {
+    "corrupt": png(random_image(64, 64))[:200],
+    "text": b"no image",
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("name", BAD_IMAGES)
+def test_a_bad_image_is_answered_and_the_server_lives(server: Server, name: str) -> None:
+    response = server.post(
+        "/v1/chat/completions",
+        messages=[{"role": "user", "content": [image_part(BAD_IMAGES[name]), {"type": "text", "text": "What?"}]}],
+        max_tokens=2,
+    )
+    assert response.status_code == 400, response.text
+    assert "image" in response.json()["error"]["message"].lower()
+    assert server.alive()
+    assert server.chat("Hello", max_tokens=2)["usage"]["completion_tokens"] > 0
+
+
+@pytest.mark.parametrize("size", [(0, 0), (30_000, 30_000)], ids=str)
+def test_an_impossible_image_size_is_answered_and_the_server_lives(server: Server, size: tuple[int, int]) -> None:
+    response = server.post(
+        "/v1/chat/completions",
+        messages=[{"role": "user", "content": [image_part(png_header(*size))]}],
+        max_tokens=2,
+    )
+    # vLLM decodes before the plugin sees the image, and answers PIL's decompression-bomb error with 500.
+    assert response.status_code in (400, 500), response.text
+    assert "image" in response.json()["error"]["message"].lower()
+    assert server.alive()
+    assert server.chat("Hello", max_tokens=2)["usage"]["completion_tokens"] > 0
