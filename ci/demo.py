@@ -1,0 +1,44 @@
+"""Make the tiny checkpoint, serve it with `vllm serve`, and answer a text and an image request.
+
+    python ci/demo.py FOLDER
+
+The model's weights are random, so the answers are noise: what it shows is that every part of the way works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from k26_plugins.common.tiny import make_tiny
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "vllm"))
+from server import image_part, png, serve
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="where the checkpoint `tiny` and the server's log go")
+    folder: Path = parser.parse_args().folder
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = folder / "tiny"
+    shutil.rmtree(checkpoint, ignore_errors=True)
+    make_tiny(checkpoint)
+    print(f"made {checkpoint}; starting vllm serve, log in {folder / 'server.log'} …", flush=True)
+    with serve(checkpoint, folder / "server.log", "--enforce-eager") as server:
+        print(f"ready at {server.url}")
+        picture = image_part(png(Image.new("RGB", (100, 80), (200, 30, 90))))
+        questions = {"text": "Hello", "image": [picture, {"type": "text", "text": "What is this?"}]}
+        for name, content in questions.items():
+            answer = server.chat(content, max_tokens=16, temperature=0)
+            usage = answer["usage"]
+            print(f"{name}: {usage['prompt_tokens']} prompt tokens, {usage['completion_tokens']} answered:")
+            print(f"  {answer['choices'][0]['message']['content']!r}")
+
+
+if __name__ == "__main__":
+    main()

