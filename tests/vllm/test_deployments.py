@@ -1,4 +1,4 @@
-"""Ranks on the CPU: the greedy tokens of one, for the same prompts; and torch.compile, and another model."""
+"""Other ways to run the server: two ranks, compiled, the prefix cache, another backend, another model."""
 
 from __future__ import annotations
 
@@ -75,6 +75,16 @@ def test_the_reference_backend_by_hand(tiny_folder: Path, tmp_path: Path, one_ra
     with serve(tiny_folder, tmp_path / "log", "--enforce-eager", K26_EXPERTS="reference") as server:
         assert "run on the core (reference)" in server.log.read_text()
         assert_same(first_tokens(server), first_tokens(one_rank))
+
+
+def test_a_second_request_hits_the_prefix_cache(tiny_folder: Path, tmp_path: Path) -> None:
+    """vLLM's CPU MLA has no prefix cache; without MLA the same model has, and the hit's answer is the first one's."""
+    arguments = ["--enforce-eager", "--enable-prefix-caching", "--enable-prompt-tokens-details"]
+    with serve(tiny_folder, tmp_path / "log", *arguments, VLLM_MLA_DISABLE="1") as server:
+        prompt = torch.randint(0, 256, (600,), generator=torch.Generator().manual_seed(0)).tolist()
+        first, second = (server.complete(prompt, max_tokens=4, temperature=0, ignore_eos=True) for _ in range(2))
+        assert second["usage"]["prompt_tokens_details"]["cached_tokens"] >= 256
+        assert first["choices"][0]["text"] == second["choices"][0]["text"]
 
 
 def test_another_architecture_is_served_as_without_the_plugin(tiny_folder: Path, tmp_path: Path) -> None:
