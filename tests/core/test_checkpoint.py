@@ -62,6 +62,9 @@ def test_tensors_are_views_of_the_mapped_file(tiny_folder: Path) -> None:
     for name, spec in checkpoint.table.items():
         tensor = checkpoint.tensor(name)
         assert tuple(tensor.shape) == spec.shape
+    mapped = Path("/proc/self/maps")
+    if mapped.exists():
+        assert all(str(file) in mapped.read_text() for file in tiny_folder.glob("*.safetensors"))
     with pytest.raises(CheckpointError, match=r"nothing\.of\.this"):
         checkpoint.tensor("nothing.of.this")
 

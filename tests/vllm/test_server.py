@@ -175,13 +175,6 @@ def test_sixteen_at_once_answer_as_alone(server: Server) -> None:
     assert all(len(answer) == 8 for answer in together)
 
 
-def test_a_prompt_seen_before(server: Server) -> None:
-    """The same long prompt twice. vLLM's CPU MLA has no prefix cache, so the answer is what can be compared."""
-    prompt = [(3 * step) % 256 for step in range(300)]
-    first, second = (server.complete(prompt, max_tokens=8, temperature=0, ignore_eos=True) for _ in range(2))
-    assert first["choices"][0]["text"] == second["choices"][0]["text"]
-
-
 BAD_IMAGES = {
     "corrupt": png(random_image(64, 64))[:200],
     "text": b"no image",
