@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -87,7 +86,7 @@ def test_a_second_request_hits_the_prefix_cache(tiny_folder: Path, tmp_path: Pat
         assert first["choices"][0]["text"] == second["choices"][0]["text"]
 
 
-def test_another_architecture_is_served_as_without_the_plugin(tiny_folder: Path, tmp_path: Path) -> None:
+def test_another_architecture_is_served_as_without_the_plugin(tmp_path: Path) -> None:
     """A small Llama with and without the plugin: the same tokens, and no word of ours in the log."""
     folder = tmp_path / "llama"
     torch.manual_seed(0)
@@ -96,8 +95,6 @@ def test_another_architecture_is_served_as_without_the_plugin(tiny_folder: Path,
         max_position_embeddings=4096, eos_token_id=511,
     )  # fmt: skip
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    for name in ("tiktoken.model",):
-        (folder / name).write_bytes((tiny_folder / name).read_bytes())
     answers = []
     for plugins in ("k26", "none"):
         with serve(
@@ -108,5 +105,5 @@ def test_another_architecture_is_served_as_without_the_plugin(tiny_folder: Path,
             )
             answers.append(answer["choices"][0]["token_ids"])
             assert "k26-plugins" not in server.log.read_text()
+    assert len(answers[0]) > 0
     assert answers[0] == answers[1]
-    assert len(json.dumps(answers[0])) > 2
