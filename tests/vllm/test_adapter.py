@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import PretrainedConfig
 
-from k26_plugins.common.checkpoint import Checkpoint, CheckpointError
+from k26_plugins.common.checkpoint import Checkpoint, CheckpointError, expert_name, shard
 from k26_plugins.common.config import ARCHITECTURE
+from k26_plugins.common.experts import ExpertWeights, create_experts
 from k26_plugins.vllm import compat, config, register
 from k26_plugins.vllm.experts import K26ExpertsMethod, use_core_experts
 from k26_plugins.vllm.loading import account
@@ -74,8 +75,6 @@ def test_another_quantisation_is_left_to_vllm(tiny_folder: Path) -> None:
 
 def quant_config(folder: Path) -> Any:
     """vLLM's own reading of the checkpoint's quantisation."""
-    import json
-
     settings = json.loads((folder / "config.json").read_text())["text_config"]["quantization_config"]
     return compat.compressed_tensors_config().from_config(settings)
 
@@ -109,9 +108,6 @@ def test_the_methods_weights_are_the_checkpoints(tiny_folder: Path) -> None:
         inner = text.moe_intermediate_size // size
         method = K26ExpertsMethod.__new__(K26ExpertsMethod)
         method.create_weights(layer, text.n_routed_experts, text.hidden_size, inner, torch.bfloat16)
-        from k26_plugins.common.checkpoint import expert_name, shard
-        from k26_plugins.common.experts import ExpertWeights, create_experts
-
         for expert in range(text.n_routed_experts):
             for part in ("packed", "scale"):
                 cut = {
@@ -153,4 +149,4 @@ def test_accounting_of_what_the_loader_delivers(tiny_folder: Path) -> None:
     refused([("other.weight", torch.zeros(1)), *weights], r"other.weight is not part of this model")
     without_expert = [pair for pair in weights if ".experts.7." not in pair[0]]
     refused(without_expert, "missing.*experts.7")
-    assert len(list(account(copy.copy(without_expert), checkpoint.config, all_experts=False))) == len(without_expert)
+    assert len(list(account(without_expert, checkpoint.config, all_experts=False))) == len(without_expert)
