@@ -20,3 +20,9 @@ def experts_setting() -> str:
     if value not in allowed:
         raise ValueError(f"{EXPERTS_VARIABLE} is {value!r}: choose one of {', '.join(allowed)}, or unset it.")
     return value
+
+
+def experts_for_device(device_type: str) -> str:
+    """The setting with `auto` resolved: a core backend where the core has a fast one for the device, else `engine`."""
+    setting = experts_setting()
+    return ENGINE if setting == "auto" and device_type != "cpu" else setting

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import weakref
 from typing import Any
 
 import torch
@@ -13,36 +11,10 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
 from vllm.model_executor.utils import set_weight_attrs
 
-from k26_plugins.common.experts import ExpertsBackend, ExpertWeights, create_experts
-from k26_plugins.common.int4 import GROUP_SIZE, PACK_FACTOR
+from k26_plugins.common.experts import ExpertsBackend, create_experts
+from k26_plugins.common.experts.op import number_of, routed_experts
+from k26_plugins.common.experts.parameters import create_packed_parameters, take_packed_parameters
 from k26_plugins.vllm import compat, logger
-
-# The operator below gets a layer's backend by number: torch.compile must not look inside it.
-_backends: weakref.WeakValueDictionary[int, ExpertsBackend] = weakref.WeakValueDictionary()
-_numbers = itertools.count()
-
-
-@torch.library.custom_op("k26::routed_experts", mutates_args=())
-def routed_experts(
-    hidden_states: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    expert_map: torch.Tensor | None,
-    backend: int,
-) -> torch.Tensor:
-    """The routed sum `[num_tokens, hidden_size]` of the layer whose backend has this number."""
-    return _backends[backend].apply(hidden_states, topk_ids, topk_weights, expert_map=expert_map)
-
-
-@routed_experts.register_fake
-def _(
-    hidden_states: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    expert_map: torch.Tensor | None,
-    backend: int,
-) -> torch.Tensor:
-    return torch.empty_like(hidden_states)
 
 
 class K26ExpertsMethod(FusedMoEMethodBase):
@@ -52,7 +24,7 @@ class K26ExpertsMethod(FusedMoEMethodBase):
         super().__init__(moe)
         self.backend_name = backend_name
         self.backend: ExpertsBackend | None = None
-        self.number = next(_numbers)
+        self.number = -1
 
     def create_weights(
         self,
@@ -63,39 +35,19 @@ class K26ExpertsMethod(FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        inner = intermediate_size_per_partition
-        if inner % GROUP_SIZE:
-            raise ValueError(
-                f"tensor parallelism leaves {inner} of moe_intermediate_size on a rank, which is no multiple of the "
-                f"INT4 group of {GROUP_SIZE}: choose a smaller tensor parallel size, or add --enable-expert-parallel."
-            )
-        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            "w13_weight_packed": ((num_experts, 2 * inner, hidden_size // PACK_FACTOR), torch.int32),
-            "w13_weight_scale": ((num_experts, 2 * inner, hidden_size // GROUP_SIZE), torch.bfloat16),
-            "w13_weight_shape": ((num_experts, 2), torch.int32),
-            "w2_weight_packed": ((num_experts, hidden_size, inner // PACK_FACTOR), torch.int32),
-            "w2_weight_scale": ((num_experts, hidden_size, inner // GROUP_SIZE), torch.bfloat16),
-            "w2_weight_shape": ((num_experts, 2), torch.int32),
-        }
         # vLLM's loader reads these to cut for tensor parallelism and to place an expert.
         extra_weight_attrs.update({"is_transposed": False, "quant_method": "group"})
-        for name, (shape, dtype) in shapes.items():
-            parameter = torch.nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
-            layer.register_parameter(name, parameter)
-            set_weight_attrs(parameter, extra_weight_attrs)
+        create_packed_parameters(
+            layer,
+            num_experts,
+            hidden_size,
+            intermediate_size_per_partition,
+            lambda parameter: set_weight_attrs(parameter, extra_weight_attrs),
+        )
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        weights = ExpertWeights(
-            layer.w13_weight_packed.data,
-            layer.w13_weight_scale.data,
-            layer.w2_weight_packed.data,
-            layer.w2_weight_scale.data,
-        )
-        for name in list(layer._parameters):
-            if name.startswith(("w13_weight", "w2_weight")):
-                delattr(layer, name)
-        self.backend = create_experts(weights, self.backend_name)
-        _backends[self.number] = self.backend
+        self.backend = create_experts(take_packed_parameters(layer), self.backend_name)
+        self.number = number_of(self.backend)
         # Registered again, so that EPLB finds and moves what the backend computes with.
         for name, tensor in self.backend.tensors().items():
             layer.register_parameter(f"k26_{name}", torch.nn.Parameter(tensor, requires_grad=False))
@@ -127,9 +79,7 @@ class K26ExpertsMethod(FusedMoEMethodBase):
         shared_experts_input: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if self.moe_kernel is None:
-            result: torch.Tensor = torch.ops.k26.routed_experts(
-                x, topk_weights, topk_ids, layer.expert_map, self.number
-            )
+            result: torch.Tensor = routed_experts(x, topk_weights, topk_ids, layer.expert_map, self.number)
             return result
         output: torch.Tensor = self.moe_kernel.apply(
             x,
@@ -216,7 +166,7 @@ class K26Experts(mk.FusedMoEExpertsModular):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        output.copy_(torch.ops.k26.routed_experts(hidden_states, topk_weights, topk_ids, expert_map, self.number))
+        output.copy_(routed_experts(hidden_states, topk_weights, topk_ids, expert_map, self.number))
 
 
 def use_core_experts(vllm_config: Any, backend_name: str) -> None:

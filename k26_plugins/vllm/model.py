@@ -9,11 +9,11 @@ import torch
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.platforms import current_platform
 
-from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, experts_setting
+from k26_plugins.common.checkpoint import account
+from k26_plugins.common.serving import published_int4
+from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, experts_for_device
 from k26_plugins.vllm import compat, logger
-from k26_plugins.vllm.config import core_config
 from k26_plugins.vllm.experts import use_core_experts
-from k26_plugins.vllm.loading import account
 from k26_plugins.vllm.processing import K26ProcessingInfo
 
 _in_tree = compat.in_tree_model()
@@ -26,11 +26,13 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
     """Keeps the in-tree class' name: vLLM compares names."""
 
     def __init__(self, vllm_config: Any, prefix: str = "") -> None:
-        self.core_config = core_config(vllm_config.model_config.hf_config)
+        self.core_config = published_int4(vllm_config.model_config.hf_config, logger.warning)
         self.expert_parallel = vllm_config.parallel_config.enable_expert_parallel
         self.weights_loaded = False
-        backend = _experts_for_this_device()
-        if self.core_config is not None and backend != ENGINE:
+        backend = experts_for_device(current_platform.device_type)
+        if self.core_config is not None and backend == ENGINE:
+            logger.info("k26-plugins: vLLM's own INT4 experts are kept (%s chooses).", EXPERTS_VARIABLE)
+        elif self.core_config is not None:
             use_core_experts(vllm_config, backend)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
 
@@ -41,12 +43,3 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
         loaded: set[str] = super().load_weights(weights)
         self.weights_loaded = True
         return loaded
-
-
-def _experts_for_this_device() -> str:
-    """The setting, with `auto` resolved: the core where it has a fast backend, else the engine's own experts."""
-    setting = experts_setting()
-    if setting == "auto" and not current_platform.is_cpu():
-        logger.info("k26-plugins: vLLM's own INT4 experts are kept on this device (%s chooses).", EXPERTS_VARIABLE)
-        return ENGINE
-    return setting

@@ -17,6 +17,7 @@ from k26_plugins.common.checkpoint import (
     CheckpointError,
     Fault,
     ShardError,
+    account,
     check,
     shard,
     tensor_table,
@@ -144,3 +145,24 @@ def test_tensors_command_prints_the_sums(tiny_folder: Path) -> None:
     result = CliRunner().invoke(app, ["tensors", str(tiny_folder)])
     assert result.exit_code == 0
     assert "222 tensors, 8,007,392 bytes" in result.output
+
+
+def test_accounting_of_what_the_loader_delivers(tiny_folder: Path) -> None:
+    checkpoint = Checkpoint(tiny_folder)
+    weights = [(name, checkpoint.tensor(name)) for name in checkpoint.table]
+    passed = list(account(weights, checkpoint.config, all_experts=True))
+    assert [name for name, _ in passed] == list(checkpoint.table)
+
+    def refused(delivered: list[tuple[str, torch.Tensor]], match: str, *, all_experts: bool = True) -> None:
+        with pytest.raises(CheckpointError, match=match):
+            list(account(delivered, checkpoint.config, all_experts=all_experts))
+
+    scale = "language_model.model.layers.1.mlp.experts.0.gate_proj.weight_scale"
+    half = [(name, tensor.half() if name == scale else tensor) for name, tensor in weights]
+    refused(half, f"{scale} has dtype F16, expected BF16")
+    refused(weights[:-1], f"missing.*{weights[-1][0]}")
+    refused([*weights, weights[3]], f"{weights[3][0]} is in the checkpoint twice")
+    refused([("other.weight", torch.zeros(1)), *weights], r"other.weight is not part of this model")
+    without_expert = [pair for pair in weights if ".experts.7." not in pair[0]]
+    refused(without_expert, "missing.*experts.7")
+    assert len(list(account(without_expert, checkpoint.config, all_experts=False))) == len(without_expert)

@@ -1,4 +1,4 @@
-"""What can be held without a server, on the oldest supported vLLM as on the newest: registration, names, accounting."""
+"""What can be held without a server, on the oldest supported vLLM as on the newest: registration, names, weights."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import PretrainedConfig
 
-from k26_plugins.common.checkpoint import Checkpoint, CheckpointError, expert_name, shard
+from k26_plugins.common.checkpoint import Checkpoint, expert_name, shard
 from k26_plugins.common.config import ARCHITECTURE
 from k26_plugins.common.experts import ExpertWeights, create_experts
+from k26_plugins.common.serving import published_int4
 from k26_plugins.vllm import compat, config, register
 from k26_plugins.vllm.experts import K26ExpertsMethod, use_core_experts
-from k26_plugins.vllm.loading import account
 
 
 def test_registration_takes_the_in_tree_classes_place() -> None:
@@ -64,13 +64,15 @@ def test_the_configuration_is_understood_and_written_back(tiny_folder: Path) -> 
 
 
 def test_another_quantisation_is_left_to_vllm(tiny_folder: Path) -> None:
+    warnings: list[str] = []
     other = hf_config(tiny_folder)
     quantization = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
     text = other.text_config
     if isinstance(text, PretrainedConfig):
         text.quantization_config = quantization
     other.quantization_config = quantization
-    assert config.core_config(other) is None
+    assert published_int4(other, warnings.append) is None
+    assert "keeps the engine's own experts" in warnings[0]
 
 
 def quant_config(folder: Path) -> Any:
@@ -129,24 +131,3 @@ def test_the_methods_weights_are_the_checkpoints(tiny_folder: Path) -> None:
 
     whole = run(0, 1)
     assert ((run(0, 2) + run(1, 2) - whole).norm() / whole.norm()).item() < 6e-3
-
-
-def test_accounting_of_what_the_loader_delivers(tiny_folder: Path) -> None:
-    checkpoint = Checkpoint(tiny_folder)
-    weights = [(name, checkpoint.tensor(name)) for name in checkpoint.table]
-    passed = list(account(weights, checkpoint.config, all_experts=True))
-    assert [name for name, _ in passed] == list(checkpoint.table)
-
-    def refused(delivered: list[tuple[str, torch.Tensor]], match: str, *, all_experts: bool = True) -> None:
-        with pytest.raises(CheckpointError, match=match):
-            list(account(delivered, checkpoint.config, all_experts=all_experts))
-
-    scale = "language_model.model.layers.1.mlp.experts.0.gate_proj.weight_scale"
-    half = [(name, tensor.half() if name == scale else tensor) for name, tensor in weights]
-    refused(half, f"{scale} has dtype F16, expected BF16")
-    refused(weights[:-1], f"missing.*{weights[-1][0]}")
-    refused([*weights, weights[3]], f"{weights[3][0]} is in the checkpoint twice")
-    refused([("other.weight", torch.zeros(1)), *weights], r"other.weight is not part of this model")
-    without_expert = [pair for pair in weights if ".experts.7." not in pair[0]]
-    refused(without_expert, "missing.*experts.7")
-    assert len(list(account(without_expert, checkpoint.config, all_experts=False))) == len(without_expert)

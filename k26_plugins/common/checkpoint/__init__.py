@@ -1,6 +1,7 @@
 """The checkpoint: its table of tensors, reading them, and checking a folder against the table."""
 
-from k26_plugins.common.checkpoint.check import Fault, Problem, Report, check, compare
+from k26_plugins.common.checkpoint.accounting import account
+from k26_plugins.common.checkpoint.check import Fault, Problem, Report, check, compare, require_whole
 from k26_plugins.common.checkpoint.header import CheckpointError
 from k26_plugins.common.checkpoint.reader import Checkpoint
 from k26_plugins.common.checkpoint.table import ShardError, TensorSpec, expert_name, shard, tensor_table
@@ -13,9 +14,11 @@ __all__ = [
     "Report",
     "ShardError",
     "TensorSpec",
+    "account",
     "check",
     "compare",
     "expert_name",
+    "require_whole",
     "shard",
     "tensor_table",
 ]

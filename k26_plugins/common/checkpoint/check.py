@@ -12,6 +12,8 @@ from k26_plugins.common.checkpoint.header import CheckpointError, HeaderEntry, r
 from k26_plugins.common.checkpoint.table import TensorSpec, tensor_table
 from k26_plugins.common.config import K26Config
 
+NUM_PROBLEMS_SHOWN = 8
+
 
 class Fault(StrEnum):
     MISSING = "missing"
@@ -78,6 +80,24 @@ def check(folder: str | Path, on_file: Callable[[int, int], None] = lambda done,
         report.problems.append(Problem(Fault.MISSING, name, message))
     report.problems.sort(key=lambda problem: (problem.fault, problem.name))
     return report
+
+
+def require_whole(folder: str | Path) -> None:
+    """Raise CheckpointError with the first faults of a local checkpoint.
+
+    A folder without weight files passes: it is a name on the hub, or dummy weights. What arrives is checked while it
+    is loaded.
+    """
+    if not any(Path(folder).glob("*.safetensors")):
+        return
+    problems = check(folder).problems
+    if problems:
+        shown = "\n".join(f"  {item.fault}: {item.name} {item.message}" for item in problems[:NUM_PROBLEMS_SHOWN])
+        more = f"\n  and {len(problems) - NUM_PROBLEMS_SHOWN} more" if len(problems) > NUM_PROBLEMS_SHOWN else ""
+        raise CheckpointError(
+            f"the checkpoint in {folder} has {len(problems)} faults:\n{shown}{more}\n"
+            f"Run `k26 check {folder}` for all of them."
+        )
 
 
 def compare(name: str, shape: Iterable[int], dtype: str, spec: TensorSpec | None) -> Problem | None:

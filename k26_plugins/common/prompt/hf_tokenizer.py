@@ -13,12 +13,25 @@ from typing import Any
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
+from transformers.utils.hub import cached_file
 
 from k26_plugins.common.prompt.chat import TEMPLATE_FILE, own_template
 from k26_plugins.common.prompt.tokenizer import RANKS_FILE, SPLIT_PATTERN, KimiTokenizer, TokenizerError
 
+SETTINGS_FILE = "tokenizer_config.json"
 # Control tokens that the engines' parsers must find in decoded text.
 VISIBLE = ("<think>", "</think>", "<|tool_call")
+
+
+def tokenizer_folder(path_or_name: str | Path, revision: str | None = None, cache_dir: str | None = None) -> Path:
+    """The folder that holds a model's tokenizer files: its own, or where the hub's library keeps those it downloads."""
+    folder = Path(path_or_name)
+    if folder.is_dir():
+        return folder
+    where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
+    for name in (SETTINGS_FILE, TEMPLATE_FILE):
+        cached_file(str(path_or_name), name, **where, _raise_exceptions_for_missing_entries=False)
+    return Path(str(cached_file(str(path_or_name), RANKS_FILE, **where))).parent
 
 
 def load_hf_tokenizer(folder: str | Path, **kwargs: Any) -> PreTrainedTokenizerFast:
@@ -35,7 +48,7 @@ def load_hf_tokenizer(folder: str | Path, **kwargs: Any) -> PreTrainedTokenizerF
     ]
     # Added in the order of their ids, which follow the ranks without a gap.
     tokenizer.add_tokens(added)
-    settings = _read_settings(folder / "tokenizer_config.json")
+    settings = _read_settings(folder / SETTINGS_FILE)
     template = folder / TEMPLATE_FILE
     if template.exists():
         settings.setdefault("chat_template", template.read_text(encoding="utf-8"))

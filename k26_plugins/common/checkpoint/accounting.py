@@ -1,4 +1,4 @@
-"""Accounting of the weights that vLLM's loader delivers, against the core's table."""
+"""Accounting of the weights that an engine's loader delivers, against the table."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from k26_plugins.common.checkpoint import CheckpointError, compare, tensor_table
-from k26_plugins.common.checkpoint.table import TORCH_DTYPES
+from k26_plugins.common.checkpoint.check import compare
+from k26_plugins.common.checkpoint.header import CheckpointError
+from k26_plugins.common.checkpoint.table import TORCH_DTYPES, tensor_table
 from k26_plugins.common.config import K26Config
 
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()} | {torch.float16: "F16"}
@@ -19,7 +20,7 @@ def account(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Pass the weights on one by one; raise CheckpointError for one that is extra, repeated, mistyped or missing.
 
-    all_experts: False where vLLM skips the experts of other ranks before they arrive here.
+    all_experts: False where the engine skips the experts of other ranks before they arrive here.
     """
     table = tensor_table(config)
     seen: set[str] = set()
