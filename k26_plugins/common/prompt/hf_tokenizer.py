@@ -23,6 +23,10 @@ SETTINGS_FILE = "tokenizer_config.json"
 VISIBLE = ("<think>", "</think>", "<|tool_call")
 
 
+class KimiTokenizerFast(PreTrainedTokenizerFast):
+    """A class of its own: engines patch a tokenizer's class, and reload those of transformers' generic one."""
+
+
 def tokenizer_folder(path_or_name: str | Path, revision: str | None = None, cache_dir: str | None = None) -> Path:
     """The folder that holds a model's tokenizer files: its own, or where the hub's library keeps those it downloads."""
     folder = Path(path_or_name)
@@ -34,7 +38,7 @@ def tokenizer_folder(path_or_name: str | Path, revision: str | None = None, cach
     return Path(str(cached_file(str(path_or_name), RANKS_FILE, **where))).parent
 
 
-def load_hf_tokenizer(folder: str | Path, **kwargs: Any) -> PreTrainedTokenizerFast:
+def load_hf_tokenizer(folder: str | Path, **kwargs: Any) -> KimiTokenizerFast:
     """Build the tokenizer of a checkpoint's folder; `kwargs` go to its constructor. Raises TokenizerError.
 
     Control tokens in text become control tokens, as with the published tokenizer: chat prompts are rendered to text.
@@ -53,7 +57,7 @@ def load_hf_tokenizer(folder: str | Path, **kwargs: Any) -> PreTrainedTokenizerF
     if template.exists():
         settings.setdefault("chat_template", template.read_text(encoding="utf-8"))
     settings.setdefault("chat_template", own_template())
-    built = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{**settings, **kwargs})
+    built = KimiTokenizerFast(tokenizer_object=tokenizer, **{**settings, **kwargs})
     _compare(built, reference)
     return built
 
@@ -75,7 +79,7 @@ def _read_settings(file: Path) -> dict[str, Any]:
     return settings
 
 
-def _compare(built: PreTrainedTokenizerFast, reference: KimiTokenizer) -> None:
+def _compare(built: KimiTokenizerFast, reference: KimiTokenizer) -> None:
     for name, token_id in reference.special.items():
         if built.convert_tokens_to_ids(name) != token_id:
             raise TokenizerError(

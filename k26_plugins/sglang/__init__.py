@@ -1,0 +1,28 @@
+"""The SGLang adapter. SGLang calls `register` in every process, through the entry point `sglang.srt.plugins`.
+
+Releases before that entry point (0.5.10) run it by one environment variable: SGLANG_EXTERNAL_MODEL_PACKAGE set to
+`k26_plugins.sglang.models`.
+"""
+
+from __future__ import annotations
+
+import logging
+
+# Under SGLang's own logger, so that its level and format apply.
+logger = logging.getLogger("sglang.k26_plugins")
+
+
+def register() -> None:
+    """Put Kimi-K2.6's classes into SGLang's registries. Repeatable, and never raises.
+
+    A failure is logged, and SGLang stays as it was. `SGLANG_PLUGINS` without `k26` in it switches the plugin off.
+    """
+    try:
+        from k26_plugins.sglang import compat
+
+        compat.register_config("k26_plugins.sglang.config", "KimiK25Config")
+        compat.register_processor("k26_plugins.sglang.processor", "K26Processor")
+        compat.register_tokenizer_hook("k26_plugins.sglang.tokenizer", "get_tokenizer")
+        compat.register_models("k26_plugins.sglang.models")
+    except Exception:
+        logger.exception("k26-plugins is not active: SGLang serves Kimi-K2.6 with its own code.")

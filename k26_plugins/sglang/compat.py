@@ -1,0 +1,175 @@
+"""Every name of SGLang that this adapter touches and that SGLang does not promise to keep.
+
+Checked on 0.5.10 and 0.5.23. Where the two differ the difference is detected here, by feature and not by version.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+import torch
+
+CHECKED_VERSIONS = "0.5.10 to 0.5.23"
+MODEL_TYPE = "kimi_k25"
+MODELS_VARIABLE = "SGLANG_EXTERNAL_MODEL_PACKAGE"
+CPU_IMAGES_VARIABLE = "SGLANG_FORCE_CPU_IMAGE_PREPROCESSING"
+_REGISTRY = "sglang.srt.models.registry"
+_TRANSFORMERS = "sglang.srt.utils.hf_transformers_utils"
+
+
+class UnsupportedEngineError(RuntimeError):
+    """An SGLang in which something that the adapter needs is not where it was."""
+
+
+def sglang_version() -> str:
+    try:
+        return version("sglang")
+    except PackageNotFoundError:
+        return "of an unknown version"
+
+
+def private(module: str, name: str) -> Any:
+    """An engine-private `name`, or one error that says which versions have it."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UnsupportedEngineError(
+            f"SGLang {sglang_version()} has no {module}.{name}, which k26-plugins needs: it was checked on SGLang "
+            f"{CHECKED_VERSIONS}. Install one of these, or a newer k26-plugins; SGLANG_PLUGINS=none runs SGLang "
+            f"without it."
+        ) from error
+
+
+def register_models(package: str) -> None:
+    """Have SGLang's registry take the model class of `package` over the in-tree one of the same name.
+
+    Through the variable that SGLang reads when it builds the registry: importing the model here would import every model
+    of SGLang before its arguments are parsed. Child processes inherit it.
+    """
+    chosen = os.environ.setdefault(MODELS_VARIABLE, package)
+    if chosen != package or (_REGISTRY in sys.modules and not _is_being_imported(_REGISTRY)):
+        private(_REGISTRY, "ModelRegistry").register(package, overwrite=True)
+
+
+def _is_being_imported(module: str) -> bool:
+    return not hasattr(sys.modules[module], "ModelRegistry")
+
+
+def _config_registry() -> Any:
+    common = "sglang.srt.utils.hf_transformers.common"
+    return private(common if find_spec("sglang.srt.utils.hf_transformers") else _TRANSFORMERS, "_CONFIG_REGISTRY")
+
+
+def register_config(module: str, name: str) -> None:
+    """Replace the configuration class of this model type by `module.name`."""
+    _config_registry()[MODEL_TYPE] = getattr(importlib.import_module(module), name)
+
+
+def register_processor(module: str, name: str) -> None:
+    """Have SGLang build `module.name` as this model type's processor, and leave the pixels to it on GPUs too."""
+    processors = private("sglang.srt.multimodal.customized_mm_processor_utils", "_CUSTOMIZED_MM_PROCESSOR")
+    processors[MODEL_TYPE] = getattr(importlib.import_module(module), name)
+    # Read by SGLang's code for this model alone: its GPU resize gives pixels that differ by a few levels.
+    os.environ.setdefault(CPU_IMAGES_VARIABLE, "1")
+
+
+def register_tokenizer_hook(module: str, name: str) -> None:
+    """Put `module.name(original, *args, **kwargs)` around SGLang's `get_tokenizer`, wherever it was imported to."""
+    package = "sglang.srt.utils.hf_transformers.tokenizer"
+    owner = importlib.import_module(package if find_spec("sglang.srt.utils.hf_transformers") else _TRANSFORMERS)
+    hook = getattr(importlib.import_module(module), name)
+    if find_spec("sglang.srt.plugins") is not None:
+        hooks = importlib.import_module("sglang.srt.plugins.hook_registry")
+        target = f"{owner.__name__}.get_tokenizer"
+        if not any(found is hook for _, found, _ in hooks.HookRegistry._hooks.get(target, ())):
+            hooks.HookRegistry.register(target, hook, hooks.HookType.AROUND)
+        hooks.HookRegistry.apply_hooks()
+    else:
+        _wrap(owner, "get_tokenizer", hook)
+
+
+def _wrap(owner: ModuleType, name: str, hook: Callable[..., Any]) -> None:
+    """What SGLang's hook registry does, for releases before it: rebind the name in every module that imported it."""
+    original = getattr(owner, name)
+    if getattr(original, "k26_hook", None) is hook:
+        return
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return hook(original, *args, **kwargs)
+
+    wrapped.k26_hook = hook  # type: ignore[attr-defined]
+    for module in list(sys.modules.values()):
+        if isinstance(module, ModuleType) and vars(module).get(name) is original:
+            setattr(module, name, wrapped)
+
+
+def finish_tokenizer(tokenizer: Any) -> Any:
+    """What SGLang itself does to every tokenizer that it has loaded."""
+    private(_TRANSFORMERS, "attach_additional_stop_token_ids")(tokenizer)
+    return private("sglang.srt.utils.patch_tokenizer", "patch_tokenizer")(tokenizer)
+
+
+def in_tree_config() -> type:
+    found: type = private("sglang.srt.configs.kimi_k25", "KimiK25Config")
+    return found
+
+
+def in_tree_model() -> Any:
+    return importlib.import_module("sglang.srt.models.kimi_k25")
+
+
+def compressed_tensors_config() -> type:
+    module = "sglang.srt.layers.quantization.compressed_tensors.compressed_tensors"
+    found: type = private(module, "CompressedTensorsConfig")
+    return found
+
+
+def moe_scheme_base() -> type:
+    module = "sglang.srt.layers.quantization.compressed_tensors.schemes"
+    found: type = private(module, "CompressedTensorsMoEScheme")
+    return found
+
+
+def moe_runner_backend() -> Any:
+    """What `--moe-runner-backend` resolved to."""
+    return private("sglang.srt.layers.moe.utils", "get_moe_runner_backend")()
+
+
+def expert_parallel_size() -> int:
+    if find_spec("sglang.srt.runtime_context") is not None:
+        return int(private("sglang.srt.runtime_context", "get_parallel")().moe_ep_size)
+    return int(private("sglang.srt.distributed", "get_moe_expert_parallel_world_size")())
+
+
+def experts_scale_output() -> bool:
+    """Whether the routed scaling factor is the experts' to apply: on CUDA SGLang's kernels do, elsewhere the layer does."""
+    return bool(private("sglang.srt.utils", "is_cuda")())
+
+
+def device_type() -> str:
+    return str(private("sglang.srt.utils", "get_device")()).split(":")[0]
+
+
+def combine_input(hidden_states: torch.Tensor) -> Any:
+    return private("sglang.srt.layers.moe.token_dispatcher", "StandardCombineInput")(hidden_states=hidden_states)
+
+
+def use_absorbed_mla_on_torch_native() -> None:
+    """Have the plain torch backend run MLA in its absorbed form, prefill too.
+
+    The only form that this backend can: the other has keys and values of two sizes. Without this its prefill fails.
+    """
+    module = "sglang.srt.models.deepseek_common.attention_backend_handler"
+    methods = private(
+        "sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods", "AttnForwardMethod"
+    )
+    private(module, "AttentionBackendRegistry").register("torch_native", lambda attention, batch: methods.MLA)

@@ -1,0 +1,109 @@
+"""The core's INT4 experts through SGLang's compressed-tensors interface: a scheme for its fused-MoE layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from k26_plugins.common.experts import ExpertsBackend, create_experts
+from k26_plugins.common.experts.op import number_of, routed_experts
+from k26_plugins.common.experts.parameters import create_packed_parameters, take_packed_parameters
+from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, experts_for_device, experts_setting
+from k26_plugins.sglang import compat, logger
+
+
+class K26MoEScheme(compat.moe_scheme_base()):  # type: ignore[misc]
+    """Creates the packed weights as the checkpoint has them; after loading, a core backend takes them over."""
+
+    def __init__(self, backend_name: str) -> None:
+        self.backend_name = backend_name
+        self.backend: ExpertsBackend | None = None
+        self.number = -1
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 0
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        # SGLang's loader reads these to cut for tensor parallelism and to place an expert.
+        attributes = {**extra_weight_attrs, "is_transposed": False, "quant_method": "group"}
+
+        def on_parameter(parameter: torch.nn.Parameter) -> None:
+            for name, value in attributes.items():
+                setattr(parameter, name, value)
+
+        create_packed_parameters(layer, num_experts, hidden_size, intermediate_size_per_partition, on_parameter)
+
+    def create_moe_runner(self, layer: torch.nn.Module, moe_runner_config: Any) -> None:
+        """No runner of SGLang's: its dispatcher then gives local ids, −1 for an expert of another rank."""
+        self.output_scale = moe_runner_config.routed_scaling_factor if compat.experts_scale_output() else None
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        self.backend = create_experts(take_packed_parameters(layer), self.backend_name)
+        self.number = number_of(self.backend)
+        # Registered again, so that EPLB finds and moves what the backend computes with.
+        for name, tensor in self.backend.tensors().items():
+            layer.register_parameter(f"k26_{name}", torch.nn.Parameter(tensor, requires_grad=False))
+
+    def apply_weights(self, layer: torch.nn.Module, dispatch_output: Any) -> Any:
+        topk_weights, topk_ids, _ = dispatch_output.topk_output
+        output = routed_experts(dispatch_output.hidden_states, topk_weights, topk_ids, None, self.number)
+        if self.output_scale is not None:
+            output = output * self.output_scale
+        return compat.combine_input(output)
+
+
+def use_core_experts(quant_config: Any) -> None:
+    """Give this model's quantisation configuration our scheme for routed experts, and leave the rest of it alone.
+
+    The object's class is replaced by a subclass of its own: the one of another model in the process keeps its. Where
+    SGLang's own experts are chosen, by K26_EXPERTS or by `--moe-runner-backend`, they run, except for the one that takes
+    this checkpoint's format for another. Raises ValueError where the two settings contradict each other.
+    """
+    base = compat.compressed_tensors_config()
+    if not isinstance(quant_config, base):
+        raise compat.UnsupportedEngineError(
+            f"SGLang {compat.sglang_version()} read the INT4 checkpoint as {type(quant_config).__name__}, expected "
+            f"{base.__name__}: remove --quantization."
+        )
+    backend_name = _chosen_backend()
+
+    class K26QuantConfig(type(quant_config)):  # type: ignore[misc]
+        def get_moe_scheme(self, layer: torch.nn.Module, layer_name: str | None = None) -> Any:
+            if backend_name == ENGINE:
+                return super().get_moe_scheme(layer=layer, layer_name=layer_name)
+            return K26MoEScheme(backend_name)
+
+    quant_config.__class__ = K26QuantConfig
+
+
+def _chosen_backend() -> str:
+    runner = compat.moe_runner_backend()
+    if runner.is_flashinfer_trtllm():
+        raise ValueError(
+            "--moe-runner-backend flashinfer_trtllm takes this INT4 checkpoint for MXINT4 and gives garbage on some GPUs "
+            "(sglang issue 24091): choose --moe-runner-backend marlin or triton."
+        )
+    if not runner.is_auto():
+        if experts_setting() not in ("auto", ENGINE):
+            raise ValueError(
+                f"{EXPERTS_VARIABLE}={experts_setting()} and --moe-runner-backend {runner.value} choose different experts: "
+                f"give one of the two."
+            )
+        logger.info("k26-plugins: SGLang's own INT4 experts are kept (--moe-runner-backend %s).", runner.value)
+        return ENGINE
+    backend_name = experts_for_device(compat.device_type())
+    if backend_name == ENGINE:
+        logger.info("k26-plugins: SGLang's own INT4 experts are kept (%s chooses).", EXPERTS_VARIABLE)
+    else:
+        logger.info("k26-plugins: INT4 experts run on the core (%s).", backend_name)
+    return backend_name

@@ -1,0 +1,39 @@
+"""Kimi-K2.6 in SGLang: the in-tree class, with what the core defines put in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from k26_plugins.common.checkpoint import account
+from k26_plugins.common.serving import published_int4
+from k26_plugins.sglang import compat, logger
+from k26_plugins.sglang.experts import use_core_experts
+
+_in_tree = compat.in_tree_model()
+
+
+class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):  # type: ignore[misc, name-defined]
+    """Keeps the in-tree class' name: SGLang compares names."""
+
+    def __init__(self, config: Any, quant_config: Any = None, prefix: str = "", **kwargs: Any) -> None:
+        self.core_config = published_int4(config, logger.warning)
+        self.weights_loaded = False
+        if compat.device_type() == "cpu":
+            compat.use_absorbed_mla_on_torch_native()
+        if self.core_config is not None:
+            use_core_experts(quant_config)
+        super().__init__(config, quant_config, prefix, **kwargs)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
+        # Later calls update some of the weights of a running server (RLHF); only the first must be whole.
+        if self.core_config is not None and not self.weights_loaded:
+            weights = account(weights, self.core_config, all_experts=compat.expert_parallel_size() == 1)
+        loaded = super().load_weights(weights)
+        self.weights_loaded = True
+        return loaded
+
+
+EntryClass = [KimiK25ForConditionalGeneration]
