@@ -1,7 +1,6 @@
 """The SGLang adapter. SGLang calls `register` in every process, through the entry point `sglang.srt.plugins`.
 
-Releases before that entry point (0.5.10) run it by one environment variable: SGLANG_EXTERNAL_MODEL_PACKAGE set to
-`k26_plugins.sglang.models`.
+0.5.10 has no such entry point and gets it by one environment variable: see `boot/`.
 """
 
 from __future__ import annotations

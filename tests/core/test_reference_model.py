@@ -10,6 +10,7 @@ import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from safetensors.torch import load_file, save_file
+from support.agreement import BF16_NOISE
 from transformers import AutoModelForImageTextToText
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
@@ -207,3 +208,11 @@ def test_router_against_transformers(judge: Any) -> None:
     assert torch.equal(topk_ids.gather(1, order), expected_ids.gather(1, expected_order))
     torch.testing.assert_close(topk_weights.gather(1, order), expected_weights.gather(1, expected_order))
     assert not torch.equal(topk_ids, route(logits, torch.zeros_like(bias), 2, 1.0)[1])
+
+
+def test_the_noise_is_what_bfloat16_does_to_the_reference(tiny_folder: Path) -> None:
+    reference = KimiK26(Checkpoint(tiny_folder), torch.float32)
+    prompt = torch.randint(0, 256, (200,), generator=torch.Generator().manual_seed(0))
+    rounded = KimiK26(Checkpoint(tiny_folder)).logprobs(prompt)
+    deviation = (rounded - reference.logprobs(prompt)).abs().amax(-1)
+    assert BF16_NOISE / 10 < deviation.quantile(0.98).item() < BF16_NOISE

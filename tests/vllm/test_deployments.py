@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from server import Server, image_part, png, random_image, serve
-from transformers import LlamaConfig, LlamaForCausalLM
+from support.agreement import BYTES, assert_same_top
+from support.checkpoints import make_llama
+from support.images import image_part, png, random_image
+from support.server import Server
+from support.vllm_server import serve
 
 # vLLM's CPU backend wants to know which core is whose where two ranks share a NUMA node.
 TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-BYTES = list(range(256))
 
 
 @pytest.fixture(scope="module")
@@ -38,18 +40,6 @@ def first_tokens(server: Server) -> list[dict[int, float]]:
     return found
 
 
-def assert_same(found: list[dict[int, float]], expected: list[dict[int, float]]) -> None:
-    """The same greedy token wherever the second is clearly behind, and its log-probability up to bfloat16."""
-    clear = 0
-    for one, other in zip(found, expected, strict=True):
-        ranked = sorted(other, key=other.__getitem__, reverse=True)
-        if other[ranked[0]] - other[ranked[1]] > 0.1:
-            assert max(one, key=one.__getitem__) == ranked[0]
-            clear += 1
-        assert max(one.values()) == pytest.approx(max(other.values()), abs=0.1)
-    assert clear >= 2
-
-
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -61,19 +51,19 @@ def assert_same(found: list[dict[int, float]], expected: list[dict[int, float]])
 def test_two_ranks_answer_as_one(tiny_folder: Path, tmp_path: Path, one_rank: Server, arguments: list[str]) -> None:
     expected = first_tokens(one_rank)
     with serve(tiny_folder, tmp_path / "log", "--enforce-eager", *arguments, **TWO_RANKS) as server:
-        assert_same(first_tokens(server), expected)
+        assert_same_top(first_tokens(server), expected)
 
 
 def test_compiled_answers_as_eager(tiny_folder: Path, tmp_path: Path, one_rank: Server) -> None:
     """torch.compile goes around the experts' operator: nothing in it may break the graph."""
     with serve(tiny_folder, tmp_path / "log") as server:
-        assert_same(first_tokens(server), first_tokens(one_rank))
+        assert_same_top(first_tokens(server), first_tokens(one_rank))
 
 
 def test_the_reference_backend_by_hand(tiny_folder: Path, tmp_path: Path, one_rank: Server) -> None:
     with serve(tiny_folder, tmp_path / "log", "--enforce-eager", K26_EXPERTS="reference") as server:
         assert "run on the core (reference)" in server.log.read_text()
-        assert_same(first_tokens(server), first_tokens(one_rank))
+        assert_same_top(first_tokens(server), first_tokens(one_rank))
 
 
 def test_a_second_request_hits_the_prefix_cache(tiny_folder: Path, tmp_path: Path) -> None:
@@ -89,12 +79,7 @@ def test_a_second_request_hits_the_prefix_cache(tiny_folder: Path, tmp_path: Pat
 def test_another_architecture_is_served_as_without_the_plugin(tmp_path: Path) -> None:
     """A small Llama with and without the plugin: the same tokens, and no word of ours in the log."""
     folder = tmp_path / "llama"
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, vocab_size=512,
-        max_position_embeddings=4096, eos_token_id=511,
-    )  # fmt: skip
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    make_llama(folder)
     answers = []
     for plugins in ("k26", "none"):
         with serve(

@@ -11,23 +11,14 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from server import MAX_LOGPROBS, Server, image_part, png, png_header, random_image, serve
+from support.agreement import BYTES, VOCABULARY, assert_same_distribution
+from support.expected import image_request, text_prompt
+from support.images import BAD_IMAGES, image_part, png_header
+from support.server import Server
+from support.vllm_server import serve
 
 from k26_plugins.common.checkpoint import Checkpoint
-from k26_plugins.common.media import MediaConfig, normalise, preprocess
 from k26_plugins.common.multimodal import KimiK26
-from k26_plugins.common.prompt.chat import expand_media_placeholders, render
-from k26_plugins.common.prompt.tokenizer import KimiTokenizer
-
-# The design's bound on an engine's distribution against the reference.
-MAX_MEAN_KL = 1e-3
-# Tokens to choose from where a media placeholder would mean something to the reference.
-BYTES = list(range(256))
-# What bfloat16 does to a log-probability: in the reference itself, 98 of 100 positions stay below (see the test of that).
-BF16_NOISE = 0.05
-# The others are tokens that a rounding near a tie of two experts' scores sends elsewhere: the reference in bfloat16 agrees
-# with itself in float32 on 99 of 100 such positions (mean KL 9e-4, median 3e-5).
-MIN_AGREEMENT = 0.97
 
 
 @pytest.fixture(scope="module")
@@ -44,31 +35,11 @@ def reference(tiny_folder: Path) -> KimiK26:
 
 def rows(entries: list[dict[str, Any]]) -> torch.Tensor:
     """The server's `{"token_id:N": logprob}` or `{"N": {"logprob": …}}`, one a position, as `[positions, vocab]`."""
-    out = torch.full((len(entries), MAX_LOGPROBS), -torch.inf)
+    out = torch.full((len(entries), VOCABULARY), -torch.inf)
     for position, entry in enumerate(entries):
         for key, value in entry.items():
             out[position, int(key.removeprefix("token_id:"))] = value["logprob"] if isinstance(value, dict) else value
     return out
-
-
-def assert_same_distribution(served: torch.Tensor, expected: torch.Tensor) -> None:
-    """The design's two bounds: mean KL, and the same likeliest token wherever that is no matter of rounding."""
-    kl = (expected.exp() * (expected - served)).sum(-1)
-    print(f"KL mean {kl.mean():.2e}, median {kl.median():.2e}, largest {kl.max():.2e} over {len(kl)} positions")
-    assert kl.mean().item() <= MAX_MEAN_KL
-    best = expected.topk(2, dim=-1)
-    clear = best.values[:, 0] - best.values[:, 1] > 2 * BF16_NOISE
-    assert clear.sum() > len(expected) // 10
-    agreement = (served.argmax(-1) == best.indices[:, 0])[clear].float().mean().item()
-    print(f"greedy agreement {agreement:.4f} over {int(clear.sum())} positions that are no tie")
-    assert agreement >= MIN_AGREEMENT
-
-
-def test_the_noise_is_what_bfloat16_does_to_the_reference(reference: KimiK26, tiny_folder: Path) -> None:
-    prompt = torch.randint(0, 256, (200,), generator=torch.Generator().manual_seed(0))
-    rounded = KimiK26(Checkpoint(tiny_folder)).logprobs(prompt)
-    deviation = (rounded - reference.logprobs(prompt)).abs().amax(-1)
-    assert BF16_NOISE / 10 < deviation.quantile(0.98).item() < BF16_NOISE
 
 
 def test_the_plugin_is_active(server: Server) -> None:
@@ -82,7 +53,7 @@ def test_models(server: Server) -> None:
 
 def test_prompt_logprobs(server: Server, reference: KimiK26) -> None:
     prompt = torch.randint(0, 256, (200,), generator=torch.Generator().manual_seed(0))
-    answer = server.complete(prompt.tolist(), max_tokens=1, prompt_logprobs=MAX_LOGPROBS)
+    answer = server.complete(prompt.tolist(), max_tokens=1, prompt_logprobs=VOCABULARY)
     served = rows(answer["choices"][0]["prompt_logprobs"][1:])
     assert_same_distribution(served, reference.logprobs(prompt)[:-1])
 
@@ -96,7 +67,7 @@ def test_decode_logprobs(server: Server, reference: KimiK26) -> None:
             prompt.tolist(),
             max_tokens=48,
             temperature=0,
-            logprobs=MAX_LOGPROBS,
+            logprobs=VOCABULARY,
             return_tokens_as_token_ids=True,
             allowed_token_ids=BYTES,
             ignore_eos=True,
@@ -111,8 +82,7 @@ def test_decode_logprobs(server: Server, reference: KimiK26) -> None:
 def test_text_is_rendered_and_tokenised_as_by_the_core(server: Server, tiny_folder: Path) -> None:
     content = "Hello 中文 world, I'm 12345\n"
     answer = server.chat(content, max_tokens=4, return_token_ids=True)
-    text = render([{"role": "user", "content": content}], tiny_folder)
-    assert answer["prompt_token_ids"] == KimiTokenizer(tiny_folder).encode(text, allow_special=True)
+    assert answer["prompt_token_ids"] == text_prompt(tiny_folder, content)
 
 
 def test_streaming_gives_the_same_text(server: Server) -> None:
@@ -131,10 +101,9 @@ def test_streaming_gives_the_same_text(server: Server) -> None:
 @pytest.mark.parametrize("sizes", [[(80, 60)], [(1000, 700)], [(28, 28), (300, 20), (1, 1)]], ids=str)
 def test_images(server: Server, tiny_folder: Path, reference: KimiK26, sizes: list[tuple[int, int]]) -> None:
     """Same prompt tokens as the core's, and the tokens' logprobs as the reference gives them for the core's pixels."""
-    images = [random_image(*size, seed=index) for index, size in enumerate(sizes)]
-    content = [*(image_part(png(image)) for image in images), {"type": "text", "text": "What?"}]
+    request = image_request(tiny_folder, sizes)
     answer = server.chat(
-        content,
+        request.content,
         max_tokens=6,
         temperature=0,
         logprobs=True,
@@ -142,22 +111,11 @@ def test_images(server: Server, tiny_folder: Path, reference: KimiK26, sizes: li
         ignore_eos=True,
         allowed_token_ids=BYTES,
     )
-    config = MediaConfig.from_path(tiny_folder)
-    patches, grids = preprocess([[image] for image in images], config)
-    text = render([{"role": "user", "content": content}], tiny_folder)
-    prompt = expand_media_placeholders(
-        KimiTokenizer(tiny_folder).encode(text, allow_special=True),
-        [h * w // 4 for _, h, w in grids.tolist()],
-        reference.config.media_placeholder_token_id,
-    )
-    assert answer["prompt_token_ids"] == prompt
+    assert answer["prompt_token_ids"] == request.prompt
     choice = answer["choices"][0]
-    tokens = choice["token_ids"]
-    expected = reference.logprobs(
-        torch.tensor(prompt + tokens), torch.from_numpy(normalise(patches, config)), torch.from_numpy(grids)
-    )[len(prompt) - 1 : -1]
+    expected = request.logprobs(reference, choice["token_ids"])
     served = torch.tensor([entry["logprob"] for entry in choice["logprobs"]["content"]])
-    torch.testing.assert_close(served, expected.gather(1, torch.tensor(tokens)[:, None])[:, 0], rtol=0, atol=0.15)
+    torch.testing.assert_close(served, expected, rtol=0, atol=0.15)
 
 
 def test_sixteen_at_once_answer_as_alone(server: Server) -> None:
@@ -174,13 +132,6 @@ def test_sixteen_at_once_answer_as_alone(server: Server) -> None:
         # The first token's batch is the prompt's own; later ones may differ where bfloat16 ties break.
         assert one[0] == pytest.approx(other[0], abs=0.1)
     assert all(len(answer) == 8 for answer in together)
-
-
-BAD_IMAGES = {
-    "corrupt": png(random_image(64, 64))[:200],
-    "text": b"no image",
-    "empty": b"",
-}
 
 
 @pytest.mark.parametrize("name", BAD_IMAGES)

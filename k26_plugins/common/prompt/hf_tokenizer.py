@@ -57,7 +57,9 @@ def load_hf_tokenizer(folder: str | Path, **kwargs: Any) -> KimiTokenizerFast:
     if template.exists():
         settings.setdefault("chat_template", template.read_text(encoding="utf-8"))
     settings.setdefault("chat_template", own_template())
-    built = KimiTokenizerFast(tokenizer_object=tokenizer, **{**settings, **kwargs})
+    built = KimiTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer, **{**settings, **kwargs}
+    )
     _compare(built, reference)
     return built
 

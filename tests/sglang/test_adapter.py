@@ -1,0 +1,206 @@
+"""What can be held without a server: registration, configuration, tokenizer, pixels, the choice of experts."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.sameness import SIZES, TEXTS, image_of, media_line, recorded
+from support.sglang_server import boot_folder
+
+from k26_plugins.common.config import ARCHITECTURE, ConfigError
+from k26_plugins.common.prompt.hf_tokenizer import KimiTokenizerFast
+from k26_plugins.sglang import compat, register
+
+register()
+
+
+def sglang_utils() -> Any:
+    from sglang.srt.utils import hf_transformers_utils
+
+    return hf_transformers_utils
+
+
+def test_registration_takes_the_in_tree_classes_place_and_no_others() -> None:
+    register()  # SGLang runs it in every process
+    from sglang.srt.models.llama import LlamaForCausalLM
+    from sglang.srt.models.registry import ModelRegistry
+
+    model, _ = ModelRegistry.resolve_model_cls([ARCHITECTURE])
+    assert model.__module__ == "k26_plugins.sglang.models.kimi_k26"
+    assert issubclass(model, compat.in_tree_model().KimiK25ForConditionalGeneration)
+    assert ModelRegistry.resolve_model_cls(["LlamaForCausalLM"])[0] is LlamaForCausalLM
+
+
+def test_a_failing_registration_leaves_sglang_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(compat, "register_models", lambda package: 1 / 0)
+    register()
+    assert "k26-plugins is not active" in caplog.text
+
+
+def test_a_name_that_sglang_lost_is_one_clear_error() -> None:
+    with pytest.raises(compat.UnsupportedEngineError, match=r"SGLang .* has no sglang.nothing.Here.*checked on SGLang"):
+        compat.private("sglang.nothing", "Here")
+
+
+def test_the_environment_variable_of_0_5_10_makes_it_active(tmp_path: Path) -> None:
+    """And another sitecustomize on the path runs too."""
+    (tmp_path / "sitecustomize.py").write_text("print('the other runs')\n")
+    code = (
+        "import sglang.srt.utils.hf_transformers_utils as utils, sglang.srt.managers.detokenizer_manager as manager\n"
+        "from k26_plugins.sglang import compat\n"
+        "print(compat._config_registry()['kimi_k25'].__module__, manager.get_tokenizer is utils.get_tokenizer)"
+    )
+    path = os.pathsep.join((boot_folder(), str(tmp_path)))
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert done.stdout.splitlines()[0] == "the other runs"
+    assert done.stdout.splitlines()[-1] == "k26_plugins.sglang.config True"
+
+
+def test_the_configuration_is_understood_in_the_hubs_spelling(tiny_folder: Path, tmp_path: Path) -> None:
+    """Without the names that SGLang's own class knows, which it would fill with the published model's sizes."""
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "hub"))
+    content = json.loads((folder / "config.json").read_text())
+    vision = content["vision_config"]
+    content["vision_config"] = {name: value for name, value in vision.items() if f"vt_{name}" not in vision}
+    (folder / "config.json").write_text(json.dumps(content))
+    found = sglang_utils().get_config(str(folder), trust_remote_code=False)
+    assert type(found).__name__ == "KimiK25Config"
+    assert found.vision_config.hidden_size == vision["vt_hidden_size"] == 144
+    assert found.vision_config.num_hidden_layers == 2
+    assert found.text_config.router_fp32
+
+
+def test_a_configuration_of_another_model_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "other"))
+    content = json.loads((folder / "config.json").read_text())
+    content["text_config"]["n_group"] = 8
+    (folder / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"text_config.n_group"):
+        sglang_utils().get_config(str(folder), trust_remote_code=False)
+
+
+def test_another_quantisation_is_left_to_sglang(
+    tiny_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "nvfp4"))
+    content = json.loads((folder / "config.json").read_text())
+    content["text_config"]["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+    (folder / "config.json").write_text(json.dumps(content))
+    sglang_utils().get_config(str(folder), trust_remote_code=False)
+    assert "keeps the engine's own experts" in caplog.text
+
+
+def test_token_ids_are_those_of_vllm(tiny_folder: Path) -> None:
+    tokenizer = sglang_utils().get_tokenizer(str(tiny_folder), trust_remote_code=False)
+    assert isinstance(tokenizer, KimiTokenizerFast)
+    for text in TEXTS:
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=True, add_generation_prompt=True, return_dict=False
+        )
+        assert ids == recorded()["prompts"][text]
+
+
+def test_another_models_tokenizer_is_sglangs(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, unk_token="a"))).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+    assert not isinstance(sglang_utils().get_tokenizer(str(tmp_path)), KimiTokenizerFast)
+
+
+def test_pixels_are_those_of_vllm(tiny_folder: Path) -> None:
+    """Through SGLang's own `get_processor`, called as its code for this model calls it."""
+    processor = sglang_utils().get_processor(str(tiny_folder), trust_remote_code=False)
+    for size in SIZES:
+        image = image_of(size)
+        medias = [{"type": "image", "image": image}]
+        count = processor.media_processor.media_tokens_calculator(medias[0])
+        found = processor(text=["<|media_pad|>" * count], medias=medias, padding=True, return_tensors="pt")
+        assert found["input_ids"].tolist() == [[277] * count]
+        line = media_line(found["pixel_values"], found["grid_thws"][0])
+        assert line == recorded()["media"][f"{size[0]}x{size[1]}"]
+
+
+def test_sglangs_wrapper_takes_the_core_s_pixels_on_any_device(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """0.5.23 would resize on a GPU, by other arithmetic."""
+    module = pytest.importorskip("sglang.srt.multimodal.processors.kimi_k25")
+    if not hasattr(module, "KimiGPUProcessorWrapper"):
+        pytest.skip("SGLang 0.5.10 has no GPU preprocessing for this model")
+    processor = sglang_utils().get_processor(str(tiny_folder), trust_remote_code=False)
+    media = processor.media_processor.media_proc_cfg
+    wrapper = module.KimiGPUProcessorWrapper(
+        processor, "<|media_pad|>", 277, media["patch_size"], media["merge_kernel_size"], media["in_patch_limit"],
+        media["patch_limit_on_one_side"], None, media["image_mean"], media["image_std"],
+    )  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = wrapper(text=["a<|media_pad|>b"], images=[image_of((640, 480))])
+    assert media_line(found["pixel_values"], found["image_grid_thw"][0]) == recorded()["media"]["640x480"]
+
+
+class _Runner:
+    """A value of `--moe-runner-backend`, as SGLang resolves it."""
+
+    def __init__(self, name: str) -> None:
+        from sglang.srt.layers.moe.utils import MoeRunnerBackend
+
+        self.backend = MoeRunnerBackend(name)
+
+    def __call__(self) -> Any:
+        return self.backend
+
+
+def quant_config(folder: Path) -> Any:
+    """SGLang's own reading of the checkpoint's quantisation."""
+    settings = json.loads((folder / "config.json").read_text())["text_config"]["quantization_config"]
+    return compat.compressed_tensors_config().from_config(settings)  # type: ignore[attr-defined]
+
+
+def test_routed_experts_get_our_scheme(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from k26_plugins.sglang.experts import K26MoEScheme, use_core_experts
+
+    monkeypatch.setattr(compat, "moe_runner_backend", _Runner("auto"))
+    ours, untouched = quant_config(tiny_folder), quant_config(tiny_folder)
+    use_core_experts(ours)
+    scheme = ours.get_moe_scheme(torch.nn.Module(), layer_name="model.layers.1.mlp.experts")
+    assert isinstance(scheme, K26MoEScheme)
+    assert isinstance(ours, compat.compressed_tensors_config())
+    assert type(untouched) is compat.compressed_tensors_config()
+
+
+@pytest.mark.parametrize("runner", ["marlin", "triton"])
+def test_sglangs_own_experts_stay_selectable(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, runner: str) -> None:
+    from k26_plugins.common.settings import EXPERTS_VARIABLE
+    from k26_plugins.sglang.experts import use_core_experts
+
+    monkeypatch.setattr(compat, "moe_runner_backend", _Runner(runner))
+    config = quant_config(tiny_folder)
+    use_core_experts(config)
+    scheme = config.get_moe_scheme(torch.nn.Module(), layer_name="model.layers.1.mlp.experts")
+    assert type(scheme).__module__.startswith("sglang.")
+    monkeypatch.setenv(EXPERTS_VARIABLE, "cpu")
+    with pytest.raises(ValueError, match=rf"K26_EXPERTS=cpu and --moe-runner-backend {runner}"):
+        use_core_experts(quant_config(tiny_folder))
+
+
+def test_the_checkpoint_is_never_taken_for_mxint4(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from k26_plugins.sglang.experts import use_core_experts
+
+    monkeypatch.setattr(compat, "moe_runner_backend", _Runner("flashinfer_trtllm"))
+    with pytest.raises(ValueError, match=r"MXINT4.*24091.*marlin or triton"):
+        use_core_experts(quant_config(tiny_folder))

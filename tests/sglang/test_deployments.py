@@ -1,0 +1,86 @@
+"""Other ways to run the server: several ranks, redundant experts, another backend, another model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from support.agreement import assert_same_top
+from support.checkpoints import make_llama
+from support.images import image_part, png, random_image
+from support.server import Server
+from support.sglang_server import serve
+
+# SGLang's CPU backend wants to know which core is whose where two ranks share a NUMA node. The build from PyPI brings
+# NCCL, which SGLang would use for two ranks wherever it finds it: a CPU build has none.
+TWO_RANKS = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1", "SGLANG_NCCL_SO_PATH": "none"}
+# The vision tower's interpolation is compiled at the first image, half a minute; test_server.py has it compiled.
+EAGER = {"TORCHDYNAMO_DISABLE": "1"}
+
+
+@pytest.fixture(scope="module")
+def one_rank(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serve(tiny_folder, tmp_path_factory.mktemp("one") / "log", **EAGER) as server:
+        yield server
+
+
+def first_tokens(server: Server) -> list[dict[int, float]]:
+    """Of several prompts, text and image, the likeliest next tokens and their log-probabilities."""
+    found = []
+    for index in range(6):
+        prompt = torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(index)).tolist()
+        answer = server.post(
+            "/generate",
+            input_ids=prompt,
+            sampling_params={"max_new_tokens": 1, "temperature": 0},
+            return_logprob=True,
+            top_logprobs_num=5,
+        ).json()
+        found.append({token: logprob for logprob, token, *_ in answer["meta_info"]["output_top_logprobs"][0]})
+    content = [image_part(png(random_image(100, 80))), {"type": "text", "text": "What?"}]
+    entry = server.chat(content, max_tokens=1, temperature=0, logprobs=True, top_logprobs=5)
+    top_tokens = entry["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    found.append({index: item["logprob"] for index, item in enumerate(top_tokens)})
+    return found
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--tp-size", "2"],
+        ["--tp-size", "2", "--ep-size", "2", "--mm-enable-dp-encoder"],
+        # Redundant experts in place. Moving them later ends in SGLang's own wait for a CUDA device.
+        ["--tp-size", "2", "--ep-size", "2", "--enable-eplb", "--ep-num-redundant-experts", "4"],
+        ["--pp-size", "2"],
+    ],
+    ids=["tensor", "expert", "redundant-experts", "pipeline"],
+)
+def test_two_ranks_answer_as_one(tiny_folder: Path, tmp_path: Path, one_rank: Server, arguments: list[str]) -> None:
+    with serve(tiny_folder, tmp_path / "log", *arguments, **TWO_RANKS, **EAGER) as server:
+        assert_same_top(first_tokens(server), first_tokens(one_rank))
+
+
+def test_the_reference_backend_by_hand(tiny_folder: Path, tmp_path: Path, one_rank: Server) -> None:
+    with serve(tiny_folder, tmp_path / "log", K26_EXPERTS="reference", **EAGER) as server:
+        assert "run on the core (reference)" in server.log.read_text()
+        assert_same_top(first_tokens(server), first_tokens(one_rank))
+
+
+def test_another_architecture_is_served_as_without_the_plugin(tmp_path: Path) -> None:
+    """A small Llama with and without the plugin: the same tokens, and no word of ours in the log."""
+    folder = tmp_path / "llama"
+    make_llama(folder)
+    answers = []
+    for plugins in ("k26", "none"):
+        with serve(folder, tmp_path / f"log-{plugins}", "--skip-tokenizer-init", SGLANG_PLUGINS=plugins) as server:
+            answer = server.post(
+                "/generate",
+                input_ids=list(range(50)),
+                sampling_params={"max_new_tokens": 8, "temperature": 0, "ignore_eos": True},
+            )
+            answers.append(answer.json()["output_ids"])
+            assert "k26-plugins:" not in server.log.read_text()
+    assert len(answers[0]) == 8
+    assert answers[0] == answers[1]

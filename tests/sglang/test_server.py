@@ -1,0 +1,200 @@
+"""The real server on the CPU, through its OpenAI-compatible API, against the core's reference.
+
+Whole distributions come from SGLang's own `/generate`: its OpenAI API gives the likeliest few.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from support.agreement import BYTES, VOCABULARY, assert_same_distribution
+from support.expected import image_request, text_prompt
+from support.images import BAD_IMAGES, image_part, png_header
+from support.server import Server
+from support.sglang_server import HAS_ENTRY_POINT, serve
+
+from k26_plugins.common.checkpoint import Checkpoint
+from k26_plugins.common.multimodal import KimiK26
+
+# Far below the prompts' lengths: every longer one is prefilled in pieces.
+CHUNK = 64
+
+
+@pytest.fixture(scope="module")
+def server(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("sglang") / "server.log"
+    with serve(tiny_folder, log, "--chunked-prefill-size", str(CHUNK), "--enable-cache-report") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_folder: Path) -> KimiK26:
+    return KimiK26(Checkpoint(tiny_folder), torch.float32)
+
+
+def generate(server: Server, input_ids: list[int], max_new_tokens: int, **sampling: Any) -> dict[str, Any]:
+    """SGLang's own API: greedy, with the whole distribution at each position."""
+    response = server.post(
+        "/generate",
+        input_ids=input_ids,
+        sampling_params={"max_new_tokens": max_new_tokens, "temperature": 0, "ignore_eos": True, **sampling},
+        return_logprob=True,
+        top_logprobs_num=VOCABULARY,
+        logprob_start_len=0,
+    )
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def rows(entries: list[list[list[Any]]]) -> torch.Tensor:
+    """The server's `[[logprob, token, …], …]`, one list a position, as `[positions, vocab]`."""
+    out = torch.full((len(entries), VOCABULARY), -torch.inf)
+    for position, entry in enumerate(entries):
+        for logprob, token, *_ in entry:
+            out[position, token] = logprob
+    return out
+
+
+def test_the_plugin_is_active(server: Server) -> None:
+    log = server.log.read_text()
+    assert "INT4 experts run on the core" in log
+    assert "k26-plugins is not active" not in log
+
+
+def test_models(server: Server) -> None:
+    models = httpx.get(f"{server.url}/v1/models", timeout=10).json()["data"]
+    assert [model["id"] for model in models] == [server.model]
+
+
+def test_prompt_logprobs_of_a_prompt_prefilled_in_pieces(server: Server, reference: KimiK26) -> None:
+    prompt = torch.randint(0, 256, (200,), generator=torch.Generator().manual_seed(0))
+    answer = generate(server, prompt.tolist(), 1)
+    served = rows(answer["meta_info"]["input_top_logprobs"][1:])
+    assert_same_distribution(served, reference.logprobs(prompt)[:-1])
+    assert f"#new-token: {CHUNK}," in server.log.read_text()
+
+
+def test_decode_logprobs(server: Server, reference: KimiK26) -> None:
+    served, expected = [], []
+    for seed in range(8):
+        prompt = torch.randint(0, 256, (30,), generator=torch.Generator().manual_seed(seed))
+        # The reference takes no media placeholder for a text token. A bias shifts what is reported, so the tokens that
+        # are left are compared among themselves.
+        bias = {str(token): -100 for token in range(len(BYTES), VOCABULARY)}
+        answer = generate(server, prompt.tolist(), 48, logit_bias=bias)
+        tokens = torch.tensor(answer["output_ids"])
+        assert tokens.max() < len(BYTES)
+        served.append(rows(answer["meta_info"]["output_top_logprobs"]))
+        expected.append(reference.logprobs(torch.cat((prompt, tokens)))[len(prompt) - 1 : -1])
+    among_bytes = [torch.cat(found)[:, BYTES].log_softmax(-1) for found in (served, expected)]
+    assert_same_distribution(*among_bytes)
+
+
+@pytest.mark.skipif(
+    not HAS_ENTRY_POINT, reason="SGLang 0.5.10 does not report token ids: test_adapter.py compares them"
+)
+def test_text_is_rendered_and_tokenised_as_by_the_core(server: Server, tiny_folder: Path) -> None:
+    content = "Hello 中文 world, I'm 12345\n"
+    answer = server.chat(content, max_tokens=4, return_prompt_token_ids=True)
+    assert answer["choices"][0]["prompt_token_ids"] == text_prompt(tiny_folder, content)
+
+
+def test_streaming_gives_the_same_text(server: Server) -> None:
+    whole = server.chat("Hello", max_tokens=16, temperature=0)["choices"][0]["message"]["content"]
+    body = {"model": server.model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 16}
+    pieces = []
+    with httpx.stream(
+        "POST", f"{server.url}/v1/chat/completions", json={**body, "temperature": 0, "stream": True}, timeout=60
+    ) as response:
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                pieces.append(json.loads(line[6:])["choices"][0]["delta"].get("content") or "")
+    assert "".join(pieces) == whole
+
+
+@pytest.mark.parametrize("sizes", [[(80, 60)], [(1000, 700)], [(28, 28), (300, 20), (1, 1)]], ids=str)
+def test_images(server: Server, tiny_folder: Path, reference: KimiK26, sizes: list[tuple[int, int]]) -> None:
+    """Same prompt tokens as the core's, and the answer's logprobs as the reference gives them for the core's pixels."""
+    request = image_request(tiny_folder, sizes)
+    more: dict[str, Any] = {"return_prompt_token_ids": True, "return_token_ids": True} if HAS_ENTRY_POINT else {}
+    # The reference takes no media placeholder for an answer; its share of the distribution is small.
+    more["logit_bias"] = {"277": -100}
+    answer = server.chat(request.content, max_tokens=6, temperature=0, logprobs=True, ignore_eos=True, **more)
+    assert answer["usage"]["prompt_tokens"] == len(request.prompt)
+    choice = answer["choices"][0]
+    served = torch.tensor([entry["logprob"] for entry in choice["logprobs"]["content"]])
+    if HAS_ENTRY_POINT:
+        assert choice["prompt_token_ids"] == request.prompt
+        expected = request.logprobs(reference, choice["response_token_ids"])
+    else:
+        # It reports text only. The first token is the reference's likeliest.
+        expected = request.logprobs(reference, [int(request.likeliest(reference))])
+        served = served[:1]
+    torch.testing.assert_close(served, expected, rtol=0, atol=0.15)
+
+
+def test_sixteen_at_once_answer_as_alone(server: Server) -> None:
+    def ask(index: int) -> list[float]:
+        prompt = [(index * 7 + step) % 256 for step in range(20 + index)]
+        answer = server.complete(prompt, max_tokens=8, temperature=0, logprobs=1, ignore_eos=True)
+        logprobs: list[float] = answer["choices"][0]["logprobs"]["token_logprobs"]
+        return logprobs
+
+    alone = [ask(index) for index in range(4)]
+    with ThreadPoolExecutor(16) as pool:
+        together = list(pool.map(ask, range(16)))
+    for one, other in zip(alone, together, strict=False):
+        # The first token's batch is the prompt's own; later ones may differ where bfloat16 ties break.
+        assert one[0] == pytest.approx(other[0], abs=0.1)
+    assert all(len(answer) == 8 for answer in together)
+
+
+def test_a_second_request_hits_the_radix_cache(server: Server) -> None:
+    prompt = torch.randint(0, 256, (600,), generator=torch.Generator().manual_seed(1)).tolist()
+    first, second = (server.complete(prompt, max_tokens=4, temperature=0, ignore_eos=True) for _ in range(2))
+    assert second["usage"]["prompt_tokens_details"]["cached_tokens"] >= 512
+    assert first["choices"][0]["text"] == second["choices"][0]["text"]
+
+
+def test_the_same_image_twice_hits_the_radix_cache(server: Server, tiny_folder: Path) -> None:
+    """And another image of the same size in its place does not."""
+    one, other = image_request(tiny_folder, [(500, 400)]), image_request(tiny_folder, [(1, 1), (500, 400)])
+    question = [other.content[1], other.content[2]]
+    first, second, third = (
+        server.chat(content, max_tokens=4, temperature=0, ignore_eos=True)
+        for content in (one.content, one.content, question)
+    )
+    assert second["usage"]["prompt_tokens_details"]["cached_tokens"] >= len(one.prompt) - 20
+    assert first["choices"][0]["message"]["content"] == second["choices"][0]["message"]["content"]
+    details = third["usage"]["prompt_tokens_details"]
+    assert (details or {}).get("cached_tokens", 0) < 20
+
+
+@pytest.mark.parametrize("name", BAD_IMAGES)
+def test_a_bad_image_is_answered_and_the_server_lives(server: Server, name: str) -> None:
+    content = [image_part(BAD_IMAGES[name]), {"type": "text", "text": "What?"}]
+    response = server.post("/v1/chat/completions", messages=[{"role": "user", "content": content}], max_tokens=2)
+    # 0.5.10 answers whatever goes wrong while decoding with 500.
+    assert response.status_code == (400 if HAS_ENTRY_POINT else 500), response.text
+    assert "image" in response.text.lower()
+    assert server.alive()
+    assert server.chat("Hello", max_tokens=2)["usage"]["completion_tokens"] > 0
+
+
+@pytest.mark.parametrize("size", [(0, 0), (30_000, 30_000)], ids=str)
+def test_an_impossible_image_size_is_answered_and_the_server_lives(server: Server, size: tuple[int, int]) -> None:
+    messages = [{"role": "user", "content": [image_part(png_header(*size))]}]
+    response = server.post("/v1/chat/completions", messages=messages, max_tokens=2)
+    # SGLang decodes before the plugin sees the image, and answers PIL's decompression-bomb error with 500.
+    assert response.status_code in (400, 500), response.text
+    assert "image" in response.text.lower()
+    assert server.alive()
+    assert server.chat("Hello", max_tokens=2)["usage"]["completion_tokens"] > 0

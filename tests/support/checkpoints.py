@@ -1,0 +1,63 @@
+"""Checkpoints that are not whole, and one of another model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+EXPERT = "language_model.model.layers.2.mlp.experts.5.down_proj"
+
+
+def _file_of(folder: Path, name: str) -> Path:
+    return folder / str(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][name])
+
+
+def truncate(folder: Path) -> None:
+    file = _file_of(folder, f"{EXPERT}.weight_packed")
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def drop(folder: Path) -> None:
+    file = _file_of(folder, f"{EXPERT}.weight_packed")
+    weights = load_file(file)
+    del weights[f"{EXPERT}.weight_packed"]
+    save_file(weights, file)
+
+
+def half_scales(folder: Path) -> None:
+    file = _file_of(folder, f"{EXPERT}.weight_scale")
+    weights = load_file(file)
+    weights[f"{EXPERT}.weight_scale"] = weights[f"{EXPERT}.weight_scale"].half()
+    save_file(weights, file)
+
+
+def another_model(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["scoring_func"] = "softmax"
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "truncated": (truncate, "truncated: "),
+    "missing": (drop, f"missing: {EXPERT}.weight_packed should be I32"),
+    "float16-scales": (half_scales, f"wrong dtype: {EXPERT}.weight_scale has dtype F16, expected BF16"),
+    "another-model": (another_model, "'text_config.scoring_func' is 'softmax', expected 'sigmoid'"),
+}
+"""How a checkpoint can be broken, and what the start must say of it, in every engine."""
+
+WRONG_SETTING = "K26_EXPERTS is 'marlin': choose one of auto, engine, cpu, reference"
+
+
+def make_llama(folder: Path) -> None:
+    """A small random Llama, without a tokenizer."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, vocab_size=512,
+        max_position_embeddings=4096, eos_token_id=511,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)

@@ -1,0 +1,53 @@
+"""What the core makes of a request: the prompt's token ids, the pixels, and the reference's log-probabilities."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from support.images import image_part, png, random_image
+
+from k26_plugins.common.config import K26Config
+from k26_plugins.common.media import MediaConfig, normalise, preprocess
+from k26_plugins.common.multimodal import KimiK26
+from k26_plugins.common.prompt.chat import expand_media_placeholders, render
+from k26_plugins.common.prompt.tokenizer import KimiTokenizer
+
+
+@dataclass(frozen=True)
+class Request:
+    content: list[dict[str, Any]]
+    prompt: list[int]
+    pixel_values: torch.Tensor
+    grid_thw: torch.Tensor
+
+    def logprobs(self, reference: KimiK26, tokens: list[int]) -> torch.Tensor:
+        """Of each of the tokens that an engine answered, under the reference: `[len(tokens)]`."""
+        logprobs = reference.logprobs(torch.tensor(self.prompt + tokens), self.pixel_values, self.grid_thw)
+        return logprobs[len(self.prompt) - 1 : -1].gather(1, torch.tensor(tokens)[:, None])[:, 0]
+
+    def likeliest(self, reference: KimiK26) -> int:
+        """The reference's first token of the answer."""
+        logprobs = reference.logprobs(torch.tensor(self.prompt), self.pixel_values, self.grid_thw)
+        return int(logprobs[-1].argmax())
+
+
+def text_prompt(folder: Path, content: str) -> list[int]:
+    """Token ids of a chat with one user message."""
+    return KimiTokenizer(folder).encode(render([{"role": "user", "content": content}], folder), allow_special=True)
+
+
+def image_request(folder: Path, sizes: list[tuple[int, int]]) -> Request:
+    """A chat with one image of each size and a question."""
+    images = [random_image(*size, seed=index) for index, size in enumerate(sizes)]
+    content = [*(image_part(png(image)) for image in images), {"type": "text", "text": "What?"}]
+    config = MediaConfig.from_path(folder)
+    patches, grids = preprocess([[image] for image in images], config)
+    prompt = expand_media_placeholders(
+        KimiTokenizer(folder).encode(render([{"role": "user", "content": content}], folder), allow_special=True),
+        [h * w // 4 for _, h, w in grids.tolist()],
+        K26Config.from_path(folder).media_placeholder_token_id,
+    )
+    return Request(content, prompt, torch.from_numpy(normalise(patches, config)), torch.from_numpy(grids))

@@ -1,0 +1,97 @@
+"""Start an engine's real server on a checkpoint, and talk to it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+START_SECONDS = 300
+
+
+@dataclass
+class Server:
+    url: str
+    model: str
+    log: Path
+
+    def post(self, path: str, **body: Any) -> httpx.Response:
+        return httpx.post(f"{self.url}{path}", json={"model": self.model, **body}, timeout=120)
+
+    def chat(self, content: Any, **body: Any) -> dict[str, Any]:
+        response = self.post("/v1/chat/completions", messages=[{"role": "user", "content": content}], **body)
+        assert response.status_code == 200, response.text
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    def complete(self, prompt: Any, **body: Any) -> dict[str, Any]:
+        response = self.post("/v1/completions", prompt=prompt, **body)
+        assert response.status_code == 200, response.text
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    def alive(self) -> bool:
+        return httpx.get(f"{self.url}/health", timeout=20).status_code == 200
+
+
+class StartError(RuntimeError):
+    """The server ended before it was ready; the message is its log."""
+
+
+@contextmanager
+def run_server(
+    command: Sequence[str], folder: Path, log: Path, environment: dict[str, str], ready: str | None = None
+) -> Iterator[Server]:
+    """Run `command` with a host and a free port added until the block ends.
+
+    ready: a line of the log to wait for, where the server answers before it is. Raises StartError with the log where it
+    does not come up.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # No look at the hub: the plugin must do with what `pip install` gave it.
+    settings = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(port)],
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            env=settings,
+            start_new_session=True,
+        )
+    server = Server(f"http://127.0.0.1:{port}", str(folder), log)
+    try:
+        _wait(process, server, ready)
+        yield server
+    finally:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(15)
+        # What the server started and left behind would hold the memory of the tests that follow.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _wait(process: subprocess.Popen[bytes], server: Server, ready: str | None) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise StartError(server.log.read_text())
+        try:
+            if (ready is None or ready in server.log.read_text()) and server.alive():
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.5)
+    raise StartError(f"not ready after {START_SECONDS} s:\n{server.log.read_text()[-5000:]}")
