@@ -19,7 +19,13 @@ from k26_plugins.common.config import ARCHITECTURE, ConfigError
 from k26_plugins.common.prompt.hf_tokenizer import KimiTokenizerFast
 from k26_plugins.sglang import compat, register
 
+# Read when SGLang is imported, which nothing above does.
+os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
 register()
+
+
+class FusedMoE(torch.nn.Module):
+    """SGLang finds the experts' format by the name of the layer's class."""
 
 
 def sglang_utils() -> Any:
@@ -177,7 +183,7 @@ def test_routed_experts_get_our_scheme(tiny_folder: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(compat, "moe_runner_backend", _Runner("auto"))
     ours, untouched = quant_config(tiny_folder), quant_config(tiny_folder)
     use_core_experts(ours)
-    scheme = ours.get_moe_scheme(torch.nn.Module(), layer_name="model.layers.1.mlp.experts")
+    scheme = ours.get_moe_scheme(FusedMoE(), layer_name="model.layers.1.mlp.experts")
     assert isinstance(scheme, K26MoEScheme)
     assert isinstance(ours, compat.compressed_tensors_config())
     assert type(untouched) is compat.compressed_tensors_config()
@@ -191,7 +197,7 @@ def test_sglangs_own_experts_stay_selectable(tiny_folder: Path, monkeypatch: pyt
     monkeypatch.setattr(compat, "moe_runner_backend", _Runner(runner))
     config = quant_config(tiny_folder)
     use_core_experts(config)
-    scheme = config.get_moe_scheme(torch.nn.Module(), layer_name="model.layers.1.mlp.experts")
+    scheme = config.get_moe_scheme(FusedMoE(), layer_name="model.layers.1.mlp.experts")
     assert type(scheme).__module__.startswith("sglang.")
     monkeypatch.setenv(EXPERTS_VARIABLE, "cpu")
     with pytest.raises(ValueError, match=rf"K26_EXPERTS=cpu and --moe-runner-backend {runner}"):
