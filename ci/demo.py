@@ -1,6 +1,7 @@
-"""Make the tiny checkpoint, serve it with `vllm serve`, and answer a text and an image request.
+"""Make the tiny checkpoint, serve it with an engine's own command, and answer a text and an image request.
 
-    python ci/demo.py FOLDER
+    python ci/demo.py vllm FOLDER
+    python ci/demo.py sglang FOLDER
 
 The model's weights are random, so the answers are noise: what it shows is that every part of the way works.
 """
@@ -8,6 +9,7 @@ The model's weights are random, so the answers are noise: what it shows is that 
 from __future__ import annotations
 
 import argparse
+import importlib
 import shutil
 import sys
 from pathlib import Path
@@ -16,20 +18,26 @@ from PIL import Image
 
 from k26_plugins.common.tiny import make_tiny
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "vllm"))
-from server import image_part, png, serve
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from support.images import image_part, png
+
+# As little start-up as the engine offers: a demonstration answers twice.
+ARGUMENTS = {"vllm": ["--enforce-eager"], "sglang": []}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("engine", choices=ARGUMENTS)
     parser.add_argument("folder", type=Path, help="where the checkpoint `tiny` and the server's log go")
-    folder: Path = parser.parse_args().folder
+    arguments = parser.parse_args()
+    folder: Path = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = folder / "tiny"
+    checkpoint, log = folder / "tiny", folder / "server.log"
     shutil.rmtree(checkpoint, ignore_errors=True)
     make_tiny(checkpoint)
-    print(f"made {checkpoint}; starting vllm serve, log in {folder / 'server.log'} …", flush=True)
-    with serve(checkpoint, folder / "server.log", "--enforce-eager") as server:
+    print(f"made {checkpoint}; starting {arguments.engine}, log in {log} …", flush=True)
+    serve = importlib.import_module(f"support.{arguments.engine}_server").serve
+    with serve(checkpoint, log, *ARGUMENTS[arguments.engine]) as server:
         print(f"ready at {server.url}")
         picture = image_part(png(Image.new("RGB", (100, 80), (200, 30, 90))))
         questions = {"text": "Hello", "image": [picture, {"type": "text", "text": "What is this?"}]}

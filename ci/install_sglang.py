@@ -1,0 +1,62 @@
+"""Install SGLang into the environment that runs this script, and what lets it start without a GPU's driver.
+
+    python ci/install_sglang.py 0.5.23
+    LD_LIBRARY_PATH="$(python ci/install_sglang.py --driver)" python -m sglang.launch_server --device cpu …
+
+PyPI has SGLang's CUDA build only. Its compiled operators want libcuda.so.1, which a driver brings, and nothing else of a
+GPU. A library of that name is built here, in which every driver call answers "no device" (CUDA's error 100). It is for
+this project's tests on machines without a GPU; nobody should serve with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+DRIVER = Path(sys.prefix) / "lib" / "no-cuda-device"
+NO_DEVICE = 100
+# A driver symbol begins with `cu` and a capital; the runtime's (`cudaMalloc`) come with the torch wheels.
+DRIVER_SYMBOL = re.compile(r"\bU (cu[A-Z]\w*)")
+
+
+def driver_symbols(package: Path) -> set[str]:
+    """What the compiled operators of a package leave to the driver."""
+    found: set[str] = set()
+    for library in package.rglob("*.so"):
+        listed = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True)
+        found |= set(DRIVER_SYMBOL.findall(listed.stdout))
+    return found
+
+
+def build_driver(symbols: set[str]) -> None:
+    """A libcuda.so.1 that has these symbols and no device."""
+    DRIVER.mkdir(parents=True, exist_ok=True)
+    source = "".join(f"int {name}(void) {{ return {NO_DEVICE}; }}\n" for name in sorted(symbols))
+    with tempfile.NamedTemporaryFile("w", suffix=".c") as file:
+        file.write(source)
+        file.flush()
+        output = DRIVER / "libcuda.so.1"
+        subprocess.run(["gcc", "-shared", "-fPIC", f"-Wl,-soname,{output.name}", "-o", output, file.name], check=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("version", nargs="?", help="a release of sglang, such as 0.5.23")
+    parser.add_argument("--driver", action="store_true", help="only print the folder for LD_LIBRARY_PATH")
+    arguments = parser.parse_args()
+    if arguments.driver:
+        print(DRIVER)
+        return
+    if arguments.version is None:
+        parser.error("give a version")
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", f"sglang=={arguments.version}"], check=True)
+    build_driver(driver_symbols(Path(sysconfig.get_path("platlib")) / "sgl_kernel"))
+
+
+if __name__ == "__main__":
+    main()
