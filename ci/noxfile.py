@@ -3,9 +3,10 @@
     nox -f ci/noxfile.py               everything that CI runs
     nox -f ci/noxfile.py -s core       the developer's quick run: lint, types and the core's tests (add -r to reuse)
     nox -f ci/noxfile.py -s demo       make the tiny checkpoint, serve it with vLLM, ask about a text and an image
+    nox -f ci/noxfile.py -s demo_sglang    the same with SGLang
 
 torch comes as a CPU wheel: where pip does not find `torch==2.13.0` as one, point it at PyTorch's CPU wheel index
-(PIP_EXTRA_INDEX_URL).
+(PIP_EXTRA_INDEX_URL). SGLang has no such build: its environments take its CUDA build of torch, 11 GB each.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import nox
 TORCH = "torch==2.13.0"
 VLLM_OLDEST, VLLM_NEWEST = "0.19.1", "0.32.0"
 
-nox.options.sessions = ["core", "vllm_oldest", "vllm"]
+SGLANG_OLDEST, SGLANG_NEWEST = "0.5.10", "0.5.23"
+
+nox.options.sessions = ["core", "vllm_oldest", "vllm", "sglang_oldest", "sglang"]
 # The sessions run at the root, where the package and its tests are.
 nox.options.default_venv_backend = "venv"
 ROOT = ".."
@@ -55,8 +58,40 @@ def vllm_oldest(session: nox.Session) -> None:
     session.run("pytest", "-q", "tests/vllm/test_adapter.py", *session.posargs)
 
 
+def _install_sglang(session: nox.Session, version: str) -> None:
+    session.chdir(ROOT)
+    session.run("python", "ci/install_sglang.py", version)
+    session.install("--quiet", "-e", ".", "pytest", "hypothesis", "httpx")
+    session.env["LD_LIBRARY_PATH"] = session.run("python", "ci/install_sglang.py", "--driver", silent=True).strip()
+
+
+# Importing SGLang prints pages of its dependencies' deprecations.
+SGLANG_PYTEST = ("pytest", "-q", "-W", "ignore")
+
+
+@nox.session
+def sglang(session: nox.Session) -> None:
+    """The adapter in the newest SGLang: the real server."""
+    _install_sglang(session, SGLANG_NEWEST)
+    session.run(*SGLANG_PYTEST, "tests/sglang", *session.posargs)
+
+
+@nox.session
+def sglang_oldest(session: nox.Session) -> None:
+    """The adapter in SGLang 0.5.10: the real server, without the deployments that start others."""
+    _install_sglang(session, SGLANG_OLDEST)
+    session.run(*SGLANG_PYTEST, "tests/sglang/test_adapter.py", "tests/sglang/test_server.py", *session.posargs)
+
+
 @nox.session
 def demo(session: nox.Session) -> None:
     """The main job: make the tiny checkpoint, serve it, answer a text and an image request."""
     _install_vllm(session, VLLM_NEWEST)
-    session.run("python", "ci/demo.py", session.create_tmp())
+    session.run("python", "ci/demo.py", "vllm", session.create_tmp())
+
+
+@nox.session
+def demo_sglang(session: nox.Session) -> None:
+    """The main job with SGLang."""
+    _install_sglang(session, SGLANG_NEWEST)
+    session.run("python", "ci/demo.py", "sglang", session.create_tmp())

@@ -17,7 +17,7 @@ from k26_plugins.common.checkpoint.table import LANGUAGE_MODEL, expert_name
 from k26_plugins.common.config import TextConfig
 from k26_plugins.common.experts import Expert, reference_experts
 from k26_plugins.common.rope import apply_rope, yarn_inv_freq
-from k26_plugins.common.router import route
+from k26_plugins.common.router import route, router_logits
 
 Weights = Callable[[str], torch.Tensor]
 """Gives the checkpoint's tensor of a full name."""
@@ -164,7 +164,7 @@ class MoE:
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         config = self.config
         topk_weights, topk_ids = route(
-            F.linear(x.float(), self.gate.float()),
+            router_logits(x, self.gate),
             self.e_score_correction_bias,
             config.num_experts_per_tok,
             config.routed_scaling_factor,

@@ -3,6 +3,18 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
+
+
+def router_logits(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Scores `[num_tokens, num_experts]` in float32 of hidden_states `[num_tokens, hidden_size]`.
+
+    weight: `[num_experts, hidden_size]`. Products of bfloat16 are exact in float32, so a device that sums them in float32
+    need not convert its operands.
+    """
+    if hidden_states.is_cuda and hidden_states.dtype == weight.dtype == torch.bfloat16:
+        return torch.mm(hidden_states, weight.T, out_dtype=torch.float32)
+    return F.linear(hidden_states.float(), weight.float())
 
 
 def route(

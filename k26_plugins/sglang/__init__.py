@@ -19,6 +19,7 @@ def register() -> None:
     try:
         from k26_plugins.sglang import compat
 
+        compat.register_media("k26_plugins.sglang.media")  # first: it is the one that a user's settings may forbid
         compat.register_config("k26_plugins.sglang.config", "KimiK25Config")
         compat.register_processor("k26_plugins.sglang.processor", "K26Processor")
         compat.register_tokenizer_hook("k26_plugins.sglang.tokenizer", "get_tokenizer")

@@ -20,7 +20,7 @@ import torch
 CHECKED_VERSIONS = "0.5.10 to 0.5.23"
 MODEL_TYPE = "kimi_k25"
 MODELS_VARIABLE = "SGLANG_EXTERNAL_MODEL_PACKAGE"
-CPU_IMAGES_VARIABLE = "SGLANG_FORCE_CPU_IMAGE_PREPROCESSING"
+MEDIA_VARIABLE = "SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE"
 _REGISTRY = "sglang.srt.models.registry"
 _TRANSFORMERS = "sglang.srt.utils.hf_transformers_utils"
 
@@ -74,11 +74,22 @@ def register_config(module: str, name: str) -> None:
 
 
 def register_processor(module: str, name: str) -> None:
-    """Have SGLang build `module.name` as this model type's processor, and leave the pixels to it on GPUs too."""
+    """Have SGLang build `module.name` as this model type's processor."""
     processors = private("sglang.srt.multimodal.customized_mm_processor_utils", "_CUSTOMIZED_MM_PROCESSOR")
     processors[MODEL_TYPE] = getattr(importlib.import_module(module), name)
-    # Read by SGLang's code for this model alone: its GPU resize gives pixels that differ by a few levels.
-    os.environ.setdefault(CPU_IMAGES_VARIABLE, "1")
+
+
+def register_media(package: str) -> None:
+    """Have SGLang take the media classes of `package` over its own of the same model, as `register_models` does.
+
+    Raises UnsupportedEngineError where the user gave SGLang another such package: it takes one.
+    """
+    chosen = os.environ.setdefault(MEDIA_VARIABLE, package)
+    if chosen != package:
+        raise UnsupportedEngineError(
+            f"{MEDIA_VARIABLE} is {chosen!r}, and SGLang takes one package: unset it to have images prepared by "
+            f"k26-plugins."
+        )
 
 
 def register_tokenizer_hook(module: str, name: str) -> None:
@@ -125,6 +136,15 @@ def in_tree_config() -> type:
 
 def in_tree_model() -> Any:
     return importlib.import_module("sglang.srt.models.kimi_k25")
+
+
+def in_tree_media() -> Any:
+    return importlib.import_module("sglang.srt.multimodal.processors.kimi_k25")
+
+
+def router_gate() -> type:
+    found: type = private("sglang.srt.models.deepseek_v2", "MoEGate")
+    return found
 
 
 def compressed_tensors_config() -> type:

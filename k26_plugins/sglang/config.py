@@ -27,8 +27,6 @@ class KimiK25Config(compat.in_tree_config()):  # type: ignore[misc]
         write_vision(config, found.vision_config)
         found.vision_config.projector_ln_eps = config.vision.projector_ln_eps
         found.media_placeholder_token_id = config.media_placeholder_token_id
-        # The router compares scores that bfloat16 cannot tell apart; SGLang reads this name for its gate's dtype.
-        found.text_config.router_fp32 = True
         if multiprocessing.parent_process() is None:
             require_whole(pretrained_model_name_or_path)
         return found

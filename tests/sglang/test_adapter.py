@@ -85,7 +85,6 @@ def test_the_configuration_is_understood_in_the_hubs_spelling(tiny_folder: Path,
     assert type(found).__name__ == "KimiK25Config"
     assert found.vision_config.hidden_size == vision["vt_hidden_size"] == 144
     assert found.vision_config.num_hidden_layers == 2
-    assert found.text_config.router_fp32
 
 
 def test_a_configuration_of_another_model_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
@@ -141,22 +140,54 @@ def test_pixels_are_those_of_vllm(tiny_folder: Path) -> None:
         assert line == recorded()["media"][f"{size[0]}x{size[1]}"]
 
 
-def test_sglangs_wrapper_takes_the_core_s_pixels_on_any_device(
-    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """0.5.23 would resize on a GPU, by other arithmetic."""
-    module = pytest.importorskip("sglang.srt.multimodal.processors.kimi_k25")
-    if not hasattr(module, "KimiGPUProcessorWrapper"):
-        pytest.skip("SGLang 0.5.10 has no GPU preprocessing for this model")
+@pytest.fixture
+def media_processor(tiny_folder: Path) -> Any:
+    """SGLang's choice for this model, built as its tokenizer manager builds it."""
+    from sglang.srt.managers import multimodal_processor
+    from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
+
+    arguments = ServerArgs(model_path=str(tiny_folder), device="cpu")
+    set_global_server_args_for_scheduler(arguments)
+    multimodal_processor.import_processors("sglang.srt.multimodal.processors")
+    multimodal_processor.import_processors(os.environ[compat.MEDIA_VARIABLE], overwrite=True)
     processor = sglang_utils().get_processor(str(tiny_folder), trust_remote_code=False)
-    media = processor.media_processor.media_proc_cfg
-    wrapper = module.KimiGPUProcessorWrapper(
-        processor, "<|media_pad|>", 277, media["patch_size"], media["merge_kernel_size"], media["in_patch_limit"],
-        media["patch_limit_on_one_side"], None, media["image_mean"], media["image_std"],
-    )  # fmt: skip
+    config = sglang_utils().get_config(str(tiny_folder), trust_remote_code=False)
+    return multimodal_processor.get_mm_processor(config, arguments, processor, None)
+
+
+def test_sglangs_media_class_takes_the_core_s_pixels_on_any_device(
+    media_processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left to itself it would decode and resize on a GPU, by other arithmetic."""
+    assert not media_processor.gpu_image_decode
+    if not hasattr(media_processor._processor, "_gpu_call"):
+        pytest.skip("SGLang 0.5.10 has no GPU preprocessing for this model")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    found = wrapper(text=["a<|media_pad|>b"], images=[image_of((640, 480))])
+    found = media_processor._processor(text=["a<|media_pad|>b"], images=[image_of((640, 480))])
     assert media_line(found["pixel_values"], found["image_grid_thw"][0]) == recorded()["media"]["640x480"]
+
+
+def test_another_media_package_of_the_user_s_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(compat.MEDIA_VARIABLE, "theirs")
+    with pytest.raises(compat.UnsupportedEngineError, match=r"SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE is 'theirs'"):
+        compat.register_media("k26_plugins.sglang.media")
+
+
+def test_the_router_s_logits_are_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The in-tree gate gives bfloat16 on a CPU."""
+    from k26_plugins.sglang.router import use_float32_logits
+
+    gate = torch.nn.Module.__new__(compat.router_gate())
+    torch.nn.Module.__init__(gate)
+    gate.weight = torch.nn.Parameter(torch.randn(8, 64).bfloat16(), requires_grad=False)
+    gate.quant_method = None
+    use_float32_logits(torch.nn.ModuleList([gate]))
+    in_tree = torch.randn(3, 8).bfloat16()
+    monkeypatch.setattr(compat.router_gate(), "forward", lambda self, x: in_tree)
+    hidden_states = torch.randn(3, 64).bfloat16()
+    expected = hidden_states.double() @ gate.weight.double().T
+    torch.testing.assert_close(gate(hidden_states).double(), expected, rtol=1e-5, atol=1e-5)
+    assert not hasattr(gate, "quant_method")
 
 
 class _Runner:

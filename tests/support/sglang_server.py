@@ -17,7 +17,8 @@ HAS_ENTRY_POINT = find_spec("sglang.srt.plugins") is not None
 
 def serve(folder: Path, log: Path, *arguments: str, **environment: str) -> AbstractContextManager[Server]:
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(folder), "--device", "cpu"]
-    command += ["--max-total-tokens", "20000", "--mem-fraction-static", "0.2", *arguments]
+    # An idle scheduler would take a core from the tests.
+    command += ["--max-total-tokens", "20000", "--mem-fraction-static", "0.2", "--sleep-on-idle", *arguments]
     settings = {"SGLANG_USE_CPU_ENGINE": "1", **environment}
     if not HAS_ENTRY_POINT:
         settings["PYTHONPATH"] = boot_folder()

@@ -11,6 +11,7 @@ from k26_plugins.common.checkpoint import account
 from k26_plugins.common.serving import published_int4
 from k26_plugins.sglang import compat, logger
 from k26_plugins.sglang.experts import use_core_experts
+from k26_plugins.sglang.router import use_float32_logits
 
 _in_tree = compat.in_tree_model()
 
@@ -26,6 +27,8 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
         if self.core_config is not None:
             use_core_experts(quant_config)
         super().__init__(config, quant_config, prefix, **kwargs)
+        if self.core_config is not None:
+            use_float32_logits(self)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
         # Later calls update some of the weights of a running server (RLHF); only the first must be whole.

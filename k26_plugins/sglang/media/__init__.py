@@ -1,0 +1,1 @@
+"""What SGLang scans for the classes that prepare a request's media."""

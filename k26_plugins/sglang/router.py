@@ -1,0 +1,27 @@
+"""The router's logits in float32: bfloat16 cannot tell apart scores that the choice of experts depends on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from k26_plugins.common.router import router_logits
+from k26_plugins.sglang import compat
+
+
+class K26Gate(compat.router_gate()):  # type: ignore[misc]
+    """SGLang's gate, whose own kernels give float32 on some devices and numbers of tokens, and bfloat16 on the others."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        logits: torch.Tensor = super().forward(hidden_states, *args, **kwargs)
+        return logits if logits.dtype == torch.float32 else router_logits(hidden_states, self.weight)
+
+
+def use_float32_logits(model: torch.nn.Module) -> None:
+    for module in model.modules():
+        if type(module) is compat.router_gate():
+            module.__class__ = K26Gate
+            # A CPU with AMX would repack the weight, for a kernel that gives bfloat16.
+            if hasattr(module, "quant_method"):
+                del module.quant_method
