@@ -24,11 +24,6 @@ class LayerPlacement:
     device_ids: tuple[int, ...]
     host_ids: tuple[int, ...]
 
-    def slot(self, expert: int) -> tuple[bool, int]:
-        """Whether an expert is on the device, and its index among those there or on the host."""
-        on_device = expert in self.device_ids
-        return on_device, (self.device_ids if on_device else self.host_ids).index(expert)
-
     def device_map(self) -> torch.Tensor:
         """int32 `[num_experts]`: the index of a global id on the device, or −1."""
         return self._map(self.device_ids)
