@@ -30,6 +30,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         command = ["download", "--quiet", "--no-deps", "--dest", scratch, f"kt-kernel=={version}"]
         subprocess.run([sys.executable, "-m", "pip", *command], check=True)
+        # What its CPU experts import, and this package does not bring.
+        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "gguf>=0.17"], check=True)
         with zipfile.ZipFile(next(Path(scratch).glob("kt_kernel-*.whl"))) as wheel:
             members = [name for name in wheel.namelist() if name.startswith(WANTED)]
             wheel.extractall(folder, members)

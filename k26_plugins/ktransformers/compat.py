@@ -41,7 +41,9 @@ def raw_int4_class(group_size: int) -> Any:
     utils = importlib.import_module("kt_kernel.utils.amx")
     if hasattr(utils, "_select_rawint4_backend"):
         return utils._select_rawint4_backend(group_size)
-    return getattr(utils, "AMXInt4_KGroup_MOE", None)  # 0.6.1 has this one
+    # 0.6.1 offers its AMX code to every CPU, and ends the process on one without.
+    has_amx = private("kt_kernel", "__cpu_variant__") == "amx"
+    return getattr(utils, "AMXInt4_KGroup_MOE", None) if has_amx else None
 
 
 def cpu_infer(threads: int, numa_nodes: list[int]) -> Any:
