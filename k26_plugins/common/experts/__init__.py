@@ -6,6 +6,7 @@ import logging
 
 from k26_plugins.common.experts.base import Expert, ExpertsBackend, ExpertsError, ExpertWeights
 from k26_plugins.common.experts.cpu import CpuExperts
+from k26_plugins.common.experts.native import NativeExperts
 from k26_plugins.common.experts.reference import ReferenceExperts, reference_experts
 from k26_plugins.common.experts.selftest import TOLERANCE, self_test_error
 
@@ -22,7 +23,9 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 # In the order in which `auto` tries them.
-BACKENDS: dict[str, type[ExpertsBackend]] = {backend.name: backend for backend in (CpuExperts, ReferenceExperts)}
+BACKENDS: dict[str, type[ExpertsBackend]] = {
+    backend.name: backend for backend in (NativeExperts, CpuExperts, ReferenceExperts)
+}
 
 
 def create_experts(weights: ExpertWeights, backend: str = "auto") -> ExpertsBackend:

@@ -1,0 +1,315 @@
+// The routed INT4 experts of a layer on a CPU with AVX512. `backend.py` builds this file and calls it through ctypes.
+//
+// A call runs in two phases over all threads. First gate and up: a thread takes the same tiles of rows of every expert
+// and writes silu(gate) · up. Then down: a thread owns tiles of output rows and adds up the experts of each token in
+// their order, so a result has the same bits with any number of threads and in any batch.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <new>
+#include <vector>
+
+#include "kernel.hpp"
+#include "math.hpp"
+#include "pool.hpp"
+#include "scratch.hpp"
+
+namespace k26 {
+namespace {
+
+// Tokens computed at a time: bounds the scratch, 110 MB at Kimi-K2.6's sizes.
+constexpr int64_t kChunkTokens = 1024;
+// Tokens of an expert that pass over a tile at once, so that their activations stay in a core's second-level cache.
+constexpr int kBlockTokens = 64;
+
+// The layouts of `backend.py: _Layer` and `_Call`.
+struct Layer {
+  uint8_t* w13;         // [E, 2 I / 16, H / 8] lines of 64 bytes
+  uint16_t* w13_scale;  // bfloat16 [E, 2 I / 16, H / 32, 16]
+  uint8_t* w2;          // [E, H / 16, I / 8] lines
+  uint16_t* w2_scale;   // bfloat16 [E, H / 16, I / 32, 16]
+  int64_t experts;
+  int64_t hidden;
+  int64_t inner;
+};
+
+struct Call {
+  const uint16_t* x;      // bfloat16 [tokens, H]
+  const int32_t* ids;     // [tokens, top_k], −1 for none
+  const float* weights;   // [tokens, top_k]
+  const int32_t* map;     // [map_size] global to local, or null
+  int64_t map_size;
+  int64_t tokens;
+  int64_t top_k;
+  void* out;              // [tokens, H], bfloat16 or float32
+  int64_t out_is_float;
+};
+
+// Rows of tiles [begin, end) and, where they do not divide evenly among the threads, sometimes one more.
+struct Share {
+  int64_t begin, end, extra;
+
+  template <class Visit>
+  void each(Visit visit) const {
+    for (int64_t tile = begin; tile < end; ++tile) visit(tile);
+    if (extra >= 0) visit(extra);
+  }
+};
+
+// A NUMA node owns the same tiles of every expert. The odd ones among its threads change hands with each `turn`.
+Share share(const Worker& me, int64_t tiles, int64_t turn) {
+  const int64_t node_begin = tiles * me.node_begin / me.count;
+  const int64_t node_tiles = tiles * me.node_end / me.count - node_begin;
+  const int64_t threads = me.node_end - me.node_begin;
+  const int64_t index = me.index - me.node_begin;
+  const int64_t each = node_tiles / threads;
+  const int64_t odd = node_tiles % threads;
+  const int64_t place = (index + turn * odd) % threads;
+  const int64_t begin = node_begin + index * each;
+  return {begin, begin + each, place < odd ? node_begin + threads * each + place : -1};
+}
+
+// Which slots (token, expert) of a chunk each expert has, in order of expert and then token.
+struct Routing {
+  std::vector<int32_t> first;   // [E + 1] where an expert's slots begin
+  std::vector<int32_t> tokens;  // [slots] token of the chunk
+  std::vector<float> weights;   // [slots]
+
+  void resize(int64_t experts, int64_t slots) {
+    first.resize(experts + 2);
+    tokens.resize(slots);
+    weights.resize(slots);
+  }
+
+  void fill(const Layer& layer, const Call& call, int64_t begin, int64_t end) {
+    const auto local = [&](int64_t slot) {
+      const int32_t id = call.ids[slot];
+      return id < 0 ? -1 : call.map ? call.map[id] : id;
+    };
+    std::fill(first.begin(), first.end(), 0);
+    // Counted two places on, so that filling in moves each beginning to its place.
+    for (int64_t slot = begin * call.top_k; slot < end * call.top_k; ++slot)
+      if (const int32_t expert = local(slot); expert >= 0) ++first[expert + 2];
+    for (int64_t expert = 0; expert < layer.experts; ++expert) first[expert + 2] += first[expert + 1];
+    for (int64_t slot = begin * call.top_k; slot < end * call.top_k; ++slot) {
+      const int32_t expert = local(slot);
+      if (expert < 0) continue;
+      const int32_t place = first[expert + 1]++;
+      tokens[place] = static_cast<int32_t>(slot / call.top_k - begin);
+      weights[place] = call.weights[slot];
+    }
+  }
+};
+
+struct State {
+  Layer layer;
+  Call call;
+  Routing routing;
+  Scratch x;       // Element [H / 32, tokens, 32]
+  Scratch inner;   // Element [I / 32, slots, 32]: silu(gate) · up
+  Scratch total;   // float32 [tokens, H]
+  Scratch repack;  // an expert's larger projection
+};
+
+void arrange(const Worker& me, const State& state, int64_t begin, int64_t tokens) {
+  const Layer& layer = state.layer;
+  const int64_t groups = layer.hidden / kGroup;
+  for (int64_t group = groups * me.index / me.count; group < groups * (me.index + 1) / me.count; ++group)
+    for (int64_t token = 0; token < tokens; ++token)
+      copy_group(state.call.x + (begin + token) * layer.hidden + group * kGroup,
+                 state.x.as<Element>() + (group * tokens + token) * kGroup);
+}
+
+void gate_and_up(const Worker& me, const State& state, int64_t tokens) {
+  const Layer& layer = state.layer;
+  const Routing& routing = state.routing;
+  const int64_t tiles = layer.inner / kRows;
+  const int64_t slots = routing.first[layer.experts];
+  const int64_t tile_bytes = layer.hidden / kLineInputs * 64;
+  const int64_t tile_scales = layer.hidden / kGroup * kRows;
+  alignas(64) float gate[kBlockTokens * kRows];
+  alignas(64) float up[kBlockTokens * kRows];
+  int64_t turn = 0;
+  for (int64_t expert = 0; expert < layer.experts; ++expert) {
+    const int32_t end = routing.first[expert + 1];
+    if (routing.first[expert] == end) continue;
+    const Share mine = share(me, tiles, turn++);
+    for (int32_t slot = routing.first[expert]; slot < end; slot += kBlockTokens) {
+      const int count = std::min(kBlockTokens, end - slot);
+      const Activations x{state.x.as<Element>(), tokens, routing.tokens.data() + slot, count};
+      mine.each([&](int64_t tile) {
+        const int64_t gate_tile = expert * 2 * tiles + tile;
+        const int64_t up_tile = gate_tile + tiles;
+        multiply(layer.w13 + gate_tile * tile_bytes, layer.w13_scale + gate_tile * tile_scales, layer.hidden, x, gate);
+        multiply(layer.w13 + up_tile * tile_bytes, layer.w13_scale + up_tile * tile_scales, layer.hidden, x, up);
+        const int64_t row = tile * kRows;
+        Element* to = state.inner.as<Element>() + (row / kGroup * slots + slot) * kGroup + row % kGroup;
+        for (int i = 0; i < count; ++i)
+          store_elements(to + i * kGroup, silu_times(_mm512_load_ps(gate + i * kRows), _mm512_load_ps(up + i * kRows)));
+      });
+    }
+  }
+}
+
+void down(const Worker& me, const State& state, int64_t begin, int64_t tokens) {
+  const Layer& layer = state.layer;
+  const Routing& routing = state.routing;
+  const int64_t tiles = layer.hidden / kRows;
+  const int64_t slots = routing.first[layer.experts];
+  const int64_t tile_bytes = layer.inner / kLineInputs * 64;
+  const int64_t tile_scales = layer.inner / kGroup * kRows;
+  alignas(64) float product[kBlockTokens * kRows];
+  float* total = state.total.as<float>();
+  const Share mine = share(me, tiles, 0);
+  mine.each([&](int64_t tile) {
+    for (int64_t token = 0; token < tokens; ++token)
+      _mm512_store_ps(total + token * layer.hidden + tile * kRows, _mm512_setzero_ps());
+  });
+  for (int64_t expert = 0; expert < layer.experts; ++expert) {
+    const int32_t end = routing.first[expert + 1];
+    for (int32_t slot = routing.first[expert]; slot < end; slot += kBlockTokens) {
+      const int count = std::min(kBlockTokens, end - slot);
+      const Activations x{state.inner.as<Element>() + slot * kGroup, slots, nullptr, count};
+      mine.each([&](int64_t tile) {
+        const int64_t at = expert * tiles + tile;
+        multiply(layer.w2 + at * tile_bytes, layer.w2_scale + at * tile_scales, layer.inner, x, product);
+        for (int i = 0; i < count; ++i) {
+          float* to = total + routing.tokens[slot + i] * layer.hidden + tile * kRows;
+          const __m512 weight = _mm512_set1_ps(routing.weights[slot + i]);
+          _mm512_store_ps(to, _mm512_fmadd_ps(_mm512_load_ps(product + i * kRows), weight, _mm512_load_ps(to)));
+        }
+      });
+    }
+  }
+  mine.each([&](int64_t tile) {
+    for (int64_t token = 0; token < tokens; ++token) {
+      const __m512 sum = _mm512_load_ps(total + token * layer.hidden + tile * kRows);
+      const int64_t to = (begin + token) * layer.hidden + tile * kRows;
+      if (state.call.out_is_float)
+        _mm512_storeu_ps(static_cast<float*>(state.call.out) + to, sum);
+      else
+        store_bfloat16(static_cast<uint16_t*>(state.call.out) + to, sum);
+    }
+  });
+}
+
+void run(const Worker& me, void* argument) {
+  State& state = *static_cast<State*>(argument);
+  for (int64_t begin = 0; begin < state.call.tokens; begin += kChunkTokens) {
+    const int64_t tokens = std::min(kChunkTokens, state.call.tokens - begin);
+    if (begin > 0) me.meet();
+    if (me.index == 0) state.routing.fill(state.layer, state.call, begin, begin + tokens);
+    arrange(me, state, begin, tokens);
+    me.meet();
+    gate_and_up(me, state, tokens);
+    me.meet();
+    down(me, state, begin, tokens);
+  }
+}
+
+// The checkpoint's tile, 16 rows of K / 8 words and of K / 32 scales, to the kernel's, by way of `buffer`.
+void repack_tile(uint8_t* tile, uint16_t* scales, int64_t inputs, uint8_t* buffer) {
+  const int64_t words = inputs / kLineInputs;
+  const auto* from = reinterpret_cast<const uint32_t*>(tile);
+  auto* to = reinterpret_cast<uint32_t*>(buffer);
+  const auto even_nibbles = [](uint32_t word) {
+    word &= 0x0F0F0F0F;
+    word = (word | word >> 4) & 0x00FF00FF;
+    return (word | word >> 8) & 0x0000FFFF;
+  };
+  for (int64_t word = 0; word < words; ++word)
+    for (int row = 0; row < kRows; ++row) {
+      const uint32_t value = from[row * words + word];
+      to[word * kRows + row] = even_nibbles(value) | even_nibbles(value >> 4) << 16;
+    }
+  std::memcpy(tile, buffer, words * 64);
+  const int64_t groups = inputs / kGroup;
+  auto* scale = reinterpret_cast<uint16_t*>(buffer);
+  for (int64_t group = 0; group < groups; ++group)
+    for (int row = 0; row < kRows; ++row) scale[group * kRows + row] = scales[row * groups + group];
+  std::memcpy(scales, buffer, groups * kRows * sizeof(uint16_t));
+}
+
+void repack(const Worker& me, void* argument) {
+  const State& state = *static_cast<State*>(argument);
+  const Layer& layer = state.layer;
+  const int64_t w13_bytes = layer.hidden / kLineInputs * 64, w13_scales = layer.hidden / kGroup * kRows;
+  const int64_t w2_bytes = layer.inner / kLineInputs * 64, w2_scales = layer.inner / kGroup * kRows;
+  uint8_t* buffer = state.repack.as<uint8_t>() + me.index * std::max(w13_bytes, w2_bytes);
+  const int64_t tiles = layer.inner / kRows;
+  for (int64_t expert = 0; expert < layer.experts; ++expert) {
+    share(me, tiles, expert).each([&](int64_t tile) {
+      for (const int64_t at : {expert * 2 * tiles + tile, expert * 2 * tiles + tiles + tile})
+        repack_tile(layer.w13 + at * w13_bytes, layer.w13_scale + at * w13_scales, layer.hidden, buffer);
+    });
+    share(me, layer.hidden / kRows, 0).each([&](int64_t tile) {
+      const int64_t at = expert * (layer.hidden / kRows) + tile;
+      repack_tile(layer.w2 + at * w2_bytes, layer.w2_scale + at * w2_scales, layer.inner, buffer);
+    });
+  }
+}
+
+}  // namespace
+
+// A pool and what its jobs share.
+struct Threads {
+  Pool pool;
+  State state;
+};
+
+}  // namespace k26
+
+extern "C" {
+
+// The calls below return this, or a number that is not negative.
+enum { kNoMemory = -1, kBadId = -2 };
+
+// Starts a pool, one thread for each cpu; nodes[i] is the NUMA node of cpus[i], equal nodes side by side. Null if the
+// system gives no more threads. A pool lives as long as its process; a child of fork has none of its threads.
+k26::Threads* k26_start(const int32_t* cpus, const int32_t* nodes, int64_t count) try {
+  auto* threads = new k26::Threads{{{cpus, cpus + count}, {nodes, nodes + count}}, {}};
+  return threads->pool.failed() ? nullptr : threads;
+} catch (const std::bad_alloc&) {
+  return nullptr;
+}
+
+// Repacks a layer's weights in place, from the checkpoint's layout to the kernel's, and waits for it.
+int64_t k26_repack(k26::Threads* threads, const k26::Layer* layer) try {
+  using namespace k26;
+  Pool& pool = threads->pool;
+  State& state = threads->state;
+  pool.wait(pool.submit(repack, &state, [&] {
+    state.layer = *layer;
+    state.repack.reserve(pool.threads() * std::max(layer->hidden, layer->inner) / kLineInputs * 64);
+  }));
+  return 0;
+} catch (const std::bad_alloc&) {
+  return kNoMemory;
+}
+
+// Starts a layer's work. The tensors must live until `k26_wait` has returned for the number that this returns.
+int64_t k26_submit(k26::Threads* threads, const k26::Layer* layer, const k26::Call* call) try {
+  using namespace k26;
+  const int64_t limit = call->map ? call->map_size : layer->experts;
+  for (int64_t slot = 0; slot < call->tokens * call->top_k; ++slot)
+    if (call->ids[slot] >= limit) return kBadId;
+  for (int64_t id = 0; call->map && id < call->map_size; ++id)
+    if (call->map[id] >= layer->experts) return kBadId;
+  State& state = threads->state;
+  return threads->pool.submit(run, &state, [&] {
+    const int64_t tokens = std::min(kChunkTokens, call->tokens);
+    state.layer = *layer;
+    state.call = *call;
+    state.routing.resize(layer->experts, tokens * call->top_k);
+    state.x.reserve(tokens * layer->hidden * sizeof(Element));
+    state.inner.reserve(tokens * call->top_k * layer->inner * sizeof(Element));
+    state.total.reserve(tokens * layer->hidden * sizeof(float));
+  });
+} catch (const std::bad_alloc&) {
+  return kNoMemory;
+}
+
+void k26_wait(k26::Threads* threads, int64_t job) { threads->pool.wait(static_cast<uint32_t>(job)); }
+
+}  // extern "C"
