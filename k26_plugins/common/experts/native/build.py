@@ -20,7 +20,7 @@ import torch
 SOURCES = Path(__file__).parent
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
 # The instruction sets that the source is written for, best first.
-VARIANTS = {"avx512_bf16": (*AVX512, "-mavx512bf16"), "avx512": AVX512}
+VARIANTS = {"avx512_vnni": (*AVX512, "-mavx512vnni"), "avx512": AVX512}
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-pthread")
 
@@ -45,7 +45,7 @@ def best_variant() -> str:
     except OSError:
         lines = []
     flags = next((line.split() for line in lines if line.startswith("flags")), [])
-    return "avx512_bf16" if "avx512_bf16" in flags else "avx512"
+    return "avx512_vnni" if "avx512_vnni" in flags else "avx512"
 
 
 def build(variant: str) -> Path:
@@ -75,12 +75,12 @@ def _compile(target: Path, flags: tuple[str, ...]) -> None:
     compiler = next(filter(None, map(shutil.which, (named,) if named else COMPILERS)), None)
     if compiler is None:
         tried = named or ", ".join(COMPILERS)
-        raise BuildError(f"no C++ compiler is found ({tried}): install GCC 10 or newer, or name one in CXX")
+        raise BuildError(f"no C++ compiler is found ({tried}): install GCC 8 or newer, or name one in CXX")
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         made = Path(scratch) / target.name
         command = [compiler, *flags, str(SOURCES / "experts.cpp"), "-o", str(made)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             said = next((line for line in done.stderr.splitlines() if "error" in line), f"exit status {done.returncode}")
-            raise BuildError(f"{compiler} cannot compile it ({said.strip()}): install GCC 10 or newer, or name one in CXX")
+            raise BuildError(f"{compiler} cannot compile it ({said.strip()}): install GCC 8 or newer, or name one in CXX")
         made.replace(target)

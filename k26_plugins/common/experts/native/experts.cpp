@@ -1,7 +1,7 @@
 // The routed INT4 experts of a layer on a CPU with AVX512. `backend.py` builds this file and calls it through ctypes.
 //
-// A call runs in two phases over all threads. First gate and up: a thread takes the same tiles of rows of every expert
-// and writes silu(gate) · up. Then down: a thread owns tiles of output rows and adds up the experts of each token in
+// A call runs in phases over all threads. Inputs are rounded to 16 bits. Gate and up: a thread takes the same rows of every
+// expert and writes silu(gate) · up. Then down: a thread owns tiles of output rows and adds up the experts of each token in
 // their order, so a result has the same bits with any number of threads and in any batch.
 
 #include <algorithm>
@@ -18,15 +18,15 @@
 namespace k26 {
 namespace {
 
-// Tokens computed at a time: bounds the scratch, 110 MB at Kimi-K2.6's sizes.
+// Tokens computed at a time: bounds the scratch, 90 MB at Kimi-K2.6's sizes.
 constexpr int64_t kChunkTokens = 1024;
 // Tokens of an expert that pass over a tile at once, so that their activations stay in a core's second-level cache.
 constexpr int kBlockTokens = 64;
 
 // The layouts of `backend.py: _Layer` and `_Call`.
 struct Layer {
-  uint8_t* w13;         // [E, 2 I / 16, H / 8] lines of 64 bytes
-  uint16_t* w13_scale;  // bfloat16 [E, 2 I / 16, H / 32, 16]
+  uint8_t* w13;         // [E, I / 32, 4, H / 8] lines of 64 bytes: two tiles of gate, then the two of up
+  uint16_t* w13_scale;  // bfloat16 [E, I / 32, 4, H / 32, 16]
   uint8_t* w2;          // [E, H / 16, I / 8] lines
   uint16_t* w2_scale;   // bfloat16 [E, H / 16, I / 32, 16]
   int64_t experts;
@@ -106,47 +106,54 @@ struct State {
   Layer layer;
   Call call;
   Routing routing;
-  Scratch x;       // Element [H / 32, tokens, 32]
-  Scratch inner;   // Element [I / 32, slots, 32]: silu(gate) · up
-  Scratch total;   // float32 [tokens, H]
-  Scratch repack;  // an expert's larger projection
+  Scratch x;            // Quantised [H / 32, tokens]
+  Scratch x_terms;      // Terms, likewise
+  Scratch inner;        // Quantised [I / 32, slots]: silu(gate) · up
+  Scratch inner_terms;  // Terms, likewise
+  Scratch total;        // float32 [tokens, H]
+  Scratch packed;       // one projection of an expert as the checkpoint has it
+  Scratch scales;
 };
 
-void arrange(const Worker& me, const State& state, int64_t begin, int64_t tokens) {
-  const Layer& layer = state.layer;
-  const int64_t groups = layer.hidden / kGroup;
+void quantise_inputs(const Worker& me, const State& state, int64_t begin, int64_t tokens) {
+  const int64_t groups = state.layer.hidden / kGroup;
   for (int64_t group = groups * me.index / me.count; group < groups * (me.index + 1) / me.count; ++group)
-    for (int64_t token = 0; token < tokens; ++token)
-      copy_group(state.call.x + (begin + token) * layer.hidden + group * kGroup,
-                 state.x.as<Element>() + (group * tokens + token) * kGroup);
+    for (int64_t token = 0; token < tokens; ++token) {
+      const uint16_t* from = state.call.x + (begin + token) * state.layer.hidden + group * kGroup;
+      const int64_t to = group * tokens + token;
+      quantise(widen(from), widen(from + kRows), state.x.as<Quantised>()[to], state.x_terms.as<Terms>()[to]);
+    }
 }
 
+// A thread takes 32 rows of gate and of up at a time: their result is a group of `down`'s inputs.
 void gate_and_up(const Worker& me, const State& state, int64_t tokens) {
   const Layer& layer = state.layer;
   const Routing& routing = state.routing;
-  const int64_t tiles = layer.inner / kRows;
+  const int64_t groups = layer.inner / kGroup;
   const int64_t slots = routing.first[layer.experts];
-  const int64_t tile_bytes = layer.hidden / kLineInputs * 64;
+  const int64_t tile_bytes = layer.hidden / kLineInputs * kLine;
   const int64_t tile_scales = layer.hidden / kGroup * kRows;
-  alignas(64) float gate[kBlockTokens * kRows];
-  alignas(64) float up[kBlockTokens * kRows];
+  alignas(64) float products[4][kBlockTokens * kRows];  // two tiles of gate, two of up
   int64_t turn = 0;
   for (int64_t expert = 0; expert < layer.experts; ++expert) {
     const int32_t end = routing.first[expert + 1];
     if (routing.first[expert] == end) continue;
-    const Share mine = share(me, tiles, turn++);
+    const Share mine = share(me, groups, turn++);
     for (int32_t slot = routing.first[expert]; slot < end; slot += kBlockTokens) {
       const int count = std::min(kBlockTokens, end - slot);
-      const Activations x{state.x.as<Element>(), tokens, routing.tokens.data() + slot, count};
-      mine.each([&](int64_t tile) {
-        const int64_t gate_tile = expert * 2 * tiles + tile;
-        const int64_t up_tile = gate_tile + tiles;
-        multiply(layer.w13 + gate_tile * tile_bytes, layer.w13_scale + gate_tile * tile_scales, layer.hidden, x, gate);
-        multiply(layer.w13 + up_tile * tile_bytes, layer.w13_scale + up_tile * tile_scales, layer.hidden, x, up);
-        const int64_t row = tile * kRows;
-        Element* to = state.inner.as<Element>() + (row / kGroup * slots + slot) * kGroup + row % kGroup;
-        for (int i = 0; i < count; ++i)
-          store_elements(to + i * kGroup, silu_times(_mm512_load_ps(gate + i * kRows), _mm512_load_ps(up + i * kRows)));
+      const Activations x{state.x.as<Quantised>(), state.x_terms.as<Terms>(), tokens, routing.tokens.data() + slot, count};
+      mine.each([&](int64_t group) {
+        for (int part = 0; part < 4; ++part) {
+          const int64_t tile = (expert * groups + group) * 4 + part;
+          multiply(layer.w13 + tile * tile_bytes, layer.w13_scale + tile * tile_scales, layer.hidden, x, products[part]);
+        }
+        for (int i = 0; i < count; ++i) {
+          const auto half = [&](int tile) {
+            return swiglu(_mm512_load_ps(products[tile] + i * kRows), _mm512_load_ps(products[2 + tile] + i * kRows));
+          };
+          const int64_t to = group * slots + slot + i;
+          quantise(half(0), half(1), state.inner.as<Quantised>()[to], state.inner_terms.as<Terms>()[to]);
+        }
       });
     }
   }
@@ -157,7 +164,7 @@ void down(const Worker& me, const State& state, int64_t begin, int64_t tokens) {
   const Routing& routing = state.routing;
   const int64_t tiles = layer.hidden / kRows;
   const int64_t slots = routing.first[layer.experts];
-  const int64_t tile_bytes = layer.inner / kLineInputs * 64;
+  const int64_t tile_bytes = layer.inner / kLineInputs * kLine;
   const int64_t tile_scales = layer.inner / kGroup * kRows;
   alignas(64) float product[kBlockTokens * kRows];
   float* total = state.total.as<float>();
@@ -170,7 +177,7 @@ void down(const Worker& me, const State& state, int64_t begin, int64_t tokens) {
     const int32_t end = routing.first[expert + 1];
     for (int32_t slot = routing.first[expert]; slot < end; slot += kBlockTokens) {
       const int count = std::min(kBlockTokens, end - slot);
-      const Activations x{state.inner.as<Element>() + slot * kGroup, slots, nullptr, count};
+      const Activations x{state.inner.as<Quantised>() + slot, state.inner_terms.as<Terms>() + slot, slots, nullptr, count};
       mine.each([&](int64_t tile) {
         const int64_t at = expert * tiles + tile;
         multiply(layer.w2 + at * tile_bytes, layer.w2_scale + at * tile_scales, layer.inner, x, product);
@@ -200,7 +207,7 @@ void run(const Worker& me, void* argument) {
     const int64_t tokens = std::min(kChunkTokens, state.call.tokens - begin);
     if (begin > 0) me.meet();
     if (me.index == 0) state.routing.fill(state.layer, state.call, begin, begin + tokens);
-    arrange(me, state, begin, tokens);
+    quantise_inputs(me, state, begin, tokens);
     me.meet();
     gate_and_up(me, state, tokens);
     me.meet();
@@ -208,46 +215,70 @@ void run(const Worker& me, void* argument) {
   }
 }
 
-// The checkpoint's tile, 16 rows of K / 8 words and of K / 32 scales, to the kernel's, by way of `buffer`.
-void repack_tile(uint8_t* tile, uint16_t* scales, int64_t inputs, uint8_t* buffer) {
-  const int64_t words = inputs / kLineInputs;
-  const auto* from = reinterpret_cast<const uint32_t*>(tile);
-  auto* to = reinterpret_cast<uint32_t*>(buffer);
-  const auto even_nibbles = [](uint32_t word) {
-    word &= 0x0F0F0F0F;
-    word = (word | word >> 4) & 0x00FF00FF;
-    return (word | word >> 8) & 0x0000FFFF;
+// The checkpoint's tile, 16 rows of K / 8 words and of K / 32 scales, to the kernel's.
+void repack_tile(const uint32_t* packed, const uint16_t* scales, int64_t inputs, uint32_t* tile, uint16_t* tile_scales) {
+  // Four nibbles to the low halves of four bytes.
+  const auto spread = [](uint32_t nibbles) {
+    nibbles = (nibbles | nibbles << 8) & 0x00FF00FF;
+    return (nibbles | nibbles << 4) & 0x0F0F0F0F;
   };
+  const int64_t words = inputs / kLineInputs;
   for (int64_t word = 0; word < words; ++word)
     for (int row = 0; row < kRows; ++row) {
-      const uint32_t value = from[row * words + word];
-      to[word * kRows + row] = even_nibbles(value) | even_nibbles(value >> 4) << 16;
+      const uint32_t value = packed[row * words + word];
+      tile[word * kRows + row] = spread(value & 0xFFFF) | spread(value >> 16) << 4;
     }
-  std::memcpy(tile, buffer, words * 64);
   const int64_t groups = inputs / kGroup;
-  auto* scale = reinterpret_cast<uint16_t*>(buffer);
   for (int64_t group = 0; group < groups; ++group)
-    for (int row = 0; row < kRows; ++row) scale[group * kRows + row] = scales[row * groups + group];
-  std::memcpy(scales, buffer, groups * kRows * sizeof(uint16_t));
+    for (int row = 0; row < kRows; ++row) tile_scales[group * kRows + row] = scales[row * groups + group];
+}
+
+// Repacks a projection `[rows, K]` of an expert in place; source(t) is the checkpoint's tile that becomes tile t.
+template <class Source>
+void repack_projection(const Worker& me, const State& state, void* packed, uint16_t* scales, int64_t rows, int64_t inputs,
+                       Source source) {
+  const int64_t tiles = rows / kRows;
+  const int64_t words = kRows * inputs / kLineInputs, groups = kRows * inputs / kGroup;  // of a tile
+  auto* weight = static_cast<uint32_t*>(packed);
+  auto* from = state.packed.as<uint32_t>();
+  auto* from_scales = state.scales.as<uint16_t>();
+  const int64_t begin = tiles * me.index / me.count, end = tiles * (me.index + 1) / me.count;
+  std::memcpy(from + begin * words, weight + begin * words, (end - begin) * words * sizeof(uint32_t));
+  std::memcpy(from_scales + begin * groups, scales + begin * groups, (end - begin) * groups * sizeof(uint16_t));
+  me.meet();
+  for (int64_t tile = begin; tile < end; ++tile)
+    repack_tile(from + source(tile) * words, from_scales + source(tile) * groups, inputs, weight + tile * words,
+                scales + tile * groups);
+  me.meet();
+}
+
+// Asks for huge pages under a tensor, each thread for its part. Linux before 6.1 knows the advice for later only.
+void use_huge_pages(const Worker& me, const void* tensor, int64_t bytes) {
+  constexpr uintptr_t kHuge = uintptr_t{2} << 20;
+  constexpr int kCollapse = 25;  // MADV_COLLAPSE, which older headers lack
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(tensor) + kHuge - 1) / kHuge;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(tensor) + bytes) / kHuge;
+  for (uintptr_t page = begin + me.index; page < end; page += me.count) {
+    madvise(reinterpret_cast<void*>(page * kHuge), kHuge, MADV_HUGEPAGE);
+    madvise(reinterpret_cast<void*>(page * kHuge), kHuge, kCollapse);
+  }
 }
 
 void repack(const Worker& me, void* argument) {
   const State& state = *static_cast<State*>(argument);
   const Layer& layer = state.layer;
-  const int64_t w13_bytes = layer.hidden / kLineInputs * 64, w13_scales = layer.hidden / kGroup * kRows;
-  const int64_t w2_bytes = layer.inner / kLineInputs * 64, w2_scales = layer.inner / kGroup * kRows;
-  uint8_t* buffer = state.repack.as<uint8_t>() + me.index * std::max(w13_bytes, w2_bytes);
-  const int64_t tiles = layer.inner / kRows;
+  const int64_t projection = layer.hidden * layer.inner;  // weights of one of the three
   for (int64_t expert = 0; expert < layer.experts; ++expert) {
-    share(me, tiles, expert).each([&](int64_t tile) {
-      for (const int64_t at : {expert * 2 * tiles + tile, expert * 2 * tiles + tiles + tile})
-        repack_tile(layer.w13 + at * w13_bytes, layer.w13_scale + at * w13_scales, layer.hidden, buffer);
-    });
-    share(me, layer.hidden / kRows, 0).each([&](int64_t tile) {
-      const int64_t at = expert * (layer.hidden / kRows) + tile;
-      repack_tile(layer.w2 + at * w2_bytes, layer.w2_scale + at * w2_scales, layer.inner, buffer);
-    });
+    repack_projection(me, state, layer.w13 + expert * projection, layer.w13_scale + expert * 2 * projection / kGroup,
+                      2 * layer.inner, layer.hidden, [&](int64_t tile) {
+                        const int64_t up = tile % 4 / 2;
+                        return tile / 4 * 2 + tile % 2 + up * (layer.inner / kRows);
+                      });
+    repack_projection(me, state, layer.w2 + expert * projection / 2, layer.w2_scale + expert * projection / kGroup,
+                      layer.hidden, layer.inner, [](int64_t tile) { return tile; });
   }
+  use_huge_pages(me, layer.w13, layer.experts * projection);
+  use_huge_pages(me, layer.w2, layer.experts * projection / 2);
 }
 
 }  // namespace
@@ -281,7 +312,8 @@ int64_t k26_repack(k26::Threads* threads, const k26::Layer* layer) try {
   State& state = threads->state;
   pool.wait(pool.submit(repack, &state, [&] {
     state.layer = *layer;
-    state.repack.reserve(pool.threads() * std::max(layer->hidden, layer->inner) / kLineInputs * 64);
+    state.packed.reserve(layer->hidden * layer->inner);
+    state.scales.reserve(2 * layer->hidden * layer->inner / kGroup * sizeof(uint16_t));
   }));
   return 0;
 } catch (const std::bad_alloc&) {
@@ -301,9 +333,12 @@ int64_t k26_submit(k26::Threads* threads, const k26::Layer* layer, const k26::Ca
     const int64_t tokens = std::min(kChunkTokens, call->tokens);
     state.layer = *layer;
     state.call = *call;
-    state.routing.resize(layer->experts, tokens * call->top_k);
-    state.x.reserve(tokens * layer->hidden * sizeof(Element));
-    state.inner.reserve(tokens * call->top_k * layer->inner * sizeof(Element));
+        const int64_t slots = tokens * call->top_k;
+    state.x.reserve(tokens * layer->hidden / kGroup * sizeof(Quantised));
+    state.x_terms.reserve(tokens * layer->hidden / kGroup * sizeof(Terms));
+    state.inner.reserve(slots * layer->inner / kGroup * sizeof(Quantised));
+    state.inner_terms.reserve(slots * layer->inner / kGroup * sizeof(Terms));
+    state.routing.resize(layer->experts, slots);
     state.total.reserve(tokens * layer->hidden * sizeof(float));
   });
 } catch (const std::bad_alloc&) {
