@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 
@@ -12,19 +12,30 @@ from k26_plugins.common.experts.native.build import BuildError, library
 from k26_plugins.common.experts.native.threads import Call, Layer, process_threads
 
 
-class NativeExperts(ExpertsBackend):
-    """bfloat16 activations, INT4 weights, CPUs with AVX512: the weights at the memory's bandwidth, exact to bfloat16.
+class _Prepared(NamedTuple):
+    call: Call
+    tensors: tuple[torch.Tensor | None, ...]
+    """What `call` points to."""
+    written: torch.Tensor
+    result: torch.Tensor
+    """`written`, or what it is to be converted to."""
 
-    Sums are float32 and weights exact. A token's result has the same bits in any batch and with any number of threads.
+    def finish(self) -> torch.Tensor:
+        return self.result if self.result is self.written else self.result.copy_(self.written)
+
+
+class NativeExperts(ExpertsBackend):
+    """INT4 weights at the memory's bandwidth on CPUs with AVX512, activations in 16 bits of their group's largest.
+
+    A token's result has the same bits in any batch and with any number of threads.
     """
 
     name = "native"
 
     def __init__(self, weights: ExpertWeights) -> None:
         self.weights = weights
-        packed = (weights.w13_packed, weights.w13_scale, weights.w2_packed, weights.w2_scale)
         self._layer = Layer(
-            *(tensor.data_ptr() for tensor in packed),
+            *(tensor.data_ptr() for tensor in self.tensors().values()),
             weights.num_experts,
             weights.hidden_size,
             weights.intermediate_size,
@@ -64,6 +75,37 @@ class NativeExperts(ExpertsBackend):
         expert_map: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
     ) -> Callable[[], torch.Tensor]:
+        prepared = self._prepare(hidden_states, topk_ids, topk_weights, expert_map, out)
+        running = process_threads().submit(self._layer, prepared.call, (*prepared.tensors, *self.tensors().values()))
+
+        def wait() -> torch.Tensor:
+            running.wait()
+            return prepared.finish()
+
+        return wait
+
+    def apply(
+        self,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        *,
+        expert_map: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        workspace: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        prepared = self._prepare(hidden_states, topk_ids, topk_weights, expert_map, out)
+        process_threads().run(self._layer, prepared.call)
+        return prepared.finish()
+
+    def _prepare(
+        self,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        expert_map: torch.Tensor | None,
+        out: torch.Tensor | None,
+    ) -> _Prepared:
         tokens, top_k = topk_ids.shape
         expected = (tokens, self.weights.hidden_size)
         for name, tensor, shape in (
@@ -80,38 +122,19 @@ class NativeExperts(ExpertsBackend):
         ids = topk_ids.to("cpu", torch.int32).contiguous()
         weights = topk_weights.to("cpu", torch.float32).contiguous()
         local = None if expert_map is None else expert_map.to("cpu", torch.int32).contiguous()
+        result = torch.empty_like(hidden_states, memory_format=torch.contiguous_format) if out is None else out
         # Written directly where the library can, and converted from float32 otherwise.
-        direct = out if out is not None else torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
-        result = direct
-        if not (direct.is_contiguous() and direct.is_cpu and direct.dtype in (torch.bfloat16, torch.float32)):
-            result = torch.empty(expected, dtype=torch.float32)
+        direct = result.is_cpu and result.is_contiguous() and result.dtype in (torch.bfloat16, torch.float32)
+        written = result if direct else torch.empty(expected, dtype=torch.float32)
         call = Call(
             x.data_ptr(),
             ids.data_ptr(),
             weights.data_ptr(),
             None if local is None else local.data_ptr(),
-            0 if local is None else len(local),
+            0 if local is None else local.numel(),
             tokens,
             top_k,
-            result.data_ptr(),
-            result.dtype == torch.float32,
+            written.data_ptr(),
+            written.dtype == torch.float32,
         )
-        running = process_threads().submit(self._layer, call, (x, ids, weights, local, result))
-
-        def wait() -> torch.Tensor:
-            running.wait()
-            return direct if result is direct else direct.copy_(result)
-
-        return wait
-
-    def apply(
-        self,
-        hidden_states: torch.Tensor,
-        topk_ids: torch.Tensor,
-        topk_weights: torch.Tensor,
-        *,
-        expert_map: torch.Tensor | None = None,
-        out: torch.Tensor | None = None,
-        workspace: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        return self.submit(hidden_states, topk_ids, topk_weights, expert_map=expert_map, out=out)()
+        return _Prepared(call, (x, ids, weights, local, written), written, result)

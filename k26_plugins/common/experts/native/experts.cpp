@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <mutex>
 #include <new>
 #include <vector>
 
@@ -283,68 +284,101 @@ void repack(const Worker& me, void* argument) {
 
 }  // namespace
 
-// A pool and what its jobs share.
-struct Threads {
-  Pool pool;
+// What a process has one of. Jobs follow one another, whoever submits them, because they share the scratch.
+struct Process {
+  std::mutex submitting;
   State state;
+  Team team;
+  Pool* pool = nullptr;
+
+  std::unique_lock<std::mutex> turn() {
+    std::unique_lock<std::mutex> lock(submitting);
+    if (pool) pool->wait_for_all();
+    return lock;
+  }
 };
+
+// Prepares the state for a call. False if an expert is named that there is not: its weights would be read from anywhere.
+bool prepare(State& state, const Layer& layer, const Call& call) {
+  const int64_t limit = call.map ? call.map_size : layer.experts;
+  for (int64_t slot = 0; slot < call.tokens * call.top_k; ++slot)
+    if (call.ids[slot] >= limit) return false;
+  for (int64_t id = 0; call.map && id < call.map_size; ++id)
+    if (call.map[id] >= layer.experts) return false;
+  const int64_t tokens = std::min(kChunkTokens, call.tokens);
+  const int64_t slots = tokens * call.top_k;
+  state.layer = layer;
+  state.call = call;
+  state.routing.resize(layer.experts, slots);
+  state.x.reserve(tokens * layer.hidden / kGroup * sizeof(Quantised));
+  state.x_terms.reserve(tokens * layer.hidden / kGroup * sizeof(Terms));
+  state.inner.reserve(slots * layer.inner / kGroup * sizeof(Quantised));
+  state.inner_terms.reserve(slots * layer.inner / kGroup * sizeof(Terms));
+  state.total.reserve(tokens * layer.hidden * sizeof(float));
+  return true;
+}
 
 }  // namespace k26
 
 extern "C" {
 
-// The calls below return this, or a number that is not negative.
+// The calls below return one of these, or a number that is not negative.
 enum { kNoMemory = -1, kBadId = -2 };
 
-// Starts a pool, one thread for each cpu; nodes[i] is the NUMA node of cpus[i], equal nodes side by side. Null if the
-// system gives no more threads. A pool lives as long as its process; a child of fork has none of its threads.
-k26::Threads* k26_start(const int32_t* cpus, const int32_t* nodes, int64_t count) try {
-  auto* threads = new k26::Threads{{{cpus, cpus + count}, {nodes, nodes + count}}, {}};
-  return threads->pool.failed() ? nullptr : threads;
+// A process' state. A child of fork makes its own: it has none of its parent's threads.
+k26::Process* k26_create() { return new (std::nothrow) k26::Process; }
+
+// Whether there is an OpenMP runtime for `k26_repack` and `k26_run`.
+int64_t k26_has_team(const k26::Process* process) { return process->team.found(); }
+
+// Starts the pool for `k26_submit`, once: a thread for each cpu; nodes[i] is the NUMA node of cpus[i], equal nodes side
+// by side. False if the system gives no more threads.
+int64_t k26_start(k26::Process* process, const int32_t* cpus, const int32_t* nodes, int64_t count) try {
+  auto* pool = new k26::Pool({cpus, cpus + count}, {nodes, nodes + count});
+  if (pool->failed()) return false;
+  process->pool = pool;
+  return true;
 } catch (const std::bad_alloc&) {
-  return nullptr;
+  return kNoMemory;
 }
 
-// Repacks a layer's weights in place, from the checkpoint's layout to the kernel's, and waits for it.
-int64_t k26_repack(k26::Threads* threads, const k26::Layer* layer) try {
+// Repacks a layer's weights in place, from the checkpoint's layout to the kernel's, on at most `threads` threads of the
+// OpenMP runtime, or on the pool for 0.
+int64_t k26_repack(k26::Process* process, const k26::Layer* layer, int64_t threads) try {
   using namespace k26;
-  Pool& pool = threads->pool;
-  State& state = threads->state;
-  pool.wait(pool.submit(repack, &state, [&] {
-    state.layer = *layer;
-    state.packed.reserve(layer->hidden * layer->inner);
-    state.scales.reserve(2 * layer->hidden * layer->inner / kGroup * sizeof(uint16_t));
-  }));
+  const auto turn = process->turn();
+  State& state = process->state;
+  state.layer = *layer;
+  state.packed.reserve(layer->hidden * layer->inner);
+  state.scales.reserve(2 * layer->hidden * layer->inner / kGroup * sizeof(uint16_t));
+  if (threads > 0)
+    process->team.run(repack, &state, static_cast<int>(threads));
+  else
+    process->pool->wait(process->pool->start(repack, &state));
   return 0;
 } catch (const std::bad_alloc&) {
   return kNoMemory;
 }
 
-// Starts a layer's work. The tensors must live until `k26_wait` has returned for the number that this returns.
-int64_t k26_submit(k26::Threads* threads, const k26::Layer* layer, const k26::Call* call) try {
-  using namespace k26;
-  const int64_t limit = call->map ? call->map_size : layer->experts;
-  for (int64_t slot = 0; slot < call->tokens * call->top_k; ++slot)
-    if (call->ids[slot] >= limit) return kBadId;
-  for (int64_t id = 0; call->map && id < call->map_size; ++id)
-    if (call->map[id] >= layer->experts) return kBadId;
-  State& state = threads->state;
-  return threads->pool.submit(run, &state, [&] {
-    const int64_t tokens = std::min(kChunkTokens, call->tokens);
-    state.layer = *layer;
-    state.call = *call;
-        const int64_t slots = tokens * call->top_k;
-    state.x.reserve(tokens * layer->hidden / kGroup * sizeof(Quantised));
-    state.x_terms.reserve(tokens * layer->hidden / kGroup * sizeof(Terms));
-    state.inner.reserve(slots * layer->inner / kGroup * sizeof(Quantised));
-    state.inner_terms.reserve(slots * layer->inner / kGroup * sizeof(Terms));
-    state.routing.resize(layer->experts, slots);
-    state.total.reserve(tokens * layer->hidden * sizeof(float));
-  });
+// A layer's work, on at most `threads` threads of the OpenMP runtime.
+int64_t k26_run(k26::Process* process, const k26::Layer* layer, const k26::Call* call, int64_t threads) try {
+  const auto turn = process->turn();
+  if (!k26::prepare(process->state, *layer, *call)) return kBadId;
+  process->team.run(k26::run, &process->state, static_cast<int>(threads));
+  return 0;
 } catch (const std::bad_alloc&) {
   return kNoMemory;
 }
 
-void k26_wait(k26::Threads* threads, int64_t job) { threads->pool.wait(static_cast<uint32_t>(job)); }
+// Starts a layer's work on the pool. The tensors must live until `k26_wait` has returned for the number returned here.
+int64_t k26_submit(k26::Process* process, const k26::Layer* layer, const k26::Call* call) try {
+  const auto turn = process->turn();
+  if (!k26::prepare(process->state, *layer, *call)) return kBadId;
+  return process->pool->start(k26::run, &process->state);
+} catch (const std::bad_alloc&) {
+  return kNoMemory;
+}
+
+void k26_wait(k26::Process* process, int64_t job) { process->pool->wait(static_cast<uint32_t>(job)); }
 
 }  // extern "C"

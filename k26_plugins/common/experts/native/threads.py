@@ -1,4 +1,4 @@
-"""The pool of native threads that all layers of a process share, and the calls into `experts.cpp`."""
+"""Who runs the native experts in a process, and the calls into `experts.cpp`."""
 
 from __future__ import annotations
 
@@ -38,46 +38,91 @@ class Call(ctypes.Structure):
 
 NO_MEMORY, BAD_ID = -1, -2  # as experts.cpp returns them
 
+# Its OpenMP threads do not survive a fork, and neither do torch's own operators.
+_imported_in = os.getpid()
+
 
 class Threads:
-    """Threads pinned to cores. They run one job after the other, whoever submits it."""
+    """torch's threads for work that the caller waits for, pinned threads of our own for work that it does not."""
 
-    def __init__(self, native: ctypes.CDLL, chosen: Sequence[Core]) -> None:
-        """Start a thread on each core; cores of a NUMA node stand side by side. Raises RuntimeError."""
+    def __init__(self, native: ctypes.CDLL, pool: Sequence[Core] | None = None, team: int | None = None) -> None:
+        """`pool`: the cores of our own threads, those of a NUMA node side by side; by default all of the process.
+
+        `team`: how many of torch's threads, by default as many as torch uses, 0 for none.
+        """
         self.native = native
         self.process = os.getpid()
-        self.count = len(chosen)
-        native.k26_start.restype = ctypes.c_void_p
-        for function in (native.k26_repack, native.k26_submit):
+        native.k26_create.restype = ctypes.c_void_p
+        for function in (native.k26_has_team, native.k26_start, native.k26_repack, native.k26_run, native.k26_submit):
             function.restype = ctypes.c_int64
-        numbers = ctypes.c_int32 * self.count
-        pool = native.k26_start(
-            numbers(*(core.cpu for core in chosen)), numbers(*(core.node for core in chosen)), ctypes.c_int64(self.count)
-        )
-        if pool is None:
-            raise RuntimeError(f"no {self.count} threads for the native experts: raise the limit on processes (ulimit -u).")
-        self.pool = ctypes.c_void_p(pool)
+        created = native.k26_create()
+        if created is None:
+            raise MemoryError("no memory for the native experts.")
+        self._process = ctypes.c_void_p(created)
+        self._team = team
+        self._has_team = self.process == _imported_in and bool(native.k26_has_team(self._process))
+        self._cores = pool
+        self._pool_started = False
+        self._starting = threading.Lock()
+
+    @property
+    def team(self) -> int:
+        if not self._has_team:
+            return 0
+        return torch.get_num_threads() if self._team is None else self._team
+
+    def start_pool(self) -> None:
+        """Start our own threads unless they run. Raises RuntimeError where the system gives no more."""
+        with self._starting:
+            if self._pool_started:
+                return
+            chosen = self._cores or cores(cpu_threads_setting())
+            numbers = ctypes.c_int32 * len(chosen)
+            started = self.native.k26_start(
+                self._process,
+                numbers(*(core.cpu for core in chosen)),
+                numbers(*(core.node for core in chosen)),
+                ctypes.c_int64(len(chosen)),
+            )
+            if not _checked(started):
+                raise RuntimeError(f"no {len(chosen)} threads for the native experts: raise the limit (ulimit -u).")
+            self._pool_started = True
 
     def repack(self, layer: Layer) -> None:
         """Repack the layer's weights in place."""
-        _checked(self.native.k26_repack(self.pool, ctypes.byref(layer)))
+        team = self.team
+        if not team:
+            self.start_pool()
+        _checked(self.native.k26_repack(self._process, ctypes.byref(layer), ctypes.c_int64(team)))
+
+    def run(self, layer: Layer, call: Call) -> None:
+        """Do a layer's work. Raises ExpertsError, MemoryError."""
+        team = self.team
+        if team:
+            _checked(self.native.k26_run(self._process, ctypes.byref(layer), ctypes.byref(call), ctypes.c_int64(team)))
+        else:
+            self.submit(layer, call, ()).wait()
 
     def submit(self, layer: Layer, call: Call, tensors: tuple[torch.Tensor | None, ...]) -> Running:
-        """Start a layer's work. `tensors` are kept until it is done. Raises ExpertsError, MemoryError."""
-        job = _checked(self.native.k26_submit(self.pool, ctypes.byref(layer), ctypes.byref(call)))
+        """Start a layer's work. `tensors` are kept until it is done. Raises ExpertsError, MemoryError, RuntimeError."""
+        self.start_pool()
+        job = _checked(self.native.k26_submit(self._process, ctypes.byref(layer), ctypes.byref(call)))
         return Running(self, job, tensors)
+
+    def wait(self, job: int) -> None:
+        # In a child of fork the work is the parent's, and so are the threads.
+        if self.process == os.getpid():
+            self.native.k26_wait(self._process, ctypes.c_int64(job))
 
 
 class Running:
     """Work that was submitted. Dropping it waits too: until the work is done its tensors are in use."""
 
     def __init__(self, threads: Threads, job: int, tensors: tuple[torch.Tensor | None, ...]) -> None:
-        self.threads, self.job, self.tensors = threads, job, tensors
+        self._threads, self._job, self._tensors = threads, job, tensors
 
     def wait(self) -> None:
-        # In a child of fork the work is the parent's, and so are the threads.
-        if self.threads.process == os.getpid():
-            self.threads.native.k26_wait(self.threads.pool, ctypes.c_int64(self.job))
+        self._threads.wait(self._job)
 
     def __del__(self) -> None:
         self.wait()
@@ -92,14 +137,14 @@ def _checked(result: int) -> int:
 
 
 _process_threads: Threads | None = None
-_starting = threading.Lock()
+_creating = threading.Lock()
 
 
 def process_threads() -> Threads:
-    """The threads of this process, started at the first call and anew in a child of fork."""
+    """The threads of this process; a child of fork has its own."""
     global _process_threads
     if _process_threads is None or _process_threads.process != os.getpid():
-        with _starting:
+        with _creating:
             if _process_threads is None or _process_threads.process != os.getpid():
-                _process_threads = Threads(library(), cores(cpu_threads_setting()))
+                _process_threads = Threads(library())
     return _process_threads
