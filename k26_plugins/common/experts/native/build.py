@@ -81,6 +81,10 @@ def _compile(target: Path, flags: tuple[str, ...]) -> None:
         command = [compiler, *flags, str(SOURCES / "experts.cpp"), "-o", str(made)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            said = next((line for line in done.stderr.splitlines() if "error" in line), f"exit status {done.returncode}")
-            raise BuildError(f"{compiler} cannot compile it ({said.strip()}): install GCC 8 or newer, or name one in CXX")
+            said = next(
+                (line for line in done.stderr.splitlines() if "error" in line), f"exit status {done.returncode}"
+            )
+            raise BuildError(
+                f"{compiler} cannot compile it ({said.strip()}): install GCC 8 or newer, or name one in CXX"
+            )
         made.replace(target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import NamedTuple
@@ -38,16 +39,17 @@ def allowed_cpus() -> set[int]:
     of all threads that are pinned so.
     """
     mine = os.sched_getaffinity(0)
-    if len(mine) > 1:
-        return mine
-    for task in os.listdir("/proc/self/task"):
-        try:
-            cpus = os.sched_getaffinity(int(task))
-        except ProcessLookupError:  # the thread has ended
-            continue
-        if len(cpus) == 1:
-            mine |= cpus
-    return mine
+    pinned = [cpus for cpus in _affinities() if len(cpus) == 1]
+    return mine if len(mine) > 1 else mine.union(*pinned)
+
+
+def _affinities() -> list[set[int]]:
+    """The CPUs of each thread of this process."""
+    found: list[set[int]] = []
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(ProcessLookupError):  # the thread has ended
+            found.append(os.sched_getaffinity(int(task.name)))
+    return found
 
 
 def _node(cpu: int) -> int:
