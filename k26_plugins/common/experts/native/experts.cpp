@@ -21,7 +21,8 @@ namespace {
 
 // Tokens computed at a time: bounds the scratch, 90 MB at Kimi-K2.6's sizes.
 constexpr int64_t kChunkTokens = 1024;
-// Tokens of an expert that pass over a tile at once, so that their activations stay in a core's second-level cache.
+// Tokens of an expert that pass over a tile at once: their activations stay in a second-level cache. 32 and 128 measured
+// the same on a CPU whose third-level cache keeps up.
 constexpr int kBlockTokens = 64;
 
 // The layouts of `backend.py: _Layer` and `_Call`.
