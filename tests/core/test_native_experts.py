@@ -251,6 +251,13 @@ def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_pat
         build.build("avx512")
 
 
+@needs_native
+def test_a_library_that_cannot_be_loaded(empty_cache: Path) -> None:
+    built = build.build(best_variant())
+    built.write_bytes(b"cut off")
+    assert "its library cannot be loaded" in str(NativeExperts.unsupported(make_weights(1, 128, 64)))
+
+
 def test_compiled_once(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks that start together, and one that comes later."""
     compiled: list[Path] = []
@@ -297,7 +304,15 @@ def test_cores_of_a_rank_whose_threads_are_pinned_one_by_one(monkeypatch: pytest
 def test_the_setting_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("K26_CPU_THREADS", "0")
     with pytest.raises(ValueError, match="K26_CPU_THREADS is '0'"):
-        Threads(library()).start_pool()
+        Threads(library())
     monkeypatch.setenv("K26_CPU_THREADS", "1")
     Threads(library()).start_pool()
     assert process_threads() is process_threads()
+
+
+@needs_native
+def test_whose_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    two = [Core(0, 0), Core(0, 1)]
+    for torch_threads, chosen, team in ((4, two, 4), (1, two, 0), (1, two[:1], 1)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=torch_threads: count)
+        assert Threads(library(), pool=chosen).team == team

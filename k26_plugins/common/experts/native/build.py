@@ -32,7 +32,13 @@ class BuildError(RuntimeError):
 @cache
 def library(variant: str | None = None) -> ctypes.CDLL:
     """The library for this CPU, or for another of VARIANTS that it can run. Raises BuildError."""
-    return ctypes.CDLL(str(build(variant or best_variant())))
+    made = build(variant or best_variant())
+    try:
+        return ctypes.CDLL(str(made))
+    except OSError as error:
+        raise BuildError(
+            f"its library cannot be loaded ({error}): delete it, or set XDG_CACHE_HOME to a folder"
+        ) from error
 
 
 def best_variant() -> str:
@@ -54,7 +60,9 @@ def build(variant: str) -> Path:
     digest = hashlib.sha256(" ".join(flags).encode())
     for source in sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.hpp")]):
         digest.update(source.read_bytes())
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "k26-plugins"
+    # A home that is not known is left as `~`: the message below then names it.
+    cache_home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111
+    folder = Path(cache_home) / "k26-plugins"
     target = folder / f"experts-{variant}-{digest.hexdigest()[:16]}.so"
     if target.exists():
         return target

@@ -48,7 +48,8 @@ class Threads:
     def __init__(self, native: ctypes.CDLL, pool: Sequence[Core] | None = None, team: int | None = None) -> None:
         """`pool`: the cores of our own threads, those of a NUMA node side by side; by default all of the process.
 
-        `team`: how many of torch's threads, by default as many as torch uses, 0 for none.
+        `team`: how many of torch's threads, 0 for none; by default as many as torch uses. Raises ValueError for a setting
+        that is no number of threads.
         """
         self.native = native
         self.process = os.getpid()
@@ -61,22 +62,27 @@ class Threads:
         self._process = ctypes.c_void_p(created)
         self._team = team
         self._has_team = self.process == _imported_in and bool(native.k26_has_team(self._process))
-        self._cores = pool
+        self._cores = pool or cores(cpu_threads_setting())
         self._pool_started = False
         self._starting = threading.Lock()
 
     @property
     def team(self) -> int:
+        """How many of torch's threads do the work that is waited for; 0 where our own do it."""
         if not self._has_team:
             return 0
-        return torch.get_num_threads() if self._team is None else self._team
+        if self._team is not None:
+            return self._team
+        # An engine that computes on a GPU leaves torch one thread.
+        count = torch.get_num_threads()
+        return 0 if count == 1 and len(self._cores) > 1 else count
 
     def start_pool(self) -> None:
         """Start our own threads unless they run. Raises RuntimeError where the system gives no more."""
         with self._starting:
             if self._pool_started:
                 return
-            chosen = self._cores or cores(cpu_threads_setting())
+            chosen = self._cores
             numbers = ctypes.c_int32 * len(chosen)
             started = self.native.k26_start(
                 self._process,
