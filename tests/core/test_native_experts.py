@@ -204,6 +204,7 @@ def test_a_process_ends_with_work_in_flight() -> None:
         [sys.executable, "-c", program], env=env, timeout=120, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
+    assert "Exception ignored" not in done.stderr
 
 
 @pytest.fixture
