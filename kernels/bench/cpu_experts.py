@@ -9,7 +9,7 @@ bandwidth at which torch sums the bytes of the first backend's weights, measured
 arithmetic as a share of torch's dense bfloat16 product at the same number of rows; the error is ‖out − ref‖ / ‖ref‖
 against float32.
 
-On a machine that others use, the figures are theirs unless its session goes first:
+On a machine that others use, the figures are theirs unless this goes first:
 `setsid -w bash -c 'echo -20 > /proc/self/autogroup; exec nice -n -20 python …'`. A real-time priority is no way out:
 kt-kernel's waiting threads then keep its working ones from running.
 """
