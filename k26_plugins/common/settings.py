@@ -6,6 +6,7 @@ import os
 
 EXPERTS_VARIABLE = "K26_EXPERTS"
 HOST_EXPERTS_VARIABLE = "K26_CPU_EXPERTS"
+CPU_THREADS_VARIABLE = "K26_CPU_THREADS"
 ENGINE = "engine"
 
 
@@ -40,3 +41,17 @@ def experts_for_device(device_type: str) -> str:
     """The setting with `auto` resolved: a core backend where the core has a fast one for the device, else `engine`."""
     setting = experts_setting()
     return ENGINE if setting == "auto" and device_type != "cpu" else setting
+
+
+def cpu_threads_setting() -> int | None:
+    """How many cores the native experts take at most; None for all that the process may use.
+
+    For several ranks on one machine that the engine does not pin to cores of their own. Raises ValueError for anything
+    but a positive number in K26_CPU_THREADS.
+    """
+    value = os.environ.get(CPU_THREADS_VARIABLE, "").strip()
+    if not value:
+        return None
+    if not value.isdecimal() or int(value) == 0:
+        raise ValueError(f"{CPU_THREADS_VARIABLE} is {value!r}: give the number of cores for the experts, or unset it.")
+    return int(value)

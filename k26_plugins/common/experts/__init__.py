@@ -7,6 +7,7 @@ from importlib.metadata import entry_points
 
 from k26_plugins.common.experts.base import Expert, ExpertsBackend, ExpertsError, ExpertWeights, RoutedExperts
 from k26_plugins.common.experts.cpu import CpuExperts
+from k26_plugins.common.experts.native import NativeExperts
 from k26_plugins.common.experts.reference import ReferenceExperts, reference_experts
 from k26_plugins.common.experts.selftest import self_test_error
 
@@ -25,7 +26,9 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 # In the order in which `auto` tries them.
-BACKENDS: dict[str, type[ExpertsBackend]] = {backend.name: backend for backend in (CpuExperts, ReferenceExperts)}
+BACKENDS: dict[str, type[ExpertsBackend]] = {
+    backend.name: backend for backend in (NativeExperts, CpuExperts, ReferenceExperts)
+}
 
 
 # Where a package offers a backend that `auto` does not try: the kt-kernel of the KTransformers adapter.

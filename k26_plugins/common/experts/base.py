@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Self
 
@@ -123,6 +124,22 @@ class RoutedExperts(ABC):
         topk_weights: `[num_tokens, top_k]` float32. expert_map: `[num_global_experts]`, the local index of a global id
         or −1; without it the ids are local. workspace: uint8, at least `workspace_bytes`.
         """
+
+    def submit(
+        self,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        *,
+        expert_map: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> Callable[[], torch.Tensor]:
+        """Start `apply`; the function that is returned waits for the result. The arguments stay unchanged until then.
+
+        A backend with threads of its own works meanwhile; here the result is there at once.
+        """
+        result = self.apply(hidden_states, topk_ids, topk_weights, expert_map=expert_map, out=out)
+        return lambda: result
 
 
 class ExpertsBackend(RoutedExperts):
