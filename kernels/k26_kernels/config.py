@@ -1,0 +1,97 @@
+"""Tile sizes by GPU and shape: data files, a default for a GPU that was never tuned, and the choice between regimes."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Self
+
+from k26_kernels.layout import K_MULTIPLE
+from k26_kernels.target import Device
+
+FOLDER = Path(__file__).parent / "configs"
+DEFAULT = "default"
+SINGLE = "single"
+INVARIANT = "16"
+# Up to as many tokens, sorting the slots would cost more than reading an expert twice that two of them chose.
+SINGLE_TOKENS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """How one product is cut: rows of the weights, inputs at a time, warps, and steps that are loaded ahead."""
+
+    block_rows: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Regime:
+    """The tiles of both products for some number of tokens an expert."""
+
+    block_tokens: int
+    w13: Tile
+    w2: Tile
+
+    @classmethod
+    def of(cls, data: dict[str, Any]) -> Self:
+        return cls(data["block_tokens"], Tile(**data["w13"]), Tile(**data["w2"]))
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The routed experts of one layer on one rank. Raises ValueError where the layout cannot hold them."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_experts: int
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % K_MULTIPLE or self.intermediate_size % K_MULTIPLE:
+            raise ValueError(
+                f"the Triton kernels need a hidden and an intermediate size that are multiples of {K_MULTIPLE}, on each "
+                f"rank: these are {self.hidden_size} and {self.intermediate_size}."
+            )
+
+    @property
+    def key(self) -> str:
+        return f"{self.hidden_size}x{self.intermediate_size}x{self.num_experts}"
+
+
+def file_name(gpu: str) -> str:
+    """The data file of a GPU, by the name that its driver gives."""
+    return re.sub(r"[^A-Za-z0-9]+", "_", gpu).strip("_") + ".json"
+
+
+def read_file(name: str) -> dict[str, dict[str, Regime]]:
+    """The regimes in a data file, for each of its keys: shapes, or in the default file targets."""
+    data = json.loads((FOLDER / name).read_text())
+    return {key: {regime: Regime.of(tiles) for regime, tiles in regimes.items()} for key, regimes in data.items()}
+
+
+@cache
+def regimes(device: Device, shape: Shape) -> dict[str, Regime]:
+    """The tuned regimes of this GPU and shape, or the default of its kind."""
+    name = file_name(device.name)
+    tuned = read_file(name) if (FOLDER / name).exists() else {}
+    return tuned.get(shape.key) or read_file(f"{DEFAULT}.json")[device.target.name]
+
+
+def choose(choices: dict[str, Regime], num_tokens: int, slots_per_expert: float, batch_invariant: bool) -> str:
+    """The name of the regime for a batch: `single`, or the block of tokens that leaves the fewest columns empty.
+
+    A block of b tokens pads an expert by about b / 2. Larger blocks unpack and read the weights less often, so the
+    largest that is no larger than the mean number of an expert's slots is taken. Batch-invariant: always the same.
+    """
+    if batch_invariant:
+        return INVARIANT
+    if num_tokens <= SINGLE_TOKENS:
+        return SINGLE
+    sizes = sorted(regime.block_tokens for name, regime in choices.items() if name != SINGLE)
+    fitting = [size for size in sizes if size <= slots_per_expert]
+    return str(fitting[-1] if fitting else sizes[0])
