@@ -48,6 +48,7 @@ class Variant:
     constants: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 3
+    float32_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ def product_variant(target: Target, name: str, regime: Regime, tile: Tile, gated
         "PACKED_MATH": not target.amd,
     }
     label = f"{'w13' if gated else 'w2'} {name}{'' if parts == 1 else ' split'}"
-    return Variant(label, target.name, "product", constants, tile.num_warps, tile.num_stages)
+    float32 = parts > 1 or (not gated and regime.block_tokens <= 16)
+    return Variant(label, target.name, "product", constants, tile.num_warps, tile.num_stages, float32)
 
 
 def variants() -> Iterator[Variant]:
@@ -124,7 +126,7 @@ def variants() -> Iterator[Variant]:
 def compile_variant(variant: Variant) -> Facts:
     target = TARGETS[variant.target]
     function, types = KERNELS[variant.kernel]
-    out = "*fp32" if variant.constants.get("EPILOGUE") == "partial" else "*bf16"
+    out = "*fp32" if variant.float32_out else "*bf16"
     arguments = [name for name in function.arg_names if name not in variant.constants]
     signature = dict(zip(arguments, types.format(out=out).split(), strict=True))
     pointers = {(index,): [["tt.divisibility", 16]] for index, kind in enumerate(signature.values()) if kind[0] == "*"}

@@ -1,5 +1,6 @@
 """Triton kernels of Kimi-K2.6's INT4 experts; imports torch and triton only. How they work: docs/kernels.md."""
 
+from k26_kernels.config import Shape
 from k26_kernels.dequantise import dequantise
 from k26_kernels.experts import KernelExperts, fused_experts, workspace_bytes
 from k26_kernels.layout import repack, restore
@@ -8,6 +9,7 @@ from k26_kernels.target import device_of
 
 __all__ = [
     "KernelExperts",
+    "Shape",
     "dequantise",
     "device_of",
     "fused_experts",

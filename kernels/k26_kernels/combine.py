@@ -37,7 +37,7 @@ def reduce_kernel(
 ) -> None:  # fmt: skip
     """The sum over a token's slots and the parts of each, in their order. Program (token, block of the hidden size).
 
-    y: bfloat16 `[SPLIT_K, num_slots, H]`; a slot without a local expert holds nothing and is left out.
+    y: `[SPLIT_K, num_slots, H]`; a slot without a local expert holds nothing and is left out.
     out: `[num_tokens, H]`.
     """
     token = tl.program_id(0)

@@ -18,6 +18,8 @@ SINGLE = "single"
 INVARIANT = "16"
 # Up to as many tokens, sorting the slots would cost more than reading an expert twice that two of them chose.
 SINGLE_TOKENS = 4
+# Reading and unpacking a tile of weights, in tokens whose product takes as long: from instruction counts, not measured.
+UNPACK_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,15 +85,18 @@ def regimes(device: Device, shape: Shape) -> dict[str, Regime]:
 
 
 def choose(choices: dict[str, Regime], num_tokens: int, slots_per_expert: float, batch_invariant: bool) -> str:
-    """The name of the regime for a batch: `single`, or the block of tokens that leaves the fewest columns empty.
+    """The name of the regime for a batch; batch-invariant always the same.
 
-    A block of b tokens pads an expert by about b / 2. Larger blocks unpack and read the weights less often, so the
-    largest that is no larger than the mean number of an expert's slots is taken. Batch-invariant: always the same.
+    An expert's last block is half empty on average, and each block of an expert reads and unpacks the weights again:
+    the block with the least work wins.
     """
     if batch_invariant:
         return INVARIANT
     if num_tokens <= SINGLE_TOKENS:
         return SINGLE
-    sizes = sorted(regime.block_tokens for name, regime in choices.items() if name != SINGLE)
-    fitting = [size for size in sizes if size <= slots_per_expert]
-    return str(fitting[-1] if fitting else sizes[0])
+
+    def work(name: str) -> float:
+        block = choices[name].block_tokens
+        return max(1.0, slots_per_expert / block + 0.5) * (block + UNPACK_TOKENS)
+
+    return min((name for name in choices if name != SINGLE), key=work)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
 
 from k26_kernels.align import COLUMNS, align, max_blocks
 from k26_kernels.combine import activate_kernel, reduce_kernel
-from k26_kernels.config import SINGLE, Regime, Shape, Tile, choose, regimes
+from k26_kernels.config import SINGLE, SINGLE_TOKENS, Regime, Shape, Tile, choose, regimes
 from k26_kernels.layout import repack
 from k26_kernels.product import product_kernel
 from k26_kernels.target import Device, device_of
@@ -17,6 +18,8 @@ from k26_kernels.unpack import INTERPRETED
 
 # Tokens computed at a time: at the model's sizes and 8 experts a token their workspace is 1.2 GB.
 TOKENS_AT_ONCE = 8192
+# Up to as many slots an expert's output stays float32 until the sum. Beyond, its traffic would show.
+EXACT_SLOTS = 4096
 # Programs that a processor holds at a time, as many as the default tiles' registers and shared memory leave room for.
 PROGRAMS_PER_PROCESSOR = 4
 _ALIGNMENT = 256
@@ -60,6 +63,8 @@ class Plan:
     split_w2: int
     num_slots: int
     max_blocks: int
+    weighted: torch.dtype
+    """Of an expert's output, before the sum over experts."""
     sections: dict[str, tuple[int, int]]
     """Offset and size in bytes of each part of the workspace."""
     bytes: int
@@ -78,6 +83,7 @@ def split_k(tiles: float, inputs: int, block_k: int, processors: int) -> int:
     return parts
 
 
+@lru_cache(maxsize=4096)
 def make_plan(
     device: Device, shape: Shape, num_tokens: int, top_k: int, global_experts: int, batch_invariant: bool = False
 ) -> Plan:
@@ -95,21 +101,25 @@ def make_plan(
             split_k(here * n / tile.block_rows, k, tile.block_k, device.processors)
             for n, k, tile in zip(rows, inputs, (regime.w13, regime.w2), strict=True)
         ]
-    most = max_blocks(num_slots, shape.num_experts, regime.block_tokens) if is_sorted else num_slots
+    # Batch-invariant: one dtype for all batches.
+    weighted = torch.float32 if num_slots <= EXACT_SLOTS and not batch_invariant else torch.bfloat16
     sizes = {
         "activated": 2 * num_slots * shape.intermediate_size,
-        "weighted": 2 * splits[1] * num_slots * shape.hidden_size,
+        "weighted": weighted.itemsize * splits[1] * num_slots * shape.hidden_size,
     }
     if splits[0] > 1:
         sizes["parts"] = 4 * splits[0] * num_slots * 2 * shape.intermediate_size
     if is_sorted:
         sizes["slots"] = 4 * num_slots
-        sizes["blocks"] = 4 * (1 + COLUMNS.value * most)
+        # Room for the smallest blocks, so that more tokens never need less.
+        smallest = min(choice.block_tokens for choice in choices.values())
+        sizes["blocks"] = 4 * (1 + COLUMNS.value * max_blocks(num_slots, shape.num_experts, smallest))
     sections, offset = {}, 0
     for section, size in sizes.items():
         sections[section] = (offset, size)
         offset += -(-size // _ALIGNMENT) * _ALIGNMENT
-    return Plan(regime, is_sorted, splits[0], splits[1], num_slots, most, sections, offset)
+    most = max_blocks(num_slots, shape.num_experts, regime.block_tokens) if is_sorted else num_slots
+    return Plan(regime, is_sorted, splits[0], splits[1], num_slots, most, weighted, sections, offset)
 
 
 def workspace_bytes(
@@ -119,9 +129,11 @@ def workspace_bytes(
     global_experts: int | None = None,
     batch_invariant: bool = False,
 ) -> int:
-    """Bytes that `fused_experts` needs for up to `num_tokens` tokens: fewer tokens may be cut more finely along K."""
+    """Bytes that `fused_experts` needs for up to `num_tokens` tokens. global_experts: the length of its expert map."""
     shape, total = experts.shape, global_experts or experts.shape.num_experts
-    counts = {*range(1, min(num_tokens, 5)), min(num_tokens, TOKENS_AT_ONCE)} - {0}
+    # What is needed grows with the tokens, but for the first few, which may be cut along K, and where float32 ends.
+    ends = (*range(1, SINGLE_TOKENS + 1), EXACT_SLOTS // top_k, TOKENS_AT_ONCE)
+    counts = {min(num_tokens, end) for end in ends} - {0}
     plans = (make_plan(experts.device, shape, count, top_k, total, batch_invariant) for count in counts)
     return max((plan.bytes for plan in plans), default=0)
 
@@ -164,17 +176,19 @@ def fused_experts(
         raise ValueError(f"out is {list(out.shape)}, expected a contiguous {list(hidden_states.shape)}.")
     x, ids, weights = hidden_states.contiguous(), topk_ids.contiguous(), topk_weights.contiguous()
     global_experts = experts.shape.num_experts if expert_map is None else expert_map.shape[0]
-    needed = workspace_bytes(experts, num_tokens, top_k, global_experts, batch_invariant)
+    counts = [min(TOKENS_AT_ONCE, num_tokens - start) for start in range(0, num_tokens, TOKENS_AT_ONCE)]
+    plans = [
+        make_plan(experts.device, experts.shape, count, top_k, global_experts, batch_invariant) for count in counts
+    ]
+    needed = max((plan.bytes for plan in plans), default=0)
     if workspace is None:
         workspace = torch.empty(needed, dtype=torch.uint8, device=x.device)
     elif workspace.dtype != torch.uint8 or workspace.numel() < needed:
         raise ValueError(
             f"the workspace is {workspace.numel()} of {workspace.dtype}, expected {needed} of torch.uint8."
         )
-    for start in range(0, num_tokens, TOKENS_AT_ONCE):
-        here = slice(start, start + TOKENS_AT_ONCE)
-        count = min(TOKENS_AT_ONCE, num_tokens - start)
-        plan = make_plan(experts.device, experts.shape, count, top_k, global_experts, batch_invariant)
+    for index, plan in enumerate(plans):
+        here = slice(index * TOKENS_AT_ONCE, index * TOKENS_AT_ONCE + counts[index])
         _Launcher(experts, plan, workspace, ids[here], weights[here], expert_map).run(x[here], out[here])
     return out
 
@@ -225,7 +239,7 @@ class _Launcher:
             activate_kernel[(num_slots, triton.cdiv(inner, block))](
                 parts, activated, num_slots * 2 * inner, I=inner, SPLIT_K=plan.split_w13, BLOCK=block
             )
-        weighted = self.section("weighted", torch.bfloat16)
+        weighted = self.section("weighted", plan.weighted)
         w2 = self.experts.w2_packed, self.experts.w2_scale
         self.product(activated, *w2, weighted, plan.regime.w2, hidden, inner, 1, "weighted", plan.split_w2)
         reduce_kernel[(len(x), triton.cdiv(hidden, _REDUCE_BLOCK))](

@@ -25,7 +25,7 @@ def product_kernel(
     SORTED: blocks of slots come from `align`; else every slot is a block of its own and `slots`, `blocks` are not read.
     EPILOGUE, and what it writes to `out` for each slot with an expert here:
       "swiglu"    silu(gate) · up, bfloat16 `[num_slots, N / 2]`; SPLIT_K is 1
-      "weighted"  the product times the slot's routing weight, bfloat16 `[SPLIT_K, num_slots, N]`
+      "weighted"  the product times the slot's routing weight, rounded to the dtype of `out`, `[SPLIT_K, num_slots, N]`
       "partial"   the product's part, float32 `[SPLIT_K, num_slots, N]`, rows as they are stored
     """
     ROW_BLOCKS: tl.constexpr = N // BLOCK_ROWS
@@ -78,6 +78,6 @@ def product_kernel(
                 place = (part * num_slots + slot).to(tl.int64)[None, :] * N + rows[:, None]
                 if EPILOGUE == "weighted":
                     y = acc * tl.load(topk_weights + slot)[None, :]
-                    tl.store(out + place, rounded(y, tl.bfloat16), mask=valid)
+                    tl.store(out + place, rounded(y, out.dtype.element_ty), mask=valid)
                 else:
                     tl.store(out + place, acc, mask=valid)

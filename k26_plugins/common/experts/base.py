@@ -121,9 +121,13 @@ class ExpertsBackend(ABC):
         follows the rows.
         """
 
-    def workspace_bytes(self, num_tokens: int, top_k: int) -> int:
-        """Bytes of scratch that `apply` wants from the caller, so that a CUDA graph can hold it; 0 if none."""
-        del num_tokens, top_k
+    def workspace_bytes(self, num_tokens: int, top_k: int, num_global_experts: int | None = None) -> int:
+        """Bytes of scratch that suffice for `apply` with up to `num_tokens` tokens; 0 if none.
+
+        A caller that holds them itself passes them to `apply`; otherwise `apply` allocates.
+        num_global_experts: the length of the expert map, where one is given.
+        """
+        del num_tokens, top_k, num_global_experts
         return 0
 
     @abstractmethod
