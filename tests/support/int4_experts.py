@@ -47,3 +47,9 @@ def inputs(num_tokens: int, hidden: int) -> torch.Tensor:
 
 def error(result: torch.Tensor, expected: torch.Tensor) -> float:
     return ((result.double() - expected).norm() / expected.norm()).item()
+
+
+def to_device(weights: ExpertWeights, device: torch.device) -> ExpertWeights:
+    """A copy on the device."""
+    tensors = (weights.w13_packed, weights.w13_scale, weights.w2_packed, weights.w2_scale)
+    return ExpertWeights(*(tensor.to(device, copy=True) for tensor in tensors))
