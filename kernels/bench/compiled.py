@@ -24,7 +24,7 @@ from typing import Any
 import triton
 from k26_kernels.align import SLOTS_AT_ONCE, align_kernel
 from k26_kernels.combine import activate_kernel, reduce_kernel
-from k26_kernels.config import DEFAULT, FOLDER, SINGLE, Regime, Shape, Tile, read_file
+from k26_kernels.config import ANY_SHAPE, DEFAULT, FOLDER, SINGLE, Regime, Shape, Tile, read_file
 from k26_kernels.dequantise import dequantise_kernel
 from k26_kernels.layout import ROWS
 from k26_kernels.product import product_kernel
@@ -35,7 +35,6 @@ from triton.compiler import ASTSource
 
 LAYER = Shape(7168, 2048, 384)
 TOP_K = 8
-REGIME_FILE = f"{DEFAULT}.json"
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,9 @@ class Facts:
 
     name: str
     target: str
+    threads: int
     registers: int
+    """Of a thread."""
     spilled_bytes: int
     shared_memory: int
     matrix_instructions: dict[str, int]
@@ -76,10 +77,11 @@ KERNELS = {
 }
 
 
-def product_variant(target: Target, name: str, regime: Regime, tile: Tile, gated: bool, parts: int) -> Variant:
-    rows, inputs = (
-        (2 * LAYER.intermediate_size, LAYER.hidden_size) if gated else (LAYER.hidden_size, LAYER.intermediate_size)
-    )
+def product_variant(
+    target: Target, shape: Shape, name: str, regime: Regime, tile: Tile, gated: bool, parts: int
+) -> Variant:
+    hidden, inner = shape.hidden_size, shape.intermediate_size
+    rows, inputs = (2 * inner, hidden) if gated else (hidden, inner)
     constants = {
         "N": rows,
         "K": inputs,
@@ -114,13 +116,16 @@ def variants() -> Iterator[Variant]:
             own = {"FRAGMENT": target.fragment} if name == "dequantise" else {}
             yield Variant(name, target.name, name, {**constants, **own})
     for file in sorted(FOLDER.glob("*.json")):
-        for key, regimes in read_file(file.name).items():
+        for key, shapes in read_file(file.name).items():
             target = TARGETS[key]
-            for name, regime in regimes.items():
-                yield product_variant(target, name, regime, regime.w13, True, 1)
-                yield product_variant(target, name, regime, regime.w2, False, 1)
-                if name == SINGLE:
-                    yield product_variant(target, name, regime, regime.w13, True, 2)
+            for shape_key, regimes in shapes.items():
+                shape = LAYER if shape_key == ANY_SHAPE else Shape.of(shape_key)
+                where = "" if file.name == DEFAULT else f" {file.stem} {shape_key}"
+                for name, regime in regimes.items():
+                    yield product_variant(target, shape, name + where, regime, regime.w13, True, 1)
+                    yield product_variant(target, shape, name + where, regime, regime.w2, False, 1)
+                    if name == SINGLE:
+                        yield product_variant(target, shape, name + where, regime, regime.w13, True, 2)
 
 
 def compile_variant(variant: Variant) -> Facts:
@@ -136,7 +141,13 @@ def compile_variant(variant: Variant) -> Facts:
     compiled = triton.compile(source, target=gpu, options=options)
     read = read_amd if target.amd else read_nvidia
     facts = read(compiled.asm)
-    return Facts(variant.name, variant.target, shared_memory=compiled.metadata.shared, **facts)
+    return Facts(
+        variant.name,
+        variant.target,
+        shared_memory=compiled.metadata.shared,
+        threads=variant.num_warps * gpu.warp_size,
+        **facts,
+    )
 
 
 def count(pattern: str, text: str) -> dict[str, int]:

@@ -13,7 +13,8 @@ from k26_kernels.layout import K_MULTIPLE
 from k26_kernels.target import Device
 
 FOLDER = Path(__file__).parent / "configs"
-DEFAULT = "default"
+DEFAULT = "default.json"
+ANY_SHAPE = "any"
 SINGLE = "single"
 INVARIANT = "16"
 # Up to as many tokens, sorting the slots would cost more than reading an expert twice that two of them chose.
@@ -62,7 +63,13 @@ class Shape:
 
     @property
     def key(self) -> str:
+        """What a data file calls the shape."""
         return f"{self.hidden_size}x{self.intermediate_size}x{self.num_experts}"
+
+    @classmethod
+    def of(cls, key: str) -> Self:
+        """The inverse of `key`."""
+        return cls(*map(int, key.split("x")))
 
 
 def file_name(gpu: str) -> str:
@@ -70,18 +77,23 @@ def file_name(gpu: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "_", gpu).strip("_") + ".json"
 
 
-def read_file(name: str) -> dict[str, dict[str, Regime]]:
-    """The regimes in a data file, for each of its keys: shapes, or in the default file targets."""
+def read_file(name: str) -> dict[str, dict[str, dict[str, Regime]]]:
+    """A data file: regimes by name, for a shape's key or any shape, for a target."""
     data = json.loads((FOLDER / name).read_text())
-    return {key: {regime: Regime.of(tiles) for regime, tiles in regimes.items()} for key, regimes in data.items()}
+    return {
+        target: {
+            shape: {regime: Regime.of(tiles) for regime, tiles in regimes.items()} for shape, regimes in shapes.items()
+        }
+        for target, shapes in data.items()
+    }
 
 
 @cache
 def regimes(device: Device, shape: Shape) -> dict[str, Regime]:
     """The tuned regimes of this GPU and shape, or the default of its kind."""
-    name = file_name(device.name)
-    tuned = read_file(name) if (FOLDER / name).exists() else {}
-    return tuned.get(shape.key) or read_file(f"{DEFAULT}.json")[device.target.name]
+    name, target = file_name(device.name), device.target.name
+    tuned = read_file(name).get(target, {}) if (FOLDER / name).exists() else {}
+    return tuned.get(shape.key) or read_file(DEFAULT)[target][ANY_SHAPE]
 
 
 def choose(choices: dict[str, Regime], num_tokens: int, slots_per_expert: float, batch_invariant: bool) -> str:

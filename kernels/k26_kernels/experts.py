@@ -189,11 +189,11 @@ def fused_experts(
         )
     for index, plan in enumerate(plans):
         here = slice(index * TOKENS_AT_ONCE, index * TOKENS_AT_ONCE + counts[index])
-        _Launcher(experts, plan, workspace, ids[here], weights[here], expert_map).run(x[here], out[here])
+        Launcher(experts, plan, workspace, ids[here], weights[here], expert_map).run(x[here], out[here])
     return out
 
 
-class _Launcher:
+class Launcher:
     """The launches of one plan, in their order."""
 
     def __init__(
