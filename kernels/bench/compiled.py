@@ -65,6 +65,8 @@ class Facts:
     weight_loads: dict[str, int]
     """Widest loads from global memory, by instruction."""
     shuffles: int
+    loop_instructions: int
+    """Machine instructions that a warp issues for a step along K; 0 where that is not read (AMD, and kernels without)."""
 
 
 KERNELS = {
@@ -154,13 +156,33 @@ def count(pattern: str, text: str) -> dict[str, int]:
     return dict(Counter(re.findall(pattern, text, re.MULTILINE)))
 
 
+def cuobjdump(option: str, file: str) -> str:
+    """The tool comes with Triton."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return subprocess.run([tool, option, file], capture_output=True, text=True, check=True).stdout
+
+
+def loop_instructions(sass: str) -> int:
+    """Instructions of the innermost loop that holds matrix instructions: the shortest backward jump over one."""
+    instructions = re.findall(r"/\*([0-9a-f]{4,})\*/ +(?:@!?U?P\w+ )?(\S+)([^;]*);", sass)
+    places = {int(address, 16): index for index, (address, _, _) in enumerate(instructions)}
+    lengths = []
+    for index, (_, operation, operands) in enumerate(instructions):
+        target = re.search(r"0x([0-9a-f]+)", operands)
+        start = places.get(int(target[1], 16)) if operation.startswith("BRA") and target else None
+        if start is not None and start < index:
+            body = [name for _, name, _ in instructions[start : index + 1]]
+            if any(re.match(r"HMMA|HGMMA|UTC\w*MMA", name) for name in body):
+                lengths.append(len(body))
+    return min(lengths, default=0)
+
+
 def read_nvidia(asm: Any) -> dict[str, Any]:
     ptx = asm["ptx"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        usage, code = (cuobjdump(option, file.name) for option in ("-res-usage", "-sass"))
     found = re.search(r"REG:(\d+) STACK:(\d+).*? LOCAL:(\d+)", usage)
     assert found, usage
     loads = count(r"(cp\.async\.c[ag]\.shared\.global) \[ *[^\]]*\], \[[^\]]*\], (0x\w+|\d+)", ptx)
@@ -171,6 +193,7 @@ def read_nvidia(asm: Any) -> dict[str, Any]:
         "matrix_instructions": count(r"(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", ptx),
         "weight_loads": {**wide, **count(r"(ld\.global\S*\.v4\.b32)", ptx)},
         "shuffles": len(re.findall(r"shfl\.sync", ptx)),
+        "loop_instructions": loop_instructions(code),
     }
 
 
@@ -183,6 +206,7 @@ def read_amd(asm: Any) -> dict[str, Any]:
         "matrix_instructions": count(r"\b(v_mfma)_", code),
         "weight_loads": count(r"\b((?:global|buffer)_load_dwordx4)\b", code),
         "shuffles": len(re.findall(r"ds_bpermute|ds_swizzle", code)),
+        "loop_instructions": 0,
     }
 
 
@@ -196,7 +220,8 @@ def main() -> None:
     for facts in results:
         print(
             f"{facts.target:7} {facts.name:18} registers {facts.registers:4} spilled {facts.spilled_bytes:4} "
-            f"shared {facts.shared_memory:6} {facts.matrix_instructions} {facts.weight_loads} shuffles {facts.shuffles}"
+            f"shared {facts.shared_memory:6} {facts.matrix_instructions} {facts.weight_loads} shuffles {facts.shuffles} "
+            f"loop {facts.loop_instructions}"
         )
     if arguments.json:
         document = {"triton": triton.__version__, "facts": [asdict(facts) for facts in results]}
