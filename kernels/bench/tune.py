@@ -25,8 +25,8 @@ from k26_kernels.config import FOLDER, SINGLE, Regime, Tile, file_name, regimes
 from k26_kernels.experts import Launcher, make_plan
 from k26_kernels.target import Target
 
-# Tokens of the batch for each block: as many as fill it on average with 8 of 384 experts.
-TOKENS = {SINGLE: 1, "16": 64, "32": 1024, "64": 2048, "128": 8192}
+# Tokens of the batch for each block, such as call for it with 8 of 384 experts.
+TOKENS = {SINGLE: 1, "16": 64, "32": 512, "64": 2048, "128": 8192}
 STAGES = (2, 3, 4, 5, 6)
 
 

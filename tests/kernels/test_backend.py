@@ -8,6 +8,10 @@ import sys
 
 import pytest
 import torch
+from k26_kernels import Shape
+from k26_kernels.config import regimes
+from k26_kernels.experts import make_plan
+from k26_kernels.target import TARGETS, Device
 from support.int4_experts import error, inputs, judge, make_weights, route, to_device
 
 from k26_plugins.common.experts import BACKENDS, ExpertsError, create_experts
@@ -26,7 +30,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
 
 @pytest.mark.usefixtures("interpreted")
 def test_it_is_the_first_choice_and_passes_its_self_test(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("k26_plugins.common.experts.selftest.TOKEN_COUNTS", (1, 5))
+    monkeypatch.setattr(TritonExperts, "self_test_tokens", (1, 5))
     weights = make_weights(2, 128, 128)
     ids, topk_weights = route(3, 2, 2)
     x = inputs(3, 128)
@@ -42,6 +46,14 @@ def test_it_is_the_first_choice_and_passes_its_self_test(device: torch.device, m
     half = experts.apply(x.to(device, torch.float16), ids.to(device), topk_weights.to(device))
     assert half.dtype == torch.float16
     assert error(half.cpu(), expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_self_test_reaches_every_regime(target: str) -> None:
+    """With the two experts that it tests, at the real size."""
+    device, shape = Device(TARGETS[target], "a GPU without a file", 132), Shape(7168, 2048, 2)
+    plans = [make_plan(device, shape, tokens, 2, 2) for tokens in TritonExperts.self_test_tokens]
+    assert [plan.regime for plan in plans] == list(regimes(device, shape).values())
 
 
 @pytest.mark.usefixtures("interpreted")

@@ -12,7 +12,7 @@ from bench import tune
 from bench.peers import WAITS_FOR_DEVICE, Weights
 from bench.routing import GLOBAL_EXPERTS, Layer, choose, expert_map, slots_here
 from k26_kernels import KernelExperts, Shape
-from k26_kernels.config import Tile
+from k26_kernels.config import Regime, Tile
 
 TINY = Layer("tiny", Shape(128, 128, 48))
 
@@ -43,8 +43,8 @@ def test_a_batch_is_measured(device: torch.device) -> None:
         return 2.0
 
     runs = bench.prepare(Weights.random(48, 128, 128, device))
-    rows = {row.name: row for row in bench.measure(TINY, "uniform", 20, runs, (1e6, 1e9), device, clock)}
-    data = bench.batches(TINY, "uniform", 20, device)
+    rows = {row.name: row for row in bench.measure(TINY, "uniform", 40, runs, (1e6, 1e9), device, clock)}
+    data = bench.batches(TINY, "uniform", 40, device)
     touched = sum(len(slots_here(ids.cpu(), TINY).unique()) for _, _, ids in data)
     assert rows[bench.OURS].of_copy == pytest.approx(touched * TINY.expert_bytes / 2.0 / 1e6)
     assert rows[bench.OURS].microseconds == pytest.approx(2e6 / len(data))
@@ -62,9 +62,11 @@ def test_the_tuner_takes_the_fastest(device: torch.device, monkeypatch: pytest.M
     weights = Weights.random(48, 128, 128, device)
     experts = KernelExperts.from_checkpoint(weights.w13_packed, weights.w13_scale, weights.w2_packed, weights.w2_scale)
     fastest = Tile(128, 64, 8, 5)
-    monkeypatch.setattr(
-        tune, "time_of", lambda experts, layer, regime, tokens: 9 - (regime.w13 == fastest) - (regime.w2 == fastest)
-    )
+
+    def time_of(experts: KernelExperts, layer: Layer, regime: Regime, tokens: int) -> float:
+        return 9.0 - (regime.w13 == fastest) - (regime.w2 == fastest)
+
+    monkeypatch.setattr(tune, "time_of", time_of)
     assert {(regime.w13, regime.w2) for regime in tune.tune(experts, TINY).values()} == {(fastest, fastest)}
 
 

@@ -45,7 +45,7 @@ def test_every_layout(each_layout: str, device: torch.device, num_tokens: int) -
 
 @pytest.mark.parametrize(
     ("num_tokens", "top_k", "num_experts", "hidden", "inner"),
-    [(2, 8, 9, 128, 128), (4, 1, 3, 128, 256), (5, 8, 8, 128, 128), (36, 2, 3, 128, 128), (50, 1, 1, 128, 128)],
+    [(2, 8, 9, 128, 128), (4, 1, 3, 128, 256), (5, 8, 8, 128, 128), (12, 2, 2, 128, 128), (50, 1, 1, 128, 128)],
     ids=str,
 )
 def test_against_float64(
@@ -63,7 +63,7 @@ def test_the_largest_blocks(device: torch.device, monkeypatch: pytest.MonkeyPatc
     experts = on(device, make_weights(2, 128, 128))
     reached = {
         make_plan(experts.device, experts.shape, tokens, top_k, count).regime.block_tokens
-        for tokens, top_k, count in [(2, 8, 9), (5, 8, 8), (36, 2, 3), (50, 1, 1)]
+        for tokens, top_k, count in [(2, 8, 9), (5, 8, 8), (12, 2, 2), (50, 1, 1)]
     }
     assert {regime.block_tokens for regime in regimes(experts.device, experts.shape).values()} - reached == {128}
     weights = make_weights(1, 128, 128)

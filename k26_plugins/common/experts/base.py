@@ -102,6 +102,8 @@ class ExpertsBackend(ABC):
     """
 
     name: ClassVar[str]
+    self_test_tokens: ClassVar[tuple[int, ...]] = (1, 64)
+    """Batches of the self-test, in which every token chooses the same two experts: one for each path of the backend."""
 
     @classmethod
     @abstractmethod
