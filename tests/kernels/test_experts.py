@@ -7,6 +7,7 @@ import torch
 from k26_kernels import KernelExperts, fused_experts, workspace_bytes
 from k26_kernels.config import regimes
 from k26_kernels.experts import make_plan
+from k26_kernels.reference import fused_experts_reference
 from support.int4_experts import error, inputs, judge, make_weights, route, to_device
 
 from k26_plugins.common.experts import ExpertWeights
@@ -39,8 +40,10 @@ def test_every_layout(each_layout: str, device: torch.device, num_tokens: int) -
     weights = make_weights(4, 256, 128)
     ids, topk_weights = route(num_tokens, 2, 4)
     x = inputs(num_tokens, 256)
-    result = result_of(device, weights, x, ids, topk_weights)
-    assert error(result, judge(weights, x, ids, topk_weights)) <= TOLERANCE
+    expected = judge(weights, x, ids, topk_weights)
+    assert error(result_of(device, weights, x, ids, topk_weights), expected) <= TOLERANCE
+    plain = fused_experts_reference(x.to(device), on(device, weights), ids.to(device), topk_weights.to(device))
+    assert error(plain.cpu(), expected) <= 1e-5
 
 
 @pytest.mark.parametrize(
