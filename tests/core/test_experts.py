@@ -17,6 +17,8 @@ from k26_plugins.common.experts import BACKENDS, ExpertsBackend, ExpertsError, E
 from k26_plugins.common.experts.cpu import DENSE_FROM, CpuExperts, Int4Matrix, packed_layout
 from k26_plugins.common.int4 import quantise
 
+# What runs on a CPU. tests/kernels holds the Triton backend to the same.
+
 # bfloat16 rounds to 2^-9 (0.2 %) and the result passes through three to five roundings.
 TOLERANCE = 6e-3
 

@@ -50,6 +50,12 @@ def error(result: torch.Tensor, expected: torch.Tensor) -> float:
     return ((result.double() - expected).norm() / expected.norm()).item()
 
 
+def to_device(weights: ExpertWeights, device: torch.device) -> ExpertWeights:
+    """A copy on the device."""
+    tensors = (weights.w13_packed, weights.w13_scale, weights.w2_packed, weights.w2_scale)
+    return ExpertWeights(*(tensor.to(device, copy=True) for tensor in tensors))
+
+
 def backends() -> list[object]:
     """Every backend as a test's parameter; one that this machine cannot run is skipped for the reason it gives."""
     weights = make_weights(1, 128, 64)

@@ -102,9 +102,13 @@ class RoutedExperts(ABC):
     `topk_weights`. Under tensor or expert parallelism each rank returns its partial sum.
     """
 
-    def workspace_bytes(self, num_tokens: int, top_k: int) -> int:
-        """Bytes of scratch that `apply` wants from the caller, so that a CUDA graph can hold it; 0 if none."""
-        del num_tokens, top_k
+    def workspace_bytes(self, num_tokens: int, top_k: int, num_global_experts: int | None = None) -> int:
+        """Bytes of scratch that suffice for `apply` with up to `num_tokens` tokens; 0 if none.
+
+        A caller that holds them itself passes them to `apply`; otherwise `apply` allocates.
+        num_global_experts: the length of the expert map, where one is given.
+        """
+        del num_tokens, top_k, num_global_experts
         return 0
 
     @abstractmethod
@@ -149,6 +153,8 @@ class ExpertsBackend(RoutedExperts):
     tolerance: ClassVar[float] = 1e-2
     """The self-test's limit on the relative error: far above bfloat16's rounding (2e-3 on a right kernel) and far below
     what a wrong nibble order or scale gives (above 0.5)."""
+    self_test_tokens: ClassVar[tuple[int, ...]] = (1, 64)
+    """Batches of the self-test, in which every token chooses the same two experts: one for each path of the backend."""
 
     @classmethod
     @abstractmethod
