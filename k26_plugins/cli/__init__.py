@@ -1,0 +1,17 @@
+"""The command line `k26`: a module for each group of commands. Heavy modules are imported by the command that needs them."""
+
+from __future__ import annotations
+
+import typer
+
+from k26_plugins.cli.checkpoint import check, tensors, tiny
+from k26_plugins.cli.generate import generate
+
+app = typer.Typer(
+    name="k26",
+    help="Kimi-K2.6 for vLLM, SGLang and KTransformers: does it fit, what do I run, is it right, why is it not.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+for command in (tensors, check, tiny, generate):
+    app.command()(command)
