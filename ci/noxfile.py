@@ -36,7 +36,7 @@ def core(session: nox.Session) -> None:
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")
     session.run("lint-imports")
-    session.run("pytest", "-q", "tests/core", *session.posargs)
+    session.run("pytest", "-q", "tests/core", "tests/operate", *session.posargs)
     # A process of its own: Triton's interpreter has to be chosen before anything imports Triton.
     session.run("pytest", "-q", "tests/kernels", *session.posargs)
 

@@ -6,6 +6,7 @@ import typer
 
 from k26_plugins.cli.checkpoint import check, tensors, tiny
 from k26_plugins.cli.generate import generate
+from k26_plugins.cli.golden import golden
 
 app = typer.Typer(
     name="k26",
@@ -13,5 +14,5 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (tensors, check, tiny, generate):
+for command in (tensors, check, tiny, generate, golden):
     app.command()(command)

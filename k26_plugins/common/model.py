@@ -31,15 +31,25 @@ class KVCache:
     max_tokens: int
     dtype: torch.dtype = torch.bfloat16
     length: int = 0
+    layers: range | None = None
+    """The decoder layers that it serves; all by default, some where layers come one after the other."""
     latent: torch.Tensor = field(init=False)
     """`[layers, max_tokens, C]`."""
     k_rope: torch.Tensor = field(init=False)
     """`[layers, max_tokens, R]`."""
 
     def __post_init__(self) -> None:
-        shape = (self.config.num_hidden_layers, self.max_tokens)
+        if self.layers is None:
+            self.layers = range(self.config.num_hidden_layers)
+        shape = (len(self.layers), self.max_tokens)
         self.latent = torch.zeros(*shape, self.config.kv_lora_rank, dtype=self.dtype)
         self.k_rope = torch.zeros(*shape, self.config.qk_rope_head_dim, dtype=self.dtype)
+
+    def of_layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latent `[max_tokens, C]` and key `[max_tokens, R]` of a decoder layer."""
+        assert self.layers is not None, "set when it is made"
+        index = self.layers.index(layer)
+        return self.latent[index], self.k_rope[index]
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -77,10 +87,11 @@ class Attention:
         )
         q_rope = apply_rope(q_rope, positions, self.inv_freq, self.rope_magnitude)
         latent, k_rope = F.linear(x, self.kv_a_proj).split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
-        cache.latent[self.layer, start:end] = rms_norm(latent, self.kv_a_layernorm, self.low_rank_norm_eps)
-        cache.k_rope[self.layer, start:end] = apply_rope(k_rope, positions, self.inv_freq, self.rope_magnitude)
+        latents, k_ropes = cache.of_layer(self.layer)
+        latents[start:end] = rms_norm(latent, self.kv_a_layernorm, self.low_rank_norm_eps)
+        k_ropes[start:end] = apply_rope(k_rope, positions, self.inv_freq, self.rope_magnitude)
         attend = self._absorbed if absorbed else self._plain
-        out = attend(q_nope, q_rope, cache.latent[self.layer, :end], cache.k_rope[self.layer, :end])
+        out = attend(q_nope, q_rope, latents[:end], k_ropes[:end])
         return F.linear(out.flatten(-2), self.o_proj)
 
     def _plain(
@@ -161,16 +172,20 @@ class MoE:
             parts["down", "scale"],
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def choose(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights float32 and ids of the experts for `[T, H]`, both `[T, top_k]`."""
         config = self.config
-        topk_weights, topk_ids = route(
+        return route(
             router_logits(x, self.gate),
             self.e_score_correction_bias,
             config.num_experts_per_tok,
             config.routed_scaling_factor,
             normalise=config.norm_topk_prob,
         )
-        routed = reference_experts(x, topk_ids, topk_weights, self.expert, config.n_routed_experts)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        topk_weights, topk_ids = self.choose(x)
+        routed = reference_experts(x, topk_ids, topk_weights, self.expert, self.config.n_routed_experts)
         return routed.to(x.dtype) + self.shared_experts.forward(x)
 
 

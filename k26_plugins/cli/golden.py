@@ -1,0 +1,73 @@
+"""Compute golden logits on the real checkpoint."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from k26_plugins.cli.console import Folder, err, fail, progress_bar
+
+if TYPE_CHECKING:
+    from k26_plugins.operate.golden import GoldenJob
+
+
+def golden(
+    folder: Folder,
+    prompts: Annotated[Path, typer.Option(help="A file with a prompt a line, as JSON; see below.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The golden file to write (safetensors).", show_default=False)],
+    answer_tokens: Annotated[
+        int,
+        typer.Option(min=1, help="Tokens of each prompt's greedy answer. Each after the first reads experts again."),
+    ] = 8,
+    top_k: Annotated[int, typer.Option(min=1, help="Likeliest tokens to keep at each position.")] = 64,
+) -> None:
+    """Compute what the reference answers, for `k26 verify` to hold an endpoint against.
+
+    Needs no GPU and little memory: one layer is in memory at a time, all prompts go through it together, and a routed
+    expert is read only when a token chose it. What the run takes is said before it starts. It may be killed at any time:
+    the same command goes on after the last whole layer, and gives the same file.
+
+    A line of prompts is one of
+
+        {"id": "hello", "messages": [{"role": "user", "content": "Hello"}]}
+
+        {"id": "photo", "messages": [{"role": "user", "content": [{"type": "image", "image": "photo.png"}]}]}
+
+        {"id": "raw", "text": "The capital of France is"}
+
+    with "thinking": false and "tools": [...] beside messages on demand. Twenty prompts of a few hundred tokens are plenty.
+    """
+    from k26_plugins.common.checkpoint import CheckpointError, StreamedCheckpoint
+    from k26_plugins.common.config import ConfigError
+    from k26_plugins.common.media import MediaError
+    from k26_plugins.common.prompt.tokenizer import TokenizerError
+    from k26_plugins.operate.golden import GoldenJob, PromptError, StateError, read_prompts
+
+    expected = (CheckpointError, ConfigError, MediaError, PromptError, StateError, TokenizerError, OSError)
+    try:
+        with StreamedCheckpoint(folder) as checkpoint:
+            with err.status("reading headers and prompts"):
+                job = GoldenJob(checkpoint, read_prompts(prompts, folder), out, top_k, answer_tokens)
+            typer.echo(_what_it_takes(job))
+            begin = time.perf_counter()
+            with progress_bar() as progress:
+                task = progress.add_task("layers", total=job.steps)
+                job.run(lambda done: progress.update(task, completed=done))
+            seconds = time.perf_counter() - begin
+    except expected as error:
+        fail(error)
+    rate = checkpoint.bytes_read / seconds / 1e9
+    typer.echo(f"{out}: {checkpoint.bytes_read / 1e9:.2f} GB read in {seconds:.0f} s ({rate:.2f} GB/s).")
+
+
+def _what_it_takes(job: GoldenJob) -> str:
+    stage = max(job.stages, key=job.stages.__getitem__)
+    total = sum(spec.num_bytes for spec in job.checkpoint.table.values())
+    return (
+        f"{len(job.prompts)} prompts, {job.carried.tokens:,} tokens, {job.num_passes} passes over at most "
+        f"{total / 1e9:.2f} GB each. Peak memory: {job.peak_bytes / 1e9:.2f} GB ({stage}) and what Python and PyTorch "
+        f"take themselves. State until it is done: {job.state_folder}"
+    )

@@ -1,0 +1,17 @@
+"""Golden logits: what the reference answers on the real checkpoint, computed on one machine with little memory."""
+
+from k26_plugins.operate.golden.file import Golden, GoldenError, GoldenPrompt
+from k26_plugins.operate.golden.job import GoldenJob
+from k26_plugins.operate.golden.prompts import Prompt, PromptError, read_prompts
+from k26_plugins.operate.golden.state import StateError
+
+__all__ = [
+    "Golden",
+    "GoldenError",
+    "GoldenJob",
+    "GoldenPrompt",
+    "Prompt",
+    "PromptError",
+    "StateError",
+    "read_prompts",
+]

@@ -1,0 +1,193 @@
+"""One decoder layer over a whole batch of prompts and every carried model, with the layer's bytes read once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from k26_plugins.common.checkpoint import StreamedCheckpoint, expert_name
+from k26_plugins.common.config import TextConfig
+from k26_plugins.common.experts.base import tokens_by_expert
+from k26_plugins.common.experts.reference import expert_product
+from k26_plugins.common.int4 import dequantise_tiled
+from k26_plugins.common.model import Attention, KVCache, MoE, SwiGLU, Weights, rms_norm
+from k26_plugins.operate.golden.memory import FEED_TOKENS, READ_AHEAD, query_chunk
+from k26_plugins.operate.golden.variants import Variant
+
+PROJECTIONS = ("gate", "up", "down")
+
+
+@dataclass(slots=True)
+class Stream:
+    """The hidden states of one carried model."""
+
+    variant: Variant
+    config: TextConfig
+    """With the variant's change."""
+    prompts: list[int]
+    """Which prompts it carries."""
+    lengths: list[int]
+    """Tokens of each of them in this pass."""
+    hidden: torch.Tensor
+    """`[Σ lengths, hidden_size]` in the variant's dtype."""
+
+
+class Routing(NamedTuple):
+    """What the routed experts get of one stream."""
+
+    x: torch.Tensor
+    """`[T, hidden_size]`, normed."""
+    topk_weights: torch.Tensor
+    topk_ids: torch.Tensor
+
+
+Keys = dict[tuple[str, int], torch.Tensor]
+"""Latent and rotated key of a prompt's tokens, `[tokens, C + R]`, by variant and prompt."""
+
+
+class Layer:
+    """A decoder layer whose weights are read part by part: attention, then feed-forward."""
+
+    def __init__(self, checkpoint: StreamedCheckpoint, layer: int) -> None:
+        self.checkpoint, self.layer = checkpoint, layer
+        self.config = checkpoint.config.text
+        self.prefix = f"language_model.model.layers.{layer}"
+
+    def attend(self, streams: list[Stream], earlier: Keys) -> Keys:
+        """Add attention to every stream's hidden states. Returns the keys of this pass' tokens, for later passes."""
+        kept: Keys = {}
+        for dtype, group in _by_dtype(streams):
+            weights = self._weights(dtype)
+            norm = weights(f"{self.prefix}.input_layernorm.weight")
+            for stream in group:
+                attention = Attention(
+                    stream.config, _changed(weights, stream.variant), self.layer, self.config.rms_norm_eps
+                )
+                parts = []
+                for prompt, x in zip(stream.prompts, stream.hidden.split(stream.lengths), strict=True):
+                    cache = self._cache(earlier.get((stream.variant.name, prompt)), len(x), dtype)
+                    chunk = query_chunk(self.config, cache.max_tokens)
+                    for piece in x.split(chunk):
+                        normed = rms_norm(piece, norm, self.config.rms_norm_eps)
+                        parts.append(piece + attention.forward(normed, cache, absorbed=False))
+                        cache.length += len(piece)
+                    if not stream.variant.is_suspect:
+                        kept[stream.variant.name, prompt] = torch.cat(cache.of_layer(self.layer), -1)[-len(x) :]
+                stream.hidden = torch.cat(parts)
+        return kept
+
+    def _cache(self, before: torch.Tensor | None, num_new: int, dtype: torch.dtype) -> KVCache:
+        length = 0 if before is None else len(before)
+        cache = KVCache(self.config, length + num_new, dtype, length, range(self.layer, self.layer + 1))
+        if before is not None:
+            latent, k_rope = before.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
+            latents, k_ropes = cache.of_layer(self.layer)
+            latents[:length], k_ropes[:length] = latent, k_rope
+        return cache
+
+    def feed_forward(self, streams: list[Stream]) -> torch.Tensor | None:
+        """Add the feed-forward to every stream's hidden states.
+
+        Returns the experts that each token of the first stream went to, int16 `[T, top_k]`, None in a dense layer.
+        """
+        routing = self._feed_plain(streams)
+        if not routing:
+            return None
+        for stream, routed in zip(streams, self._routed(streams, routing), strict=True):
+            stream.hidden = stream.hidden + routed.to(stream.hidden.dtype)
+        return routing[streams[0].variant.name].topk_ids.to(torch.int16)
+
+    def _feed_plain(self, streams: list[Stream]) -> dict[str, Routing]:
+        """Add what is not routed, the dense feed-forward or the shared expert, and say where tokens are routed to."""
+        routing: dict[str, Routing] = {}
+        for dtype, group in _by_dtype(streams):
+            weights = self._weights(dtype)
+            norm = weights(f"{self.prefix}.post_attention_layernorm.weight")
+            for stream in group:
+                changed = _changed(weights, stream.variant)
+                x = rms_norm(stream.hidden, norm, self.config.rms_norm_eps)
+                if self.config.is_moe_layer(self.layer):
+                    moe = MoE(stream.config, changed, self.layer)
+                    routing[stream.variant.name] = Routing(x, *moe.choose(x))
+                    plain = moe.shared_experts
+                else:
+                    plain = SwiGLU(changed, f"{self.prefix}.mlp")
+                pieces = zip(stream.hidden.split(FEED_TOKENS), x.split(FEED_TOKENS), strict=True)
+                stream.hidden = torch.cat([hidden + plain.forward(piece) for hidden, piece in pieces])
+        return routing
+
+    def _routed(self, streams: list[Stream], routing: dict[str, Routing]) -> list[torch.Tensor]:
+        """The routed sum of each stream, float32: as `reference_experts`, with each expert read for all at once."""
+        outs = [torch.zeros(stream.hidden.shape) for stream in streams]
+        slots = [
+            dict(tokens_by_expert(routing[stream.variant.name].topk_ids, None, self.config.n_routed_experts))
+            for stream in streams
+        ]
+        touched = sorted({expert for mine in slots for expert in mine})
+        hidden, inner = self.config.hidden_size, self.config.moe_intermediate_size
+        w13, w2 = torch.empty(2 * inner, hidden), torch.empty(hidden, inner)
+        for expert, parts in self._experts(touched):
+            for index, projection in enumerate(PROJECTIONS):
+                target = w2 if projection == "down" else w13[index * inner : (index + 1) * inner]
+                dequantise_tiled(*parts[projection], target)
+            for stream, out, mine in zip(streams, outs, slots, strict=True):
+                if expert not in mine:
+                    continue
+                change = stream.variant.expert
+                matrices = (w13, w2) if change is None else change(w13, w2)
+                x, topk_weights, topk_ids = routing[stream.variant.name]
+                flat = topk_weights.flatten()
+                for part in mine[expert].split(FEED_TOKENS):
+                    tokens = part // topk_ids.shape[1]
+                    product = expert_product(x[tokens].float(), *matrices)
+                    out.index_add_(0, tokens, product * flat[part].unsqueeze(-1))
+        return outs
+
+    def _experts(self, touched: list[int]) -> Iterator[tuple[int, dict[str, tuple[torch.Tensor, torch.Tensor]]]]:
+        """Packed weights and scales of each expert, the next ones read while one is computed."""
+
+        def read(expert: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+            names = {
+                (projection, part): expert_name(self.layer, expert, projection, part)
+                for projection in PROJECTIONS
+                for part in ("packed", "scale")
+            }
+            found = {name: self.checkpoint.tensor(name) for name in self.checkpoint.in_file_order(names.values())}
+            return {
+                projection: (found[names[projection, "packed"]], found[names[projection, "scale"]])
+                for projection in PROJECTIONS
+            }
+
+        with ThreadPoolExecutor(READ_AHEAD) as pool:
+            waiting: list[Future[dict[str, tuple[torch.Tensor, torch.Tensor]]]] = []
+            upcoming = iter(touched)
+            for expert in touched:
+                while len(waiting) < READ_AHEAD and (following := next(upcoming, None)) is not None:
+                    waiting.append(pool.submit(read, following))
+                yield expert, waiting.pop(0).result()
+
+    def _weights(self, dtype: torch.dtype) -> Weights:
+        """Tensors outside the routed experts, each read once, the router's bias in its own dtype."""
+        held: dict[str, torch.Tensor] = {}
+
+        def weights(name: str) -> torch.Tensor:
+            if name not in held:
+                tensor = self.checkpoint.tensor(name)
+                held[name] = tensor.to(dtype) if tensor.dtype == torch.bfloat16 else tensor
+            return held[name]
+
+        return weights
+
+
+def _by_dtype(streams: list[Stream]) -> Iterator[tuple[torch.dtype, list[Stream]]]:
+    """Streams of one dtype together: their weights are converted once, and one dtype's are held at a time."""
+    for dtype in dict.fromkeys(stream.variant.dtype for stream in streams):
+        yield dtype, [stream for stream in streams if stream.variant.dtype == dtype]
+
+
+def _changed(weights: Weights, variant: Variant) -> Weights:
+    return lambda name: variant.weight(name, weights(name))

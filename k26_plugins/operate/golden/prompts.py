@@ -1,0 +1,111 @@
+"""The prompts of a golden file: a JSON object a line, rendered and tokenised as the model wants them.
+
+    {"id": "hello", "messages": [{"role": "user", "content": "Hello"}]}
+    {"id": "photo", "messages": [{"role": "user", "content": [{"type": "image", "image": "photo.png"},
+                                                              {"type": "text", "text": "What is this?"}]}]}
+    {"id": "raw", "text": "The capital of France is"}
+
+`thinking` (true) and `tools` may stand beside `messages`. An image is a path, relative to the file of prompts.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from k26_plugins.common.config import K26Config
+from k26_plugins.common.media import MediaConfig, MediaError, navit_resize, normalise, open_image, preprocess
+from k26_plugins.common.prompt.chat import expand_media_placeholders, render
+from k26_plugins.common.prompt.tokenizer import KimiTokenizer
+
+
+class PromptError(ValueError):
+    """A line of prompts that cannot be used. The message names the file, the line and the remedy."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One prompt, ready for the model and for an endpoint."""
+
+    name: str
+    request: dict[str, Any]
+    """`messages` (with `tools` and `thinking`) or `text`, as in the file; an image part holds its number in `images`."""
+    text: str
+    """Rendered, one placeholder for each image."""
+    token_ids: list[int]
+    """Each placeholder repeated to its image's number of tokens."""
+    images: list[bytes] = field(default_factory=list)
+    """The files' bytes."""
+
+
+def read_prompts(file: Path, folder: Path) -> list[Prompt]:
+    """The prompts in `file`, for the checkpoint in `folder`. Raises PromptError."""
+    config = K26Config.from_path(folder)
+    tokenizer = KimiTokenizer(folder)
+    tokenizer.check(config)
+    prompts: list[Prompt] = []
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptError(f"{file} cannot be read ({error}): give a file with a JSON object a line.") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{file.name}, line {number}"
+        try:
+            prompts.append(_prompt(json.loads(line), where, file.parent, folder, tokenizer, config))
+        except (json.JSONDecodeError, MediaError, OSError, KeyError, TypeError, AttributeError) as error:
+            raise PromptError(f"{where}: {error}. See `k26 golden --help` for what a line holds.") from error
+    names = [prompt.name for prompt in prompts]
+    if not prompts or len(set(names)) < len(names):
+        found = "no prompt" if not prompts else "an id twice"
+        raise PromptError(f"{file} holds {found}: give each prompt an id of its own.")
+    return prompts
+
+
+def _prompt(
+    request: dict[str, Any], where: str, base: Path, folder: Path, tokenizer: KimiTokenizer, config: K26Config
+) -> Prompt:
+    if ("messages" in request) == ("text" in request):
+        raise PromptError(f"{where}: expected either `messages` or `text`.")
+    name = str(request.pop("id", where))
+    images: list[bytes] = []
+    for message in request.get("messages", []):
+        for part in message["content"] if isinstance(message["content"], list) else []:
+            if part["type"] == "image":
+                images.append((base / part["image"]).read_bytes())
+                part["image"] = len(images) - 1
+    if "messages" in request:
+        text = render(request["messages"], folder, tools=request.get("tools"), thinking=request.get("thinking", True))
+    else:
+        text = request["text"]
+    media = MediaConfig.from_path(folder)
+    counts = [navit_resize(*open_image(image).size, media).num_tokens for image in images]
+    placeholder = config.media_placeholder_token_id
+    token_ids = expand_media_placeholders(tokenizer.encode(text, allow_special=True), counts, placeholder)
+    if not token_ids:
+        raise PromptError(f"{where}: the prompt has no token.")
+    return Prompt(name=name, request=request, text=text, token_ids=token_ids, images=images)
+
+
+def pixels(prompt: Prompt, folder: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The vision tower's input for the prompt's images.
+
+    Returns pixel_values float32 `[P, 3, patch, patch]`, grid_thw int64 `[num_images, 3]`, and which pixels are padding,
+    bool, in the shape of pixel_values.
+    """
+    media = MediaConfig.from_path(folder)
+    opened = [open_image(image) for image in prompt.images]
+    patches, grids = preprocess([[image] for image in opened], media)
+    padding = []
+    for image, (_, grid_h, grid_w) in zip(opened, grids.tolist(), strict=True):
+        resize = navit_resize(*image.size, media)
+        mask = torch.ones(grid_h * media.patch_size, grid_w * media.patch_size, dtype=torch.bool)
+        mask[: resize.height, : resize.width] = False
+        cut = mask.view(grid_h, media.patch_size, grid_w, media.patch_size).transpose(1, 2)
+        padding.append(cut.flatten(0, 1).unsqueeze(1).expand(-1, 3, -1, -1))
+    return torch.from_numpy(normalise(patches, media)), torch.from_numpy(grids), torch.cat(padding)

@@ -1,0 +1,29 @@
+"""A checkpoint of some size in little time: its weights are drawn as bits, not quantised."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from k26_plugins.common import tiny
+from k26_plugins.common.checkpoint.table import TORCH_DTYPES, TensorSpec
+
+
+def make_quick(folder: Path, sizes: tiny.TinySizes) -> None:
+    def draw(spec: TensorSpec, *_: object) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(zlib.crc32(spec.name.encode()))
+        if spec.dtype == "I32":
+            return torch.randint(-(2**31), 2**31, spec.shape, generator=generator, dtype=torch.int32)
+        if spec.name.endswith("weight_scale"):
+            return torch.full(spec.shape, 0.005, dtype=torch.bfloat16)
+        values = torch.randn(spec.shape, generator=generator) * (
+            0.1 if len(spec.shape) == 1 else spec.shape[-1] ** -0.5
+        )
+        return (values + (len(spec.shape) == 1 and "norm" in spec.name)).to(TORCH_DTYPES[spec.dtype])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny, "_make_tensor", draw)
+        tiny.make_tiny(folder, sizes)
