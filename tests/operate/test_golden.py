@@ -23,21 +23,6 @@ from k26_plugins.common.tiny import TinySizes
 from k26_plugins.operate.golden import Golden, memory, read_prompts
 from k26_plugins.operate.golden.prompts import pixels
 
-ANSWER_TOKENS = 4
-
-
-def run(*arguments: object) -> str:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
-@pytest.fixture(scope="module")
-def golden_file(tiny_folder: Path, prompts_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("golden") / "golden.safetensors"
-    run("golden", tiny_folder, "--prompts", prompts_file, "--out", out, "--answer-tokens", ANSWER_TOKENS, "--top-k", 40)
-    return out
-
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_layers_streamed_give_the_reference(
@@ -54,7 +39,7 @@ def test_layers_streamed_give_the_reference(
         difference = (logprobs.gather(1, found.top_ids) - kept).abs().amax(-1)
         if dtype == torch.float32:
             assert difference.max() < 1e-4
-            assert torch.equal(logprobs.topk(40).indices[:, 0], found.top_ids[:, 0])
+            assert torch.equal(logprobs.topk(64).indices[:, 0], found.top_ids[:, 0])
             following = logprobs.gather(1, token_ids[1:, None])[:, 0]
             torch.testing.assert_close(found.next_logprobs, following, rtol=0, atol=1e-4)
             answer = token_ids[found.num_prompt_tokens :].tolist()

@@ -62,6 +62,10 @@ class KimiTokenizer:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD."""
         return self._encoding.decode(list(token_ids))
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one token stands for; a control token's are its name."""
+        return self._encoding.decode_single_token_bytes(token_id)
+
     def check(self, config: K26Config) -> None:
         """Raise TokenizerError where the configuration and the tokenizer disagree on an id."""
         if self.vocab_size != config.text.vocab_size:

@@ -61,7 +61,7 @@ class Golden:
     """All prompts, and what they were computed on."""
 
     info: dict[str, Any]
-    """`fingerprint` of the weights, `media_placeholder_token_id`, `eos_token_id`, `first_moe_layer`, `version`."""
+    """`fingerprint` of the weights, `special_tokens` by name, `token_bytes` (hex) of the ids that answers hold, and more."""
     prompts: list[GoldenPrompt]
 
     def save(self, file: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from k26_plugins import __version__
 from k26_plugins.common.checkpoint import StreamedCheckpoint, fingerprint
 from k26_plugins.common.model import rms_norm
+from k26_plugins.common.prompt.tokenizer import KimiTokenizer
 from k26_plugins.operate.golden import memory
 from k26_plugins.operate.golden.embed import embed_prompts, embed_tokens, largest_number_of_patches
 from k26_plugins.operate.golden.file import Golden, GoldenPrompt
@@ -227,11 +228,17 @@ class GoldenJob:
                     images=prompt.images,
                 )
             )
-        text = self.config.text
+        text, tokenizer = self.config.text, KimiTokenizer(self.checkpoint.folder)
+        answered = [prompt.top_ids[prompt.num_prompt_tokens - 1 :] for prompt in prompts]
         info = {
             "fingerprint": self.fingerprint,
             "version": __version__,
             "vocab_size": text.vocab_size,
+            "special_tokens": tokenizer.named,
+            # Endpoints that report tokens as text are matched by it.
+            "token_bytes": {
+                str(token): tokenizer.token_bytes(token).hex() for token in torch.cat(answered).unique().tolist()
+            },
             "first_moe_layer": text.first_k_dense_replace,
             "eos_token_id": self.config.eos_token_id,
             "media_placeholder_token_id": self.config.media_placeholder_token_id,

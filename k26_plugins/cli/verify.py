@@ -1,0 +1,71 @@
+"""Is a running endpoint right? Against a golden file, or several endpoints against each other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from k26_plugins.cli.console import err, fail, progress_bar
+
+NOT_RIGHT = 1
+NOT_ASKED = 2
+
+ApiKey = Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="Where the server wants one.")]
+
+
+def verify(
+    url: Annotated[str, typer.Option(help="The server, such as http://localhost:8000.", show_default=False)],
+    golden: Annotated[Path, typer.Option(help="A file of `k26 golden`.", show_default=False)],
+    model: Annotated[str | None, typer.Option(help="Which model, where the server has several.")] = None,
+    api_key: ApiKey = None,
+    tools: Annotated[bool, typer.Option(help="Ask for tool calls too. The server needs its kimi_k2 parsers.")] = False,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write everything measured as JSON.")] = None,
+    html_out: Annotated[Path | None, typer.Option("--html", help="Write one page with plots.")] = None,
+) -> None:
+    """Hold a running server against golden logits: vLLM, SGLang, KTransformers, or any OpenAI-compatible endpoint.
+
+    Compares the prompt's token ids, the distribution at every position of prompts (text and images) and of greedy answers.
+    The bounds come from the golden file, which knows what bfloat16 does to each answer. Where the server is beyond them,
+    it is said from which position on, and what is probably wrong: the router, an expert by name, positions, the image
+    path, the prompt's rendering.
+
+    vLLM and SGLang report whole prompts; a vendor's chat API reports its answers only, and less is shown by it.
+
+    Exits with 0 where the server is right, with 1 where it is not, and with 2 where it could not be asked.
+    """
+    from k26_plugins.operate.golden import Golden, GoldenError
+    from k26_plugins.operate.verify.endpoint import EndpointError, connect
+    from k26_plugins.operate.verify.judge import Check, judge
+    from k26_plugins.operate.verify.measure import measure
+    from k26_plugins.operate.verify.report import as_html, as_json, as_text
+    from k26_plugins.operate.verify.tools import REQUESTS, check_tools
+
+    try:
+        expected = Golden.load(golden)
+        endpoint = connect(url, model, api_key)
+        with progress_bar() as progress:
+            task = progress.add_task("prompts", total=len(expected.prompts))
+            measured = measure(endpoint, expected, lambda done: progress.update(task, completed=done))
+            verdict = judge(expected, measured)
+            if tools:
+                task = progress.add_task("tool calls", total=len(REQUESTS))
+                report = check_tools(endpoint, lambda done: progress.update(task, completed=done))
+                wrong = report.faults + report.refused
+                detail = f"{report.calls} calls in {report.requests} answers, {len(wrong)} faults"
+                verdict.checks.append(Check("tool calls", not wrong, "; ".join([detail, *wrong])))
+    except (GoldenError, EndpointError, OSError) as error:
+        fail(error, NOT_ASKED)
+    typer.echo(as_text(measured, verdict))
+    if json_out is not None:
+        json_out.write_text(json.dumps(as_json(expected, measured, verdict), indent=1) + "\n", encoding="utf-8")
+    if html_out is not None:
+        try:
+            html_out.write_text(as_html(expected, measured, verdict), encoding="utf-8")
+        except ImportError as error:
+            err.print(f"no page: {error}. pip install 'k26-plugins\\[report]'", highlight=False)
+            raise typer.Exit(NOT_ASKED) from error
+    if not verdict.passed:
+        raise typer.Exit(NOT_RIGHT)

@@ -1,0 +1,152 @@
+"""What an endpoint is asked, whatever engine is behind it, and how it is found out which one is."""
+
+from __future__ import annotations
+
+import base64
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from k26_plugins.operate.golden import GoldenPrompt
+
+Distribution = dict[int, float]
+"""Log-probabilities of the tokens that were reported, by token id."""
+
+
+class EndpointError(RuntimeError):
+    """An endpoint that cannot be asked. The message holds what it answered and the remedy."""
+
+
+@dataclass(slots=True)
+class Rendered:
+    """What the endpoint made of messages."""
+
+    token_ids: list[int] | None
+    count: int
+    """Prompt tokens, as billed."""
+
+
+@dataclass(slots=True)
+class Answer:
+    """A greedy answer and where its tokens came from."""
+
+    token_ids: list[int]
+    """−1 for a token that could not be told."""
+    distributions: list[Distribution]
+    finish_reason: str = ""
+
+
+@dataclass
+class Endpoint(ABC):
+    """One server. Methods raise EndpointError."""
+
+    url: str
+    model: str
+    client: httpx.Client
+    engine: str
+    """Name and version, as far as it says."""
+    token_bytes: dict[bytes, int] = field(default_factory=dict)
+    """Token ids by their bytes, for endpoints that report text only."""
+    reports_prompt: bool = True
+    """Whether it gives the distributions of a prompt's own tokens."""
+
+    @abstractmethod
+    def rendered(self, prompt: GoldenPrompt) -> Rendered:
+        """The prompt of the messages, as the endpoint renders them."""
+
+    @abstractmethod
+    def prompt(self, prompt: GoldenPrompt, top: int) -> dict[int, Distribution]:
+        """The distribution after each position of the prompt that the endpoint reports."""
+
+    @abstractmethod
+    def answer(self, prompt: GoldenPrompt, count: int, top: int) -> Answer:
+        """At most `count` tokens, greedy, with the distribution that each was taken from."""
+
+    def chat(self, messages: list[dict[str, Any]], **body: Any) -> dict[str, Any]:
+        return self.post("/v1/chat/completions", model=self.model, messages=messages, **body)
+
+    def post(self, path: str, **body: Any) -> dict[str, Any]:
+        try:
+            response = self.client.post(f"{self.url}{path}", json=body)
+        except httpx.HTTPError as error:
+            raise EndpointError(
+                f"{self.url}{path}: {error or type(error).__name__}. Is the server still up?"
+            ) from error
+        if response.status_code != 200:
+            raise EndpointError(f"{self.url}{path} answered {response.status_code}: {response.text[:500]}")
+        content: dict[str, Any] = response.json()
+        return content
+
+    def chat_request(self, prompt: GoldenPrompt) -> dict[str, Any]:
+        """`messages`, `tools` and thinking of a prompt as the chat API takes them, images as data URLs."""
+        request: dict[str, Any] = {"messages": openai_messages(prompt)}
+        if "tools" in prompt.request:
+            request["tools"] = prompt.request["tools"]
+        if not prompt.request.get("thinking", True):
+            request["chat_template_kwargs"] = {"thinking": False}
+        return request
+
+
+def openai_messages(prompt: GoldenPrompt) -> list[dict[str, Any]]:
+    messages = []
+    for message in prompt.request["messages"]:
+        content = message["content"]
+        if isinstance(content, list):
+            content = [_part(part, prompt.images) for part in content]
+        messages.append({**message, "content": content})
+    return messages
+
+
+def _part(part: dict[str, Any], images: list[bytes]) -> dict[str, Any]:
+    return (
+        {"type": "image_url", "image_url": {"url": data_url(images[part["image"]])}}
+        if part["type"] == "image"
+        else part
+    )
+
+
+def data_url(image: bytes) -> str:
+    kind = "png" if image.startswith(b"\x89PNG") else "jpeg" if image.startswith(b"\xff\xd8") else "webp"
+    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
+
+
+def connect(url: str, model: str | None = None, api_key: str | None = None, timeout: float = 300.0) -> Endpoint:
+    """Ask the server what it is. Raises EndpointError."""
+    from k26_plugins.operate.verify.openai import OpenAIEndpoint
+    from k26_plugins.operate.verify.sglang import SGLangEndpoint
+    from k26_plugins.operate.verify.vllm import VLLMEndpoint
+
+    url = url.rstrip("/").removesuffix("/v1")
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    client = httpx.Client(timeout=timeout, headers=headers)
+    try:
+        models = client.get(f"{url}/v1/models")
+        served = [entry["id"] for entry in models.json()["data"]]
+    except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+        raise EndpointError(
+            f"{url}/v1/models does not answer as an OpenAI-compatible server ({error or type(error).__name__}): "
+            f"give the address before /v1, such as http://localhost:8000, and --api-key where it wants one."
+        ) from error
+    if model is None and len(served) != 1:
+        raise EndpointError(f"{url} serves {len(served)} models ({', '.join(served[:8])}): choose with --model.")
+    name = model or served[0]
+    version = _get(client, f"{url}/version").get("version")
+    if version:
+        return VLLMEndpoint(url, name, client, f"vLLM {version}")
+    for path in ("server_info", "get_server_info"):
+        version = _get(client, f"{url}/{path}").get("version")
+        if version:
+            return SGLangEndpoint(url, name, client, f"SGLang {version}")
+    return OpenAIEndpoint(url, name, client, "an OpenAI-compatible server", reports_prompt=False)
+
+
+def _get(client: httpx.Client, url: str) -> dict[str, Any]:
+    """What a path answers as a JSON object, {} where there is no such thing."""
+    try:
+        response = client.get(url)
+        content = response.json() if response.status_code == 200 else {}
+    except (httpx.HTTPError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,136 @@
+"""Ask an endpoint every prompt of a golden file, and say at each position how far its answer is from the reference's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from k26_plugins.operate.golden import Golden, GoldenPrompt
+from k26_plugins.operate.verify.distance import kl_of_reported
+from k26_plugins.operate.verify.endpoint import Distribution, Endpoint, EndpointError
+from k26_plugins.operate.verify.rendering import Mismatch, compare_rendering
+
+TEXT, IMAGE, ANSWER = "text", "image", "answer"
+
+
+@dataclass(slots=True)
+class Position:
+    """One distribution that the endpoint reported."""
+
+    prompt: int
+    index: int
+    """Of the token that it follows."""
+    kind: str
+    """`text` or `image` by the token it follows; `answer` from the prompt's last token on."""
+    kl: float
+    """From the reference to the endpoint."""
+    noise: float
+    """From the reference to its twin in bfloat16, over the same tokens."""
+    suspects: dict[str, float] = field(default_factory=dict)
+    """From a model with a known mistake to the endpoint."""
+
+
+@dataclass(slots=True)
+class Measured:
+    """All that one endpoint was found to say."""
+
+    engine: str
+    url: str
+    mismatches: list[Mismatch] = field(default_factory=list)
+    """Prompts that it renders or tokenises otherwise."""
+    rendered: int = 0
+    """Prompts whose rendering was compared."""
+    positions: list[Position] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+    """Prompts that the endpoint did not answer, with its message."""
+    not_shown: list[str] = field(default_factory=list)
+    """What the endpoint does not report, and why."""
+
+
+def measure(
+    endpoint: Endpoint, golden: Golden, on_prompt: Callable[[int], None] = lambda done: None, *, top: int = 20
+) -> Measured:
+    """Ask everything. Raises EndpointError where the endpoint answers nothing at all."""
+    endpoint.token_bytes = {bytes.fromhex(raw): int(token) for token, raw in golden.info["token_bytes"].items()}
+    found = Measured(endpoint.engine, endpoint.url)
+    for number, prompt in enumerate(golden.prompts):
+        if "messages" not in prompt.request and not endpoint.reports_prompt:
+            found.not_shown.append(f"{prompt.name}: a prompt of raw text, and the endpoint takes messages only")
+        else:
+            try:
+                _measure_rendering(endpoint, golden, prompt, found)
+                _measure_prompt(endpoint, golden, number, top, found)
+            except EndpointError as error:
+                found.refused.append(f"{prompt.name}: {error}")
+        on_prompt(number + 1)
+    if len(found.refused) == len(golden.prompts):
+        raise EndpointError(found.refused[0])
+    if not endpoint.reports_prompt:
+        found.not_shown.append("distributions of the prompts' own tokens: the endpoint reports its answers only")
+    if not found.positions:
+        raise EndpointError(
+            f"{endpoint.url} ({endpoint.engine}) reports no log-probabilities: ask for them where the engine is started "
+            f"(vLLM's --max-logprobs must be at least {top})."
+        )
+    return found
+
+
+def _measure_rendering(endpoint: Endpoint, golden: Golden, prompt: GoldenPrompt, found: Measured) -> None:
+    if "messages" not in prompt.request:
+        return
+    rendered = endpoint.rendered(prompt)
+    found.rendered += 1
+    mismatch = compare_rendering(prompt, rendered, golden.info["special_tokens"])
+    if mismatch:
+        found.mismatches.append(mismatch)
+
+
+def _measure_prompt(endpoint: Endpoint, golden: Golden, number: int, top: int, found: Measured) -> None:
+    prompt = golden.prompts[number]
+    reported = endpoint.prompt(prompt, top) if endpoint.reports_prompt else {}
+    if reported and max(reported) != prompt.num_prompt_tokens - 2:
+        # Rendered to another length: positions do not mean the same tokens.
+        found.not_shown.append(f"{prompt.name}: its prompt has {max(reported) + 2} tokens in the endpoint")
+        reported = {}
+    start = prompt.num_prompt_tokens - 1
+    expected = prompt.token_ids[prompt.num_prompt_tokens :]
+    answer = endpoint.answer(prompt, len(expected), top)
+    for offset, distribution in enumerate(answer.distributions):
+        reported[start + offset] = distribution
+        # From the first other token on the two answer different questions.
+        if offset >= len(expected) - 1 or answer.token_ids[offset] != expected[offset]:
+            break
+    placeholder = golden.info["media_placeholder_token_id"]
+    for index, distribution in sorted(reported.items()):
+        if index < 0 or index >= len(prompt.top_ids):
+            continue
+        kind = ANSWER if index >= start else IMAGE if prompt.token_ids[index] == placeholder else TEXT
+        position = _position(prompt, number, index, kind, distribution)
+        if not math.isnan(position.kl):
+            found.positions.append(position)
+
+
+def _position(prompt: GoldenPrompt, number: int, index: int, kind: str, distribution: Distribution) -> Position:
+    ids = prompt.top_ids[index].tolist()
+
+    def kept(logprobs: torch.Tensor) -> Distribution:
+        return {
+            token: value for token, value in zip(ids, logprobs[index].tolist(), strict=True) if token in distribution
+        }
+
+    expected = kept(prompt.top_logprobs)
+    return Position(
+        prompt=number,
+        index=index,
+        kind=kind,
+        kl=kl_of_reported(expected, distribution),
+        noise=kl_of_reported(expected, kept(prompt.twin_logprobs)),
+        suspects={
+            name: kl_of_reported(kept(logprobs), distribution)
+            for name, logprobs in prompt.suspects.items()
+            if index < len(logprobs)
+        },
+    )

@@ -1,0 +1,49 @@
+"""Any OpenAI-compatible chat endpoint, as vendors offer them: the likeliest tokens of an answer, as text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from k26_plugins.operate.golden import GoldenPrompt
+from k26_plugins.operate.verify.endpoint import Answer, Distribution, Endpoint, Rendered
+
+MAX_TOP = 20
+"""`top_logprobs` that the API allows."""
+
+
+class OpenAIEndpoint(Endpoint):
+    """Prompts go as messages, so a prompt of raw text cannot be asked, and a prompt's own tokens are not reported."""
+
+    def rendered(self, prompt: GoldenPrompt) -> Rendered:
+        answer = self.chat(**self.chat_request(prompt), max_tokens=1)
+        return Rendered(None, int(answer["usage"]["prompt_tokens"]))
+
+    def prompt(self, prompt: GoldenPrompt, top: int) -> dict[int, Distribution]:
+        return {}
+
+    def answer(self, prompt: GoldenPrompt, count: int, top: int) -> Answer:
+        top = min(top, MAX_TOP)
+        request = self.chat_request(prompt)
+        body = self.chat(**request, max_tokens=count, temperature=0, logprobs=True, top_logprobs=top)
+        return chat_answer(body, self.token_bytes)
+
+
+def chat_answer(body: dict[str, Any], token_bytes: dict[bytes, int]) -> Answer:
+    """The answer in a chat completion's `logprobs.content`."""
+    choice = body["choices"][0]
+    entries = (choice.get("logprobs") or {}).get("content") or []
+    distributions = []
+    for entry in entries:
+        reported = {_token_id(item, token_bytes): float(item["logprob"]) for item in [entry, *entry["top_logprobs"]]}
+        distributions.append({token: logprob for token, logprob in reported.items() if token >= 0})
+    token_ids = [_token_id(entry, token_bytes) for entry in entries]
+    return Answer(token_ids, distributions, str(choice.get("finish_reason")))
+
+
+def _token_id(item: dict[str, Any], token_bytes: dict[bytes, int]) -> int:
+    """−1 for a token that the golden file does not know."""
+    token = str(item["token"])
+    if token.startswith("token_id:"):
+        return int(token.removeprefix("token_id:"))
+    raw = bytes(item["bytes"]) if item.get("bytes") else token.encode()
+    return token_bytes.get(raw, -1)

@@ -1,0 +1,52 @@
+"""vLLM: text prompts go as token ids, prompts with images as messages; both report the prompt's own tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from k26_plugins.operate.golden import GoldenPrompt
+from k26_plugins.operate.verify.endpoint import Answer, Distribution, Endpoint, Rendered
+from k26_plugins.operate.verify.openai import chat_answer
+
+MAX_TOP = 20
+"""What `--max-logprobs` allows by default."""
+
+
+class VLLMEndpoint(Endpoint):
+    def rendered(self, prompt: GoldenPrompt) -> Rendered:
+        answer = self.chat(**self.chat_request(prompt), max_tokens=1, return_token_ids=True)
+        return Rendered(answer.get("prompt_token_ids"), int(answer["usage"]["prompt_tokens"]))
+
+    def prompt(self, prompt: GoldenPrompt, top: int) -> dict[int, Distribution]:
+        top = min(top, MAX_TOP)
+        if prompt.images:
+            body = self.chat(**self.chat_request(prompt), max_tokens=1, temperature=0, prompt_logprobs=top)
+            entries = body["prompt_logprobs"]
+        else:
+            body = self._complete(prompt, max_tokens=1, prompt_logprobs=top)
+            entries = body["choices"][0]["prompt_logprobs"]
+        # Entry t is about token t: it comes from the position before it.
+        return {
+            position - 1: {int(token): float(value["logprob"]) for token, value in entry.items()}
+            for position, entry in enumerate(entries or [])
+            if entry
+        }
+
+    def answer(self, prompt: GoldenPrompt, count: int, top: int) -> Answer:
+        top = min(top, MAX_TOP)
+        if prompt.images:
+            request = self.chat_request(prompt) | {"return_tokens_as_token_ids": True, "ignore_eos": True}
+            body = self.chat(**request, max_tokens=count, temperature=0, logprobs=True, top_logprobs=top)
+            return chat_answer(body, {})
+        body = self._complete(prompt, max_tokens=count, logprobs=top, return_tokens_as_token_ids=True, ignore_eos=True)
+        choice = body["choices"][0]
+        distributions = [
+            {int(token.removeprefix("token_id:")): float(value) for token, value in entry.items()}
+            for entry in choice["logprobs"]["top_logprobs"]
+        ]
+        token_ids = [int(token.removeprefix("token_id:")) for token in choice["logprobs"]["tokens"]]
+        return Answer(token_ids, distributions, str(choice.get("finish_reason")))
+
+    def _complete(self, prompt: GoldenPrompt, **body: Any) -> dict[str, Any]:
+        token_ids = prompt.token_ids[: prompt.num_prompt_tokens]
+        return self.post("/v1/completions", model=self.model, prompt=token_ids, temperature=0, **body)

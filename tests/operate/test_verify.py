@@ -1,0 +1,175 @@
+"""Seeded faults: each is found and located, and what is right passes. The served model is the reference in bfloat16."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.endpoint import Fault, serve_reference, yarn_factor
+from typer.testing import CliRunner
+
+from k26_plugins.cli import app
+from k26_plugins.common.checkpoint.table import expert_name
+from k26_plugins.common.config import K26Config
+from k26_plugins.common.prompt.special_tokens import special_token_ids
+from k26_plugins.operate.verify.distance import kl_of_reported
+from k26_plugins.operate.verify.tools import BOOK, WEATHER, faults_of
+
+FAULTY = expert_name(2, 5, "down", "scale")
+SPECIAL = special_token_ids(256)
+
+
+def swap_gate_and_up(name: str) -> str:
+    swap = {"gate_proj": "up_proj", "up_proj": "gate_proj"}
+    owner, projection, part = name.rsplit(".", 2) if ".experts." in name else (name, "", "")
+    return f"{owner}.{swap[projection]}.{part}" if projection in swap else name
+
+
+def swap_shards(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Two ranks' columns of every down projection in each other's place."""
+    if ".experts." in name and "down_proj" in name and not name.endswith("shape"):
+        return torch.cat(tensor.chunk(2, dim=1)[::-1], dim=1)
+    return tensor
+
+
+def double_one_scale(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor * 2 if name == FAULTY else tensor
+
+
+def drop_bias(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(tensor) if "e_score_correction_bias" in name else tensor
+
+
+def shift_by_three(token_ids: list[int]) -> list[int]:
+    """As with transformers 5.4 under an engine that mended the media token and no other."""
+    kept = SPECIAL["<|media_pad|>"]
+    return [token - 3 if token > SPECIAL["<|im_assistant|>"] and token != kept else token for token in token_ids]
+
+
+FAULTS = {
+    "one expert's scale doubled": (Fault(tensor=double_one_scale), "routed expert 5 of layer 2"),
+    "gate and up swapped": (Fault(read_as=swap_gate_and_up), "gate and up projection of the routed experts"),
+    "router bias dropped": (Fault(tensor=drop_bias), "without e_score_correction_bias"),
+    "YaRN's factor halved": (Fault(config=yarn_factor(32.0)), "YaRN's factor is half"),
+    "YaRN off": (Fault(config=yarn_factor(1.0)), "not stretched by YaRN"),
+    "YaRN's factor 8": (Fault(config=yarn_factor(8.0)), "positions or attention"),
+    "padding after normalising": (Fault(padding=0.0), "images are padded after they are normalised"),
+    "tensor-parallel shards swapped": (Fault(tensor=swap_shards), "halves of the routed experts' down projection"),
+    "token ids shifted by 3": (Fault(token_ids=shift_by_three), "special tokens are shifted by -3"),
+    "think block missing": (
+        Fault(text=lambda text: text.removesuffix("<think>")),
+        "the <think> that opens the answer is missing",
+    ),
+}
+
+
+def verify(url: str, golden_file: Path, *options: object) -> tuple[int, str]:
+    command = ["verify", "--url", url, "--golden", str(golden_file), *map(str, options)]
+    result = CliRunner().invoke(app, command)
+    return result.exit_code, result.output
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_seeded_fault_is_found_and_located(tiny_folder: Path, golden_file: Path, name: str) -> None:
+    fault, located = FAULTS[name]
+    with serve_reference(tiny_folder, fault) as url:
+        code, output = verify(url, golden_file)
+    assert code == 1, output
+    causes = [line for line in output.splitlines() if "probably" in line or "because" in line]
+    assert located in " ".join(causes), output
+
+
+@pytest.mark.parametrize("vendor", [False, True], ids=["vllm-like", "vendor-like"])
+def test_what_is_right_passes(tiny_folder: Path, golden_file: Path, vendor: bool) -> None:
+    with serve_reference(tiny_folder, vendor=vendor) as url:
+        code, output = verify(url, golden_file)
+    assert code == 0, output
+    assert ("not shown: distributions of the prompts' own tokens" in output) == vendor
+
+
+@pytest.mark.parametrize("name", ["gate and up swapped", "think block missing"])
+def test_a_vendor_that_reports_answers_only(tiny_folder: Path, golden_file: Path, name: str) -> None:
+    with serve_reference(tiny_folder, FAULTS[name][0], vendor=True) as url:
+        code, output = verify(url, golden_file)
+    assert code == 1, output
+
+
+def test_the_report_is_written(tiny_folder: Path, golden_file: Path, tmp_path: Path) -> None:
+    with serve_reference(tiny_folder, FAULTS["one expert's scale doubled"][0]) as url:
+        verify(url, golden_file, "--json", tmp_path / "a.json", "--html", tmp_path / "a.html")
+    report = json.loads((tmp_path / "a.json").read_text())
+    assert not report["passed"]
+    assert {position["kind"] for position in report["positions"]} == {"text", "image", "answer"}
+    page = (tmp_path / "a.html").read_text()
+    assert page.count("<svg") == 3
+    assert "routed expert 5 of layer 2" in page
+    assert "http" not in page.replace("http://127.0.0.1", "").replace("http://www.w3.org", "").replace(
+        "http://purl.org", ""
+    ).replace("http://creativecommons.org", "").replace("https://matplotlib.org", "")
+
+
+def test_a_server_that_is_not_there(golden_file: Path) -> None:
+    code, output = verify("http://127.0.0.1:9", golden_file)
+    assert code == 2
+    assert "does not answer as an OpenAI-compatible server" in output
+
+
+def test_the_distance_by_hand() -> None:
+    """Two tokens of 1/2 and 1/4 against 1/4 and 1/2, the rest in one cell of 1/4 each: KL = (1/2 − 1/4) · ln 2."""
+    half, quarter = -0.6931471805599453, -1.3862943611198906
+    assert kl_of_reported({1: half, 2: quarter, 9: -5.0}, {1: quarter, 2: half}) == pytest.approx(0.25 * -half)
+    assert kl_of_reported({1: half}, {1: half}) == 0.0
+    assert str(kl_of_reported({1: half}, {2: half})) == "nan"
+
+
+def call(name: str, arguments: str, call_id: str = "functions.get_weather:0") -> dict[str, Any]:
+    return {"id": call_id, "function": {"name": name, "arguments": arguments}}
+
+
+GOOD = call("get_weather", '{"city": "Paris"}')
+TOOL_ANSWERS = {
+    "good": ({"tool_calls": [GOOD]}, "tool_calls", ""),
+    "no call": ({"content": "4"}, "stop", ""),
+    "a hyphen in the name": (
+        {"tool_calls": [call("book-table", '{"restaurant": "A", "guests": 2}', "functions.book-table:12")]},
+        "tool_calls",
+        "",
+    ),
+    "another id": (
+        {"tool_calls": [call("get_weather", '{"city": "Paris"}', "call_abc123")]},
+        "tool_calls",
+        "call_abc123",
+    ),
+    "no JSON": ({"tool_calls": [call("get_weather", '{"city": ')]}, "tool_calls", "no JSON"),
+    "wrong type": ({"tool_calls": [call("get_weather", '{"city": 3}')]}, "tool_calls", "3 is not of type 'string'"),
+    "unknown tool": ({"tool_calls": [call("fly", "{}")]}, "tool_calls", "not offered"),
+    "wrong stop": ({"tool_calls": [GOOD]}, "stop", "expected 'tool_calls'"),
+    "nothing called": ({"content": ""}, "tool_calls", "holds no call"),
+    "leak": ({"content": "<|tool_calls_section_begin|>"}, "stop", "control token <|tool_calls_section_begin|>"),
+    "cut": ({"tool_calls": [call("get_weather", '{"ci')]}, "length", ""),
+}
+
+
+@pytest.mark.parametrize("name", TOOL_ANSWERS)
+def test_tool_calls(name: str) -> None:
+    message, reason, fault = TOOL_ANSWERS[name]
+    faults = faults_of({"message": message, "finish_reason": reason}, [WEATHER, BOOK])
+    assert (fault in " ".join(faults)) if fault else not faults
+
+
+def test_tool_calls_of_a_server(tiny_folder: Path, golden_file: Path) -> None:
+    for reason, code in (("tool_calls", 0), ("stop", 1)):
+        answer = {"message": {"tool_calls": [GOOD]}, "finish_reason": reason}
+        with serve_reference(tiny_folder, message=answer) as url:
+            found, output = verify(url, golden_file, "--tools")
+        assert found == code, output
+        assert "4 calls in 4 answers" in output
+
+
+def test_the_seeded_config_is_another(tiny_folder: Path) -> None:
+    """The faults change what they say: a fault that changes nothing would be found by nobody."""
+    config = K26Config.from_path(tiny_folder)
+    assert yarn_factor(32.0)(config).text.rope_scaling.factor == config.text.rope_scaling.factor / 2

@@ -1,0 +1,195 @@
+"""The reference model behind a small OpenAI-compatible server in this process, whole or with a fault put into it.
+
+It speaks as vLLM does, or as a vendor does that reports the likeliest tokens of answers and no more. It computes in
+bfloat16, as engines do.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from k26_plugins.common.checkpoint import Checkpoint
+from k26_plugins.common.config import K26Config
+from k26_plugins.common.media import MediaConfig, navit_resize, normalise, open_image, preprocess
+from k26_plugins.common.multimodal import KimiK26
+from k26_plugins.common.prompt.chat import expand_media_placeholders, render
+from k26_plugins.common.prompt.tokenizer import KimiTokenizer
+
+
+@dataclass(kw_only=True)
+class Fault:
+    """What is wrong with the served model; nothing by default."""
+
+    name: str = "none"
+    read_as: Callable[[str], str] = lambda name: name
+    """Which tensor is read for a name."""
+    tensor: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, tensor: tensor
+    config: Callable[[K26Config], K26Config] = lambda config: config
+    padding: float | None = None
+    """Value of padded pixels, after normalising."""
+    text: Callable[[str], str] = lambda text: text
+    token_ids: Callable[[list[int]], list[int]] = lambda token_ids: token_ids
+
+
+@dataclass
+class _Altered:
+    """A checkpoint with a fault, for KimiK26."""
+
+    checkpoint: Checkpoint
+    fault: Fault
+    config: K26Config = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.config = self.fault.config(self.checkpoint.config)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self.fault.tensor(name, self.checkpoint.tensor(self.fault.read_as(name)))
+
+
+class Served:
+    """What the server answers."""
+
+    def __init__(self, folder: Path, fault: Fault, *, vendor: bool, message: dict[str, Any] | None = None) -> None:
+        """message: the message to answer a request with tools with, and its stop reason under `finish_reason`."""
+        self.folder, self.fault, self.vendor, self.message = folder, fault, vendor, message
+        self.model = KimiK26(_Altered(Checkpoint(folder), fault))  # type: ignore[arg-type]
+        self.tokenizer = KimiTokenizer(folder)
+        self.media = MediaConfig.from_path(folder)
+
+    def completions(self, body: dict[str, Any]) -> dict[str, Any]:
+        choice = self._answer(body["prompt"], (), body, body.get("logprobs") or 0)
+        tokens = [f"token_id:{token}" for token in choice["ids"]]
+        top = [{f"token_id:{token}": value for token, value in entry.items()} for entry in choice["answered"]]
+        logprobs = {"tokens": tokens, "top_logprobs": top}
+        return {"choices": [{"logprobs": logprobs, "prompt_logprobs": choice["prompt"], "finish_reason": "length"}]}
+
+    def chat(self, body: dict[str, Any]) -> dict[str, Any]:
+        if "tools" in body and self.message is not None:
+            return {"choices": [{**self.message, "message": self.message["message"]}], "usage": {"prompt_tokens": 1}}
+        thinking = body.get("chat_template_kwargs", {}).get("thinking", True)
+        text = self.fault.text(render(body["messages"], self.folder, tools=body.get("tools"), thinking=thinking))
+        parts = [
+            part for message in body["messages"] if isinstance(message["content"], list) for part in message["content"]
+        ]
+        urls = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
+        images = [open_image(base64.b64decode(url.split(",", 1)[1])) for url in urls]
+        counts = [navit_resize(*image.size, self.media).num_tokens for image in images]
+        placeholder = self.model.config.media_placeholder_token_id
+        token_ids = self.tokenizer.encode(text, allow_special=True)
+        expanded = expand_media_placeholders(token_ids, counts, placeholder)
+        pixels = self._pixels(images) if images else ()
+        choice = self._answer(expanded, pixels, body, body.get("top_logprobs") or 0, shift=True)
+        content = [
+            self._entry(token, entry[token]) | {"top_logprobs": [self._entry(*item) for item in entry.items()]}
+            for token, entry in zip(choice["ids"], choice["answered"], strict=True)
+        ]
+        answer: dict[str, Any] = {
+            "choices": [{"message": {"content": ""}, "logprobs": {"content": content}, "finish_reason": "length"}],
+            "usage": {"prompt_tokens": len(expanded)},
+        }
+        if not self.vendor:
+            answer |= {"prompt_token_ids": self.fault.token_ids(expanded), "prompt_logprobs": choice["prompt"]}
+        return answer
+
+    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+        raw = self.tokenizer.token_bytes(token)
+        shown = raw.decode("utf-8", "replace") if self.vendor else f"token_id:{token}"
+        return {"token": shown, "logprob": logprob, "bytes": list(raw)}
+
+    def _pixels(self, images: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        patches, grids = preprocess([[image] for image in images], self.media)
+        values = torch.from_numpy(normalise(patches, self.media))
+        if self.fault.padding is not None:
+            # One image only, so that rows and columns say where its padding is.
+            (_, grid_h, grid_w), size = grids[0].tolist(), self.media.patch_size
+            picture = (
+                values.view(grid_h, grid_w, 3, size, size).permute(2, 0, 3, 1, 4).reshape(3, grid_h * size, -1).clone()
+            )
+            picture[:, images[0].height :] = self.fault.padding
+            picture[:, :, images[0].width :] = self.fault.padding
+            cut = picture.view(3, grid_h, size, grid_w, size).permute(1, 3, 0, 2, 4)
+            values = cut.reshape(-1, 3, size, size)
+        return values, torch.from_numpy(grids)
+
+    def _answer(
+        self,
+        token_ids: list[int],
+        pixels: tuple[torch.Tensor, ...],
+        body: dict[str, Any],
+        top: int,
+        *,
+        shift: bool = False,
+    ) -> dict[str, Any]:
+        seen = self.fault.token_ids(token_ids) if shift else token_ids
+        logprobs = self.model.logprobs(torch.tensor(seen), *pixels)
+        reported: list[Any] = [None]
+        for row, token in zip(logprobs[:-1], token_ids[1:], strict=True):
+            entry = self._top(row, body.get("prompt_logprobs") or 0) | {token: float(row[token])}
+            reported.append({str(key): {"logprob": value} for key, value in entry.items()})
+        answered: list[dict[int, float]] = []
+        ids: list[int] = []
+        for _ in range(body["max_tokens"]):
+            row = self.model.logprobs(torch.tensor([*seen, *ids]), *pixels)[-1]
+            ids.append(int(row.argmax()))
+            answered.append(self._top(row, max(top, 1)))
+            if ids[-1] == self.model.config.media_placeholder_token_id:
+                break
+        return {"prompt": reported, "ids": ids, "answered": answered}
+
+    @staticmethod
+    def _top(row: torch.Tensor, count: int) -> dict[int, float]:
+        values, ids = row.topk(count)
+        return dict(zip(ids.tolist(), values.tolist(), strict=True))
+
+
+@contextmanager
+def serve_reference(
+    folder: Path, fault: Fault | None = None, *, vendor: bool = False, message: dict[str, Any] | None = None
+) -> Iterator[str]:
+    """The address of the server, which runs until the block ends."""
+    served = Served(folder, fault or Fault(), vendor=vendor, message=message)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            paths = {"/v1/models": {"data": [{"id": "tiny"}]}} | ({} if vendor else {"/version": {"version": "test"}})
+            self._send(paths.get(self.path))
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            paths = {"/v1/chat/completions": served.chat} | ({} if vendor else {"/v1/completions": served.completions})
+            answer = paths.get(self.path)
+            self._send(answer(body) if answer else None)
+
+        def _send(self, content: Any) -> None:
+            self.send_response(404 if content is None else 200)
+            self.end_headers()
+            self.wfile.write(json.dumps(content).encode())
+
+        def log_message(self, *_: Any) -> None:
+            """Quiet."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def yarn_factor(factor: float) -> Callable[[K26Config], K26Config]:
+    def change(config: K26Config) -> K26Config:
+        scaling = replace(config.text.rope_scaling, factor=factor)
+        return replace(config, text=replace(config.text, rope_scaling=scaling))
+
+    return change
