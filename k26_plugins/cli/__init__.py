@@ -7,7 +7,7 @@ import typer
 from k26_plugins.cli.checkpoint import check, tensors, tiny
 from k26_plugins.cli.generate import generate
 from k26_plugins.cli.golden import golden
-from k26_plugins.cli.verify import verify
+from k26_plugins.cli.verify import compare, verify
 
 app = typer.Typer(
     name="k26",
@@ -15,5 +15,5 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (tensors, check, tiny, generate, golden, verify):
+for command in (tensors, check, tiny, generate, golden, verify, compare):
     app.command()(command)

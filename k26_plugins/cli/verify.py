@@ -69,3 +69,51 @@ def verify(
             raise typer.Exit(NOT_ASKED) from error
     if not verdict.passed:
         raise typer.Exit(NOT_RIGHT)
+
+
+def compare(
+    urls: Annotated[list[str], typer.Argument(metavar="URL URL...", help="Two servers or more.", show_default=False)],
+    prompts: Annotated[Path, typer.Option(help="A file of prompts, as `k26 golden` takes it.", show_default=False)],
+    answer_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each greedy answer.")] = 8,
+    api_key: ApiKey = None,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write the result as JSON.")] = None,
+) -> None:
+    """Hold running servers against each other, every pair of them, where there is no golden file.
+
+    Compares how messages become tokens, the distributions over prompts where both servers report them, and greedy
+    answers. That two agree does not make either right. Prompts of raw text are left out: no server tokenises them alike.
+
+    Exits with 0 where all pairs agree, with 1 where one does not, and with 2 where a server could not be asked.
+    """
+    from statistics import median
+
+    from k26_plugins.operate.golden import PromptError, read_requests
+    from k26_plugins.operate.verify import compare as comparison
+    from k26_plugins.operate.verify.endpoint import EndpointError, connect
+
+    if len(urls) < 2:
+        fail("one server: give two or more.", NOT_ASKED)
+    try:
+        asked = read_requests(prompts)
+        endpoints = [connect(url, None, api_key) for url in urls]
+        with progress_bar() as progress:
+            task = progress.add_task("prompts", total=len(asked))
+            pairs = comparison.compare(
+                endpoints, asked, lambda done: progress.update(task, completed=done), answer_tokens=answer_tokens
+            )
+    except (EndpointError, PromptError) as error:
+        fail(error, NOT_ASKED)
+    for pair in pairs:
+        names = " and ".join(f"{endpoints[index].engine} ({urls[index]})" for index in (pair.first, pair.second))
+        typer.echo(f"{'agree' if pair.agree else 'DIFFER'}  {names}")
+        for group, values in pair.groups.items():
+            bound = f"bound {comparison.TYPICAL:.0e}"
+            typer.echo(f"  {group}: median KL {median(values):.1e} ({bound}) over {len(values)} positions")
+        for line in pair.differently_rendered:
+            typer.echo(f"  rendered differently: {line}")
+        for line in pair.parted:
+            typer.echo(f"  answers part: {line}")
+    if json_out is not None:
+        json_out.write_text(json.dumps([pair.as_json(urls) for pair in pairs], indent=1) + "\n", encoding="utf-8")
+    if not all(pair.agree for pair in pairs):
+        raise typer.Exit(NOT_RIGHT)

@@ -164,7 +164,7 @@ def test_a_state_of_other_inputs_is_refused(tiny_folder: Path, prompts_file: Pat
         ("{", "line 1"),
         ('{"id": "a"}', "either `messages` or `text`"),
         ('{"messages": [{"role": "user", "content": [{"type": "image", "image": "gone.png"}]}]}', "gone.png"),
-        ('{"text": ""}', "no token"),
+        ('{"text": ""}', "either `messages` or `text`"),
         ("", "no prompt"),
         ('{"id": "a", "text": "x"}\n{"id": "a", "text": "y"}', "an id twice"),
     ],

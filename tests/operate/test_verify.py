@@ -173,3 +173,13 @@ def test_the_seeded_config_is_another(tiny_folder: Path) -> None:
     """The faults change what they say: a fault that changes nothing would be found by nobody."""
     config = K26Config.from_path(tiny_folder)
     assert yarn_factor(32.0)(config).text.rope_scaling.factor == config.text.rope_scaling.factor / 2
+
+
+@pytest.mark.parametrize("name", ["none", "gate and up swapped", "token ids shifted by 3", "padding after normalising"])
+def test_endpoints_against_each_other(tiny_folder: Path, prompts_file: Path, name: str) -> None:
+    fault = FAULTS[name][0] if name in FAULTS else Fault()
+    with serve_reference(tiny_folder) as first, serve_reference(tiny_folder, fault) as second:
+        command = ["compare", first, second, "--prompts", str(prompts_file), "--answer-tokens", "3"]
+        result = CliRunner().invoke(app, command)
+    assert result.exit_code == (0 if name == "none" else 1), result.output
+    assert ("rendered differently" in result.output) == (name == "token ids shifted by 3")

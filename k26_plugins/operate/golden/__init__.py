@@ -2,7 +2,7 @@
 
 from k26_plugins.operate.golden.file import Golden, GoldenError, GoldenPrompt
 from k26_plugins.operate.golden.job import GoldenJob
-from k26_plugins.operate.golden.prompts import Prompt, PromptError, read_prompts
+from k26_plugins.operate.golden.prompts import Prompt, PromptError, read_prompts, read_requests
 from k26_plugins.operate.golden.state import StateError
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "PromptError",
     "StateError",
     "read_prompts",
+    "read_requests",
 ]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from k26_plugins.operate.golden.prompts import Prompt
 from k26_plugins.operate.golden.state import StateError, read, write_atomic
 
 FORMAT = "k26-golden-1"
@@ -51,6 +52,12 @@ class GoldenPrompt:
     """float32 `[n, K]`: the same tokens' log-probabilities at the first n positions, under a model with a known mistake."""
     images: list[bytes] = field(default_factory=list)
     """The files' bytes, as they are sent."""
+
+    @property
+    def prompt(self) -> Prompt:
+        """The prompt alone."""
+        token_ids = self.token_ids[: self.num_prompt_tokens]
+        return Prompt(name=self.name, request=self.request, text=self.text, token_ids=token_ids, images=self.images)
 
 
 _TENSORS = ("top_ids", "top_logprobs", "next_logprobs", "twin_logprobs", "twin_kl", "experts")

@@ -27,26 +27,23 @@ class PromptError(ValueError):
     """A line of prompts that cannot be used. The message names the file, the line and the remedy."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Prompt:
     """One prompt, ready for the model and for an endpoint."""
 
     name: str
     request: dict[str, Any]
     """`messages` (with `tools` and `thinking`) or `text`, as in the file; an image part holds its number in `images`."""
-    text: str
+    text: str = ""
     """Rendered, one placeholder for each image."""
-    token_ids: list[int]
+    token_ids: list[int] = field(default_factory=list)
     """Each placeholder repeated to its image's number of tokens."""
     images: list[bytes] = field(default_factory=list)
     """The files' bytes."""
 
 
-def read_prompts(file: Path, folder: Path) -> list[Prompt]:
-    """The prompts in `file`, for the checkpoint in `folder`. Raises PromptError."""
-    config = K26Config.from_path(folder)
-    tokenizer = KimiTokenizer(folder)
-    tokenizer.check(config)
+def read_requests(file: Path) -> list[Prompt]:
+    """The prompts in `file` as they stand there, neither rendered nor tokenised. Raises PromptError."""
     prompts: list[Prompt] = []
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
@@ -57,7 +54,7 @@ def read_prompts(file: Path, folder: Path) -> list[Prompt]:
             continue
         where = f"{file.name}, line {number}"
         try:
-            prompts.append(_prompt(json.loads(line), where, file.parent, folder, tokenizer, config))
+            prompts.append(_request(json.loads(line), where, file.parent))
         except (json.JSONDecodeError, MediaError, OSError, KeyError, TypeError, AttributeError) as error:
             raise PromptError(f"{where}: {error}. See `k26 golden --help` for what a line holds.") from error
     names = [prompt.name for prompt in prompts]
@@ -67,29 +64,36 @@ def read_prompts(file: Path, folder: Path) -> list[Prompt]:
     return prompts
 
 
-def _prompt(
-    request: dict[str, Any], where: str, base: Path, folder: Path, tokenizer: KimiTokenizer, config: K26Config
-) -> Prompt:
-    if ("messages" in request) == ("text" in request):
-        raise PromptError(f"{where}: expected either `messages` or `text`.")
+def read_prompts(file: Path, folder: Path) -> list[Prompt]:
+    """The prompts in `file`, rendered and tokenised for the checkpoint in `folder`. Raises PromptError."""
+    config = K26Config.from_path(folder)
+    tokenizer = KimiTokenizer(folder)
+    tokenizer.check(config)
+    media = MediaConfig.from_path(folder)
+    prompts = read_requests(file)
+    for prompt in prompts:
+        request = prompt.request
+        prompt.text = request.get("text") or render(
+            request["messages"], folder, tools=request.get("tools"), thinking=request.get("thinking", True)
+        )
+        counts = [navit_resize(*open_image(image).size, media).num_tokens for image in prompt.images]
+        token_ids = tokenizer.encode(prompt.text, allow_special=True)
+        prompt.token_ids = expand_media_placeholders(token_ids, counts, config.media_placeholder_token_id)
+    return prompts
+
+
+def _request(request: dict[str, Any], where: str, base: Path) -> Prompt:
+    if bool(request.get("messages")) == bool(request.get("text")):
+        raise PromptError(f"{where}: expected either `messages` or `text`, with something in it.")
     name = str(request.pop("id", where))
     images: list[bytes] = []
     for message in request.get("messages", []):
         for part in message["content"] if isinstance(message["content"], list) else []:
             if part["type"] == "image":
                 images.append((base / part["image"]).read_bytes())
+                open_image(images[-1])
                 part["image"] = len(images) - 1
-    if "messages" in request:
-        text = render(request["messages"], folder, tools=request.get("tools"), thinking=request.get("thinking", True))
-    else:
-        text = request["text"]
-    media = MediaConfig.from_path(folder)
-    counts = [navit_resize(*open_image(image).size, media).num_tokens for image in images]
-    placeholder = config.media_placeholder_token_id
-    token_ids = expand_media_placeholders(tokenizer.encode(text, allow_special=True), counts, placeholder)
-    if not token_ids:
-        raise PromptError(f"{where}: the prompt has no token.")
-    return Prompt(name=name, request=request, text=text, token_ids=token_ids, images=images)
+    return Prompt(name=name, request=request, images=images)
 
 
 def pixels(prompt: Prompt, folder: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

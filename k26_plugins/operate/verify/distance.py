@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+Token = TypeVar("Token", int, bytes)
 
 
-def kl_of_reported(first: Mapping[int, float], other: Mapping[int, float]) -> float:
+def allowed_share(expected: float, count: int) -> float:
+    """The largest share of `count` positions that a rate of `expected` gives by chance: two standard deviations above."""
+    return expected + 2 * math.sqrt(expected * max(1 - expected, 0.0) / count)
+
+
+def share_above(values: Sequence[float], limit: float) -> float:
+    return sum(value > limit for value in values) / len(values)
+
+
+def kl_of_reported(first: Mapping[Token, float], other: Mapping[Token, float]) -> float:
     """KL of two distributions, Σ p · (log p − log q), over the tokens that both report and one cell for all the rest.
 
     Joining tokens into cells never makes it larger than over the whole vocabulary. NaN where no token is shared.

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from k26_plugins.operate.golden import GoldenPrompt
+from k26_plugins.operate.golden import Prompt
 
 Distribution = dict[int, float]
 """Log-probabilities of the tokens that were reported, by token id."""
@@ -52,20 +52,36 @@ class Endpoint(ABC):
     reports_prompt: bool = True
     """Whether it gives the distributions of a prompt's own tokens."""
 
+    renders_images: bool = False
+    """Whether it reports prompts with images from messages alone."""
+
     @abstractmethod
-    def rendered(self, prompt: GoldenPrompt) -> Rendered:
+    def rendered(self, prompt: Prompt) -> Rendered:
         """The prompt of the messages, as the endpoint renders them."""
 
     @abstractmethod
-    def prompt(self, prompt: GoldenPrompt, top: int) -> dict[int, Distribution]:
+    def prompt(self, prompt: Prompt, top: int) -> dict[int, Distribution]:
         """The distribution after each position of the prompt that the endpoint reports."""
 
     @abstractmethod
-    def answer(self, prompt: GoldenPrompt, count: int, top: int) -> Answer:
+    def answer(self, prompt: Prompt, count: int, top: int) -> Answer:
         """At most `count` tokens, greedy, with the distribution that each was taken from."""
 
     def chat(self, messages: list[dict[str, Any]], **body: Any) -> dict[str, Any]:
         return self.post("/v1/chat/completions", model=self.model, messages=messages, **body)
+
+    def answer_as_text(self, prompt: Prompt, count: int, top: int) -> list[dict[bytes, float]]:
+        """Of each token of a greedy answer to messages, the log-probabilities reported, the chosen token's first.
+
+        By bytes: the one name of a token that every OpenAI-compatible server gives.
+        """
+        request = self.chat_request(prompt)
+        body = self.chat(**request, max_tokens=count, temperature=0, logprobs=True, top_logprobs=top)
+        entries = (body["choices"][0].get("logprobs") or {}).get("content") or []
+        return [
+            {_bytes(item): float(item["logprob"]) for item in [entry, *(entry.get("top_logprobs") or [])]}
+            for entry in entries
+        ]
 
     def post(self, path: str, **body: Any) -> dict[str, Any]:
         try:
@@ -79,7 +95,7 @@ class Endpoint(ABC):
         content: dict[str, Any] = response.json()
         return content
 
-    def chat_request(self, prompt: GoldenPrompt) -> dict[str, Any]:
+    def chat_request(self, prompt: Prompt) -> dict[str, Any]:
         """`messages`, `tools` and thinking of a prompt as the chat API takes them, images as data URLs."""
         request: dict[str, Any] = {"messages": openai_messages(prompt)}
         if "tools" in prompt.request:
@@ -89,7 +105,11 @@ class Endpoint(ABC):
         return request
 
 
-def openai_messages(prompt: GoldenPrompt) -> list[dict[str, Any]]:
+def _bytes(item: dict[str, Any]) -> bytes:
+    return bytes(item["bytes"]) if item.get("bytes") else str(item["token"]).encode()
+
+
+def openai_messages(prompt: Prompt) -> list[dict[str, Any]]:
     messages = []
     for message in prompt.request["messages"]:
         content = message["content"]
@@ -134,7 +154,7 @@ def connect(url: str, model: str | None = None, api_key: str | None = None, time
     name = model or served[0]
     version = _get(client, f"{url}/version").get("version")
     if version:
-        return VLLMEndpoint(url, name, client, f"vLLM {version}")
+        return VLLMEndpoint(url, name, client, f"vLLM {version}", renders_images=True)
     for path in ("server_info", "get_server_info"):
         version = _get(client, f"{url}/{path}").get("version")
         if version:

@@ -81,23 +81,23 @@ def measure(
 def _measure_rendering(endpoint: Endpoint, golden: Golden, prompt: GoldenPrompt, found: Measured) -> None:
     if "messages" not in prompt.request:
         return
-    rendered = endpoint.rendered(prompt)
+    rendered = endpoint.rendered(prompt.prompt)
     found.rendered += 1
-    mismatch = compare_rendering(prompt, rendered, golden.info["special_tokens"])
+    mismatch = compare_rendering(prompt.prompt, rendered, golden.info["special_tokens"])
     if mismatch:
         found.mismatches.append(mismatch)
 
 
 def _measure_prompt(endpoint: Endpoint, golden: Golden, number: int, top: int, found: Measured) -> None:
     prompt = golden.prompts[number]
-    reported = endpoint.prompt(prompt, top) if endpoint.reports_prompt else {}
+    reported = endpoint.prompt(prompt.prompt, top) if endpoint.reports_prompt else {}
     if reported and max(reported) != prompt.num_prompt_tokens - 2:
         # Rendered to another length: positions do not mean the same tokens.
         found.not_shown.append(f"{prompt.name}: its prompt has {max(reported) + 2} tokens in the endpoint")
         reported = {}
     start = prompt.num_prompt_tokens - 1
     expected = prompt.token_ids[prompt.num_prompt_tokens :]
-    answer = endpoint.answer(prompt, len(expected), top)
+    answer = endpoint.answer(prompt.prompt, len(expected), top)
     for offset, distribution in enumerate(answer.distributions):
         reported[start + offset] = distribution
         # From the first other token on the two answer different questions.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from k26_plugins.operate.golden import GoldenPrompt
+from k26_plugins.operate.golden import Prompt
 from k26_plugins.operate.verify.endpoint import Answer, Distribution, Endpoint, Rendered
 
 MAX_TOP = 20
@@ -14,14 +14,14 @@ MAX_TOP = 20
 class OpenAIEndpoint(Endpoint):
     """Prompts go as messages, so a prompt of raw text cannot be asked, and a prompt's own tokens are not reported."""
 
-    def rendered(self, prompt: GoldenPrompt) -> Rendered:
+    def rendered(self, prompt: Prompt) -> Rendered:
         answer = self.chat(**self.chat_request(prompt), max_tokens=1)
         return Rendered(None, int(answer["usage"]["prompt_tokens"]))
 
-    def prompt(self, prompt: GoldenPrompt, top: int) -> dict[int, Distribution]:
+    def prompt(self, prompt: Prompt, top: int) -> dict[int, Distribution]:
         return {}
 
-    def answer(self, prompt: GoldenPrompt, count: int, top: int) -> Answer:
+    def answer(self, prompt: Prompt, count: int, top: int) -> Answer:
         top = min(top, MAX_TOP)
         request = self.chat_request(prompt)
         body = self.chat(**request, max_tokens=count, temperature=0, logprobs=True, top_logprobs=top)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from k26_plugins.operate.golden import GoldenPrompt
+from k26_plugins.operate.golden import Prompt
 from k26_plugins.operate.verify.endpoint import Rendered
 
 TOKENIZER_REMEDY = (
@@ -27,9 +27,9 @@ class Mismatch:
     remedy: str
 
 
-def compare_rendering(prompt: GoldenPrompt, rendered: Rendered, special: Mapping[str, int]) -> Mismatch | None:
+def compare_rendering(prompt: Prompt, rendered: Rendered, special: Mapping[str, int]) -> Mismatch | None:
     """Hold the endpoint's prompt tokens, or their number where it does not report them, against the golden ones."""
-    expected = prompt.token_ids[: prompt.num_prompt_tokens]
+    expected = prompt.token_ids
     found = rendered.token_ids
     if found is None:
         if rendered.count == len(expected):

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from k26_plugins.operate.golden import GoldenPrompt
+from k26_plugins.operate.golden import Prompt
 from k26_plugins.operate.verify.endpoint import Answer, Distribution, Endpoint, Rendered, data_url
 
 
 class SGLangEndpoint(Endpoint):
-    def rendered(self, prompt: GoldenPrompt) -> Rendered:
+    def rendered(self, prompt: Prompt) -> Rendered:
         answer = self.chat(**self.chat_request(prompt), max_tokens=1, return_prompt_token_ids=True)
         token_ids = answer["choices"][0].get("prompt_token_ids")
         return Rendered(token_ids, int(answer["usage"]["prompt_tokens"]))
 
-    def prompt(self, prompt: GoldenPrompt, top: int) -> dict[int, Distribution]:
+    def prompt(self, prompt: Prompt, top: int) -> dict[int, Distribution]:
         info = self._generate(prompt, 1, top, logprob_start_len=0)
         entries = info["input_top_logprobs"]
         return {position - 1: _distribution(entry) for position, entry in enumerate(entries) if entry}
 
-    def answer(self, prompt: GoldenPrompt, count: int, top: int) -> Answer:
+    def answer(self, prompt: Prompt, count: int, top: int) -> Answer:
         info = self._generate(prompt, count, top)
         token_ids = [int(token) for _, token, *_ in info["output_token_logprobs"]]
         reason = info.get("finish_reason") or {}
@@ -27,11 +27,11 @@ class SGLangEndpoint(Endpoint):
             token_ids, [_distribution(entry) for entry in info["output_top_logprobs"]], str(reason.get("type"))
         )
 
-    def _generate(self, prompt: GoldenPrompt, count: int, top: int, **body: Any) -> dict[str, Any]:
+    def _generate(self, prompt: Prompt, count: int, top: int, **body: Any) -> dict[str, Any]:
         if prompt.images:
             body |= {"text": prompt.text, "image_data": [data_url(image) for image in prompt.images]}
         else:
-            body["input_ids"] = prompt.token_ids[: prompt.num_prompt_tokens]
+            body["input_ids"] = prompt.token_ids
         sampling = {"max_new_tokens": count, "temperature": 0, "ignore_eos": True}
         answer = self.post("/generate", sampling_params=sampling, return_logprob=True, top_logprobs_num=top, **body)
         info: dict[str, Any] = answer["meta_info"]

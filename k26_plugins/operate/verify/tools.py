@@ -16,7 +16,7 @@ import jsonschema
 from k26_plugins.operate.verify.endpoint import Endpoint, EndpointError
 
 CALL_ID = re.compile(r"functions\.[\w.\-]+:\d+")
-MARKER = re.compile(r"<\|[a-z_]+\|>|</?think>")
+MARKER = re.compile(r"<\|(tool_call|im_)[a-z_]*\|>|</?think>")
 
 
 def _tool(name: str, description: str, properties: dict[str, Any], required: list[str]) -> dict[str, Any]:

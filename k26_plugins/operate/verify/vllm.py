@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from k26_plugins.operate.golden import GoldenPrompt
+from k26_plugins.operate.golden import Prompt
 from k26_plugins.operate.verify.endpoint import Answer, Distribution, Endpoint, Rendered
 from k26_plugins.operate.verify.openai import chat_answer
 
@@ -13,11 +13,11 @@ MAX_TOP = 20
 
 
 class VLLMEndpoint(Endpoint):
-    def rendered(self, prompt: GoldenPrompt) -> Rendered:
+    def rendered(self, prompt: Prompt) -> Rendered:
         answer = self.chat(**self.chat_request(prompt), max_tokens=1, return_token_ids=True)
         return Rendered(answer.get("prompt_token_ids"), int(answer["usage"]["prompt_tokens"]))
 
-    def prompt(self, prompt: GoldenPrompt, top: int) -> dict[int, Distribution]:
+    def prompt(self, prompt: Prompt, top: int) -> dict[int, Distribution]:
         top = min(top, MAX_TOP)
         if prompt.images:
             body = self.chat(**self.chat_request(prompt), max_tokens=1, temperature=0, prompt_logprobs=top)
@@ -32,7 +32,7 @@ class VLLMEndpoint(Endpoint):
             if entry
         }
 
-    def answer(self, prompt: GoldenPrompt, count: int, top: int) -> Answer:
+    def answer(self, prompt: Prompt, count: int, top: int) -> Answer:
         top = min(top, MAX_TOP)
         if prompt.images:
             request = self.chat_request(prompt) | {"return_tokens_as_token_ids": True, "ignore_eos": True}
@@ -47,6 +47,5 @@ class VLLMEndpoint(Endpoint):
         token_ids = [int(token.removeprefix("token_id:")) for token in choice["logprobs"]["tokens"]]
         return Answer(token_ids, distributions, str(choice.get("finish_reason")))
 
-    def _complete(self, prompt: GoldenPrompt, **body: Any) -> dict[str, Any]:
-        token_ids = prompt.token_ids[: prompt.num_prompt_tokens]
-        return self.post("/v1/completions", model=self.model, prompt=token_ids, temperature=0, **body)
+    def _complete(self, prompt: Prompt, **body: Any) -> dict[str, Any]:
+        return self.post("/v1/completions", model=self.model, prompt=prompt.token_ids, temperature=0, **body)
