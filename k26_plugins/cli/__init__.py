@@ -7,6 +7,7 @@ import typer
 from k26_plugins.cli.checkpoint import check, tensors, tiny
 from k26_plugins.cli.generate import generate
 from k26_plugins.cli.golden import golden
+from k26_plugins.cli.plan import plan
 from k26_plugins.cli.verify import compare, verify
 
 app = typer.Typer(
@@ -15,5 +16,5 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (tensors, check, tiny, generate, golden, verify, compare):
+for command in (tensors, check, tiny, generate, plan, golden, verify, compare):
     app.command()(command)

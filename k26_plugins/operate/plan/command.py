@@ -1,0 +1,64 @@
+"""The engine's own command for a plan."""
+
+from __future__ import annotations
+
+import shlex
+
+from k26_plugins.operate.plan.fit import BATCHED_TOKENS, MEMORY_FRACTION, Fit
+from k26_plugins.operate.plan.hybrid import Hybrid
+
+ENGINES = ("vllm", "sglang", "ktransformers")
+PARSERS = ["--tool-call-parser", "kimi_k2", "--reasoning-parser", "kimi_k2"]
+
+
+def vllm_command(checkpoint: str, fit: Fit) -> list[str]:
+    layout = fit.layout
+    command = ["vllm", "serve", checkpoint, "--tensor-parallel-size", str(layout.tp)]
+    if layout.pp > 1:
+        command += ["--pipeline-parallel-size", str(layout.pp)]
+    if layout.expert_parallel:
+        command += ["--enable-expert-parallel"]
+    if layout.context_parallel > 1:
+        command += ["--decode-context-parallel-size", str(layout.context_parallel)]
+    if layout.vision_whole:
+        command += ["--mm-encoder-tp-mode", "data"]
+    if fit.load.kv_dtype == "fp8":
+        command += ["--kv-cache-dtype", "fp8"]
+    command += ["--max-model-len", str(_context(fit)), "--gpu-memory-utilization", f"{MEMORY_FRACTION:.2f}"]
+    command += ["--max-num-batched-tokens", str(BATCHED_TOKENS)]
+    return [*command, "--enable-auto-tool-choice", *PARSERS]
+
+
+def sglang_command(checkpoint: str, fit: Fit) -> list[str]:
+    layout = fit.layout
+    command = ["python", "-m", "sglang.launch_server", "--model-path", checkpoint, "--tp-size", str(layout.tp)]
+    if layout.pp > 1:
+        command += ["--pp-size", str(layout.pp)]
+    if layout.expert_parallel:
+        command += ["--ep-size", str(layout.tp)]
+    if layout.vision_whole:
+        command += ["--mm-enable-dp-encoder"]
+    if fit.load.kv_dtype == "fp8":
+        command += ["--kv-cache-dtype", "fp8_e4m3"]
+    # SGLang's fraction is for weights and KV cache together; what is left of the memory is for all else.
+    static = (fit.budget - fit.activations - fit.overhead) / fit.gpu.memory
+    command += ["--context-length", str(_context(fit)), "--mem-fraction-static", f"{static:.2f}"]
+    return [*command, "--chunked-prefill-size", str(BATCHED_TOKENS), *PARSERS]
+
+
+def ktransformers_command(checkpoint: str, fit: Fit, plan: Hybrid, cores: int, sockets: int) -> list[str]:
+    """KTransformers' own SGLang. `checkpoint` is a folder: the CPU experts are read from the same files."""
+    command = ["python", "-m", "sglang.launch_server", "--model", checkpoint, "--kt-weight-path", checkpoint]
+    command += ["--kt-method", "RAWINT4", "--kt-num-gpu-experts", str(plan.gpu_experts), "--kt-cpuinfer", str(cores)]
+    command += ["--kt-threadpool-count", str(sockets), "--tensor-parallel-size", str(fit.layout.tp)]
+    command += ["--disable-shared-experts-fusion", "--mem-fraction-static", f"{MEMORY_FRACTION:.2f}"]
+    return [*command, "--context-length", str(_context(fit)), "--max-total-tokens", str(fit.load.tokens), *PARSERS]
+
+
+def shown(command: list[str]) -> str:
+    return shlex.join(command)
+
+
+def _context(fit: Fit) -> int:
+    """Tokens of one request of the load, images included."""
+    return min(fit.load.tokens // fit.load.concurrency, fit.max_position)

@@ -1,0 +1,133 @@
+"""What a GPU holds beside the weights, and how many tokens of KV cache are left."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from k26_plugins.common.config import K26Config, TextConfig
+from k26_plugins.operate.plan.hardware import GIB, Gpu
+from k26_plugins.operate.plan.weights import Layout, per_gpu, stages
+
+KV_BYTES = {"bf16": 2, "fp8": 1}
+BATCHED_TOKENS = 8192
+"""Tokens in one step, both engines' usual size for prefill."""
+SEQUENCES = 1024
+"""Requests in one step, for which logits are reserved."""
+# CUDA context, communication buffers, CUDA graphs, the allocator's slack. Nobody publishes them one by one: this is what
+# the published 8 × H200 run (71.2 GiB of weights, 711,296 tokens at 0.90 of the memory) leaves after all that is computed.
+OVERHEAD = round(5.0 * GIB)
+# Tokens that an image of the largest size takes (specification 4.4).
+IMAGE_TOKENS = 4225
+BLOCK = 64
+"""Tokens of a KV page in MLA backends."""
+MEMORY_FRACTION = 0.90
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """What is to be served."""
+
+    context: int = 131072
+    """Tokens of one request, prompt and answer."""
+    concurrency: int = 1
+    """Requests of that length at the same time."""
+    images: int = 0
+    """Images of the largest size in each request, beside `context`."""
+    kv_dtype: str = "bf16"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of KV cache for all of it."""
+        return self.concurrency * (self.context + self.images * IMAGE_TOKENS)
+
+
+@dataclass(slots=True, kw_only=True)
+class Fit:
+    """One GPU of the tightest pipeline stage."""
+
+    layout: Layout
+    gpu: Gpu
+    load: Load
+    weights: dict[str, int] = field(default_factory=dict)
+    activations: int = 0
+    overhead: int = OVERHEAD
+    budget: int = 0
+    """Bytes that the engine may use."""
+    kv_per_token: float = 0.0
+    """Bytes on this GPU for one token of context."""
+    max_position: int = 0
+
+    @property
+    def kv_bytes(self) -> int:
+        """What is left for the KV cache; negative where the weights do not fit."""
+        return self.budget - sum(self.weights.values()) - self.activations - self.overhead
+
+    @property
+    def kv_tokens(self) -> int:
+        return max(int(self.kv_bytes / self.kv_per_token) // BLOCK * BLOCK, 0)
+
+    @property
+    def largest_context(self) -> int:
+        """Of a single request."""
+        return min(self.kv_tokens, self.max_position)
+
+    @property
+    def largest_concurrency(self) -> int:
+        """Requests of the load's length at the same time."""
+        return self.kv_tokens // (self.load.tokens // self.load.concurrency)
+
+    @property
+    def fits(self) -> bool:
+        return self.kv_tokens >= self.load.tokens
+
+    @property
+    def why(self) -> str:
+        """One sentence."""
+        weights, budget = sum(self.weights.values()) / GIB, self.budget / GIB
+        needed = f"weights take {weights:.1f} GiB of each GPU, of which the engine may use {budget:.1f} GiB"
+        if weights > budget:
+            return f"{needed}: the weights alone do not fit"
+        if self.kv_bytes <= 0:
+            rest = (self.activations + self.overhead) / GIB
+            return f"{needed}; activations, graphs and buffers want {rest:.1f} GiB, so no KV cache is left"
+        answer = f"{needed}; {self.kv_bytes / GIB:.1f} GiB are left for {self.kv_tokens:,} tokens of KV cache"
+        return answer if self.fits else f"{answer}, and the load needs {self.load.tokens:,}"
+
+
+def kv_bytes_per_token(text: TextConfig, kv_dtype: str, num_layers: int | None = None) -> int:
+    """Bytes of one token: the latent and the rotated key of each layer, the same on every tensor-parallel rank."""
+    layers = text.num_hidden_layers if num_layers is None else num_layers
+    return layers * (text.kv_lora_rank + text.qk_rope_head_dim) * KV_BYTES[kv_dtype]
+
+
+def activation_bytes(config: K26Config, tp: int) -> int:
+    """What a step of BATCHED_TOKENS tokens holds at once, bfloat16, and the logits of SEQUENCES requests in float32."""
+    text, vision = config.text, config.vision
+    hidden = 4 * BATCHED_TOKENS * text.hidden_size * 2
+    routed_width = 3 * text.moe_intermediate_size // tp + text.hidden_size
+    routed = BATCHED_TOKENS * text.num_experts_per_tok * routed_width * 2
+    heads = text.num_attention_heads // tp
+    attention = BATCHED_TOKENS * heads * (2 * text.qk_head_dim + text.v_head_dim) * 2
+    logits = 2 * SEQUENCES * text.vocab_size * 4
+    # As many image tokens as text tokens, four patches each.
+    patches = 4 * BATCHED_TOKENS * (6 * vision.hidden_size + 2 * vision.intermediate_size) * 2
+    return hidden + routed + attention + logits + patches
+
+
+def fit(config: K26Config, gpu: Gpu, layout: Layout, load: Load, memory_fraction: float = MEMORY_FRACTION) -> Fit:
+    """The tightest stage's GPU. Raises LayoutError."""
+    found = []
+    for stage, layers in enumerate(stages(config.text.num_hidden_layers, layout.pp)):
+        found.append(
+            Fit(
+                layout=layout,
+                gpu=gpu,
+                load=load,
+                weights=per_gpu(config, layout, stage),
+                activations=activation_bytes(config, layout.tp),
+                budget=int(gpu.memory * memory_fraction),
+                kv_per_token=kv_bytes_per_token(config.text, load.kv_dtype, len(layers)) / layout.context_parallel,
+                max_position=config.text.max_position_embeddings,
+            )
+        )
+    return min(found, key=lambda item: item.kv_bytes / item.kv_per_token)

@@ -1,0 +1,137 @@
+"""A plan as text and as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from k26_plugins.common.config import K26Config
+from k26_plugins.operate.plan.advise import choose, nearest
+from k26_plugins.operate.plan.command import ktransformers_command, sglang_command, shown, vllm_command
+from k26_plugins.operate.plan.fit import Fit, Load
+from k26_plugins.operate.plan.hardware import GIB, Gpu
+from k26_plugins.operate.plan.hybrid import Hybrid, cpu_bound, hybrid
+from k26_plugins.operate.plan.speed import decode_bound
+from k26_plugins.operate.plan.weights import PARTS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    gpu: Gpu
+    count: int
+    ram: int | None = None
+    """Bytes of system memory."""
+    ram_bandwidth: float | None = None
+    """Bytes a second."""
+    cores: int = 64
+    sockets: int = 2
+
+
+@dataclass(slots=True)
+class Plan:
+    """The answer."""
+
+    engine: str
+    machine: Machine
+    fit: Fit
+    hybrid: Hybrid | None
+    command: list[str] | None
+    """None where it does not fit."""
+    bounds: dict[str, float]
+    """Tokens a second, by what bounds them."""
+    advice: list[str] = field(default_factory=list)
+
+    @property
+    def fits(self) -> bool:
+        return self.hybrid.fits if self.hybrid is not None else self.fit.fits
+
+    @property
+    def why(self) -> str:
+        return self.hybrid.why if self.hybrid is not None else self.fit.why
+
+
+def make_plan(config: K26Config, engine: str, machine: Machine, load: Load, checkpoint: str) -> Plan:
+    """Plan one engine on one machine. Raises LayoutError."""
+    chosen = choose(config, machine.gpu, machine.count, load, engine)
+    mixed = hybrid(config, chosen, machine.ram) if engine == "ktransformers" else None
+    plan = Plan(engine, machine, chosen, mixed, None, {})
+    if not plan.fits:
+        plan.advice = nearest(config, machine.gpu, machine.count, load, engine, machine.ram)
+        return plan
+    if mixed is not None:
+        plan.command = ktransformers_command(checkpoint, chosen, mixed, machine.cores, machine.sockets)
+    else:
+        plan.command = (vllm_command if engine == "vllm" else sglang_command)(checkpoint, chosen)
+    share = 1.0 if mixed is None else mixed.gpu_experts / mixed.num_experts
+    for sequences in dict.fromkeys((1, load.concurrency)):
+        bound = decode_bound(config, chosen, sequences, load.context, gpu_experts=share)
+        if bound is not None:
+            plan.bounds[f"GPU memory, {sequences} at once"] = bound
+    if mixed is not None and machine.ram_bandwidth is not None:
+        plan.bounds["system memory, 1 at once"] = cpu_bound(config, mixed, machine.ram_bandwidth)
+    return plan
+
+
+def rows(plan: Plan) -> list[tuple[str, int]]:
+    """What one GPU holds, in bytes."""
+    fit = plan.fit
+    weights = [(part, size) for part, size in fit.weights.items() if size]
+    if plan.hybrid is not None:
+        share = plan.hybrid.gpu_experts / plan.hybrid.num_experts
+        weights = [(part, round(size * share) if part == PARTS[0] else size) for part, size in weights]
+        kv = round(fit.load.tokens * fit.kv_per_token)
+    else:
+        kv = max(fit.kv_bytes, 0)
+    return [*weights, ("activations", fit.activations), ("graphs, buffers, context", fit.overhead), ("KV cache", kv)]
+
+
+def as_text(plan: Plan) -> str:
+    fit, layout = plan.fit, plan.fit.layout
+    cut = f"tensor parallel {layout.tp}"
+    cut += f", pipeline parallel {layout.pp}" if layout.pp > 1 else ""
+    cut += f", KV cache over {layout.context_parallel} ranks" if layout.context_parallel > 1 else ""
+    lines = [
+        f"{'fits' if plan.fits else 'does NOT fit'}: {plan.machine.count} × {plan.machine.gpu.name}, {plan.engine}, {cut}",
+        f"  {plan.why}",
+        "",
+        f"  on each GPU of {fit.gpu.memory / GIB:.1f} GiB (the fullest stage):",
+    ]
+    lines += [f"    {name:<26}{size / GIB:8.2f} GiB" for name, size in rows(plan)]
+    if plan.hybrid is None and fit.kv_tokens:
+        lines.append(f"  KV cache: {fit.kv_tokens:,} tokens of {fit.kv_per_token:,.0f} bytes on each GPU")
+        lines.append(
+            f"  largest context {fit.largest_context:,}; largest concurrency of the load {fit.largest_concurrency}"
+        )
+    for what, bound in plan.bounds.items():
+        lines.append(f"  decoding at most {bound:,.0f} tokens/s ({what}; a bound from bandwidths, not a measurement)")
+    if plan.command is not None:
+        lines += ["", shown(plan.command)]
+        if plan.hybrid is not None and not Path(plan.command[4]).is_dir():
+            lines.append("  (KTransformers reads a downloaded folder: give it with --checkpoint)")
+    if plan.advice:
+        lines += ["", "  what works:", *(f"    - {line}" for line in plan.advice)]
+    return "\n".join(lines)
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    fit = plan.fit
+    return {
+        "fits": plan.fits,
+        "why": plan.why,
+        "engine": plan.engine,
+        "gpus": plan.machine.count,
+        "gpu": plan.machine.gpu.name,
+        "tensor_parallel": fit.layout.tp,
+        "pipeline_parallel": fit.layout.pp,
+        "context_parallel": fit.layout.context_parallel,
+        "bytes_per_gpu": dict(rows(plan)),
+        "kv_tokens": fit.kv_tokens if plan.hybrid is None else fit.load.tokens,
+        "largest_context": fit.largest_context,
+        "largest_concurrency": fit.largest_concurrency,
+        "gpu_experts": None if plan.hybrid is None else plan.hybrid.gpu_experts,
+        "ram_needed": None if plan.hybrid is None else plan.hybrid.ram_needed,
+        "bounds_tokens_per_second": plan.bounds,
+        "command": plan.command,
+        "advice": plan.advice,
+    }
