@@ -5,9 +5,11 @@ from __future__ import annotations
 import typer
 
 from k26_plugins.cli.checkpoint import check, tensors, tiny
+from k26_plugins.cli.doctor import doctor
 from k26_plugins.cli.generate import generate
 from k26_plugins.cli.golden import golden
 from k26_plugins.cli.plan import plan
+from k26_plugins.cli.serve import serve
 from k26_plugins.cli.verify import compare, verify
 
 app = typer.Typer(
@@ -16,5 +18,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (tensors, check, tiny, generate, plan, golden, verify, compare):
+for command in (tensors, check, tiny, generate, plan, doctor, golden, verify, compare):
     app.command()(command)
+# What follows `--` is the engine's.
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": False})(serve)

@@ -69,6 +69,12 @@ def _config_registry() -> Any:
     return private(common if find_spec("sglang.srt.utils.hf_transformers") else _TRANSFORMERS, "_CONFIG_REGISTRY")
 
 
+def registered_config() -> type | None:
+    """The configuration class that SGLang has for this model type."""
+    found: type | None = _config_registry().get(MODEL_TYPE)
+    return found
+
+
 def register_config(module: str, name: str) -> None:
     """Replace the configuration class of this model type by `module.name`."""
     _config_registry()[MODEL_TYPE] = getattr(importlib.import_module(module), name)

@@ -55,6 +55,13 @@ def ktransformers_command(checkpoint: str, fit: Fit, plan: Hybrid, cores: int, s
     return [*command, "--context-length", str(_context(fit)), "--max-total-tokens", str(fit.load.tokens), *PARSERS]
 
 
+def cpu_command(engine: str, checkpoint: str) -> list[str]:
+    """The command without a GPU, where memory is what the operator gives: there is nothing to plan."""
+    if engine == "vllm":
+        return ["vllm", "serve", checkpoint]
+    return ["python", "-m", "sglang.launch_server", "--model-path", checkpoint, "--device", "cpu"]
+
+
 def shown(command: list[str]) -> str:
     return shlex.join(command)
 

@@ -1,0 +1,51 @@
+"""Why it does not work, or that it should."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from k26_plugins.cli.console import err, out
+from k26_plugins.cli.plan import Engine
+
+if TYPE_CHECKING:
+    from k26_plugins.operate.doctor import Finding
+
+COLOURS = {"ok": "green", "note": "yellow", "BAD": "bold red"}
+
+
+def doctor(
+    checkpoint: Annotated[Path | None, typer.Option(help="A checkpoint's folder, to be looked at too.")] = None,
+    engine: Annotated[Engine | None, typer.Option(help="One that must be installed here.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Look at this environment: versions, GPUs, whether the plugin is active in each engine, and the experts' self-test.
+
+    Each engine is asked in a process of its own that loads plugins as a server does. The self-test is the one that a
+    server makes when it loads the model: each experts backend against the plain dequantised product, on this device.
+
+    Exits with 0 where nothing is bad and with 1 where something is.
+    """
+    from k26_plugins.operate.doctor import Level, examine
+
+    with err.status("looking") as status:
+        chosen = None if engine is None else engine.value
+        findings = examine(checkpoint, chosen, lambda stage: status.update(f"looking at {stage}"))
+    if as_json:
+        typer.echo(json.dumps([asdict(finding) for finding in findings], indent=1))
+    else:
+        show(findings)
+    if any(finding.level == Level.BAD for finding in findings):
+        raise typer.Exit(1)
+
+
+def show(findings: list[Finding]) -> None:
+    for finding in findings:
+        out.print(f"{finding.level:>4}", end="  ", style=COLOURS[finding.level])
+        out.print(f"{finding.what}: {finding.detail}", highlight=False, markup=False, soft_wrap=True)
+        if finding.remedy:
+            out.print(f"      remedy: {finding.remedy}", highlight=False, markup=False, soft_wrap=True)

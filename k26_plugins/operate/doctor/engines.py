@@ -1,0 +1,63 @@
+"""Each engine that is installed: its version against those checked, and whether the plugin is active in it.
+
+Asked in a process of its own, which loads plugins as the engine does: what a server would find, not what is hoped.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+
+from k26_plugins.operate.doctor.finding import Finding, Level
+from k26_plugins.operate.doctor.machine import installed, numbers
+
+PROBES = {"vllm": "k26_plugins.vllm.probe", "sglang": "k26_plugins.sglang.probe"}
+ENGINES = (*PROBES, "ktransformers")
+PROBE_SECONDS = 300
+
+
+def engine_findings(required: str | None) -> list[Finding]:
+    findings: list[Finding] = []
+    for engine, probe in PROBES.items():
+        if find_spec(engine) is not None:
+            findings += _probe(engine, probe)
+    kernel = installed("kt-kernel")
+    if kernel is not None:
+        detail = f"kt-kernel {kernel}: k26-plugins has no adapter for it, its own code serves"
+        findings.append(Finding(Level.NOTE, "ktransformers", detail))
+    names = {finding.what for finding in findings}
+    if required is not None and required not in names:
+        remedy = f"pip install 'k26-plugins[{required}]' in an environment of its own"
+        findings.append(Finding(Level.BAD, required, "not installed here", remedy))
+    elif not findings:
+        findings.append(Finding(Level.NOTE, "engines", "none is installed here"))
+    return findings
+
+
+def _probe(engine: str, module: str) -> list[Finding]:
+    command = [sys.executable, "-m", module]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PROBE_SECONDS)
+    except subprocess.TimeoutExpired:
+        return [
+            Finding(Level.BAD, engine, f"loading its plugins takes more than {PROBE_SECONDS} s", "start it by hand")
+        ]
+    answer = next((line for line in reversed(done.stdout.splitlines()) if line.startswith("{")), None)
+    if done.returncode or answer is None:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return [Finding(Level.BAD, engine, f"it cannot be asked: {last}", f"see all of it with: {' '.join(command)}")]
+    state = json.loads(answer)
+    oldest, newest = (numbers(end) for end in state["checked"].split(" to "))
+    name = f"{engine} {state['version']}"
+    findings = []
+    if state["active"]:
+        findings.append(Finding(Level.OK, engine, f"{name}: the plugin is active"))
+    else:
+        remedy = "without it the engine's own code serves Kimi-K2.6"
+        findings.append(Finding(Level.BAD, engine, f"{name}: the plugin is NOT active: {state['why_not']}", remedy))
+    if not oldest <= numbers(state["version"]) <= newest:
+        detail = f"{name} is none of the versions checked, {state['checked']}"
+        findings.append(Finding(Level.NOTE, engine, detail, "verify the running server: `k26 verify`"))
+    return findings

@@ -1,0 +1,75 @@
+"""Which experts backend would run on this device, with the self-test that a server makes at its start."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from k26_plugins.common.checkpoint import Checkpoint, CheckpointError
+from k26_plugins.common.config import ConfigError, TextConfig
+from k26_plugins.common.experts import BACKENDS, ExpertWeights
+from k26_plugins.common.experts.selftest import TOLERANCE, self_test_error
+from k26_plugins.common.int4 import GROUP_SIZE, PACK_FACTOR
+from k26_plugins.common.model import MoE
+from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, experts_for_device
+from k26_plugins.operate.doctor.finding import Finding, Level
+
+NUM_EXPERTS = 2
+
+
+def experts_findings(checkpoint: Path | None) -> list[Finding]:
+    """Every backend on this device, on weights of the checkpoint or random ones of the published sizes."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        setting = experts_for_device(device)
+    except ValueError as error:
+        return [Finding(Level.BAD, "experts", str(error), f"unset {EXPERTS_VARIABLE}")]
+    try:
+        weights, source = _weights(checkpoint)
+    except (CheckpointError, ConfigError) as error:
+        return [Finding(Level.BAD, "experts", f"no weights to test with: {error}", "give a whole checkpoint")]
+    on_device = ExpertWeights(*(getattr(weights, name).to(device) for name in weights.__slots__))
+    findings, chosen = [], None
+    for name, backend in BACKENDS.items():
+        reason = backend.unsupported(on_device)
+        if reason is not None:
+            findings.append(Finding(Level.NOTE, f"experts: {name}", f"cannot run here: {reason}"))
+            continue
+        begin = time.perf_counter()
+        difference = self_test_error(backend, on_device)
+        seconds = time.perf_counter() - begin
+        passed = difference <= TOLERANCE
+        chosen = chosen or (name if passed else None)
+        detail = f"relative error {difference:.1e} (limit {TOLERANCE:g}) on {device}, {source}, {seconds:.2f} s"
+        remedy = "" if passed else "report it with the device's name; the next backend is used"
+        findings.append(Finding(Level.OK if passed else Level.BAD, f"experts: {name}", detail, remedy))
+    taken = "the engine's own" if setting == ENGINE else chosen if setting == "auto" else setting
+    if taken is None:
+        return [*findings, Finding(Level.BAD, "experts", "no backend can be used", "do not serve on this machine")]
+    return [*findings, Finding(Level.OK, "experts", f"a server on {device} takes: {taken}")]
+
+
+def _weights(checkpoint: Path | None) -> tuple[ExpertWeights, str]:
+    if checkpoint is not None:
+        opened = Checkpoint(checkpoint)
+        text = opened.config.text
+        moe = MoE(text, opened.tensor, text.first_k_dense_replace)
+        experts = [moe.expert(index) for index in range(NUM_EXPERTS)]
+        return ExpertWeights(*(torch.stack(parts) for parts in zip(*experts, strict=True))), "the checkpoint's weights"
+    text = TextConfig()
+    hidden, inner = text.hidden_size, text.moe_intermediate_size
+    generator = torch.Generator().manual_seed(0)
+
+    def packed(rows: int, inputs: int) -> torch.Tensor:
+        shape = (NUM_EXPERTS, rows, inputs // PACK_FACTOR)
+        return torch.randint(-(2**31), 2**31, shape, generator=generator, dtype=torch.int32)
+
+    def scale(rows: int, inputs: int) -> torch.Tensor:
+        shape = (NUM_EXPERTS, rows, inputs // GROUP_SIZE)
+        return (torch.rand(shape, generator=generator) * 0.01).to(torch.bfloat16)
+
+    wide = (2 * inner, hidden)
+    weights = ExpertWeights(packed(*wide), scale(*wide), packed(hidden, inner), scale(hidden, inner))
+    return weights, "random weights of the published sizes"

@@ -1,0 +1,101 @@
+"""Versions of packages, the CPU, memory, GPUs and their driver."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from k26_plugins.operate.doctor.finding import Finding, Level
+
+PACKAGES = ("k26-plugins", "torch", "triton", "transformers", "compressed-tensors", "safetensors", "tiktoken")
+# transformers issues 45356 and 45359: Kimi's special tokens packed without their gaps.
+BROKEN_TRANSFORMERS = ((5, 4), (5, 5, 4))
+
+
+def installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """The leading numbers of a version: `0.32.0+cpu` is (0, 32, 0)."""
+    parts = []
+    for part in text.split("+")[0].split("."):
+        digits = part[: len(part) - len(part.lstrip("0123456789"))]
+        if not digits:
+            break
+        parts.append(int(digits))
+    return tuple(parts)
+
+
+def version_findings() -> list[Finding]:
+    found = {package: installed(package) for package in PACKAGES}
+    listed = ", ".join(f"{package} {number}" for package, number in found.items() if number)
+    findings = [Finding(Level.OK, "packages", f"Python {platform.python_version()}, {listed}")]
+    transformers = found["transformers"]
+    if transformers and BROKEN_TRANSFORMERS[0] <= numbers(transformers) < BROKEN_TRANSFORMERS[1]:
+        detail = (
+            f"transformers {transformers} shifts Kimi's special tokens; the plugin's own tokenizer is not touched by it"
+        )
+        remedy = "install 5.5.4 or later if anything else tokenises for this model"
+        findings.append(Finding(Level.NOTE, "transformers", detail, remedy))
+    return findings
+
+
+def machine_findings() -> list[Finding]:
+    info = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
+    lines = dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
+    fields = {key.strip(): value.strip() for key, value in lines.items()}
+    flags = set(fields.get("flags", "").split())
+    sets = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_tile") if name in flags]
+    model = fields.get("model name", platform.machine())
+    findings = [Finding(Level.OK, "CPU", f"{model}, {os.cpu_count()} threads, {', '.join(sets) or 'no AVX2'}")]
+    memory = _memory()
+    if memory is not None:
+        total, available = memory
+        findings.append(Finding(Level.OK, "memory", f"{total / 1e9:.1f} GB, {available / 1e9:.1f} GB available"))
+    return findings + _gpus()
+
+
+def _memory() -> tuple[int, int] | None:
+    file = Path("/proc/meminfo")
+    if not file.exists():
+        return None
+    lines = dict(line.split(":", 1) for line in file.read_text(encoding="utf-8").splitlines())
+    total, available = (int(lines[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
+    return total, available
+
+
+def _gpus() -> list[Finding]:
+    import torch
+
+    driver = _driver()
+    if not torch.cuda.is_available():
+        if driver:
+            detail = f"the driver is there ({driver}) and torch {torch.__version__} does not use it"
+            return [Finding(Level.BAD, "GPU", detail, "install the torch build that your engine asks for")]
+        return [Finding(Level.NOTE, "GPU", "none")]
+    findings = []
+    for index in range(torch.cuda.device_count()):
+        name = torch.cuda.get_device_name(index)
+        major, minor = torch.cuda.get_device_capability(index)
+        free, total = torch.cuda.mem_get_info(index)
+        detail = f"{name}, compute {major}.{minor}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free, driver {driver}"
+        findings.append(Finding(Level.OK, f"GPU {index}", detail))
+    return findings
+
+
+def _driver() -> str:
+    """What nvidia-smi says, empty where there is none."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return ""
+    query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, text=True, check=False, timeout=60)
+    return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout.strip() else ""

@@ -1,0 +1,137 @@
+"""The doctor on environments that are right and wrong, and what `k26 serve` starts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.checkpoints import DAMAGES
+from typer.testing import CliRunner
+
+from k26_plugins.cli import app
+from k26_plugins.operate.doctor import engines, machine
+
+
+def doctor(*options: str, code: int = 0) -> dict[str, dict[str, Any]]:
+    result = CliRunner().invoke(app, ["doctor", *options, "--json"])
+    assert result.exit_code == code, result.output
+    return {finding["what"]: finding for finding in json.loads(result.output)}
+
+
+@pytest.fixture
+def fake_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """An engine of the name `vllm` whose probe answers what it is given."""
+
+    def answer(text: str) -> None:
+        (tmp_path / "probe.py").write_text(text)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        monkeypatch.setattr(engines, "PROBES", {"vllm": "probe"})
+        monkeypatch.setattr(engines, "find_spec", lambda name: name)
+
+    return answer
+
+
+def state(**changes: Any) -> str:
+    content = {"version": "0.32.0", "checked": "0.19.1 to 0.32.0", "active": True, "why_not": "", **changes}
+    return f"import json; print('noise'); print(json.dumps({content!r}))"
+
+
+def test_an_environment_that_is_right(tiny_folder: Path, fake_engine: Any) -> None:
+    fake_engine(state())
+    found = doctor("--checkpoint", str(tiny_folder), "--engine", "vllm")
+    assert found["vllm"]["detail"] == "vllm 0.32.0: the plugin is active"
+    assert found["experts"]["detail"] == "a server on cpu takes: cpu"
+    assert "222 tensors" in found["checkpoint"]["detail"]
+    assert found["experts: cpu"]["level"] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("probe", "level", "detail"),
+    [
+        (state(active=False, why_not="VLLM_PLUGINS is set"), "BAD", "NOT active: VLLM_PLUGINS is set"),
+        (state(version="0.40.1"), "note", "none of the versions checked, 0.19.1 to 0.32.0"),
+        ("raise ImportError('libcuda.so.1')", "BAD", "cannot be asked: ImportError: libcuda.so.1"),
+        ("import sys; sys.exit(0)", "BAD", "cannot be asked"),
+    ],
+)
+def test_an_engine_that_is_not_as_it_should(
+    tiny_folder: Path, fake_engine: Any, probe: str, level: str, detail: str
+) -> None:
+    fake_engine(probe)
+    found = doctor("--checkpoint", str(tiny_folder), code=1 if level == "BAD" else 0)["vllm"]
+    assert found["level"] == level
+    assert detail in found["detail"]
+
+
+def test_an_engine_that_is_asked_for_and_missing(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "find_spec", lambda name: None)
+    found = doctor("--checkpoint", str(tiny_folder), "--engine", "sglang", code=1)
+    assert found["sglang"]["detail"] == "not installed here"
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_checkpoint(tiny_folder: Path, tmp_path: Path, name: str) -> None:
+    damage, message = DAMAGES[name]
+    shutil.copytree(tiny_folder, tmp_path / "copy")
+    damage(tmp_path / "copy")
+    found = doctor("--checkpoint", str(tmp_path / "copy"), code=1)
+    assert message in found["checkpoint"]["detail"]
+
+
+def test_a_tokenizer_that_the_download_missed(tiny_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_folder, tmp_path / "copy")
+    (tmp_path / "copy" / "tiktoken.model").unlink()
+    assert "tiktoken.model" in doctor("--checkpoint", str(tmp_path / "copy"), code=1)["tokenizer"]["detail"]
+
+
+@pytest.mark.parametrize(("number", "broken"), [("5.3.9", False), ("5.4.0", True), ("5.5.3", True), ("5.5.4", False)])
+def test_transformers_that_shift_special_tokens(monkeypatch: pytest.MonkeyPatch, number: str, broken: bool) -> None:
+    monkeypatch.setattr(machine, "installed", lambda package: number if package == "transformers" else "1.0")
+    assert any(finding.what == "transformers" for finding in machine.version_findings()) == broken
+
+
+def test_a_setting_that_names_no_backend(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("K26_EXPERTS", "marlin")
+    assert "marlin" in doctor("--checkpoint", str(tiny_folder), code=1)["experts"]["detail"]
+
+
+def serve(*options: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["serve", *options])
+    return result.exit_code, result.output
+
+
+def test_serve_prints_the_engines_command(tiny_folder: Path, fake_engine: Any) -> None:
+    fake_engine(state())
+    code, output = serve(str(tiny_folder), "--gpus", "8xH200", "--context", "8192", "--dry-run", "--", "--port", "8001")
+    assert code == 0, output
+    last = output.strip().splitlines()[-1]
+    assert last.startswith(f"vllm serve {tiny_folder} --tensor-parallel-size 1 ")
+    assert last.endswith("--port 8001")
+    assert "fits: 8 × H200" in output
+
+
+def test_serve_stops_where_something_is_bad(tiny_folder: Path, fake_engine: Any) -> None:
+    fake_engine(state(active=False, why_not="VLLM_PLUGINS is set"))
+    code, output = serve(str(tiny_folder), "--dry-run")
+    assert code == 1
+    assert "NOT active" in output
+    code, output = serve(str(tiny_folder), "--dry-run", "--anyway")
+    assert code == 0
+    assert output.strip().splitlines()[-1] == f"vllm serve {tiny_folder}"
+
+
+def test_serve_runs_the_command(tiny_folder: Path, fake_engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_engine(state())
+    started: list[list[str]] = []
+    monkeypatch.setattr("os.execvp", lambda file, command: started.append(command))
+    assert serve(str(tiny_folder), "--", "--port", "8001")[0] == 0
+    assert started == [["vllm", "serve", str(tiny_folder), "--port", "8001"]]
+
+
+def test_serve_without_a_gpu_for_ktransformers(tiny_folder: Path) -> None:
+    code, output = serve(str(tiny_folder), "--engine", "ktransformers")
+    assert code == 1
+    assert "needs a GPU" in output
