@@ -105,12 +105,12 @@ def serve(*options: str) -> tuple[int, str]:
 
 def test_serve_prints_the_engines_command(tiny_folder: Path, fake_engine: Any) -> None:
     fake_engine(state())
-    code, output = serve(str(tiny_folder), "--gpus", "8xH200", "--context", "8192", "--dry-run", "--", "--port", "8001")
+    code, output = serve(str(tiny_folder), "--gpus", "2xH200", "--context", "8192", "--dry-run", "--", "--port", "8001")
     assert code == 0, output
     last = output.strip().splitlines()[-1]
-    assert last.startswith(f"vllm serve {tiny_folder} --tensor-parallel-size 1 ")
+    assert last.startswith(f"vllm serve {tiny_folder} --tensor-parallel-size 2 ")
     assert last.endswith("--port 8001")
-    assert "fits: 8 × H200" in output
+    assert "fits: 2 × H200" in output
 
 
 def test_serve_stops_where_something_is_bad(tiny_folder: Path, fake_engine: Any) -> None:

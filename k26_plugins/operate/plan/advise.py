@@ -8,7 +8,7 @@ from k26_plugins.common.config import K26Config
 from k26_plugins.operate.plan.fit import Fit, Load, fit
 from k26_plugins.operate.plan.hardware import KNOWN, Gpu
 from k26_plugins.operate.plan.hybrid import hybrid
-from k26_plugins.operate.plan.weights import Layout, LayoutError
+from k26_plugins.operate.plan.weights import Layout, LayoutError, is_possible
 
 WORTH_SERVING = 2048
 """Tokens of KV cache below which a smaller load is no advice."""
@@ -18,12 +18,9 @@ def layouts(config: K26Config, count: int, engine: str) -> list[Layout]:
     """Ways to cut over `count` GPUs: tensor parallel within a node of eight, pipeline stages between nodes."""
     found = []
     for tp in (1, 2, 4, 8):
-        if (
-            count % tp == 0
-            and config.text.num_attention_heads % tp == 0
-            and count // tp <= config.text.num_hidden_layers
-        ):
-            found.append(Layout(tp=tp, pp=count // tp))
+        layout = Layout(tp=tp, pp=count // tp)
+        if count % tp == 0 and is_possible(config, layout):
+            found.append(layout)
     # Fewer stages first: a stage waits for the one before it.
     found.sort(key=lambda layout: layout.pp)
     return found if engine != "ktransformers" else found[:1]
@@ -45,7 +42,7 @@ def choose(config: K26Config, gpu: Gpu, count: int, load: Load, engine: str) -> 
                 return found
             tried.append(found)
     if not tried:
-        raise LayoutError(f"{count} GPUs cannot share this model: use 1, 2, 4, 8 or a multiple of 8.")
+        raise LayoutError(f"{count} GPUs cannot share this model: use 1, 2, 4, 8, or a multiple of 8 for large ones.")
     # Where no layout leaves a KV cache the plainest says why.
     return max(tried, key=lambda item: item.kv_tokens)
 

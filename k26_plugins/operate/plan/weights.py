@@ -61,6 +61,14 @@ def check_layout(config: K26Config, layout: Layout) -> None:
         )
 
 
+def is_possible(config: K26Config, layout: Layout) -> bool:
+    try:
+        check_layout(config, layout)
+    except LayoutError:
+        return False
+    return True
+
+
 def stages(num_layers: int, pp: int) -> list[range]:
     """The layers of each pipeline stage: equal parts, what is left over to the stages before the last, as vLLM has it."""
     sizes = [num_layers // pp] * pp
