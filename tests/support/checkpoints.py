@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,6 +35,16 @@ def half_scales(folder: Path) -> None:
     weights = load_file(file)
     weights[f"{EXPERT}.weight_scale"] = weights[f"{EXPERT}.weight_scale"].half()
     save_file(weights, file)
+
+
+def doubled_scale(source: Path, folder: Path) -> Path:
+    """A copy in which one expert's output is twice as large: whole by every header, and wrong."""
+    shutil.copytree(source, folder)
+    file = _file_of(folder, f"{EXPERT}.weight_scale")
+    weights = load_file(file)
+    weights[f"{EXPERT}.weight_scale"] *= 2
+    save_file(weights, file)
+    return folder
 
 
 def another_model(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,9 +17,13 @@ from support.expected import image_request, text_prompt
 from support.images import BAD_IMAGES, image_part, png_header
 from support.server import Server
 from support.vllm_server import serve
+from typer.testing import CliRunner
 
+from k26_plugins.cli import app
 from k26_plugins.common.checkpoint import Checkpoint
+from k26_plugins.common.config import K26Config
 from k26_plugins.common.multimodal import KimiK26
+from k26_plugins.operate.plan.fit import kv_bytes_per_token
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +88,20 @@ def test_text_is_rendered_and_tokenised_as_by_the_core(server: Server, tiny_fold
     content = "Hello 中文 world, I'm 12345\n"
     answer = server.chat(content, max_tokens=4, return_token_ids=True)
     assert answer["prompt_token_ids"] == text_prompt(tiny_folder, content)
+
+
+def test_verify_passes(server: Server, golden_file: Path) -> None:
+    result = CliRunner().invoke(app, ["verify", "--url", server.url, "--golden", str(golden_file)])
+    assert result.exit_code == 0, result.output
+    assert "vLLM" in result.output
+
+
+def test_the_planned_kv_cache_is_the_servers(server: Server, tiny_folder: Path) -> None:
+    """Of 1 GB, which the tests give it: vLLM logs how many tokens it made of that."""
+    found = re.search(r"KV cache size: ([\d,]+) tokens", server.log.read_text())
+    assert found is not None
+    planned = 2**30 / kv_bytes_per_token(K26Config.from_path(tiny_folder).text, "bf16")
+    assert int(found[1].replace(",", "")) == pytest.approx(planned, rel=0.03)
 
 
 def test_streaming_gives_the_same_text(server: Server) -> None:

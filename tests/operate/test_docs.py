@@ -1,0 +1,82 @@
+"""What README and docs tell people to type is run as written, on the tiny checkpoint; generated parts are up to date."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from support.endpoint import serve_reference
+from typer.testing import CliRunner
+
+from k26_plugins.cli import app
+from k26_plugins.operate.doctor import engines
+from k26_plugins.operate.golden.variants import BY_NAME
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+sys.path.insert(0, str(ROOT / "ci"))
+import hardware_table  # noqa: E402
+
+
+def documented(page: Path) -> list[str]:
+    """The `k26` commands in a page's code blocks, without the comment after them."""
+    lines = re.findall(r"^ {4}(k26 .*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return [line.split(" #")[0].strip() for line in lines]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if documented(page)], ids=lambda page: page.name)
+def test_commands_run_as_written(
+    page: Path,
+    tiny_folder: Path,
+    prompts_file: Path,
+    golden_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_folder, "DIR")
+    shutil.copy(tiny_folder / "config.json", "config.json")
+    shutil.copy(golden_file, "golden.safetensors")
+    for file in prompts_file.parent.iterdir():
+        shutil.copy(file, file.name)
+    started: list[list[str]] = []
+    monkeypatch.setattr("os.execvp", lambda file, command: started.append(command))
+    # Engines are looked at in their own environments, by tests/vllm and tests/sglang.
+    monkeypatch.setattr(engines, "engine_findings", lambda required: [])
+    monkeypatch.setattr("k26_plugins.operate.doctor.engine_findings", lambda required: [])
+    with serve_reference(tiny_folder) as url:
+        for line in documented(page):
+            command = re.sub(r"http://localhost:\d+", url, line)
+            if command.startswith("k26 tiny"):
+                shutil.rmtree("DIR")
+            result = CliRunner().invoke(app, shlex.split(command)[1:])
+            assert result.exit_code == 0, f"{line}\n{result.output}"
+    assert len(started) == sum("k26 serve" in line for line in documented(page))
+
+
+def test_the_hardware_table_is_what_the_planner_says() -> None:
+    text = hardware_table.FILE.read_text(encoding="utf-8")
+    assert text == hardware_table.written(text), "run: python ci/hardware_table.py"
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_every_suspect_says_what_to_do() -> None:
+    assert all(variant.remedy for variant in BY_NAME.values() if variant.is_suspect)
+
+
+@pytest.mark.parametrize(
+    "command", [None, *sorted(name for name in ("plan", "doctor", "golden", "verify", "compare", "serve"))]
+)
+def test_help_teaches(command: str | None) -> None:
+    result = CliRunner().invoke(app, [command, "--help"] if command else ["--help"])
+    assert result.exit_code == 0
+    assert len(result.output) > 600
