@@ -29,7 +29,7 @@ def fake_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         (tmp_path / "probe.py").write_text(text)
         monkeypatch.setenv("PYTHONPATH", str(tmp_path))
         monkeypatch.setattr(engines, "PROBES", {"vllm": "probe"})
-        monkeypatch.setattr(engines, "find_spec", lambda name: name)
+        monkeypatch.setattr(engines, "is_installed", lambda engine: True)
 
     return answer
 
@@ -67,7 +67,7 @@ def test_an_engine_that_is_not_as_it_should(
 
 
 def test_an_engine_that_is_asked_for_and_missing(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "find_spec", lambda name: None)
+    monkeypatch.setattr(engines, "is_installed", lambda engine: False)
     found = doctor("--checkpoint", str(tiny_folder), "--engine", "sglang", code=1)
     assert found["sglang"]["detail"] == "not installed here"
 

@@ -18,10 +18,16 @@ ENGINES = (*PROBES, "ktransformers")
 PROBE_SECONDS = 300
 
 
+def is_installed(engine: str) -> bool:
+    spec = find_spec(engine)
+    # A folder of that name on the path is a namespace, without an origin.
+    return spec is not None and spec.origin is not None
+
+
 def engine_findings(required: str | None) -> list[Finding]:
     findings: list[Finding] = []
     for engine, probe in PROBES.items():
-        if find_spec(engine) is not None:
+        if is_installed(engine):
             findings += _probe(engine, probe)
     kernel = installed("kt-kernel")
     if kernel is not None:

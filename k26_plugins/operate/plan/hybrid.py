@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from k26_plugins.common.checkpoint import tensor_table
 from k26_plugins.common.config import K26Config
 from k26_plugins.operate.plan.fit import Fit
 from k26_plugins.operate.plan.hardware import GIB
-from k26_plugins.operate.plan.weights import ROUTED
+from k26_plugins.operate.plan.weights import ROUTED, whole_model
 
 # KTransformers keeps the whole INT4 set in system memory, whatever the GPUs hold besides, and its documents ask for 600 GB
 # or more: what the set leaves of that is for buffers and the system.
@@ -46,8 +45,7 @@ class Hybrid:
 
 def expert_slot_bytes(config: K26Config) -> int:
     """One expert of every layer: 1.384 GiB for the published model."""
-    experts = sum(spec.num_bytes for spec in tensor_table(config).values() if spec.expert is not None)
-    return experts // config.text.n_routed_experts
+    return whole_model(config)[ROUTED] // config.text.n_routed_experts
 
 
 def hybrid(config: K26Config, fit: Fit, ram: int | None) -> Hybrid:

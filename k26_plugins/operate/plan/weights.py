@@ -132,6 +132,14 @@ def per_gpu(config: K26Config, layout: Layout, stage: int) -> dict[str, int]:
     return dict(held)
 
 
+def whole_model(config: K26Config) -> dict[str, int]:
+    """Bytes of the checkpoint by part."""
+    total: Counter[str] = Counter()
+    for group, size in _groups(config).items():
+        total[group.part] += size
+    return dict(total)
+
+
 def absorbed_bytes(text: TextConfig, num_layers: int, tp: int) -> int:
     """The second copy of kv_b_proj that engines make, turned for attention in the compressed space."""
     rows = text.num_attention_heads // tp * (text.qk_nope_head_dim + text.v_head_dim)
