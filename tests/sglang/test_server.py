@@ -19,7 +19,9 @@ from support.expected import image_request, text_prompt
 from support.images import BAD_IMAGES, image_part, png_header
 from support.server import Server
 from support.sglang_server import HAS_ENTRY_POINT, generate, rows, serve
+from typer.testing import CliRunner
 
+from k26_plugins.cli import app
 from k26_plugins.common.checkpoint import Checkpoint
 from k26_plugins.common.multimodal import KimiK26
 
@@ -81,6 +83,14 @@ def test_text_is_rendered_and_tokenised_as_by_the_core(server: Server, tiny_fold
     content = "Hello 中文 world, I'm 12345\n"
     answer = server.chat(content, max_tokens=4, return_prompt_token_ids=True)
     assert answer["choices"][0]["prompt_token_ids"] == text_prompt(tiny_folder, content)
+
+
+@pytest.mark.skipif(not HAS_ENTRY_POINT, reason="SGLang 0.5.10 does not report token ids of chats")
+def test_verify_passes(server: Server, golden_file: Path) -> None:
+    result = CliRunner().invoke(app, ["verify", "--url", server.url, "--golden", str(golden_file)])
+    assert result.exit_code == 0, result.output
+    assert "SGLang" in result.output
+    assert "not shown" not in result.output
 
 
 def test_streaming_gives_the_same_text(server: Server) -> None:
