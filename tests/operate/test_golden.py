@@ -120,11 +120,11 @@ def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_checkpoint_larger_than_the_memory_allowed_killed_and_resumed(
-    wide_folder: Path, prompts_file: Path, tmp_path: Path
-) -> None:
+def test_a_checkpoint_larger_than_the_memory_allowed_killed_and_resumed(wide_folder: Path, tmp_path: Path) -> None:
     """The run may write to no more memory than it said it would; killed in the middle it goes on, to the same bytes."""
-    command = [sys.executable, "-c", LIMITED, str(wide_folder), str(prompts_file)]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"text": "Layers come one by one, and experts when a token wants them."}\n{"text": "Hi"}\n')
+    command = [sys.executable, "-c", LIMITED, str(wide_folder), str(prompts)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     whole = subprocess.run(
         [*command, str(tmp_path / "whole")], env=environment, capture_output=True, text=True, check=True

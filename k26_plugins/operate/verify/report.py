@@ -121,7 +121,7 @@ def _over_positions(golden: Golden, measured: Measured) -> Figure:
             axes.axvline(start, color="#dddddd", lw=0.8, zorder=0)
             axes.text(start, 1.0, f" {prompt.name}", transform=axes.get_xaxis_transform(), rotation=30, fontsize=8)
     axes.set(xlabel="positions, prompt by prompt", ylabel="KL from the reference")
-    axes.legend(loc="lower right", fontsize=8, ncols=3)
+    figure.legend(loc="outside lower center", fontsize=8, ncols=6)
     return figure
 
 
@@ -146,7 +146,8 @@ def _experts(golden: Golden, measured: Measured, verdict: Verdict) -> Figure:
     image = axes.imshow(scores, aspect="auto", cmap="RdGy_r", vmin=-8, vmax=8, interpolation="nearest")
     axes.set(xlabel="expert", ylabel="MoE layer")
     first = golden.info["first_moe_layer"]
-    axes.set_yticks(range(len(scores)), [str(first + layer) for layer in range(len(scores))])
+    shown = range(0, len(scores), max(1, len(scores) // 10))
+    axes.set_yticks(shown, [str(first + layer) for layer in shown])
     figure.colorbar(image, label="how far its tokens rank above others (σ)")
     if verdict.expert is not None:
         axes.plot(verdict.expert.expert, verdict.expert.layer - first, "o", mfc="none", mec="#000000", ms=14)
