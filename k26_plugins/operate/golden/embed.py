@@ -12,6 +12,7 @@ from k26_plugins.common.moonvit import MoonViT
 from k26_plugins.operate.golden.layers import Stream
 from k26_plugins.operate.golden.prompts import Prompt, pixels
 
+VISION = ("vision_tower.", "mm_projector.")
 EMBED_TOKENS = "language_model.model.embed_tokens.weight"
 
 
@@ -54,8 +55,10 @@ def _embed_media(
         if prompts[index].images
     )
     out: dict[tuple[torch.dtype, float | None, int], torch.Tensor] = {}
+    names = [name for name in checkpoint.table if name.startswith(VISION)] if wanted else []
+    read = {name: checkpoint.tensor(name) for name in names}
     for dtype in dict.fromkeys(key[0] for key in wanted):
-        tower = _load_tower(checkpoint, dtype)
+        tower = _load_tower(checkpoint, read, dtype)
         for key in (key for key in wanted if key[0] == dtype):
             _, padding, index = key
             pixel_values, grid_thw, padded = pixels(prompts[index], checkpoint.folder)
@@ -67,10 +70,10 @@ def _embed_media(
     return out
 
 
-def _load_tower(checkpoint: StreamedCheckpoint, dtype: torch.dtype) -> MoonViT:
+def _load_tower(checkpoint: StreamedCheckpoint, read: dict[str, torch.Tensor], dtype: torch.dtype) -> MoonViT:
     with torch.device("meta"):
         tower = MoonViT(checkpoint.config.vision)
-    tower.load_state_dict({name: checkpoint.tensor(name).to(dtype) for name in tower.state_dict()}, assign=True)
+    tower.load_state_dict({name: tensor.to(dtype) for name, tensor in read.items()}, assign=True)
     return tower
 
 

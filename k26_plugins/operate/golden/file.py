@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -129,7 +128,3 @@ def _prompt(number: int, entry: dict[str, Any], tensors: dict[str, torch.Tensor]
         images=[tensors[f"{number}.image.{index}"].numpy().tobytes() for index in range(entry["num_images"])],
         **values,
     )
-
-
-def total_positions(prompts: Sequence[GoldenPrompt]) -> int:
-    return sum(len(prompt.top_ids) for prompt in prompts)

@@ -60,8 +60,9 @@ class Layer:
     def attend(self, streams: list[Stream], earlier: Keys) -> Keys:
         """Add attention to every stream's hidden states. Returns the keys of this pass' tokens, for later passes."""
         kept: Keys = {}
+        read: dict[str, torch.Tensor] = {}
         for dtype, group in _by_dtype(streams):
-            weights = self._weights(dtype)
+            weights = self._weights(read, dtype)
             norm = weights(f"{self.prefix}.input_layernorm.weight")
             for stream in group:
                 attention = Attention(
@@ -104,8 +105,9 @@ class Layer:
     def _feed_plain(self, streams: list[Stream]) -> dict[str, Routing]:
         """Add what is not routed, the dense feed-forward or the shared expert, and say where tokens are routed to."""
         routing: dict[str, Routing] = {}
+        read: dict[str, torch.Tensor] = {}
         for dtype, group in _by_dtype(streams):
-            weights = self._weights(dtype)
+            weights = self._weights(read, dtype)
             norm = weights(f"{self.prefix}.post_attention_layernorm.weight")
             for stream in group:
                 changed = _changed(weights, stream.variant)
@@ -170,15 +172,16 @@ class Layer:
                     waiting.append(pool.submit(read, following))
                 yield expert, waiting.pop(0).result()
 
-    def _weights(self, dtype: torch.dtype) -> Weights:
-        """Tensors outside the routed experts, each read once, the router's bias in its own dtype."""
-        held: dict[str, torch.Tensor] = {}
+    def _weights(self, read: dict[str, torch.Tensor], dtype: torch.dtype) -> Weights:
+        """Tensors outside the routed experts in `dtype`, the router's bias in its own; each is read once, into `read`."""
+        cast: dict[str, torch.Tensor] = {}
 
         def weights(name: str) -> torch.Tensor:
-            if name not in held:
-                tensor = self.checkpoint.tensor(name)
-                held[name] = tensor.to(dtype) if tensor.dtype == torch.bfloat16 else tensor
-            return held[name]
+            if name not in read:
+                read[name] = self.checkpoint.tensor(name)
+            if name not in cast:
+                cast[name] = read[name].to(dtype) if read[name].dtype == torch.bfloat16 else read[name]
+            return cast[name]
 
         return weights
 

@@ -19,6 +19,8 @@ READ_AHEAD = 2
 FEED_TOKENS = 1024
 """Tokens at a time in a dense feed-forward."""
 M_MMAP_THRESHOLD = -3  # malloc.h
+# Above the pieces that dequantising makes by the thousand, for which mapping would cost more than the work.
+MAPPED_FROM = 2**20
 # What PyTorch's threads and the allocator take besides.
 SLACK = 128 * 2**20
 BFLOAT16, FLOAT32 = 2, 4
@@ -49,7 +51,7 @@ def give_back_freed_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 2**17)
+        mallopt(M_MMAP_THRESHOLD, MAPPED_FROM)
 
 
 def query_chunk(config: TextConfig, length: int) -> int:
