@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -29,7 +28,7 @@ class _Place(NamedTuple):
 class StreamedCheckpoint:
     """The tensors of a checkpoint's folder, by name, each read from its file when it is asked for.
 
-    May be used from several threads. `bytes_read` and `seconds_reading` sum over them.
+    May be used from several threads; `bytes_read` sums over them.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -38,7 +37,6 @@ class StreamedCheckpoint:
         self.config = K26Config.from_path(self.folder)
         self.table: dict[str, TensorSpec] = tensor_table(self.config)
         self.bytes_read = 0
-        self.seconds_reading = 0.0
         self._lock = threading.Lock()
         self._descriptors: list[int] = []
         self._places: dict[str, _Place] = {}
@@ -98,7 +96,7 @@ class StreamedCheckpoint:
     def _read(self, name: str, offset: int, out: torch.Tensor) -> None:
         place = self._place(name)
         view = memoryview(out.view(-1).view(torch.uint8).numpy().data)
-        begin, done = time.perf_counter(), 0
+        done = 0
         while done < len(view):
             count = os.preadv(place.descriptor, [view[done:]], place.start + offset + done)
             if count <= 0:
@@ -108,4 +106,3 @@ class StreamedCheckpoint:
         os.posix_fadvise(place.descriptor, place.start + offset, done, os.POSIX_FADV_DONTNEED)
         with self._lock:
             self.bytes_read += done
-            self.seconds_reading += time.perf_counter() - begin

@@ -16,7 +16,7 @@ from k26_plugins.common.experts.reference import expert_product
 from k26_plugins.common.int4 import dequantise_tiled
 from k26_plugins.common.model import Attention, KVCache, MoE, SwiGLU, Weights, rms_norm
 from k26_plugins.operate.golden.memory import FEED_TOKENS, READ_AHEAD, query_chunk
-from k26_plugins.operate.golden.variants import Variant
+from k26_plugins.operate.golden.variants import Change, Variant
 
 PROJECTIONS = ("gate", "up", "down")
 
@@ -136,17 +136,17 @@ class Layer:
             for index, projection in enumerate(PROJECTIONS):
                 target = w2 if projection == "down" else w13[index * inner : (index + 1) * inner]
                 dequantise_tiled(*parts[projection], target)
+            pieces: dict[Change | None, list[_Piece]] = {}
             for stream, out, mine in zip(streams, outs, slots, strict=True):
-                if expert not in mine:
-                    continue
-                change = stream.variant.expert
+                if expert in mine:
+                    found = [
+                        _Piece(routing[stream.variant.name], part, out) for part in mine[expert].split(FEED_TOKENS)
+                    ]
+                    pieces.setdefault(stream.variant.expert, []).extend(found)
+            for change, together in pieces.items():
                 matrices = (w13, w2) if change is None else change(w13, w2)
-                x, topk_weights, topk_ids = routing[stream.variant.name]
-                flat = topk_weights.flatten()
-                for part in mine[expert].split(FEED_TOKENS):
-                    tokens = part // topk_ids.shape[1]
-                    product = expert_product(x[tokens].float(), *matrices)
-                    out.index_add_(0, tokens, product * flat[part].unsqueeze(-1))
+                for batch in _batches(together):
+                    _add_products(batch, *matrices)
         return outs
 
     def _experts(self, touched: list[int]) -> Iterator[tuple[int, dict[str, tuple[torch.Tensor, torch.Tensor]]]]:
@@ -184,6 +184,36 @@ class Layer:
             return cast[name]
 
         return weights
+
+
+class _Piece(NamedTuple):
+    """Tokens of one stream that go to an expert."""
+
+    routing: Routing
+    slots: torch.Tensor
+    """Their places in the flattened choice, token · top_k + k."""
+    out: torch.Tensor
+    """The stream's routed sum, which the product is added to."""
+
+
+def _batches(pieces: list[_Piece]) -> Iterator[list[_Piece]]:
+    """Pieces together, at most FEED_TOKENS tokens at a time."""
+    batch: list[_Piece] = []
+    for piece in pieces:
+        if batch and sum(len(other.slots) for other in batch) + len(piece.slots) > FEED_TOKENS:
+            yield batch
+            batch = []
+        batch.append(piece)
+    yield batch
+
+
+def _add_products(pieces: list[_Piece], w13: torch.Tensor, w2: torch.Tensor) -> None:
+    """One product for all pieces: an expert's float32 matrices are larger than a cache, each pass over them counts."""
+    tokens = [piece.slots // piece.routing.topk_ids.shape[1] for piece in pieces]
+    x = torch.cat([piece.routing.x[rows].float() for piece, rows in zip(pieces, tokens, strict=True)])
+    products = expert_product(x, w13, w2).split([len(rows) for rows in tokens])
+    for piece, rows, y in zip(pieces, tokens, products, strict=True):
+        piece.out.index_add_(0, rows, y * piece.routing.topk_weights.flatten()[piece.slots].unsqueeze(-1))
 
 
 def _by_dtype(streams: list[Stream]) -> Iterator[tuple[torch.dtype, list[Stream]]]:

@@ -22,6 +22,7 @@ SUSPECT_TEXTS = 4
 SUSPECT_IMAGES = 2
 
 Matrices = tuple[torch.Tensor, torch.Tensor]
+Change = Callable[[torch.Tensor, torch.Tensor], Matrices]
 
 
 def _same_config(config: TextConfig) -> TextConfig:
@@ -43,7 +44,7 @@ class Variant:
     config: Callable[[TextConfig], TextConfig] = _same_config
     weight: Callable[[str, torch.Tensor], torch.Tensor] = _same_weight
     """Changes a tensor outside the routed experts."""
-    expert: Callable[[torch.Tensor, torch.Tensor], Matrices] | None = None
+    expert: Change | None = None
     """Changes the dequantised w13 `[2 I, H]` and w2 `[H, I]` of every routed expert."""
     padding: float | None = None
     """Value of padded pixels after normalisation."""

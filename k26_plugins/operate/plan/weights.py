@@ -32,10 +32,6 @@ class Layout:
     context_parallel: int = 1
     """Ranks over which the KV cache of one request is cut (`--decode-context-parallel-size`)."""
 
-    @property
-    def num_gpus(self) -> int:
-        return self.tp * self.pp
-
 
 def check_layout(config: K26Config, layout: Layout) -> None:
     """Raise LayoutError where the model cannot be cut so."""
