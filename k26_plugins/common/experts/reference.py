@@ -32,16 +32,10 @@ def reference_experts(
     for index, slots in tokens_by_expert(topk_ids, expert_map, num_experts):
         packed = expert(index)
         tokens = slots // topk_ids.shape[1]
-        w13 = dequantise(packed.w13_packed, packed.w13_scale, dtype)
-        w2 = dequantise(packed.w2_packed, packed.w2_scale, dtype)
-        out.index_add_(0, tokens, expert_product(x[tokens], w13, w2) * weights[slots].unsqueeze(-1))
+        gate, up = (x[tokens] @ dequantise(packed.w13_packed, packed.w13_scale, dtype).T).chunk(2, dim=-1)
+        y = (F.silu(gate) * up) @ dequantise(packed.w2_packed, packed.w2_scale, dtype).T
+        out.index_add_(0, tokens, y * weights[slots].unsqueeze(-1))
     return out
-
-
-def expert_product(x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
-    """down(silu(gate · x) · (up · x)): `[tokens, H]` from x `[tokens, H]`, w13 `[2 I, H]` and w2 `[H, I]`."""
-    gate, up = (x @ w13.T).chunk(2, dim=-1)
-    return (F.silu(gate) * up) @ w2.T
 
 
 class ReferenceExperts(ExpertsBackend):

@@ -12,11 +12,10 @@ import torch
 from k26_plugins.common.checkpoint import StreamedCheckpoint, expert_name
 from k26_plugins.common.config import TextConfig
 from k26_plugins.common.experts.base import tokens_by_expert
-from k26_plugins.common.experts.reference import expert_product
 from k26_plugins.common.int4 import dequantise_tiled
 from k26_plugins.common.model import Attention, KVCache, MoE, SwiGLU, Weights, rms_norm
 from k26_plugins.operate.golden.memory import FEED_TOKENS, READ_AHEAD, query_chunk
-from k26_plugins.operate.golden.variants import Change, Variant
+from k26_plugins.operate.golden.variants import Variant
 
 PROJECTIONS = ("gate", "up", "down")
 
@@ -136,17 +135,13 @@ class Layer:
             for index, projection in enumerate(PROJECTIONS):
                 target = w2 if projection == "down" else w13[index * inner : (index + 1) * inner]
                 dequantise_tiled(*parts[projection], target)
-            pieces: dict[Change | None, list[_Piece]] = {}
+            pieces: list[_Piece] = []
             for stream, out, mine in zip(streams, outs, slots, strict=True):
                 if expert in mine:
-                    found = [
-                        _Piece(routing[stream.variant.name], part, out) for part in mine[expert].split(FEED_TOKENS)
-                    ]
-                    pieces.setdefault(stream.variant.expert, []).extend(found)
-            for change, together in pieces.items():
-                matrices = (w13, w2) if change is None else change(w13, w2)
-                for batch in _batches(together):
-                    _add_products(batch, *matrices)
+                    routed = routing[stream.variant.name]
+                    pieces += [_Piece(stream.variant, routed, part, out) for part in mine[expert].split(FEED_TOKENS)]
+            for batch in _batches(pieces):
+                _add_products(batch, w13, w2)
         return outs
 
     def _experts(self, touched: list[int]) -> Iterator[tuple[int, dict[str, tuple[torch.Tensor, torch.Tensor]]]]:
@@ -189,6 +184,7 @@ class Layer:
 class _Piece(NamedTuple):
     """Tokens of one stream that go to an expert."""
 
+    variant: Variant
     routing: Routing
     slots: torch.Tensor
     """Their places in the flattened choice, token · top_k + k."""
@@ -210,8 +206,11 @@ def _batches(pieces: list[_Piece]) -> Iterator[list[_Piece]]:
 def _add_products(pieces: list[_Piece], w13: torch.Tensor, w2: torch.Tensor) -> None:
     """One product for all pieces: an expert's float32 matrices are larger than a cache, each pass over them counts."""
     tokens = [piece.slots // piece.routing.topk_ids.shape[1] for piece in pieces]
+    sizes = [len(rows) for rows in tokens]
     x = torch.cat([piece.routing.x[rows].float() for piece, rows in zip(pieces, tokens, strict=True)])
-    products = expert_product(x, w13, w2).split([len(rows) for rows in tokens])
+    inner = (x @ w13.T).split(sizes)
+    activated = [piece.variant.activation(*both.chunk(2, dim=-1)) for piece, both in zip(pieces, inner, strict=True)]
+    products = (torch.cat(activated) @ w2.T).split(sizes)
     for piece, rows, y in zip(pieces, tokens, products, strict=True):
         piece.out.index_add_(0, rows, y * piece.routing.topk_weights.flatten()[piece.slots].unsqueeze(-1))
 

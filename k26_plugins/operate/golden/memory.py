@@ -83,7 +83,7 @@ def peak(config: K26Config, carried: Carried, top_k: int) -> dict[str, int]:
         "attention": 3 * _stored(table, "self_attn") + carried.longest * (heads + hidden * 3) * FLOAT32 + SCRATCH,
         "dense feed-forward": 3 * _stored(table, "mlp") + 4 * FEED_TOKENS * text.intermediate_size * FLOAT32,
         "routed experts": (1 + READ_AHEAD) * expert_bytes(text)
-        + 2 * 3 * hidden * text.moe_intermediate_size * FLOAT32
+        + 3 * hidden * text.moe_intermediate_size * FLOAT32
         # Normed input and routed sum in float32, and the choice of experts.
         + carried.all_tokens * (2 * hidden * FLOAT32 + 40 * text.num_experts_per_tok)
         + SCRATCH,

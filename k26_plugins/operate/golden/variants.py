@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 
 from k26_plugins.common.config import TextConfig
 
@@ -21,8 +22,11 @@ SUSPECT_TOKENS = 96
 SUSPECT_TEXTS = 4
 SUSPECT_IMAGES = 2
 
-Matrices = tuple[torch.Tensor, torch.Tensor]
-Change = Callable[[torch.Tensor, torch.Tensor], Matrices]
+Activation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return F.silu(gate) * up
 
 
 def _same_config(config: TextConfig) -> TextConfig:
@@ -44,8 +48,8 @@ class Variant:
     config: Callable[[TextConfig], TextConfig] = _same_config
     weight: Callable[[str, torch.Tensor], torch.Tensor] = _same_weight
     """Changes a tensor outside the routed experts."""
-    expert: Change | None = None
-    """Changes the dequantised w13 `[2 I, H]` and w2 `[H, I]` of every routed expert."""
+    activation: Activation = swiglu
+    """From a routed expert's gate and up, `[tokens, I]` each, to what its down projection gets."""
     padding: float | None = None
     """Value of padded pixels after normalisation."""
 
@@ -75,12 +79,13 @@ def _zero_bias(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(tensor) if name.endswith("e_score_correction_bias") else tensor
 
 
-def _swap_gate_up(w13: torch.Tensor, w2: torch.Tensor) -> Matrices:
-    return w13.roll(len(w13) // 2, 0), w2
+def _swap_gate_up(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return swiglu(up, gate)
 
 
-def _swap_shards(w13: torch.Tensor, w2: torch.Tensor) -> Matrices:
-    return w13, w2.roll(w2.shape[1] // 2, 1)
+def _swap_shards(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Halves of the down projection's inputs in each other's place: the same as its columns'."""
+    return swiglu(gate, up).roll(gate.shape[-1] // 2, -1)
 
 
 VARIANTS = (
@@ -90,7 +95,7 @@ VARIANTS = (
         name="gate-up-swapped",
         meaning="gate and up projection of the routed experts are taken for each other",
         remedy="check the order in which the fused w13 is filled: gate first, then up",
-        expert=_swap_gate_up,
+        activation=_swap_gate_up,
     ),
     Variant(
         name="router-bias-dropped",
@@ -102,7 +107,7 @@ VARIANTS = (
         name="shards-swapped",
         meaning="two tensor-parallel halves of the routed experts' down projection are taken for each other",
         remedy="check the order of ranks; serve with one rank less to see whether it goes away",
-        expert=_swap_shards,
+        activation=_swap_shards,
     ),
     Variant(
         name="yarn-off",
