@@ -21,6 +21,7 @@ __all__ = [
     "RoutedExperts",
     "backend_names",
     "create_experts",
+    "find_backend",
     "reference_experts",
 ]
 

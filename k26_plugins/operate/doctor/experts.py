@@ -9,8 +9,8 @@ import torch
 
 from k26_plugins.common.checkpoint import Checkpoint, CheckpointError
 from k26_plugins.common.config import ConfigError, TextConfig
-from k26_plugins.common.experts import BACKENDS, ExpertWeights
-from k26_plugins.common.experts.selftest import TOLERANCE, self_test_error
+from k26_plugins.common.experts import BACKENDS, ExpertsError, ExpertWeights, backend_names, find_backend
+from k26_plugins.common.experts.selftest import self_test_error
 from k26_plugins.common.int4 import GROUP_SIZE, PACK_FACTOR
 from k26_plugins.common.model import MoE
 from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, experts_for_device
@@ -32,19 +32,25 @@ def experts_findings(checkpoint: Path | None) -> list[Finding]:
         return [Finding(Level.BAD, "experts", f"no weights to test with: {error}", "give a whole checkpoint")]
     on_device = ExpertWeights(*(getattr(weights, name).to(device) for name in weights.__slots__))
     findings, chosen = [], None
-    for name, backend in BACKENDS.items():
-        reason = backend.unsupported(on_device)
+    for name in backend_names():
+        title = f"experts: {name}"
+        try:
+            backend = find_backend(name)
+            reason = backend.unsupported(on_device)
+        except ExpertsError as error:
+            reason = str(error)
         if reason is not None:
-            findings.append(Finding(Level.NOTE, f"experts: {name}", f"cannot run here: {reason}"))
+            findings.append(Finding(Level.NOTE, title, f"cannot run here: {reason}"))
             continue
         begin = time.perf_counter()
         difference = self_test_error(backend, on_device)
         seconds = time.perf_counter() - begin
-        passed = difference <= TOLERANCE
-        chosen = chosen or (name if passed else None)
-        detail = f"relative error {difference:.1e} (limit {TOLERANCE:g}) on {device}, {source}, {seconds:.2f} s"
+        passed = difference <= backend.tolerance
+        if passed and name in BACKENDS:
+            chosen = chosen or name
+        detail = f"relative error {difference:.1e} (limit {backend.tolerance:g}) on {device}, {source}, {seconds:.2f} s"
         remedy = "" if passed else "report it with the device's name; the next backend is used"
-        findings.append(Finding(Level.OK if passed else Level.BAD, f"experts: {name}", detail, remedy))
+        findings.append(Finding(Level.OK if passed else Level.BAD, title, detail, remedy))
     taken = "the engine's own" if setting == ENGINE else chosen if setting == "auto" else setting
     if taken is None:
         return [*findings, Finding(Level.BAD, "experts", "no backend can be used", "do not serve on this machine")]
