@@ -6,6 +6,7 @@ import os
 
 EXPERTS_VARIABLE = "K26_EXPERTS"
 ENGINE = "engine"
+CONTROL_TOKENS_VARIABLE = "K26_CONTROL_TOKENS"
 
 
 def experts_setting() -> str:
@@ -26,3 +27,14 @@ def experts_for_device(device_type: str) -> str:
     """The setting with `auto` resolved: a core backend where the core has a fast one for the device, else `engine`."""
     setting = experts_setting()
     return ENGINE if setting == "auto" and device_type != "cpu" else setting
+
+
+def control_tokens_as_text() -> bool:
+    """Whether a control token's name in a message stays text (the default), or becomes the control token.
+
+    Raises ValueError for any other value of K26_CONTROL_TOKENS than `text` and `allow`.
+    """
+    value = os.environ.get(CONTROL_TOKENS_VARIABLE, "text").strip().lower()
+    if value not in ("text", "allow"):
+        raise ValueError(f"{CONTROL_TOKENS_VARIABLE} is {value!r}: choose text or allow, or unset it.")
+    return value == "text"
