@@ -7,6 +7,7 @@ import os
 EXPERTS_VARIABLE = "K26_EXPERTS"
 ENGINE = "engine"
 CONTROL_TOKENS_VARIABLE = "K26_CONTROL_TOKENS"
+PARSERS_VARIABLE = "K26_PARSERS"
 
 
 def experts_setting() -> str:
@@ -38,3 +39,14 @@ def control_tokens_as_text() -> bool:
     if value not in ("text", "allow"):
         raise ValueError(f"{CONTROL_TOKENS_VARIABLE} is {value!r}: choose text or allow, or unset it.")
     return value == "text"
+
+
+def parsers_by_default() -> bool:
+    """Whether a server takes this model's output apart where its flags name no parser (the default).
+
+    Raises ValueError for any other value of K26_PARSERS than `auto` and `none`.
+    """
+    value = os.environ.get(PARSERS_VARIABLE, "auto").strip().lower()
+    if value not in ("auto", "none"):
+        raise ValueError(f"{PARSERS_VARIABLE} is {value!r}: choose auto or none, or unset it.")
+    return value == "auto"

@@ -5,6 +5,7 @@ Checked on 0.19.1 and 0.32.0. Where the two differ the difference is detected he
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 from collections.abc import Callable
@@ -59,14 +60,31 @@ def register_config_hook(module: str) -> None:
     private("vllm.model_executor.models.config", "MODELS_CONFIG_MAP")[ARCHITECTURE] = K26ConfigHook
 
 
-def register_tokenizer(module: str, class_name: str) -> None:
-    """Add the tokenizer mode `k26`, with vLLM's ordinary rendering of chats around it."""
+def register_argument_hook(module: str, name: str) -> None:
+    """Have `module.name(original, args)` called where the API server makes its engine's arguments of the command line's.
+
+    The parsers of a model's output are flags of the server, which no registry of models reaches.
+    """
+    owner = private("vllm.engine.arg_utils", "AsyncEngineArgs")
+    original = owner.from_cli_args
+    if getattr(original, "k26_hook", None) is not None:
+        return
+
+    def from_cli_args(cls: type, args: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(functools.partial(original.__func__, cls), args)
+
+    from_cli_args.k26_hook = name  # type: ignore[attr-defined]
+    owner.from_cli_args = classmethod(from_cli_args)
+
+
+def register_tokenizer(tokenizer: tuple[str, str], renderer: tuple[str, str]) -> None:
+    """Add the tokenizer mode `k26`: its tokenizer and its rendering of chats, each a module and a class in it."""
     tokenizers = private("vllm.tokenizers.registry", "TokenizerRegistry")
     renderers = private("vllm.renderers.registry", "RENDERER_REGISTRY")
     if TOKENIZER_MODE not in tokenizers.tokenizers:
-        tokenizers.register(TOKENIZER_MODE, module, class_name)
+        tokenizers.register(TOKENIZER_MODE, *tokenizer)
     if TOKENIZER_MODE not in renderers.renderers:
-        renderers.register(TOKENIZER_MODE, "vllm.renderers.hf", "HfRenderer")
+        renderers.register(TOKENIZER_MODE, *renderer)
 
 
 def in_tree_model() -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
@@ -44,7 +44,7 @@ class TemplateInput:
     """What the chat template is rendered with."""
 
     messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]] | None
+    tools: list[Any] | None
     tools_ts_str: str | None
     """The declaration of the tools; None where they are to be written as JSON."""
 
@@ -167,13 +167,14 @@ def _without_defaults(value: Any) -> Any:
     return {name: item for name, item in value.items() if item is not None and item is not False}
 
 
-def _map_arguments(message: Mapping[str, Any], change: Any) -> dict[str, Any]:
+def _map_arguments(message: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
     calls = message.get("tool_calls")
-    if not calls:
+    # What is of another shape is the engine's to refuse.
+    if not isinstance(calls, list | tuple | Iterator):
         return dict(message)
     changed = []
     for call in calls:
-        function = call.get("function")
+        function = call.get("function") if isinstance(call, Mapping) else None
         if isinstance(function, Mapping):
             call = {**call, "function": {**function, "arguments": change(function.get("arguments"))}}
         changed.append(call)

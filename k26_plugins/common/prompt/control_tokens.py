@@ -9,7 +9,7 @@ one there. The core's tokenizers take the marks out again after they have found 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 # U+FDD0 with what follows it is removed or restored; Unicode keeps these code points free for such inner use.
@@ -43,7 +43,7 @@ def unescape_deep(value: Any) -> Any:
     return _map_strings(value, unescape)
 
 
-def _map_strings(value: Any, change: Any) -> Any:
+def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
@@ -51,6 +51,7 @@ def _map_strings(value: Any, change: Any) -> Any:
             change(key) if isinstance(key, str) else key: item if key in _MEDIA_KEYS else _map_strings(item, change)
             for key, item in value.items()
         }
-    if isinstance(value, list | tuple):
+    # An engine's validation may leave a one-way iterator in the place of a list.
+    if isinstance(value, list | tuple | Iterator):
         return [_map_strings(item, change) for item in value]
     return value

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.utils.hub import cached_file
 
+from k26_plugins.common.config import ARCHITECTURE
 from k26_plugins.common.prompt.chat import TEMPLATE_FILE, TemplateInput, own_template, prepare
 from k26_plugins.common.prompt.control_tokens import MARK, QUOTED_SIGN, unescape
 from k26_plugins.common.prompt.tokenizer import RANKS_FILE, SPLIT_PATTERN, KimiTokenizer, TokenizerError
@@ -82,6 +83,17 @@ def tokenizer_folder(path_or_name: str | Path, revision: str | None = None, cach
     for name in (SETTINGS_FILE, TEMPLATE_FILE):
         cached_file(str(path_or_name), name, **where, _raise_exceptions_for_missing_entries=False)
     return Path(str(cached_file(str(path_or_name), RANKS_FILE, **where))).parent
+
+
+def is_this_model(path_or_name: str | Path, revision: str | None = None) -> bool:
+    """Whether the folder, or the model on the hub, has a config.json of this architecture."""
+    where: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+    try:
+        file = cached_file(str(path_or_name), "config.json", **where)
+        config = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
+    except (OSError, ValueError):
+        return False
+    return ARCHITECTURE in (config.get("architectures") or [])
 
 
 def load_hf_tokenizer(folder: str | Path, **kwargs: Any) -> KimiTokenizerFast:
