@@ -23,6 +23,7 @@ MODELS_VARIABLE = "SGLANG_EXTERNAL_MODEL_PACKAGE"
 MEDIA_VARIABLE = "SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE"
 _REGISTRY = "sglang.srt.models.registry"
 _TRANSFORMERS = "sglang.srt.utils.hf_transformers_utils"
+_CHAT = "sglang.srt.entrypoints.openai.serving_chat"
 
 
 class UnsupportedEngineError(RuntimeError):
@@ -107,8 +108,9 @@ def register_tokenizer_hook(module: str, name: str) -> None:
         _wrap(owner, "get_tokenizer", hook)
 
 
-def _wrap(owner: ModuleType, name: str, hook: Callable[..., Any]) -> None:
-    """What SGLang's hook registry does, for releases before it: rebind the name in every module that imported it."""
+def _wrap(owner: Any, name: str, hook: Callable[..., Any]) -> None:
+    """What SGLang's hook registry does, for releases before it and where it would import too much: `hook(original, …)`
+    around a method, or around a function in every module that imported it."""
     original = getattr(owner, name)
     if getattr(original, "k26_hook", None) is hook:
         return
@@ -118,9 +120,56 @@ def _wrap(owner: ModuleType, name: str, hook: Callable[..., Any]) -> None:
         return hook(original, *args, **kwargs)
 
     wrapped.k26_hook = hook  # type: ignore[attr-defined]
+    if isinstance(owner, type):
+        setattr(owner, name, wrapped)
+        return
     for module in list(sys.modules.values()):
         if isinstance(module, ModuleType) and vars(module).get(name) is original:
             setattr(module, name, wrapped)
+
+
+def register_argument_hook(module: str, name: str) -> None:
+    """Have `module.name(original, server_args)` called before SGLang settles its arguments, in the launching process."""
+    server_args = importlib.import_module("sglang.srt.server_args")
+    if not hasattr(server_args, "ServerArgs"):
+        # 0.5.10, which imports this adapter in the middle of that module: there the flags stay the user's.
+        return
+    method = "resolve_once" if hasattr(server_args.ServerArgs, "resolve_once") else "__post_init__"
+    _wrap(server_args.ServerArgs, method, getattr(importlib.import_module(module), name))
+
+
+def serves_chats() -> bool:
+    """Whether this process is an API server: others do without the import."""
+    return _CHAT in sys.modules
+
+
+def hook_chat(path: str, hook: Callable[..., Any]) -> None:
+    """Put `hook(original, …)` around a function or a method of SGLang's chat API; one it does not have is left out."""
+    owner: Any = sys.modules[_CHAT]
+    *classes, name = path.split(".")
+    for part in classes:
+        owner = getattr(owner, part)
+    if hasattr(owner, name):
+        _wrap(owner, name, hook)
+
+
+def in_tree_tool_detector() -> type:
+    found: type = private("sglang.srt.function_call.kimik2_detector", "KimiK2Detector")
+    return found
+
+
+def replace_tool_detector(parser: str, module: str, name: str) -> None:
+    parsers = private("sglang.srt.function_call.function_call_parser", "FunctionCallParser").ToolCallParserEnum
+    parsers[parser] = getattr(importlib.import_module(module), name)
+
+
+def tool_parsing_result(normal_text: str, calls: list[Any]) -> Any:
+    return private("sglang.srt.function_call.core_types", "StreamingParseResult")(normal_text=normal_text, calls=calls)
+
+
+def tool_call_item(index: int, name: str | None, parameters: str) -> Any:
+    item = private("sglang.srt.function_call.core_types", "ToolCallItem")
+    return item(tool_index=index, name=name, parameters=parameters)
 
 
 def finish_tokenizer(tokenizer: Any) -> Any:

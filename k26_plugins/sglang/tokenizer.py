@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from k26_plugins.common.prompt.hf_tokenizer import is_this_model, load_hf_tokenizer, tokenizer_folder
-from k26_plugins.sglang import compat
+from k26_plugins.sglang import compat, serving
 
 
 def get_tokenizer(original: Callable[..., Any], tokenizer_name: str, *args: Any, **kwargs: Any) -> Any:
@@ -14,6 +14,8 @@ def get_tokenizer(original: Callable[..., Any], tokenizer_name: str, *args: Any,
     revision = kwargs.get("revision") or kwargs.get("tokenizer_revision")
     if kwargs.get("tokenizer_mode", "auto") != "auto" or not is_this_model(tokenizer_name, revision):
         return original(tokenizer_name, *args, **kwargs)
+    if compat.serves_chats():
+        serving.install()
     return compat.finish_tokenizer(load_tokenizer(tokenizer_name, revision))
 
 

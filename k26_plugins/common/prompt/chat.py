@@ -72,7 +72,7 @@ def prepare(
     escape_…: text that spells a control token stays text. parsed_arguments: a template of the user's expects a past
     call's arguments as an object; Kimi's writes the text that the model wrote.
     """
-    written = [dict(message) if parsed_arguments else _map_arguments(message, _verbatim) for message in messages]
+    written = [_map_arguments(message, _keep if parsed_arguments else _verbatim) for message in messages]
     if not tools:
         return TemplateInput(escape_deep(written) if escape_messages else written, None, None)
     ordered = sorted_deep([_as_sent(tool) for tool in tools])

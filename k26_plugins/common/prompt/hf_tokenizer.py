@@ -24,6 +24,8 @@ from k26_plugins.common.settings import control_tokens_as_text
 SETTINGS_FILE = "tokenizer_config.json"
 # Control tokens that the engines' parsers must find in decoded text.
 VISIBLE = ("<think>", "</think>", "<|tool_call")
+# A key of the last message: continue it. For engines that have no other way to say so.
+CONTINUE_KEY = "k26_continue"
 
 
 class KimiTokenizerFast(PreTrainedTokenizerFast):
@@ -32,6 +34,8 @@ class KimiTokenizerFast(PreTrainedTokenizerFast):
     # Adapters that mark the messages before their engine touches them switch the first off.
     escape_messages = True
     escape_tools = True
+    # The template that came with the tokenizer; a user may put another into `chat_template`.
+    kimi_template: str | None = None
 
     def apply_chat_template(  # type: ignore[override]
         self,
@@ -46,9 +50,8 @@ class KimiTokenizerFast(PreTrainedTokenizerFast):
 
         enable_thinking: another name of `thinking`, which other models' users send.
         """
-        if chat_template is None:
-            chat_template = self.chat_template
-        own = chat_template == self.chat_template
+        chat_template = chat_template or self.chat_template
+        parsed_arguments = chat_template != self.kimi_template
 
         def ready(messages: Any) -> TemplateInput:
             return prepare(
@@ -56,9 +59,11 @@ class KimiTokenizerFast(PreTrainedTokenizerFast):
                 tools,
                 escape_messages=self.escape_messages,
                 escape_tools=self.escape_tools,
-                parsed_arguments=not own,
+                parsed_arguments=parsed_arguments,
             )
 
+        if conversation and CONTINUE_KEY in conversation[-1]:
+            kwargs |= {"continue_final_message": True, "add_generation_prompt": False}
         if conversation and isinstance(conversation[0], list | tuple):
             given = ready([])
             batch: Any = [ready(messages).messages for messages in conversation]
@@ -124,6 +129,7 @@ def load_hf_tokenizer(folder: str | Path, **kwargs: Any) -> KimiTokenizerFast:
         tokenizer_object=tokenizer, **{**settings, **kwargs}
     )
     _compare(built, reference)
+    built.kimi_template = built.chat_template
     built.escape_messages = built.escape_tools = control_tokens_as_text()
     return built
 
