@@ -23,7 +23,6 @@ MODELS_VARIABLE = "SGLANG_EXTERNAL_MODEL_PACKAGE"
 MEDIA_VARIABLE = "SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE"
 _REGISTRY = "sglang.srt.models.registry"
 _TRANSFORMERS = "sglang.srt.utils.hf_transformers_utils"
-_CHAT = "sglang.srt.entrypoints.openai.serving_chat"
 
 
 class UnsupportedEngineError(RuntimeError):
@@ -140,12 +139,12 @@ def register_argument_hook(module: str, name: str) -> None:
 
 def serves_chats() -> bool:
     """Whether this process is an API server: others do without the import."""
-    return _CHAT in sys.modules
+    return "sglang.srt.entrypoints.http_server" in sys.modules
 
 
 def hook_chat(path: str, hook: Callable[..., Any]) -> None:
     """Put `hook(original, …)` around a function or a method of SGLang's chat API; one it does not have is left out."""
-    owner: Any = sys.modules[_CHAT]
+    owner: Any = importlib.import_module("sglang.srt.entrypoints.openai.serving_chat")
     *classes, name = path.split(".")
     for part in classes:
         owner = getattr(owner, part)

@@ -14,10 +14,11 @@ def get_tokenizer(original: Callable[..., Any], tokenizer_name: str, *args: Any,
     revision = kwargs.get("revision") or kwargs.get("tokenizer_revision")
     if kwargs.get("tokenizer_mode", "auto") != "auto" or not is_this_model(tokenizer_name, revision):
         return original(tokenizer_name, *args, **kwargs)
-    if compat.serves_chats():
-        serving.install()
     return compat.finish_tokenizer(load_tokenizer(tokenizer_name, revision))
 
 
 def load_tokenizer(name: str, revision: str | None) -> Any:
+    """The core's tokenizer, and in an API server the hooks that belong to it."""
+    if compat.serves_chats():
+        serving.install()
     return load_hf_tokenizer(tokenizer_folder(name, revision), name_or_path=str(name))
