@@ -148,17 +148,17 @@ def frame_resize(width: int, height: int, num_frames: int, config: MediaConfig) 
     return navit_resize(width, height, config, limit)
 
 
-def open_image(data: bytes) -> Image.Image:
+def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode an image file to RGB; transparency is dropped and EXIF rotation is not applied, as in the reference.
 
-    The number of pixels is limited by the header, before anything is decoded. Raises MediaError.
+    The number of pixels is held against `max_pixels` by the header, before anything is decoded. Raises MediaError.
     """
     try:
         with warnings.catch_warnings():
             # The limit below is the bomb check; PIL's warning would only repeat it.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data))
-            check_size(*image.size)
+            check_size(*image.size, max_pixels=max_pixels)
             return image.convert("RGB")
     except Image.DecompressionBombError as error:
         raise MediaError(f"the image is too large: {error}. Send at most {MAX_PIXELS:,} pixels.") from error
@@ -171,12 +171,12 @@ def open_image(data: bytes) -> Image.Image:
         raise MediaError(f"the image is damaged ({error}): send a whole file.") from error
 
 
-def check_size(width: int, height: int, kind: str = "image") -> None:
-    """Raise MediaError for an image or a video (`kind`) without pixels, or with more than MAX_PIXELS in a frame."""
+def check_size(width: int, height: int, kind: str = "image", max_pixels: int = MAX_PIXELS) -> None:
+    """Raise MediaError for an image or a video (`kind`) without pixels, or with more than `max_pixels` in a frame."""
     if width <= 0 or height <= 0:
         raise MediaError(f"the {kind} is {width} × {height} pixels, expected at least 1 × 1.")
-    if width * height > MAX_PIXELS:
-        raise MediaError(f"the {kind} is {width} × {height} pixels, expected at most {MAX_PIXELS:,} in all.")
+    if width * height > max_pixels:
+        raise MediaError(f"the {kind} is {width} × {height} pixels, expected at most {max_pixels:,} in all.")
 
 
 def media_resize(frames: Sequence[Image.Image], config: MediaConfig, *, is_video: bool) -> Resize:

@@ -80,10 +80,14 @@ def video_info(data: bytes) -> VideoInfo:
     return VideoInfo(found, Fraction(fps), width, height)
 
 
-def sample_frames(num_frames: int, fps: float | Fraction, sample_fps: float) -> list[int]:
+def sample_frames(
+    num_frames: int, fps: float | Fraction, sample_fps: float, max_frames: int | None = None
+) -> list[int]:
     """Indices of the frames that the model sees: evenly spread, `sample_fps` of them in a second, at least one."""
     rate = min(sample_fps, float(fps))
     count = max(round(num_frames * rate / float(fps)), 1)
+    if max_frames is not None:
+        count = min(count, max_frames)
     return [int(index) for index in np.linspace(0, num_frames - 1, count).round()]
 
 
@@ -97,13 +101,15 @@ def timestamp(seconds: float, mode: str) -> str:
     return f"{text}.{int((seconds - whole) * 1000):03d}" if mode.endswith("fff") else text
 
 
-def read_chunks(data: bytes, config: MediaConfig, max_tokens: int = MAX_TOKENS) -> Iterator[VideoChunk]:
+def read_chunks(
+    data: bytes, config: MediaConfig, max_tokens: int = MAX_TOKENS, max_frames: int | None = None
+) -> Iterator[VideoChunk]:
     """The chunks of a video file, in order. Raises MediaError, before any frame is decoded where it can.
 
-    max_tokens: a video that takes more is refused.
+    max_tokens: a video that takes more is refused. max_frames: of a longer video so many are taken, as evenly spread.
     """
     info = video_info(data)
-    indices = sample_frames(info.num_frames, info.fps, config.sample_fps)
+    indices = sample_frames(info.num_frames, info.fps, config.sample_fps, max_frames)
     groups = _groups(indices, config.temporal_merge_kernel_size)
     tokens = sum(frame_resize(info.width, info.height, len(group), config).num_tokens for group in groups)
     if tokens > max_tokens:

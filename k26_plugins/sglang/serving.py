@@ -17,6 +17,7 @@ def install() -> None:
     compat.replace_tool_detector(PARSER, "k26_plugins.sglang.output", "K26ToolDetector")
     compat.hook_chat("normalize_assistant_tool_call_arguments", keep_arguments)
     compat.hook_chat("OpenAIServingChat._handle_last_assistant_message", leave_last_message)
+    compat.hook_chat("OpenAIServingChat.handle_request", read_reasoning)
     compat.hook_chat("OpenAIServingChat._engine_prompt", send_token_ids)
 
 
@@ -33,6 +34,16 @@ def choose_parsers(original: Callable[[Any], Any], server_args: Any) -> Any:
             PARSERS_VARIABLE,
         )
     return original(server_args)
+
+
+async def read_reasoning(original: Callable[..., Any], serving: Any, request: Any, raw_request: Any = None) -> Any:
+    """Past messages' `reasoning`, as Kimi's own API names it: SGLang keeps `reasoning_content` alone."""
+    if raw_request is not None and b'"reasoning"' in await raw_request.body():
+        sent = (await raw_request.json())["messages"]
+        for message, fields in zip(request.messages, sent, strict=True):
+            if isinstance(fields.get("reasoning"), str) and hasattr(message, "reasoning_content"):
+                message.reasoning_content = fields["reasoning"] or message.reasoning_content
+    return await original(serving, request, raw_request)
 
 
 def keep_arguments(original: Callable[..., None], message: dict[str, Any], **kwargs: Any) -> None:

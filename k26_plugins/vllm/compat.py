@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import os
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -85,6 +86,14 @@ def register_tokenizer(tokenizer: tuple[str, str], renderer: tuple[str, str]) ->
         tokenizers.register(TOKENIZER_MODE, *tokenizer)
     if TOKENIZER_MODE not in renderers.renderers:
         renderers.register(TOKENIZER_MODE, *renderer)
+
+
+def use_media_connector(module: str, name: str, model_config: Any) -> None:
+    """Have `module.name` fetch and decode the media of requests, through vLLM's registry of connectors and the variable
+    that chooses among them: a user's choice stays."""
+    connector = getattr(importlib.import_module(module), name)
+    connector.serve(model_config)
+    os.environ.setdefault("VLLM_MEDIA_CONNECTOR", importlib.import_module(module).CONNECTOR)
 
 
 def in_tree_model() -> Any:

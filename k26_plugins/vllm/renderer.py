@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from typing import Any
+from uuid import uuid4
 
 from vllm.renderers.hf import HfRenderer
 
@@ -32,7 +34,29 @@ class K26Renderer(HfRenderer):
         return unescape_deep(conversation), prompt
 
     def _ready(self, messages: Sequence[Any]) -> Any:
-        return keep_arguments(escape_deep(messages) if self.escape_messages else messages)
+        return _named(keep_arguments(escape_deep(messages) if self.escape_messages else messages))
+
+
+def _named(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Media with names, in place, where there is a video: vLLM names its chunks, and then wants every image named too.
+
+    A name is the key of vLLM's caches: media that came with their data have their data's.
+    """
+    contents = [message["content"] for message in messages if isinstance(message.get("content"), list)]
+    media = [part for content in contents for part in content if isinstance(part, dict) and _url(part) is not None]
+    if any("video_url" in part for part in media):
+        for part in media:
+            url = _url(part)
+            digest = hashlib.sha256(url.encode()).hexdigest() if url and url.startswith("data:") else uuid4().hex
+            if not part.get("uuid"):
+                part["uuid"] = digest
+    return messages
+
+
+def _url(part: dict[str, Any]) -> str | None:
+    medium = part.get("video_url") or part.get("image_url")
+    url = medium.get("url") if isinstance(medium, dict) else medium
+    return url if isinstance(url, str) else None
 
 
 def _params(params: Any) -> Any:
