@@ -161,7 +161,7 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
             check_size(*image.size, max_pixels=max_pixels)
             return image.convert("RGB")
     except Image.DecompressionBombError as error:
-        raise MediaError(f"the image is too large: {error}. Send at most {MAX_PIXELS:,} pixels.") from error
+        raise MediaError(f"the image has too many pixels: send one of at most {max_pixels:,}.") from error
     except UnidentifiedImageError as error:
         raise MediaError("the data is no image in a format that is known: send PNG, JPEG, WebP or GIF.") from error
     except MediaError:

@@ -17,7 +17,7 @@ from k26_plugins.common.video import VideoChunk
 class MediaProcessor:
     """Media are mappings `{"type": "image", "image": …}` or `{"type": "video_chunk", "video_chunk": …}`.
 
-    A video chunk is one that the core read, or a list of an engine's frames.
+    A video chunk is one that the core read, which may also stand in an image's place, or a list of an engine's frames.
     """
 
     def __init__(self, settings: Mapping[str, Any], to_image: Callable[[Any], Image.Image] | None = None) -> None:
@@ -29,7 +29,7 @@ class MediaProcessor:
 
     def media_tokens_calculator(self, media: Mapping[str, Any]) -> int:
         """Tokens that one image or video chunk takes in the prompt. Raises MediaError."""
-        if isinstance(chunk := media.get("video_chunk"), VideoChunk):
+        if isinstance(chunk := media[media["type"]], VideoChunk):
             return chunk.num_tokens
         frames, is_video = self._frames(media)
         return media_resize(frames, self.config, is_video=is_video).num_tokens
@@ -39,7 +39,7 @@ class MediaProcessor:
 
         Raises MediaError.
         """
-        chunks = [media.get("video_chunk") for media in medias]
+        chunks = [media[media["type"]] for media in medias]
         opened = [
             self._frames(media)
             for media, chunk in zip(medias, chunks, strict=True)

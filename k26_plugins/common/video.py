@@ -22,10 +22,8 @@ from av.video.stream import VideoStream
 from PIL import Image
 
 from k26_plugins.common.media import MediaConfig, MediaError, check_size, frame_resize, patchify
+from k26_plugins.common.prompt.special_tokens import CHUNK_PLACE
 
-# What a message holds in a video's place until its chunks are known; no token of the vocabulary.
-VIDEO_PLACEHOLDER = "<|kimi_k25_video_placeholder|>"
-CHUNK_PLACE = "<|media_begin|>video<|media_content|><|media_pad|><|media_end|>"
 # As many tokens as the model has positions.
 MAX_TOKENS = 262_144
 # Containers that hold their own data. Playlists among ffmpeg's formats would have it open other files.
@@ -174,4 +172,5 @@ def _opened(data: bytes) -> Iterator[tuple[InputContainer, VideoStream]]:
     except (av.FFmpegError, ValueError, IndexError, EOFError) as error:
         if isinstance(error, MediaError):
             raise
-        raise MediaError(f"the video cannot be read ({error}): send a whole MP4 or WebM file.") from error
+        reason = getattr(error, "strerror", None) or error
+        raise MediaError(f"the video cannot be read ({reason}): send a whole MP4 or WebM file.") from error

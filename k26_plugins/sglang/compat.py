@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -150,6 +151,42 @@ def hook_chat(path: str, hook: Callable[..., Any]) -> None:
         owner = getattr(owner, part)
     if hasattr(owner, name):
         _wrap(owner, name, hook)
+
+
+def image_bytes(data: Any) -> bytes | None:
+    """The bytes of an image as a request gives it, None where it is no file (an array, an embedding).
+
+    Raises ValueError where they cannot be had.
+    """
+    source = getattr(data, "url", data)
+    if not isinstance(source, str | bytes):
+        return None
+    get = private("sglang.srt.utils", "get_image_bytes")
+    try:
+        found: bytes = get(source)
+    except OSError as error:
+        raise ValueError(f"the image cannot be fetched: {error}") from error
+    return found
+
+
+def video_bytes(data: Any) -> bytes:
+    """The bytes of a video as a request gives it. Raises ValueError where they cannot be had."""
+    normalise = private("sglang.srt.utils.common", "_normalize_video_input")
+    try:
+        source = normalise(getattr(data, "url", data))
+        if source is None:
+            raise ValueError(f"a video was given as {type(data).__name__}: send a URL or the file's data.")
+        return source if isinstance(source, bytes) else Path(source).read_bytes()
+    except OSError as error:
+        raise ValueError(f"the video cannot be fetched: {error}") from error
+
+
+def loaded_image(image: Any, content: Any) -> Any:
+    """An image with the digest of its `content`, where this SGLang's class for the model expects one."""
+    if find_spec("sglang.srt.multimodal.cache") is None:
+        return image
+    loaded = private("sglang.srt.multimodal.processors.kimi_common", "KimiLoadedImage")
+    return loaded(image, private("sglang.srt.multimodal.cache", "snapshot_media")(content).content_digest)
 
 
 def in_tree_tool_detector() -> type:

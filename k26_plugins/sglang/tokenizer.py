@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from k26_plugins.common.prompt.hf_tokenizer import is_this_model, load_hf_tokenizer, tokenizer_folder
+from k26_plugins.common.prompt.special_tokens import CHUNK_PLACE
 from k26_plugins.sglang import compat, serving
 
 
@@ -21,4 +22,6 @@ def load_tokenizer(name: str, revision: str | None) -> Any:
     """The core's tokenizer, and in an API server the hooks that belong to it."""
     if compat.serves_chats():
         serving.install()
-    return load_hf_tokenizer(tokenizer_folder(name, revision), name_or_path=str(name))
+    tokenizer = load_hf_tokenizer(tokenizer_folder(name, revision), name_or_path=str(name))
+    tokenizer.video_place = CHUNK_PLACE
+    return tokenizer

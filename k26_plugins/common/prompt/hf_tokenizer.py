@@ -18,6 +18,7 @@ from transformers.utils.hub import cached_file
 from k26_plugins.common.config import ARCHITECTURE
 from k26_plugins.common.prompt.chat import TEMPLATE_FILE, TemplateInput, own_template, prepare
 from k26_plugins.common.prompt.control_tokens import MARK, QUOTED_SIGN, unescape
+from k26_plugins.common.prompt.special_tokens import VIDEO_PLACEHOLDER
 from k26_plugins.common.prompt.tokenizer import RANKS_FILE, SPLIT_PATTERN, KimiTokenizer, TokenizerError
 from k26_plugins.common.settings import control_tokens_as_text
 
@@ -36,6 +37,8 @@ class KimiTokenizerFast(PreTrainedTokenizerFast):
     escape_tools = True
     # The template that came with the tokenizer; a user may put another into `chat_template`.
     kimi_template: str | None = None
+    # What stands in a video's place. Adapters that put its chunks among token ids want control tokens there.
+    video_place = VIDEO_PLACEHOLDER
 
     def apply_chat_template(  # type: ignore[override]
         self,
@@ -52,6 +55,8 @@ class KimiTokenizerFast(PreTrainedTokenizerFast):
         """
         chat_template = chat_template or self.chat_template
         parsed_arguments = chat_template != self.kimi_template
+        if isinstance(chat_template, str):
+            chat_template = chat_template.replace(VIDEO_PLACEHOLDER, self.video_place)
 
         def ready(messages: Any) -> TemplateInput:
             return prepare(

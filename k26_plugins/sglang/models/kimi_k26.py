@@ -27,6 +27,9 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
         if self.core_config is not None:
             use_core_experts(quant_config)
         super().__init__(config, quant_config, prefix, **kwargs)
+        # A float32 buffer, which would make all that it is added to float32: no image meets it, only videos do.
+        position = self.vision_tower.patch_embed.pos_emb
+        position.time_weight = position.time_weight.to(position.weight.dtype)
         if self.core_config is not None:
             use_float32_logits(self)
 
