@@ -189,6 +189,19 @@ def loaded_image(image: Any, content: Any) -> Any:
     return loaded(image, private("sglang.srt.multimodal.cache", "snapshot_media")(content).content_digest)
 
 
+def with_fields(message: Any, fields: dict[str, str]) -> Any:
+    """A request's message, a pydantic model, with fields that its class does not know."""
+    missing = {name: value for name, value in fields.items() if name not in type(message).model_fields}
+    if not missing:
+        return message
+    return _open_class(type(message)).model_construct(**dict(message), **missing)
+
+
+@functools.cache
+def _open_class(model: type) -> Any:
+    return type(model.__name__, (model,), {"model_config": {"extra": "allow"}, "__module__": model.__module__})
+
+
 def in_tree_tool_detector() -> type:
     found: type = private("sglang.srt.function_call.kimik2_detector", "KimiK2Detector")
     return found

@@ -10,6 +10,7 @@ from k26_plugins.common.settings import PARSERS_VARIABLE, parsers_by_default
 from k26_plugins.sglang import compat, logger
 
 PARSER = "kimi_k2"
+DROPPED = ("name", "reasoning")
 
 
 def install() -> None:
@@ -17,7 +18,7 @@ def install() -> None:
     compat.replace_tool_detector(PARSER, "k26_plugins.sglang.output", "K26ToolDetector")
     compat.hook_chat("normalize_assistant_tool_call_arguments", keep_arguments)
     compat.hook_chat("OpenAIServingChat._handle_last_assistant_message", leave_last_message)
-    compat.hook_chat("OpenAIServingChat.handle_request", read_reasoning)
+    compat.hook_chat("OpenAIServingChat.handle_request", read_messages)
     compat.hook_chat("OpenAIServingChat._engine_prompt", send_token_ids)
 
 
@@ -36,13 +37,19 @@ def choose_parsers(original: Callable[[Any], Any], server_args: Any) -> Any:
     return original(server_args)
 
 
-async def read_reasoning(original: Callable[..., Any], serving: Any, request: Any, raw_request: Any = None) -> Any:
-    """Past messages' `reasoning`, as Kimi's own API names it: SGLang keeps `reasoning_content` alone."""
-    if raw_request is not None and b'"reasoning"' in await raw_request.body():
-        sent = (await raw_request.json())["messages"]
-        for message, fields in zip(request.messages, sent, strict=True):
-            if isinstance(fields.get("reasoning"), str) and hasattr(message, "reasoning_content"):
-                message.reasoning_content = fields["reasoning"] or message.reasoning_content
+async def read_messages(original: Callable[..., Any], serving: Any, request: Any, raw_request: Any = None) -> Any:
+    """What the template reads of a message and SGLang's classes drop: a user's `name`, and `reasoning`, as Kimi's own API
+    calls what SGLang knows as `reasoning_content`."""
+    if raw_request is not None:
+        body = await raw_request.body()
+        if any(f'"{name}"'.encode() in body for name in DROPPED):
+            sent = (await raw_request.json()).get("messages") or []
+            request.messages = [
+                compat.with_fields(
+                    message, {name: fields[name] for name in DROPPED if isinstance(fields.get(name), str)}
+                )
+                for message, fields in zip(request.messages, sent, strict=True)
+            ]
     return await original(serving, request, raw_request)
 
 
