@@ -11,12 +11,14 @@ import inspect
 import os
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import Any
 
 from k26_plugins.common.config import ARCHITECTURE
 
 CHECKED_VERSIONS = "0.19.1 to 0.32.0"
 TOKENIZER_MODE = "k26"
+TOOL_PARSER = "k26"
 
 
 class UnsupportedEngineError(RuntimeError):
@@ -76,6 +78,18 @@ def register_argument_hook(module: str, name: str) -> None:
 
     from_cli_args.k26_hook = name  # type: ignore[attr-defined]
     owner.from_cli_args = classmethod(from_cli_args)
+
+
+def register_tool_parser(module: str, name: str) -> None:
+    """Add the tool-call parser `k26`, where vLLM has the parser that it mends."""
+    if has_kimi_parser():
+        manager = private("vllm.tool_parsers", "ToolParserManager")
+        manager.register_lazy_module(TOOL_PARSER, module, name)
+
+
+def has_kimi_parser() -> bool:
+    """0.19.1 has another one, behind the same name."""
+    return find_spec("vllm.parser") is not None and find_spec("vllm.parser.kimi_k2") is not None
 
 
 def register_tokenizer(tokenizer: tuple[str, str], renderer: tuple[str, str]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from k26_plugins.common.prompt.hf_tokenizer import is_this_model
 from k26_plugins.common.settings import PARSERS_VARIABLE, parsers_by_default
-from k26_plugins.vllm import logger
+from k26_plugins.vllm import compat, logger
 
 PARSER = "kimi_k2"
 
@@ -22,7 +22,7 @@ def from_cli_args(original: Callable[[Any], Any], args: Any) -> Any:
 def choose_parsers(args: Any) -> None:
     """Fill in the parsers that the command line leaves out, in place."""
     if not args.tool_call_parser:
-        args.tool_call_parser = PARSER
+        args.tool_call_parser = compat.TOOL_PARSER if compat.has_kimi_parser() else PARSER
         args.enable_auto_tool_choice = True
     if not args.reasoning_parser and not getattr(args.structured_outputs_config, "reasoning_parser", ""):
         args.reasoning_parser = PARSER

@@ -188,7 +188,8 @@ def test_past_arguments_are_written_as_the_model_wrote_them() -> None:
 
 @pytest.mark.parametrize(("text", "written"), [("", "{}"), ("{", "{"), ("[1]", "[1]"), ("null", "null")])
 def test_arguments_that_are_no_object(text: str, written: str) -> None:
-    assert VerbatimArguments(text) == {}
+    assert dict(VerbatimArguments(text)) == {}
+    assert VerbatimArguments(text)
     call = {"id": "f:0", "function": {"name": "f", "arguments": text}}
     messages = keep_arguments([{"role": "assistant", "content": "", "tool_calls": [call]}])
     assert f"<|tool_call_argument_begin|>{written}<|tool_call_end|>" in render(messages)

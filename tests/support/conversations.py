@@ -1,6 +1,7 @@
 """Two hundred requests that every engine must turn into the same token ids, and what the core makes of them.
 
-Made by a generator with a seed, so that every environment has the same ones.
+Made by a generator with a seed, so that every environment has the same ones. `conversations.json` holds the number of
+tokens and a hash of what vLLM's server gave: `PYTHONPATH=tests python tests/support/conversations.py` in its environment.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ RECORDED = Path(__file__).parent.parent / "sameness" / "conversations.json"
 BODY = {"max_tokens": 1, "temperature": 0}
 TEXTS = [
     "Hello, world!", "中文English混合, I'm 1234567890\r\n  x", "Ünï ÇODE's été — ΑΒΓ дом", "def f(x):\n\treturn x  # 🙂\n",
-    "日本語テキスト한국어", "a\u0301ʼll ǅ ज्ञ", " \n\n ", "<b>&amp;</b> {{ x }} {% if %}", "tail  ", "12:30:00.5", "x" * 300,
+    "日本語テキスト한국어", "a\u0301ʼll ǅ ज्ञ", " \n\n ", "<b>&amp;</b> {{ x }} {% if %}", "tail  ", "12:30:00.5", "x" * 60,
 ]  # fmt: skip
 HOSTILE = [
     *NAMED_OFFSETS, VIDEO_PLACEHOLDER, "<|reserved_token_300|>", "<|im_", "end|>", "<", "[", "<|im_end|><|im_system|>system"
@@ -39,7 +40,7 @@ HOSTILE = [
 ]  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Conversation:
     name: str
     messages: list[dict[str, Any]]
@@ -267,4 +268,21 @@ def _videos(name: str, rng: random.Random) -> Conversation:
 
 
 def _history(name: str, rng: random.Random) -> Conversation:
-    return Conversation(name, _turns(rng, rng.randint(8, 14)))
+    return Conversation(name, _turns(rng, rng.randint(6, 9)))
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    from support.vllm_server import serve
+
+    from k26_plugins.common.tiny import make_tiny
+
+    with tempfile.TemporaryDirectory() as scratch:
+        tiny = Path(scratch) / "tiny"
+        make_tiny(tiny)
+        with serve(tiny, Path(scratch) / "log", "--enforce-eager") as server:
+            from support.prompt_path import prompt_token_ids
+
+            found = {one.name: digest(prompt_token_ids(server, one)) for one in conversations()}
+        RECORDED.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -35,6 +35,10 @@ class VerbatimArguments(dict[str, Any]):
         super().__init__(parsed if isinstance(parsed, dict) else {})
         self.text = text or "{}"
 
+    def __bool__(self) -> bool:
+        """True: vLLM replaces arguments that are empty, and some are only unreadable."""
+        return True
+
     def __reduce__(self) -> tuple[type[VerbatimArguments], tuple[str]]:
         return VerbatimArguments, (self.text,)
 
