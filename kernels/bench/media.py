@@ -1,6 +1,6 @@
 """Images and video frames to patches: the core against vLLM's fused processor and transformers' own, in one run.
 
-    python kernels/bench/media.py [--out FILE.json]      in an environment with vLLM, or with torchvision
+    python kernels/bench/media.py [--save]      in an environment with vLLM, or with torchvision
 
 Each line is the best of several runs on the same pixels, taking turns, decoding left out; the bytes of the core and of
 vLLM's processor are compared first. transformers' processor needs torchvision, by which it resizes: its pixels differ.
@@ -11,15 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import time
 from collections.abc import Callable
+from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from k26_plugins.common.media import MediaConfig
@@ -52,18 +51,15 @@ def best(functions: dict[str, Callable[[], Any]]) -> dict[str, float]:
 
 def machine() -> dict[str, Any]:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "?")
-    return {
-        "cpu": model,
-        "cores": len(os.sched_getaffinity(0)),
-        "torch": torch.__version__,
-        "system": platform.system(),
-    }
+    model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    # Others' work on the same cores slows one function more than another: the load is part of the figures.
+    load = os.getloadavg()[0]
+    return {"date": date.today().isoformat(), "cpu": model, "cores": len(os.sched_getaffinity(0)), "load": load}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="write the figures there")
+    parser.add_argument("--save", action="store_true", help="write the results beside this file, named by date and CPU")
     arguments = parser.parse_args()
     settings: dict[str, Any] = {"media_proc_cfg": {"config_type": "MoonViTMediaProcessorConfig", **_settings()}}
     core = MediaProcessor(settings)
@@ -95,8 +91,12 @@ def main() -> None:
             kind = "float32" if normalised else "uint8"
             results.append({"case": name, "output": kind, "frames_per_second": rates})
             print(f"{name:32} {kind:8}", "  ".join(f"{key} {value:8.1f}/s" for key, value in rates.items()))
-    if arguments.out:
-        arguments.out.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
+    if arguments.save:
+        info = machine()
+        judge = "vllm" if fused is not None else "transformers"
+        name = f"media-{judge}-{info['date']}-{info['cpu'].replace(' ', '_')}-{info['cores']}t.json"
+        result = {"machine": info, "results": results}
+        (Path(__file__).parent / "results" / name).write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _fused(settings: dict[str, Any]) -> Any:
