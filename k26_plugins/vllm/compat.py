@@ -9,6 +9,7 @@ import functools
 import importlib
 import inspect
 import os
+import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -68,6 +69,8 @@ def register_argument_hook(module: str, name: str) -> None:
 
     The parsers of a model's output are flags of the server, which no registry of models reaches.
     """
+    if "vllm.engine.arg_utils" not in sys.modules:
+        return  # a worker: the command line is read elsewhere
     owner = private("vllm.engine.arg_utils", "AsyncEngineArgs")
     original = owner.from_cli_args
     if getattr(original, "k26_hook", None) is not None:
