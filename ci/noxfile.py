@@ -17,8 +17,10 @@ TORCH = "torch==2.13.0"
 VLLM_OLDEST, VLLM_NEWEST = "0.19.1", "0.32.0"
 
 SGLANG_OLDEST, SGLANG_NEWEST = "0.5.10", "0.5.23"
+# On a CPU without AMX only the newest is right; the tests hold that the others are refused.
+KT_KERNELS = ("0.6.1", "0.6.4", "0.7.2")
 
-nox.options.sessions = ["core", "vllm_oldest", "vllm", "sglang_oldest", "sglang"]
+nox.options.sessions = ["core", "ktransformers", "vllm_oldest", "vllm", "sglang_oldest", "sglang"]
 # The sessions run at the root, where the package and its tests are.
 nox.options.default_venv_backend = "venv"
 ROOT = ".."
@@ -65,14 +67,26 @@ def _install_sglang(session: nox.Session, version: str) -> None:
     session.env["LD_LIBRARY_PATH"] = session.run("python", "ci/install_sglang.py", "--driver", silent=True).strip()
 
 
+@nox.session
+def ktransformers(session: nox.Session) -> None:
+    """kt-kernel's experts behind the core's interface. They need no GPU and not the torch that kt-kernel pins."""
+    session.chdir(ROOT)
+    session.install("--quiet", TORCH)
+    session.install("--quiet", "-e", ".", "pytest", "compressed-tensors")
+    for version in KT_KERNELS:
+        session.run("python", "ci/install_kt_kernel.py", version)
+        session.run("pytest", "-q", "tests/ktransformers", *session.posargs)
+
+
 # Importing SGLang prints pages of its dependencies' deprecations.
 SGLANG_PYTEST = ("pytest", "-q", "-W", "ignore")
 
 
 @nox.session
 def sglang(session: nox.Session) -> None:
-    """The adapter in the newest SGLang: the real server."""
+    """The adapter in the newest SGLang: the real server, and hybrid runs with kt-kernel beside it."""
     _install_sglang(session, SGLANG_NEWEST)
+    session.run("python", "ci/install_kt_kernel.py", KT_KERNELS[-1])
     session.run(*SGLANG_PYTEST, "tests/sglang", *session.posargs)
 
 

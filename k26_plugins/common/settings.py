@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 EXPERTS_VARIABLE = "K26_EXPERTS"
+HOST_EXPERTS_VARIABLE = "K26_CPU_EXPERTS"
 ENGINE = "engine"
 CONTROL_TOKENS_VARIABLE = "K26_CONTROL_TOKENS"
 PARSERS_VARIABLE = "K26_PARSERS"
@@ -17,10 +18,23 @@ def experts_setting() -> str:
     """
     from k26_plugins.common.experts import BACKENDS
 
-    value = os.environ.get(EXPERTS_VARIABLE, "auto").strip().lower()
-    allowed = ("auto", ENGINE, *BACKENDS)
+    return _choice(EXPERTS_VARIABLE, ("auto", ENGINE, *BACKENDS))
+
+
+def host_experts_setting() -> str:
+    """Which experts compute on the host in a hybrid run: `auto` (the core's) or a backend's name, kt-kernel's included.
+
+    Raises ValueError for any other value of K26_CPU_EXPERTS.
+    """
+    from k26_plugins.common.experts import backend_names
+
+    return _choice(HOST_EXPERTS_VARIABLE, ("auto", *backend_names()))
+
+
+def _choice(variable: str, allowed: tuple[str, ...]) -> str:
+    value = os.environ.get(variable, "auto").strip().lower()
     if value not in allowed:
-        raise ValueError(f"{EXPERTS_VARIABLE} is {value!r}: choose one of {', '.join(allowed)}, or unset it.")
+        raise ValueError(f"{variable} is {value!r}: choose one of {', '.join(allowed)}, or unset it.")
     return value
 
 

@@ -5,11 +5,12 @@ Checked on 0.5.10 and 0.5.23. Where the two differ the difference is detected he
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -266,6 +267,33 @@ def expert_parallel_size() -> int:
     if find_spec("sglang.srt.runtime_context") is not None:
         return int(private("sglang.srt.runtime_context", "get_parallel")().moe_ep_size)
     return int(private("sglang.srt.distributed", "get_moe_expert_parallel_world_size")())
+
+
+def server_args() -> Any:
+    """What the user started SGLang with."""
+    if find_spec("sglang.srt.runtime_context") is not None:
+        module = importlib.import_module("sglang.srt.runtime_context")
+        if hasattr(module, "get_server_args"):
+            return module.get_server_args()
+    return private("sglang.srt.server_args", "get_global_server_args")()
+
+
+@contextlib.contextmanager
+def without_kt_wrapper() -> Iterator[None]:
+    """Have SGLang build its fused-MoE layers without KTransformers' wrapper, whatever `--kt-…` says."""
+    layer = importlib.import_module("sglang.srt.layers.moe.fused_moe_triton.layer")
+    name = "create_kt_config_from_server_args"
+    if hasattr(layer, name):
+        original = getattr(layer, name)
+        setattr(layer, name, lambda *args, **kwargs: None)
+        try:
+            yield
+        finally:
+            setattr(layer, name, original)
+    else:
+        # KTransformers' fork from 0.7 on has a switch of its own, for draft models.
+        with private("sglang.srt.layers.moe.utils", "speculative_kt_ep_disabled_context")():
+            yield
 
 
 def experts_scale_output() -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from k26_plugins.common.experts import ExpertsBackend, create_experts
+from k26_plugins.common.experts import RoutedExperts, create_experts
 from k26_plugins.common.experts.op import number_of, routed_experts
 from k26_plugins.common.experts.parameters import create_packed_parameters, take_packed_parameters
 from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, experts_for_device, experts_setting
@@ -18,7 +19,7 @@ class K26MoEScheme(compat.moe_scheme_base()):  # type: ignore[misc]
 
     def __init__(self, backend_name: str) -> None:
         self.backend_name = backend_name
-        self.backend: ExpertsBackend | None = None
+        self.backend: RoutedExperts | None = None
         self.number = -1
 
     @classmethod
@@ -34,24 +35,30 @@ class K26MoEScheme(compat.moe_scheme_base()):  # type: ignore[misc]
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        # SGLang's loader reads these to cut for tensor parallelism and to place an expert.
+        on_parameter = self.loader_attributes(extra_weight_attrs)
+        create_packed_parameters(layer, num_experts, hidden_size, intermediate_size_per_partition, on_parameter)
+
+    @staticmethod
+    def loader_attributes(extra_weight_attrs: dict[str, Any]) -> Callable[[torch.nn.Parameter], None]:
+        """Gives a parameter what SGLang's loader reads to cut for tensor parallelism and to place an expert."""
         attributes = {**extra_weight_attrs, "is_transposed": False, "quant_method": "group"}
 
-        def on_parameter(parameter: torch.nn.Parameter) -> None:
+        def set_attributes(parameter: torch.nn.Parameter) -> None:
             for name, value in attributes.items():
                 setattr(parameter, name, value)
 
-        create_packed_parameters(layer, num_experts, hidden_size, intermediate_size_per_partition, on_parameter)
+        return set_attributes
 
     def create_moe_runner(self, layer: torch.nn.Module, moe_runner_config: Any) -> None:
         """No runner of SGLang's: its dispatcher then gives local ids, −1 for an expert of another rank."""
         self.output_scale = moe_runner_config.routed_scaling_factor if compat.experts_scale_output() else None
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        self.backend = create_experts(take_packed_parameters(layer), self.backend_name)
-        self.number = number_of(self.backend)
+        backend = create_experts(take_packed_parameters(layer), self.backend_name)
+        self.backend = backend
+        self.number = number_of(backend)
         # Registered again, so that EPLB finds and moves what the backend computes with.
-        for name, tensor in self.backend.tensors().items():
+        for name, tensor in backend.tensors().items():
             layer.register_parameter(f"k26_{name}", torch.nn.Parameter(tensor, requires_grad=False))
 
     def apply_weights(self, layer: torch.nn.Module, dispatch_output: Any) -> Any:
@@ -62,12 +69,13 @@ class K26MoEScheme(compat.moe_scheme_base()):  # type: ignore[misc]
         return compat.combine_input(output)
 
 
-def use_core_experts(quant_config: Any) -> None:
+def use_core_experts(quant_config: Any, make_scheme: Callable[[str], K26MoEScheme]) -> None:
     """Give this model's quantisation configuration our scheme for routed experts, and leave the rest of it alone.
 
-    The object's class is replaced by a subclass of its own: the one of another model in the process keeps its. Where
-    SGLang's own experts are chosen, by K26_EXPERTS or by `--moe-runner-backend`, they run, except for the one that takes
-    this checkpoint's format for another. Raises ValueError where the two settings contradict each other.
+    make_scheme: from a backend's name, one for each layer. The object's class is replaced by a subclass of its own: the one
+    of another model in the process keeps its. Where SGLang's own experts are chosen, by K26_EXPERTS or by
+    `--moe-runner-backend`, they run, except for the one that takes this checkpoint's format for another. Raises ValueError
+    where the two settings contradict each other.
     """
     base = compat.compressed_tensors_config()
     if not isinstance(quant_config, base):
@@ -81,7 +89,7 @@ def use_core_experts(quant_config: Any) -> None:
         def get_moe_scheme(self, layer: torch.nn.Module, layer_name: str | None = None) -> Any:
             if backend_name == ENGINE:
                 return super().get_moe_scheme(layer=layer, layer_name=layer_name)
-            return K26MoEScheme(backend_name)
+            return make_scheme(backend_name)
 
     quant_config.__class__ = K26QuantConfig
 

@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+from support.experts import float64_experts, inputs, make_weights, relative_error, route
 
 from k26_plugins.common.experts import BACKENDS, ExpertsBackend, ExpertsError, ExpertWeights, create_experts
 from k26_plugins.common.experts.cpu import DENSE_FROM, CpuExperts, Int4Matrix, packed_layout
@@ -19,45 +19,6 @@ from k26_plugins.common.int4 import quantise
 
 # bfloat16 rounds to 2^-9 (0.2 %) and the result passes through three to five roundings.
 TOLERANCE = 6e-3
-
-
-def make_weights(num_experts: int, hidden: int, inner: int, seed: int = 0) -> ExpertWeights:
-    generator = torch.Generator().manual_seed(seed)
-    w13 = torch.randn(num_experts, 2 * inner, hidden, generator=generator) / hidden**0.5
-    w2 = torch.randn(num_experts, hidden, inner, generator=generator) / inner**0.5
-    return ExpertWeights(*quantise(w13), *quantise(w2))
-
-
-def dense(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    shape = torch.Size((packed.shape[0], packed.shape[1] * 8))
-    return unpack_from_int32(packed, 4, shape).double() * scale.double().repeat_interleave(32, dim=1)
-
-
-def judge(weights: ExpertWeights, x: torch.Tensor, ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
-    """The definition, token by token, in float64."""
-    out = torch.zeros(x.shape, dtype=torch.float64)
-    for token in range(len(x)):
-        for index, weight in zip(ids[token].tolist(), topk_weights[token].double(), strict=True):
-            if index < 0:
-                continue
-            expert = weights.expert(index)
-            gate, up = (dense(expert.w13_packed, expert.w13_scale) @ x[token].double()).chunk(2)
-            out[token] += weight * (dense(expert.w2_packed, expert.w2_scale) @ (F.silu(gate) * up))
-    return out
-
-
-def route(num_tokens: int, top_k: int, num_experts: int, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.stack([torch.randperm(num_experts, generator=generator)[:top_k] for _ in range(num_tokens)])
-    return ids.to(torch.int32), torch.rand(num_tokens, top_k, generator=generator) + 0.1
-
-
-def inputs(num_tokens: int, hidden: int) -> torch.Tensor:
-    return torch.randn(num_tokens, hidden, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
-
-
-def error(result: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((result.double() - expected).norm() / expected.norm()).item()
 
 
 @pytest.mark.parametrize("backend", sorted(BACKENDS))
@@ -70,11 +31,11 @@ def test_against_float64(backend: str, num_tokens: int, top_k: int, num_experts:
     weights = make_weights(num_experts, hidden, inner)
     ids, topk_weights = route(num_tokens, top_k, num_experts)
     x = inputs(num_tokens, hidden)
-    expected = judge(weights, x, ids, topk_weights)
+    expected = float64_experts(weights, x, ids, topk_weights)
     experts = create_experts(weights.copy_of(list(range(num_experts))), backend)
     result = experts.apply(x, ids, topk_weights)
     assert result.dtype == torch.bfloat16
-    assert error(result, expected) <= TOLERANCE
+    assert relative_error(result, expected) <= TOLERANCE
     out = torch.empty_like(x)
     assert experts.apply(x, ids, topk_weights, out=out) is out
     assert torch.equal(out, result)
@@ -95,14 +56,14 @@ def test_expert_parallel_ranks_add_up(backend: str) -> None:
     weights = make_weights(8, 128, 64)
     ids, topk_weights = route(20, 3, 8)
     x = inputs(20, 128)
-    expected = judge(weights, x, ids, topk_weights)
+    expected = float64_experts(weights, x, ids, topk_weights)
     total = torch.zeros(20, 128, dtype=torch.float64)
     for mine in ([0, 3, 4], [7, 1, 2, 5, 6]):
         expert_map = torch.full((8,), -1, dtype=torch.int32)
         expert_map[torch.tensor(mine)] = torch.arange(len(mine), dtype=torch.int32)
         part = create_experts(weights.copy_of(mine), backend)
         total += part.apply(x, ids, topk_weights, expert_map=expert_map).double()
-    assert error(total, expected) <= TOLERANCE
+    assert relative_error(total, expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize("backend", sorted(BACKENDS))
@@ -111,7 +72,7 @@ def test_tensor_parallel_ranks_add_up(backend: str, size: int) -> None:
     weights = make_weights(4, 128, 128)
     ids, topk_weights = route(70, 2, 4)
     x = inputs(70, 128)
-    expected = judge(weights, x, ids, topk_weights)
+    expected = float64_experts(weights, x, ids, topk_weights)
     total = torch.zeros(70, 128, dtype=torch.float64)
 
     def rows(tensor: torch.Tensor, rank: int) -> torch.Tensor:
@@ -125,7 +86,7 @@ def test_tensor_parallel_ranks_add_up(backend: str, size: int) -> None:
             weights.w2_scale.chunk(size, dim=2)[rank].contiguous(),
         )
         total += create_experts(part, backend).apply(x, ids, topk_weights).double()
-    assert error(total, expected) <= TOLERANCE
+    assert relative_error(total, expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize("backend", sorted(BACKENDS))
@@ -151,7 +112,7 @@ def test_both_paths_of_the_cpu_product_agree() -> None:
     ids, ones = torch.zeros(DENSE_FROM, 1, dtype=torch.int64), torch.ones(DENSE_FROM, 1)
     many = experts.apply(x, ids, ones)[:-1]
     few = experts.apply(x[:-1], ids[:-1], ones[:-1])
-    assert error(many, few.double()) <= TOLERANCE
+    assert relative_error(many, few.double()) <= TOLERANCE
 
 
 def test_repacking_is_torchs_own() -> None:

@@ -6,44 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from support.agreement import assert_same_top
 from support.checkpoints import make_llama
-from support.images import image_part, png, random_image
 from support.server import Server
-from support.sglang_server import serve
-
-# SGLang's CPU backend wants to know which core is whose where two ranks share a NUMA node. The build from PyPI brings
-# NCCL, which SGLang would use for two ranks wherever it finds it: a CPU build has none.
-TWO_RANKS = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1", "SGLANG_NCCL_SO_PATH": "none"}
-# The vision tower's interpolation is compiled at the first image, half a minute; test_server.py has it compiled.
-EAGER = {"TORCHDYNAMO_DISABLE": "1"}
+from support.sglang_server import EAGER, TWO_RANKS, first_tokens, serve
 
 
 @pytest.fixture(scope="module")
 def one_rank(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with serve(tiny_folder, tmp_path_factory.mktemp("one") / "log", **EAGER) as server:
         yield server
-
-
-def first_tokens(server: Server) -> list[dict[int, float]]:
-    """Of several prompts, text and image, the likeliest next tokens and their log-probabilities."""
-    found = []
-    for index in range(6):
-        prompt = torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(index)).tolist()
-        answer = server.post(
-            "/generate",
-            input_ids=prompt,
-            sampling_params={"max_new_tokens": 1, "temperature": 0},
-            return_logprob=True,
-            top_logprobs_num=5,
-        ).json()
-        found.append({token: logprob for logprob, token, *_ in answer["meta_info"]["output_top_logprobs"][0]})
-    content = [image_part(png(random_image(100, 80))), {"type": "text", "text": "What?"}]
-    entry = server.chat(content, max_tokens=1, temperature=0, logprobs=True, top_logprobs=5)
-    top_tokens = entry["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-    found.append({index: item["logprob"] for index, item in enumerate(top_tokens)})
-    return found
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from support.agreement import BYTES, VOCABULARY, assert_same_distribution
 from support.expected import image_request, text_prompt
 from support.images import BAD_IMAGES, image_part, png_header
 from support.server import Server
-from support.sglang_server import HAS_ENTRY_POINT, serve
+from support.sglang_server import HAS_ENTRY_POINT, generate, rows, serve
 
 from k26_plugins.common.checkpoint import Checkpoint
 from k26_plugins.common.multimodal import KimiK26
@@ -37,30 +37,6 @@ def server(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 @pytest.fixture(scope="module")
 def reference(tiny_folder: Path) -> KimiK26:
     return KimiK26(Checkpoint(tiny_folder), torch.float32)
-
-
-def generate(server: Server, input_ids: list[int], max_new_tokens: int, **sampling: Any) -> dict[str, Any]:
-    """SGLang's own API: greedy, with the whole distribution at each position."""
-    response = server.post(
-        "/generate",
-        input_ids=input_ids,
-        sampling_params={"max_new_tokens": max_new_tokens, "temperature": 0, "ignore_eos": True, **sampling},
-        return_logprob=True,
-        top_logprobs_num=VOCABULARY,
-        logprob_start_len=0,
-    )
-    assert response.status_code == 200, response.text
-    answer: dict[str, Any] = response.json()
-    return answer
-
-
-def rows(entries: list[list[list[Any]]]) -> torch.Tensor:
-    """The server's `[[logprob, token, …], …]`, one list a position, as `[positions, vocab]`."""
-    out = torch.full((len(entries), VOCABULARY), -torch.inf)
-    for position, entry in enumerate(entries):
-        for logprob, token, *_ in entry:
-            out[position, token] = logprob
-    return out
 
 
 def test_the_plugin_is_active(server: Server) -> None:

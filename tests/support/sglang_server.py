@@ -8,11 +8,21 @@ from contextlib import AbstractContextManager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import torch
+from support.agreement import VOCABULARY
+from support.images import image_part, png, random_image
 from support.server import Server, run_server
 
 # SGLang 0.5.10 has no entry point for plugins: its users set PYTHONPATH.
 HAS_ENTRY_POINT = find_spec("sglang.srt.plugins") is not None
+
+# SGLang's CPU backend wants to know which core is whose where two ranks share a NUMA node. The build from PyPI brings
+# NCCL, which SGLang would use for two ranks wherever it finds it: a CPU build has none.
+TWO_RANKS = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1", "SGLANG_NCCL_SO_PATH": "none"}
+# The vision tower's interpolation is compiled at the first image, half a minute; test_server.py has it compiled.
+EAGER = {"TORCHDYNAMO_DISABLE": "1"}
 
 
 def serve(folder: Path, log: Path, *arguments: str, **environment: str) -> AbstractContextManager[Server]:
@@ -30,3 +40,47 @@ def boot_folder() -> str:
     """As the README says to find it."""
     command = [sys.executable, "-m", "k26_plugins.sglang.boot"]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def generate(server: Server, input_ids: list[int], max_new_tokens: int, **sampling: Any) -> dict[str, Any]:
+    """SGLang's own API: greedy, with the whole distribution at each position."""
+    response = server.post(
+        "/generate",
+        input_ids=input_ids,
+        sampling_params={"max_new_tokens": max_new_tokens, "temperature": 0, "ignore_eos": True, **sampling},
+        return_logprob=True,
+        top_logprobs_num=VOCABULARY,
+        logprob_start_len=0,
+    )
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def rows(entries: list[list[list[Any]]]) -> torch.Tensor:
+    """The server's `[[logprob, token, …], …]`, one list a position, as `[positions, vocab]`."""
+    out = torch.full((len(entries), VOCABULARY), -torch.inf)
+    for position, entry in enumerate(entries):
+        for logprob, token, *_ in entry:
+            out[position, token] = logprob
+    return out
+
+
+def first_tokens(server: Server) -> list[dict[int, float]]:
+    """Of several prompts, text and image, the likeliest next tokens and their log-probabilities."""
+    found = []
+    for index in range(6):
+        prompt = torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(index)).tolist()
+        answer = server.post(
+            "/generate",
+            input_ids=prompt,
+            sampling_params={"max_new_tokens": 1, "temperature": 0},
+            return_logprob=True,
+            top_logprobs_num=5,
+        ).json()
+        found.append({token: logprob for logprob, token, *_ in answer["meta_info"]["output_top_logprobs"][0]})
+    content = [image_part(png(random_image(100, 80))), {"type": "text", "text": "What?"}]
+    entry = server.chat(content, max_tokens=1, temperature=0, logprobs=True, top_logprobs=5)
+    top_tokens = entry["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    found.append({index: item["logprob"] for index, item in enumerate(top_tokens)})
+    return found

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from importlib.metadata import entry_points
 
-from k26_plugins.common.experts.base import Expert, ExpertsBackend, ExpertsError, ExpertWeights
+from k26_plugins.common.experts.base import Expert, ExpertsBackend, ExpertsError, ExpertWeights, RoutedExperts
 from k26_plugins.common.experts.cpu import CpuExperts
 from k26_plugins.common.experts.reference import ReferenceExperts, reference_experts
-from k26_plugins.common.experts.selftest import TOLERANCE, self_test_error
+from k26_plugins.common.experts.selftest import self_test_error
 
 __all__ = [
     "BACKENDS",
@@ -15,6 +16,8 @@ __all__ = [
     "ExpertWeights",
     "ExpertsBackend",
     "ExpertsError",
+    "RoutedExperts",
+    "backend_names",
     "create_experts",
     "reference_experts",
 ]
@@ -25,24 +28,46 @@ logger = logging.getLogger(__name__)
 BACKENDS: dict[str, type[ExpertsBackend]] = {backend.name: backend for backend in (CpuExperts, ReferenceExperts)}
 
 
+# Where a package offers a backend that `auto` does not try: the kt-kernel of the KTransformers adapter.
+ENTRY_POINTS = "k26_plugins.experts"
+
+
+def backend_names() -> tuple[str, ...]:
+    """Every backend that can be asked for by name."""
+    return (*BACKENDS, *(point.name for point in entry_points(group=ENTRY_POINTS) if point.name not in BACKENDS))
+
+
+def find_backend(name: str) -> type[ExpertsBackend]:
+    """The backend of this name. Raises ExpertsError where there is none, or what it needs is not installed."""
+    if name in BACKENDS:
+        return BACKENDS[name]
+    for point in entry_points(group=ENTRY_POINTS):
+        if point.name == name:
+            try:
+                found: type[ExpertsBackend] = point.load()
+            except ImportError as error:
+                raise ExpertsError(f"the experts backend {name!r} cannot be imported: {error}.") from error
+            return found
+    raise ExpertsError(f"no experts backend {name!r}: choose auto or one of {', '.join(backend_names())}.")
+
+
 def create_experts(weights: ExpertWeights, backend: str = "auto") -> ExpertsBackend:
     """Choose a backend for these weights and give them to it.
 
     `auto` takes the first that supports the weights on their device and passes the self-test with them; a backend that
     fails is named in a warning. A backend given by name is taken or refused, never replaced. Raises ExpertsError.
     """
-    if backend != "auto" and backend not in BACKENDS:
-        raise ExpertsError(f"no experts backend {backend!r}: choose auto or one of {', '.join(BACKENDS)}.")
     refused: list[str] = []
-    for candidate in BACKENDS.values() if backend == "auto" else (BACKENDS[backend],):
+    for candidate in BACKENDS.values() if backend == "auto" else (find_backend(backend),):
         reason = candidate.unsupported(weights)
         if reason is None:
             error = self_test_error(candidate, weights)
-            if error <= TOLERANCE:
+            if error <= candidate.tolerance:
                 if refused:
                     logger.warning("experts backend %s is used: %s", candidate.name, "; ".join(refused))
                 return candidate.load(weights)
-            reason = f"it failed the self-test on {weights.device}, relative error {error:.3g} (limit {TOLERANCE:g})"
+            limit = candidate.tolerance
+            reason = f"it failed the self-test on {weights.device}, relative error {error:.3g} (limit {limit:g})"
         refused.append(f"{candidate.name} is not, because {reason}")
     raise ExpertsError(
         f"no experts backend can be used on {weights.device}: {'; '.join(refused)}. Serving would give garbage. "

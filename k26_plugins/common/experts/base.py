@@ -94,32 +94,12 @@ class ExpertWeights:
         )
 
 
-class ExpertsBackend(ABC):
+class RoutedExperts(ABC):
     """Computes the routed sum of one layer, Σ weight · down(silu(gate · x) · (up · x)), over the experts that live here.
 
     Neither the shared expert nor the routed scaling factor is part of it: the first is the engine's, the second is in
     `topk_weights`. Under tensor or expert parallelism each rank returns its partial sum.
     """
-
-    name: ClassVar[str]
-
-    @classmethod
-    @abstractmethod
-    def unsupported(cls, weights: ExpertWeights) -> str | None:
-        """Why this backend cannot run these weights on their device, or None."""
-
-    @classmethod
-    @abstractmethod
-    def load(cls, weights: ExpertWeights) -> Self:
-        """Take the weights over, repacked expert by expert into the same storage where the sizes allow it."""
-
-    @abstractmethod
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The repacked weights, each contiguous `[E, ...]` and self-contained per expert.
-
-        An engine may register them as parameters and move an expert's rows between ranks (EPLB): what is computed
-        follows the rows.
-        """
 
     def workspace_bytes(self, num_tokens: int, top_k: int) -> int:
         """Bytes of scratch that `apply` wants from the caller, so that a CUDA graph can hold it; 0 if none."""
@@ -145,13 +125,46 @@ class ExpertsBackend(ABC):
         """
 
 
+class ExpertsBackend(RoutedExperts):
+    """One way to compute them, over all the weights that it was given."""
+
+    name: ClassVar[str]
+    tolerance: ClassVar[float] = 1e-2
+    """The self-test's limit on the relative error: far above bfloat16's rounding (2e-3 on a right kernel) and far below
+    what a wrong nibble order or scale gives (above 0.5)."""
+
+    @classmethod
+    @abstractmethod
+    def unsupported(cls, weights: ExpertWeights) -> str | None:
+        """Why this backend cannot run these weights on their device, or None."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, weights: ExpertWeights) -> Self:
+        """Take the weights over, repacked expert by expert into the same storage where the sizes allow it."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The repacked weights, each contiguous `[E, ...]` and self-contained per expert.
+
+        An engine may register them as parameters and move an expert's rows between ranks (EPLB): what is computed
+        follows the rows.
+        """
+
+
+def local_ids(topk_ids: torch.Tensor, expert_map: torch.Tensor | None) -> torch.Tensor:
+    """int64 ids into the experts that live here, −1 for no expert or one that lives elsewhere."""
+    local = topk_ids.long()
+    if expert_map is None:
+        return local
+    return torch.where(local >= 0, expert_map.long()[local.clamp(min=0)], local)
+
+
 def tokens_by_expert(
     topk_ids: torch.Tensor, expert_map: torch.Tensor | None, num_experts: int
 ) -> list[tuple[int, torch.Tensor]]:
     """For each local expert with tokens, in order: its index and the flat slots (token · top_k + k) that chose it."""
-    local = topk_ids.flatten().long()
-    if expert_map is not None:
-        local = torch.where(local >= 0, expert_map.long()[local.clamp(min=0)], local)
+    local = local_ids(topk_ids, expert_map).flatten()
     order = torch.argsort(local, stable=True)
     # Slots of −1 sort first and are dropped.
     counts = torch.bincount(local + 1, minlength=num_experts + 1).tolist()

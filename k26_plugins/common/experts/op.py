@@ -7,14 +7,14 @@ import weakref
 
 import torch
 
-from k26_plugins.common.experts.base import ExpertsBackend
+from k26_plugins.common.experts.base import RoutedExperts
 
 # The operator gets a layer's backend by number, because an operator's arguments are tensors and plain values.
-_backends: weakref.WeakValueDictionary[int, ExpertsBackend] = weakref.WeakValueDictionary()
+_backends: weakref.WeakValueDictionary[int, RoutedExperts] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
 
-def number_of(backend: ExpertsBackend) -> int:
+def number_of(backend: RoutedExperts) -> int:
     """A number for `routed_experts`, valid while the backend lives; the caller keeps the backend."""
     number = next(_numbers)
     _backends[number] = backend

@@ -16,12 +16,15 @@ def create_packed_parameters(
     hidden_size: int,
     intermediate_size: int,
     on_parameter: Callable[[torch.nn.Parameter], None],
+    *,
+    device: torch.device | None = None,
 ) -> None:
     """Register `w13_weight_packed`, `w2_weight_packed`, their `_scale` and `_shape`, N first, `[E, …]`.
 
-    intermediate_size: this rank's part. `on_parameter` gives each what the engine's loader reads from it. The `_shape`
-    tensors of the checkpoint say nothing that the configuration does not; they exist so that the loader finds a place.
-    Raises ExpertsError where tensor parallelism cuts through an INT4 group.
+    intermediate_size: this rank's part. `on_parameter` gives each what the engine's loader reads from it. device: where they
+    are created, the default device if not given. The `_shape` tensors of the checkpoint say nothing that the configuration
+    does not; they exist so that the loader finds a place. Raises ExpertsError where tensor parallelism cuts through an
+    INT4 group.
     """
     inner = intermediate_size
     if inner % GROUP_SIZE:
@@ -38,7 +41,7 @@ def create_packed_parameters(
         "w2_weight_shape": ((num_experts, 2), torch.int32),
     }
     for name, (shape, dtype) in shapes.items():
-        parameter = torch.nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+        parameter = torch.nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
         layer.register_parameter(name, parameter)
         on_parameter(parameter)
 

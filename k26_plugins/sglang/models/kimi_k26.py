@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ import torch
 from k26_plugins.common.checkpoint import account
 from k26_plugins.common.serving import published_int4
 from k26_plugins.sglang import compat, logger
-from k26_plugins.sglang.experts import use_core_experts
+from k26_plugins.sglang.experts import K26MoEScheme, use_core_experts
+from k26_plugins.sglang.hybrid import K26HybridScheme, hybrid_settings
 from k26_plugins.sglang.router import use_float32_logits
 
 _in_tree = compat.in_tree_model()
@@ -24,14 +26,17 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
         self.weights_loaded = False
         if compat.device_type() == "cpu":
             compat.use_absorbed_mla_on_torch_native()
-        if self.core_config is not None:
-            use_core_experts(quant_config)
-        super().__init__(config, quant_config, prefix, **kwargs)
+        if self.core_config is None:
+            super().__init__(config, quant_config, prefix, **kwargs)
+        else:
+            hybrid = hybrid_settings(self.core_config)
+            use_core_experts(quant_config, partial(K26HybridScheme, settings=hybrid) if hybrid else K26MoEScheme)
+            with compat.without_kt_wrapper():
+                super().__init__(config, quant_config, prefix, **kwargs)
+            use_float32_logits(self)
         # A float32 buffer, which would make all that it is added to float32: no image meets it, only videos do.
         position = self.vision_tower.patch_embed.pos_emb
         position.time_weight = position.time_weight.to(position.weight.dtype)
-        if self.core_config is not None:
-            use_float32_logits(self)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
         # Later calls update some of the weights of a running server (RLHF); only the first must be whole.

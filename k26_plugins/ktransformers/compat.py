@@ -1,0 +1,52 @@
+"""Every name of kt-kernel that this adapter touches. Checked on 0.6.1 and 0.7.2."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+CHECKED_VERSIONS = "0.6.1 to 0.7.2"
+
+
+class UnsupportedEngineError(RuntimeError):
+    """A kt-kernel in which something that the adapter needs is not where it was."""
+
+
+def kt_kernel_version() -> str:
+    try:
+        return version("kt-kernel")
+    except PackageNotFoundError:
+        return "of an unknown version"
+
+
+def private(module: str, name: str) -> Any:
+    """A private `name` of kt-kernel, or one error that says which versions have it. Raises ImportError without kt-kernel."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except AttributeError as error:
+        raise UnsupportedEngineError(
+            f"kt-kernel {kt_kernel_version()} has no {module}.{name}, which k26-plugins needs: it was checked on kt-kernel "
+            f"{CHECKED_VERSIONS}. Install one of these, or choose the core's experts with K26_CPU_EXPERTS=auto."
+        ) from error
+
+
+def extension() -> Any:
+    """The compiled extension for this CPU. Raises ImportError where kt-kernel is not installed."""
+    return importlib.import_module("kt_kernel").kt_kernel_ext
+
+
+def raw_int4_class(group_size: int) -> Any:
+    """The class for this CPU that takes the checkpoint's INT4 bytes as they are, or None."""
+    utils = importlib.import_module("kt_kernel.utils.amx")
+    if hasattr(utils, "_select_rawint4_backend"):
+        return utils._select_rawint4_backend(group_size)
+    # 0.6.1 offers its AMX code to every CPU, and ends the process on one without.
+    has_amx = private("kt_kernel", "__cpu_variant__") == "amx"
+    return getattr(utils, "AMXInt4_KGroup_MOE", None) if has_amx else None
+
+
+def cpu_infer(threads: int, numa_nodes: list[int]) -> Any:
+    """kt-kernel's thread pools, one for each memory node and `threads` in all. The first call decides for the process."""
+    base = private("kt_kernel.experts_base", "BaseMoEWrapper")
+    return base._get_cpu_infer(threads, len(numa_nodes), numa_nodes=numa_nodes)

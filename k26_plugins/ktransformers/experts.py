@@ -1,0 +1,131 @@
+"""kt-kernel's RAWINT4 as a backend of the core: it takes the checkpoint's INT4 bytes and rounds activations to 8 bits."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Self
+
+import torch
+
+from k26_plugins.common.experts.base import ExpertsBackend, ExpertsError, ExpertWeights, local_ids
+from k26_plugins.common.host_threads import host_threads, numa_nodes
+from k26_plugins.common.int4 import GROUP_SIZE
+from k26_plugins.ktransformers import compat
+
+# Tokens of one call, for which kt-kernel keeps buffers; longer batches are cut.
+MAX_TOKENS = 2048
+# Experts of one token, at most: the published model's number.
+MAX_TOP_K = 8
+# kt-kernel's tiles. An inner size of 64 ends the process (0.7.2).
+TILE = 128
+# Numbers of experts that are no multiple of 4 end the process too at small sizes: its buffers are then out of line.
+EXPERTS_MULTIPLE = 8
+
+
+class KtExperts(ExpertsBackend):
+    """For a CPU. Called without KTransformers' stream callbacks, which do nothing, silently, where there is no CUDA.
+
+    Each rank gives it its own shard of every expert. KTransformers gives whole experts to the first rank alone, and with
+    four ranks that run answers garbage (ktransformers issue 2076).
+    """
+
+    name = "kt"
+    # 8-bit activations: 1.2 to 1.5 % was measured on a right kernel.
+    tolerance: ClassVar[float] = 3e-2
+
+    def __init__(self, moe: Any, pool: Any, kept: tuple[torch.Tensor, ...]) -> None:
+        """kept: tensors whose addresses kt-kernel remembers."""
+        self.moe = moe
+        self.pool = pool
+        self.kept = kept
+
+    @classmethod
+    def unsupported(cls, weights: ExpertWeights) -> str | None:
+        if weights.device.type != "cpu":
+            return f"the weights are on {weights.device}"
+        try:
+            compat.extension()
+        except ImportError as error:
+            return f"kt-kernel cannot be imported ({error})"
+        if compat.raw_int4_class(GROUP_SIZE) is None:
+            return f"kt-kernel {compat.kt_kernel_version()} has no RAWINT4 experts for this CPU"
+        for name, size in (("hidden size", weights.hidden_size), ("intermediate size", weights.intermediate_size)):
+            if size % TILE:
+                return f"{name} of {size} on this rank is no multiple of {TILE}"
+        return None
+
+    @classmethod
+    def load(cls, weights: ExpertWeights) -> Self:
+        """kt-kernel copies the weights into its own layout, twice the memory until this returns."""
+        config_class = compat.extension().moe.MOEConfig
+        pool = compat.cpu_infer(host_threads(), numa_nodes())
+        inner = weights.intermediate_size
+        padded = -(-weights.num_experts // EXPERTS_MULTIPLE) * EXPERTS_MULTIPLE
+        # The padding counts as experts on a device, which kt-kernel does not compute.
+        on_device = torch.arange(padded) >= weights.num_experts
+        config = config_class(padded, MAX_TOP_K, weights.hidden_size, inner, on_device.data_ptr())
+        config.layer_idx = 0
+        config.pool = pool.backend_
+        config.max_len = MAX_TOKENS
+        config.quant_config.bits = 4
+        config.quant_config.group_size = GROUP_SIZE
+        config.quant_config.zero_point = False
+        # One address for each memory node and expert; the checkpoint's bytes are not split by node.
+        config.gate_projs = _addresses(weights.w13_packed[:, :inner], padded)
+        config.up_projs = _addresses(weights.w13_packed[:, inner:], padded)
+        config.down_projs = _addresses(weights.w2_packed, padded)
+        config.gate_scales = _addresses(weights.w13_scale[:, :inner], padded)
+        config.up_scales = _addresses(weights.w13_scale[:, inner:], padded)
+        config.down_scales = _addresses(weights.w2_scale, padded)
+        moe = compat.raw_int4_class(GROUP_SIZE)(config)
+        order = torch.arange(padded, dtype=torch.int64)
+        pool.submit(moe.load_weights_task(order.data_ptr()))
+        pool.sync()
+        return cls(moe, pool, (on_device, order))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """None: kt-kernel keeps its copies to itself, so EPLB cannot move them."""
+        return {}
+
+    def apply(
+        self,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        *,
+        expert_map: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        workspace: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if topk_ids.shape[1] > MAX_TOP_K:
+            raise ExpertsError(
+                f"kt-kernel was set up for {MAX_TOP_K} experts a token, this batch has {topk_ids.shape[1]}: choose the "
+                f"core's experts with K26_CPU_EXPERTS=auto."
+            )
+        x = hidden_states.to(torch.bfloat16).contiguous()
+        ids = local_ids(topk_ids, expert_map).contiguous()
+        weights = topk_weights.float().contiguous()
+        result = torch.empty_like(x)
+        for start in range(0, len(x), MAX_TOKENS):
+            part = slice(start, start + MAX_TOKENS)
+            self._forward(x[part], ids[part], weights[part], result[part])
+        return result.to(hidden_states.dtype) if out is None else out.copy_(result)
+
+    def _forward(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, result: torch.Tensor) -> None:
+        num_tokens = torch.tensor([len(x)], dtype=torch.int32)
+        task = self.moe.forward_task(
+            num_tokens.data_ptr(),
+            ids.shape[1],
+            ids.data_ptr(),
+            weights.data_ptr(),
+            x.data_ptr(),
+            result.data_ptr(),
+            False,
+        )
+        self.pool.submit(task)
+        self.pool.sync()
+
+
+def _addresses(stacked: torch.Tensor, padded: int) -> list[list[int]]:
+    """Where each expert's matrix begins, each contiguous in itself; the padding repeats the first."""
+    found = [matrix.data_ptr() for matrix in stacked]
+    return [found + found[:1] * (padded - len(found))]

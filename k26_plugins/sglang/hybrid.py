@@ -1,0 +1,169 @@
+"""Hybrid runs: SGLang's `--kt-…` flags taken to the core's experts on the device and in the host's memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from k26_plugins.common.config import K26Config
+from k26_plugins.common.experts import create_experts
+from k26_plugins.common.experts.hybrid import HybridExperts
+from k26_plugins.common.experts.op import number_of
+from k26_plugins.common.experts.parameters import create_packed_parameters, take_packed_parameters
+from k26_plugins.common.experts.placement import PROFILE_FILE, LayerPlacement, Profile, place
+from k26_plugins.common.host_memory import require_host_memory
+from k26_plugins.common.host_threads import THREADS_VARIABLE
+from k26_plugins.common.int4 import GROUP_SIZE
+from k26_plugins.common.settings import host_experts_setting
+from k26_plugins.sglang import compat, logger
+from k26_plugins.sglang.experts import K26MoEScheme
+
+# AMXINT4 is what upstream SGLang takes `--kt-method` to be where nobody gave it.
+METHODS = (None, "RAWINT4", "AMXINT4")
+
+
+class HybridError(ValueError):
+    """A hybrid run that would not fit or not be right. The message names the flag and the remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class HybridSettings:
+    num_experts: int
+    num_device_experts: int
+    profile: Profile | None
+    host_backend: str
+
+    def placement(self, layer: int) -> LayerPlacement:
+        counts = self.profile.counts[layer] if self.profile is not None else None
+        return place(self.num_experts, self.num_device_experts, counts)
+
+
+def hybrid_settings(config: K26Config) -> HybridSettings | None:
+    """What the server's `--kt-…` flags ask for, or None without them.
+
+    Raises HybridError, PlacementError or HostMemoryError for a run that would not be right or not fit.
+    """
+    arguments = compat.server_args()
+    if getattr(arguments, "kt_weight_path", None) is None:
+        return None
+    _refuse(arguments)
+    num_experts = config.text.n_routed_experts
+    ratio = getattr(arguments, "kt_gpu_experts_ratio", None)
+    on_device = arguments.kt_num_gpu_experts if ratio is None else int(ratio * num_experts)
+    if on_device is None:
+        raise HybridError("--kt-weight-path needs --kt-num-gpu-experts: how many experts of each layer the GPUs hold.")
+    file = Path(arguments.model_path) / PROFILE_FILE
+    profile = Profile.load(file, config) if file.exists() else None
+    settings = HybridSettings(num_experts, on_device, profile, host_experts_setting())
+    settings.placement(config.text.num_hidden_layers - 1)  # a number of experts that cannot be is refused here
+    _require_memory(arguments, config, num_experts - on_device)
+    ranks = max(1, arguments.tp_size // arguments.nnodes)
+    if arguments.kt_cpuinfer is not None:
+        os.environ.setdefault(THREADS_VARIABLE, str(max(1, arguments.kt_cpuinfer // ranks)))
+    logger.info(
+        "k26-plugins: hybrid run, %d of %d experts of each layer on the device (%s), the others on the CPU (%s).",
+        on_device,
+        num_experts,
+        "the first" if profile is None else f"by {file.name}, {profile.hit_rate(on_device):.0%} of its uses",
+        settings.host_backend,
+    )
+    return settings
+
+
+def _refuse(arguments: Any) -> None:
+    if Path(arguments.kt_weight_path).resolve() != Path(arguments.model_path).resolve():
+        raise HybridError(
+            f"--kt-weight-path is {arguments.kt_weight_path}, --model-path {arguments.model_path}: k26-plugins reads the "
+            f"experts of both sides from the one INT4 checkpoint, give it twice."
+        )
+    method = getattr(arguments, "kt_method", None)
+    if method not in METHODS:
+        raise HybridError(f"--kt-method {method} needs converted weights: give RAWINT4, the checkpoint's own format.")
+    if getattr(arguments, "kt_max_deferred_experts_per_token", None):
+        raise HybridError(
+            "--kt-max-deferred-experts-per-token adds experts to a later layer than the model does, which changes its "
+            "answers: leave it out."
+        )
+    if getattr(arguments, "kt_enable_dynamic_expert_update", False):
+        raise HybridError(
+            "--kt-enable-dynamic-expert-update moves experts while serving, which k26-plugins does not: leave it out, and "
+            "place them from a profile (`k26 profile`)."
+        )
+    if arguments.ep_size > 1 or getattr(arguments, "enable_eplb", False):
+        raise HybridError("a hybrid run places experts itself: leave out --ep-size and --enable-eplb, use --tp-size.")
+    if compat.device_type() != "cpu" and not arguments.disable_cuda_graph:
+        raise HybridError("a hybrid run waits on the CPU, which a CUDA graph cannot hold: add --disable-cuda-graph.")
+    if getattr(arguments, "kt_gpu_prefill_token_threshold", None):
+        logger.warning(
+            "--kt-gpu-prefill-token-threshold is not used: k26-plugins computes long prompts where the experts are."
+        )
+
+
+def _require_memory(arguments: Any, config: K26Config, num_host_experts: int) -> None:
+    """Before anything is loaded: this host's share of the experts that stay in its memory."""
+    text = config.text
+    weights = 3 * text.hidden_size * text.moe_intermediate_size
+    one = weights // 2 + weights // GROUP_SIZE * 2  # INT4, and a bfloat16 scale for each group
+    layers = text.num_hidden_layers - text.first_k_dense_replace
+    require_host_memory(
+        num_host_experts * one * layers // arguments.nnodes,
+        f"{num_host_experts} experts of {layers} layers on the CPU",
+        "raise --kt-num-gpu-experts, add memory or another node",
+    )
+
+
+class K26HybridScheme(K26MoEScheme):
+    """Two sets of packed weights. Each tensor that SGLang loads goes, cut for the rank, to the one that its expert is in."""
+
+    def __init__(self, backend_name: str, settings: HybridSettings) -> None:
+        super().__init__(backend_name)
+        self.settings = settings
+        # Not a part of SGLang's layer: what it moves to the device stays in the host's memory.
+        self.host = torch.nn.Module()
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        self.placement = self.settings.placement(layer.layer_id)
+        sizes = (hidden_size, intermediate_size_per_partition)
+        set_attributes = self.loader_attributes(extra_weight_attrs)
+        host_ids, device_ids = self.placement.host_ids, self.placement.device_ids
+        create_packed_parameters(self.host, len(host_ids), *sizes, set_attributes, device=torch.device("cpu"))
+        create_packed_parameters(layer, len(device_ids), *sizes, set_attributes)
+        for name, on_host in self.host.named_parameters():
+            on_device = layer.get_parameter(name)
+            on_device.weight_loader = self._loader(on_device.weight_loader, on_host)
+
+    def _loader(self, load: Callable[..., Any], on_host: torch.nn.Parameter) -> Callable[..., Any]:
+        """SGLang's loader of one parameter, given an expert's place in that set instead of its id."""
+        device_slots = {expert: slot for slot, expert in enumerate(self.placement.device_ids)}
+        host_slots = {expert: slot for slot, expert in enumerate(self.placement.host_ids)}
+
+        def weight_loader(
+            param: torch.nn.Parameter, loaded_weight: torch.Tensor, weight_name: str, shard_id: str, expert_id: int
+        ) -> None:
+            if expert_id in device_slots:
+                load(param, loaded_weight, weight_name, shard_id=shard_id, expert_id=device_slots[expert_id])
+            else:
+                load(on_host, loaded_weight, weight_name, shard_id=shard_id, expert_id=host_slots[expert_id])
+
+        return weight_loader
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        device = layer.get_parameter("w13_weight_packed").device
+        weights = take_packed_parameters(layer)
+        on_device = create_experts(weights, self.backend_name) if weights.num_experts else None
+        on_host = create_experts(take_packed_parameters(self.host), self.settings.host_backend)
+        self.backend = HybridExperts(on_device, on_host, self.placement, device)
+        self.number = number_of(self.backend)

@@ -1,0 +1,106 @@
+"""Experts in two places: the placement, and that the sum does not depend on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.experts import float64_experts, inputs, make_weights, relative_error, route
+
+from k26_plugins.common import host_memory
+from k26_plugins.common.config import K26Config
+from k26_plugins.common.experts import ExpertsError, create_experts, find_backend
+from k26_plugins.common.experts.hybrid import HybridExperts
+from k26_plugins.common.experts.placement import PlacementError, Profile, place
+from k26_plugins.common.host_memory import HostMemoryError, require_host_memory
+from k26_plugins.common.host_threads import THREADS_VARIABLE, host_threads, numa_nodes
+
+# The bound of one backend on its own is 6e-3.
+TOLERANCE = 6e-3
+
+
+@pytest.mark.parametrize("on_device", [0, 1, 5, 7])
+def test_the_sum_does_not_depend_on_the_placement(on_device: int) -> None:
+    weights = make_weights(8, 128, 64)
+    placement = place(8, on_device, counts=[3, 1, 4, 1, 5, 9, 2, 6])
+    ids, topk_weights = route(19, 3, 8)
+    ids[2, 1] = -1
+    x = inputs(19, 128)
+    device_experts = create_experts(weights.copy_of(list(placement.device_ids))) if on_device else None
+    host_experts = create_experts(weights.copy_of(list(placement.host_ids)))
+    hybrid = HybridExperts(device_experts, host_experts, placement, torch.device("cpu"))
+    result = hybrid.apply(x, ids, topk_weights)
+    assert result.dtype == x.dtype
+    assert relative_error(result, float64_experts(weights, x, ids, topk_weights)) <= TOLERANCE
+    out = torch.empty_like(x)
+    assert hybrid.apply(x, ids, topk_weights, out=out) is out
+    assert torch.equal(out, result)
+
+
+def test_an_expert_map_is_refused() -> None:
+    weights = make_weights(2, 128, 64)
+    hybrid = HybridExperts(None, create_experts(weights), place(2, 0), torch.device("cpu"))
+    with pytest.raises(ExpertsError, match="take no expert map"):
+        hybrid.apply(inputs(1, 128), *route(1, 1, 2), expert_map=torch.zeros(2, dtype=torch.int32))
+
+
+def test_the_first_or_the_most_used_are_on_the_device() -> None:
+    assert place(5, 2).device_ids == (0, 1)
+    placement = place(5, 2, counts=[1, 7, 0, 7, 9])
+    assert (placement.device_ids, placement.host_ids) == ((1, 4), (0, 2, 3))
+    assert placement.device_map().tolist() == [-1, 0, -1, -1, 1]
+    assert placement.host_map().tolist() == [0, -1, 1, 2, -1]
+
+
+@pytest.mark.parametrize("on_device", [-1, 5, 6])
+def test_a_number_that_leaves_no_hybrid_run_is_refused(on_device: int) -> None:
+    with pytest.raises(PlacementError, match=rf"{on_device} of 5 experts.*choose 0 to 4"):
+        place(5, on_device)
+
+
+def test_a_profile_is_kept_and_checked(tiny_folder: Path, tmp_path: Path) -> None:
+    config = K26Config.from_path(tiny_folder)
+    counts = [[0] * 8, [8, 0, 0, 0, 0, 0, 0, 2], [5, 0, 5, 0, 0, 0, 0, 0]]
+    file = tmp_path / "profile.json"
+    Profile(10, counts).save(file)
+    profile = Profile.load(file, config)
+    assert profile == Profile(10, counts)
+    assert profile.hit_rate(1) == pytest.approx((8 + 5) / 20)
+    assert profile.hit_rate(2) == 1.0
+    Profile(10, counts[1:]).save(file)
+    with pytest.raises(PlacementError, match=r"in 2 layers, this model has 8 in 3.*k26 profile"):
+        Profile.load(file, config)
+    file.write_text("{")
+    with pytest.raises(PlacementError, match=r"is no expert profile.*k26 profile"):
+        Profile.load(file, config)
+
+
+def test_memory_that_does_not_suffice_is_refused_with_the_numbers() -> None:
+    require_host_memory(1 << 20, "one", "two")
+    with pytest.raises(HostMemoryError, match=r"300 experts need 93132.3 GiB .*, [0-9.]+ GiB are available: add"):
+        require_host_memory(10**14, "300 experts", "add memory")
+
+
+def test_a_container_s_limit_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("5000000\n")
+    (tmp_path / "memory.current").write_text("1000000\n")
+    monkeypatch.setattr(host_memory, "_CGROUP", tmp_path)
+    assert host_memory.available_bytes() == 4_000_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert host_memory.available_bytes() > 4_000_000
+
+
+def test_threads_and_memory_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert host_threads() >= 1
+    assert numa_nodes()[0] >= 0
+    monkeypatch.setenv(THREADS_VARIABLE, "3")
+    assert host_threads() == 3
+    monkeypatch.setenv(THREADS_VARIABLE, "many")
+    with pytest.raises(ValueError, match="K26_CPU_THREADS is 'many'"):
+        host_threads()
+
+
+def test_a_backend_of_another_package_is_found_by_name() -> None:
+    with pytest.raises(ExpertsError, match=r"choose auto or one of .*kt"):
+        find_backend("nothing")

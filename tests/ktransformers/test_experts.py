@@ -1,0 +1,117 @@
+"""kt-kernel's own RAWINT4, for real, behind the core's interface."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.experts import float64_experts, inputs, make_weights, relative_error, route
+
+from k26_plugins.common.experts import ExpertsError, create_experts
+from k26_plugins.common.experts.base import ExpertWeights
+from k26_plugins.common.experts.hybrid import HybridExperts
+from k26_plugins.common.experts.placement import place
+from k26_plugins.ktransformers import compat
+from k26_plugins.ktransformers.experts import KtExperts
+
+# kt-kernel rounds activations to 8 bits.
+TOLERANCE = 2e-2
+
+# What older releases do on a CPU without AMX, and how they are refused: 0.6.1 would end the process with an illegal
+# instruction, 0.6.2 to 0.7.0 compute garbage.
+WITHOUT_AMX = {
+    "0.6.1": "kt-kernel 0.6.1 has no RAWINT4 experts for this CPU",
+    "0.6.4": r"it failed the self-test on cpu, relative error 0\.\d+ \(limit 0.03\)",
+}
+refusal = (
+    None if compat.private("kt_kernel", "__cpu_variant__") == "amx" else WITHOUT_AMX.get(compat.kt_kernel_version())
+)
+runs_here = pytest.mark.skipif(
+    refusal is not None, reason=f"kt-kernel {compat.kt_kernel_version()} has no right RAWINT4 for a CPU without AMX"
+)
+
+
+@pytest.mark.skipif(refusal is None, reason="this kt-kernel runs on this CPU")
+def test_garbage_is_refused() -> None:
+    with pytest.raises(ExpertsError, match=f"kt is not, because {refusal}"):
+        create_experts(make_weights(8, 256, 128), "kt")
+
+
+@runs_here
+@pytest.mark.parametrize("num_experts", [2, 3, 8, 13])
+@pytest.mark.parametrize("num_tokens", [1, 17])
+def test_against_float64(num_experts: int, num_tokens: int) -> None:
+    weights = make_weights(num_experts, 256, 128)
+    ids, topk_weights = route(num_tokens, 2, num_experts)
+    ids[0, 0] = -1
+    x = inputs(num_tokens, 256)
+    expected = float64_experts(weights, x, ids, topk_weights)
+    experts = create_experts(weights.copy_of(list(range(num_experts))), "kt")
+    assert isinstance(experts, KtExperts)
+    assert relative_error(experts.apply(x, ids, topk_weights), expected) <= TOLERANCE
+
+
+@runs_here
+def test_a_batch_beyond_kt_kernel_s_buffers_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("k26_plugins.ktransformers.experts.MAX_TOKENS", 8)
+    weights = make_weights(8, 256, 128)
+    ids, topk_weights = route(19, 2, 8)
+    x = inputs(19, 256)
+    expected = float64_experts(weights, x, ids, topk_weights)
+    assert relative_error(create_experts(weights, "kt").apply(x, ids, topk_weights), expected) <= TOLERANCE
+
+
+@runs_here
+def test_no_tokens() -> None:
+    experts = create_experts(make_weights(8, 256, 128), "kt")
+    ids = torch.empty(0, 2, dtype=torch.int32)
+    assert experts.apply(inputs(0, 256), ids, torch.empty(0, 2)).shape == (0, 256)
+
+
+@runs_here
+def test_two_ranks_shards_sum_to_the_whole() -> None:
+    """What KTransformers' own tensor parallelism gets wrong (issue 2076): here each rank has its part of every expert."""
+    weights = make_weights(4, 256, 256)
+    ids, topk_weights = route(9, 2, 4)
+    x = inputs(9, 256)
+    total = torch.zeros(9, 256)
+    for rank in range(2):
+        rows = torch.cat([torch.arange(128) + 128 * rank + 256 * part for part in range(2)])
+        shard = ExpertWeights(
+            weights.w13_packed[:, rows].contiguous(),
+            weights.w13_scale[:, rows].contiguous(),
+            weights.w2_packed[:, :, 16 * rank : 16 * (rank + 1)].contiguous(),
+            weights.w2_scale[:, :, 4 * rank : 4 * (rank + 1)].contiguous(),
+        )
+        total += create_experts(shard, "kt").apply(x, ids, topk_weights).float()
+    assert relative_error(total, float64_experts(weights, x, ids, topk_weights)) <= TOLERANCE
+
+
+@runs_here
+def test_the_host_s_part_of_a_hybrid_run() -> None:
+    weights = make_weights(8, 256, 128)
+    placement = place(8, 3)
+    ids, topk_weights = route(33, 4, 8)
+    x = inputs(33, 256)
+    expected = float64_experts(weights, x, ids, topk_weights)
+    hybrid = HybridExperts(
+        create_experts(weights.copy_of(list(placement.device_ids))),
+        create_experts(weights.copy_of(list(placement.host_ids)), "kt"),
+        placement,
+        torch.device("cpu"),
+    )
+    assert relative_error(hybrid.apply(x, ids, topk_weights), expected) <= TOLERANCE
+
+
+@runs_here
+def test_a_shape_that_would_end_the_process_is_refused() -> None:
+    with pytest.raises(
+        ExpertsError, match=r"kt is not, because intermediate size of 64 on this rank is no multiple of 128"
+    ):
+        create_experts(make_weights(4, 256, 64), "kt")
+
+
+def test_a_name_that_kt_kernel_lost_is_one_clear_error() -> None:
+    with pytest.raises(
+        compat.UnsupportedEngineError, match=r"kt-kernel .* has no kt_kernel.Here.*checked on kt-kernel"
+    ):
+        compat.private("kt_kernel", "Here")

@@ -1,0 +1,133 @@
+"""Hybrid runs by SGLang's `--kt-…` flags: the real server with a CPU in the GPU's place, and the combinations refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from support.agreement import assert_same_distribution, assert_same_top
+from support.images import image_part, png, random_image
+from support.server import Server
+from support.sglang_server import EAGER, HAS_ENTRY_POINT, TWO_RANKS, first_tokens, generate, rows, serve
+
+from k26_plugins.common.checkpoint import Checkpoint
+from k26_plugins.common.config import K26Config
+from k26_plugins.common.experts.placement import PROFILE_FILE, PlacementError, Profile
+from k26_plugins.common.host_memory import HostMemoryError
+from k26_plugins.common.multimodal import KimiK26
+from k26_plugins.common.tiny import TinySizes, make_tiny
+from k26_plugins.sglang import compat
+
+pytestmark = pytest.mark.skipif(not HAS_ENTRY_POINT, reason="hybrid runs are checked on the newest SGLang")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Inner size 256: kt-kernel wants 128 on each of two ranks."""
+    folder = tmp_path_factory.mktemp("hybrid") / "tiny"
+    make_tiny(folder, TinySizes(moe_intermediate_size=256))
+    return folder
+
+
+def flags(folder: Path, on_device: int) -> list[str]:
+    return ["--kt-weight-path", str(folder), "--kt-method", "RAWINT4", "--kt-num-gpu-experts", str(on_device)]
+
+
+@pytest.fixture(scope="module")
+def half(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serve(folder, tmp_path_factory.mktemp("half") / "log", *flags(folder, 4), **EAGER) as server:
+        yield server
+
+
+def test_half_of_the_experts_on_each_side_give_the_reference_s_answers(half: Server, folder: Path) -> None:
+    assert "4 of 8 experts of each layer on the device (the first)" in half.log.read_text()
+    prompt = torch.randint(0, 256, (200,), generator=torch.Generator().manual_seed(0))
+    answer = generate(half, prompt.tolist(), 1)
+    reference = KimiK26(Checkpoint(folder), torch.float32)
+    served = rows(answer["meta_info"]["input_top_logprobs"][1:])
+    assert_same_distribution(served, reference.logprobs(prompt)[:-1])
+
+
+def test_chat_and_images(half: Server) -> None:
+    assert half.chat("Hello", max_tokens=4)["usage"]["completion_tokens"] > 0
+    content = [image_part(png(random_image(100, 80))), {"type": "text", "text": "What?"}]
+    assert half.chat(content, max_tokens=4)["usage"]["completion_tokens"] > 0
+
+
+def test_the_answers_are_those_of_experts_on_one_side(half: Server, folder: Path, tmp_path: Path) -> None:
+    with serve(folder, tmp_path / "log", **EAGER) as server:
+        assert_same_top(first_tokens(half), first_tokens(server))
+
+
+@pytest.mark.skipif(find_spec("kt_kernel") is None, reason="kt-kernel is not installed in this environment")
+def test_two_ranks_with_kt_kernel_and_a_profile_answer_as_one(half: Server, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "tiny").mkdir()
+    for file in folder.iterdir():
+        (tmp_path / "tiny" / file.name).symlink_to(file)
+    Profile(10, [[0] * 8, [1, 5, 0, 5, 0, 0, 0, 4], [3, 0, 5, 0, 1, 1, 1, 1]]).save(tmp_path / "tiny" / PROFILE_FILE)
+    arguments = [*flags(tmp_path / "tiny", 3), "--tp-size", "2"]
+    with serve(tmp_path / "tiny", tmp_path / "log", *arguments, **TWO_RANKS, **EAGER, K26_CPU_EXPERTS="kt") as server:
+        log = server.log.read_text()
+        assert f"by {PROFILE_FILE}, 85% of its uses" in log
+        assert "on the CPU (kt)" in log
+        # kt-kernel rounds activations to 8 bits, 1.3 % of an expert's output.
+        assert_same_top(first_tokens(server), first_tokens(half), noise=0.15)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "other-weights": ({"kt_weight_path": "/elsewhere"}, ValueError, "--kt-weight-path is /elsewhere.*give it twice"),
+    "converted": ({"kt_method": "AMXINT8"}, ValueError, "--kt-method AMXINT8 needs converted weights: give RAWINT4"),
+    "deferred": ({"kt_max_deferred_experts_per_token": 2}, ValueError, "changes its answers: leave it out"),
+    "moving": ({"kt_enable_dynamic_expert_update": True}, ValueError, "k26 profile"),
+    "expert-parallel": ({"ep_size": 2}, ValueError, "leave out --ep-size"),
+    "no-number": ({"kt_num_gpu_experts": None}, ValueError, "needs --kt-num-gpu-experts"),
+    "all": ({"kt_num_gpu_experts": 8}, PlacementError, "8 of 8 experts.*choose 0 to 7"),
+}
+
+
+@pytest.fixture
+def arguments(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    from sglang.srt.server_args import ServerArgs
+
+    given = ServerArgs(model_path=str(tiny_folder), device="cpu", kt_weight_path=str(tiny_folder), kt_num_gpu_experts=4)
+    arguments = SimpleNamespace(**vars(given)) if hasattr(given, "__dict__") else given
+    monkeypatch.setattr(compat, "server_args", lambda: arguments)
+    return arguments
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_would_be_wrong_is_refused(tiny_folder: Path, arguments: SimpleNamespace, name: str) -> None:
+    from k26_plugins.sglang.hybrid import hybrid_settings
+
+    changes, error, message = REFUSED[name]
+    for argument, value in changes.items():
+        setattr(arguments, argument, value)
+    with pytest.raises(error, match=message):
+        hybrid_settings(K26Config.from_path(tiny_folder))
+
+
+def test_memory_that_does_not_suffice_is_refused_before_loading(
+    tiny_folder: Path, arguments: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from k26_plugins.common import host_memory
+    from k26_plugins.sglang.hybrid import hybrid_settings
+
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: 1 << 10)
+    with pytest.raises(HostMemoryError, match=r"4 experts of 2 layers on the CPU need .*raise --kt-num-gpu-experts"):
+        hybrid_settings(K26Config.from_path(tiny_folder))
+
+
+def test_a_cuda_graph_is_refused(
+    tiny_folder: Path, arguments: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from k26_plugins.sglang.hybrid import hybrid_settings
+
+    monkeypatch.setattr(compat, "device_type", lambda: "cuda")
+    arguments.disable_cuda_graph = False
+    with pytest.raises(ValueError, match="add --disable-cuda-graph"):
+        hybrid_settings(K26Config.from_path(tiny_folder))

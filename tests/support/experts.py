@@ -1,0 +1,51 @@
+"""Random experts and their definition in float64, on weights that compressed-tensors unpacks."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+from k26_plugins.common.experts import ExpertWeights
+from k26_plugins.common.int4 import quantise
+
+
+def make_weights(num_experts: int, hidden: int, inner: int, seed: int = 0) -> ExpertWeights:
+    generator = torch.Generator().manual_seed(seed)
+    w13 = torch.randn(num_experts, 2 * inner, hidden, generator=generator) / hidden**0.5
+    w2 = torch.randn(num_experts, hidden, inner, generator=generator) / inner**0.5
+    return ExpertWeights(*quantise(w13), *quantise(w2))
+
+
+def _dense(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    shape = torch.Size((packed.shape[0], packed.shape[1] * 8))
+    return unpack_from_int32(packed, 4, shape).double() * scale.double().repeat_interleave(32, dim=1)
+
+
+def float64_experts(
+    weights: ExpertWeights, x: torch.Tensor, ids: torch.Tensor, topk_weights: torch.Tensor
+) -> torch.Tensor:
+    """The definition, token by token, in float64."""
+    out = torch.zeros(x.shape, dtype=torch.float64)
+    for token in range(len(x)):
+        for index, weight in zip(ids[token].tolist(), topk_weights[token].double(), strict=True):
+            if index < 0:
+                continue
+            expert = weights.expert(index)
+            gate, up = (_dense(expert.w13_packed, expert.w13_scale) @ x[token].double()).chunk(2)
+            out[token] += weight * (_dense(expert.w2_packed, expert.w2_scale) @ (F.silu(gate) * up))
+    return out
+
+
+def route(num_tokens: int, top_k: int, num_experts: int, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.stack([torch.randperm(num_experts, generator=generator)[:top_k] for _ in range(num_tokens)])
+    return ids.to(torch.int32), torch.rand(num_tokens, top_k, generator=generator) + 0.1
+
+
+def inputs(num_tokens: int, hidden: int) -> torch.Tensor:
+    return torch.randn(num_tokens, hidden, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
+
+
+def relative_error(result: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((result.double() - expected).norm() / expected.norm()).item()
