@@ -60,7 +60,7 @@ def test_answers_are_taken_apart(server: Server, tiny_folder: Path, name: str) -
 
 
 @given(HOSTILE_BODIES)
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_no_request_breaks_the_server(server: Server, body: dict[str, Any]) -> None:
     response = server.post("/v1/chat/completions", **{"max_tokens": 1, **body})
     assert response.status_code < 500, response.text

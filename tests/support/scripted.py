@@ -41,7 +41,7 @@ def _tools_of(names: list[str]) -> list[dict[str, object]]:
 
 TOOLS = _tools_of(["get_weather", "search.web-v2", "now"])
 WEATHER = '{"city":"Bern"}'
-LONG = '{"city":"' + 'x } \\" <| ' * 20 + '"}'
+LONG = '{"city":"' + 'x } \\" <| ' * 6 + '"}'
 CASES = {
     "content": Case("why</think>hello", "why", "hello", []),
     "call": Case(
