@@ -37,6 +37,8 @@ def core(session: nox.Session) -> None:
     session.run("mypy")
     session.run("lint-imports")
     session.run("pytest", "-q", "tests/core", *session.posargs)
+    # A process of its own: Triton's interpreter has to be chosen before anything imports Triton.
+    session.run("pytest", "-q", "tests/kernels", *session.posargs)
 
 
 def _install_vllm(session: nox.Session, *arguments: str) -> None:

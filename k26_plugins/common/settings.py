@@ -6,9 +6,11 @@ import os
 
 EXPERTS_VARIABLE = "K26_EXPERTS"
 HOST_EXPERTS_VARIABLE = "K26_CPU_EXPERTS"
+CPU_THREADS_VARIABLE = "K26_CPU_THREADS"
 ENGINE = "engine"
 CONTROL_TOKENS_VARIABLE = "K26_CONTROL_TOKENS"
 PARSERS_VARIABLE = "K26_PARSERS"
+BATCH_INVARIANT_VARIABLE = "K26_BATCH_INVARIANT"
 
 
 def experts_setting() -> str:
@@ -39,7 +41,10 @@ def _choice(variable: str, allowed: tuple[str, ...]) -> str:
 
 
 def experts_for_device(device_type: str) -> str:
-    """The setting with `auto` resolved: a core backend where the core has a fast one for the device, else `engine`."""
+    """The setting with `auto` resolved: a core backend on a CPU, `engine` elsewhere.
+
+    The Triton kernels are fast by prediction only: until a GPU has run them they are taken by name.
+    """
     setting = experts_setting()
     return ENGINE if setting == "auto" and device_type != "cpu" else setting
 
@@ -64,3 +69,28 @@ def parsers_by_default() -> bool:
     if value not in ("auto", "none"):
         raise ValueError(f"{PARSERS_VARIABLE} is {value!r}: choose auto or none, or unset it.")
     return value == "auto"
+
+
+def cpu_threads_setting() -> int | None:
+    """How many cores the native experts take at most; None for all that the process may use.
+
+    For several ranks on one machine that the engine does not pin to cores of their own. Raises ValueError for anything
+    but a positive number in K26_CPU_THREADS.
+    """
+    value = os.environ.get(CPU_THREADS_VARIABLE, "").strip()
+    if not value:
+        return None
+    if not value.isdecimal() or int(value) == 0:
+        raise ValueError(f"{CPU_THREADS_VARIABLE} is {value!r}: give the number of cores for the experts, or unset it.")
+    return int(value)
+
+
+def batch_invariant_setting() -> bool:
+    """Whether a token's experts must give the same bits in any batch: K26_BATCH_INVARIANT, `0` (default) or `1`.
+
+    Raises ValueError for any other value.
+    """
+    value = os.environ.get(BATCH_INVARIANT_VARIABLE, "0").strip()
+    if value not in ("0", "1"):
+        raise ValueError(f"{BATCH_INVARIANT_VARIABLE} is {value!r}: choose 0 or 1, or unset it.")
+    return value == "1"

@@ -7,8 +7,9 @@ from typing import Any, ClassVar, Self
 import torch
 
 from k26_plugins.common.experts.base import ExpertsBackend, ExpertsError, ExpertWeights, local_ids
-from k26_plugins.common.host_threads import host_threads, numa_nodes
+from k26_plugins.common.experts.native.cores import cores
 from k26_plugins.common.int4 import GROUP_SIZE
+from k26_plugins.common.settings import cpu_threads_setting
 from k26_plugins.ktransformers import compat
 
 # Tokens of one call, for which kt-kernel keeps buffers; longer batches are cut.
@@ -57,7 +58,8 @@ class KtExperts(ExpertsBackend):
     def load(cls, weights: ExpertWeights) -> Self:
         """kt-kernel copies the weights into its own layout, twice the memory until this returns."""
         config_class = compat.extension().moe.MOEConfig
-        pool = compat.cpu_infer(host_threads(), numa_nodes())
+        chosen = cores(cpu_threads_setting())
+        pool = compat.cpu_infer(len(chosen), sorted({core.node for core in chosen}))
         inner = weights.intermediate_size
         padded = -(-weights.num_experts // EXPERTS_MULTIPLE) * EXPERTS_MULTIPLE
         # The padding counts as experts on a device, which kt-kernel does not compute.

@@ -69,13 +69,11 @@ class K26MoEScheme(compat.moe_scheme_base()):  # type: ignore[misc]
         return compat.combine_input(output)
 
 
-def use_core_experts(quant_config: Any, make_scheme: Callable[[str], K26MoEScheme]) -> None:
+def use_core_experts(quant_config: Any, backend_name: str, make_scheme: Callable[[str], K26MoEScheme]) -> None:
     """Give this model's quantisation configuration our scheme for routed experts, and leave the rest of it alone.
 
-    make_scheme: from a backend's name, one for each layer. The object's class is replaced by a subclass of its own: the one
-    of another model in the process keeps its. Where SGLang's own experts are chosen, by K26_EXPERTS or by
-    `--moe-runner-backend`, they run, except for the one that takes this checkpoint's format for another. Raises ValueError
-    where the two settings contradict each other.
+    make_scheme: from a backend's name, one for each layer; not called for the name of SGLang's own experts. The object's
+    class is replaced by a subclass of its own: the one of another model in the process keeps its.
     """
     base = compat.compressed_tensors_config()
     if not isinstance(quant_config, base):
@@ -83,7 +81,6 @@ def use_core_experts(quant_config: Any, make_scheme: Callable[[str], K26MoESchem
             f"SGLang {compat.sglang_version()} read the INT4 checkpoint as {type(quant_config).__name__}, expected "
             f"{base.__name__}: remove --quantization."
         )
-    backend_name = _chosen_backend()
 
     class K26QuantConfig(type(quant_config)):  # type: ignore[misc]
         def get_moe_scheme(self, layer: torch.nn.Module, layer_name: str | None = None) -> Any:
@@ -94,22 +91,33 @@ def use_core_experts(quant_config: Any, make_scheme: Callable[[str], K26MoESchem
     quant_config.__class__ = K26QuantConfig
 
 
-def _chosen_backend() -> str:
+def chosen_backend(*, hybrid: bool) -> str:
+    """The experts that K26_EXPERTS and `--moe-runner-backend` choose: a core backend's name, or ENGINE for SGLang's own.
+
+    A hybrid run's experts are the core's on both sides. Raises ValueError where the settings contradict each other, and
+    for the runner that takes this checkpoint's format for another.
+    """
     runner = compat.moe_runner_backend()
     if runner.is_flashinfer_trtllm():
         raise ValueError(
             "--moe-runner-backend flashinfer_trtllm takes this INT4 checkpoint for MXINT4 and gives garbage on some GPUs "
             "(sglang issue 24091): choose --moe-runner-backend marlin or triton."
         )
+    setting = experts_setting()
+    if hybrid and (setting == ENGINE or not runner.is_auto()):
+        raise ValueError(
+            f"a hybrid run's experts are the core's on both sides: leave out --moe-runner-backend and "
+            f"{EXPERTS_VARIABLE}={ENGINE}, or give SGLANG_PLUGINS=none for KTransformers' own."
+        )
     if not runner.is_auto():
-        if experts_setting() not in ("auto", ENGINE):
+        if setting not in ("auto", ENGINE):
             raise ValueError(
-                f"{EXPERTS_VARIABLE}={experts_setting()} and --moe-runner-backend {runner.value} choose different experts: "
-                f"give one of the two."
+                f"{EXPERTS_VARIABLE}={setting} and --moe-runner-backend {runner.value} choose different experts: give one "
+                f"of the two."
             )
         logger.info("k26-plugins: SGLang's own INT4 experts are kept (--moe-runner-backend %s).", runner.value)
         return ENGINE
-    backend_name = experts_for_device(compat.device_type())
+    backend_name = setting if hybrid else experts_for_device(compat.device_type())
     if backend_name == ENGINE:
         logger.info("k26-plugins: SGLang's own INT4 experts are kept (%s chooses).", EXPERTS_VARIABLE)
     else:

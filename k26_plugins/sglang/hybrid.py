@@ -17,9 +17,8 @@ from k26_plugins.common.experts.op import number_of
 from k26_plugins.common.experts.parameters import create_packed_parameters, take_packed_parameters
 from k26_plugins.common.experts.placement import PROFILE_FILE, LayerPlacement, Profile, place
 from k26_plugins.common.host_memory import require_host_memory
-from k26_plugins.common.host_threads import THREADS_VARIABLE
 from k26_plugins.common.int4 import GROUP_SIZE
-from k26_plugins.common.settings import host_experts_setting
+from k26_plugins.common.settings import CPU_THREADS_VARIABLE, host_experts_setting
 from k26_plugins.sglang import compat, logger
 from k26_plugins.sglang.experts import K26MoEScheme
 
@@ -64,7 +63,7 @@ def hybrid_settings(config: K26Config) -> HybridSettings | None:
     _require_memory(arguments, config, num_experts - on_device)
     ranks = max(1, arguments.tp_size // arguments.nnodes)
     if arguments.kt_cpuinfer is not None:
-        os.environ.setdefault(THREADS_VARIABLE, str(max(1, arguments.kt_cpuinfer // ranks)))
+        os.environ.setdefault(CPU_THREADS_VARIABLE, str(max(1, arguments.kt_cpuinfer // ranks)))
     logger.info(
         "k26-plugins: hybrid run, %d of %d experts of each layer on the device (%s), the others on the CPU (%s).",
         on_device,

@@ -1,4 +1,20 @@
-"""Triton kernels of Kimi-K2.6's INT4 experts; imports torch and triton only.
+"""Triton kernels of Kimi-K2.6's INT4 experts; imports torch and triton only. How they work: docs/kernels.md."""
 
-No kernel is here yet: on GPUs the engines keep their own experts, on CPUs `k26_plugins.common.experts` has none to import.
-"""
+from k26_kernels.config import Shape
+from k26_kernels.dequantise import dequantise
+from k26_kernels.experts import KernelExperts, fused_experts, workspace_bytes
+from k26_kernels.layout import repack, restore
+from k26_kernels.router import route
+from k26_kernels.target import device_of
+
+__all__ = [
+    "KernelExperts",
+    "Shape",
+    "dequantise",
+    "device_of",
+    "fused_experts",
+    "repack",
+    "restore",
+    "route",
+    "workspace_bytes",
+]

@@ -11,17 +11,19 @@ from collections.abc import Callable
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
-from support.experts import float64_experts, inputs, make_weights, relative_error, route
+from support.experts import backends, error, inputs, judge, make_weights, route
 
 from k26_plugins.common.experts import BACKENDS, ExpertsBackend, ExpertsError, ExpertWeights, create_experts
 from k26_plugins.common.experts.cpu import DENSE_FROM, CpuExperts, Int4Matrix, packed_layout
 from k26_plugins.common.int4 import quantise
 
+# What runs on a CPU. tests/kernels holds the Triton backend to the same.
+
 # bfloat16 rounds to 2^-9 (0.2 %) and the result passes through three to five roundings.
 TOLERANCE = 6e-3
 
 
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("backend", backends())
 @pytest.mark.parametrize(
     ("num_tokens", "top_k", "num_experts", "hidden", "inner"),
     [(1, 2, 8, 128, 64), (3, 4, 4, 128, 32), (17, 1, 8, 192, 96), (130, 2, 3, 128, 64), (1, 8, 8, 256, 128)],
@@ -31,17 +33,17 @@ def test_against_float64(backend: str, num_tokens: int, top_k: int, num_experts:
     weights = make_weights(num_experts, hidden, inner)
     ids, topk_weights = route(num_tokens, top_k, num_experts)
     x = inputs(num_tokens, hidden)
-    expected = float64_experts(weights, x, ids, topk_weights)
+    expected = judge(weights, x, ids, topk_weights)
     experts = create_experts(weights.copy_of(list(range(num_experts))), backend)
     result = experts.apply(x, ids, topk_weights)
     assert result.dtype == torch.bfloat16
-    assert relative_error(result, expected) <= TOLERANCE
+    assert error(result, expected) <= TOLERANCE
     out = torch.empty_like(x)
     assert experts.apply(x, ids, topk_weights, out=out) is out
     assert torch.equal(out, result)
 
 
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("backend", backends())
 def test_no_tokens_and_no_experts(backend: str) -> None:
     experts = create_experts(make_weights(4, 128, 64), backend)
     ids, topk_weights = torch.empty(0, 2, dtype=torch.int32), torch.empty(0, 2)
@@ -50,29 +52,29 @@ def test_no_tokens_and_no_experts(backend: str) -> None:
     assert not experts.apply(inputs(3, 128), nobody, torch.ones(3, 2)).any()
 
 
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("backend", backends())
 def test_expert_parallel_ranks_add_up(backend: str) -> None:
     """Two ranks with half of the experts each, unevenly placed, against one rank with all."""
     weights = make_weights(8, 128, 64)
     ids, topk_weights = route(20, 3, 8)
     x = inputs(20, 128)
-    expected = float64_experts(weights, x, ids, topk_weights)
+    expected = judge(weights, x, ids, topk_weights)
     total = torch.zeros(20, 128, dtype=torch.float64)
     for mine in ([0, 3, 4], [7, 1, 2, 5, 6]):
         expert_map = torch.full((8,), -1, dtype=torch.int32)
         expert_map[torch.tensor(mine)] = torch.arange(len(mine), dtype=torch.int32)
         part = create_experts(weights.copy_of(mine), backend)
         total += part.apply(x, ids, topk_weights, expert_map=expert_map).double()
-    assert relative_error(total, expected) <= TOLERANCE
+    assert error(total, expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("backend", backends())
 @pytest.mark.parametrize("size", [2, 4])
 def test_tensor_parallel_ranks_add_up(backend: str, size: int) -> None:
     weights = make_weights(4, 128, 128)
     ids, topk_weights = route(70, 2, 4)
     x = inputs(70, 128)
-    expected = float64_experts(weights, x, ids, topk_weights)
+    expected = judge(weights, x, ids, topk_weights)
     total = torch.zeros(70, 128, dtype=torch.float64)
 
     def rows(tensor: torch.Tensor, rank: int) -> torch.Tensor:
@@ -86,10 +88,10 @@ def test_tensor_parallel_ranks_add_up(backend: str, size: int) -> None:
             weights.w2_scale.chunk(size, dim=2)[rank].contiguous(),
         )
         total += create_experts(part, backend).apply(x, ids, topk_weights).double()
-    assert relative_error(total, expected) <= TOLERANCE
+    assert error(total, expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("backend", backends())
 def test_an_experts_rows_can_be_moved(backend: str) -> None:
     """EPLB copies the rows of an expert over another's: the other then computes as it."""
     weights = make_weights(4, 128, 64)
@@ -112,7 +114,7 @@ def test_both_paths_of_the_cpu_product_agree() -> None:
     ids, ones = torch.zeros(DENSE_FROM, 1, dtype=torch.int64), torch.ones(DENSE_FROM, 1)
     many = experts.apply(x, ids, ones)[:-1]
     few = experts.apply(x[:-1], ids[:-1], ones[:-1])
-    assert relative_error(many, few.double()) <= TOLERANCE
+    assert error(many, few.double()) <= TOLERANCE
 
 
 def test_repacking_is_torchs_own() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.experts import float64_experts, inputs, make_weights, relative_error, route
+from support.experts import error, inputs, judge, make_weights, route
 
 from k26_plugins.common import host_memory
 from k26_plugins.common.config import K26Config
@@ -14,7 +14,6 @@ from k26_plugins.common.experts import ExpertsError, create_experts, find_backen
 from k26_plugins.common.experts.hybrid import HybridExperts
 from k26_plugins.common.experts.placement import PlacementError, Profile, place
 from k26_plugins.common.host_memory import HostMemoryError, require_host_memory
-from k26_plugins.common.host_threads import THREADS_VARIABLE, host_threads, numa_nodes
 
 # The bound of one backend on its own is 6e-3.
 TOLERANCE = 6e-3
@@ -32,7 +31,7 @@ def test_the_sum_does_not_depend_on_the_placement(on_device: int) -> None:
     hybrid = HybridExperts(device_experts, host_experts, placement, torch.device("cpu"))
     result = hybrid.apply(x, ids, topk_weights)
     assert result.dtype == x.dtype
-    assert relative_error(result, float64_experts(weights, x, ids, topk_weights)) <= TOLERANCE
+    assert error(result, judge(weights, x, ids, topk_weights)) <= TOLERANCE
     out = torch.empty_like(x)
     assert hybrid.apply(x, ids, topk_weights, out=out) is out
     assert torch.equal(out, result)
@@ -89,16 +88,6 @@ def test_a_container_s_limit_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert host_memory.available_bytes() == 4_000_000
     (tmp_path / "memory.max").write_text("max\n")
     assert host_memory.available_bytes() > 4_000_000
-
-
-def test_threads_and_memory_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert host_threads() >= 1
-    assert numa_nodes()[0] >= 0
-    monkeypatch.setenv(THREADS_VARIABLE, "3")
-    assert host_threads() == 3
-    monkeypatch.setenv(THREADS_VARIABLE, "many")
-    with pytest.raises(ValueError, match="K26_CPU_THREADS is 'many'"):
-        host_threads()
 
 
 def test_a_backend_of_another_package_is_found_by_name() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.experts import float64_experts, inputs, make_weights, relative_error, route
+from support.experts import error, inputs, judge, make_weights, route
 
 from k26_plugins.common.experts import ExpertsError, create_experts
 from k26_plugins.common.experts.base import ExpertWeights
@@ -44,10 +44,10 @@ def test_against_float64(num_experts: int, num_tokens: int) -> None:
     ids, topk_weights = route(num_tokens, 2, num_experts)
     ids[0, 0] = -1
     x = inputs(num_tokens, 256)
-    expected = float64_experts(weights, x, ids, topk_weights)
+    expected = judge(weights, x, ids, topk_weights)
     experts = create_experts(weights.copy_of(list(range(num_experts))), "kt")
     assert isinstance(experts, KtExperts)
-    assert relative_error(experts.apply(x, ids, topk_weights), expected) <= TOLERANCE
+    assert error(experts.apply(x, ids, topk_weights), expected) <= TOLERANCE
 
 
 @runs_here
@@ -56,8 +56,8 @@ def test_a_batch_beyond_kt_kernel_s_buffers_is_cut(monkeypatch: pytest.MonkeyPat
     weights = make_weights(8, 256, 128)
     ids, topk_weights = route(19, 2, 8)
     x = inputs(19, 256)
-    expected = float64_experts(weights, x, ids, topk_weights)
-    assert relative_error(create_experts(weights, "kt").apply(x, ids, topk_weights), expected) <= TOLERANCE
+    expected = judge(weights, x, ids, topk_weights)
+    assert error(create_experts(weights, "kt").apply(x, ids, topk_weights), expected) <= TOLERANCE
 
 
 @runs_here
@@ -83,7 +83,7 @@ def test_two_ranks_shards_sum_to_the_whole() -> None:
             weights.w2_scale[:, :, 4 * rank : 4 * (rank + 1)].contiguous(),
         )
         total += create_experts(shard, "kt").apply(x, ids, topk_weights).float()
-    assert relative_error(total, float64_experts(weights, x, ids, topk_weights)) <= TOLERANCE
+    assert error(total, judge(weights, x, ids, topk_weights)) <= TOLERANCE
 
 
 @runs_here
@@ -92,14 +92,14 @@ def test_the_host_s_part_of_a_hybrid_run() -> None:
     placement = place(8, 3)
     ids, topk_weights = route(33, 4, 8)
     x = inputs(33, 256)
-    expected = float64_experts(weights, x, ids, topk_weights)
+    expected = judge(weights, x, ids, topk_weights)
     hybrid = HybridExperts(
         create_experts(weights.copy_of(list(placement.device_ids))),
         create_experts(weights.copy_of(list(placement.host_ids)), "kt"),
         placement,
         torch.device("cpu"),
     )
-    assert relative_error(hybrid.apply(x, ids, topk_weights), expected) <= TOLERANCE
+    assert error(hybrid.apply(x, ids, topk_weights), expected) <= TOLERANCE
 
 
 @runs_here

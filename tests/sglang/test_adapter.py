@@ -209,11 +209,11 @@ def quant_config(folder: Path) -> Any:
 
 
 def test_routed_experts_get_our_scheme(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from k26_plugins.sglang.experts import K26MoEScheme, use_core_experts
+    from k26_plugins.sglang.experts import K26MoEScheme, chosen_backend, use_core_experts
 
     monkeypatch.setattr(compat, "moe_runner_backend", _Runner("auto"))
     ours, untouched = quant_config(tiny_folder), quant_config(tiny_folder)
-    use_core_experts(ours, K26MoEScheme)
+    use_core_experts(ours, chosen_backend(hybrid=False), K26MoEScheme)
     scheme = ours.get_moe_scheme(FusedMoE(), layer_name="model.layers.1.mlp.experts")
     assert isinstance(scheme, K26MoEScheme)
     assert isinstance(ours, compat.compressed_tensors_config())
@@ -223,21 +223,23 @@ def test_routed_experts_get_our_scheme(tiny_folder: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("runner", ["marlin", "triton"])
 def test_sglangs_own_experts_stay_selectable(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, runner: str) -> None:
     from k26_plugins.common.settings import EXPERTS_VARIABLE
-    from k26_plugins.sglang.experts import K26MoEScheme, use_core_experts
+    from k26_plugins.sglang.experts import K26MoEScheme, chosen_backend, use_core_experts
 
     monkeypatch.setattr(compat, "moe_runner_backend", _Runner(runner))
     config = quant_config(tiny_folder)
-    use_core_experts(config, K26MoEScheme)
+    use_core_experts(config, chosen_backend(hybrid=False), K26MoEScheme)
     scheme = config.get_moe_scheme(FusedMoE(), layer_name="model.layers.1.mlp.experts")
     assert type(scheme).__module__.startswith("sglang.")
+    with pytest.raises(ValueError, match=r"hybrid run.*leave out --moe-runner-backend"):
+        chosen_backend(hybrid=True)
     monkeypatch.setenv(EXPERTS_VARIABLE, "cpu")
     with pytest.raises(ValueError, match=rf"K26_EXPERTS=cpu and --moe-runner-backend {runner}"):
-        use_core_experts(quant_config(tiny_folder), K26MoEScheme)
+        chosen_backend(hybrid=False)
 
 
-def test_the_checkpoint_is_never_taken_for_mxint4(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from k26_plugins.sglang.experts import K26MoEScheme, use_core_experts
+def test_the_checkpoint_is_never_taken_for_mxint4(monkeypatch: pytest.MonkeyPatch) -> None:
+    from k26_plugins.sglang.experts import chosen_backend
 
     monkeypatch.setattr(compat, "moe_runner_backend", _Runner("flashinfer_trtllm"))
     with pytest.raises(ValueError, match=r"MXINT4.*24091.*marlin or triton"):
-        use_core_experts(quant_config(tiny_folder), K26MoEScheme)
+        chosen_backend(hybrid=False)

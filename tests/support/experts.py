@@ -1,12 +1,13 @@
-"""Random experts and their definition in float64, on weights that compressed-tensors unpacks."""
+"""Expert weights, inputs, and the float64 judge that the backends are held to: nothing of the core computes in it."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
-from k26_plugins.common.experts import ExpertWeights
+from k26_plugins.common.experts import BACKENDS, ExpertWeights
 from k26_plugins.common.int4 import quantise
 
 
@@ -17,14 +18,12 @@ def make_weights(num_experts: int, hidden: int, inner: int, seed: int = 0) -> Ex
     return ExpertWeights(*quantise(w13), *quantise(w2))
 
 
-def _dense(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def dense(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     shape = torch.Size((packed.shape[0], packed.shape[1] * 8))
     return unpack_from_int32(packed, 4, shape).double() * scale.double().repeat_interleave(32, dim=1)
 
 
-def float64_experts(
-    weights: ExpertWeights, x: torch.Tensor, ids: torch.Tensor, topk_weights: torch.Tensor
-) -> torch.Tensor:
+def judge(weights: ExpertWeights, x: torch.Tensor, ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
     """The definition, token by token, in float64."""
     out = torch.zeros(x.shape, dtype=torch.float64)
     for token in range(len(x)):
@@ -32,8 +31,8 @@ def float64_experts(
             if index < 0:
                 continue
             expert = weights.expert(index)
-            gate, up = (_dense(expert.w13_packed, expert.w13_scale) @ x[token].double()).chunk(2)
-            out[token] += weight * (_dense(expert.w2_packed, expert.w2_scale) @ (F.silu(gate) * up))
+            gate, up = (dense(expert.w13_packed, expert.w13_scale) @ x[token].double()).chunk(2)
+            out[token] += weight * (dense(expert.w2_packed, expert.w2_scale) @ (F.silu(gate) * up))
     return out
 
 
@@ -47,5 +46,21 @@ def inputs(num_tokens: int, hidden: int) -> torch.Tensor:
     return torch.randn(num_tokens, hidden, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
 
 
-def relative_error(result: torch.Tensor, expected: torch.Tensor) -> float:
+def error(result: torch.Tensor, expected: torch.Tensor) -> float:
     return ((result.double() - expected).norm() / expected.norm()).item()
+
+
+def to_device(weights: ExpertWeights, device: torch.device) -> ExpertWeights:
+    """A copy on the device."""
+    tensors = (weights.w13_packed, weights.w13_scale, weights.w2_packed, weights.w2_scale)
+    return ExpertWeights(*(tensor.to(device, copy=True) for tensor in tensors))
+
+
+def backends() -> list[object]:
+    """Every backend as a test's parameter; one that this machine cannot run is skipped for the reason it gives."""
+    weights = make_weights(1, 128, 64)
+    reasons = {name: backend.unsupported(weights) for name, backend in sorted(BACKENDS.items())}
+    return [
+        pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=f"{name}: {reason}"))
+        for name, reason in reasons.items()
+    ]

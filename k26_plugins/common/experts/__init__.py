@@ -7,8 +7,10 @@ from importlib.metadata import entry_points
 
 from k26_plugins.common.experts.base import Expert, ExpertsBackend, ExpertsError, ExpertWeights, RoutedExperts
 from k26_plugins.common.experts.cpu import CpuExperts
+from k26_plugins.common.experts.native import NativeExperts
 from k26_plugins.common.experts.reference import ReferenceExperts, reference_experts
 from k26_plugins.common.experts.selftest import self_test_error
+from k26_plugins.common.experts.triton import TritonExperts
 
 __all__ = [
     "BACKENDS",
@@ -25,7 +27,9 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 # In the order in which `auto` tries them.
-BACKENDS: dict[str, type[ExpertsBackend]] = {backend.name: backend for backend in (CpuExperts, ReferenceExperts)}
+BACKENDS: dict[str, type[ExpertsBackend]] = {
+    backend.name: backend for backend in (TritonExperts, NativeExperts, CpuExperts, ReferenceExperts)
+}
 
 
 # Where a package offers a backend that `auto` does not try: the kt-kernel of the KTransformers adapter.
@@ -61,15 +65,25 @@ def create_experts(weights: ExpertWeights, backend: str = "auto") -> ExpertsBack
     for candidate in BACKENDS.values() if backend == "auto" else (find_backend(backend),):
         reason = candidate.unsupported(weights)
         if reason is None:
-            error = self_test_error(candidate, weights)
-            if error <= candidate.tolerance:
+            reason = _self_test_failure(candidate, weights)
+            if reason is None:
                 if refused:
                     logger.warning("experts backend %s is used: %s", candidate.name, "; ".join(refused))
                 return candidate.load(weights)
-            limit = candidate.tolerance
-            reason = f"it failed the self-test on {weights.device}, relative error {error:.3g} (limit {limit:g})"
         refused.append(f"{candidate.name} is not, because {reason}")
     raise ExpertsError(
         f"no experts backend can be used on {weights.device}: {'; '.join(refused)}. Serving would give garbage. "
         f"Check the checkpoint with `k26 check`, and report this with the device's name."
     )
+
+
+def _self_test_failure(candidate: type[ExpertsBackend], weights: ExpertWeights) -> str | None:
+    """Why a backend must not serve these weights, naming the device and the error, or None."""
+    try:
+        error = self_test_error(candidate, weights)
+    except Exception as failure:  # whatever a compiler or a driver raises: the next backend may still serve
+        return f"its self-test on {weights.device} ended with {type(failure).__name__}: {failure}"
+    limit = candidate.tolerance
+    if error <= limit:
+        return None
+    return f"it failed the self-test on {weights.device}, relative error {error:.3g} (limit {limit:g})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Self
 
@@ -101,9 +102,13 @@ class RoutedExperts(ABC):
     `topk_weights`. Under tensor or expert parallelism each rank returns its partial sum.
     """
 
-    def workspace_bytes(self, num_tokens: int, top_k: int) -> int:
-        """Bytes of scratch that `apply` wants from the caller, so that a CUDA graph can hold it; 0 if none."""
-        del num_tokens, top_k
+    def workspace_bytes(self, num_tokens: int, top_k: int, num_global_experts: int | None = None) -> int:
+        """Bytes of scratch that suffice for `apply` with up to `num_tokens` tokens; 0 if none.
+
+        A caller that holds them itself passes them to `apply`; otherwise `apply` allocates.
+        num_global_experts: the length of the expert map, where one is given.
+        """
+        del num_tokens, top_k, num_global_experts
         return 0
 
     @abstractmethod
@@ -124,6 +129,22 @@ class RoutedExperts(ABC):
         or −1; without it the ids are local. workspace: uint8, at least `workspace_bytes`.
         """
 
+    def submit(
+        self,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        *,
+        expert_map: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> Callable[[], torch.Tensor]:
+        """Start `apply`; the function that is returned waits for the result. The arguments stay unchanged until then.
+
+        A backend with threads of its own works meanwhile; here the result is there at once.
+        """
+        result = self.apply(hidden_states, topk_ids, topk_weights, expert_map=expert_map, out=out)
+        return lambda: result
+
 
 class ExpertsBackend(RoutedExperts):
     """One way to compute them, over all the weights that it was given."""
@@ -132,6 +153,8 @@ class ExpertsBackend(RoutedExperts):
     tolerance: ClassVar[float] = 1e-2
     """The self-test's limit on the relative error: far above bfloat16's rounding (2e-3 on a right kernel) and far below
     what a wrong nibble order or scale gives (above 0.5)."""
+    self_test_tokens: ClassVar[tuple[int, ...]] = (1, 64)
+    """Batches of the self-test, in which every token chooses the same two experts: one for each path of the backend."""
 
     @classmethod
     @abstractmethod

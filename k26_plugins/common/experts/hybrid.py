@@ -11,8 +11,8 @@ from k26_plugins.common.experts.placement import LayerPlacement
 class HybridExperts(RoutedExperts):
     """The sum of what two backends compute, each over its own experts.
 
-    The host computes while the device does: its inputs are copied, the device's part is launched, and only then is the
-    copy waited for. That wait is the host's, so a CUDA graph cannot hold it.
+    The host's part is the longer one at decode, so it starts first, as soon as its inputs are copied, and the device's is
+    launched beside it. The host waits for the copy, so a CUDA graph cannot hold this.
     """
 
     def __init__(
@@ -43,18 +43,17 @@ class HybridExperts(RoutedExperts):
         if hidden_states.is_cuda and torch.cuda.is_current_stream_capturing():
             raise ExpertsError("hybrid experts wait on the host, which a CUDA graph cannot hold: turn CUDA graphs off.")
         host_inputs = [tensor.to("cpu", non_blocking=True) for tensor in (hidden_states, topk_ids, topk_weights)]
-        copied = None
         if hidden_states.is_cuda:
             copied = torch.cuda.Event()
             copied.record()
+            copied.synchronize()
+        host_result = self.host_experts.submit(*host_inputs, expert_map=self.host_map)
         on_device = None
         if self.device_experts is not None:
             on_device = self.device_experts.apply(
                 hidden_states, topk_ids, topk_weights, expert_map=self.device_map, workspace=workspace
             )
-        if copied is not None:
-            copied.synchronize()
-        total = self.host_experts.apply(*host_inputs, expert_map=self.host_map).to(hidden_states.device)
+        total = host_result().to(hidden_states.device)
         if on_device is not None:
             total = total + on_device
         return total if out is None else out.copy_(total)

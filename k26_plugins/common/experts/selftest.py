@@ -8,8 +8,6 @@ from k26_plugins.common.experts.base import ExpertsBackend, ExpertWeights
 from k26_plugins.common.experts.reference import reference_experts
 
 NUM_EXPERTS = 2
-# One token, then enough for a backend to take its path for many.
-TOKEN_COUNTS = (1, 64)
 
 
 def self_test_error(backend: type[ExpertsBackend], weights: ExpertWeights) -> float:
@@ -23,7 +21,7 @@ def self_test_error(backend: type[ExpertsBackend], weights: ExpertWeights) -> fl
     loaded = backend.load(weights.copy_of(chosen))
     generator = torch.Generator().manual_seed(0)
     worst = 0.0
-    for num_tokens in TOKEN_COUNTS:
+    for num_tokens in backend.self_test_tokens:
         hidden_states = torch.randn(num_tokens, weights.hidden_size, generator=generator)
         hidden_states = hidden_states.to(device=weights.device, dtype=torch.bfloat16)
         topk_ids = torch.arange(len(chosen), device=weights.device, dtype=torch.int32).repeat(num_tokens, 1)

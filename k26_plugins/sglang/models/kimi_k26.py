@@ -11,7 +11,7 @@ import torch
 from k26_plugins.common.checkpoint import account
 from k26_plugins.common.serving import published_int4
 from k26_plugins.sglang import compat, logger
-from k26_plugins.sglang.experts import K26MoEScheme, use_core_experts
+from k26_plugins.sglang.experts import K26MoEScheme, chosen_backend, use_core_experts
 from k26_plugins.sglang.hybrid import K26HybridScheme, hybrid_settings
 from k26_plugins.sglang.router import use_float32_logits
 
@@ -30,7 +30,8 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
             super().__init__(config, quant_config, prefix, **kwargs)
         else:
             hybrid = hybrid_settings(self.core_config)
-            use_core_experts(quant_config, partial(K26HybridScheme, settings=hybrid) if hybrid else K26MoEScheme)
+            make_scheme = K26MoEScheme if hybrid is None else partial(K26HybridScheme, settings=hybrid)
+            use_core_experts(quant_config, chosen_backend(hybrid=hybrid is not None), make_scheme)
             with compat.without_kt_wrapper():
                 super().__init__(config, quant_config, prefix, **kwargs)
             use_float32_logits(self)

@@ -1,0 +1,5 @@
+"""INT4 experts in C++, built on the machine that runs them."""
+
+from k26_plugins.common.experts.native.backend import NativeExperts
+
+__all__ = ["NativeExperts"]

@@ -1,0 +1,140 @@
+"""The native experts behind the core's interface: what is checked before a pointer leaves Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Self
+
+import torch
+
+from k26_plugins.common.experts.base import ExpertsBackend, ExpertsError, ExpertWeights
+from k26_plugins.common.experts.native.build import BuildError, library
+from k26_plugins.common.experts.native.threads import Call, Layer, process_threads
+
+
+class _Prepared(NamedTuple):
+    call: Call
+    tensors: tuple[torch.Tensor | None, ...]
+    """What `call` points to."""
+    written: torch.Tensor
+    result: torch.Tensor
+    """`written`, or what it is to be converted to."""
+
+    def finish(self) -> torch.Tensor:
+        return self.result if self.result is self.written else self.result.copy_(self.written)
+
+
+class NativeExperts(ExpertsBackend):
+    """INT4 weights at the memory's bandwidth on CPUs with AVX512, activations in 16 bits of their group's largest.
+
+    A token's result has the same bits in any batch and with any number of threads.
+    """
+
+    name = "native"
+
+    def __init__(self, weights: ExpertWeights) -> None:
+        self.weights = weights
+        self._layer = Layer(
+            *(tensor.data_ptr() for tensor in self.tensors().values()),
+            weights.num_experts,
+            weights.hidden_size,
+            weights.intermediate_size,
+        )
+
+    @classmethod
+    def unsupported(cls, weights: ExpertWeights) -> str | None:
+        if weights.device.type != "cpu":
+            return f"the weights are on {weights.device}"
+        try:
+            library()
+        except BuildError as error:
+            return str(error)
+        return None
+
+    @classmethod
+    def load(cls, weights: ExpertWeights) -> Self:
+        packed = (weights.w13_packed, weights.w13_scale, weights.w2_packed, weights.w2_scale)
+        experts = cls(ExpertWeights(*(tensor.contiguous() for tensor in packed)))
+        process_threads().repack(experts._layer)
+        return experts
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {
+            "w13_packed": self.weights.w13_packed,
+            "w13_scale": self.weights.w13_scale,
+            "w2_packed": self.weights.w2_packed,
+            "w2_scale": self.weights.w2_scale,
+        }
+
+    def submit(
+        self,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        *,
+        expert_map: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> Callable[[], torch.Tensor]:
+        prepared = self._prepare(hidden_states, topk_ids, topk_weights, expert_map, out)
+        running = process_threads().submit(self._layer, prepared.call, (*prepared.tensors, *self.tensors().values()))
+
+        def wait() -> torch.Tensor:
+            running.wait()
+            return prepared.finish()
+
+        return wait
+
+    def apply(
+        self,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        *,
+        expert_map: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        workspace: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        prepared = self._prepare(hidden_states, topk_ids, topk_weights, expert_map, out)
+        process_threads().run(self._layer, prepared.call)
+        return prepared.finish()
+
+    def _prepare(
+        self,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        expert_map: torch.Tensor | None,
+        out: torch.Tensor | None,
+    ) -> _Prepared:
+        tokens, top_k = topk_ids.shape
+        expected = (tokens, self.weights.hidden_size)
+        for name, tensor, shape in (
+            ("hidden_states", hidden_states, expected),
+            ("topk_weights", topk_weights, (tokens, top_k)),
+            ("out", out, expected),
+        ):
+            if tensor is not None and tuple(tensor.shape) != shape:
+                raise ExpertsError(
+                    f"{name} has shape {list(tensor.shape)}, expected {list(shape)} for topk_ids {[tokens, top_k]} and "
+                    f"hidden size {self.weights.hidden_size}."
+                )
+        x = hidden_states.to("cpu", torch.bfloat16).contiguous()
+        ids = topk_ids.to("cpu", torch.int32).contiguous()
+        weights = topk_weights.to("cpu", torch.float32).contiguous()
+        local = None if expert_map is None else expert_map.to("cpu", torch.int32).contiguous()
+        result = torch.empty_like(hidden_states, memory_format=torch.contiguous_format) if out is None else out
+        # Written directly where the library can, and converted from float32 otherwise.
+        direct = result.is_cpu and result.is_contiguous() and result.dtype in (torch.bfloat16, torch.float32)
+        written = result if direct else torch.empty(expected, dtype=torch.float32)
+        call = Call(
+            x.data_ptr(),
+            ids.data_ptr(),
+            weights.data_ptr(),
+            None if local is None else local.data_ptr(),
+            0 if local is None else local.numel(),
+            tokens,
+            top_k,
+            written.data_ptr(),
+            written.dtype == torch.float32,
+        )
+        return _Prepared(call, (x, ids, weights, local, written), written, result)

@@ -1,0 +1,156 @@
+"""Who runs the native experts in a process, and the calls into `experts.cpp`."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+
+from k26_plugins.common.experts.base import ExpertsError
+from k26_plugins.common.experts.native.build import library
+from k26_plugins.common.experts.native.cores import Core, cores
+from k26_plugins.common.settings import cpu_threads_setting
+
+
+class Layer(ctypes.Structure):
+    """`Layer` of experts.cpp."""
+
+    _fields_: ClassVar = [
+        *((name, ctypes.c_void_p) for name in ("w13", "w13_scale", "w2", "w2_scale")),
+        *((name, ctypes.c_int64) for name in ("experts", "hidden", "inner")),
+    ]
+
+
+class Call(ctypes.Structure):
+    """`Call` of experts.cpp."""
+
+    _fields_: ClassVar = [
+        *((name, ctypes.c_void_p) for name in ("x", "ids", "weights", "map")),
+        *((name, ctypes.c_int64) for name in ("map_size", "tokens", "top_k")),
+        ("out", ctypes.c_void_p),
+        ("out_is_float", ctypes.c_int64),
+    ]
+
+
+NO_MEMORY, BAD_ID = -1, -2  # as experts.cpp returns them
+
+# Its OpenMP threads do not survive a fork, and neither do torch's own operators.
+_imported_in = os.getpid()
+
+
+class Threads:
+    """torch's threads for work that the caller waits for, pinned threads of our own for work that it does not."""
+
+    def __init__(self, native: ctypes.CDLL, pool: Sequence[Core] | None = None, team: int | None = None) -> None:
+        """`pool`: the cores of our own threads, those of a NUMA node side by side; by default all of the process.
+
+        `team`: how many of torch's threads, 0 for none; by default as many as torch uses. Raises ValueError for a setting
+        that is no number of threads.
+        """
+        self.native = native
+        self.process = os.getpid()
+        native.k26_create.restype = ctypes.c_void_p
+        for function in (native.k26_has_team, native.k26_start, native.k26_repack, native.k26_run, native.k26_submit):
+            function.restype = ctypes.c_int64
+        created = native.k26_create()
+        if created is None:
+            raise MemoryError("no memory for the native experts.")
+        self._process = ctypes.c_void_p(created)
+        self._team = team
+        self._has_team = self.process == _imported_in and bool(native.k26_has_team(self._process))
+        self._cores = pool or cores(cpu_threads_setting())
+        self._pool_started = False
+        self._starting = threading.Lock()
+
+    @property
+    def team(self) -> int:
+        """How many of torch's threads do the work that is waited for; 0 where our own do it."""
+        if not self._has_team:
+            return 0
+        if self._team is not None:
+            return self._team
+        # An engine that computes on a GPU leaves torch one thread.
+        count = torch.get_num_threads()
+        return 0 if count == 1 and len(self._cores) > 1 else count
+
+    def start_pool(self) -> None:
+        """Start our own threads unless they run. Raises RuntimeError where the system gives no more."""
+        with self._starting:
+            if self._pool_started:
+                return
+            chosen = self._cores
+            numbers = ctypes.c_int32 * len(chosen)
+            started = self.native.k26_start(
+                self._process,
+                numbers(*(core.cpu for core in chosen)),
+                numbers(*(core.node for core in chosen)),
+                ctypes.c_int64(len(chosen)),
+            )
+            if not _checked(started):
+                raise RuntimeError(f"no {len(chosen)} threads for the native experts: raise the limit (ulimit -u).")
+            self._pool_started = True
+
+    def repack(self, layer: Layer) -> None:
+        """Repack the layer's weights in place."""
+        team = self.team
+        if not team:
+            self.start_pool()
+        _checked(self.native.k26_repack(self._process, ctypes.byref(layer), ctypes.c_int64(team)))
+
+    def run(self, layer: Layer, call: Call) -> None:
+        """Do a layer's work. Raises ExpertsError, MemoryError."""
+        team = self.team
+        if team:
+            _checked(self.native.k26_run(self._process, ctypes.byref(layer), ctypes.byref(call), ctypes.c_int64(team)))
+        else:
+            self.submit(layer, call, ()).wait()
+
+    def submit(self, layer: Layer, call: Call, tensors: tuple[torch.Tensor | None, ...]) -> Running:
+        """Start a layer's work. `tensors` are kept until it is done. Raises ExpertsError, MemoryError, RuntimeError."""
+        self.start_pool()
+        job = _checked(self.native.k26_submit(self._process, ctypes.byref(layer), ctypes.byref(call)))
+        return Running(self, job, tensors)
+
+    def wait(self, job: int) -> None:
+        # In a child of fork the work is the parent's, and so are the threads.
+        if self.process == os.getpid():
+            self.native.k26_wait(self._process, ctypes.c_int64(job))
+
+
+class Running:
+    """Work that was submitted. Dropping it waits too: until the work is done its tensors are in use."""
+
+    def __init__(self, threads: Threads, job: int, tensors: tuple[torch.Tensor | None, ...]) -> None:
+        self._threads, self._job, self._tensors = threads, job, tensors
+
+    def wait(self) -> None:
+        self._threads.wait(self._job)
+
+    def __del__(self) -> None:
+        self.wait()
+
+
+def _checked(result: int) -> int:
+    if result == NO_MEMORY:
+        raise MemoryError("no memory for the native experts' scratch.")
+    if result == BAD_ID:
+        raise ExpertsError("topk_ids or expert_map name an expert that the layer does not have.")
+    return result
+
+
+_process_threads: Threads | None = None
+_creating = threading.Lock()
+
+
+def process_threads() -> Threads:
+    """The threads of this process; a child of fork has its own."""
+    global _process_threads
+    if _process_threads is None or _process_threads.process != os.getpid():
+        with _creating:
+            if _process_threads is None or _process_threads.process != os.getpid():
+                _process_threads = Threads(library())
+    return _process_threads

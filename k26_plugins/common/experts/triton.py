@@ -1,0 +1,100 @@
+"""INT4 experts on CUDA and ROCm GPUs: the kernels of `k26_kernels`, where Triton is installed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Self
+
+import torch
+
+from k26_plugins.common.experts.base import ExpertsBackend, ExpertWeights
+from k26_plugins.common.settings import batch_invariant_setting
+
+if TYPE_CHECKING:
+    from k26_kernels import KernelExperts
+
+
+def unusable_on(device: torch.device) -> str | None:
+    """Why the kernels cannot run on a device, or None. Triton is imported here, so that the core works without it."""
+    if device.type != "cuda":
+        return f"the Triton kernels run on CUDA and ROCm GPUs, not on {device.type}"
+    try:
+        from k26_kernels import device_of
+    except ImportError as error:
+        return f"Triton cannot be imported ({error}); install it with `pip install triton`"
+    try:
+        device_of(device)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+class TritonExperts(ExpertsBackend):
+    """bfloat16 activations, INT4 weights repacked for the matrix instruction of the GPU."""
+
+    name = "triton"
+    self_test_tokens = (1, 8, 16, 64, 400)  # one for each regime of the kernels
+
+    def __init__(self, experts: KernelExperts, batch_invariant: bool) -> None:
+        self.experts = experts
+        self.batch_invariant = batch_invariant
+
+    @classmethod
+    def unsupported(cls, weights: ExpertWeights) -> str | None:
+        reason = unusable_on(weights.device)
+        if reason is not None:
+            return reason
+        from k26_kernels import Shape
+
+        try:
+            Shape(weights.hidden_size, weights.intermediate_size, weights.num_experts)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    @classmethod
+    def load(cls, weights: ExpertWeights) -> Self:
+        from k26_kernels import KernelExperts
+
+        experts = KernelExperts.from_checkpoint(
+            weights.w13_packed, weights.w13_scale, weights.w2_packed, weights.w2_scale
+        )
+        return cls(experts, batch_invariant_setting())
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {
+            "w13_packed": self.experts.w13_packed,
+            "w13_scale": self.experts.w13_scale,
+            "w2_packed": self.experts.w2_packed,
+            "w2_scale": self.experts.w2_scale,
+        }
+
+    def workspace_bytes(self, num_tokens: int, top_k: int, num_global_experts: int | None = None) -> int:
+        from k26_kernels import workspace_bytes
+
+        return workspace_bytes(self.experts, num_tokens, top_k, num_global_experts, self.batch_invariant)
+
+    def apply(
+        self,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        *,
+        expert_map: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        workspace: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        from k26_kernels import fused_experts
+
+        if out is None:
+            out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+        # Other dtypes are rounded to bfloat16, which the kernels are made for; the sum is in the dtype of `out`.
+        return fused_experts(
+            hidden_states.to(torch.bfloat16),
+            self.experts,
+            topk_ids,
+            topk_weights.float(),
+            expert_map=expert_map,
+            out=out,
+            workspace=workspace,
+            batch_invariant=self.batch_invariant,
+        )

@@ -1,0 +1,232 @@
+"""Every kernel and shipped configuration, compiled for every target: no GPU is needed.
+
+    cd kernels && python -m bench.compiled                     a table
+    cd kernels && python -m bench.compiled --json FILE         and the figures, which the tests hold
+
+Registers and spills come from the binary itself, the matrix instruction and the widths of loads from the assembly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from k26_kernels.align import SLOTS_AT_ONCE, align_kernel
+from k26_kernels.combine import activate_kernel, reduce_kernel
+from k26_kernels.config import ANY_SHAPE, DEFAULT, FOLDER, SINGLE, Regime, Shape, Tile, read_file
+from k26_kernels.dequantise import dequantise_kernel
+from k26_kernels.layout import ROWS
+from k26_kernels.product import product_kernel
+from k26_kernels.router import router_kernel
+from k26_kernels.target import TARGETS, Target
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+LAYER = Shape(7168, 2048, 384)
+TOP_K = 8
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compilation: a kernel with its compile-time arguments, for one target."""
+
+    name: str
+    target: str
+    kernel: str
+    constants: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+    float32_out: bool = False
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the compiler made of a variant. Loads and instructions are counted in the assembly, unrolled as it is."""
+
+    name: str
+    target: str
+    threads: int
+    registers: int
+    """Of a thread."""
+    spilled_bytes: int
+    shared_memory: int
+    matrix_instructions: dict[str, int]
+    weight_loads: dict[str, int]
+    """Widest loads from global memory, by instruction."""
+    shuffles: int
+    loop_instructions: int
+    """Machine instructions that a warp issues for a step along K; 0 where that is not read (AMD, and kernels without)."""
+
+
+KERNELS = {
+    "product": (product_kernel, "*bf16 *i32 *bf16 {out} *i32 *i32 *fp32 *i32 *i32 i32 i32"),
+    "align": (align_kernel, "*i32 *i32 *i32 *i32 i32 i32"),
+    "activate": (activate_kernel, "*fp32 *bf16 i32"),
+    "dequantise": (dequantise_kernel, "*i32 *bf16 *i32 *bf16"),
+    "router": (router_kernel, "*fp32 *fp32 *fp32 *i32 fp32"),
+    "reduce": (reduce_kernel, "*bf16 *i32 *i32 *bf16 i32 i32"),
+}
+
+
+def product_variant(
+    target: Target, shape: Shape, name: str, regime: Regime, tile: Tile, gated: bool, parts: int
+) -> Variant:
+    hidden, inner = shape.hidden_size, shape.intermediate_size
+    rows, inputs = (2 * inner, hidden) if gated else (hidden, inner)
+    constants = {
+        "N": rows,
+        "K": inputs,
+        "SLOTS_PER_X": TOP_K if gated else 1,
+        "EPILOGUE": "weighted" if not gated else "swiglu" if parts == 1 else "partial",
+        "SORTED": not name.startswith(SINGLE),
+        "HAS_MAP": True,
+        "SPLIT_K": parts,
+        "BLOCK_TOKENS": regime.block_tokens,
+        "BLOCK_ROWS": tile.block_rows,
+        "BLOCK_K": tile.block_k,
+        "FRAGMENT": target.fragment,
+        "PACKED_MATH": not target.amd,
+    }
+    label = f"{'w13' if gated else 'w2'} {name}{'' if parts == 1 else ' split'}"
+    float32 = parts > 1 or (not gated and regime.block_tokens <= 16)
+    return Variant(label, target.name, "product", constants, tile.num_warps, tile.num_stages, float32)
+
+
+def variants() -> Iterator[Variant]:
+    """All that is shipped: the small kernels, and the products in every regime of every data file."""
+    hidden, inner = LAYER.hidden_size, LAYER.intermediate_size
+    small: dict[str, dict[str, Any]] = {
+        "align": {"BLOCK_TOKENS": 16, "BINS": 512, "SLOTS_AT_ONCE": SLOTS_AT_ONCE, "HAS_MAP": True},
+        "activate": {"I": inner, "SPLIT_K": 2, "BLOCK": 256},
+        "reduce": {"H": hidden, "TOP_K": TOP_K, "SPLIT_K": 1, "HAS_MAP": True, "BLOCK": 1024},
+        "router": {"NUM_EXPERTS": 384, "TOP_K": TOP_K, "NORMALISE": True, "BLOCK": 512, "BLOCK_TOP_K": 8},
+        "dequantise": {"N": 2 * inner, "K": hidden, "GATED": True, "BLOCK_ROWS": ROWS, "BLOCK_K": 128},
+    }
+    for target in TARGETS.values():
+        for name, constants in small.items():
+            own = {"FRAGMENT": target.fragment} if name == "dequantise" else {}
+            yield Variant(name, target.name, name, {**constants, **own})
+    for file in sorted(FOLDER.glob("*.json")):
+        for key, shapes in read_file(file.name).items():
+            target = TARGETS[key]
+            for shape_key, regimes in shapes.items():
+                shape = LAYER if shape_key == ANY_SHAPE else Shape.of(shape_key)
+                where = "" if file.name == DEFAULT else f" {file.stem} {shape_key}"
+                for name, regime in regimes.items():
+                    yield product_variant(target, shape, name + where, regime, regime.w13, True, 1)
+                    yield product_variant(target, shape, name + where, regime, regime.w2, False, 1)
+                    if name == SINGLE:
+                        yield product_variant(target, shape, name + where, regime, regime.w13, True, 2)
+
+
+def compile_variant(variant: Variant) -> Facts:
+    target = TARGETS[variant.target]
+    function, types = KERNELS[variant.kernel]
+    out = "*fp32" if variant.float32_out else "*bf16"
+    arguments = [name for name in function.arg_names if name not in variant.constants]
+    signature = dict(zip(arguments, types.format(out=out).split(), strict=True))
+    pointers = {(index,): [["tt.divisibility", 16]] for index, kind in enumerate(signature.values()) if kind[0] == "*"}
+    source = ASTSource(function, signature=signature, constexprs=variant.constants, attrs=pointers)
+    gpu = GPUTarget("hip", target.name, 64) if target.amd else GPUTarget("cuda", int(target.name[3:]), 32)
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, **target.options}
+    compiled = triton.compile(source, target=gpu, options=options)
+    read = read_amd if target.amd else read_nvidia
+    facts = read(compiled.asm)
+    return Facts(
+        variant.name,
+        variant.target,
+        shared_memory=compiled.metadata.shared,
+        threads=variant.num_warps * gpu.warp_size,
+        **facts,
+    )
+
+
+def count(pattern: str, text: str) -> dict[str, int]:
+    return dict(Counter(re.findall(pattern, text, re.MULTILINE)))
+
+
+def cuobjdump(option: str, file: str) -> str:
+    """The tool comes with Triton."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return subprocess.run([tool, option, file], capture_output=True, text=True, check=True).stdout
+
+
+def loop_instructions(sass: str) -> int:
+    """Instructions of the innermost loop that holds matrix instructions: the shortest backward jump over one."""
+    instructions = re.findall(r"/\*([0-9a-f]{4,})\*/ +(?:@!?U?P\w+ )?(\S+)([^;]*);", sass)
+    places = {int(address, 16): index for index, (address, _, _) in enumerate(instructions)}
+    lengths = []
+    for index, (_, operation, operands) in enumerate(instructions):
+        target = re.search(r"0x([0-9a-f]+)", operands)
+        start = places.get(int(target[1], 16)) if operation.startswith("BRA") and target else None
+        if start is not None and start < index:
+            body = [name for _, name, _ in instructions[start : index + 1]]
+            if any(re.match(r"HMMA|HGMMA|UTC\w*MMA", name) for name in body):
+                lengths.append(len(body))
+    return min(lengths, default=0)
+
+
+def read_nvidia(asm: Any) -> dict[str, Any]:
+    ptx = asm["ptx"]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        usage, code = (cuobjdump(option, file.name) for option in ("-res-usage", "-sass"))
+    found = re.search(r"REG:(\d+) STACK:(\d+).*? LOCAL:(\d+)", usage)
+    assert found, usage
+    loads = count(r"(cp\.async\.c[ag]\.shared\.global) \[ *[^\]]*\], \[[^\]]*\], (0x\w+|\d+)", ptx)
+    wide = {f"cp.async {int(size, 0)}": number for (_, size), number in loads.items()}
+    return {
+        "registers": int(found[1]),
+        "spilled_bytes": int(found[2]) + int(found[3]),
+        "matrix_instructions": count(r"(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", ptx),
+        "weight_loads": {**wide, **count(r"(ld\.global\S*\.v4\.b32)", ptx)},
+        "shuffles": len(re.findall(r"shfl\.sync", ptx)),
+        "loop_instructions": loop_instructions(code),
+    }
+
+
+def read_amd(asm: Any) -> dict[str, Any]:
+    code = asm["amdgcn"]
+    figures = {key: int(value) for key, value in re.findall(r"\.(\w+): +(\d+)", code)}
+    return {
+        "registers": figures["vgpr_count"],
+        "spilled_bytes": 4 * figures["vgpr_spill_count"] + figures["private_segment_fixed_size"],
+        "matrix_instructions": count(r"\b(v_mfma)_", code),
+        "weight_loads": count(r"\b((?:global|buffer)_load_dwordx4)\b", code),
+        "shuffles": len(re.findall(r"ds_bpermute|ds_swizzle", code)),
+        "loop_instructions": 0,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    arguments = parser.parse_args()
+    with ProcessPoolExecutor(arguments.jobs) as pool:
+        results = list(pool.map(compile_variant, variants()))
+    for facts in results:
+        print(
+            f"{facts.target:7} {facts.name:18} registers {facts.registers:4} spilled {facts.spilled_bytes:4} "
+            f"shared {facts.shared_memory:6} {facts.matrix_instructions} {facts.weight_loads} shuffles {facts.shuffles} "
+            f"loop {facts.loop_instructions}"
+        )
+    if arguments.json:
+        document = {"triton": triton.__version__, "facts": [asdict(facts) for facts in results]}
+        arguments.json.write_text(json.dumps(document, indent=1))
+
+
+if __name__ == "__main__":
+    main()

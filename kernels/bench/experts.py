@@ -1,0 +1,251 @@
+"""The fused experts on a GPU, against what it can copy and multiply and against the peers, in one run under eight minutes.
+
+    cd kernels && python -m bench.experts              a table, a roofline plot and a JSON file in bench/results
+    cd kernels && python -m bench.experts --layers tp8 --tokens 1,64 --no-save
+
+Times are of a CUDA graph over several batches that choose different experts, so that no weight is left in a cache.
+`of copy` is the bytes of the touched experts, each counted once, over the time, as a share of the copy bandwidth; `of
+matmul` the arithmetic as a share of the rate of a dense bfloat16 product. Both are measured first, in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+
+import torch
+import triton
+from bench.peers import PEERS, WAITS_FOR_DEVICE, NotHereError, Run, Weights
+from bench.routing import LAYERS, TOKENS, Layer, choose, expert_map, slots_here
+from k26_kernels import KernelExperts, fused_experts
+
+RESULTS = Path(__file__).parent / "results"
+ROUTINGS = ("uniform", "zipf", "prefix")
+OURS = "k26"
+BUDGET_SECONDS = 450
+
+
+@dataclass(frozen=True)
+class Row:
+    """One implementation on one batch; microseconds are None where it did not run, and `note` says why."""
+
+    layer: str
+    routing: str
+    tokens: int
+    name: str
+    microseconds: float | None = None
+    of_copy: float | None = None
+    of_matmul: float | None = None
+    difference: float | None = None
+    """‖peer − ours‖ / ‖ours‖."""
+    note: str = ""
+
+
+def seconds_of(run: Callable[[], object], repeats: int = 5) -> float:
+    """The fastest of several runs on the device, after one that compiles."""
+    run()
+    times = []
+    for _ in range(repeats):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return min(times)
+
+
+def in_graph(run: Callable[[], object]) -> Callable[[], object]:
+    """The replay of a CUDA graph of `run`."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def on_device(run: Callable[[], object], graph: bool) -> float:
+    return seconds_of(in_graph(run) if graph else run)
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of copying 4 GiB."""
+    source = torch.empty(2**32, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / seconds_of(lambda: target.copy_(source))
+
+
+def matmul_rate() -> float:
+    """Floating-point operations a second of a dense bfloat16 product of random matrices."""
+    x, y = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * 8192**3 / seconds_of(lambda: x @ y)
+
+
+def batches(layer: Layer, routing: str, tokens: int, device: torch.device) -> list[tuple[torch.Tensor, ...]]:
+    """(hidden_states, topk_weights, topk_ids) of several batches, fewer where one of them touches enough memory."""
+    number = max(1, min(8, 64 // tokens))
+    generator = torch.Generator().manual_seed(1)
+    made = []
+    for seed in range(number):
+        ids = choose(routing, tokens, seed)
+        x = torch.randn(tokens, layer.shape.hidden_size, generator=generator).to(torch.bfloat16)
+        weights = torch.rand(ids.shape, generator=generator)
+        made.append((x.to(device), weights.to(device), ids.to(device)))
+    return made
+
+
+def measure(
+    layer: Layer,
+    routing: str,
+    tokens: int,
+    runs: dict[str, Run | str],
+    rates: tuple[float, float],
+    device: torch.device,
+    clock: Callable[[Callable[[], object], bool], float],
+) -> Iterator[Row]:
+    """A row for each implementation; a string instead of one is why it does not run.
+
+    clock: the seconds of a function, captured in a graph first if its second argument is true.
+    """
+    local = expert_map(layer)
+    local = None if local is None else local.to(device)
+    data = batches(layer, routing, tokens, device)
+    here = [slots_here(ids.cpu(), layer) for _, _, ids in data]
+    size = sum(len(slots.unique()) for slots in here) * layer.expert_bytes
+    flops = sum(layer.flops(len(slots)) for slots in here)
+    ours: torch.Tensor | None = None
+    for name, run in runs.items():
+        if isinstance(run, str):
+            yield Row(layer.name, routing, tokens, name, note=run)
+            continue
+        try:
+            result = run(*data[0], local).float()
+            ours = result if ours is None else ours
+            seconds = clock(lambda run=run: [run(*batch, local) for batch in data], name != WAITS_FOR_DEVICE)
+        except Exception as error:  # a peer may fail in any way; it then has a row that says so
+            if name == OURS:
+                raise
+            yield Row(layer.name, routing, tokens, name, note=f"{type(error).__name__}: {error}"[:120])
+            continue
+        yield Row(
+            layer.name,
+            routing,
+            tokens,
+            name,
+            microseconds=seconds / len(data) * 1e6,
+            of_copy=size / seconds / rates[0],
+            of_matmul=flops / seconds / rates[1],
+            difference=((result - ours).norm() / ours.norm().clamp(min=1e-30)).item(),
+        )
+
+
+def prepare(weights: Weights) -> dict[str, Run | str]:
+    """Ours and the peers, each with weights of its own; ours last, because it takes the tensors over."""
+    runs: dict[str, Run | str] = {}
+    for name, peer in PEERS.items():
+        try:
+            runs[name] = peer(weights)
+        except NotHereError as reason:
+            runs[name] = str(reason)
+        except Exception as error:  # an installed peer of another version, or another GPU than it was made for
+            runs[name] = f"{type(error).__name__}: {error}"[:120]
+    tensors = (weights.w13_packed, weights.w13_scale, weights.w2_packed, weights.w2_scale)
+    experts = KernelExperts.from_checkpoint(*(tensor.clone() for tensor in tensors))
+    return {
+        OURS: lambda x, weights, ids, local: fused_experts(x, experts, ids, weights, expert_map=local),
+        **runs,
+    }
+
+
+def machine() -> dict[str, str]:
+    def output(*command: str) -> str:
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        except OSError:
+            return "unknown"
+
+    return {
+        "date": date.today().isoformat(),
+        "gpu": torch.cuda.get_device_name(),
+        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "triton": triton.__version__,
+        "torch": torch.__version__,
+        "commit": output("git", "rev-parse", "--short", "HEAD"),
+    }
+
+
+def line(row: Row) -> str:
+    start = f"{row.layer:6} {row.routing:8} {row.tokens:6} {row.name:22}"
+    if row.microseconds is None:
+        return f"{start} {row.note}"
+    return (
+        f"{start} {row.microseconds:10.1f} µs {row.of_copy:5.0%} of copy {row.of_matmul:5.0%} of matmul "
+        f"differs {row.difference:.1e}"
+    )
+
+
+def plot(rows: list[Row], rates: tuple[float, float], title: str, file: Path) -> None:
+    """Arithmetic rate over operations a byte, under the two roofs."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 6))
+    intensity = [2.0**power for power in range(-1, 13)]
+    axes.plot(
+        intensity, [min(rates[1], rates[0] * x) / 1e12 for x in intensity], "k-", label="copy and matmul, measured"
+    )
+    for name in dict.fromkeys(row.name for row in rows):
+        mine = [
+            row for row in rows if row.name == name and row.microseconds and row.of_copy and row.routing == "uniform"
+        ]
+        points = [(row.of_matmul * rates[1], row.of_copy * rates[0]) for row in mine if row.of_matmul]
+        axes.plot([flops / size for flops, size in points], [flops / 1e12 for flops, _ in points], "o", label=name)
+    axes.set(xscale="log", yscale="log", xlabel="operations a byte of weights", ylabel="TFLOP/s", title=title)
+    axes.legend()
+    figure.savefig(file, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", default=",".join(LAYERS), help="of whole, tp8, ep8")
+    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
+    parser.add_argument("--no-save", action="store_true")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("bench.experts needs a GPU and finds none. Predicted times: python -m bench.predict")
+    started, device = time.monotonic(), torch.device("cuda")
+    rates, info = (copy_bandwidth(), matmul_rate()), machine()
+    torch.cuda.empty_cache()
+    print(info, f"copy {rates[0] / 1e12:.2f} TB/s, matmul {rates[1] / 1e12:.0f} TFLOP/s", flush=True)
+    rows: list[Row] = []
+    for name in arguments.layers.split(","):
+        layer = LAYERS[name]
+        shape = layer.shape
+        runs = prepare(Weights.random(shape.num_experts, shape.hidden_size, shape.intermediate_size, device))
+        for routing in ROUTINGS:
+            for tokens in map(int, arguments.tokens.split(",")):
+                if routing == "prefix" and tokens < 300:
+                    continue
+                if time.monotonic() - started > BUDGET_SECONDS:
+                    rows.append(Row(name, routing, tokens, OURS, note="not run: the time was used up"))
+                    continue
+                for row in measure(layer, routing, tokens, runs, rates, device, on_device):
+                    rows.append(row)
+                    print(line(row), flush=True)
+        del runs
+        torch.cuda.empty_cache()
+    if not arguments.no_save:
+        stem = f"experts-{info['date']}-{info['gpu'].replace(' ', '_')}"
+        document = {"machine": info, "copy": rates[0], "matmul": rates[1], "rows": [asdict(row) for row in rows]}
+        (RESULTS / f"{stem}.json").write_text(json.dumps(document, indent=1) + "\n")
+        plot(rows, rates, info["gpu"], RESULTS / f"{stem}.png")
+
+
+if __name__ == "__main__":
+    main()

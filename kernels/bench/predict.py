@@ -1,0 +1,148 @@
+"""Predicted times of the fused experts on an H200, from the compiled code and the bytes. Nothing here is measured.
+
+    cd kernels && python -m bench.predict            a table
+    cd kernels && python -m bench.predict --save     and bench/results/predicted-H200.json
+
+A product takes at least as long as its bytes at the copy bandwidth, its matrix instructions at the matmul rate (empty
+columns of a block included), and its instructions at one a cycle and scheduler. The prediction is the largest of the
+three, summed over the products, plus the traffic of the sums and a fixed cost for each launch. What they cost each other
+by overlapping badly is not in it, so a measurement will be above.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from bench.compiled import Facts, compile_variant, product_variant
+from bench.routing import GLOBAL_EXPERTS, LAYERS, TOKENS, TOP_K, Layer, choose, slots_here
+from k26_kernels.config import SINGLE, Tile
+from k26_kernels.experts import TOKENS_AT_ONCE, Plan, make_plan
+from k26_kernels.target import TARGETS, Device
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates in units a second. Bandwidth and matmul rate were measured on an H200 before this package had kernels."""
+
+    device: Device
+    bandwidth: float
+    matmul: float
+    clock: float
+    launch: float
+
+    @property
+    def instructions(self) -> float:
+        """Of warps: four schedulers on a processor."""
+        return 4 * self.device.processors * self.clock
+
+
+# 1.7 GHz is assumed for a busy H200, 2 µs for a launch inside a CUDA graph.
+H200 = Machine(Device(TARGETS["sm_90"], "NVIDIA H200", 132), 4.3e12, 790e12, 1.7e9, 2e-6)
+
+
+class Compiled:
+    """Facts of the products, compiled once each."""
+
+    def __init__(self) -> None:
+        self.facts: dict[tuple[object, ...], Facts] = {}
+
+    def of(self, layer: Layer, plan: Plan, gated: bool) -> Facts:
+        parts = plan.split_w13 if gated else 1
+        name = SINGLE if not plan.sorted else str(plan.regime.block_tokens)
+        key = (layer.name, name, gated, parts > 1)
+        if key not in self.facts:
+            tile = plan.regime.w13 if gated else plan.regime.w2
+            target = H200.device.target
+            variant = product_variant(target, layer.shape, name, plan.regime, tile, gated, parts)
+            self.facts[key] = compile_variant(variant)
+        return self.facts[key]
+
+
+def product_seconds(
+    machine: Machine,
+    facts: Facts,
+    tile: Tile,
+    rows: int,
+    inputs: int,
+    blocks: int,
+    touched: int,
+    block: int,
+    extra: int,
+) -> dict[str, float]:
+    """The three floors of one product. extra: bytes of activations that it reads and writes."""
+    steps = blocks * (rows // tile.block_rows) * (inputs // tile.block_k)
+    return {
+        "bytes": (touched * rows * inputs * 9 / 16 + extra) / machine.bandwidth,
+        "matmul": 2 * blocks * block * rows * inputs / machine.matmul,
+        "issue": steps * tile.num_warps * facts.loop_instructions / machine.instructions,
+    }
+
+
+def predict(machine: Machine, compiled: Compiled, layer: Layer, kind: str, num_tokens: int) -> dict[str, object]:
+    """Microseconds of a batch and what bounds its two products."""
+    shape = layer.shape
+    hidden, inner = shape.hidden_size, shape.intermediate_size
+    seconds, bounds, ids = 0.0, [], choose(kind, num_tokens)
+    for start in range(0, num_tokens, TOKENS_AT_ONCE):
+        part = ids[start : start + TOKENS_AT_ONCE]
+        plan = make_plan(machine.device, shape, len(part), TOP_K, GLOBAL_EXPERTS)
+        here = slots_here(part, layer)
+        counts = here.bincount(minlength=shape.num_experts)
+        block = plan.regime.block_tokens
+        blocks = int(((counts + block - 1) // block).sum()) if plan.sorted else len(here)
+        touched, slots = int((counts > 0).sum()), len(here)
+        weighted = plan.weighted.itemsize * hidden * slots
+        products = (
+            (True, plan.regime.w13, 2 * inner, hidden, 2 * slots * (hidden + inner)),
+            (False, plan.regime.w2, hidden, inner, 2 * slots * inner + weighted),
+        )
+        for gated, tile, rows, inputs, extra in products:
+            facts = compiled.of(layer, plan, gated)
+            floors = product_seconds(machine, facts, tile, rows, inputs, blocks, touched, block, extra)
+            bound = max(floors, key=lambda name: floors[name])
+            seconds += floors[bound]
+            bounds.append(bound)
+        launches = 3 + plan.sorted + (plan.split_w13 > 1)
+        seconds += launches * machine.launch + (weighted + 2 * len(part) * hidden) / machine.bandwidth
+    touched = len(slots_here(ids, layer).unique())
+    return {
+        "layer": layer.name,
+        "routing": kind,
+        "tokens": num_tokens,
+        "microseconds": round(seconds * 1e6, 1),
+        "bytes_floor": round(touched * layer.expert_bytes / machine.bandwidth * 1e6, 1),
+        "matmul_floor": round(layer.flops(len(slots_here(ids, layer))) / machine.matmul * 1e6, 1),
+        "bound": "/".join(bounds[:2]),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--save", action="store_true", help="write bench/results/predicted-H200.json")
+    save = parser.parse_args().save
+    compiled = Compiled()
+    rows = [
+        predict(H200, compiled, layer, kind, num_tokens)
+        for layer in LAYERS.values()
+        for kind in ("uniform", "zipf")
+        for num_tokens in TOKENS
+    ]
+    print("PREDICTED, not measured. µs, and the floors of bytes and of arithmetic; what bounds w13/w2.")
+    for row in rows:
+        print(
+            f"{row['layer']:6} {row['routing']:8} {row['tokens']:6} {row['microseconds']:9} "
+            f"{row['bytes_floor']:9} {row['matmul_floor']:9}  {row['bound']}"
+        )
+    if save:
+        file = Path(__file__).parent / "results" / "predicted-H200.json"
+        head = json.dumps({"predicted": True, "gpu": H200.device.name, "triton": triton.__version__})
+        lines = ",\n  ".join(json.dumps(row) for row in rows)
+        file.write_text(f'{head[:-1]}, "rows": [\n  {lines}\n]}}\n')
+
+
+if __name__ == "__main__":
+    main()

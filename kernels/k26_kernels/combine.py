@@ -1,0 +1,53 @@
+"""Sums in a fixed order: of the parts of w13 with SwiGLU after it, and of a token's experts."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from k26_kernels.align import local_expert
+from k26_kernels.unpack import rounded
+
+
+@triton.jit
+def activate_kernel(
+    parts: tl.tensor, out: tl.tensor, part_stride: tl.tensor,
+    I: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
+    """silu(gate) · up from the summed parts. Program (slot, block of the intermediate size).
+
+    parts: float32 `[SPLIT_K, num_slots, 2 I]`, rows as layout.py interleaves them. out: bfloat16 `[num_slots, I]`.
+    """
+    slot = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = parts + slot * (2 * I) + i // 8 * 16 + i % 8
+    gate = tl.zeros([BLOCK], tl.float32)
+    up = tl.zeros([BLOCK], tl.float32)
+    for part in range(SPLIT_K):
+        gate += tl.load(row + part * part_stride, mask=i < I)
+        up += tl.load(row + part * part_stride + 8, mask=i < I)
+    tl.store(out + slot * I + i, rounded(gate * tl.sigmoid(gate) * up, tl.bfloat16), mask=i < I)
+
+
+@triton.jit(do_not_specialize=["num_slots", "num_experts"])
+def reduce_kernel(
+    y: tl.tensor, topk_ids: tl.tensor, expert_map: tl.tensor, out: tl.tensor,
+    num_slots: tl.tensor, num_experts: tl.tensor,
+    H: tl.constexpr, TOP_K: tl.constexpr, SPLIT_K: tl.constexpr, HAS_MAP: tl.constexpr, BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
+    """The sum over a token's slots and the parts of each, in their order. Program (token, block of the hidden size).
+
+    y: `[SPLIT_K, num_slots, H]`; a slot without a local expert holds nothing and is left out.
+    out: `[num_tokens, H]`.
+    """
+    token = tl.program_id(0)
+    h = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for k in range(TOP_K):
+        slot = token * TOP_K + k
+        expert = local_expert(topk_ids, expert_map, slot, num_slots, num_experts, HAS_MAP)
+        end = tl.where(expert >= 0, H, 0)
+        for part in range(SPLIT_K):
+            place = (part * num_slots + slot).to(tl.int64) * H
+            total += tl.load(y + place + h, mask=h < end, other=0.0).to(tl.float32)
+    tl.store(out + token.to(tl.int64) * H + h, rounded(total, out.dtype.element_ty), mask=h < H)

@@ -1,0 +1,70 @@
+"""Stored INT4 weights back to a dense matrix: for dense products over few experts, and for tests."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from k26_kernels.layout import GROUP_SIZE, PACK_FACTOR, ROWS, check_sizes, restore
+from k26_kernels.target import device_of
+from k26_kernels.unpack import load_scales, load_words, weights_tile
+
+
+@triton.jit
+def dequantise_kernel(
+    packed: tl.tensor, scale: tl.tensor, experts: tl.tensor, out: tl.tensor,
+    N: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr, FRAGMENT: tl.constexpr,
+) -> None:  # fmt: skip
+    """Program (block of rows, block of inputs, index in `experts`) writes a tile, rows in the checkpoint's order."""
+    rows_first = tl.program_id(0) * BLOCK_ROWS
+    k = tl.program_id(1) * BLOCK_K
+    index = tl.program_id(2)
+    expert = tl.load(experts + index).to(tl.int64)
+    words = load_words(packed + expert * (N * K // 8), rows_first, k, K, BLOCK_ROWS, BLOCK_K, FRAGMENT)
+    scales = load_scales(scale + expert * (N * K // 32), rows_first, k, K, BLOCK_ROWS, BLOCK_K, FRAGMENT)
+    tile = weights_tile(words, scales, BLOCK_ROWS, BLOCK_K, FRAGMENT, False, out.dtype.element_ty)
+    row = rows_first + tl.arange(0, BLOCK_ROWS)
+    if GATED:
+        row = row % 16 // 8 * (N // 2) + row // 16 * 8 + row % 8
+    tl.store(out + index.to(tl.int64) * (N * K) + row[:, None] * K + (k + tl.arange(0, BLOCK_K))[None, :], tile)
+
+
+def dequantise(
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    experts: torch.Tensor,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    gated: bool,
+) -> torch.Tensor:
+    """The matrices of some experts, `[len(experts), N, K]` in bfloat16 or float16, rows as in the checkpoint.
+
+    packed, scale: as `layout.repack` leaves them. experts: integers `[n]`, on the device, each from 0 to E − 1.
+    Raises ValueError for another dtype or sizes.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"weights are dequantised to torch.bfloat16 or torch.float16, not to {dtype}.")
+    rows, inputs = packed.shape[1], packed.shape[2] * PACK_FACTOR
+    check_sizes(rows, inputs)
+    out = torch.empty(len(experts), rows, inputs, dtype=dtype, device=packed.device)
+    target = device_of(packed.device).target
+    block_k = 128
+    if len(experts):
+        dequantise_kernel[(rows // ROWS, inputs // block_k, len(experts))](
+            packed, scale, experts, out, N=rows, K=inputs, GATED=gated,
+            BLOCK_ROWS=ROWS, BLOCK_K=block_k, FRAGMENT=target.fragment, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def dequantise_reference(
+    packed: torch.Tensor, scale: torch.Tensor, fragment: str, dtype: torch.dtype = torch.bfloat16, *, gated: bool
+) -> torch.Tensor:
+    """The matrices of all experts, `[E, N, K]`, in plain PyTorch from copies of the stored tensors."""
+    packed, scale = packed.clone(), scale.clone()
+    restore(packed, scale, fragment, gated=gated)
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=packed.device)
+    q = ((packed.unsqueeze(-1) >> shifts) & 0xF).flatten(-2) - 8
+    return (q * scale.float().repeat_interleave(GROUP_SIZE, dim=-1)).to(dtype)

@@ -1,0 +1,277 @@
+"""The routed sum of a layer on a GPU: which kernels run, with which tiles, over which parts of the workspace."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+
+from k26_kernels.align import COLUMNS, align, max_blocks
+from k26_kernels.combine import activate_kernel, reduce_kernel
+from k26_kernels.config import SINGLE, SINGLE_TOKENS, Regime, Shape, Tile, choose, regimes
+from k26_kernels.layout import repack
+from k26_kernels.product import product_kernel
+from k26_kernels.target import Device, device_of
+from k26_kernels.unpack import INTERPRETED
+
+# Tokens computed at a time: at the model's sizes and 8 experts a token their workspace is 1.2 GB.
+TOKENS_AT_ONCE = 8192
+# Up to as many slots an expert's output stays float32 until the sum. Beyond, its traffic would show.
+EXACT_SLOTS = 4096
+# Programs that a processor holds at a time, as many as the default tiles' registers and shared memory leave room for.
+PROGRAMS_PER_PROCESSOR = 4
+_ALIGNMENT = 256
+_REDUCE_BLOCK = 1024
+
+
+@dataclass(slots=True)
+class KernelExperts:
+    """A layer's experts in the kernels' layout: the checkpoint's tensors, rearranged in place."""
+
+    w13_packed: torch.Tensor
+    """int32 `[E, 2 I, H / 8]`."""
+    w13_scale: torch.Tensor
+    """bfloat16 `[E, 2 I, H / 32]`."""
+    w2_packed: torch.Tensor
+    """int32 `[E, H, I / 8]`."""
+    w2_scale: torch.Tensor
+    """bfloat16 `[E, H, I / 32]`."""
+    device: Device
+    shape: Shape
+
+    @classmethod
+    def from_checkpoint(
+        cls, w13_packed: torch.Tensor, w13_scale: torch.Tensor, w2_packed: torch.Tensor, w2_scale: torch.Tensor
+    ) -> KernelExperts:
+        """Take the checkpoint's tensors over. Raises ValueError for a device or sizes that the kernels do not have."""
+        device = device_of(w13_packed.device)
+        shape = Shape(w2_packed.shape[1], w2_packed.shape[2] * 8, w13_packed.shape[0])
+        repack(w13_packed, w13_scale, device.target.fragment, gated=True)
+        repack(w2_packed, w2_scale, device.target.fragment, gated=False)
+        return cls(w13_packed, w13_scale, w2_packed, w2_scale, device, shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the host decides for a batch, from its size alone: nothing waits for the device."""
+
+    regime: Regime
+    sorted: bool
+    split_w13: int
+    split_w2: int
+    num_slots: int
+    max_blocks: int
+    weighted: torch.dtype
+    """Of an expert's output, before the sum over experts."""
+    sections: dict[str, tuple[int, int]]
+    """Offset and size in bytes of each part of the workspace."""
+    bytes: int
+
+
+def split_k(tiles: float, inputs: int, block_k: int, processors: int) -> int:
+    """Into how many parts a product is cut along K, so that its tiles fill the GPU: a power of two.
+
+    A part keeps four steps, below which starting up costs more than the other processors bring.
+    """
+    parts = 1
+    while (
+        tiles * parts < 2 * processors and inputs % (2 * parts * block_k) == 0 and inputs // (2 * parts) >= 4 * block_k
+    ):
+        parts *= 2
+    return parts
+
+
+@lru_cache(maxsize=4096)
+def make_plan(
+    device: Device, shape: Shape, num_tokens: int, top_k: int, global_experts: int, batch_invariant: bool = False
+) -> Plan:
+    """How a batch of at most TOKENS_AT_ONCE tokens is computed. global_experts: over all ranks."""
+    choices = regimes(device, shape)
+    num_slots = num_tokens * top_k
+    name = choose(choices, num_tokens, num_slots / global_experts, batch_invariant)
+    regime, is_sorted = choices[name], name != SINGLE
+    splits = [1, 1]
+    if not is_sorted:
+        here = num_slots * shape.num_experts / global_experts
+        rows = (2 * shape.intermediate_size, shape.hidden_size)
+        inputs = (shape.hidden_size, shape.intermediate_size)
+        splits = [
+            split_k(here * n / tile.block_rows, k, tile.block_k, device.processors)
+            for n, k, tile in zip(rows, inputs, (regime.w13, regime.w2), strict=True)
+        ]
+    # Batch-invariant: one dtype for all batches.
+    weighted = torch.float32 if num_slots <= EXACT_SLOTS and not batch_invariant else torch.bfloat16
+    sizes = {
+        "activated": 2 * num_slots * shape.intermediate_size,
+        "weighted": weighted.itemsize * splits[1] * num_slots * shape.hidden_size,
+    }
+    if splits[0] > 1:
+        sizes["parts"] = 4 * splits[0] * num_slots * 2 * shape.intermediate_size
+    if is_sorted:
+        sizes["slots"] = 4 * num_slots
+        # Room for the smallest blocks, so that more tokens never need less.
+        smallest = min(choice.block_tokens for choice in choices.values())
+        sizes["blocks"] = 4 * (1 + COLUMNS.value * max_blocks(num_slots, shape.num_experts, smallest))
+    sections, offset = {}, 0
+    for section, size in sizes.items():
+        sections[section] = (offset, size)
+        offset += -(-size // _ALIGNMENT) * _ALIGNMENT
+    most = max_blocks(num_slots, shape.num_experts, regime.block_tokens) if is_sorted else num_slots
+    return Plan(regime, is_sorted, splits[0], splits[1], num_slots, most, weighted, sections, offset)
+
+
+def workspace_bytes(
+    experts: KernelExperts,
+    num_tokens: int,
+    top_k: int,
+    global_experts: int | None = None,
+    batch_invariant: bool = False,
+) -> int:
+    """Bytes that `fused_experts` needs for up to `num_tokens` tokens. global_experts: the length of its expert map."""
+    shape, total = experts.shape, global_experts or experts.shape.num_experts
+    # What is needed grows with the tokens, but for the first few, which may be cut along K, and where float32 ends.
+    ends = (*range(1, SINGLE_TOKENS + 1), EXACT_SLOTS // top_k, TOKENS_AT_ONCE)
+    counts = {min(num_tokens, end) for end in ends} - {0}
+    plans = (make_plan(experts.device, shape, count, top_k, total, batch_invariant) for count in counts)
+    return max((plan.bytes for plan in plans), default=0)
+
+
+def fused_experts(
+    hidden_states: torch.Tensor,
+    experts: KernelExperts,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    *,
+    expert_map: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    workspace: torch.Tensor | None = None,
+    batch_invariant: bool = False,
+) -> torch.Tensor:
+    """Σ weight · down(silu(gate · x) · (up · x)) over a token's experts that live here, `[num_tokens, hidden_size]`.
+
+    hidden_states: bfloat16 `[num_tokens, hidden_size]`. topk_ids: integers `[num_tokens, top_k]`, −1 for none.
+    topk_weights: float32 `[num_tokens, top_k]`. expert_map: int32 `[num_global_experts]`, the local index of a global id
+    or −1; without it the ids are local. out: contiguous, any floating dtype. workspace: uint8, `workspace_bytes` of it.
+
+    The same inputs give the same bits at every call; with `batch_invariant` so does a token in any batch, slower where
+    an expert has many tokens. Raises ValueError for inputs of another shape or dtype, or too small a workspace.
+    """
+    num_tokens, top_k = topk_ids.shape
+    hidden_size = experts.shape.hidden_size
+    if hidden_states.shape != (num_tokens, hidden_size) or hidden_states.dtype != torch.bfloat16:
+        raise ValueError(
+            f"hidden_states are {hidden_states.dtype} {list(hidden_states.shape)}, "
+            f"expected torch.bfloat16 {[num_tokens, hidden_size]}."
+        )
+    if topk_weights.shape != topk_ids.shape or topk_weights.dtype != torch.float32:
+        raise ValueError(
+            f"topk_weights are {topk_weights.dtype} {list(topk_weights.shape)}, "
+            f"expected torch.float32 {list(topk_ids.shape)}."
+        )
+    if out is None:
+        out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+    elif out.shape != hidden_states.shape or not out.is_contiguous():
+        raise ValueError(f"out is {list(out.shape)}, expected a contiguous {list(hidden_states.shape)}.")
+    x, ids, weights = hidden_states.contiguous(), topk_ids.contiguous(), topk_weights.contiguous()
+    global_experts = experts.shape.num_experts if expert_map is None else expert_map.shape[0]
+    counts = [min(TOKENS_AT_ONCE, num_tokens - start) for start in range(0, num_tokens, TOKENS_AT_ONCE)]
+    plans = [
+        make_plan(experts.device, experts.shape, count, top_k, global_experts, batch_invariant) for count in counts
+    ]
+    needed = max((plan.bytes for plan in plans), default=0)
+    if workspace is None:
+        workspace = torch.empty(needed, dtype=torch.uint8, device=x.device)
+    elif workspace.dtype != torch.uint8 or workspace.numel() < needed:
+        raise ValueError(
+            f"the workspace is {workspace.numel()} of {workspace.dtype}, expected {needed} of torch.uint8."
+        )
+    for index, plan in enumerate(plans):
+        here = slice(index * TOKENS_AT_ONCE, index * TOKENS_AT_ONCE + counts[index])
+        Launcher(experts, plan, workspace, ids[here], weights[here], expert_map).run(x[here], out[here])
+    return out
+
+
+class Launcher:
+    """The launches of one plan, in their order."""
+
+    def __init__(
+        self,
+        experts: KernelExperts,
+        plan: Plan,
+        workspace: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        expert_map: torch.Tensor | None,
+    ) -> None:
+        self.experts, self.plan = experts, plan
+        self.topk_ids, self.topk_weights, self.expert_map = topk_ids, topk_weights, expert_map
+        self.parts = {name: workspace[at : at + size] for name, (at, size) in plan.sections.items()}
+        self.has_map = expert_map is not None
+        self.map = topk_ids if expert_map is None else expert_map
+
+    def section(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        return self.parts[name].view(dtype)
+
+    def run(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """x: `[num_tokens, hidden_size]`, contiguous; out like it."""
+        plan, shape = self.plan, self.experts.shape
+        num_slots, inner, hidden = plan.num_slots, shape.intermediate_size, shape.hidden_size
+        if plan.sorted:
+            align(
+                self.topk_ids,
+                self.expert_map,
+                shape.num_experts,
+                plan.regime.block_tokens,
+                self.section("slots", torch.int32),
+                self.section("blocks", torch.int32),
+            )
+        activated = self.section("activated", torch.bfloat16)
+        w13 = self.experts.w13_packed, self.experts.w13_scale
+        top_k = self.topk_ids.shape[1]
+        if plan.split_w13 == 1:
+            self.product(x, *w13, activated, plan.regime.w13, 2 * inner, hidden, top_k, "swiglu", 1)
+        else:
+            parts = self.section("parts", torch.float32)
+            self.product(x, *w13, parts, plan.regime.w13, 2 * inner, hidden, top_k, "partial", plan.split_w13)
+            block = 256
+            activate_kernel[(num_slots, triton.cdiv(inner, block))](
+                parts, activated, num_slots * 2 * inner, I=inner, SPLIT_K=plan.split_w13, BLOCK=block
+            )
+        weighted = self.section("weighted", plan.weighted)
+        w2 = self.experts.w2_packed, self.experts.w2_scale
+        self.product(activated, *w2, weighted, plan.regime.w2, hidden, inner, 1, "weighted", plan.split_w2)
+        reduce_kernel[(len(x), triton.cdiv(hidden, _REDUCE_BLOCK))](
+            weighted, self.topk_ids, self.map, out, num_slots, shape.num_experts,
+            H=hidden, TOP_K=top_k, SPLIT_K=plan.split_w2, HAS_MAP=self.has_map, BLOCK=_REDUCE_BLOCK,
+        )  # fmt: skip
+
+    def product(
+        self,
+        x: torch.Tensor,
+        packed: torch.Tensor,
+        scale: torch.Tensor,
+        out: torch.Tensor,
+        tile: Tile,
+        rows: int,
+        inputs: int,
+        slots_per_x: int,
+        epilogue: str,
+        parts: int,
+    ) -> None:
+        plan, device = self.plan, self.experts.device
+        tiles = plan.max_blocks * (rows // tile.block_rows) * parts
+        grid = min(tiles, device.processors * PROGRAMS_PER_PROCESSOR)
+        slots, blocks = (
+            self.section(name, torch.int32) if plan.sorted else self.topk_ids for name in ("slots", "blocks")
+        )
+        product_kernel[(grid,)](
+            x, packed, scale, out, self.topk_ids, self.map, self.topk_weights, slots, blocks,
+            plan.num_slots, self.experts.shape.num_experts,
+            N=rows, K=inputs, SLOTS_PER_X=slots_per_x, EPILOGUE=epilogue,
+            SORTED=plan.sorted, HAS_MAP=self.has_map, SPLIT_K=parts,
+            BLOCK_TOKENS=plan.regime.block_tokens, BLOCK_ROWS=tile.block_rows, BLOCK_K=tile.block_k,
+            FRAGMENT=device.target.fragment, PACKED_MATH=not (device.target.amd or INTERPRETED.value),
+            num_warps=tile.num_warps, num_stages=tile.num_stages, **device.target.options,
+        )  # fmt: skip

@@ -1,0 +1,127 @@
+"""How the kernels store INT4 weights: the order in which a matrix instruction takes them, 16 bytes to a thread.
+
+A thread loads chunks of four words (16 bytes). The eight weights of a word share a scale, and a chunk holds just what its
+thread feeds to the matrix instruction, so neither the words nor the unpacked weights move between threads. A program that
+streams 64 rows reads one contiguous range. Which input sits in which word only depends on the instruction: `FRAGMENTS`.
+
+Tensors keep the shapes of the checkpoint, `packed` int32 `[E, N, K / 8]` and `scale` bfloat16 `[E, N, K / 32]`, and what
+belongs to an expert stays in its part. N must be a multiple of 64, K of 128.
+
+In w13 (`gated`) rows are interleaved, eight of the gate projection, then the eight of the up projection that belong to
+them: both halves of a SwiGLU end in the same thread.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+GROUP_SIZE = 32
+PACK_FACTOR = 8
+ROWS = 64  # rows that are stored together
+K_MULTIPLE = 128
+# Weights rearranged at a time: a few small launches for an expert, and less scratch than one expert of the real size.
+SLAB = 2**23
+
+# A letter is an axis. Rows: n r a g (or n r l); inputs: q and the rest. In a word, nibble i + 2 j + 4 h.
+_SIZES = {"r": 4, "a": 2, "g": 8, "l": 16, "c": 2, "w": 4, "j": 2, "i": 2, "h": 2, "t": 4, "k": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class Fragment:
+    """Where the weights of a step along K go.
+
+    `matrix` names the axes in the checkpoint's order (outer to inner), `stored` in the kernels'. `step` is the number of
+    inputs that `matrix` covers after its axis q.
+    """
+
+    step: int
+    matrix: str
+    stored: str
+    scale_matrix: str
+    scale_stored: str
+
+
+FRAGMENTS = {
+    # wgmma, and tcgen05 through tensor memory: lane 4 g + t holds inputs 2 t + h.
+    "wgmma": Fragment(64, "nragqcjith", "nqrgtachji", "nragqc", "nqrgac"),
+    # mma.sync as Triton feeds it with narrow weights: lane 4 g + t holds inputs 4 t + 2 i + h.
+    "mma": Fragment(64, "nragqcjtih", "nqrgtachji", "nragqc", "nqrgac"),
+    # MFMA 16 × 16: lane 16 k + l holds inputs 4 k + 2 i + h of row l.
+    "mfma": Fragment(128, "nrlqwjkih", "nqrklwhji", "nrlqw", "nqrlw"),
+}
+
+
+def check_sizes(rows: int, inputs: int) -> None:
+    """Raises ValueError for a matrix that the layout cannot hold."""
+    if rows % ROWS or inputs % K_MULTIPLE:
+        raise ValueError(
+            f"the kernels' layout holds matrices with a multiple of {ROWS} rows and of {K_MULTIPLE} inputs, "
+            f"this one is {rows} × {inputs}."
+        )
+
+
+def row_order(rows: int, gated: bool, device: torch.device) -> torch.Tensor:
+    """int64 `[rows]`: which row of the checkpoint's matrix is stored at each place."""
+    order = torch.arange(rows, device=device)
+    return order.unflatten(0, (2, -1, 8)).transpose(0, 1).flatten() if gated else order
+
+
+def repack(packed: torch.Tensor, scale: torch.Tensor, fragment: str, *, gated: bool) -> None:
+    """Rearrange the checkpoint's `packed` and `scale` in place, with a copy of one expert's matrix as scratch."""
+    _rearrange(packed, scale, FRAGMENTS[fragment], gated, inverse=False)
+
+
+def restore(packed: torch.Tensor, scale: torch.Tensor, fragment: str, *, gated: bool) -> None:
+    """The inverse of `repack`, in place."""
+    _rearrange(packed, scale, FRAGMENTS[fragment], gated, inverse=True)
+
+
+def _rearrange(packed: torch.Tensor, scale: torch.Tensor, fragment: Fragment, gated: bool, *, inverse: bool) -> None:
+    num_experts, rows, words = packed.shape
+    inputs = words * PACK_FACTOR
+    check_sizes(rows, inputs)
+    order = row_order(rows, gated, packed.device)
+    slab = max(ROWS, SLAB // inputs // ROWS * ROWS)
+    for expert in range(num_experts):
+        source, target = packed[expert].clone(), packed[expert]
+        source_scale, target_scale = scale[expert].clone(), scale[expert]
+        for start in range(0, rows, slab):
+            here = slice(start, start + slab)
+            if inverse:
+                nibbles = _permuted(_unpack(source[here]), fragment.stored, fragment.matrix, inputs)
+                target[order[here]] = _pack(nibbles)
+                target_scale[order[here]] = _permuted(
+                    source_scale[here], fragment.scale_stored, fragment.scale_matrix, inputs // GROUP_SIZE
+                )
+            else:
+                nibbles = _permuted(_unpack(source[order[here]]), fragment.matrix, fragment.stored, inputs)
+                target[here] = _pack(nibbles)
+                target_scale[here] = _permuted(
+                    source_scale[order[here]], fragment.scale_matrix, fragment.scale_stored, inputs // GROUP_SIZE
+                )
+
+
+def _permuted(tensor: torch.Tensor, source: str, target: str, columns: int) -> torch.Tensor:
+    """`tensor`, whose elements are in the order of the axes `source`, in that of `target`, `[rows, columns]`."""
+    steps = columns
+    for axis in source:
+        if axis in _SIZES and axis not in "ragl":
+            steps //= _SIZES[axis]
+    sizes = {**_SIZES, "q": steps, "n": tensor.numel() // columns // ROWS}
+    axes = tensor.reshape([sizes[axis] for axis in source])
+    return axes.permute([source.index(axis) for axis in target]).reshape(-1, columns)
+
+
+def _unpack(packed: torch.Tensor) -> torch.Tensor:
+    """uint8 `[rows, K]`, a nibble each, from int32 `[rows, K / 8]`."""
+    low_high = packed.contiguous().view(torch.uint8)
+    return torch.stack((low_high & 0xF, low_high >> 4), dim=-1).flatten(-2)
+
+
+def _pack(nibbles: torch.Tensor) -> torch.Tensor:
+    """The inverse of `_unpack`."""
+    pairs = nibbles.unflatten(-1, (-1, 2))
+    packed: torch.Tensor = (pairs[..., 0] | (pairs[..., 1] << 4)).contiguous().view(torch.int32)
+    return packed

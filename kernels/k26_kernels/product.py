@@ -1,0 +1,83 @@
+"""The products of the experts: tokens times INT4 weights, with SwiGLU or the routing weight in the epilogue."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from k26_kernels.align import COLUMNS, local_expert
+from k26_kernels.unpack import dot_operand, load_scales, load_words, rounded, weights_tile
+
+
+@triton.jit(do_not_specialize=["num_slots", "num_experts"])
+def product_kernel(
+    x: tl.tensor, packed: tl.tensor, scale: tl.tensor, out: tl.tensor,
+    topk_ids: tl.tensor, expert_map: tl.tensor, topk_weights: tl.tensor, slots: tl.tensor, blocks: tl.tensor,
+    num_slots: tl.tensor, num_experts: tl.tensor,
+    N: tl.constexpr, K: tl.constexpr, SLOTS_PER_X: tl.constexpr, EPILOGUE: tl.constexpr,
+    SORTED: tl.constexpr, HAS_MAP: tl.constexpr, SPLIT_K: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+    FRAGMENT: tl.constexpr, PACKED_MATH: tl.constexpr,
+) -> None:  # fmt: skip
+    """Each program walks over tiles of (block of slots, block of rows, part of K), from a table on the device.
+
+    x: bfloat16 `[num_slots / SLOTS_PER_X, K]`. packed, scale: an expert's N × K after another, as layout.py stores them.
+    SORTED: blocks of slots come from `align`; else every slot is a block of its own and `slots`, `blocks` are not read.
+    EPILOGUE, and what it writes to `out` for each slot with an expert here:
+      "swiglu"    silu(gate) · up, bfloat16 `[num_slots, N / 2]`; SPLIT_K is 1
+      "weighted"  the product times the slot's routing weight, rounded to the dtype of `out`, `[SPLIT_K, num_slots, N]`
+      "partial"   the product's part, float32 `[SPLIT_K, num_slots, N]`, rows as they are stored
+    """
+    ROW_BLOCKS: tl.constexpr = N // BLOCK_ROWS
+    K_PART: tl.constexpr = K // SPLIT_K
+    column = tl.arange(0, BLOCK_TOKENS)
+    num_blocks = num_slots
+    if SORTED:
+        num_blocks = tl.load(blocks)
+    for tile in range(tl.program_id(0), num_blocks * (ROW_BLOCKS * SPLIT_K), tl.num_programs(0)):
+        part = tile % SPLIT_K
+        pair = tile // SPLIT_K
+        if SORTED:
+            # All blocks of an expert take a tile of its weights in turn, so only the first reads it from memory.
+            row = blocks + 1 + pair // ROW_BLOCKS * COLUMNS
+            first = tl.load(row + 3)
+            siblings = tl.load(row + 4)
+            within = pair - first * ROW_BLOCKS
+            rows_first = within // siblings * BLOCK_ROWS
+            row = blocks + 1 + (first + within % siblings) * COLUMNS
+            expert = tl.load(row)
+            count = tl.load(row + 2)
+            slot = tl.load(slots + tl.load(row + 1) + column, mask=column < count, other=0)
+        else:
+            rows_first = pair % ROW_BLOCKS * BLOCK_ROWS
+            count = 1
+            slot = pair // ROW_BLOCKS + tl.zeros_like(column)
+            expert = local_expert(topk_ids, expert_map, pair // ROW_BLOCKS, num_slots, num_experts, HAS_MAP)
+        if expert >= 0:
+            words = packed + expert.to(tl.int64) * (N * K // 8)
+            scales = scale + expert.to(tl.int64) * (N * K // 32)
+            x_rows = x + (slot // SLOTS_PER_X).to(tl.int64) * K
+            valid = (column < count)[None, :]
+            acc = tl.zeros([BLOCK_ROWS, BLOCK_TOKENS], tl.float32)
+            for k in range(part * K_PART, (part + 1) * K_PART, BLOCK_K):
+                w = load_words(words, rows_first, k, K, BLOCK_ROWS, BLOCK_K, FRAGMENT)
+                s = load_scales(scales, rows_first, k, K, BLOCK_ROWS, BLOCK_K, FRAGMENT)
+                xt = tl.load(x_rows[None, :] + (k + tl.arange(0, BLOCK_K))[:, None], mask=valid, other=0.0)
+                tile_w = weights_tile(w, s, BLOCK_ROWS, BLOCK_K, FRAGMENT, PACKED_MATH, tl.bfloat16)
+                acc = tl.dot(dot_operand(tile_w), dot_operand(xt), acc)
+            if EPILOGUE == "swiglu":
+                halves = tl.permute(tl.reshape(acc, [BLOCK_ROWS // 16, 2, 8, BLOCK_TOKENS]), [0, 2, 3, 1])
+                gate, up = tl.split(halves)
+                y = tl.reshape(gate * tl.sigmoid(gate) * up, [BLOCK_ROWS // 2, BLOCK_TOKENS])
+                rows = rows_first // 2 + tl.arange(0, BLOCK_ROWS // 2)
+                tl.store(
+                    out + slot.to(tl.int64)[None, :] * (N // 2) + rows[:, None], rounded(y, tl.bfloat16), mask=valid
+                )
+            else:
+                rows = rows_first + tl.arange(0, BLOCK_ROWS)
+                place = (part * num_slots + slot).to(tl.int64)[None, :] * N + rows[:, None]
+                if EPILOGUE == "weighted":
+                    y = acc * tl.load(topk_weights + slot)[None, :]
+                    tl.store(out + place, rounded(y, out.dtype.element_ty), mask=valid)
+                else:
+                    tl.store(out + place, acc, mask=valid)

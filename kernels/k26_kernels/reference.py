@@ -1,0 +1,31 @@
+"""The routed sum in plain PyTorch on weights in the kernels' layout: what the launches of `fused_experts` give together."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from k26_kernels.dequantise import dequantise_reference
+from k26_kernels.experts import KernelExperts
+
+
+def fused_experts_reference(
+    hidden_states: torch.Tensor,
+    experts: KernelExperts,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    *,
+    expert_map: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """float32 `[num_tokens, hidden_size]`; arguments as in `fused_experts`. Dequantises every expert: for small ones."""
+    fragment = experts.device.target.fragment
+    w13 = dequantise_reference(experts.w13_packed, experts.w13_scale, fragment, torch.float32, gated=True)
+    w2 = dequantise_reference(experts.w2_packed, experts.w2_scale, fragment, torch.float32, gated=False)
+    x, out = hidden_states.float(), torch.zeros_like(hidden_states, dtype=torch.float32)
+    for token, slots in enumerate(topk_ids.tolist()):
+        for k, expert in enumerate(slots):
+            local = expert if expert_map is None or expert < 0 else int(expert_map[expert])
+            if local >= 0:
+                gate, up = (w13[local] @ x[token]).chunk(2)
+                out[token] += topk_weights[token, k] * (w2[local] @ (F.silu(gate) * up))
+    return out

@@ -1,0 +1,72 @@
+"""The kinds of GPU that the kernels are written for, and which one a device is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from k26_kernels.unpack import INTERPRETED
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A kind of GPU. `fragment` names the weights' layout for it, `shared_memory` what one program may use, in bytes."""
+
+    name: str
+    fragment: str
+    shared_memory: int
+    amd: bool = False
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Compiler options beside a tile's own: on AMD, the instruction that the layout is made for.
+
+        Fused multiply and add is said aloud because Triton's default changes between versions.
+        """
+        return {"enable_fp_fusion": True, **({"matrix_instr_nonkdim": 16} if self.amd else {})}
+
+
+# Shared memory is that of the family's smallest member: sm_86 and sm_89 have less than sm_80.
+TARGETS = {
+    target.name: target
+    for target in (
+        Target("sm_80", "mma", 101376),
+        Target("sm_90", "wgmma", 232448),
+        Target("sm_100", "wgmma", 232448),
+        Target("sm_120", "mma", 101376),
+        Target("gfx942", "mfma", 65536, amd=True),
+    )
+}
+_BY_MAJOR = {8: "sm_80", 9: "sm_90", 10: "sm_100", 12: "sm_120"}
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What a launch needs to know of a device."""
+
+    target: Target
+    name: str
+    processors: int
+
+
+@cache
+def device_of(device: torch.device) -> Device:
+    """Raises ValueError for a device that no target fits. Under the interpreter a CPU passes for a small sm_90."""
+    if device.type == "cpu" and INTERPRETED:
+        return Device(TARGETS["sm_90"], "interpreter", 4)
+    if device.type != "cuda":
+        raise ValueError(f"the Triton kernels run on CUDA and ROCm GPUs, not on {device.type}.")
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        found = properties.gcnArchName.split(":")[0]
+        target = TARGETS.get(found)
+    else:
+        found = f"sm_{properties.major}{properties.minor}"
+        target = TARGETS.get(_BY_MAJOR.get(properties.major, ""))
+    if target is None:
+        raise ValueError(
+            f"the Triton kernels have no layout for {properties.name} ({found}), only for {', '.join(TARGETS)}."
+        )
+    return Device(target, properties.name, properties.multi_processor_count)

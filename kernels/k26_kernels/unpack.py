@@ -1,0 +1,129 @@
+"""Device functions: stored words and scales to a tile of weights, in the registers where the instruction wants them."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+# Under the interpreter (no GPU) the kernels are checked. The two helpers below mend its bfloat16 and compile to what their
+# last line says on a GPU.
+INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+
+
+@triton.jit
+def dot_operand(x: tl.tensor) -> tl.tensor:
+    """x as `tl.dot` takes it. The interpreter's product of bfloat16 multiplies raw bits, so there it gets float32."""
+    if INTERPRETED:
+        return x.to(tl.float32)
+    else:
+        return x
+
+
+@triton.jit
+def rounded(x: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
+    """float32 x to the nearest of DTYPE. The interpreter cuts bfloat16 off instead, twice the error and all to one side."""
+    if INTERPRETED and DTYPE == tl.bfloat16:  # noqa: SIM300 - Triton compares from the left
+        bits = x.to(tl.int32, bitcast=True)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(DTYPE)
+
+
+@triton.jit
+def load_words(
+    packed: tl.tensor, rows_first: tl.tensor, input_first: tl.tensor, K: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr, FRAGMENT: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """int32 `[BLOCK_ROWS · BLOCK_K / 32, 4]`: the chunks of a tile. `packed` points at the matrix of an expert."""
+    STEP: tl.constexpr = 128 if FRAGMENT == "mfma" else 64
+    CHUNKS: tl.constexpr = 2 * STEP  # of 64 rows and a step
+    SLABS: tl.constexpr = BLOCK_ROWS // 64
+    chunk = tl.arange(0, BLOCK_ROWS * BLOCK_K // 32)
+    slab = (chunk // CHUNKS) % SLABS
+    step = chunk // (CHUNKS * SLABS)
+    offsets = slab * (8 * K) + step * (CHUNKS * 4) + (chunk % CHUNKS) * 4
+    first = rows_first * (K // 8) + input_first * 8
+    return tl.load(packed + first + offsets[:, None] + tl.arange(0, 4)[None, :])
+
+
+@triton.jit
+def load_scales(
+    scale: tl.tensor, rows_first: tl.tensor, input_first: tl.tensor, K: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr, FRAGMENT: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """bfloat16, the shape of `load_words`: the scale of each word. Threads of the same rows read the same ones."""
+    STEP: tl.constexpr = 128 if FRAGMENT == "mfma" else 64
+    CHUNKS: tl.constexpr = 2 * STEP
+    SLABS: tl.constexpr = BLOCK_ROWS // 64
+    chunk = tl.arange(0, BLOCK_ROWS * BLOCK_K // 32)
+    slab = (chunk // CHUNKS) % SLABS
+    step = chunk // (CHUNKS * SLABS)
+    owner = chunk % CHUNKS // 64 * 16 + chunk % 16 if FRAGMENT == "mfma" else chunk % CHUNKS // 4
+    offsets = slab * (2 * K) + step * CHUNKS + owner * 4
+    first = rows_first * (K // 32) + input_first * 2
+    return tl.load(scale + first + offsets[:, None] + tl.arange(0, 4)[None, :])
+
+
+@triton.jit
+def weights_tile(
+    words: tl.tensor, scales: tl.tensor, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+    FRAGMENT: tl.constexpr, PACKED_MATH: tl.constexpr, DTYPE: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """`[BLOCK_ROWS, BLOCK_K]` of DTYPE: (u − 8) · scale, rounded once.
+
+    PACKED_MATH: two weights an instruction, for bfloat16 on NVIDIA. Both ways give the same bits.
+    """
+    if PACKED_MATH:
+        pairs = scales.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        # 128 + u is exact in bfloat16: its bits are 0x4300 | u. Subtract 136, then multiply: one rounding.
+        # The instructions of sm_80 have no bfloat16 subtraction or product, so both are a fused multiply and add.
+        v0, v1, v2, v3 = tl.inline_asm_elementwise(
+            asm="""
+            {
+            .reg .b32 one, offset, zero;
+            mov.b32 one, 0x3F803F80;
+            mov.b32 offset, 0xC308C308;
+            mov.b32 zero, 0x80008000;
+            shr.u32 $1, $4, 4;
+            shr.u32 $2, $4, 8;
+            shr.u32 $3, $4, 12;
+            lop3.b32 $0, $4, 0x000F000F, 0x43004300, 0xEA;
+            lop3.b32 $1, $1, 0x000F000F, 0x43004300, 0xEA;
+            lop3.b32 $2, $2, 0x000F000F, 0x43004300, 0xEA;
+            lop3.b32 $3, $3, 0x000F000F, 0x43004300, 0xEA;
+            fma.rn.bf16x2 $0, $0, one, offset;
+            fma.rn.bf16x2 $1, $1, one, offset;
+            fma.rn.bf16x2 $2, $2, one, offset;
+            fma.rn.bf16x2 $3, $3, one, offset;
+            fma.rn.bf16x2 $0, $0, $5, zero;
+            fma.rn.bf16x2 $1, $1, $5, zero;
+            fma.rn.bf16x2 $2, $2, $5, zero;
+            fma.rn.bf16x2 $3, $3, $5, zero;
+            }
+            """,
+            constraints="=&r,=&r,=&r,=&r,r,r",
+            args=[words, pairs | (pairs << 16)],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
+        )
+        v = tl.join(tl.join(v0, v2), tl.join(v1, v3))
+        low = (v & 0xFFFF).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        high = ((v >> 16) & 0xFFFF).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        values = tl.join(low, high)
+    else:
+        v = tl.join(tl.join(words, words >> 8), tl.join(words >> 4, words >> 12))
+        u = tl.join(v, v >> 16) & 0xF
+        values = rounded((u - 8).to(tl.float32) * scales.to(tl.float32)[:, :, None, None, None], DTYPE)
+    # Now [chunk, word, j, i, h], in the letters of layout.py; nr is n and r in one.
+    if FRAGMENT == "mfma":
+        axes = tl.reshape(values, [BLOCK_K // 128, BLOCK_ROWS // 16, 4, 16, 4, 2, 2, 2])  # q nr k l w j i h
+        tile = tl.permute(axes, [1, 3, 0, 4, 5, 2, 6, 7])  # nr l q w j k i h
+    else:
+        axes = tl.reshape(values, [BLOCK_K // 64, BLOCK_ROWS // 16, 8, 4, 2, 2, 2, 2, 2])  # q nr g t a c j i h
+        if FRAGMENT == "wgmma":
+            tile = tl.permute(axes, [1, 4, 2, 0, 5, 6, 7, 3, 8])  # nr a g q c j i t h
+        else:
+            tile = tl.permute(axes, [1, 4, 2, 0, 5, 6, 3, 7, 8])  # nr a g q c j t i h
+    return tl.reshape(tile, [BLOCK_ROWS, BLOCK_K])

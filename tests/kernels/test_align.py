@@ -1,0 +1,65 @@
+"""The table of blocks that the device builds, against the plain one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from k26_kernels.align import align, align_reference, max_blocks
+from support.experts import route
+
+
+def table(
+    ids: torch.Tensor, expert_map: torch.Tensor | None, num_experts: int, block: int
+) -> tuple[list[int], list[tuple[int, ...]]]:
+    """What the kernel writes; the buffers hold garbage before it."""
+    slots = torch.full((ids.numel(),), -7, dtype=torch.int32, device=ids.device)
+    most = max_blocks(ids.numel(), num_experts, block)
+    blocks = torch.full((1 + 5 * most,), -7, dtype=torch.int32, device=ids.device)
+    align(ids, expert_map, num_experts, block, slots, blocks)
+    number = int(blocks[0])
+    rows = [tuple(row) for row in blocks[1:].view(most, 5)[:number].tolist()]
+    return slots[slots >= 0].tolist(), rows
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "top_k", "num_experts", "block"),
+    [(1, 8, 8, 16), (5, 2, 3, 16), (40, 3, 7, 16), (300, 8, 12, 16), (200, 6, 6, 128), (33, 1, 1, 16)],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_every_slot_is_in_its_experts_block(
+    device: torch.device, num_tokens: int, top_k: int, num_experts: int, block: int, dtype: torch.dtype
+) -> None:
+    ids = route(num_tokens, top_k, num_experts)[0].to(device, dtype)
+    ids[num_tokens // 2, 0] = -1
+    slots, rows = table(ids, None, num_experts, block)
+    assert (slots, rows) == align_reference(ids, None, num_experts, block)
+    assert len(slots) == num_tokens * top_k - 1
+
+
+def test_expert_map(device: torch.device) -> None:
+    ids = route(50, 4, 16)[0].to(device)
+    expert_map = torch.full((16,), -1, dtype=torch.int32, device=device)
+    expert_map[torch.tensor([3, 15, 4])] = torch.arange(3, dtype=torch.int32, device=device)
+    assert table(ids, expert_map, 3, 16) == align_reference(ids, expert_map, 3, 16)
+
+
+def test_all_tokens_on_one_expert(device: torch.device) -> None:
+    """More blocks of an expert than are written at a time."""
+    ids = torch.full((600, 1), 2, dtype=torch.int32, device=device)
+    assert table(ids, None, 4, 16) == align_reference(ids, None, 4, 16)
+
+
+@pytest.mark.parametrize("nobody", [-1, 9])
+def test_nobody_is_here(device: torch.device, nobody: int) -> None:
+    """An id beyond the experts counts as none: padded rows of a batch may hold anything."""
+    ids = torch.full((3, 2), nobody, dtype=torch.int32, device=device)
+    assert table(ids, None, 4, 16) == ([], [])
+
+
+def test_room_for_the_worst_choice() -> None:
+    """One slot more than full blocks in as many experts as there can be."""
+    assert max_blocks(1, 384, 16) == 1
+    assert max_blocks(17, 1, 16) == 2
+    assert max_blocks(34, 2, 16) >= 4
+    assert max_blocks(8192 * 8, 384, 16) == 4096 + 384

@@ -1,0 +1,75 @@
+"""Every kernel and configuration compiled ahead of time for the five targets, by `bench.compiled` in its own process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bench.compiled import variants
+from k26_kernels.config import INVARIANT, SINGLE
+from k26_kernels.target import TARGETS
+
+KERNELS = Path(__file__).parents[2] / "kernels"
+INSTRUCTION = {
+    "sm_80": "mma.sync",
+    "sm_90": "wgmma.mma_async",
+    "sm_100": "tcgen05.mma",
+    "sm_120": "mma.sync",
+    "gfx942": "v_mfma",
+}
+REGISTERS = 65536  # of a processor, for all its threads; on gfx942 512 for each thread of a wave
+ALL = [(variant.target, variant.name) for variant in variants()]
+PRODUCTS = [(target, name) for target, name in ALL if name.startswith("w")]
+
+
+@pytest.fixture(scope="session")
+def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, Any]]:
+    """Of each variant, by target and name. The interpreter, which the other tests need, cannot compile."""
+    file = tmp_path_factory.mktemp("compiled") / "facts.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench.compiled", "--json", str(file)]
+    done = subprocess.run(command, cwd=KERNELS, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {(fact["target"], fact["name"]): fact for fact in json.loads(file.read_text())["facts"]}
+
+
+def test_every_target_and_product_is_there() -> None:
+    assert len(set(ALL)) == len(ALL)
+    assert {target for target, _ in PRODUCTS} == set(TARGETS) == set(INSTRUCTION)
+
+
+@pytest.mark.parametrize(("target", "name"), ALL)
+def test_it_fits(facts: dict[tuple[str, str], dict[str, Any]], target: str, name: str) -> None:
+    fact = facts[target, name]
+    assert fact["spilled_bytes"] == 0
+    assert fact["shared_memory"] <= TARGETS[target].shared_memory
+    assert 0 < fact["registers"] <= (512 if TARGETS[target].amd else REGISTERS // fact["threads"])
+
+
+@pytest.mark.parametrize(("target", "name"), PRODUCTS)
+def test_it_streams(facts: dict[tuple[str, str], dict[str, Any]], target: str, name: str) -> None:
+    """The target's own matrix instruction, 16-byte loads of weights, and no weight that moves between threads."""
+    fact = facts[target, name]
+    assert list(fact["matrix_instructions"]) == [INSTRUCTION[target]]
+    loads = dict(fact["weight_loads"])
+    assert loads.pop("global_load_dwordx4" if TARGETS[target].amd else "cp.async 16") > 0
+    # The scales of a chunk are 8 bytes.
+    assert set(loads) <= {"cp.async 8"}
+    # One shuffle finds the warp that issues the instruction.
+    assert fact["shuffles"] <= (target in ("sm_90", "sm_100"))
+
+
+@pytest.mark.parametrize(("target", "name"), [pair for pair in PRODUCTS if pair[1].split()[1] in (SINGLE, INVARIANT)])
+def test_enough_programs_of_a_small_batch_fit_on_a_processor(
+    facts: dict[tuple[str, str], dict[str, Any]], target: str, name: str
+) -> None:
+    """Only several at a time keep enough loads in flight: four, three under Triton 3.5."""
+    fact = facts[target, name]
+    # Registers are given out eight at a time, and on gfx942 a processor holds twice as many.
+    registers = REGISTERS * (2 if TARGETS[target].amd else 1)
+    assert 3 * fact["threads"] * -(-fact["registers"] // 8) * 8 <= registers
