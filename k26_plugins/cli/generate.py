@@ -43,7 +43,7 @@ def generate(
             [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}], folder, thinking=thinking
         )
         # The prompt's own text may name control tokens; here the user is the one at the keyboard.
-        token_ids = tokenizer.encode(text, allow_special=True)
+        token_ids = tokenizer.encode_prompt(text)
         pixel_values = grid_thw = None
         if media:
             media_config = MediaConfig.from_path(folder)

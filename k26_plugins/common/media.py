@@ -22,6 +22,7 @@ from PIL import Image, UnidentifiedImageError
 
 # PIL's own threshold of a decompression bomb, 2 × 89 million pixels; the largest input that resizing keeps is 51 million.
 MAX_PIXELS = 178_956_970
+TIMESTAMP_MODES = ("hh:mm:ss.fff", "mm:ss.fff", "mm:ss")
 _MAX_THREADS = 4
 
 
@@ -47,6 +48,9 @@ class MediaConfig:
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
     temporal_merge_kernel_size: int = 4
     """Frames of a video chunk."""
+    sample_fps: float = 2.0
+    """Frames that the model sees of a second of video, at most."""
+    timestamp_mode: str = "hh:mm:ss.fff"
 
     def __post_init__(self) -> None:
         for name in ("patch_size", "merge_kernel_size", "in_patch_limit", "patch_limit_on_one_side"):
@@ -55,6 +59,15 @@ class MediaConfig:
             if getattr(self, name) is not None:
                 self._require_positive(name)
         self._require_positive("temporal_merge_kernel_size")
+        if isinstance(self.sample_fps, bool) or not isinstance(self.sample_fps, int | float) or self.sample_fps <= 0:
+            raise MediaError(
+                f"preprocessor_config.json: sample_fps is {self.sample_fps!r}, expected a positive number."
+            )
+        if self.timestamp_mode not in TIMESTAMP_MODES:
+            raise MediaError(
+                f"preprocessor_config.json: timestamp_mode is {self.timestamp_mode!r}, expected one of "
+                f"{', '.join(TIMESTAMP_MODES)}."
+            )
         for name in ("image_mean", "image_std"):
             if len(getattr(self, name)) != 3:
                 raise MediaError(
@@ -68,7 +81,7 @@ class MediaConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> MediaConfig:
-        """Read the mapping of a preprocessor_config.json. Fields that concern video sampling only are left aside."""
+        """Read the mapping of a preprocessor_config.json."""
         media = config.get("media_proc_cfg")
         if not isinstance(media, Mapping):
             raise MediaError("preprocessor_config.json has no media_proc_cfg: take the file of the published model.")
@@ -135,20 +148,20 @@ def frame_resize(width: int, height: int, num_frames: int, config: MediaConfig) 
     return navit_resize(width, height, config, limit)
 
 
-def open_image(data: bytes) -> Image.Image:
+def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode an image file to RGB; transparency is dropped and EXIF rotation is not applied, as in the reference.
 
-    The number of pixels is limited by the header, before anything is decoded. Raises MediaError.
+    The number of pixels is held against `max_pixels` by the header, before anything is decoded. Raises MediaError.
     """
     try:
         with warnings.catch_warnings():
             # The limit below is the bomb check; PIL's warning would only repeat it.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data))
-            check_size(*image.size)
+            check_size(*image.size, max_pixels=max_pixels)
             return image.convert("RGB")
     except Image.DecompressionBombError as error:
-        raise MediaError(f"the image is too large: {error}. Send at most {MAX_PIXELS:,} pixels.") from error
+        raise MediaError(f"the image has too many pixels: send one of at most {max_pixels:,}.") from error
     except UnidentifiedImageError as error:
         raise MediaError("the data is no image in a format that is known: send PNG, JPEG, WebP or GIF.") from error
     except MediaError:
@@ -158,12 +171,12 @@ def open_image(data: bytes) -> Image.Image:
         raise MediaError(f"the image is damaged ({error}): send a whole file.") from error
 
 
-def check_size(width: int, height: int) -> None:
-    """Raise MediaError for an image without pixels or with more than MAX_PIXELS."""
+def check_size(width: int, height: int, kind: str = "image", max_pixels: int = MAX_PIXELS) -> None:
+    """Raise MediaError for an image or a video (`kind`) without pixels, or with more than `max_pixels` in a frame."""
     if width <= 0 or height <= 0:
-        raise MediaError(f"the image is {width} × {height} pixels, expected at least 1 × 1.")
-    if width * height > MAX_PIXELS:
-        raise MediaError(f"the image is {width} × {height} pixels, expected at most {MAX_PIXELS:,} in all.")
+        raise MediaError(f"the {kind} is {width} × {height} pixels, expected at least 1 × 1.")
+    if width * height > max_pixels:
+        raise MediaError(f"the {kind} is {width} × {height} pixels, expected at most {max_pixels:,} in all.")
 
 
 def media_resize(frames: Sequence[Image.Image], config: MediaConfig, *, is_video: bool) -> Resize:

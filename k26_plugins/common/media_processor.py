@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 
 from k26_plugins.common.media import MediaConfig, media_resize, normalise, preprocess
+from k26_plugins.common.video import VideoChunk
 
 
 class MediaProcessor:
-    """Media are mappings `{"type": "image", "image": …}` or `{"type": "video_chunk", "video_chunk": [frame, …]}`."""
+    """Media are mappings `{"type": "image", "image": …}` or `{"type": "video_chunk", "video_chunk": …}`.
+
+    A video chunk is one that the core read, which may also stand in an image's place, or a list of an engine's frames.
+    """
 
     def __init__(self, settings: Mapping[str, Any], to_image: Callable[[Any], Image.Image] | None = None) -> None:
         """settings: the mapping of preprocessor_config.json. to_image: takes PIL's image out of an engine's wrapper."""
@@ -23,6 +29,8 @@ class MediaProcessor:
 
     def media_tokens_calculator(self, media: Mapping[str, Any]) -> int:
         """Tokens that one image or video chunk takes in the prompt. Raises MediaError."""
+        if isinstance(chunk := media[media["type"]], VideoChunk):
+            return chunk.num_tokens
         frames, is_video = self._frames(media)
         return media_resize(frames, self.config, is_video=is_video).num_tokens
 
@@ -31,10 +39,17 @@ class MediaProcessor:
 
         Raises MediaError.
         """
-        opened = [self._frames(media) for media in medias]
+        chunks = [media[media["type"]] for media in medias]
+        opened = [
+            self._frames(media)
+            for media, chunk in zip(medias, chunks, strict=True)
+            if not isinstance(chunk, VideoChunk)
+        ]
         patches, grids = preprocess(
             [frames for frames, _ in opened], self.config, is_video=[is_video for _, is_video in opened]
         )
+        if len(opened) < len(chunks):
+            patches, grids = _merged(chunks, patches, grids)
         pixels = normalise(patches, self.config) if do_normalize else patches
         return {"pixel_values": torch.from_numpy(pixels), "grid_thws": torch.from_numpy(grids)}
 
@@ -42,6 +57,25 @@ class MediaProcessor:
         if media["type"] == "video_chunk":
             return [self._to_image(frame) for frame in media["video_chunk"]], True
         return [self._to_image(media["image"])], False
+
+
+def _merged(
+    chunks: Sequence[Any], patches: npt.NDArray[np.uint8], grids: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """The media in their order: chunks that the core read, and in the places of the others what was cut here."""
+    all_patches, all_grids = [], []
+    start = done = 0
+    for chunk in chunks:
+        if isinstance(chunk, VideoChunk):
+            all_patches.append(chunk.patches)
+            all_grids.append(chunk.grid_thw)
+            continue
+        grid = tuple(int(size) for size in grids[done])
+        stop = start + int(np.prod(grid))
+        all_patches.append(patches[start:stop])
+        all_grids.append((grid[0], grid[1], grid[2]))
+        start, done = stop, done + 1
+    return np.concatenate(all_patches), np.array(all_grids, dtype=np.int64)
 
 
 def _as_is(image: Any) -> Image.Image:

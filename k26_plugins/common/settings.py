@@ -8,6 +8,8 @@ EXPERTS_VARIABLE = "K26_EXPERTS"
 HOST_EXPERTS_VARIABLE = "K26_CPU_EXPERTS"
 CPU_THREADS_VARIABLE = "K26_CPU_THREADS"
 ENGINE = "engine"
+CONTROL_TOKENS_VARIABLE = "K26_CONTROL_TOKENS"
+PARSERS_VARIABLE = "K26_PARSERS"
 BATCH_INVARIANT_VARIABLE = "K26_BATCH_INVARIANT"
 
 
@@ -45,6 +47,28 @@ def experts_for_device(device_type: str) -> str:
     """
     setting = experts_setting()
     return ENGINE if setting == "auto" and device_type != "cpu" else setting
+
+
+def control_tokens_as_text() -> bool:
+    """Whether a control token's name in a message stays text (the default), or becomes the control token.
+
+    Raises ValueError for any other value of K26_CONTROL_TOKENS than `text` and `allow`.
+    """
+    value = os.environ.get(CONTROL_TOKENS_VARIABLE, "text").strip().lower()
+    if value not in ("text", "allow"):
+        raise ValueError(f"{CONTROL_TOKENS_VARIABLE} is {value!r}: choose text or allow, or unset it.")
+    return value == "text"
+
+
+def parsers_by_default() -> bool:
+    """Whether a server takes this model's output apart where its flags name no parser (the default).
+
+    Raises ValueError for any other value of K26_PARSERS than `auto` and `none`.
+    """
+    value = os.environ.get(PARSERS_VARIABLE, "auto").strip().lower()
+    if value not in ("auto", "none"):
+        raise ValueError(f"{PARSERS_VARIABLE} is {value!r}: choose auto or none, or unset it.")
+    return value == "auto"
 
 
 def cpu_threads_setting() -> int | None:

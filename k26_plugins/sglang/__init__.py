@@ -23,6 +23,7 @@ def register() -> None:
         compat.register_config("k26_plugins.sglang.config", "KimiK25Config")
         compat.register_processor("k26_plugins.sglang.processor", "K26Processor")
         compat.register_tokenizer_hook("k26_plugins.sglang.tokenizer", "get_tokenizer")
+        compat.register_argument_hook("k26_plugins.sglang.serving", "choose_parsers")
         compat.register_models("k26_plugins.sglang.models")
     except Exception:
         logger.exception("k26-plugins is not active: SGLang serves Kimi-K2.6 with its own code.")

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -114,8 +115,9 @@ def register_tokenizer_hook(module: str, name: str) -> None:
         _wrap(owner, "get_tokenizer", hook)
 
 
-def _wrap(owner: ModuleType, name: str, hook: Callable[..., Any]) -> None:
-    """What SGLang's hook registry does, for releases before it: rebind the name in every module that imported it."""
+def _wrap(owner: Any, name: str, hook: Callable[..., Any]) -> None:
+    """What SGLang's hook registry does, for releases before it and where it would import too much: `hook(original, …)`
+    around a method, or around a function in every module that imported it."""
     original = getattr(owner, name)
     if getattr(original, "k26_hook", None) is hook:
         return
@@ -125,9 +127,105 @@ def _wrap(owner: ModuleType, name: str, hook: Callable[..., Any]) -> None:
         return hook(original, *args, **kwargs)
 
     wrapped.k26_hook = hook  # type: ignore[attr-defined]
+    if isinstance(owner, type):
+        setattr(owner, name, wrapped)
+        return
     for module in list(sys.modules.values()):
         if isinstance(module, ModuleType) and vars(module).get(name) is original:
             setattr(module, name, wrapped)
+
+
+def register_argument_hook(module: str, name: str) -> None:
+    """Have `module.name(original, server_args)` called before SGLang settles its arguments, in the launching process."""
+    server_args = importlib.import_module("sglang.srt.server_args")
+    if not hasattr(server_args, "ServerArgs"):
+        # 0.5.10, which imports this adapter in the middle of that module: there the flags stay the user's.
+        return
+    method = "resolve_once" if hasattr(server_args.ServerArgs, "resolve_once") else "__post_init__"
+    _wrap(server_args.ServerArgs, method, getattr(importlib.import_module(module), name))
+
+
+def serves_chats() -> bool:
+    """Whether this process is an API server: others do without the import."""
+    return "sglang.srt.entrypoints.http_server" in sys.modules
+
+
+def hook_chat(path: str, hook: Callable[..., Any]) -> None:
+    """Put `hook(original, …)` around a function or a method of SGLang's chat API; one it does not have is left out."""
+    owner: Any = importlib.import_module("sglang.srt.entrypoints.openai.serving_chat")
+    *classes, name = path.split(".")
+    for part in classes:
+        owner = getattr(owner, part)
+    if hasattr(owner, name):
+        _wrap(owner, name, hook)
+
+
+def image_bytes(data: Any) -> bytes | None:
+    """The bytes of an image as a request gives it, None where it is no file (an array, an embedding).
+
+    Raises ValueError where they cannot be had.
+    """
+    source = getattr(data, "url", data)
+    if not isinstance(source, str | bytes):
+        return None
+    get = private("sglang.srt.utils", "get_image_bytes")
+    try:
+        found: bytes = get(source)
+    except OSError as error:
+        raise ValueError(f"the image cannot be fetched: {error}") from error
+    return found
+
+
+def video_bytes(data: Any) -> bytes:
+    """The bytes of a video as a request gives it. Raises ValueError where they cannot be had."""
+    normalise = private("sglang.srt.utils.common", "_normalize_video_input")
+    try:
+        source = normalise(getattr(data, "url", data))
+        if source is None:
+            raise ValueError(f"a video was given as {type(data).__name__}: send a URL or the file's data.")
+        return source if isinstance(source, bytes) else Path(source).read_bytes()
+    except OSError as error:
+        raise ValueError(f"the video cannot be fetched: {error}") from error
+
+
+def loaded_image(image: Any, content: Any) -> Any:
+    """An image with the digest of its `content`, where this SGLang's class for the model expects one."""
+    if find_spec("sglang.srt.multimodal.cache") is None:
+        return image
+    loaded = private("sglang.srt.multimodal.processors.kimi_common", "KimiLoadedImage")
+    return loaded(image, private("sglang.srt.multimodal.cache", "snapshot_media")(content).content_digest)
+
+
+def with_fields(message: Any, fields: dict[str, str]) -> Any:
+    """A request's message, a pydantic model, with fields that its class does not know."""
+    missing = {name: value for name, value in fields.items() if name not in type(message).model_fields}
+    if not missing:
+        return message
+    return _open_class(type(message)).model_construct(**dict(message), **missing)
+
+
+@functools.cache
+def _open_class(model: type) -> Any:
+    return type(model.__name__, (model,), {"model_config": {"extra": "allow"}, "__module__": model.__module__})
+
+
+def in_tree_tool_detector() -> type:
+    found: type = private("sglang.srt.function_call.kimik2_detector", "KimiK2Detector")
+    return found
+
+
+def replace_tool_detector(parser: str, module: str, name: str) -> None:
+    parsers = private("sglang.srt.function_call.function_call_parser", "FunctionCallParser").ToolCallParserEnum
+    parsers[parser] = getattr(importlib.import_module(module), name)
+
+
+def tool_parsing_result(normal_text: str, calls: list[Any]) -> Any:
+    return private("sglang.srt.function_call.core_types", "StreamingParseResult")(normal_text=normal_text, calls=calls)
+
+
+def tool_call_item(index: int, name: str | None, parameters: str) -> Any:
+    item = private("sglang.srt.function_call.core_types", "ToolCallItem")
+    return item(tool_index=index, name=name, parameters=parameters)
 
 
 def finish_tokenizer(tokenizer: Any) -> Any:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from transformers.utils.hub import cached_file
-
-from k26_plugins.common.config import ARCHITECTURE
-from k26_plugins.common.prompt.hf_tokenizer import load_hf_tokenizer, tokenizer_folder
-from k26_plugins.sglang import compat
+from k26_plugins.common.prompt.hf_tokenizer import is_this_model, load_hf_tokenizer, tokenizer_folder
+from k26_plugins.common.prompt.special_tokens import CHUNK_PLACE
+from k26_plugins.sglang import compat, serving
 
 
 def get_tokenizer(original: Callable[..., Any], tokenizer_name: str, *args: Any, **kwargs: Any) -> Any:
@@ -23,14 +19,9 @@ def get_tokenizer(original: Callable[..., Any], tokenizer_name: str, *args: Any,
 
 
 def load_tokenizer(name: str, revision: str | None) -> Any:
-    return load_hf_tokenizer(tokenizer_folder(name, revision), name_or_path=str(name))
-
-
-def is_this_model(name: str, revision: str | None) -> bool:
-    """Whether the folder, or the model on the hub, has a config.json of this architecture."""
-    try:
-        file = cached_file(str(name), "config.json", revision=revision, _raise_exceptions_for_missing_entries=False)
-        config = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
-    except (OSError, ValueError):
-        return False
-    return ARCHITECTURE in (config.get("architectures") or [])
+    """The core's tokenizer, and in an API server the hooks that belong to it."""
+    if compat.serves_chats():
+        serving.install()
+    tokenizer = load_hf_tokenizer(tokenizer_folder(name, revision), name_or_path=str(name))
+    tokenizer.video_place = CHUNK_PLACE
+    return tokenizer

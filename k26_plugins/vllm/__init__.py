@@ -18,7 +18,11 @@ def register() -> None:
         from k26_plugins.vllm import compat
 
         compat.register_model("k26_plugins.vllm.model")
-        compat.register_tokenizer("k26_plugins.vllm.tokenizer", "K26Tokenizer")
+        compat.register_tokenizer(
+            ("k26_plugins.vllm.tokenizer", "K26Tokenizer"), ("k26_plugins.vllm.renderer", "K26Renderer")
+        )
+        compat.register_tool_parser("k26_plugins.vllm.output", "K26ToolParser")
+        compat.register_argument_hook("k26_plugins.vllm.defaults", "from_cli_args")
         compat.register_config_hook("k26_plugins.vllm.config")
     except Exception:
         logger.exception("k26-plugins is not active: vLLM serves Kimi-K2.6 with its own code.")

@@ -5,16 +5,21 @@ Checked on 0.19.1 and 0.32.0. Where the two differ the difference is detected he
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
+import os
+import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import Any
 
 from k26_plugins.common.config import ARCHITECTURE
 
 CHECKED_VERSIONS = "0.19.1 to 0.32.0"
 TOKENIZER_MODE = "k26"
+TOOL_PARSER = "k26"
 
 
 class UnsupportedEngineError(RuntimeError):
@@ -59,14 +64,53 @@ def register_config_hook(module: str) -> None:
     private("vllm.model_executor.models.config", "MODELS_CONFIG_MAP")[ARCHITECTURE] = K26ConfigHook
 
 
-def register_tokenizer(module: str, class_name: str) -> None:
-    """Add the tokenizer mode `k26`, with vLLM's ordinary rendering of chats around it."""
+def register_argument_hook(module: str, name: str) -> None:
+    """Have `module.name(original, args)` called where the API server makes its engine's arguments of the command line's.
+
+    The parsers of a model's output are flags of the server, which no registry of models reaches.
+    """
+    if "vllm.engine.arg_utils" not in sys.modules:
+        return  # a worker: the command line is read elsewhere
+    owner = private("vllm.engine.arg_utils", "AsyncEngineArgs")
+    original = owner.from_cli_args
+    if getattr(original, "k26_hook", None) is not None:
+        return
+
+    def from_cli_args(cls: type, args: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(functools.partial(original.__func__, cls), args)
+
+    from_cli_args.k26_hook = name  # type: ignore[attr-defined]
+    owner.from_cli_args = classmethod(from_cli_args)
+
+
+def register_tool_parser(module: str, name: str) -> None:
+    """Add the tool-call parser `k26`, where vLLM has the parser that it mends."""
+    if has_kimi_parser():
+        manager = private("vllm.tool_parsers", "ToolParserManager")
+        manager.register_lazy_module(TOOL_PARSER, module, name)
+
+
+def has_kimi_parser() -> bool:
+    """0.19.1 has another one, behind the same name."""
+    return find_spec("vllm.parser") is not None and find_spec("vllm.parser.kimi_k2") is not None
+
+
+def register_tokenizer(tokenizer: tuple[str, str], renderer: tuple[str, str]) -> None:
+    """Add the tokenizer mode `k26`: its tokenizer and its rendering of chats, each a module and a class in it."""
     tokenizers = private("vllm.tokenizers.registry", "TokenizerRegistry")
     renderers = private("vllm.renderers.registry", "RENDERER_REGISTRY")
     if TOKENIZER_MODE not in tokenizers.tokenizers:
-        tokenizers.register(TOKENIZER_MODE, module, class_name)
+        tokenizers.register(TOKENIZER_MODE, *tokenizer)
     if TOKENIZER_MODE not in renderers.renderers:
-        renderers.register(TOKENIZER_MODE, "vllm.renderers.hf", "HfRenderer")
+        renderers.register(TOKENIZER_MODE, *renderer)
+
+
+def use_media_connector(module: str, name: str, model_config: Any) -> None:
+    """Have `module.name` fetch and decode the media of requests, through vLLM's registry of connectors and the variable
+    that chooses among them: a user's choice stays."""
+    connector = getattr(importlib.import_module(module), name)
+    connector.serve(model_config)
+    os.environ.setdefault("VLLM_MEDIA_CONNECTOR", importlib.import_module(module).CONNECTOR)
 
 
 def in_tree_model() -> Any:

@@ -18,10 +18,10 @@ def prepare(model_config: Any) -> None:
     if model_config.tokenizer_mode == "auto":
         model_config.tokenizer_mode = compat.TOKENIZER_MODE
     config = published_int4(model_config.hf_config, logger.warning)
-    if config is None:
-        return
-    _write_back(config, model_config.hf_config)
-    require_whole(model_config.model)
+    if config is not None:
+        _write_back(config, model_config.hf_config)
+        require_whole(model_config.model)
+    compat.use_media_connector("k26_plugins.vllm.media", "K26MediaConnector", model_config)
 
 
 def _write_back(config: K26Config, hf_config: Any) -> None:

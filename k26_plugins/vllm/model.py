@@ -14,13 +14,13 @@ from k26_plugins.common.serving import published_int4
 from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, experts_for_device
 from k26_plugins.vllm import compat, logger
 from k26_plugins.vllm.experts import use_core_experts
-from k26_plugins.vllm.processing import K26ProcessingInfo
+from k26_plugins.vllm.processing import K26MultiModalProcessor, K26ProcessingInfo
 
 _in_tree = compat.in_tree_model()
 
 
 @MULTIMODAL_REGISTRY.register_processor(
-    _in_tree.KimiK25MultiModalProcessor, info=K26ProcessingInfo, dummy_inputs=_in_tree.KimiK25DummyInputsBuilder
+    K26MultiModalProcessor, info=K26ProcessingInfo, dummy_inputs=_in_tree.KimiK25DummyInputsBuilder
 )
 class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):  # type: ignore[misc, name-defined]
     """Keeps the in-tree class' name: vLLM compares names."""

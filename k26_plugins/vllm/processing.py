@@ -11,6 +11,7 @@ from vllm.multimodal.processing import BaseProcessingInfo
 from vllm.transformers_utils.processors.kimi_k25 import KimiK25Processor
 
 from k26_plugins.common.media_processor import MediaProcessor
+from k26_plugins.common.video import VideoChunk
 from k26_plugins.vllm import compat
 
 _in_tree = compat.in_tree_model()
@@ -60,3 +61,11 @@ class K26ProcessingInfo(_in_tree.KimiK25ProcessingInfo):  # type: ignore[misc, n
         self.hf_processor = KimiK25Processor(
             tokenizer=tokenizer, image_processor=self.image_processor, media_token_id=self.media_token_id
         )
+
+
+class K26MultiModalProcessor(_in_tree.KimiK25MultiModalProcessor):  # type: ignore[misc, name-defined]
+    """As the in-tree class, and able to take videos: vLLM's rendering of chats looks for this method."""
+
+    def split_video_chunks(self, video: Sequence[VideoChunk]) -> list[dict[str, Any]]:
+        """Of what the media connector made of a video: each chunk with the text of its place in the prompt."""
+        return [{"video_chunk": chunk, "prompt": chunk.prompt} for chunk in video]

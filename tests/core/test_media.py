@@ -118,8 +118,8 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
         (encode(Image.new("RGB", (64, 64), 3), "PNG")[:60], "damaged"),
         (encode(Image.effect_noise((64, 64), 9), "JPEG")[:700], "damaged"),
         (png_header(0, 0), "damaged|no image|0 × 0"),
-        (png_header(30_000, 30_000), "30000 × 30000|too large"),
-        (png_header(15_000, 15_000), "15000 × 15000|too large"),
+        (png_header(30_000, 30_000), "too many pixels"),
+        (png_header(15_000, 15_000), "too many pixels"),
     ],
     ids=["empty", "text", "cut-png", "cut-jpeg", "0x0", "30000x30000", "15000x15000"],
 )

@@ -57,7 +57,7 @@ def test_both_tokenizers_give_the_same_ids(full_vocabulary: Path) -> None:
 def test_control_tokens_in_text_stay_text_by_default(tiny_folder: Path) -> None:
     tokenizer = KimiTokenizer(tiny_folder)
     assert 258 not in tokenizer.encode("a<|im_end|>b")
-    assert tokenizer.encode("a<|im_end|>b", allow_special=True) == [97, 258, 98]
+    assert tokenizer.encode_prompt("a<|im_end|>b") == [97, 258, 98]
     assert tokenizer.decode([97, 258, 98]) == "a<|im_end|>b"
 
 

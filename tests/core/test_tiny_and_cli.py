@@ -6,8 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
+from support.videos import make_video
 from typer.testing import CliRunner
 
 from k26_plugins.cli import app
@@ -57,6 +59,29 @@ def test_generate_answers_text_and_image(tiny_folder: Path, tmp_path: Path) -> N
     seen = CliRunner().invoke(app, [*command, "--image", str(image)])
     assert (text.exit_code, seen.exit_code) == (0, 0)
     assert text.output != seen.output
+
+
+def test_media_shows_what_the_model_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save("a.png")
+    Path("v.mp4").write_bytes(make_video(30))
+    result = CliRunner().invoke(app, ["media", "a.png"])
+    assert result.exit_code == 0, result.output
+    assert "1 frames, 9 tokens; picture: a-k26.png" in result.output
+    with Image.open("a-k26.png") as sheet:
+        # 84 × 84 with the padding, 4 around it, a label of 16 above it.
+        assert np.array_equal(np.asarray(sheet)[20:80, 4:84], pixels)
+        assert np.asarray(sheet)[80:104, 4:88].max() == 0
+    result = CliRunner().invoke(app, ["media", "v.mp4", "--sheet", "sheet.png"])
+    assert "6 frames, 12 tokens; picture: sheet.png" in result.output
+    assert "00:00:02.299" in result.output
+    assert Path("sheet.png").exists()
+    Path("text.png").write_text("neither")
+    result = CliRunner().invoke(app, ["media", "text.png"])
+    assert result.exit_code == 1
+    assert "as an image:" in result.output
+    assert "as a video:" in result.output.lower()
 
 
 @pytest.mark.parametrize("arguments", [["generate", "nowhere", "Hi"], ["check", "nowhere"], ["tensors", "nowhere"]])

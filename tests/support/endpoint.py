@@ -85,7 +85,7 @@ class Served:
         images = [open_image(base64.b64decode(url.split(",", 1)[1])) for url in urls]
         counts = [navit_resize(*image.size, self.media).num_tokens for image in images]
         placeholder = self.model.config.media_placeholder_token_id
-        token_ids = self.tokenizer.encode(text, allow_special=True)
+        token_ids = self.tokenizer.encode_prompt(text)
         expanded = expand_media_placeholders(token_ids, counts, placeholder)
         pixels = self._pixels(images) if images else ()
         choice = self._answer(expanded, pixels, body, body.get("top_logprobs") or 0, shift=True)

@@ -36,7 +36,7 @@ class Request:
 
 def text_prompt(folder: Path, content: str) -> list[int]:
     """Token ids of a chat with one user message."""
-    return KimiTokenizer(folder).encode(render([{"role": "user", "content": content}], folder), allow_special=True)
+    return KimiTokenizer(folder).encode_prompt(render([{"role": "user", "content": content}], folder))
 
 
 def image_request(folder: Path, sizes: list[tuple[int, int]]) -> Request:
@@ -46,7 +46,7 @@ def image_request(folder: Path, sizes: list[tuple[int, int]]) -> Request:
     config = MediaConfig.from_path(folder)
     patches, grids = preprocess([[image] for image in images], config)
     prompt = expand_media_placeholders(
-        KimiTokenizer(folder).encode(render([{"role": "user", "content": content}], folder), allow_special=True),
+        KimiTokenizer(folder).encode_prompt(render([{"role": "user", "content": content}], folder)),
         [h * w // 4 for _, h, w in grids.tolist()],
         K26Config.from_path(folder).media_placeholder_token_id,
     )

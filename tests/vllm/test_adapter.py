@@ -53,6 +53,7 @@ def test_the_configuration_is_understood_and_written_back(tiny_folder: Path) -> 
     class ModelConfig:
         tokenizer_mode = "auto"
         model = str(tiny_folder)
+        revision = None
 
     ModelConfig.hf_config = hf_config(tiny_folder)  # type: ignore[attr-defined]
     ModelConfig.hf_config.vision_config.hidden_size = 1152  # type: ignore[attr-defined]

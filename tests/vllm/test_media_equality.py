@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from support.conversations import conversations, media_parts, part_bytes
+from support.videos import make_video
 
 from k26_plugins.common.media import MediaConfig, normalise, preprocess
+from k26_plugins.vllm.media import K26ImageIO, K26VideoIO
+from k26_plugins.vllm.processing import K26ImageProcessor
 
 fused = pytest.importorskip(
     "vllm.transformers_utils.processors.kimi_k25_vision_fused", reason="vLLM's fused processor came after 0.19.1"
@@ -64,3 +70,36 @@ def test_video_chunks(judge: object, count: int) -> None:
     patches, grids = preprocess([frames], MediaConfig(), is_video=[True])
     assert patches.tobytes() == expected["pixel_values"].numpy().tobytes()
     assert grids.tolist() == expected["grid_thws"].tolist()
+
+
+def test_a_requests_images_of_every_format(judge: object, tiny_folder: Path) -> None:
+    """As they come through the media connector and the processor, against PIL's RGB in vLLM's fused processor."""
+    settings = json.loads((tiny_folder / "preprocessor_config.json").read_text())
+    processor = K26ImageProcessor(settings)
+    parts = [part for one in conversations() for part in media_parts(one) if part["type"] == "image_url"]
+    assert len(parts) > 50
+    for part in parts:
+        data = part_bytes(part)
+        found = processor.preprocess([{"type": "image", "image": K26ImageIO().load_bytes(data)}])
+        with Image.open(io.BytesIO(data)) as image:
+            media = [{"type": "image", "image": image.convert("RGB")}]
+        expected = judge.preprocess(media, do_rescale=True, do_normalize=True)  # type: ignore[attr-defined]
+        assert found["pixel_values"].numpy().tobytes() == expected["pixel_values"].numpy().tobytes()
+
+
+def test_a_videos_chunks(judge: object, tiny_folder: Path) -> None:
+    """Through the media connector, against the frames that PyAV decodes, in vLLM's fused processor."""
+    settings = json.loads((tiny_folder / "preprocessor_config.json").read_text())
+    data = make_video(50, 10, (320, 240))
+    with av.open(io.BytesIO(data)) as container:
+        frames = [frame.to_image() for frame in container.decode(video=0)]
+    chunks = K26VideoIO(MediaConfig.from_path(tiny_folder), 10_000, {}).load_bytes(data)
+    media = [{"type": "video_chunk", "video_chunk": chunk} for chunk in chunks]
+    found = K26ImageProcessor(settings).preprocess(media, do_normalize=False)
+    expected = judge.preprocess(  # type: ignore[attr-defined]
+        [{"type": "video_chunk", "video_chunk": [frames[index] for index in chunk.indices]} for chunk in chunks],
+        do_rescale=False,
+        do_normalize=False,
+    )
+    assert found["pixel_values"].numpy().tobytes() == expected["pixel_values"].numpy().tobytes()
+    assert found["grid_thws"].tolist() == expected["grid_thws"].tolist()

@@ -1,26 +1,91 @@
-"""Messages to a prompt: the checkpoint's chat template, and the places of images in it."""
+"""Messages to a prompt: the checkpoint's chat template, what it is given, and the places of images in it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Template
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from k26_plugins.common.prompt.control_tokens import escape, escape_deep
+from k26_plugins.common.prompt.tool_declaration import declare_tools, sorted_deep
+
 TEMPLATE_FILE = "chat_template.jinja"
+# Ends the text of a message that is to be continued: a character that no text holds, and no mark of control_tokens.
+_OPEN_END = "\ufdd3"
 
 
-def _to_json(value: object, separators: tuple[str, str] | None = None) -> str:
-    # Unlike jinja2's own filter this escapes no HTML, as transformers' does not.
-    return json.dumps(value, ensure_ascii=False, separators=separators)
+class VerbatimArguments(dict[str, Any]):
+    """A past tool call's arguments as parsed, with the text that they came from.
+
+    Engines parse that text before they render it, and rendering would then write other white space than the model did.
+    """
+
+    def __init__(self, text: str) -> None:
+        try:
+            parsed = json.loads(text)
+        except ValueError:
+            parsed = None
+        super().__init__(parsed if isinstance(parsed, dict) else {})
+        self.text = text or "{}"
+
+    def __bool__(self) -> bool:
+        """True: vLLM replaces arguments that are empty, and some are only unreadable."""
+        return True
+
+    def __reduce__(self) -> tuple[type[VerbatimArguments], tuple[str]]:
+        return VerbatimArguments, (self.text,)
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateInput:
+    """What the chat template is rendered with."""
+
+    messages: list[dict[str, Any]]
+    tools: list[Any] | None
+    tools_ts_str: str | None
+    """The declaration of the tools; None where they are to be written as JSON."""
 
 
 def own_template() -> str:
     """The template that this package ships, written after the specification; the checkpoint's is preferred."""
     return resources.files(__package__).joinpath(TEMPLATE_FILE).read_text(encoding="utf-8")
+
+
+def keep_arguments(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Copies of OpenAI-style messages whose tool calls' arguments survive an engine's parsing: see VerbatimArguments."""
+    return [_map_arguments(message, _keep) for message in messages]
+
+
+def prepare(
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None,
+    *,
+    escape_messages: bool = True,
+    escape_tools: bool = True,
+    parsed_arguments: bool = False,
+) -> TemplateInput:
+    """Messages and tools as the chat template takes them.
+
+    escape_…: text that spells a control token stays text. parsed_arguments: a template of the user's expects a past
+    call's arguments as an object; Kimi's writes the text that the model wrote.
+    """
+    written = [_map_arguments(message, _keep if parsed_arguments else _verbatim) for message in messages]
+    if not tools:
+        return TemplateInput(escape_deep(written) if escape_messages else written, None, None)
+    ordered = sorted_deep([_as_sent(tool) for tool in tools])
+    declaration = declare_tools(ordered)
+    return TemplateInput(
+        escape_deep(written) if escape_messages else written,
+        escape_deep(ordered) if escape_tools else ordered,
+        escape(declaration) if declaration and escape_tools else declaration,
+    )
 
 
 def render(
@@ -31,23 +96,28 @@ def render(
     thinking: bool = True,
     preserve_thinking: bool = False,
     add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+    control_tokens_as_text: bool = True,
 ) -> str:
-    """The prompt of OpenAI-style `messages`, with control tokens by name.
+    """The prompt of OpenAI-style `messages`, with control tokens by name; `KimiTokenizer.encode_prompt` reads it.
 
     folder: the checkpoint, whose `chat_template.jinja` is used where it has one. The template runs in jinja2's sandbox.
-    Tools are declared as compact JSON.
+    continue_final_message: leave the last message open and start no new one; ValueError where it has no text.
     """
     file = None if folder is None else Path(folder) / TEMPLATE_FILE
     source = file.read_text(encoding="utf-8") if file is not None and file.exists() else own_template()
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.filters["tojson"] = _to_json
-    return environment.from_string(source).render(
-        messages=messages,
-        tools=tools,
+    given = prepare(messages, tools, escape_messages=control_tokens_as_text, escape_tools=control_tokens_as_text)
+    if continue_final_message:
+        _open(given.messages)
+    text = _compiled(source).render(
+        messages=given.messages,
+        tools=given.tools,
+        tools_ts_str=given.tools_ts_str,
         thinking=thinking,
         preserve_thinking=preserve_thinking,
-        add_generation_prompt=add_generation_prompt,
+        add_generation_prompt=add_generation_prompt and not continue_final_message,
     )
+    return text[: text.rindex(_OPEN_END)] if continue_final_message else text
 
 
 def expand_media_placeholders(
@@ -62,3 +132,64 @@ def expand_media_placeholders(
     for token_id in token_ids:
         expanded.extend([token_id] * (next(counts) if token_id == placeholder_id else 1))
     return expanded
+
+
+@lru_cache(maxsize=4)
+def _compiled(source: str) -> Template:
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.filters["tojson"] = _to_json
+    return environment.from_string(source)
+
+
+def _to_json(value: object, separators: tuple[str, str] | None = None) -> str:
+    # Unlike jinja2's own filter this escapes no HTML, as transformers' does not.
+    return json.dumps(value, ensure_ascii=False, separators=separators)
+
+
+def _open(messages: list[dict[str, Any]]) -> None:
+    """Put the sign of an open end behind the last message's text, in place."""
+    last = messages[-1] if messages else {}
+    if isinstance(last.get("content"), str):
+        last["content"] += _OPEN_END
+        return
+    for part in reversed(last.get("content") or []):
+        if "text" in part:
+            part["text"] += _OPEN_END
+            return
+    raise ValueError("the last message has no text to continue.")
+
+
+def _as_sent(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool without what engines fill in where a request leaves it out: `strict: false`, and null for the rest."""
+    sent: dict[str, Any] = _without_defaults({name: _without_defaults(value) for name, value in tool.items()})
+    return sent
+
+
+def _without_defaults(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    return {name: item for name, item in value.items() if item is not None and item is not False}
+
+
+def _map_arguments(message: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+    calls = message.get("tool_calls")
+    # What is of another shape is the engine's to refuse.
+    if not isinstance(calls, list | tuple | Iterator):
+        return dict(message)
+    changed = []
+    for call in calls:
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if isinstance(function, Mapping):
+            call = {**call, "function": {**function, "arguments": change(function.get("arguments"))}}
+        changed.append(call)
+    return {**message, "tool_calls": changed}
+
+
+def _keep(arguments: Any) -> Any:
+    return VerbatimArguments(arguments) if isinstance(arguments, str) else arguments
+
+
+def _verbatim(arguments: Any) -> Any:
+    if isinstance(arguments, VerbatimArguments):
+        return arguments.text
+    return arguments or "{}"

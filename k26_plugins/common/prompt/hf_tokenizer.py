@@ -10,21 +10,78 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken
+from tokenizers import AddedToken, normalizers
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.utils.hub import cached_file
 
-from k26_plugins.common.prompt.chat import TEMPLATE_FILE, own_template
+from k26_plugins.common.config import ARCHITECTURE
+from k26_plugins.common.prompt.chat import TEMPLATE_FILE, TemplateInput, own_template, prepare
+from k26_plugins.common.prompt.control_tokens import MARK, QUOTED_SIGN, unescape
+from k26_plugins.common.prompt.special_tokens import VIDEO_PLACEHOLDER
 from k26_plugins.common.prompt.tokenizer import RANKS_FILE, SPLIT_PATTERN, KimiTokenizer, TokenizerError
+from k26_plugins.common.settings import control_tokens_as_text
 
 SETTINGS_FILE = "tokenizer_config.json"
 # Control tokens that the engines' parsers must find in decoded text.
 VISIBLE = ("<think>", "</think>", "<|tool_call")
+# A key of the last message: continue it. For engines that have no other way to say so.
+CONTINUE_KEY = "k26_continue"
 
 
 class KimiTokenizerFast(PreTrainedTokenizerFast):
     """A class of its own: engines patch a tokenizer's class, and reload those of transformers' generic one."""
+
+    # Adapters that mark the messages before their engine touches them switch the first off.
+    escape_messages = True
+    escape_tools = True
+    # The template that came with the tokenizer; a user may put another into `chat_template`.
+    kimi_template: str | None = None
+    # What stands in a video's place. Adapters that put its chunks among token ids want control tokens there.
+    video_place = VIDEO_PLACEHOLDER
+
+    def apply_chat_template(  # type: ignore[override]
+        self,
+        conversation: Any,
+        tools: Any = None,
+        chat_template: str | None = None,
+        thinking: bool | None = None,
+        enable_thinking: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As transformers', with the tools declared as the model expects them and the messages' text kept text.
+
+        enable_thinking: another name of `thinking`, which other models' users send.
+        """
+        chat_template = chat_template or self.chat_template
+        parsed_arguments = chat_template != self.kimi_template
+        if isinstance(chat_template, str):
+            chat_template = chat_template.replace(VIDEO_PLACEHOLDER, self.video_place)
+
+        def ready(messages: Any) -> TemplateInput:
+            return prepare(
+                messages,
+                tools,
+                escape_messages=self.escape_messages,
+                escape_tools=self.escape_tools,
+                parsed_arguments=parsed_arguments,
+            )
+
+        if conversation and CONTINUE_KEY in conversation[-1]:
+            kwargs |= {"continue_final_message": True, "add_generation_prompt": False}
+        if conversation and isinstance(conversation[0], list | tuple):
+            given = ready([])
+            batch: Any = [ready(messages).messages for messages in conversation]
+        else:
+            given = ready(conversation)
+            batch = given.messages
+        if thinking is None:
+            thinking = enable_thinking
+        if thinking is not None:
+            kwargs["thinking"] = thinking
+        if given.tools_ts_str is not None:
+            kwargs.setdefault("tools_ts_str", given.tools_ts_str)
+        return super().apply_chat_template(batch, tools=given.tools, chat_template=chat_template, **kwargs)
 
 
 def tokenizer_folder(path_or_name: str | Path, revision: str | None = None, cache_dir: str | None = None) -> Path:
@@ -38,10 +95,22 @@ def tokenizer_folder(path_or_name: str | Path, revision: str | None = None, cach
     return Path(str(cached_file(str(path_or_name), RANKS_FILE, **where))).parent
 
 
+def is_this_model(path_or_name: str | Path, revision: str | None = None) -> bool:
+    """Whether the folder, or the model on the hub, has a config.json of this architecture."""
+    where: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+    try:
+        file = cached_file(str(path_or_name), "config.json", **where)
+        config = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
+    except (OSError, ValueError):
+        return False
+    return ARCHITECTURE in (config.get("architectures") or [])
+
+
 def load_hf_tokenizer(folder: str | Path, **kwargs: Any) -> KimiTokenizerFast:
     """Build the tokenizer of a checkpoint's folder; `kwargs` go to its constructor. Raises TokenizerError.
 
-    Control tokens in text become control tokens, as with the published tokenizer: chat prompts are rendered to text.
+    Control tokens in text become control tokens, as with the published tokenizer: chat prompts are rendered to text. What
+    `control_tokens.escape` marked stays text.
     """
     folder = Path(folder)
     reference = KimiTokenizer(folder)
@@ -50,6 +119,10 @@ def load_hf_tokenizer(folder: str | Path, **kwargs: Any) -> KimiTokenizerFast:
         AddedToken(name, normalized=False, special=not name.startswith(VISIBLE))
         for name in sorted(reference.special, key=reference.special.__getitem__)
     ]
+    # The marks go after control tokens were found: those are looked for in text that is not normalised yet.
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Replace(MARK, ""), normalizers.Replace(QUOTED_SIGN, unescape(QUOTED_SIGN))]
+    )
     # Added in the order of their ids, which follow the ranks without a gap.
     tokenizer.add_tokens(added)
     settings = _read_settings(folder / SETTINGS_FILE)
@@ -61,6 +134,8 @@ def load_hf_tokenizer(folder: str | Path, **kwargs: Any) -> KimiTokenizerFast:
         tokenizer_object=tokenizer, **{**settings, **kwargs}
     )
     _compare(built, reference)
+    built.kimi_template = built.chat_template
+    built.escape_messages = built.escape_tools = control_tokens_as_text()
     return built
 
 

@@ -31,6 +31,11 @@ NAMED_OFFSETS = {
     "[PAD]": 255,
 }
 
+# What a message holds in a video's place until its chunks are known; no token of the vocabulary.
+VIDEO_PLACEHOLDER = "<|kimi_k25_video_placeholder|>"
+# The place of one chunk in a prompt, behind its timestamp; the pad token stands for the chunk's tokens.
+CHUNK_PLACE = "<|media_begin|>video<|media_content|><|media_pad|><|media_end|>"
+
 
 def special_token_ids(num_ranks: int) -> dict[str, int]:
     """Token id of each named special token in a vocabulary with `num_ranks` mergeable ranks."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import tiktoken
 
 from k26_plugins.common.config import K26Config
+from k26_plugins.common.prompt.control_tokens import unescape
 from k26_plugins.common.prompt.special_tokens import NUM_SPECIAL_TOKENS, special_token_ids
 
 RANKS_FILE = "tiktoken.model"
@@ -48,15 +50,25 @@ class KimiTokenizer:
         slots = range(first, first + NUM_SPECIAL_TOKENS)
         self.special = {names.get(token_id, f"<|reserved_token_{token_id}|>"): token_id for token_id in slots}
         self.vocab_size = first + NUM_SPECIAL_TOKENS
+        self._special_pattern = re.compile(f"({'|'.join(map(re.escape, self.special))})")
         self._encoding = tiktoken.Encoding(
             "kimi", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=self.special
         )
 
-    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-        """Token ids of `text`. A control token's name in it stays text, unless allow_special: rendered prompts need it."""
-        if allow_special:
-            return self._encoding.encode(text, allowed_special="all")
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`. A control token's name in it stays text."""
         return self._encoding.encode_ordinary(text)
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """Token ids of a rendered prompt: control tokens by name, what `control_tokens.escape` marked stays text."""
+        token_ids: list[int] = []
+        for piece in self._special_pattern.split(prompt):
+            token_id = self.special.get(piece)
+            if token_id is None:
+                token_ids += self._encoding.encode_ordinary(unescape(piece))
+            else:
+                token_ids.append(token_id)
+        return token_ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD."""

@@ -77,7 +77,7 @@ def read_prompts(file: Path, folder: Path) -> list[Prompt]:
             request["messages"], folder, tools=request.get("tools"), thinking=request.get("thinking", True)
         )
         counts = [navit_resize(*open_image(image).size, media).num_tokens for image in prompt.images]
-        token_ids = tokenizer.encode(prompt.text, allow_special=True)
+        token_ids = tokenizer.encode_prompt(prompt.text)
         prompt.token_ids = expand_media_placeholders(token_ids, counts, config.media_placeholder_token_id)
     return prompts
 

@@ -1,9 +1,13 @@
-"""Kimi-K2.6's images in SGLang: the in-tree class, with the core's pixels on every device."""
+"""Kimi-K2.6's images and videos in SGLang: the in-tree class, with the core's pixels on every device."""
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
+from k26_plugins.common.media import open_image
+from k26_plugins.common.prompt.places import media_kinds, place_videos
+from k26_plugins.common.video import MAX_TOKENS, VideoChunk, read_chunks
 from k26_plugins.sglang import compat
 from k26_plugins.sglang.models.kimi_k26 import KimiK25ForConditionalGeneration
 
@@ -23,6 +27,47 @@ if hasattr(_in_tree, "KimiGPUProcessorWrapper"):
 
 
 class K26MediaProcessor(_in_tree.KimiK2_5VLImageProcessor):  # type: ignore[misc, name-defined]
+    """The in-tree class knows images. A video comes to it as images: one for each chunk, with more than one frame."""
+
     models = (KimiK25ForConditionalGeneration,)
     # A GPU's JPEG decoder gives other pixels than PIL, and a tensor where the core takes an image.
     gpu_image_decode = False
+
+    @classmethod
+    def _load_single_item(cls, data: Any, modality: Any, *args: Any, **kwargs: Any) -> Any:
+        """Called in SGLang's threads, one for each medium of a request. Raises MediaError."""
+        if modality.name == "IMAGE" and isinstance(data, VideoChunk):
+            return compat.loaded_image(data, data.patches)
+        sent = compat.image_bytes(data) if modality.name == "IMAGE" else None
+        if sent is None:
+            return super()._load_single_item(data, modality, *args, **kwargs)
+        return compat.loaded_image(open_image(sent), sent)
+
+    async def process_mm_data_async(
+        self, image_data: Any, input_text: Any, request_obj: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        videos = request_obj.video_data
+        if videos:
+            limit = kwargs.get("max_req_input_len") or MAX_TOKENS
+            loaded = await asyncio.gather(*(asyncio.to_thread(self._chunks, video, limit) for video in videos))
+            if isinstance(input_text, str):
+                input_text = self._tokenizer.encode(input_text, add_special_tokens=False)
+            image_data, input_text = self._in_order(list(image_data or []), loaded, list(input_text))
+        return await super().process_mm_data_async(image_data, input_text, request_obj, *args, **kwargs)
+
+    def _chunks(self, video: Any, max_tokens: int) -> list[VideoChunk]:
+        return list(read_chunks(compat.video_bytes(video), self._processor.media_processor.config, max_tokens))
+
+    def _in_order(
+        self, images: list[Any], videos: list[list[VideoChunk]], token_ids: list[int]
+    ) -> tuple[list[Any], list[int]]:
+        """Images and chunks as they stand in the prompt, and the prompt with a place for each."""
+        kinds = media_kinds(token_ids, self._tokenizer)
+        if kinds.count("image") != len(images):
+            raise ValueError(f"the prompt has {kinds.count('image')} places for images and {len(images)} were given.")
+        placed = place_videos(token_ids, [[chunk.prompt for chunk in video] for video in videos], self._tokenizer)
+        next_image, next_video = iter(images), iter(videos)
+        media: list[Any] = []
+        for kind in kinds:
+            media += [next(next_image)] if kind == "image" else next(next_video)
+        return media, placed

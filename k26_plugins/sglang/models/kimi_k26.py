@@ -28,13 +28,16 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
             compat.use_absorbed_mla_on_torch_native()
         if self.core_config is None:
             super().__init__(config, quant_config, prefix, **kwargs)
-            return
-        hybrid = hybrid_settings(self.core_config)
-        make_scheme = K26MoEScheme if hybrid is None else partial(K26HybridScheme, settings=hybrid)
-        use_core_experts(quant_config, chosen_backend(hybrid=hybrid is not None), make_scheme)
-        with compat.without_kt_wrapper():
-            super().__init__(config, quant_config, prefix, **kwargs)
-        use_float32_logits(self)
+        else:
+            hybrid = hybrid_settings(self.core_config)
+            make_scheme = K26MoEScheme if hybrid is None else partial(K26HybridScheme, settings=hybrid)
+            use_core_experts(quant_config, chosen_backend(hybrid=hybrid is not None), make_scheme)
+            with compat.without_kt_wrapper():
+                super().__init__(config, quant_config, prefix, **kwargs)
+            use_float32_logits(self)
+        # A float32 buffer, which would make all that it is added to float32: no image meets it, only videos do.
+        position = self.vision_tower.patch_embed.pos_emb
+        position.time_weight = position.time_weight.to(position.weight.dtype)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
         # Later calls update some of the weights of a running server (RLHF); only the first must be whole.

@@ -1,0 +1,79 @@
+"""Chats to prompts in SGLang, in the processes that serve this model: hooks around what its API server does to messages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from k26_plugins.common.prompt.hf_tokenizer import CONTINUE_KEY, is_this_model
+from k26_plugins.common.settings import PARSERS_VARIABLE, parsers_by_default
+from k26_plugins.sglang import compat, logger
+
+PARSER = "kimi_k2"
+DROPPED = ("name", "reasoning")
+
+
+def install() -> None:
+    """Put the hooks in place, once for each process."""
+    compat.replace_tool_detector(PARSER, "k26_plugins.sglang.output", "K26ToolDetector")
+    compat.hook_chat("normalize_assistant_tool_call_arguments", keep_arguments)
+    compat.hook_chat("OpenAIServingChat._handle_last_assistant_message", leave_last_message)
+    compat.hook_chat("OpenAIServingChat.handle_request", read_messages)
+    compat.hook_chat("OpenAIServingChat._engine_prompt", send_token_ids)
+
+
+def choose_parsers(original: Callable[[Any], Any], server_args: Any) -> Any:
+    """Before SGLang settles its arguments: the parsers that the command line leaves out."""
+    missing = [name for name in ("reasoning_parser", "tool_call_parser") if getattr(server_args, name) is None]
+    if missing and parsers_by_default() and is_this_model(server_args.model_path, server_args.revision):
+        for name in missing:
+            setattr(server_args, name, PARSER)
+        logger.info(
+            "k26-plugins: reasoning parser %s, tool-call parser %s (flags win; %s=none leaves them out).",
+            server_args.reasoning_parser,
+            server_args.tool_call_parser,
+            PARSERS_VARIABLE,
+        )
+    return original(server_args)
+
+
+async def read_messages(original: Callable[..., Any], serving: Any, request: Any, raw_request: Any = None) -> Any:
+    """What the template reads of a message and SGLang's classes drop: a user's `name`, and `reasoning`, as Kimi's own API
+    calls what SGLang knows as `reasoning_content`."""
+    if raw_request is not None:
+        body = await raw_request.body()
+        if any(f'"{name}"'.encode() in body for name in DROPPED):
+            sent = (await raw_request.json()).get("messages") or []
+            request.messages = [
+                compat.with_fields(
+                    message, {name: fields[name] for name in DROPPED if isinstance(fields.get(name), str)}
+                )
+                for message, fields in zip(request.messages, sent, strict=True)
+            ]
+    return await original(serving, request, raw_request)
+
+
+def keep_arguments(original: Callable[..., None], message: dict[str, Any], **kwargs: Any) -> None:
+    """A past call's arguments stay the text that the model wrote; the tokenizer parses it where a template needs that."""
+
+
+def leave_last_message(
+    original: Callable[..., Any], serving: Any, messages: list[dict[str, Any]], request: Any
+) -> tuple[list[dict[str, Any]], None]:
+    """The template renders an assistant's last message, as everywhere else.
+
+    SGLang would make a user's message of it, or put its text behind a new generation prompt.
+    """
+    if request.continue_final_message and messages and messages[-1].get("role") == "assistant":
+        messages = [*messages[:-1], {**messages[-1], CONTINUE_KEY: True}]
+    return messages, None
+
+
+def send_token_ids(
+    original: Callable[..., tuple[str, Any]], serving: Any, processed: Any, is_multimodal: bool
+) -> tuple[str, Any]:
+    """The prompt's token ids. SGLang would decode them and have the text tokenised again: text that spells a control
+    token would become one."""
+    if isinstance(processed.prompt_ids, list) and processed.prompt_ids:
+        return "input_ids", processed.prompt_ids
+    return original(serving, processed, is_multimodal)

@@ -1,0 +1,87 @@
+"""Images and videos of a request in vLLM, decoded by the core from the bytes that the client sent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pybase64
+from transformers import BaseImageProcessor
+from vllm import envs
+from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, MediaWithBytes
+from vllm.multimodal.media.base import MediaIO
+from vllm.multimodal.media.image import ImageMediaIO
+
+from k26_plugins.common.media import MAX_PIXELS, MediaConfig, open_image
+from k26_plugins.common.video import VideoChunk, read_chunks
+
+CONNECTOR = "k26"
+
+
+class K26ImageIO(ImageMediaIO):
+    """vLLM's own would turn an image by its EXIF and put a white ground behind it, which the model's preprocessing does
+    not; and it answers a decompression bomb with 500."""
+
+    def load_bytes(self, data: bytes) -> Any:
+        limit = getattr(envs, "VLLM_MAX_IMAGE_PIXELS", 0)
+        return MediaWithBytes(open_image(data, min(limit, MAX_PIXELS) if limit > 0 else MAX_PIXELS), data)
+
+
+class K26VideoIO(MediaIO):
+    """A video's bytes to the list of its chunks."""
+
+    def __init__(self, config: MediaConfig, max_tokens: int, settings: Mapping[str, Any]) -> None:
+        """settings: what the user says with `--media-io-kwargs` or in the request: `fps`, `num_frames`."""
+        super().__init__()
+        fps = settings.get("fps")
+        self.config = replace(config, sample_fps=fps) if fps and fps > 0 else config
+        self.max_tokens = max_tokens
+        num_frames = settings.get("num_frames")
+        self.max_frames = num_frames if num_frames and num_frames > 0 else None
+
+    def load_bytes(self, data: bytes) -> list[VideoChunk]:
+        return list(read_chunks(data, self.config, self.max_tokens, self.max_frames))
+
+    def load_base64(self, media_type: str, data: str) -> list[VideoChunk]:
+        return self.load_bytes(pybase64.b64decode(data, validate=True))
+
+    def load_file(self, filepath: Path) -> list[VideoChunk]:
+        return self.load_bytes(filepath.read_bytes())
+
+
+@MEDIA_CONNECTOR_REGISTRY.register(CONNECTOR)
+class K26MediaConnector(MediaConnector):
+    """Fetches as vLLM does and decodes as the core does. Where the user set `image` in `--media-io-kwargs`, vLLM decodes."""
+
+    # Of the model that this process serves.
+    model_config: Any = None
+    media_config: MediaConfig | None = None
+
+    @classmethod
+    def serve(cls, model_config: Any) -> None:
+        settings, _ = BaseImageProcessor.get_image_processor_dict(model_config.model, revision=model_config.revision)
+        cls.model_config, cls.media_config = model_config, MediaConfig.from_dict(settings)
+
+    def fetch_image(self, image_url: str, **kwargs: Any) -> Any:
+        if "image" in self.media_io_kwargs:
+            return super().fetch_image(image_url, **kwargs)
+        return self.load_from_url(image_url, K26ImageIO(), fetch_timeout=envs.VLLM_IMAGE_FETCH_TIMEOUT)
+
+    async def fetch_image_async(self, image_url: str, **kwargs: Any) -> Any:
+        if "image" in self.media_io_kwargs:
+            return await super().fetch_image_async(image_url, **kwargs)
+        return await self.load_from_url_async(image_url, K26ImageIO(), fetch_timeout=envs.VLLM_IMAGE_FETCH_TIMEOUT)
+
+    def fetch_video(self, video_url: str, **kwargs: Any) -> Any:
+        return self.load_from_url(video_url, self._video_io(), fetch_timeout=envs.VLLM_VIDEO_FETCH_TIMEOUT)
+
+    async def fetch_video_async(self, video_url: str, **kwargs: Any) -> Any:
+        return await self.load_from_url_async(video_url, self._video_io(), fetch_timeout=envs.VLLM_VIDEO_FETCH_TIMEOUT)
+
+    def _video_io(self) -> K26VideoIO:
+        assert self.media_config is not None
+        return K26VideoIO(
+            self.media_config, int(self.model_config.max_model_len), self.media_io_kwargs.get("video", {})
+        )

@@ -1,0 +1,70 @@
+"""Chats to prompts in vLLM: its own renderer, with the messages' text marked before anything is put into it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+from uuid import uuid4
+
+from vllm.renderers.hf import HfRenderer
+
+from k26_plugins.common.prompt.chat import keep_arguments
+from k26_plugins.common.prompt.control_tokens import escape_deep, unescape_deep
+from k26_plugins.common.settings import control_tokens_as_text
+
+
+class K26Renderer(HfRenderer):
+    """What belongs to tokenizer mode `k26`.
+
+    Marked here and not in the tokenizer: with a template of the user's vLLM writes the images' places into the text.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.escape_messages = control_tokens_as_text()
+
+    def render_messages(self, messages: Any, params: Any) -> Any:
+        conversation, prompt = super().render_messages(self._ready(messages), _params(params))
+        return unescape_deep(conversation), prompt
+
+    async def render_messages_async(self, messages: Any, params: Any) -> Any:
+        conversation, prompt = await super().render_messages_async(self._ready(messages), _params(params))
+        return unescape_deep(conversation), prompt
+
+    def _ready(self, messages: Sequence[Any]) -> Any:
+        return _named(keep_arguments(escape_deep(messages) if self.escape_messages else messages))
+
+
+def _named(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Media with names, in place, where there is a video: vLLM names its chunks, and then wants every image named too.
+
+    A name is the key of vLLM's caches: media that came with their data have their data's.
+    """
+    contents = [message["content"] for message in messages if isinstance(message.get("content"), list)]
+    media = [part for content in contents for part in content if isinstance(part, dict) and _url(part) is not None]
+    if any("video_url" in part for part in media):
+        for part in media:
+            url = _url(part)
+            digest = hashlib.sha256(url.encode()).hexdigest() if url and url.startswith("data:") else uuid4().hex
+            if not part.get("uuid"):
+                part["uuid"] = digest
+    return messages
+
+
+def _url(part: dict[str, Any]) -> str | None:
+    medium = part.get("video_url") or part.get("image_url")
+    url = medium.get("url") if isinstance(medium, dict) else medium
+    return url if isinstance(url, str) else None
+
+
+def _params(params: Any) -> Any:
+    """`thinking` under its other name too; and, unless the user chose a template or a format, media as parts of the
+    content, so that each is rendered where it stands."""
+    options = dict(params.chat_template_kwargs)
+    if "enable_thinking" in options:
+        options.setdefault("thinking", options["enable_thinking"])
+    chosen = params.chat_template is not None or params.chat_template_content_format != "auto"
+    content_format = params.chat_template_content_format if chosen else "openai"
+    return dataclasses.replace(params, chat_template_kwargs=options, chat_template_content_format=content_format)

@@ -1,0 +1,124 @@
+"""Images and video frames to patches: the core against vLLM's fused processor and transformers' own, in one run.
+
+    python kernels/bench/media.py [--save]      in an environment with vLLM, or with torchvision
+
+Each line is the best of several runs on the same pixels, taking turns, decoding left out; the bytes of the core and of
+vLLM's processor are compared first. transformers' processor needs torchvision, by which it resizes: its pixels differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from datetime import date
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from k26_plugins.common.media import MediaConfig
+from k26_plugins.common.media_processor import MediaProcessor
+
+CASES = {
+    "image 640x480": ([(640, 480)], 1),
+    "image 1920x1080": ([(1920, 1080)], 1),
+    "image 3840x2160": ([(3840, 2160)], 1),
+    "8 images 1280x720": ([(1280, 720)] * 8, 1),
+    "video chunk, 4 frames 1280x720": ([(1280, 720)], 4),
+}
+RUNS = 9
+
+
+def noise(size: tuple[int, int], seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def best(functions: dict[str, Callable[[], Any]]) -> dict[str, tuple[float, float]]:
+    """Seconds by the clock and seconds of all cores, of the fastest run of each; the functions take turns."""
+    found = {name: (float("inf"), float("inf")) for name in functions}
+    for _ in range(RUNS):
+        for name, function in functions.items():
+            start, used = time.perf_counter(), time.process_time()
+            function()
+            clock, cpu = found[name]
+            found[name] = min(clock, time.perf_counter() - start), min(cpu, time.process_time() - used)
+    return found
+
+
+def machine() -> dict[str, Any]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    # Others' work on the same cores slows what runs in several threads most: the load is part of the figures.
+    load = os.getloadavg()[0]
+    return {"date": date.today().isoformat(), "cpu": model, "cores": len(os.sched_getaffinity(0)), "load": load}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--save", action="store_true", help="write the results beside this file, named by date and CPU")
+    arguments = parser.parse_args()
+    settings: dict[str, Any] = {"media_proc_cfg": {"config_type": "MoonViTMediaProcessorConfig", **_settings()}}
+    core = MediaProcessor(settings)
+    fused = _fused(settings["media_proc_cfg"]) if find_spec("vllm") else None
+    transformers = _transformers() if find_spec("torchvision") else None
+    results = []
+    for name, (sizes, frames) in CASES.items():
+        if frames == 1:
+            media = [{"type": "image", "image": noise(size, index)} for index, size in enumerate(sizes)]
+        else:
+            media = [{"type": "video_chunk", "video_chunk": [noise(sizes[0], index) for index in range(frames)]}]
+        for normalised in (False, True):
+            functions: dict[str, Callable[[], Any]] = {
+                "core": lambda media=media, n=normalised: core.preprocess(media, do_normalize=n)
+            }
+            if fused is not None:
+                functions["vllm_fused"] = lambda media=media, n=normalised: fused.preprocess(
+                    media, do_rescale=n, do_normalize=n
+                )
+                ours, theirs = (function()["pixel_values"].numpy().tobytes() for function in functions.values())
+                if ours != theirs:
+                    raise SystemExit(f"{name}: the core's bytes are not vLLM's.")
+            if transformers is not None and normalised and frames == 1:
+                images = [medium["image"] for medium in media]
+                functions["transformers"] = lambda images=images: transformers(images, return_tensors="pt")
+            seconds = best(functions)
+            count = len(sizes) * frames
+            rates = {key: round(count / clock, 1) for key, (clock, _) in seconds.items()}
+            cores = {key: round(1000 * cpu / count, 2) for key, (_, cpu) in seconds.items()}
+            kind = "float32" if normalised else "uint8"
+            results.append({"case": name, "output": kind, "frames_per_second": rates, "cpu_ms_per_frame": cores})
+            print(f"{name:32} {kind:8}", "  ".join(f"{key} {rates[key]:8.1f}/s {cores[key]:7.2f} ms" for key in rates))
+    if arguments.save:
+        info = machine()
+        judge = "vllm" if fused is not None else "transformers"
+        name = f"media-{judge}-{info['date']}-{info['cpu'].replace(' ', '_')}-{info['cores']}t.json"
+        result = {"machine": info, "results": results}
+        (Path(__file__).parent / "results" / name).write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _fused(settings: dict[str, Any]) -> Any:
+    from vllm.transformers_utils.processors.kimi_k25_vision_fused import KimiK25FusedVisionProcessor
+
+    return KimiK25FusedVisionProcessor(settings)
+
+
+def _transformers() -> Any:
+    from transformers.models.kimi_k25.image_processing_kimi_k25 import Kimi_K25ImageProcessor
+
+    return Kimi_K25ImageProcessor()
+
+
+def _settings() -> dict[str, Any]:
+    config = MediaConfig()
+    names = ("in_patch_limit", "patch_size", "merge_kernel_size", "fixed_output_tokens", "patch_limit_on_one_side",
+             "in_patch_limit_each_frame", "in_patch_limit_video", "temporal_merge_kernel_size")  # fmt: skip
+    return {**{name: getattr(config, name) for name in names}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Videos: which frames are taken and when they are, against the specification; transformers' own video processor is the
+judge of the pixels' arithmetic in tests of the engines."""
+
+from __future__ import annotations
+
+import tracemalloc
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.videos import make_video
+
+from k26_plugins.common.media import MediaConfig, MediaError, preprocess
+from k26_plugins.common.video import make_chunk, read_chunks, sample_frames, timestamp, video_info
+
+
+def test_frames_are_spread_evenly() -> None:
+    """By hand from 4.5: n = max(round(frames · min(rate, fps) / fps), 1), indices = round(linspace(0, frames − 1, n))."""
+    assert sample_frames(30, 10, 2.0) == [0, 6, 12, 17, 23, 29]
+    assert sample_frames(10, 1, 2.0) == list(range(10))
+    assert sample_frames(1, 25, 2.0) == [0]
+    assert sample_frames(5, 25, 2.0) == [0]
+    # 12.5 and 2.5 frames: Python's round goes to the even number.
+    assert len(sample_frames(125, 20, 2.0)) == 12
+    assert len(sample_frames(25, 20, 2.0)) == 2
+    assert sample_frames(300, Fraction(30000, 1001), 2.0)[:3] == [0, 16, 31]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "mode", "text"),
+    [
+        (0.0, "hh:mm:ss.fff", "00:00:00.000"),
+        (3725.9999, "hh:mm:ss.fff", "01:02:05.999"),
+        (125.5, "mm:ss.fff", "02:05.500"),
+        (3600.0, "mm:ss", "60:00"),
+    ],
+)
+def test_timestamps(seconds: float, mode: str, text: str) -> None:
+    assert timestamp(seconds, mode) == text
+
+
+@pytest.mark.parametrize(
+    ("container", "codec"), [("mp4", "mpeg4"), ("mp4", "libx264"), ("webm", "libvpx-vp9"), ("avi", "mpeg4")]
+)
+def test_the_frames_are_the_ones_meant(container: str, codec: str) -> None:
+    """Each frame's grey says which it is."""
+    data = make_video(30, 10, container=container, codec=codec)
+    info = video_info(data)
+    assert (info.num_frames, info.fps, info.width, info.height) == (30, 10, 64, 48)
+    chunks = list(read_chunks(data, MediaConfig()))
+    assert [chunk.indices for chunk in chunks] == [(0, 6, 12, 17), (23, 29)]
+    # As transformers' processor cuts 2.3 s: what a float has of it.
+    assert [chunk.timestamp for chunk in chunks] == ["00:00:00.000", "00:00:02.299"]
+    assert [chunk.grid_thw for chunk in chunks] == [(4, 4, 6), (2, 4, 6)]
+    assert [chunk.num_tokens for chunk in chunks] == [6, 6]
+    for chunk in chunks:
+        frames = chunk.patches.reshape(len(chunk.indices), 4, 6, 3, 14, 14)
+        # A patch in the middle, away from the square and the padding.
+        greys = frames[:, 2, 3].mean((1, 2, 3))
+        assert np.abs(greys - [index * 8 % 256 for index in chunk.indices]).max() < 6
+
+
+def test_a_chunk_is_what_its_frames_are() -> None:
+    frames = [Image.effect_noise((640, 480), 60).convert("RGB") for _ in range(3)]
+    chunk = make_chunk([5, 10, 15], frames, 10, MediaConfig())
+    patches, grids = preprocess([frames], MediaConfig(), is_video=[True])
+    assert np.array_equal(chunk.patches, patches)
+    assert [list(chunk.grid_thw)] == grids.tolist()
+    assert chunk.prompt == "00:00:00.500<|media_begin|>video<|media_content|><|media_pad|><|media_end|>"
+
+
+GOOD = make_video(20)
+PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\nfile:///etc/hostname\n#EXT-X-ENDLIST\n"
+BAD = {
+    "empty": (b"", "cannot be read"),
+    "text": (b"no video at all", "cannot be read"),
+    "cut": (GOOD[:-200], "cannot be read|ends after"),
+    "cut-early": (GOOD[:400], "cannot be read|ends after|ends before"),
+    "playlist": (PLAYLIST, "cannot be read"),
+    "concat": (b"ffconcat version 1.0\nfile /etc/hostname\n", "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_no_video_gets_one_clear_error(name: str) -> None:
+    data, message = BAD[name]
+    with pytest.raises(MediaError, match=message):
+        list(read_chunks(data, MediaConfig()))
+
+
+def test_damage_in_the_middle_is_no_crash() -> None:
+    for position in range(100, len(GOOD) - 100, 97):
+        damaged = GOOD[:position] + b"\xff\x00\xff\x00" * 8 + GOOD[position + 32 :]
+        try:
+            assert sum(len(chunk.indices) for chunk in read_chunks(damaged, MediaConfig())) > 0
+        except MediaError:
+            continue
+
+
+def test_a_video_of_too_many_tokens_is_refused_before_it_is_decoded() -> None:
+    with pytest.raises(MediaError, match=r"takes 6 tokens \(4 frames of 64 × 48 pixels\), expected at most 5"):
+        next(read_chunks(GOOD, MediaConfig(), max_tokens=5))
+
+
+def test_frames_that_are_not_used_take_no_memory() -> None:
+    """400 frames of 640 × 480 are 369 MB decoded; every fiftieth is used."""
+    data = make_video(400, 25, (640, 480))
+    config = MediaConfig(sample_fps=0.5)
+    tracemalloc.start()
+    chunks = 0
+    for chunk in read_chunks(data, config):
+        chunks += chunk.patches.nbytes
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert chunks == 8 * 36 * 46 * 588
+    assert peak < 60_000_000

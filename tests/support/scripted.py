@@ -1,0 +1,111 @@
+"""Answers made to order: a logits processor in the engine's process writes the tokens that a request asks for.
+
+Through it a real server's parsers, streaming and detokenisation see exactly the output that a test is about.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+from support.server import Server
+
+from k26_plugins.common.prompt.output import (
+    CALL_ARGUMENTS,
+    CALL_BEGIN,
+    CALL_END,
+    SECTION_BEGIN,
+    SECTION_END,
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    answer: str
+    reasoning: str
+    content: str
+    calls: list[tuple[str, str]]
+    """Name and arguments of each."""
+
+
+def call(call_id: str, arguments: str) -> str:
+    return f"{CALL_BEGIN}{call_id}{CALL_ARGUMENTS}{arguments}{CALL_END}"
+
+
+def _tools_of(names: list[str]) -> list[dict[str, object]]:
+    parameters = {"type": "object", "properties": {"city": {"type": "string"}}}
+    return [{"type": "function", "function": {"name": name, "parameters": parameters}} for name in names]
+
+
+TOOLS = _tools_of(["get_weather", "search.web-v2", "now"])
+WEATHER = '{"city":"Bern"}'
+LONG = '{"city":"' + 'x } \\" <| ' * 6 + '"}'
+CASES = {
+    "content": Case("why</think>hello", "why", "hello", []),
+    "call": Case(
+        f"why</think>ok{SECTION_BEGIN}{call('functions.get_weather:0', WEATHER)}{SECTION_END}",
+        "why", "ok", [("get_weather", WEATHER)],
+    ),
+    "no-end-of-thinking": Case(
+        f"why{SECTION_BEGIN}{call('functions.get_weather:0', WEATHER)}{SECTION_END}", "why", "", [("get_weather", WEATHER)]
+    ),
+    "dots-and-hyphens": Case(
+        f"a</think>{SECTION_BEGIN}{call('functions.search.web-v2:0', WEATHER)}{SECTION_END}",
+        "a", "", [("search.web-v2", WEATHER)],
+    ),
+    "empty-arguments": Case(f"a</think>{SECTION_BEGIN}{call('functions.now:0', '')}{SECTION_END}", "a", "", [("now", "{}")]),
+    "two": Case(
+        f"a</think>{SECTION_BEGIN}{call('functions.now:0', '{}')}{call('functions.get_weather:1', WEATHER)}{SECTION_END}",
+        "a", "", [("now", "{}"), ("get_weather", WEATHER)],
+    ),
+    "long-arguments": Case(
+        f"a</think>{SECTION_BEGIN}{call('functions.get_weather:0', LONG)}{SECTION_END}", "a", "", [("get_weather", LONG)]
+    ),
+    "cut-arguments": Case(
+        f'a</think>{SECTION_BEGIN}{CALL_BEGIN}functions.get_weather:0{CALL_ARGUMENTS}{{"city":"Be',
+        "a", "", [("get_weather", '{"city":"Be')],
+    ),
+    "cut-header": Case(f"a</think>b{SECTION_BEGIN}{CALL_BEGIN}functions.get_wea", "a", "b", []),
+}  # fmt: skip
+
+
+def parsed(server: Server, case: Case, script: dict[str, Any]) -> tuple[str, str, list[tuple[str, str]], str]:
+    """Reasoning, content, calls and finish reason of an answer that comes whole. script: the request's fields that order
+    the answer."""
+    answer = server.post("/v1/chat/completions", **_body(case, script))
+    assert answer.status_code == 200, answer.text
+    choice = answer.json()["choices"][0]
+    message = choice["message"]
+    calls = [(found["function"]["name"], found["function"]["arguments"]) for found in message.get("tool_calls") or []]
+    reasoning = message.get("reasoning") or message.get("reasoning_content") or ""
+    return reasoning, message["content"] or "", calls, choice["finish_reason"]
+
+
+def streamed(server: Server, case: Case, script: dict[str, Any]) -> tuple[str, str, list[tuple[str, str]]]:
+    """The same put together from a stream, each piece of which is one token or a few."""
+    reasoning, content = "", ""
+    calls: dict[int, tuple[str, str]] = {}
+    body = {"model": server.model, "stream": True, **_body(case, script)}
+    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=120) as response:
+        for line in response.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            for choice in json.loads(line[6:])["choices"]:
+                delta = choice["delta"]
+                reasoning += delta.get("reasoning") or delta.get("reasoning_content") or ""
+                content += delta.get("content") or ""
+                for piece in delta.get("tool_calls") or []:
+                    name, arguments = calls.get(piece["index"], ("", ""))
+                    function = piece["function"]
+                    calls[piece["index"]] = (
+                        name + (function.get("name") or ""),
+                        arguments + (function.get("arguments") or ""),
+                    )
+    return reasoning, content, [calls[index] for index in sorted(calls)]
+
+
+def _body(case: Case, script: dict[str, Any]) -> dict[str, Any]:
+    messages = [{"role": "user", "content": "Weather?"}]
+    return {"messages": messages, "tools": TOOLS, "max_tokens": 2000, "temperature": 0, **script}

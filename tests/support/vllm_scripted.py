@@ -1,0 +1,28 @@
+"""vLLM's side of `scripted`: `vllm serve … --logits-processors support.vllm_scripted:Scripted`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
+
+
+class Scripted(AdapterLogitsProcessor):
+    """The request's `vllm_xargs` name the token ids of its answer: `{"script": "1,2,3"}`."""
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def new_req_logits_processor(self, params: Any) -> Any:
+        script = (params.extra_args or {}).get("script")
+        if script is None:
+            return None
+        token_ids = [int(token_id) for token_id in script.split(",")]
+
+        def write(output_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+            forced = torch.full_like(logits, -torch.inf)
+            forced[token_ids[min(len(output_ids), len(token_ids) - 1)]] = 0
+            return forced
+
+        return write
