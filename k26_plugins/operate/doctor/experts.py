@@ -10,7 +10,7 @@ import torch
 from k26_plugins.common.checkpoint import Checkpoint, CheckpointError
 from k26_plugins.common.config import ConfigError, TextConfig
 from k26_plugins.common.experts import BACKENDS, ExpertWeights
-from k26_plugins.common.experts.selftest import TOLERANCE, self_test_error
+from k26_plugins.common.experts.selftest import self_test_error
 from k26_plugins.common.int4 import GROUP_SIZE, PACK_FACTOR
 from k26_plugins.common.model import MoE
 from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, experts_for_device
@@ -40,9 +40,9 @@ def experts_findings(checkpoint: Path | None) -> list[Finding]:
         begin = time.perf_counter()
         difference = self_test_error(backend, on_device)
         seconds = time.perf_counter() - begin
-        passed = difference <= TOLERANCE
+        passed = difference <= backend.tolerance
         chosen = chosen or (name if passed else None)
-        detail = f"relative error {difference:.1e} (limit {TOLERANCE:g}) on {device}, {source}, {seconds:.2f} s"
+        detail = f"relative error {difference:.1e} (limit {backend.tolerance:g}) on {device}, {source}, {seconds:.2f} s"
         remedy = "" if passed else "report it with the device's name; the next backend is used"
         findings.append(Finding(Level.OK if passed else Level.BAD, f"experts: {name}", detail, remedy))
     taken = "the engine's own" if setting == ENGINE else chosen if setting == "auto" else setting
