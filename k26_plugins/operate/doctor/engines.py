@@ -31,7 +31,7 @@ def engine_findings(required: str | None) -> list[Finding]:
             findings += _probe(engine, probe)
     kernel = installed("kt-kernel")
     if kernel is not None:
-        detail = f"kt-kernel {kernel}: k26-plugins has no adapter for it, its own code serves"
+        detail = f"kt-kernel {kernel}: its CPU experts are tested as `experts: kt`"
         findings.append(Finding(Level.NOTE, "ktransformers", detail))
     names = {finding.what for finding in findings}
     if required is not None and required not in names:
