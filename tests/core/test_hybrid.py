@@ -67,6 +67,7 @@ def test_a_profile_is_kept_and_checked(tiny_folder: Path, tmp_path: Path) -> Non
     assert profile == Profile(10, counts)
     assert profile.hit_rate(1) == pytest.approx((8 + 5) / 20)
     assert profile.hit_rate(2) == 1.0
+    assert profile.hit_rate_of_first(2) == pytest.approx((8 + 5) / 20)
     Profile(10, counts[1:]).save(file)
     with pytest.raises(PlacementError, match=r"in 2 layers, this model has 8 in 3.*k26 profile"):
         Profile.load(file, config)

@@ -70,9 +70,15 @@ class Profile:
 
     def hit_rate(self, num_device_experts: int) -> float:
         """The share of this workload's expert uses that `place` puts on the device."""
-        total = sum(sum(layer) for layer in self.counts)
-        hit = sum(sum(sorted(layer, reverse=True)[:num_device_experts]) for layer in self.counts)
-        return hit / total if total else 0.0
+        return self._share([sorted(layer, reverse=True)[:num_device_experts] for layer in self.counts])
+
+    def hit_rate_of_first(self, num_device_experts: int) -> float:
+        """The same for the first experts, as `place` takes them without a profile."""
+        return self._share([layer[:num_device_experts] for layer in self.counts])
+
+    def _share(self, chosen: list[list[int]]) -> float:
+        total = sum(map(sum, self.counts))
+        return sum(map(sum, chosen)) / total if total else 0.0
 
 
 def place(num_experts: int, num_device_experts: int, counts: list[int] | None = None) -> LayerPlacement:

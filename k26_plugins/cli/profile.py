@@ -1,0 +1,66 @@
+"""Which experts a workload uses, for the placement of a hybrid run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from k26_plugins.cli.console import Folder, fail, out, progress_bar
+
+# Shares of the experts on the GPUs that the table shows.
+SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 3, 1 / 2, 3 / 4)
+
+
+def profile(
+    folder: Folder,
+    prompts: Annotated[
+        Path, typer.Option(help="A file with a prompt a line, as for `k26 golden`.", show_default=False)
+    ],
+    save: Annotated[Path | None, typer.Option(help="Where the profile goes. [default: beside the checkpoint]")] = None,
+    ram_bandwidth: Annotated[
+        float | None, typer.Option(help="Of system memory, GB/s: bounds the hybrid run's speed.")
+    ] = None,
+) -> None:
+    """Count which experts your prompts use, so that a hybrid run keeps those on the GPUs.
+
+    Runs the plain reference model over the prompts, on the CPU: each expert that a prompt chooses is read from the mapped
+    files, so that the published checkpoint takes hours. A hybrid run (`--kt-weight-path`) takes the profile that it finds
+    beside the checkpoint. The table says which share of expert uses the GPUs would then answer, beside the share that they
+    would with as many of the first experts.
+
+    The speed is a bound: the experts that are left, read once a token at the bandwidth given. Nobody measured it.
+    """
+    from k26_plugins.common.checkpoint import CheckpointError
+    from k26_plugins.common.config import ConfigError, K26Config
+    from k26_plugins.common.experts.placement import PROFILE_FILE
+    from k26_plugins.common.media import MediaError
+    from k26_plugins.common.prompt.tokenizer import TokenizerError
+    from k26_plugins.operate.golden import PromptError, read_prompts
+    from k26_plugins.operate.plan.hybrid import expert_slot_bytes
+    from k26_plugins.operate.profile import profile_experts
+
+    target = save or folder / PROFILE_FILE
+    try:
+        config = K26Config.from_path(folder)
+        ready = read_prompts(prompts, folder)
+        with progress_bar() as bar:
+            task = bar.add_task("prompts", total=len(ready))
+            found = profile_experts(folder, ready, lambda: bar.advance(task))
+        found.save(target)
+    except (CheckpointError, ConfigError, MediaError, PromptError, TokenizerError, OSError) as error:
+        fail(error)
+    text = config.text
+    token_bytes = expert_slot_bytes(config) * text.num_experts_per_tok
+    table = Table("experts on the GPUs", "most used: hits", "first: hits", "tokens/s at most")
+    for share in SHARES:
+        count = round(share * text.n_routed_experts)
+        hits = found.hit_rate(count)
+        speed = "-" if ram_bandwidth is None or hits == 1 else f"{ram_bandwidth * 1e9 / (token_bytes * (1 - hits)):.1f}"
+        table.add_row(
+            f"{count} of {text.n_routed_experts}", f"{hits:.0%}", f"{found.hit_rate_of_first(count):.0%}", speed
+        )
+    out.print(table)
+    typer.echo(f"{found.num_tokens:,} tokens; profile: {target}")
