@@ -11,6 +11,11 @@ torch comes as a CPU wheel: where pip does not find `torch==2.13.0` as one, poin
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Callable
+from functools import wraps
+
 import nox
 
 TORCH = "torch==2.13.0"
@@ -26,7 +31,20 @@ nox.options.default_venv_backend = "venv"
 ROOT = ".."
 
 
-@nox.session
+def environment(run: Callable[[nox.Session], None]) -> Callable[[nox.Session], None]:
+    """A session whose environment CI deletes when it has passed: together they would take 40 GB."""
+
+    @nox.session(name=run.__name__)
+    @wraps(run)
+    def session_that_cleans_up(session: nox.Session) -> None:
+        run(session)
+        if os.environ.get("CI"):
+            shutil.rmtree(session.virtualenv.location)
+
+    return session_that_cleans_up
+
+
+@environment
 def core(session: nox.Session) -> None:
     """Lint, types, import contracts, and the tests of the core and the kernels."""
     session.chdir(ROOT)
@@ -48,14 +66,14 @@ def _install_vllm(session: nox.Session, *arguments: str) -> None:
     session.install("--quiet", "-e", ".", "pytest", "hypothesis", "httpx")
 
 
-@nox.session
+@environment
 def vllm(session: nox.Session) -> None:
     """The adapter in the newest vLLM that has a CPU build: the real server."""
     _install_vllm(session, VLLM_NEWEST)
     session.run("pytest", "-q", "tests/vllm", *session.posargs)
 
 
-@nox.session
+@environment
 def vllm_oldest(session: nox.Session) -> None:
     """The adapter in vLLM 0.19.1, on another torch than its own: whatever needs no compiled operator of vLLM's."""
     _install_vllm(session, VLLM_OLDEST, "--torch", "2.13.0")
@@ -69,7 +87,7 @@ def _install_sglang(session: nox.Session, version: str) -> None:
     session.env["LD_LIBRARY_PATH"] = session.run("python", "ci/install_sglang.py", "--driver", silent=True).strip()
 
 
-@nox.session
+@environment
 def ktransformers(session: nox.Session) -> None:
     """kt-kernel's experts behind the core's interface. They need no GPU and not the torch that kt-kernel pins."""
     session.chdir(ROOT)
@@ -84,7 +102,7 @@ def ktransformers(session: nox.Session) -> None:
 SGLANG_PYTEST = ("pytest", "-q", "-W", "ignore")
 
 
-@nox.session
+@environment
 def sglang(session: nox.Session) -> None:
     """The adapter in the newest SGLang: the real server, and hybrid runs with kt-kernel beside it."""
     _install_sglang(session, SGLANG_NEWEST)
@@ -92,21 +110,21 @@ def sglang(session: nox.Session) -> None:
     session.run(*SGLANG_PYTEST, "tests/sglang", *session.posargs)
 
 
-@nox.session
+@environment
 def sglang_oldest(session: nox.Session) -> None:
     """The adapter in SGLang 0.5.10: the real server, without the deployments that start others."""
     _install_sglang(session, SGLANG_OLDEST)
     session.run(*SGLANG_PYTEST, "tests/sglang/test_adapter.py", "tests/sglang/test_server.py", *session.posargs)
 
 
-@nox.session
+@environment
 def demo(session: nox.Session) -> None:
     """The main job: make the tiny checkpoint, serve it, answer a text and an image request."""
     _install_vllm(session, VLLM_NEWEST)
     session.run("python", "ci/demo.py", "vllm", session.create_tmp())
 
 
-@nox.session
+@environment
 def demo_sglang(session: nox.Session) -> None:
     """The main job with SGLang."""
     _install_sglang(session, SGLANG_NEWEST)

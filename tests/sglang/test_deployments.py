@@ -11,6 +11,8 @@ from support.checkpoints import make_llama
 from support.server import Server
 from support.sglang_server import EAGER, TWO_RANKS, first_tokens, serve
 
+REDUNDANT_EXPERTS = ["--enable-eplb", "--ep-num-redundant-experts", "4"]
+
 
 @pytest.fixture(scope="module")
 def one_rank(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
@@ -22,12 +24,11 @@ def one_rank(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     "arguments",
     [
         ["--tp-size", "2"],
-        ["--tp-size", "2", "--ep-size", "2", "--mm-enable-dp-encoder"],
         # Redundant experts in place. Moving them later ends in SGLang's own wait for a CUDA device.
-        ["--tp-size", "2", "--ep-size", "2", "--enable-eplb", "--ep-num-redundant-experts", "4"],
+        ["--tp-size", "2", "--ep-size", "2", "--mm-enable-dp-encoder", *REDUNDANT_EXPERTS],
         ["--pp-size", "2"],
     ],
-    ids=["tensor", "expert", "redundant-experts", "pipeline"],
+    ids=["tensor", "expert", "pipeline"],
 )
 def test_two_ranks_answer_as_one(tiny_folder: Path, tmp_path: Path, one_rank: Server, arguments: list[str]) -> None:
     with serve(tiny_folder, tmp_path / "log", *arguments, **TWO_RANKS, **EAGER) as server:
