@@ -2,6 +2,7 @@
 
     python ci/demo.py vllm FOLDER
     python ci/demo.py sglang FOLDER
+    python ci/demo.py hybrid FOLDER      SGLang, half of the experts in the host's memory
 
 The model's weights are random, so the answers are noise: what it shows is that every part of the way works.
 """
@@ -21,13 +22,19 @@ from k26_plugins.common.tiny import make_tiny
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from support.images import image_part, png
 
-# As little start-up as the engine offers: a demonstration answers twice.
-ARGUMENTS = {"vllm": ["--enforce-eager"], "sglang": []}
+
+def arguments_of(run: str, checkpoint: Path) -> tuple[str, list[str]]:
+    """The engine, and what its command takes beside the checkpoint."""
+    if run == "vllm":
+        return run, ["--enforce-eager"]  # a demonstration answers twice: compiling would take longer
+    if run == "hybrid":
+        return "sglang", ["--kt-weight-path", str(checkpoint), "--kt-num-gpu-experts", "4"]
+    return run, []
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("engine", choices=ARGUMENTS)
+    parser.add_argument("run", choices=("vllm", "sglang", "hybrid"))
     parser.add_argument("folder", type=Path, help="where the checkpoint `tiny` and the server's log go")
     arguments = parser.parse_args()
     folder: Path = arguments.folder
@@ -35,9 +42,10 @@ def main() -> None:
     checkpoint, log = folder / "tiny", folder / "server.log"
     shutil.rmtree(checkpoint, ignore_errors=True)
     make_tiny(checkpoint)
-    print(f"made {checkpoint}; starting {arguments.engine}, log in {log} …", flush=True)
-    serve = importlib.import_module(f"support.{arguments.engine}_server").serve
-    with serve(checkpoint, log, *ARGUMENTS[arguments.engine]) as server:
+    engine, more = arguments_of(arguments.run, checkpoint)
+    print(f"made {checkpoint}; starting {engine} {' '.join(more)}, log in {log} …", flush=True)
+    serve = importlib.import_module(f"support.{engine}_server").serve
+    with serve(checkpoint, log, *more) as server:
         print(f"ready at {server.url}")
         picture = image_part(png(Image.new("RGB", (100, 80), (200, 30, 90))))
         questions = {"text": "Hello", "image": [picture, {"type": "text", "text": "What is this?"}]}

@@ -1,9 +1,9 @@
 """The project's environments, one for each engine because each pins its own torch, and what runs in them.
 
     nox -f ci/noxfile.py               everything that CI runs
-    nox -f ci/noxfile.py -s core       the developer's quick run: lint, types and the core's tests (add -r to reuse)
+    nox -f ci/noxfile.py -s core       the developer's quick run: lint, types, core and kernels (add -r to reuse)
     nox -f ci/noxfile.py -s demo       make the tiny checkpoint, serve it with vLLM, ask about a text and an image
-    nox -f ci/noxfile.py -s demo_sglang    the same with SGLang
+    nox -f ci/noxfile.py -s demo_sglang    the same with SGLang, and as a hybrid run
 
 torch comes as a CPU wheel: where pip does not find `torch==2.13.0` as one, point it at PyTorch's CPU wheel index
 (PIP_EXTRA_INDEX_URL). SGLang has no such build: its environments take its CUDA build of torch, 11 GB each.
@@ -126,6 +126,7 @@ def demo(session: nox.Session) -> None:
 
 @environment
 def demo_sglang(session: nox.Session) -> None:
-    """The main job with SGLang."""
+    """The main job with SGLang, then as a hybrid run."""
     _install_sglang(session, SGLANG_NEWEST)
-    session.run("python", "ci/demo.py", "sglang", session.create_tmp())
+    for run in ("sglang", "hybrid"):
+        session.run("python", "ci/demo.py", run, session.create_tmp())

@@ -170,8 +170,10 @@ def test_the_hybrid_run_by_hand() -> None:
     assert found["gpu_experts"] == pytest.approx(free * 4 / (60 * 24_772_632), abs=1)
     assert "--kt-num-gpu-experts" in found["command"]
     assert str(found["gpu_experts"]) in found["command"]
-    short = plan("--gpus", "4xH100", "--engine", "ktransformers", "--ram", "512", code=1)
-    assert "must be 601 GB and is 512 GB" in short["why"]
+    # The experts that are left, and 30 GB for all else.
+    needed = (384 - found["gpu_experts"]) * 60 * 24_772_632 + 30e9
+    short = plan("--gpus", "4xH100", "--engine", "ktransformers", "--ram", "256", code=1)
+    assert f"must be {needed / 1e9:.0f} GB and is 256 GB" in short["why"]
 
 
 def test_the_load_counts_images_and_requests() -> None:

@@ -47,11 +47,16 @@ def sglang_command(checkpoint: str, fit: Fit) -> list[str]:
 
 
 def ktransformers_command(checkpoint: str, fit: Fit, plan: Hybrid, cores: int, sockets: int) -> list[str]:
-    """KTransformers' own SGLang. `checkpoint` is a folder: the CPU experts are read from the same files."""
+    """SGLang with its `--kt-…` flags. `checkpoint` is a folder: the experts of both sides are read from the same files."""
     command = ["python", "-m", "sglang.launch_server", "--model", checkpoint, "--kt-weight-path", checkpoint]
     command += ["--kt-method", "RAWINT4", "--kt-num-gpu-experts", str(plan.gpu_experts), "--kt-cpuinfer", str(cores)]
     command += ["--kt-threadpool-count", str(sockets), "--tensor-parallel-size", str(fit.layout.tp)]
-    command += ["--disable-shared-experts-fusion", "--mem-fraction-static", f"{MEMORY_FRACTION:.2f}"]
+    command += [
+        "--disable-cuda-graph",
+        "--disable-shared-experts-fusion",
+        "--mem-fraction-static",
+        f"{MEMORY_FRACTION:.2f}",
+    ]
     return [*command, "--context-length", str(_context(fit)), "--max-total-tokens", str(fit.load.tokens), *PARSERS]
 
 

@@ -9,8 +9,7 @@ from k26_plugins.operate.plan.fit import Fit
 from k26_plugins.operate.plan.hardware import GIB
 from k26_plugins.operate.plan.weights import ROUTED, whole_model
 
-# KTransformers keeps the whole INT4 set in system memory, whatever the GPUs hold besides, and its documents ask for 600 GB
-# or more: what the set leaves of that is for buffers and the system.
+# What the system and the engine's processes take of its memory besides. A guess: nobody measured it.
 RAM_BESIDE_EXPERTS = 30e9
 
 
@@ -35,7 +34,7 @@ class Hybrid:
         if self.gpu_missing:
             return f"attention, shared experts and KV cache lack {self.gpu_missing / GIB:.1f} GiB on each GPU"
         placed = (
-            f"{self.gpu_experts} of {self.num_experts} experts of each layer on the GPUs, all of them in system memory"
+            f"{self.gpu_experts} of {self.num_experts} experts of each layer on the GPUs, the others in system memory"
         )
         needed = f"{placed}, which must be {self.ram_needed / 1e9:.0f} GB"
         if self.ram is None:
@@ -54,8 +53,9 @@ def hybrid(config: K26Config, fit: Fit, ram: int | None) -> Hybrid:
     free = fit.budget - plain - fit.activations - fit.overhead - int(fit.load.tokens * fit.kv_per_token)
     slot = expert_slot_bytes(config)
     held = min(max(free * fit.layout.tp // slot, 0), config.text.n_routed_experts)
-    needed = slot * config.text.n_routed_experts + int(RAM_BESIDE_EXPERTS)
-    return Hybrid(int(held), config.text.n_routed_experts, needed, ram, max(-free, 0))
+    num_experts = config.text.n_routed_experts
+    needed = slot * (num_experts - int(held)) + int(RAM_BESIDE_EXPERTS)
+    return Hybrid(int(held), num_experts, needed, ram, max(-free, 0))
 
 
 def cpu_bound(config: K26Config, plan: Hybrid, ram_bandwidth: float) -> float:
