@@ -21,6 +21,7 @@ from k26_plugins.common.tiny import make_tiny
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from support.images import image_part, png
+from support.server import said
 
 
 def arguments_of(run: str, checkpoint: Path) -> tuple[str, list[str]]:
@@ -53,7 +54,7 @@ def main() -> None:
             answer = server.chat(content, max_tokens=16, temperature=0)
             usage = answer["usage"]
             print(f"{name}: {usage['prompt_tokens']} prompt tokens, {usage['completion_tokens']} answered:")
-            print(f"  {answer['choices'][0]['message']['content']!r}")
+            print(f"  {said(answer['choices'][0]['message'])!r}")
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,9 @@ from k26_plugins.common.host_memory import HostMemoryError
 from k26_plugins.common.multimodal import KimiK26
 from k26_plugins.common.tiny import TinySizes, make_tiny
 from k26_plugins.sglang import compat
+
+# Read when SGLang is imported, which nothing above does.
+os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
 
 pytestmark = pytest.mark.skipif(not HAS_ENTRY_POINT, reason="hybrid runs are checked on the newest SGLang")
 
@@ -91,28 +95,33 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 
 
 @pytest.fixture
-def arguments(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+def arguments(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """SGLang's own reading of a hybrid run's command line."""
     from sglang.srt.server_args import ServerArgs
 
-    given = ServerArgs(model_path=str(tiny_folder), device="cpu", kt_weight_path=str(tiny_folder), kt_num_gpu_experts=4)
-    arguments = SimpleNamespace(**vars(given)) if hasattr(given, "__dict__") else given
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    command = ["--model-path", str(tiny_folder), "--device", "cpu", *flags(tiny_folder, 4)]
+    arguments = ServerArgs.from_cli_args(parser.parse_args(command))
     monkeypatch.setattr(compat, "server_args", lambda: arguments)
     return arguments
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_would_be_wrong_is_refused(tiny_folder: Path, arguments: SimpleNamespace, name: str) -> None:
+def test_what_would_be_wrong_is_refused(
+    tiny_folder: Path, arguments: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     from k26_plugins.sglang.hybrid import hybrid_settings
 
     changes, error, message = REFUSED[name]
     for argument, value in changes.items():
-        setattr(arguments, argument, value)
+        monkeypatch.setattr(arguments, argument, value, raising=False)
     with pytest.raises(error, match=message):
         hybrid_settings(K26Config.from_path(tiny_folder))
 
 
 def test_memory_that_does_not_suffice_is_refused_before_loading(
-    tiny_folder: Path, arguments: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    tiny_folder: Path, arguments: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from k26_plugins.common import host_memory
     from k26_plugins.sglang.hybrid import hybrid_settings
@@ -122,9 +131,7 @@ def test_memory_that_does_not_suffice_is_refused_before_loading(
         hybrid_settings(K26Config.from_path(tiny_folder))
 
 
-def test_a_cuda_graph_is_refused(
-    tiny_folder: Path, arguments: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cuda_graph_is_refused(tiny_folder: Path, arguments: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from k26_plugins.sglang.hybrid import hybrid_settings
 
     monkeypatch.setattr(compat, "device_type", lambda: "cuda")

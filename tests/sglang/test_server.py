@@ -17,7 +17,7 @@ import torch
 from support.agreement import BYTES, VOCABULARY, assert_same_distribution
 from support.expected import image_request, text_prompt
 from support.images import BAD_IMAGES, image_part, png_header
-from support.server import Server
+from support.server import Server, said
 from support.sglang_server import HAS_ENTRY_POINT, generate, rows, serve
 from typer.testing import CliRunner
 
@@ -94,7 +94,7 @@ def test_verify_passes(server: Server, golden_file: Path) -> None:
 
 
 def test_streaming_gives_the_same_text(server: Server) -> None:
-    whole = server.chat("Hello", max_tokens=16, temperature=0)["choices"][0]["message"]["content"]
+    whole = said(server.chat("Hello", max_tokens=16, temperature=0)["choices"][0]["message"])
     body = {"model": server.model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 16}
     pieces = []
     with httpx.stream(
@@ -102,7 +102,8 @@ def test_streaming_gives_the_same_text(server: Server) -> None:
     ) as response:
         for line in response.iter_lines():
             if line.startswith("data: {"):
-                pieces.append(json.loads(line[6:])["choices"][0]["delta"].get("content") or "")
+                pieces.append(said(json.loads(line[6:])["choices"][0]["delta"]))
+    assert whole
     assert "".join(pieces) == whole
 
 
@@ -159,7 +160,9 @@ def test_the_same_image_twice_hits_the_radix_cache(server: Server, tiny_folder: 
         for content in (one.content, one.content, question)
     )
     assert second["usage"]["prompt_tokens_details"]["cached_tokens"] >= len(one.prompt) - 20
-    assert first["choices"][0]["message"]["content"] == second["choices"][0]["message"]["content"]
+    said_first, said_second = (said(answer["choices"][0]["message"]) for answer in (first, second))
+    assert said_first
+    assert said_first == said_second
     details = third["usage"]["prompt_tokens_details"]
     assert (details or {}).get("cached_tokens", 0) < 20
 

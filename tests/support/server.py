@@ -43,6 +43,11 @@ class Server:
         return httpx.get(f"{self.url}/health", timeout=20).status_code == 200
 
 
+def said(message: dict[str, Any]) -> str:
+    """All text of a message, or of a streamed piece of one: what the model thought, then what it answered."""
+    return (message.get("reasoning") or message.get("reasoning_content") or "") + (message.get("content") or "")
+
+
 class StartError(RuntimeError):
     """The server ended before it was ready; the message is its log."""
 

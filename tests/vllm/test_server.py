@@ -15,7 +15,7 @@ import torch
 from support.agreement import BYTES, VOCABULARY, assert_same_distribution
 from support.expected import image_request, text_prompt
 from support.images import BAD_IMAGES, image_part, png_header
-from support.server import Server
+from support.server import Server, said
 from support.vllm_server import serve
 from typer.testing import CliRunner
 
@@ -105,7 +105,7 @@ def test_the_planned_kv_cache_is_the_servers(server: Server, tiny_folder: Path) 
 
 
 def test_streaming_gives_the_same_text(server: Server) -> None:
-    whole = server.chat("Hello", max_tokens=16, temperature=0)["choices"][0]["message"]["content"]
+    whole = said(server.chat("Hello", max_tokens=16, temperature=0)["choices"][0]["message"])
     body = {"model": server.model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 16}
     pieces = []
     with httpx.stream(
@@ -113,7 +113,8 @@ def test_streaming_gives_the_same_text(server: Server) -> None:
     ) as response:
         for line in response.iter_lines():
             if line.startswith("data: {"):
-                pieces.append(json.loads(line[6:])["choices"][0]["delta"].get("content") or "")
+                pieces.append(said(json.loads(line[6:])["choices"][0]["delta"]))
+    assert whole
     assert "".join(pieces) == whole
 
 
