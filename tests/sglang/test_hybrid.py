@@ -15,7 +15,9 @@ from support.agreement import assert_same_distribution, assert_same_top
 from support.images import image_part, png, random_image
 from support.server import Server
 from support.sglang_server import EAGER, HAS_ENTRY_POINT, TWO_RANKS, first_tokens, generate, rows, serve
+from typer.testing import CliRunner
 
+from k26_plugins.cli import app
 from k26_plugins.common.checkpoint import Checkpoint
 from k26_plugins.common.config import K26Config
 from k26_plugins.common.experts.placement import PROFILE_FILE, PlacementError, Profile
@@ -61,6 +63,15 @@ def test_chat_and_images(half: Server) -> None:
     assert half.chat("Hello", max_tokens=4)["usage"]["completion_tokens"] > 0
     content = [image_part(png(random_image(100, 80))), {"type": "text", "text": "What?"}]
     assert half.chat(content, max_tokens=4)["usage"]["completion_tokens"] > 0
+
+
+def test_verify_passes(half: Server, folder: Path, prompts_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "golden.safetensors"
+    command = ["golden", str(folder), "--prompts", str(prompts_file), "--out", str(out), "--answer-tokens", "4"]
+    made = CliRunner().invoke(app, command)
+    assert made.exit_code == 0, made.output
+    result = CliRunner().invoke(app, ["verify", "--url", half.url, "--golden", str(out)])
+    assert result.exit_code == 0, result.output
 
 
 def test_the_answers_are_those_of_experts_on_one_side(half: Server, folder: Path, tmp_path: Path) -> None:
