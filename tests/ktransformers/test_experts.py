@@ -17,7 +17,7 @@ from k26_plugins.ktransformers.experts import KtExperts
 TOLERANCE = 2e-2
 
 # What older releases do on a CPU without AMX, and how they are refused: 0.6.1 would end the process with an illegal
-# instruction, 0.6.2 to 0.7.0 compute garbage.
+# instruction, 0.6.2.post4, 0.6.4 and 0.7.0 compute garbage.
 WITHOUT_AMX = {
     "0.6.1": "kt-kernel 0.6.1 has no RAWINT4 experts for this CPU",
     "0.6.4": r"it failed the self-test on cpu, relative error 0\.\d+ \(limit 0.03\)",
