@@ -10,6 +10,7 @@ CPU_THREADS_VARIABLE = "K26_CPU_THREADS"
 ENGINE = "engine"
 CONTROL_TOKENS_VARIABLE = "K26_CONTROL_TOKENS"
 PARSERS_VARIABLE = "K26_PARSERS"
+STREAM_FROM_VARIABLE = "K26_STREAM_FROM"
 BATCH_INVARIANT_VARIABLE = "K26_BATCH_INVARIANT"
 
 
@@ -82,6 +83,20 @@ def cpu_threads_setting() -> int | None:
         return None
     if not value.isdecimal() or int(value) == 0:
         raise ValueError(f"{CPU_THREADS_VARIABLE} is {value!r}: give the number of cores for the experts, or unset it.")
+    return int(value)
+
+
+def stream_from_setting() -> int | str:
+    """From how many tokens in a batch a hybrid run streams the host's experts to the device.
+
+    `auto` (as the machine's times say, expert by expert), `never`, or a number. Raises ValueError for anything else in
+    K26_STREAM_FROM.
+    """
+    value = os.environ.get(STREAM_FROM_VARIABLE, "auto").strip().lower()
+    if value in ("auto", "never"):
+        return value
+    if not value.isdecimal() or int(value) == 0:
+        raise ValueError(f"{STREAM_FROM_VARIABLE} is {value!r}: choose auto, never or a number of tokens, or unset it.")
     return int(value)
 
 

@@ -88,6 +88,11 @@ class KtExperts(ExpertsBackend):
         """None: kt-kernel keeps its copies to itself, so EPLB cannot move them."""
         return {}
 
+    def restore(self, tensors: dict[str, torch.Tensor]) -> ExpertWeights:
+        raise ExpertsError(
+            "kt-kernel keeps its weights to itself: choose the core's experts with K26_CPU_EXPERTS=auto."
+        )
+
     def apply(
         self,
         hidden_states: torch.Tensor,

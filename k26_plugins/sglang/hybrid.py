@@ -16,9 +16,10 @@ from k26_plugins.common.experts.hybrid import HybridExperts
 from k26_plugins.common.experts.op import number_of
 from k26_plugins.common.experts.parameters import create_packed_parameters, take_packed_parameters
 from k26_plugins.common.experts.placement import PROFILE_FILE, LayerPlacement, Profile, place
+from k26_plugins.common.experts.streaming import Streaming
 from k26_plugins.common.host_memory import require_host_memory
 from k26_plugins.common.int4 import GROUP_SIZE
-from k26_plugins.common.settings import CPU_THREADS_VARIABLE, host_experts_setting
+from k26_plugins.common.settings import CPU_THREADS_VARIABLE, experts_setting, host_experts_setting, stream_from_setting
 from k26_plugins.sglang import compat, logger
 from k26_plugins.sglang.experts import K26MoEScheme
 
@@ -36,6 +37,7 @@ class HybridSettings:
     num_device_experts: int
     profile: Profile | None
     host_backend: str
+    streaming: Streaming | None
 
     def placement(self, layer: int) -> LayerPlacement:
         counts = self.profile.counts[layer] if self.profile is not None else None
@@ -58,7 +60,7 @@ def hybrid_settings(config: K26Config) -> HybridSettings | None:
         raise HybridError("--kt-weight-path needs --kt-num-gpu-experts: how many experts of each layer the GPUs hold.")
     file = Path(arguments.model_path) / PROFILE_FILE
     profile = Profile.load(file, config) if file.exists() else None
-    settings = HybridSettings(num_experts, on_device, profile, host_experts_setting())
+    settings = HybridSettings(num_experts, on_device, profile, host_experts_setting(), _streaming(arguments))
     settings.placement(config.text.num_hidden_layers - 1)  # a number of experts that cannot be is refused here
     _require_memory(arguments, config, num_experts - on_device)
     ranks = max(1, arguments.tp_size // arguments.nnodes)
@@ -72,6 +74,15 @@ def hybrid_settings(config: K26Config) -> HybridSettings | None:
         settings.host_backend,
     )
     return settings
+
+
+def _streaming(arguments: Any) -> Streaming | None:
+    stream_from = stream_from_setting()
+    if stream_from == "never":
+        return None
+    # sglang-kt's flag says the same, its answer to batches of so many tokens being to stream all experts.
+    number = stream_from if isinstance(stream_from, int) else getattr(arguments, "kt_gpu_prefill_token_threshold", None)
+    return Streaming(experts_setting(), number)
 
 
 def _refuse(arguments: Any) -> None:
@@ -97,10 +108,6 @@ def _refuse(arguments: Any) -> None:
         raise HybridError("a hybrid run places experts itself: leave out --ep-size and --enable-eplb, use --tp-size.")
     if compat.device_type() != "cpu" and not arguments.disable_cuda_graph:
         raise HybridError("a hybrid run waits on the CPU, which a CUDA graph cannot hold: add --disable-cuda-graph.")
-    if getattr(arguments, "kt_gpu_prefill_token_threshold", None):
-        logger.warning(
-            "--kt-gpu-prefill-token-threshold is not used: k26-plugins computes long prompts where the experts are."
-        )
 
 
 def _require_memory(arguments: Any, config: K26Config, num_host_experts: int) -> None:
@@ -164,5 +171,5 @@ class K26HybridScheme(K26MoEScheme):
         weights = take_packed_parameters(layer)
         on_device = create_experts(weights, self.backend_name) if weights.num_experts else None
         on_host = create_experts(take_packed_parameters(self.host), self.settings.host_backend)
-        self.backend = HybridExperts(on_device, on_host, self.placement, device)
+        self.backend = HybridExperts(on_device, on_host, self.placement, device, self.settings.streaming)
         self.number = number_of(self.backend)

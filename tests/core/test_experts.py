@@ -13,7 +13,7 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from support.experts import backends, error, inputs, judge, make_weights, route
 
-from k26_plugins.common.experts import BACKENDS, ExpertsBackend, ExpertsError, ExpertWeights, create_experts
+from k26_plugins.common.experts import BACKENDS, Expert, ExpertsBackend, ExpertsError, ExpertWeights, create_experts
 from k26_plugins.common.experts.cpu import DENSE_FROM, CpuExperts, Int4Matrix, packed_layout
 from k26_plugins.common.int4 import quantise
 
@@ -106,6 +106,16 @@ def test_an_experts_rows_can_be_moved(backend: str) -> None:
     assert torch.equal(third, first)
 
 
+@pytest.mark.parametrize("backend", backends())
+def test_rows_are_restored_to_the_checkpoint_s(backend: str) -> None:
+    weights = make_weights(4, 256, 64)
+    experts = create_experts(weights.copy_of([0, 1, 2, 3]), backend)
+    rows = {name: tensor[[3, 1]].clone() for name, tensor in experts.tensors().items()}
+    restored, expected = experts.restore(rows), weights.copy_of([3, 1])
+    for name in Expert._fields:
+        assert torch.equal(getattr(restored, name), getattr(expected, name)), name
+
+
 def test_both_paths_of_the_cpu_product_agree() -> None:
     """One token more or less around the threshold: the same rows up to rounding."""
     weights = make_weights(1, 256, 128)
@@ -142,7 +152,7 @@ def test_other_instruction_sets(capability: str) -> None:
         "no:cacheprovider",
         __file__,
         "-k",
-        "float64 or add_up or paths",
+        "float64 or add_up or paths or restored",
     ]
     env = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,16 @@ from support.experts import error, inputs, judge, make_weights, route
 
 from k26_plugins.common import host_memory
 from k26_plugins.common.config import K26Config
-from k26_plugins.common.experts import ExpertsError, create_experts, find_backend
+from k26_plugins.common.experts import BACKENDS, ExpertsError, ExpertWeights, create_experts, find_backend
+from k26_plugins.common.experts.cpu import CpuExperts
 from k26_plugins.common.experts.hybrid import HybridExperts
 from k26_plugins.common.experts.placement import PlacementError, Profile, place
+from k26_plugins.common.experts.streaming import MEASURED_TOKENS, Line, StreamCosts, Streaming
 from k26_plugins.common.host_memory import HostMemoryError, require_host_memory
 
 # The bound of one backend on its own is 6e-3.
 TOLERANCE = 6e-3
+ON_HOST = [name for name in ("native", "cpu") if BACKENDS[name].unsupported(make_weights(1, 128, 64)) is None]
 
 
 @pytest.mark.parametrize("on_device", [0, 1, 5, 7])
@@ -35,6 +39,91 @@ def test_the_sum_does_not_depend_on_the_placement(on_device: int) -> None:
     out = torch.empty_like(x)
     assert hybrid.apply(x, ids, topk_weights, out=out) is out
     assert torch.equal(out, result)
+
+
+def hybrid(weights: ExpertWeights, on_device: int, streaming: Streaming, host: str = "auto") -> HybridExperts:
+    placement = place(weights.num_experts, on_device)
+    return HybridExperts(
+        create_experts(weights.copy_of(list(placement.device_ids))),
+        create_experts(weights.copy_of(list(placement.host_ids)), host),
+        placement,
+        torch.device("cpu"),
+        streaming,
+    )
+
+
+@pytest.mark.parametrize("host", ON_HOST)
+@pytest.mark.parametrize("chunk_bytes", [1, 1 << 30], ids=["one-by-one", "at-once"])
+def test_the_sum_does_not_depend_on_streaming(host: str, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("k26_plugins.common.experts.streamed.CHUNK_BYTES", chunk_bytes)
+    weights = make_weights(8, 128, 64)
+    streaming = Streaming("auto", 10)
+    experts = hybrid(weights, 2, streaming, host)
+    ids, topk_weights = route(19, 3, 8)
+    ids[2, 1] = -1
+    x = inputs(19, 128)
+    assert streaming.choose([1, 0, 2, 1, 1, 1], 10) == [0, 2, 3, 4, 5]
+    assert streaming.choose([1] * 6, 9) == []
+    result = experts.apply(x, ids, topk_weights)
+    assert result.dtype == x.dtype
+    assert error(result, judge(weights, x, ids, topk_weights)) <= TOLERANCE
+    # A part of the host's experts.
+    monkeypatch.setattr(Streaming, "choose", lambda self, counts, tokens: [4, 1])
+    assert error(experts.apply(x, ids, topk_weights), judge(weights, x, ids, topk_weights)) <= TOLERANCE
+
+
+def test_experts_with_the_most_tokens_are_streamed_until_both_sides_end_together() -> None:
+    # On the host an expert takes 1 s and each token 1 s; streamed 4 s, whatever the tokens.
+    costs = StreamCosts(Line(1, 1), Line(4, 0))
+    assert costs.choose([1, 1]) == []  # 4 s on the host
+    assert costs.choose([1, 1, 1]) == [0]  # 4 s beside 4 s, instead of 6 s
+    assert costs.choose([9, 1]) == [0]  # 2 s beside 4 s, instead of 12 s
+    assert costs.choose([5, 0, 9, 9]) == [2, 3]  # 6 s beside 8 s; all three would take 12 s, one alone 16 s
+    assert costs.predict([5, 0, 9, 9]) == 8
+    assert StreamCosts(Line(1, 1), Line(1e6, 0)).choose([9] * 8) == []
+    assert costs.choose([]) == costs.choose([0, 0]) == []
+
+
+def test_a_line_goes_through_both_measurements() -> None:
+    low, high = MEASURED_TOKENS
+    line = Line.through(3.0, 3.0 + 2 * (high - low))
+    assert (line.seconds(low), line.seconds(high)) == (3.0, 3.0 + 2 * (high - low))
+
+
+def test_streamed_experts_that_differ_are_not_served(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    restore = CpuExperts.restore
+
+    def swapped(self: CpuExperts, tensors: dict[str, torch.Tensor]) -> ExpertWeights:
+        weights = restore(self, tensors)
+        return ExpertWeights(weights.w13_packed.roll(64, 1), weights.w13_scale, weights.w2_packed, weights.w2_scale)
+
+    monkeypatch.setattr(CpuExperts, "restore", swapped)
+    assert_streaming_is_off(r"experts streamed to cpu differ from the CPU's by", caplog)
+
+
+def test_a_device_that_fails_leaves_long_prompts_on_the_host(caplog: pytest.LogCaptureFixture) -> None:
+    assert_streaming_is_off("ExpertsError on cpu: no experts backend can be used", caplog, device_backend="triton")
+
+
+def test_batch_invariance_turns_streaming_off(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("K26_BATCH_INVARIANT", "1")
+    assert_streaming_is_off("K26_BATCH_INVARIANT asks", caplog)
+
+
+def assert_streaming_is_off(why: str, caplog: pytest.LogCaptureFixture, device_backend: str = "auto") -> None:
+    """A warning says why, and batches that would be streamed are computed on the host."""
+    weights = make_weights(4, 128, 64)
+    streaming = Streaming(device_backend, 1)
+    experts = hybrid(weights, 1, streaming, "cpu")
+    assert re.search("long prompts are computed where the experts are: .*" + why, caplog.text)
+    assert streaming.choose([1, 1, 1], 5) == []
+    ids, topk_weights = route(5, 2, 4)
+    x = inputs(5, 128)
+    assert error(experts.apply(x, ids, topk_weights), judge(weights, x, ids, topk_weights)) <= TOLERANCE
 
 
 def test_an_expert_map_is_refused() -> None:

@@ -14,7 +14,7 @@ from k26_kernels.experts import make_plan
 from k26_kernels.target import TARGETS, Device
 from support.experts import error, inputs, judge, make_weights, route, to_device
 
-from k26_plugins.common.experts import BACKENDS, ExpertsError, create_experts
+from k26_plugins.common.experts import BACKENDS, Expert, ExpertsError, create_experts
 from k26_plugins.common.experts.triton import TritonExperts, unusable_on
 from k26_plugins.common.settings import batch_invariant_setting, experts_for_device
 
@@ -54,6 +54,16 @@ def test_the_self_test_reaches_every_regime(target: str) -> None:
     device, shape = Device(TARGETS[target], "a GPU without a file", 132), Shape(7168, 2048, 2)
     plans = [make_plan(device, shape, tokens, 2, 2) for tokens in TritonExperts.self_test_tokens]
     assert [plan.regime for plan in plans] == list(regimes(device, shape).values())
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_rows_are_restored_to_the_checkpoint_s(device: torch.device) -> None:
+    weights = make_weights(3, 128, 128)
+    experts = TritonExperts.load(to_device(weights, device))
+    rows = {name: tensor[[2, 0]].clone() for name, tensor in experts.tensors().items()}
+    restored, expected = experts.restore(rows), weights.copy_of([2, 0])
+    for name in Expert._fields:
+        assert torch.equal(getattr(restored, name).cpu(), getattr(expected, name)), name
 
 
 @pytest.mark.usefixtures("interpreted")

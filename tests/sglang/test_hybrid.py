@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,7 +47,8 @@ def flags(folder: Path, on_device: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def half(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serve(folder, tmp_path_factory.mktemp("half") / "log", *flags(folder, 4), **EAGER) as server:
+    streaming = {"K26_STREAM_FROM": "64"}
+    with serve(folder, tmp_path_factory.mktemp("half") / "log", *flags(folder, 4), **streaming, **EAGER) as server:
         yield server
 
 
@@ -54,6 +56,7 @@ def test_half_of_the_experts_on_each_side_give_the_reference_s_answers(half: Ser
     assert "4 of 8 experts of each layer on the device (the first)" in half.log.read_text()
     prompt = torch.randint(0, 256, (200,), generator=torch.Generator().manual_seed(0))
     answer = generate(half, prompt.tolist(), 1)
+    assert re.search(r"of \d+ tokens [1-4] of the CPU's experts are streamed", half.log.read_text())
     reference = KimiK26(Checkpoint(folder), torch.float32)
     served = rows(answer["meta_info"]["input_top_logprobs"][1:])
     assert_same_distribution(served, reference.logprobs(prompt)[:-1])

@@ -171,7 +171,14 @@ class ExpertsBackend(RoutedExperts):
         """The repacked weights, each contiguous `[E, ...]` and self-contained per expert.
 
         An engine may register them as parameters and move an expert's rows between ranks (EPLB): what is computed
-        follows the rows.
+        follows the rows. Empty for a backend that keeps its weights to itself.
+        """
+
+    @abstractmethod
+    def restore(self, tensors: dict[str, torch.Tensor]) -> ExpertWeights:
+        """The inverse of `load`: the checkpoint's layout of rows of `tensors()`, copied to any device.
+
+        The copies may be overwritten. Raises ExpertsError where `tensors()` is empty.
         """
 
 

@@ -47,6 +47,15 @@ class PackedLayout:
         odd = (low >> 4) | (high & 0xF0)
         return torch.stack((even, odd), dim=-1).flatten(-2).transpose(1, 2).contiguous()
 
+    def unpack(self, stored: torch.Tensor, rows: int) -> torch.Tensor:
+        """The inverse of `pack`: int32 `[E, N, K / 8]` from the bytes of each expert."""
+        blocks = stored.contiguous().view(torch.uint8).reshape(len(stored), rows // self.block, -1, self.block // 2)
+        pairs = blocks.transpose(2, 3).unflatten(-1, (-1, 2))  # [E, blocks, block / 2, K / 2, (even, odd)]
+        low = (pairs[..., 0] & 0xF) | (pairs[..., 1] << 4)
+        high = (pairs[..., 0] >> 4) | (pairs[..., 1] & 0xF0)
+        halves = torch.stack((low, high), dim=3) if self.interleaved else torch.cat((low, high), dim=2)
+        return halves.reshape(len(stored), rows, -1).view(torch.int32)
+
     def dequantise(self, tile: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """bfloat16 `[blocks, K, block]` from bytes `[blocks, K, block / 2]` and scales `[blocks, K / 32, block]`."""
         low, high = tile & 0xF, tile >> 4
@@ -84,6 +93,10 @@ class Int4Matrix:
         # torch wants a zero point beside each scale; its convention is (u − 8) · scale + zero.
         self.scale_and_zero = torch.zeros(num_experts, self.inputs // GROUP_SIZE, self.rows, 2, dtype=torch.bfloat16)
         self.scale_and_zero[..., 0] = scale.transpose(1, 2)
+
+    def restore(self, packed: torch.Tensor, scale_and_zero: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The checkpoint's tensors of some experts' `packed` and `scale_and_zero`."""
+        return self.layout.unpack(packed, self.rows), scale_and_zero[..., 0].transpose(1, 2)
 
     def product(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         """x · Wᵀ, bfloat16 `[tokens, N]`, for x bfloat16 `[tokens, K]`."""
@@ -141,6 +154,12 @@ class CpuExperts(ExpertsBackend):
             "w2_packed": self.w2.packed,
             "w2_scale": self.w2.scale_and_zero,
         }
+
+    def restore(self, tensors: dict[str, torch.Tensor]) -> ExpertWeights:
+        return ExpertWeights(
+            *self.w13.restore(tensors["w13_packed"], tensors["w13_scale"]),
+            *self.w2.restore(tensors["w2_packed"], tensors["w2_scale"]),
+        )
 
     def apply(
         self,

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from k26_plugins.common.experts.base import ExpertsBackend, ExpertsError, RoutedExperts
+from k26_plugins.common.experts.base import ExpertsBackend, ExpertsError, RoutedExperts, local_ids
 from k26_plugins.common.experts.placement import LayerPlacement
+from k26_plugins.common.experts.streaming import Streaming
 
 
 class HybridExperts(RoutedExperts):
     """The sum of what two backends compute, each over its own experts.
 
     The host's part is the longer one at decode, so it starts first, as soon as its inputs are copied, and the device's is
-    launched beside it. The host waits for the copy, so a CUDA graph cannot hold this.
+    launched beside it. Of long prompts some of the host's experts, or all, are streamed to the device and computed there.
+    The host waits for the copy of the inputs, so a CUDA graph cannot hold this.
     """
 
     def __init__(
@@ -21,12 +23,21 @@ class HybridExperts(RoutedExperts):
         host_experts: ExpertsBackend,
         placement: LayerPlacement,
         device: torch.device,
+        streaming: Streaming | None = None,
     ) -> None:
-        """Both backends hold their experts in the placement's order; `device_experts` is None where none are there."""
+        """Both backends hold their experts in the placement's order; `device_experts` is None where none are there.
+
+        streaming: shared by all layers; without it the host computes whatever it holds.
+        """
         self.device_experts = device_experts
         self.host_experts = host_experts
         self.device_map = placement.device_map().to(device)
         self.host_map = placement.host_map()
+        self.host_map_on_device = self.host_map.to(device)
+        self.num_host_experts = len(placement.host_ids)
+        self.streaming = streaming
+        if streaming is not None:
+            streaming.prepare(host_experts, device)
 
     def apply(
         self,
@@ -44,16 +55,31 @@ class HybridExperts(RoutedExperts):
             raise ExpertsError("hybrid experts wait on the host, which a CUDA graph cannot hold: turn CUDA graphs off.")
         host_inputs = [tensor.to("cpu", non_blocking=True) for tensor in (hidden_states, topk_ids, topk_weights)]
         if hidden_states.is_cuda:
-            copied = torch.cuda.Event()
-            copied.record()
-            copied.synchronize()
-        host_result = self.host_experts.submit(*host_inputs, expert_map=self.host_map)
-        on_device = None
+            torch.cuda.current_stream(hidden_states.device).synchronize()
+        streamed_experts = self._streamed(host_inputs[1])
+        host_map = self.host_map
+        if streamed_experts:
+            host_map = torch.where(torch.isin(host_map, torch.tensor(streamed_experts)), -1, host_map)
+        host_result = self.host_experts.submit(*host_inputs, expert_map=host_map)
+        parts = []
         if self.device_experts is not None:
-            on_device = self.device_experts.apply(
-                hidden_states, topk_ids, topk_weights, expert_map=self.device_map, workspace=workspace
+            parts.append(
+                self.device_experts.apply(
+                    hidden_states, topk_ids, topk_weights, expert_map=self.device_map, workspace=workspace
+                )
             )
+        if self.streaming is not None and streamed_experts:
+            inputs = (hidden_states, topk_ids, topk_weights, self.host_map_on_device)
+            parts.append(self.streaming.apply(self.host_experts, streamed_experts, *inputs))
         total = host_result().to(hidden_states.device)
-        if on_device is not None:
-            total = total + on_device
-        return total if out is None else out.copy_(total)
+        for part in parts:
+            total = total + part
+        return total.to(hidden_states.dtype) if out is None else out.copy_(total)
+
+    def _streamed(self, topk_ids: torch.Tensor) -> list[int]:
+        """Places of the host's experts that this batch is streamed for."""
+        if self.streaming is None:
+            return []
+        local = local_ids(topk_ids, self.host_map).flatten()
+        counts = torch.bincount(local + 1, minlength=self.num_host_experts + 1)[1:]
+        return self.streaming.choose(counts.tolist(), len(topk_ids))

@@ -62,6 +62,9 @@ class ReferenceExperts(ExpertsBackend):
             "w2_scale": self.weights.w2_scale,
         }
 
+    def restore(self, tensors: dict[str, torch.Tensor]) -> ExpertWeights:
+        return ExpertWeights(**tensors)
+
     def apply(
         self,
         hidden_states: torch.Tensor,

@@ -68,6 +68,14 @@ class TritonExperts(ExpertsBackend):
             "w2_scale": self.experts.w2_scale,
         }
 
+    def restore(self, tensors: dict[str, torch.Tensor]) -> ExpertWeights:
+        from k26_kernels.layout import restore
+
+        fragment = self.experts.device.target.fragment
+        restore(tensors["w13_packed"], tensors["w13_scale"], fragment, gated=True)
+        restore(tensors["w2_packed"], tensors["w2_scale"], fragment, gated=False)
+        return ExpertWeights(**tensors)
+
     def workspace_bytes(self, num_tokens: int, top_k: int, num_global_experts: int | None = None) -> int:
         from k26_kernels import workspace_bytes
 

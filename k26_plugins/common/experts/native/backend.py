@@ -9,6 +9,7 @@ import torch
 
 from k26_plugins.common.experts.base import ExpertsBackend, ExpertsError, ExpertWeights
 from k26_plugins.common.experts.native.build import BuildError, library
+from k26_plugins.common.experts.native.layout import restore_rows
 from k26_plugins.common.experts.native.threads import Call, Layer, process_threads
 
 
@@ -65,6 +66,12 @@ class NativeExperts(ExpertsBackend):
             "w2_packed": self.weights.w2_packed,
             "w2_scale": self.weights.w2_scale,
         }
+
+    def restore(self, tensors: dict[str, torch.Tensor]) -> ExpertWeights:
+        return ExpertWeights(
+            *restore_rows(tensors["w13_packed"], tensors["w13_scale"], gated=True),
+            *restore_rows(tensors["w2_packed"], tensors["w2_scale"], gated=False),
+        )
 
     def submit(
         self,

@@ -1,0 +1,34 @@
+"""The way back from the layout of `experts.cpp` to the checkpoint's, in torch's operators, on any device."""
+
+from __future__ import annotations
+
+import torch
+
+# As experts.cpp has it: rows of a tile.
+ROWS = 16
+
+
+def restore_rows(packed: torch.Tensor, scale: torch.Tensor, *, gated: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The checkpoint's int32 `[E, N, K / 8]` and bfloat16 `[E, N, K / 32]` of tensors in those shapes that were repacked.
+
+    gated: pairs of tiles of the gate projection alternate with those of the up projection.
+    """
+    return _rows(_neighbours(packed), gated), _rows(scale, gated)
+
+
+def _neighbours(packed: torch.Tensor) -> torch.Tensor:
+    """Inputs side by side in a byte: there, byte j of a word holds its inputs j and 4 + j."""
+    stored = packed.contiguous().view(torch.uint8).unflatten(-1, (-1, 4))
+    inputs = torch.cat((stored & 0xF, stored >> 4), dim=-1)
+    words: torch.Tensor = (inputs[..., 0::2] | (inputs[..., 1::2] << 4)).flatten(-2).view(torch.int32)
+    return words
+
+
+def _rows(stored: torch.Tensor, gated: bool) -> torch.Tensor:
+    """`[E, N, columns]` from tiles that hold a column of their rows at a time."""
+    experts, rows, columns = stored.shape
+    tiles = stored.reshape(experts, rows // ROWS, columns, ROWS).transpose(2, 3)
+    if gated:
+        # Tile 4 p + 2 u + i is tile 2 p + i of gate (u = 0) or up.
+        tiles = tiles.unflatten(1, (-1, 2, 2)).transpose(1, 2)
+    return tiles.reshape(experts, rows, columns)

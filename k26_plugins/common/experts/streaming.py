@@ -1,0 +1,232 @@
+"""Which of the host's experts a batch is streamed to the device for: those for which that is the faster way."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from k26_plugins.common.experts import create_experts
+from k26_plugins.common.experts.base import ExpertsBackend
+from k26_plugins.common.experts.streamed import ExpertStream, pin
+from k26_plugins.common.settings import BATCH_INVARIANT_VARIABLE, batch_invariant_setting
+
+logger = logging.getLogger(__name__)
+
+# A prediction must save this share of the time to be followed: the measured figures are not exact.
+MARGIN = 0.1
+# What is timed: enough chunks that copies run beside computation, and tokens of each expert in the two measurements.
+MEASURED_CHUNKS, MEASURED_TOKENS = 3, (1, 256)
+REPEATS = 2
+# Tokens of each expert for which the log says what to expect: of 384 experts with 8 for a token, 768 and 12288 in all.
+REPORTED_TOKENS = (16, 256)
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Seconds that an expert takes: to read or copy its weights, and for each of its tokens."""
+
+    expert: float
+    token: float
+
+    def seconds(self, tokens: int) -> float:
+        return self.expert + self.token * tokens
+
+    @classmethod
+    def through(cls, few: float, many: float) -> Line:
+        """Of the seconds with both MEASURED_TOKENS."""
+        low, high = MEASURED_TOKENS
+        token = max(0.0, many - few) / (high - low)
+        return cls(max(0.0, few - token * low), token)
+
+
+@dataclass(frozen=True, slots=True)
+class StreamCosts:
+    """What an expert costs on the host, and streamed to the device. The two work at the same time."""
+
+    host: Line
+    streamed: Line
+
+    def choose(self, counts: Sequence[int]) -> list[int]:
+        """The experts to stream, those with the most tokens, so that both sides end together; none if little is gained.
+
+        counts: tokens of each of the host's experts.
+        """
+        used = [(count, expert) for expert, count in enumerate(counts) if count]
+        host = sum(self.host.seconds(count) for count, _ in used)
+        limit = host * (1 - MARGIN)
+        if limit <= self.streamed.expert:
+            return []
+        used.sort(key=lambda item: -item[0])
+        shortest, best = limit, 0
+        streamed = 0.0
+        for number, (count, _) in enumerate(used, 1):
+            host -= self.host.seconds(count)
+            streamed += self.streamed.seconds(count)
+            if max(host, streamed) < shortest:
+                shortest, best = max(host, streamed), number
+        return [expert for _, expert in used[:best]]
+
+    def predict(self, counts: Sequence[int]) -> float:
+        """Seconds of a batch with these experts, streamed as `choose` says."""
+        chosen = set(self.choose(counts))
+        streamed = sum(self.streamed.seconds(counts[expert]) for expert in chosen)
+        host = sum(self.host.seconds(c) for expert, c in enumerate(counts) if c and expert not in chosen)
+        return max(host, streamed)
+
+
+@dataclass(slots=True)
+class Streaming:
+    """The decision and the stream, for all layers of a process.
+
+    device_backend: as `create_experts` takes it. threshold: batches of at least as many tokens are streamed whole, shorter
+    ones not at all; None for what the measured times say.
+    """
+
+    device_backend: str
+    threshold: int | None = None
+    costs: StreamCosts | None = field(default=None, init=False)
+    _stream: ExpertStream | None = field(default=None, init=False)
+    _off: bool = field(default=False, init=False)
+    _said: bool = field(default=False, init=False)
+
+    def prepare(self, host: ExpertsBackend, device: torch.device) -> None:
+        """Take a layer's host experts; with the first one the device's backend is chosen, checked and timed.
+
+        Where streaming cannot be, a warning says why and every batch stays on the host.
+        """
+        # A CPU in the device's place gains nothing, whatever two measurements of it say.
+        if self._off or (device.type == "cpu" and self.threshold is None):
+            return
+        pinned = pin(host, device)
+        if self._stream is None:
+            started = self._start(host, device)
+            if isinstance(started, str):
+                self._off = True
+                logger.warning("k26-plugins: long prompts are computed where the experts are: %s", started)
+                return
+            self._stream = started
+            self._report(started)
+        if not pinned:
+            logger.warning(
+                "k26-plugins: the system does not let %s read the host's weights by itself (ulimit -l): long prompts on the "
+                "CPU's experts take longer.",
+                device,
+            )
+
+    def choose(self, counts: Sequence[int], num_tokens: int) -> list[int]:
+        """Which of the host's experts are streamed for a batch, by their counts of tokens."""
+        if self._stream is None:
+            return []
+        if self.costs is not None:
+            chosen = self.costs.choose(counts)
+        else:
+            assert self.threshold is not None, "without a threshold there are costs"
+            chosen = [expert for expert, count in enumerate(counts) if count] if num_tokens >= self.threshold else []
+        if chosen and not self._said:
+            self._said = True
+            logger.info("k26-plugins: of %d tokens %d of the CPU's experts are streamed.", num_tokens, len(chosen))
+        return chosen
+
+    def apply(
+        self,
+        host: ExpertsBackend,
+        chosen: Sequence[int],
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        expert_map: torch.Tensor,
+    ) -> torch.Tensor:
+        """As `ExpertStream.apply`, for what `choose` gave."""
+        assert self._stream is not None, "nothing is chosen without a stream"
+        return self._stream.apply(host, chosen, hidden_states, topk_ids, topk_weights, expert_map)
+
+    def _start(self, host: ExpertsBackend, device: torch.device) -> ExpertStream | str:
+        """The stream, tested and timed, or why there can be none."""
+        if batch_invariant_setting():
+            return f"{BATCH_INVARIANT_VARIABLE} asks that a request's answer does not depend on the batch."
+        if not host.tensors():
+            return f"the CPU's experts ({host.name}) keep their weights to themselves."
+        try:
+            first = host.restore({name: rows[:1].to(device, copy=True) for name, rows in host.tensors().items()})
+            hidden_size = first.hidden_size
+            # As the device's own experts: self-tested with weights of the host's.
+            backend = type(create_experts(first, self.device_backend))
+            stream = ExpertStream(host, device, backend)
+            probe = Probe(host, stream, hidden_size)
+            error = probe.error()
+            if not error <= host.tolerance:
+                return f"experts streamed to {device} differ from the CPU's by {error:.2g}."
+            if self.threshold is None:
+                self.costs = probe.costs()
+        except Exception as failure:  # whatever a compiler or a driver raises: the host still serves
+            return f"{type(failure).__name__} on {device}: {failure}"
+        return stream
+
+    def _report(self, stream: ExpertStream) -> None:
+        if self.costs is None:
+            return
+        for each in REPORTED_TOKENS:
+            counts = [each] * stream.num_experts
+            logger.info(
+                "k26-plugins: %d tokens for each of %d experts on the CPU: %.1f ms a layer, with %d of them streamed to %s "
+                "%.1f ms, as measured.",
+                each,
+                stream.num_experts,
+                1e3 * sum(map(self.costs.host.seconds, counts)),
+                len(self.costs.choose(counts)),
+                stream.device,
+                1e3 * self.costs.predict(counts),
+            )
+
+
+class Probe:
+    """A few experts of the host, computed on both sides."""
+
+    def __init__(self, host: ExpertsBackend, stream: ExpertStream, hidden_size: int) -> None:
+        self.host, self.stream, self.hidden_size = host, stream, hidden_size
+        self.experts = list(range(min(MEASURED_CHUNKS * stream.chunk, stream.num_experts)))
+
+    def error(self) -> float:
+        """‖streamed − host‖ / ‖host‖."""
+        on_host, streamed = self._runs(8)
+        expected = on_host().float()
+        return float((streamed().cpu() - expected).norm() / expected.norm())
+
+    def costs(self) -> StreamCosts:
+        seconds = [[self._seconds(run) / len(self.experts) for run in self._runs(n)] for n in MEASURED_TOKENS]
+        (host_few, stream_few), (host_many, stream_many) = seconds
+        return StreamCosts(Line.through(host_few, host_many), Line.through(stream_few, stream_many))
+
+    def _runs(self, tokens_each: int) -> tuple[Callable[[], torch.Tensor], Callable[[], torch.Tensor]]:
+        count = tokens_each * len(self.experts)
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(count, self.hidden_size, generator=generator).to(torch.bfloat16)
+        ids = torch.tensor(self.experts, dtype=torch.int32).repeat(tokens_each).unsqueeze(1)
+        weights = torch.ones(count, 1)
+        device = self.stream.device
+        there = (x.to(device), ids.to(device), weights.to(device))
+        identity = torch.arange(self.stream.num_experts, dtype=torch.int32, device=device)
+        return (
+            lambda: self.host.apply(x, ids, weights),
+            lambda: self.stream.apply(self.host, self.experts, *there, expert_map=identity),
+        )
+
+    def _seconds(self, run: Callable[[], torch.Tensor]) -> float:
+        """Of the fastest of several runs, after one that warms up."""
+        run()
+        times = []
+        for _ in range(REPEATS):
+            self._synchronise()
+            start = time.perf_counter()
+            run()
+            self._synchronise()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    def _synchronise(self) -> None:
+        if self.stream.device.type == "cuda":
+            torch.cuda.synchronize(self.stream.device)
