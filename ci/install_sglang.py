@@ -1,11 +1,13 @@
 """Install SGLang into the environment that runs this script, and what lets it start without a GPU's driver.
 
     python ci/install_sglang.py 0.5.23
+    python ci/install_sglang.py 0.7.2 --kt      # KTransformers' fork of it
     LD_LIBRARY_PATH="$(python ci/install_sglang.py --driver)" python -m sglang.launch_server --device cpu …
 
 PyPI has SGLang's CUDA build only. Its compiled operators want libcuda.so.1, which a driver brings, and nothing else of a
-GPU. A library of that name is built here, in which every driver call answers "no device" (CUDA's error 100). It is for
-this project's tests on machines without a GPU; nobody should serve with it.
+GPU. A library of that name is built here, in which every driver call answers "no device" (CUDA's error 100). The fork
+also asks for the GPU's capability when it is imported: it is told 0.0. Both are for this project's tests on machines
+without a GPU; nobody should serve with them.
 """
 
 from __future__ import annotations
@@ -21,6 +23,31 @@ from pathlib import Path
 DRIVER = Path(sys.prefix) / "lib" / "no-cuda-device"
 NO_DEVICE = 100
 # A driver symbol begins with `cu` and a capital; the runtime's (`cudaMalloc`) come with the torch wheels.
+# Run at the start of every process of the environment, before torch is there.
+NO_CAPABILITY = """
+import sys
+from importlib.machinery import PathFinder
+
+
+class NoCapability:
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name != "torch.cuda":
+            return None
+        sys.meta_path.remove(cls)
+        spec = PathFinder.find_spec(name, path)
+        execute = spec.loader.exec_module
+
+        def execute_and_patch(module):
+            execute(module)
+            module.get_device_capability = lambda device=None: (0, 0)
+
+        spec.loader.exec_module = execute_and_patch
+        return spec
+
+
+sys.meta_path.insert(0, NoCapability)
+"""
 DRIVER_SYMBOL = re.compile(r"\bU (cu[A-Z]\w*)")
 
 
@@ -44,9 +71,24 @@ def build_driver(symbols: set[str]) -> None:
         subprocess.run(["gcc", "-shared", "-fPIC", f"-Wl,-soname,{output.name}", "-o", output, file.name], check=True)
 
 
+def pip_install(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *arguments], check=True)
+
+
+def install_fork(version: str, packages: Path) -> None:
+    pip_install(f"sglang-kt=={version}")
+    # Its operators come in parts, in five packages of which sglang-kt requires four. The first import puts them together
+    # and then fails, because the driver that they want is not built yet.
+    pip_install("--no-deps", f"ktransformers=={version}")
+    subprocess.run([sys.executable, "-c", "import sgl_kernel"], check=False, capture_output=True)
+    (packages / "k26_no_capability.py").write_text(NO_CAPABILITY, encoding="utf-8")
+    (packages / "k26_no_capability.pth").write_text("import k26_no_capability\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("version", nargs="?", help="a release of sglang, such as 0.5.23")
+    parser.add_argument("--kt", action="store_true", help="sglang-kt, KTransformers' fork, of that version")
     parser.add_argument("--driver", action="store_true", help="only print the folder for LD_LIBRARY_PATH")
     arguments = parser.parse_args()
     if arguments.driver:
@@ -54,8 +96,12 @@ def main() -> None:
         return
     if arguments.version is None:
         parser.error("give a version")
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", f"sglang=={arguments.version}"], check=True)
-    build_driver(driver_symbols(Path(sysconfig.get_path("platlib")) / "sgl_kernel"))
+    packages = Path(sysconfig.get_path("platlib"))
+    if arguments.kt:
+        install_fork(arguments.version, packages)
+    else:
+        pip_install(f"sglang=={arguments.version}")
+    build_driver(driver_symbols(packages / "sgl_kernel"))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
     nox -f ci/noxfile.py -s core       the developer's quick run: lint, types, core and kernels (add -r to reuse)
     nox -f ci/noxfile.py -s demo       make the tiny checkpoint, serve it with vLLM, ask about a text and an image
     nox -f ci/noxfile.py -s demo_sglang    the same with SGLang, and as a hybrid run
+    nox -f ci/noxfile.py -s sglang_kt      hybrid runs in KTransformers' fork of SGLang; CI has no time for its 10 GB
 
 torch comes as a CPU wheel: where pip does not find `torch==2.13.0` as one, point it at PyTorch's CPU wheel index
 (PIP_EXTRA_INDEX_URL). SGLang has no such build: its environments take its CUDA build of torch, 11 GB each.
@@ -80,9 +81,9 @@ def vllm_oldest(session: nox.Session) -> None:
     session.run("pytest", "-q", "tests/vllm/test_adapter.py", *session.posargs)
 
 
-def _install_sglang(session: nox.Session, version: str) -> None:
+def _install_sglang(session: nox.Session, version: str, *arguments: str) -> None:
     session.chdir(ROOT)
-    session.run("python", "ci/install_sglang.py", version)
+    session.run("python", "ci/install_sglang.py", version, *arguments)
     session.install("--quiet", "-e", ".", "pytest", "hypothesis", "httpx")
     session.env["LD_LIBRARY_PATH"] = session.run("python", "ci/install_sglang.py", "--driver", silent=True).strip()
 
@@ -108,6 +109,13 @@ def sglang(session: nox.Session) -> None:
     _install_sglang(session, SGLANG_NEWEST)
     session.run("python", "ci/install_kt_kernel.py", KT_KERNELS[-1])
     session.run(*SGLANG_PYTEST, "tests/sglang", *session.posargs)
+
+
+@environment
+def sglang_kt(session: nox.Session) -> None:
+    """Hybrid runs in KTransformers' fork of SGLang."""
+    _install_sglang(session, KT_KERNELS[-1], "--kt")
+    session.run(*SGLANG_PYTEST, "tests/sglang/test_hybrid.py", *session.posargs)
 
 
 @environment

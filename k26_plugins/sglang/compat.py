@@ -1,6 +1,7 @@
 """Every name of SGLang that this adapter touches and that SGLang does not promise to keep.
 
-Checked on 0.5.10 and 0.5.23. Where the two differ the difference is detected here, by feature and not by version.
+Checked on 0.5.10 and 0.5.23, and on KTransformers' fork 0.7.2. Where they differ the difference is detected here, by
+feature and not by version.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from typing import Any
 
 import torch
 
-CHECKED_VERSIONS = "0.5.10 to 0.5.23"
+# By the distribution's name, in the order in which they are looked for.
+CHECKED_VERSIONS = {"sglang": "0.5.10 to 0.5.23", "sglang-kt": "0.7.2 to 0.7.2"}
 MODEL_TYPE = "kimi_k25"
 MODELS_VARIABLE = "SGLANG_EXTERNAL_MODEL_PACKAGE"
 MEDIA_VARIABLE = "SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE"
@@ -31,11 +33,16 @@ class UnsupportedEngineError(RuntimeError):
     """An SGLang in which something that the adapter needs is not where it was."""
 
 
+def distribution() -> tuple[str, str]:
+    """The name and the version of the SGLang that is installed: upstream's, or KTransformers' fork."""
+    for name in CHECKED_VERSIONS:
+        with contextlib.suppress(PackageNotFoundError):
+            return name, version(name)
+    return "sglang", "of an unknown version"
+
+
 def sglang_version() -> str:
-    try:
-        return version("sglang")
-    except PackageNotFoundError:
-        return "of an unknown version"
+    return distribution()[1]
 
 
 def private(module: str, name: str) -> Any:
@@ -43,9 +50,10 @@ def private(module: str, name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
+        package, found = distribution()
         raise UnsupportedEngineError(
-            f"SGLang {sglang_version()} has no {module}.{name}, which k26-plugins needs: it was checked on SGLang "
-            f"{CHECKED_VERSIONS}. Install one of these, or a newer k26-plugins; SGLANG_PLUGINS=none runs SGLang "
+            f"{package} {found} has no {module}.{name}, which k26-plugins needs: it was checked on {package} "
+            f"{CHECKED_VERSIONS[package]}. Install one of these, or a newer k26-plugins; SGLANG_PLUGINS=none runs SGLang "
             f"without it."
         ) from error
 

@@ -25,7 +25,8 @@ def main() -> None:
         importlib.import_module("sglang.srt.utils.hf_transformers_utils")
     registered = compat.registered_config()
     active = registered is not None and registered.__module__.startswith("k26_plugins.")
-    say(compat.sglang_version(), compat.CHECKED_VERSIONS, errors, active=active, hint=hint)
+    package, found = compat.distribution()
+    say(found, compat.CHECKED_VERSIONS[package], errors, active=active, hint=hint)
 
 
 if __name__ == "__main__":

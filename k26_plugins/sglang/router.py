@@ -11,9 +11,12 @@ from k26_plugins.sglang import compat
 
 
 class K26Gate(compat.router_gate()):  # type: ignore[misc]
-    """SGLang's gate, whose own kernels give float32 on some devices and numbers of tokens, and bfloat16 on the others."""
+    """SGLang's gate, whose own kernels give float32 on some GPUs and numbers of tokens, and bfloat16 on the others."""
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if hidden_states.device.type == "cpu":
+            # sglang-kt would compile a CUDA kernel.
+            return router_logits(hidden_states, self.weight)
         logits: torch.Tensor = super().forward(hidden_states, *args, **kwargs)
         return logits if logits.dtype == torch.float32 else router_logits(hidden_states, self.weight)
 

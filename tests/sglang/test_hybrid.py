@@ -15,7 +15,7 @@ import torch
 from support.agreement import assert_same_distribution, assert_same_top
 from support.images import image_part, png, random_image
 from support.server import Server
-from support.sglang_server import EAGER, HAS_ENTRY_POINT, TWO_RANKS, first_tokens, generate, rows, serve
+from support.sglang_server import EAGER, HAS_ENTRY_POINT, IS_FORK, TWO_RANKS, first_tokens, generate, rows, serve
 from typer.testing import CliRunner
 
 from k26_plugins.cli import app
@@ -30,7 +30,9 @@ from k26_plugins.sglang import compat
 # Read when SGLang is imported, which nothing above does.
 os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
 
-pytestmark = pytest.mark.skipif(not HAS_ENTRY_POINT, reason="hybrid runs are checked on the newest SGLang")
+pytestmark = pytest.mark.skipif(
+    not (HAS_ENTRY_POINT or IS_FORK), reason="hybrid runs are checked on the newest SGLang and on KTransformers' fork"
+)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from contextlib import AbstractContextManager
 from functools import cache
+from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from support.agreement import VOCABULARY
 from support.images import image_part, png, random_image
 from support.server import Server, run_server
 
-# SGLang 0.5.10 has no entry point for plugins: its users set PYTHONPATH.
+# SGLang 0.5.10 and KTransformers' fork have no entry point for plugins: their users set PYTHONPATH.
 HAS_ENTRY_POINT = find_spec("sglang.srt.plugins") is not None
+IS_FORK = any(distribution.name == "sglang-kt" for distribution in distributions())
 
 # SGLang's CPU backend wants to know which core is whose where two ranks share a NUMA node. The build from PyPI brings
 # NCCL, which SGLang would use for two ranks wherever it finds it: a CPU build has none.
