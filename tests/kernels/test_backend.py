@@ -26,6 +26,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     """Lets the backend onto a CPU, where the interpreter runs."""
     if device.type == "cpu":
         monkeypatch.setattr("k26_plugins.common.experts.triton.unusable_on", lambda device: None)
+        monkeypatch.setattr(TritonExperts, "device_type", "cpu")
 
 
 @pytest.mark.usefixtures("interpreted")

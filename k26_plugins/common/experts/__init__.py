@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import cache
 from importlib.metadata import entry_points
 
 from k26_plugins.common.experts.base import Expert, ExpertsBackend, ExpertsError, ExpertWeights, RoutedExperts
@@ -63,19 +64,26 @@ def create_experts(weights: ExpertWeights, backend: str = "auto") -> ExpertsBack
     fails is named in a warning. A backend given by name is taken or refused, never replaced. Raises ExpertsError.
     """
     refused: list[str] = []
-    for candidate in BACKENDS.values() if backend == "auto" else (find_backend(backend),):
+    fitting = (one for one in BACKENDS.values() if one.device_type in (None, weights.device.type))
+    for candidate in fitting if backend == "auto" else (find_backend(backend),):
         reason = candidate.unsupported(weights)
         if reason is None:
             reason = _self_test_failure(candidate, weights)
             if reason is None:
                 if refused:
-                    logger.warning("experts backend %s is used: %s", candidate.name, "; ".join(refused))
+                    _warn_once(f"experts backend {candidate.name} is used: {'; '.join(refused)}")
                 return candidate.load(weights)
         refused.append(f"{candidate.name} is not, because {reason}")
     raise ExpertsError(
         f"no experts backend can be used on {weights.device}: {'; '.join(refused)}. Serving would give garbage. "
         f"Check the checkpoint with `k26 check`, and report this with the device's name."
     )
+
+
+@cache
+def _warn_once(message: str) -> None:
+    """Every layer of a model has the same to say."""
+    logger.warning(message)
 
 
 def _self_test_failure(candidate: type[ExpertsBackend], weights: ExpertWeights) -> str | None:

@@ -150,6 +150,8 @@ class ExpertsBackend(RoutedExperts):
     """One way to compute them, over all the weights that it was given."""
 
     name: ClassVar[str]
+    device_type: ClassVar[str | None]
+    """Of the devices that it is for, as torch names the type; None for any."""
     tolerance: ClassVar[float] = 1e-2
     """The self-test's limit on the relative error: far above bfloat16's rounding (2e-3 on a right kernel) and far below
     what a wrong nibble order or scale gives (above 0.5)."""

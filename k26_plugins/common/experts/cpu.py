@@ -121,6 +121,7 @@ class CpuExperts(ExpertsBackend):
     """bfloat16 activations, INT4 weights, any x86 CPU with AVX2 or AVX512 and slowly any other."""
 
     name = "cpu"
+    device_type = "cpu"
 
     def __init__(self, w13: Int4Matrix, w2: Int4Matrix) -> None:
         self.w13 = w13

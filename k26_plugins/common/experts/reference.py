@@ -42,6 +42,7 @@ class ReferenceExperts(ExpertsBackend):
     """Dequantises each expert that is touched, on any device. Slow."""
 
     name = "reference"
+    device_type = None
 
     def __init__(self, weights: ExpertWeights) -> None:
         self.weights = weights

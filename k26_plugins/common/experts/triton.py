@@ -32,6 +32,7 @@ class TritonExperts(ExpertsBackend):
     """bfloat16 activations, INT4 weights repacked for the matrix instruction of the GPU."""
 
     name = "triton"
+    device_type = "cuda"
     self_test_tokens = (1, 8, 16, 64, 400)  # one for each regime of the kernels
 
     def __init__(self, experts: KernelExperts, batch_invariant: bool) -> None:

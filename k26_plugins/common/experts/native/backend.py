@@ -32,6 +32,7 @@ class NativeExperts(ExpertsBackend):
     """
 
     name = "native"
+    device_type = "cpu"
 
     def __init__(self, weights: ExpertWeights) -> None:
         self.weights = weights
