@@ -49,7 +49,7 @@ def table() -> str:
         halved = choose(config, gpu, count, Load(context=32768, kv_dtype="fp8"), "vllm")
         layout = found.layout
         cut = f"yes, tensor parallel {layout.tp}" + (f", pipeline parallel {layout.pp}" if layout.pp > 1 else "")
-        mixed = hybrid(config, found, None)
+        mixed = hybrid(config, choose(config, gpu, count, load, "ktransformers"), None)
         experts = "–" if layout.pp > 1 or mixed.gpu_missing else f"{mixed.gpu_experts} of {mixed.num_experts}"
         weights = sum(found.weights.values()) / GIB
         tokens = [f"{one.kv_tokens:,} tokens" if one.kv_tokens else "none" for one in (found, halved)]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from k26_plugins.common.checkpoint import expert_bytes
 from k26_plugins.common.config import K26Config
 from k26_plugins.common.experts import create_experts
 from k26_plugins.common.experts.hybrid import HybridExperts
@@ -18,7 +19,6 @@ from k26_plugins.common.experts.parameters import create_packed_parameters, take
 from k26_plugins.common.experts.placement import PROFILE_FILE, LayerPlacement, Profile, place
 from k26_plugins.common.experts.streaming import Streaming
 from k26_plugins.common.host_memory import require_host_memory
-from k26_plugins.common.int4 import GROUP_SIZE
 from k26_plugins.common.settings import CPU_THREADS_VARIABLE, experts_setting, host_experts_setting, stream_from_setting
 from k26_plugins.sglang import compat, logger
 from k26_plugins.sglang.experts import K26MoEScheme
@@ -112,12 +112,9 @@ def _refuse(arguments: Any) -> None:
 
 def _require_memory(arguments: Any, config: K26Config, num_host_experts: int) -> None:
     """Before anything is loaded: this host's share of the experts that stay in its memory."""
-    text = config.text
-    weights = 3 * text.hidden_size * text.moe_intermediate_size
-    one = weights // 2 + weights // GROUP_SIZE * 2  # INT4, and a bfloat16 scale for each group
-    layers = text.num_hidden_layers - text.first_k_dense_replace
+    layers = config.text.num_hidden_layers - config.text.first_k_dense_replace
     require_host_memory(
-        num_host_experts * one * layers // arguments.nnodes,
+        num_host_experts * expert_bytes(config.text) * layers // arguments.nnodes,
         f"{num_host_experts} experts of {layers} layers on the CPU",
         "raise --kt-num-gpu-experts, add memory or another node",
     )

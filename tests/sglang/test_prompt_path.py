@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,23 +11,20 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from support.prompt_path import BAD_MEDIA, HOSTILE_BODIES, assert_bad_medium_is_answered, assert_same_token_ids
 from support.scripted import CASES, Case, parsed, streamed
-from support.server import Server
-from support.sglang_scripted import Scripted
+from support.server import Server, python_path
+from support.sglang_scripted import Scripted, Weigh
 from support.sglang_server import serve
 
+from k26_plugins.common.config import K26Config
 from k26_plugins.common.prompt.tokenizer import KimiTokenizer
+from k26_plugins.operate.plan.weights import Layout, per_gpu
 
 
 @pytest.fixture(scope="module")
 def server(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("sglang") / "server.log"
-    with serve(tiny_folder, log, "--enable-custom-logit-processor", PYTHONPATH=tests_path()) as running:
+    with serve(tiny_folder, log, "--enable-custom-logit-processor", PYTHONPATH=python_path()) as running:
         yield running
-
-
-def tests_path() -> str:
-    """For the server, which imports `support`; the package itself it may have from PYTHONPATH too."""
-    return os.pathsep.join([str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def script(folder: Path, case: Case) -> dict[str, Any]:
@@ -57,6 +54,14 @@ def test_answers_are_taken_apart(server: Server, tiny_folder: Path, name: str) -
     assert tuple(found) == expected
     assert finish == ("tool_calls" if case.calls else "stop")
     assert streamed(server, case, script(tiny_folder, case)) == expected
+
+
+def test_the_planned_weights_are_the_servers(server: Server, tiny_folder: Path) -> None:
+    server.chat("Hello", max_tokens=1, custom_logit_processor=Weigh.to_str(), custom_params={})
+    found = re.search(r"weights: (\d+) bytes", server.log.read_text())
+    assert found is not None
+    planned = sum(per_gpu(K26Config.from_path(tiny_folder), Layout(absorbed_copy=True), 0).values())
+    assert int(found[1]) == pytest.approx(planned, rel=0.03)
 
 
 @given(HOSTILE_BODIES)

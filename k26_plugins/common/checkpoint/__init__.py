@@ -6,7 +6,14 @@ from k26_plugins.common.checkpoint.fingerprint import fingerprint
 from k26_plugins.common.checkpoint.header import CheckpointError
 from k26_plugins.common.checkpoint.reader import Checkpoint
 from k26_plugins.common.checkpoint.stream import StreamedCheckpoint
-from k26_plugins.common.checkpoint.table import ShardError, TensorSpec, expert_name, shard, tensor_table
+from k26_plugins.common.checkpoint.table import (
+    ShardError,
+    TensorSpec,
+    expert_bytes,
+    expert_name,
+    shard,
+    tensor_table,
+)
 
 __all__ = [
     "Checkpoint",
@@ -20,6 +27,7 @@ __all__ = [
     "account",
     "check",
     "compare",
+    "expert_bytes",
     "expert_name",
     "fingerprint",
     "require_whole",

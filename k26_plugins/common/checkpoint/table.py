@@ -75,6 +75,11 @@ def expert_name(layer: int, expert: int, projection: str, part: str) -> str:
     return f"{LANGUAGE_MODEL}model.layers.{layer}.mlp.experts.{expert}.{projection}_proj.weight_{part}"
 
 
+def expert_bytes(text: TextConfig) -> int:
+    """One routed expert of one layer as stored, 24,772,632 bytes for the published model."""
+    return sum(spec.num_bytes for spec in _expert(text, text.first_k_dense_replace, 0))
+
+
 def _text(text: TextConfig) -> Iterator[TensorSpec]:
     yield TensorSpec(f"{LANGUAGE_MODEL}model.embed_tokens.weight", (text.vocab_size, text.hidden_size), shard_dim=0)
     for layer in range(text.num_hidden_layers):
@@ -157,10 +162,11 @@ def _vision_tower(vision: VisionConfig) -> Iterator[TensorSpec]:
 
 
 def _projector(vision: VisionConfig) -> Iterator[TensorSpec]:
+    """Whole on every rank, as both engines have it."""
     merged = vision.merged_size
     yield from _affine("mm_projector.pre_norm", (vision.hidden_size,))
-    yield from _affine("mm_projector.proj.0", (merged, merged), shard_dim=0)
-    yield from _affine("mm_projector.proj.2", (vision.text_hidden_size, merged), shard_dim=1)
+    yield from _affine("mm_projector.proj.0", (merged, merged))
+    yield from _affine("mm_projector.proj.2", (vision.text_hidden_size, merged))
 
 
 def _affine(

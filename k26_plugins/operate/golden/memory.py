@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from k26_plugins.common.checkpoint import TensorSpec, tensor_table
+from k26_plugins.common.checkpoint import TensorSpec, expert_bytes, tensor_table
 from k26_plugins.common.config import K26Config, TextConfig
 
 SCRATCH = 256 * 2**20
@@ -62,12 +62,6 @@ def query_chunk(config: TextConfig, length: int) -> int:
 def head_rows(tokens: int) -> int:
     """Rows of lm_head at a time, so that their logits and what is made of them stay within SCRATCH."""
     return max(128, min(HEAD_ROWS, SCRATCH // (6 * FLOAT32 * max(tokens, 1))))
-
-
-def expert_bytes(config: TextConfig) -> int:
-    """One routed expert as stored."""
-    weights = 3 * config.hidden_size * config.moe_intermediate_size
-    return weights // 2 + weights // config.quantization.group_size * BFLOAT16
 
 
 def peak(config: K26Config, carried: Carried, top_k: int) -> dict[str, int]:

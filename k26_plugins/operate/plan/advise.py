@@ -18,7 +18,7 @@ def layouts(config: K26Config, count: int, engine: str) -> list[Layout]:
     """Ways to cut over `count` GPUs: tensor parallel within a node of eight, pipeline stages between nodes."""
     found = []
     for tp in (1, 2, 4, 8):
-        layout = Layout(tp=tp, pp=count // tp)
+        layout = Layout(tp=tp, pp=count // tp, absorbed_copy=engine != "vllm")
         if count % tp == 0 and is_possible(config, layout):
             found.append(layout)
     # Fewer stages first: a stage waits for the one before it.
@@ -66,7 +66,7 @@ def nearest(config: K26Config, gpu: Gpu, count: int, load: Load, engine: str, ra
     if larger:
         advice.append(f"larger ones: {count} × {larger[0].name}")
     if engine != "ktransformers":
-        mixed = hybrid(config, now, ram)
+        mixed = hybrid(config, choose(config, gpu, count, load, "ktransformers"), ram)
         if not mixed.gpu_missing and mixed.gpu_experts < mixed.num_experts:
             advice.append(f"KTransformers on these GPUs: {mixed.why} (--engine ktransformers)")
     return advice

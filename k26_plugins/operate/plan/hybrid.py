@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from k26_plugins.common.checkpoint import expert_bytes
 from k26_plugins.common.config import K26Config
 from k26_plugins.operate.plan.fit import Fit
 from k26_plugins.operate.plan.hardware import GIB
-from k26_plugins.operate.plan.weights import ROUTED, whole_model
+from k26_plugins.operate.plan.weights import ROUTED
 
 # What the system and the engine's processes take of its memory besides. A guess: nobody measured it.
 RAM_BESIDE_EXPERTS = 30e9
@@ -44,7 +45,7 @@ class Hybrid:
 
 def expert_slot_bytes(config: K26Config) -> int:
     """One expert of every layer: 1.384 GiB for the published model."""
-    return whole_model(config)[ROUTED] // config.text.n_routed_experts
+    return expert_bytes(config.text) * (config.text.num_hidden_layers - config.text.first_k_dense_replace)
 
 
 def hybrid(config: K26Config, fit: Fit, ram: int | None) -> Hybrid:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from k26_plugins.common.config import K26Config
 from k26_plugins.operate.plan.fit import Fit
-from k26_plugins.operate.plan.weights import ROUTED
+from k26_plugins.operate.plan.weights import ROUTED, absorbed_bytes, stages
 
 
 def experts_touched(config: K26Config, tokens: int) -> float:
@@ -24,8 +24,12 @@ def decode_bound(
     if fit.gpu.bandwidth is None:
         return None
     touched = experts_touched(config, sequences) / config.text.n_routed_experts
-    # The vision tower is idle, and a token's row of the embedding is nothing.
+    # The vision tower is idle, a token's row of the embedding is nothing, and of two copies of kv_b_proj one is read.
     embedding = fit.weights["embedding and head"] / 2 if fit.layout.pp == 1 else 0.0
     plain = sum(size for part, size in fit.weights.items() if part not in (ROUTED, "vision")) - embedding
+    if fit.layout.absorbed_copy:
+        plain -= absorbed_bytes(
+            config.text, len(stages(config.text.num_hidden_layers, fit.layout.pp)[0]), fit.layout.tp
+        )
     read = plain + fit.weights[ROUTED] * touched * gpu_experts + sequences * context * fit.kv_per_token
     return sequences * fit.gpu.bandwidth / (read * fit.layout.pp)

@@ -31,6 +31,8 @@ class Layout:
     """The vision tower on every rank, which then takes images of its own (`--mm-encoder-tp-mode data`)."""
     context_parallel: int = 1
     """Ranks over which the KV cache of one request is cut (`--decode-context-parallel-size`)."""
+    absorbed_copy: bool = False
+    """Whether kv_b_proj is held twice, once turned for attention in the compressed space: in SGLang. vLLM turns a view."""
 
 
 def check_layout(config: K26Config, layout: Layout) -> None:
@@ -124,20 +126,13 @@ def per_gpu(config: K26Config, layout: Layout, stage: int) -> dict[str, int]:
             held[group.part] += size
         else:
             held[group.part] += size // layout.tp
-    held["attention"] += absorbed_bytes(config.text, len(layers), layout.tp)
+    if layout.absorbed_copy:
+        held["attention"] += absorbed_bytes(config.text, len(layers), layout.tp)
     return dict(held)
 
 
-def whole_model(config: K26Config) -> dict[str, int]:
-    """Bytes of the checkpoint by part."""
-    total: Counter[str] = Counter()
-    for group, size in _groups(config).items():
-        total[group.part] += size
-    return dict(total)
-
-
 def absorbed_bytes(text: TextConfig, num_layers: int, tp: int) -> int:
-    """The second copy of kv_b_proj that engines make, turned for attention in the compressed space."""
+    """kv_b_proj of one rank."""
     rows = text.num_attention_heads // tp * (text.qk_nope_head_dim + text.v_head_dim)
     return num_layers * rows * text.kv_lora_rank * 2
 
