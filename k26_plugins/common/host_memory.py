@@ -12,17 +12,29 @@ class HostMemoryError(ValueError):
     """The host's memory does not suffice. The message has both numbers and the remedy."""
 
 
+def total_bytes() -> int:
+    """The machine's memory, or less where a control group (a container) says so."""
+    total, limit = _meminfo("MemTotal"), _limit()
+    return total if limit is None else min(total, limit)
+
+
 def available_bytes() -> int:
-    """What this process may still take: the kernel's MemAvailable, or less where a control group (a container) says so."""
-    available = next(
-        int(line.split()[1]) * 1024 for line in _MEMINFO.read_text().splitlines() if line.startswith("MemAvailable:")
+    """What this process may still take: the kernel's MemAvailable, or less where a control group says so."""
+    available, limit = _meminfo("MemAvailable"), _limit()
+    return available if limit is None else min(available, limit - int((_CGROUP / "memory.current").read_text()))
+
+
+def _meminfo(name: str) -> int:
+    return next(
+        int(line.split()[1]) * 1024 for line in _MEMINFO.read_text().splitlines() if line.startswith(f"{name}:")
     )
-    limit, used = _CGROUP / "memory.max", _CGROUP / "memory.current"
-    if limit.exists() and used.exists():
-        text = limit.read_text().strip()
-        if text != "max":
-            available = min(available, int(text) - int(used.read_text()))
-    return available
+
+
+def _limit() -> int | None:
+    """The control group's limit, None without one."""
+    file = _CGROUP / "memory.max"
+    text = file.read_text().strip() if file.exists() else "max"
+    return None if text == "max" else int(text)
 
 
 def require_host_memory(num_bytes: int, what: str, remedy: str) -> None:

@@ -176,6 +176,7 @@ def test_a_container_s_limit_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     (tmp_path / "memory.current").write_text("1000000\n")
     monkeypatch.setattr(host_memory, "_CGROUP", tmp_path)
     assert host_memory.available_bytes() == 4_000_000
+    assert host_memory.total_bytes() == 5_000_000
     (tmp_path / "memory.max").write_text("max\n")
     assert host_memory.available_bytes() > 4_000_000
 

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.checkpoints import DAMAGES
+from support.doctor import doctor
 from typer.testing import CliRunner
 
 from k26_plugins.cli import app
 from k26_plugins.operate.doctor import engines, machine
-
-
-def doctor(*options: str, code: int = 0) -> dict[str, dict[str, Any]]:
-    result = CliRunner().invoke(app, ["doctor", *options, "--json"])
-    assert result.exit_code == code, result.output
-    return {finding["what"]: finding for finding in json.loads(result.output)}
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from k26_plugins.common.host_memory import available_bytes, total_bytes
 from k26_plugins.operate.doctor.finding import Finding, Level
 
 PACKAGES = ("k26-plugins", "torch", "triton", "transformers", "compressed-tensors", "safetensors", "tiktoken")
@@ -56,20 +57,9 @@ def machine_findings() -> list[Finding]:
     sets = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_tile") if name in flags]
     model = fields.get("model name", platform.machine())
     findings = [Finding(Level.OK, "CPU", f"{model}, {os.cpu_count()} threads, {', '.join(sets) or 'no AVX2'}")]
-    memory = _memory()
-    if memory is not None:
-        total, available = memory
-        findings.append(Finding(Level.OK, "memory", f"{total / 1e9:.1f} GB, {available / 1e9:.1f} GB available"))
+    total, available = total_bytes(), available_bytes()
+    findings.append(Finding(Level.OK, "memory", f"{total / 1e9:.1f} GB, {available / 1e9:.1f} GB available"))
     return findings + _gpus()
-
-
-def _memory() -> tuple[int, int] | None:
-    file = Path("/proc/meminfo")
-    if not file.exists():
-        return None
-    lines = dict(line.split(":", 1) for line in file.read_text(encoding="utf-8").splitlines())
-    total, available = (int(lines[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
-    return total, available
 
 
 def _gpus() -> list[Finding]:
