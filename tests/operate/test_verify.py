@@ -9,17 +9,16 @@ from typing import Any
 import pytest
 import torch
 from support.endpoint import Fault, serve_reference, yarn_factor
+from support.faults import FAULTY_EXPERT, FAULTY_LAYER, LOCATED, causes, shift_by_three
 from typer.testing import CliRunner
 
 from k26_plugins.cli import app
 from k26_plugins.common.checkpoint.table import expert_name
 from k26_plugins.common.config import K26Config
-from k26_plugins.common.prompt.special_tokens import special_token_ids
 from k26_plugins.operate.verify.distance import kl_of_reported
 from k26_plugins.operate.verify.tools import BOOK, WEATHER, faults_of
 
-FAULTY = expert_name(2, 5, "down", "scale")
-SPECIAL = special_token_ids(256)
+FAULTY = expert_name(FAULTY_LAYER, FAULTY_EXPERT, "down", "scale")
 
 
 def swap_gate_and_up(name: str) -> str:
@@ -43,27 +42,19 @@ def drop_bias(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(tensor) if "e_score_correction_bias" in name else tensor
 
 
-def shift_by_three(token_ids: list[int]) -> list[int]:
-    """As with transformers 5.4 under an engine that mended the media token and no other."""
-    kept = SPECIAL["<|media_pad|>"]
-    return [token - 3 if token > SPECIAL["<|im_assistant|>"] and token != kept else token for token in token_ids]
-
-
 FAULTS = {
-    "one expert's scale doubled": (Fault(tensor=double_one_scale), "routed expert 5 of layer 2"),
-    "gate and up swapped": (Fault(read_as=swap_gate_and_up), "gate and up projection of the routed experts"),
-    "router bias dropped": (Fault(tensor=drop_bias), "without e_score_correction_bias"),
-    "YaRN's factor halved": (Fault(config=yarn_factor(32.0)), "YaRN's factor is half"),
-    "YaRN off": (Fault(config=yarn_factor(1.0)), "not stretched by YaRN"),
-    "YaRN's factor 8": (Fault(config=yarn_factor(8.0)), "positions or attention"),
-    "padding after normalising": (Fault(padding=0.0), "images are padded after they are normalised"),
-    "tensor-parallel shards swapped": (Fault(tensor=swap_shards), "halves of the routed experts' down projection"),
-    "token ids shifted by 3": (Fault(token_ids=shift_by_three), "special tokens are shifted by -3"),
-    "think block missing": (
-        Fault(text=lambda text: text.removesuffix("<think>")),
-        "the <think> that opens the answer is missing",
-    ),
+    "one expert's scale doubled": Fault(tensor=double_one_scale),
+    "gate and up swapped": Fault(read_as=swap_gate_and_up),
+    "router bias dropped": Fault(tensor=drop_bias),
+    "YaRN's factor halved": Fault(config=yarn_factor(32.0)),
+    "YaRN off": Fault(config=yarn_factor(1.0)),
+    "YaRN's factor 8": Fault(config=yarn_factor(8.0)),
+    "padding after normalising": Fault(padding=0.0),
+    "tensor-parallel shards swapped": Fault(tensor=swap_shards),
+    "token ids shifted by 3": Fault(token_ids=shift_by_three),
+    "think block missing": Fault(text=lambda text: text.removesuffix("<think>")),
 }
+ALSO_LOCATED = {"YaRN off": "not stretched by YaRN", "YaRN's factor 8": "positions or attention"}
 
 
 def verify(url: str, golden_file: Path, *options: object) -> tuple[int, str]:
@@ -74,12 +65,10 @@ def verify(url: str, golden_file: Path, *options: object) -> tuple[int, str]:
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_seeded_fault_is_found_and_located(tiny_folder: Path, golden_file: Path, name: str) -> None:
-    fault, located = FAULTS[name]
-    with serve_reference(tiny_folder, fault) as url:
+    with serve_reference(tiny_folder, FAULTS[name]) as url:
         code, output = verify(url, golden_file)
     assert code == 1, output
-    causes = [line for line in output.splitlines() if "probably" in line or "because" in line]
-    assert located in " ".join(causes), output
+    assert {**LOCATED, **ALSO_LOCATED}[name] in causes(output), output
 
 
 @pytest.mark.parametrize("vendor", [False, True], ids=["vllm-like", "vendor-like"])
@@ -92,13 +81,13 @@ def test_what_is_right_passes(tiny_folder: Path, golden_file: Path, vendor: bool
 
 @pytest.mark.parametrize("name", ["gate and up swapped", "think block missing"])
 def test_a_vendor_that_reports_answers_only(tiny_folder: Path, golden_file: Path, name: str) -> None:
-    with serve_reference(tiny_folder, FAULTS[name][0], vendor=True) as url:
+    with serve_reference(tiny_folder, FAULTS[name], vendor=True) as url:
         code, output = verify(url, golden_file)
     assert code == 1, output
 
 
 def test_the_report_is_written(tiny_folder: Path, golden_file: Path, tmp_path: Path) -> None:
-    with serve_reference(tiny_folder, FAULTS["one expert's scale doubled"][0]) as url:
+    with serve_reference(tiny_folder, FAULTS["one expert's scale doubled"]) as url:
         verify(url, golden_file, "--json", tmp_path / "a.json", "--html", tmp_path / "a.html")
     report = json.loads((tmp_path / "a.json").read_text())
     assert not report["passed"]
@@ -177,7 +166,7 @@ def test_the_seeded_config_is_another(tiny_folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["none", "gate and up swapped", "token ids shifted by 3", "padding after normalising"])
 def test_endpoints_against_each_other(tiny_folder: Path, prompts_file: Path, name: str) -> None:
-    fault = FAULTS[name][0] if name in FAULTS else Fault()
+    fault = FAULTS.get(name, Fault())
     with serve_reference(tiny_folder) as first, serve_reference(tiny_folder, fault) as second:
         command = ["compare", first, second, "--prompts", str(prompts_file), "--answer-tokens", "3"]
         result = CliRunner().invoke(app, command)

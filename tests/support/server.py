@@ -48,6 +48,11 @@ def said(message: dict[str, Any]) -> str:
     return (message.get("reasoning") or message.get("reasoning_content") or "") + (message.get("content") or "")
 
 
+def python_path() -> str:
+    """PYTHONPATH of a server that imports `support`; the package itself it may have from there too."""
+    return os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 class StartError(RuntimeError):
     """The server ended before it was ready; the message is its log."""
 

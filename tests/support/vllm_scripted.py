@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
+
+from k26_plugins.common.prompt.tokenizer import KimiTokenizer
 
 
 class Scripted(AdapterLogitsProcessor):
@@ -26,3 +29,10 @@ class Scripted(AdapterLogitsProcessor):
             return forced
 
         return write
+
+
+def script(folder: Path, answer: str) -> dict[str, Any]:
+    """The fields of a request to a server of the checkpoint in `folder` that order `answer`, and its end."""
+    tokenizer = KimiTokenizer(folder)
+    token_ids = [*tokenizer.encode_prompt(answer), tokenizer.named["<|im_end|>"]]
+    return {"vllm_xargs": {"script": ",".join(map(str, token_ids))}}

@@ -1,40 +1,108 @@
-"""The operator's commands on the real vLLM: a checkpoint with a fault is found out, and the doctor sees the plugin."""
+"""The operator's commands on the real vLLM: seeded faults are found and located, and the doctor sees the plugin."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.checkpoints import doubled_scale
-from support.vllm_server import serve
-from typer.testing import CliRunner
+from support.doctor import doctor
+from support.faults import LOCATED, causes
+from support.scripted import call
+from support.server import Server, python_path
+from support.vllm_faults import FAULTS, STOPS_FOR_STOP, order, weights_of
+from support.vllm_scripted import script
+from support.vllm_server import TWO_RANKS, serve
+from typer.testing import CliRunner, Result
 
 from k26_plugins.cli import app
+from k26_plugins.common.config import K26Config
+from k26_plugins.common.prompt.output import SECTION_BEGIN, SECTION_END
+from k26_plugins.operate.plan.weights import Layout, per_gpu
+from k26_plugins.operate.verify.endpoint import Endpoint
 
 
-def test_a_faulty_expert_is_found_and_named(tiny_folder: Path, golden_file: Path, tmp_path: Path) -> None:
-    folder = doubled_scale(tiny_folder, tmp_path / "faulty")
-    with serve(folder, tmp_path / "server.log", "--enforce-eager") as server:
-        result = CliRunner().invoke(app, ["verify", "--url", server.url, "--golden", str(golden_file)])
+@pytest.fixture(scope="module")
+def two_ranks(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """On the reference backend, whose weights lie as in the checkpoint: a fault can be put into them."""
+    arguments = ["--enforce-eager", "--tensor-parallel-size", "2"]
+    arguments += ["--worker-extension-cls", "support.vllm_faults.Workers"]
+    arguments += ["--middleware", "support.vllm_faults.Frontend"]
+    arguments += ["--logits-processors", "support.vllm_scripted:Scripted"]
+    environment = {"K26_EXPERTS": "reference", "PYTHONPATH": python_path(), **TWO_RANKS}
+    with serve(tiny_folder, tmp_path_factory.mktemp("two") / "server.log", *arguments, **environment) as server:
+        yield server
+
+
+def verify(server: Server, golden_file: Path, *options: str) -> Result:
+    return CliRunner().invoke(app, ["verify", "--url", server.url, "--golden", str(golden_file), *options])
+
+
+def test_every_fault_is_located() -> None:
+    assert set(FAULTS) == set(LOCATED)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_seeded_fault_is_found_and_located(two_ranks: Server, golden_file: Path, name: str) -> None:
+    order(two_ranks.url, name)
+    try:
+        result = verify(two_ranks, golden_file)
+    finally:
+        order(two_ranks.url, None)
     assert result.exit_code == 1, result.output
-    assert "routed expert 5 of layer 2" in result.output
+    assert LOCATED[name] in causes(result.output), result.output
+    result = verify(two_ranks, golden_file)
+    assert result.exit_code == 0, result.output
 
 
-def doctor(tiny_folder: Path) -> tuple[int, dict[str, Any]]:
-    result = CliRunner().invoke(app, ["doctor", "--checkpoint", str(tiny_folder), "--engine", "vllm", "--json"])
-    return result.exit_code, {finding["what"]: finding for finding in json.loads(result.stdout)}
+def test_the_planned_weights_are_the_ranks(two_ranks: Server, tiny_folder: Path) -> None:
+    """vLLM cuts the vision tower too where nobody says otherwise."""
+    layout = Layout(tp=2, vision_whole=False)
+    planned = sum(per_gpu(K26Config.from_path(tiny_folder), layout, 0).values())
+    assert weights_of(two_ranks.url) == pytest.approx([planned, planned], rel=0.03)
+
+
+CALLS = {
+    "right": (None, '{"city":"Bern"}', ""),
+    "no JSON": (None, '{"city":', "arguments of get_weather are no JSON"),
+    "against the schema": (None, '{"town":"Bern"}', "break their schema: 'city' is a required property"),
+    "another stop": (STOPS_FOR_STOP, '{"city":"Bern"}', "stops for 'stop', expected 'tool_calls'"),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_tool_calls(
+    two_ranks: Server, tiny_folder: Path, golden_file: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Random weights call no tool: what the model says is given to it, all else is the server's."""
+    fault, arguments, found = CALLS[name]
+    answer = f"why</think>{SECTION_BEGIN}{call('functions.get_weather:0', arguments)}{SECTION_END}"
+    said, chat = script(tiny_folder, answer), Endpoint.chat
+
+    def chat_by_script(endpoint: Endpoint, messages: list[dict[str, Any]], **body: Any) -> dict[str, Any]:
+        return chat(endpoint, messages, **body, **(said if "tools" in body else {}))
+
+    monkeypatch.setattr(Endpoint, "chat", chat_by_script)
+    if fault:
+        order(two_ranks.url, fault)
+    try:
+        result = verify(two_ranks, golden_file, "--tools")
+    finally:
+        if fault:
+            order(two_ranks.url, None)
+    assert result.exit_code == (1 if found else 0), result.output
+    assert found in result.output
+    # vLLM answers a `required` call that is no JSON with an error, which is a fault too.
+    assert f"{3 if name == 'no JSON' else 4} calls in 4 answers" in result.output
 
 
 def test_the_doctor_sees_the_plugin(tiny_folder: Path) -> None:
-    code, found = doctor(tiny_folder)
-    assert code == 0, found
+    found = doctor("--checkpoint", str(tiny_folder), "--engine", "vllm")
     assert found["vllm"]["detail"].endswith("the plugin is active")
 
 
 def test_the_doctor_sees_that_the_plugin_is_off(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_PLUGINS", "another")
-    code, found = doctor(tiny_folder)
-    assert code == 1
+    found = doctor("--checkpoint", str(tiny_folder), "--engine", "vllm", code=1)
     assert "NOT active: VLLM_PLUGINS is set" in found["vllm"]["detail"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,30 +9,18 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from support.prompt_path import BAD_MEDIA, HOSTILE_BODIES, assert_bad_medium_is_answered, assert_same_token_ids
-from support.scripted import CASES, Case, parsed, streamed
-from support.server import Server
+from support.scripted import CASES, parsed, streamed
+from support.server import Server, python_path
+from support.vllm_scripted import script
 from support.vllm_server import serve
-
-from k26_plugins.common.prompt.tokenizer import KimiTokenizer
 
 
 @pytest.fixture(scope="module")
 def server(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("vllm") / "server.log"
     scripted = ("--logits-processors", "support.vllm_scripted:Scripted")
-    with serve(tiny_folder, log, "--enforce-eager", *scripted, PYTHONPATH=tests_path()) as running:
+    with serve(tiny_folder, log, "--enforce-eager", *scripted, PYTHONPATH=python_path()) as running:
         yield running
-
-
-def tests_path() -> str:
-    """For the server, which imports `support`; the package itself it may have from PYTHONPATH too."""
-    return os.pathsep.join([str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-
-
-def script(folder: Path, case: Case) -> dict[str, Any]:
-    tokenizer = KimiTokenizer(folder)
-    token_ids = [*tokenizer.encode_prompt(case.answer), tokenizer.named["<|im_end|>"]]
-    return {"vllm_xargs": {"script": ",".join(map(str, token_ids))}}
 
 
 def test_the_parsers_are_chosen(server: Server) -> None:
@@ -53,10 +40,10 @@ def test_a_bad_medium_is_answered_and_the_server_lives(server: Server, name: str
 def test_answers_are_taken_apart(server: Server, tiny_folder: Path, name: str) -> None:
     case = CASES[name]
     expected = (case.reasoning, case.content, case.calls)
-    *found, finish = parsed(server, case, script(tiny_folder, case))
+    *found, finish = parsed(server, case, script(tiny_folder, case.answer))
     assert tuple(found) == expected
     assert finish == ("tool_calls" if case.calls else "stop")
-    assert streamed(server, case, script(tiny_folder, case)) == expected
+    assert streamed(server, case, script(tiny_folder, case.answer)) == expected
 
 
 @given(HOSTILE_BODIES)

@@ -1,0 +1,33 @@
+"""What the seeded faults of a served model have in common, wherever they are seeded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from k26_plugins.common.prompt.special_tokens import special_token_ids
+
+FAULTY_LAYER, FAULTY_EXPERT = 2, 5
+SPECIAL = special_token_ids(256)
+
+LOCATED = {
+    "one expert's scale doubled": f"routed expert {FAULTY_EXPERT} of layer {FAULTY_LAYER}",
+    "gate and up swapped": "gate and up projection of the routed experts",
+    "router bias dropped": "without e_score_correction_bias",
+    "YaRN's factor halved": "YaRN's factor is half",
+    "padding after normalising": "images are padded after they are normalised",
+    "tensor-parallel shards swapped": "halves of the routed experts' down projection",
+    "token ids shifted by 3": "special tokens are shifted by -3",
+    "think block missing": "the <think> that opens the answer is missing",
+}
+"""What `k26 verify` must name as the cause, by fault."""
+
+
+def shift_by_three(token_ids: Sequence[int]) -> list[int]:
+    """As with transformers 5.4 under an engine that mended the media token and no other."""
+    kept = SPECIAL["<|media_pad|>"]
+    return [token - 3 if token > SPECIAL["<|im_assistant|>"] and token != kept else token for token in token_ids]
+
+
+def causes(output: str) -> str:
+    """What `k26 verify` says that is probably wrong, and why."""
+    return " ".join(line for line in output.splitlines() if "probably" in line or "because" in line)
