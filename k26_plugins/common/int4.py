@@ -12,7 +12,8 @@ import torch
 GROUP_SIZE = 32
 PACK_FACTOR = 8  # values in an int32
 OFFSET = 8  # u = q + OFFSET
-TILE_ROWS = 64
+TILE_ROWS = 128
+"""Of a product at a time: 3.7 MB at 7168 inputs."""
 
 
 class PackingError(ValueError):
@@ -54,20 +55,30 @@ def dequantise(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = t
     return weight.to(dtype)
 
 
-def dequantise_tiled(packed: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """`dequantise` of one contiguous matrix into float32 `out` `[N, K]`, on a CPU: the same bits, several times as fast.
+def product_tiled(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """float32 `[T, N]` of x `[T, K]` in float32 and one matrix on a CPU: `x @ dequantise(packed, scale, float32).T`.
 
-    A tile of rows at a time, so that what lies between the bytes and the weights stays in the cache. Measured on 2 cores
-    of an AMD EPYC, 4096 × 7168: 0.06 s against 0.87 s.
+    A tile of rows at a time, so that its weights never leave the cache; only the order of the sums is another. Measured on
+    one core of an AMD EPYC (Zen 4, shared machine), 2048 × 7168: 6 ms against 20 ms for one token, 31 against 44 for 64.
     """
-    rows = packed.shape[0]
-    nibbles = packed.view(torch.uint8).view(rows, -1, GROUP_SIZE // 2)
+    rows, words = packed.shape
+    inputs = words * PACK_FACTOR
+    nibbles = packed.view(torch.uint8).view(rows, inputs // 2)
+    # A byte's low nibbles side by side, then its high ones: the inputs in that order too.
+    x = x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+    out = torch.empty(len(x), rows)
+    q = torch.empty(min(TILE_ROWS, rows), 2, inputs // 2, dtype=torch.uint8)
+    weights = torch.empty(q.shape)
     for start in range(0, rows, TILE_ROWS):
         tile = nibbles[start : start + TILE_ROWS]
-        weights = out[start : start + TILE_ROWS].view(len(tile), -1, GROUP_SIZE // 2, 2)
-        weights[..., 0] = tile & 0xF
-        weights[..., 1] = tile >> 4
-        weights.sub_(OFFSET).mul_(scale[start : start + TILE_ROWS].float()[..., None, None])
+        q, weights = q[: len(tile)], weights[: len(tile)]
+        torch.bitwise_and(tile, 0xF, out=q[:, 0])
+        torch.bitwise_right_shift(tile, 4, out=q[:, 1])
+        # Wraps below zero, as the two's complement of u − 8 does.
+        weights.copy_(q.sub_(OFFSET).view(torch.int8))
+        groups = weights.view(len(tile), 2, -1, GROUP_SIZE // 2)
+        groups.mul_(scale[start : start + TILE_ROWS].float()[:, None, :, None])
+        out[:, start : start + TILE_ROWS] = x @ weights.view(len(tile), inputs).T
     return out
 
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from k26_plugins.cli import app
 from k26_plugins.common.checkpoint import Checkpoint, tensor_table
 from k26_plugins.common.config import K26Config
-from k26_plugins.common.int4 import dequantise, dequantise_tiled, quantise
+from k26_plugins.common.int4 import dequantise, product_tiled, quantise
 from k26_plugins.common.multimodal import KimiK26
 from k26_plugins.common.tiny import TinySizes
 from k26_plugins.operate.golden import Golden, memory, read_prompts
@@ -87,9 +87,13 @@ def test_the_file_names_weights_and_holds_images(tiny_folder: Path, prompts_file
     assert golden.prompts[3].text.endswith("<think></think>")
 
 
-def test_tiled_dequantisation_is_the_plain_one() -> None:
-    packed, scale = quantise(torch.randn(200, 96, generator=torch.Generator().manual_seed(0)))
-    assert torch.equal(dequantise_tiled(packed, scale, torch.empty(200, 96)), dequantise(packed, scale, torch.float32))
+def test_the_tiled_product_is_the_plain_one() -> None:
+    """Rows that end within a tile."""
+    generator = torch.Generator().manual_seed(0)
+    packed, scale = quantise(torch.randn(200, 96, generator=generator))
+    x = torch.randn(5, 96, generator=generator)
+    expected = x.double() @ dequantise(packed, scale, torch.float64).T
+    torch.testing.assert_close(product_tiled(x, packed, scale).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 LIMITED = """

@@ -2,10 +2,48 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 from support.doctor import doctor
+from support.faults import LOCATED, causes
+from support.server import Server
+from support.sglang_scripted import FAULTS, order
+from typer.testing import CliRunner, Result
+
+from k26_plugins.cli import app
+from k26_plugins.common.config import K26Config
+from k26_plugins.operate.plan.fit import kv_bytes_per_token
+from k26_plugins.operate.plan.weights import Layout, per_gpu
+
+
+def verify(server: Server, golden_file: Path) -> Result:
+    return CliRunner().invoke(app, ["verify", "--url", server.url, "--golden", str(golden_file)])
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_seeded_fault_is_found_and_located(scripted_server: Server, golden_file: Path, name: str) -> None:
+    order(scripted_server, name)
+    try:
+        result = verify(scripted_server, golden_file)
+    finally:
+        order(scripted_server, "undo")
+    assert result.exit_code == 1, result.output
+    assert LOCATED[name] in causes(result.output), result.output
+    result = verify(scripted_server, golden_file)
+    assert result.exit_code == 0, result.output
+
+
+def test_the_planned_weights_and_kv_cache_are_the_servers(scripted_server: Server, tiny_folder: Path) -> None:
+    order(scripted_server, "weigh")
+    found = re.search(r"weights: (\d+) bytes, (\d+) tokens of KV cache: (\d+) bytes", scripted_server.log.read_text())
+    assert found is not None
+    weights, tokens, cache = map(int, found.groups())
+    config = K26Config.from_path(tiny_folder)
+    planned = sum(per_gpu(config, Layout(absorbed_copy=True), 0).values())
+    assert weights == pytest.approx(planned, rel=0.03)
+    assert cache == pytest.approx(tokens * kv_bytes_per_token(config.text, "bf16"), rel=0.03)
 
 
 def test_the_doctor_sees_the_plugin(tiny_folder: Path) -> None:

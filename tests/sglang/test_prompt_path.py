@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from support.prompt_path import BAD_MEDIA, HOSTILE_BODIES, assert_bad_medium_is_answered, assert_same_token_ids
 from support.scripted import CASES, Case, parsed, streamed
-from support.server import Server, python_path
-from support.sglang_scripted import Scripted, Weigh
-from support.sglang_server import serve
+from support.server import Server
+from support.sglang_scripted import Scripted
 
-from k26_plugins.common.config import K26Config
 from k26_plugins.common.prompt.tokenizer import KimiTokenizer
-from k26_plugins.operate.plan.weights import Layout, per_gpu
-
-
-@pytest.fixture(scope="module")
-def server(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("sglang") / "server.log"
-    with serve(tiny_folder, log, "--enable-custom-logit-processor", PYTHONPATH=python_path()) as running:
-        yield running
 
 
 def script(folder: Path, case: Case) -> dict[str, Any]:
@@ -33,40 +21,32 @@ def script(folder: Path, case: Case) -> dict[str, Any]:
     return {"custom_logit_processor": Scripted.to_str(), "custom_params": {"script": token_ids}}
 
 
-def test_the_parsers_are_chosen(server: Server) -> None:
-    assert "reasoning parser kimi_k2, tool-call parser kimi_k2" in server.log.read_text()
+def test_the_parsers_are_chosen(scripted_server: Server) -> None:
+    assert "reasoning parser kimi_k2, tool-call parser kimi_k2" in scripted_server.log.read_text()
 
 
-def test_token_ids_are_the_cores(server: Server, tiny_folder: Path) -> None:
-    assert_same_token_ids(server, tiny_folder)
+def test_token_ids_are_the_cores(scripted_server: Server, tiny_folder: Path) -> None:
+    assert_same_token_ids(scripted_server, tiny_folder)
 
 
 @pytest.mark.parametrize("name", BAD_MEDIA)
-def test_a_bad_medium_is_answered_and_the_server_lives(server: Server, name: str) -> None:
-    assert_bad_medium_is_answered(server, name)
+def test_a_bad_medium_is_answered_and_the_server_lives(scripted_server: Server, name: str) -> None:
+    assert_bad_medium_is_answered(scripted_server, name)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_answers_are_taken_apart(server: Server, tiny_folder: Path, name: str) -> None:
+def test_answers_are_taken_apart(scripted_server: Server, tiny_folder: Path, name: str) -> None:
     case = CASES[name]
     expected = (case.reasoning, case.content, case.calls)
-    *found, finish = parsed(server, case, script(tiny_folder, case))
+    *found, finish = parsed(scripted_server, case, script(tiny_folder, case))
     assert tuple(found) == expected
     assert finish == ("tool_calls" if case.calls else "stop")
-    assert streamed(server, case, script(tiny_folder, case)) == expected
-
-
-def test_the_planned_weights_are_the_servers(server: Server, tiny_folder: Path) -> None:
-    server.chat("Hello", max_tokens=1, custom_logit_processor=Weigh.to_str(), custom_params={})
-    found = re.search(r"weights: (\d+) bytes", server.log.read_text())
-    assert found is not None
-    planned = sum(per_gpu(K26Config.from_path(tiny_folder), Layout(absorbed_copy=True), 0).values())
-    assert int(found[1]) == pytest.approx(planned, rel=0.03)
+    assert streamed(scripted_server, case, script(tiny_folder, case)) == expected
 
 
 @given(HOSTILE_BODIES)
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-def test_no_request_breaks_the_server(server: Server, body: dict[str, Any]) -> None:
-    response = server.post("/v1/chat/completions", **{"max_tokens": 1, **body})
+def test_no_request_breaks_the_server(scripted_server: Server, body: dict[str, Any]) -> None:
+    response = scripted_server.post("/v1/chat/completions", **{"max_tokens": 1, **body})
     assert response.status_code < 500, response.text
-    assert server.alive()
+    assert scripted_server.alive()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import gc
+import inspect
 from typing import Any
 
 import torch
 from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
+from support.faults import FAULTY_EXPERT, FAULTY_LAYER
+from support.server import Server
 
 
 class Scripted(CustomLogitProcessor):
@@ -23,14 +25,71 @@ class Scripted(CustomLogitProcessor):
         return logits
 
 
-class Weigh(CustomLogitProcessor):
-    """Writes into the server's log what the model's weights take, in bytes: SGLang's own log has hundredths of a GB."""
+class Inside(CustomLogitProcessor):
+    """Does to the model that serves what `custom_params` name: `{"do": "weigh"}`, or one of FAULTS, or "undo"."""
 
     def __call__(self, logits: torch.Tensor, custom_param_list: list[dict[str, Any]] | None = None) -> torch.Tensor:
-        model = next(found for found in gc.get_objects() if type(found).__name__ == "KimiK25ForConditionalGeneration")
-        held = list(model.parameters())
-        for module in model.modules():
-            held += [tensor for name in ("w_kc", "w_vc") if (tensor := getattr(module, name, None)) is not None]
-        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
-        print(f"weights: {sum(storages.values())} bytes", flush=True)
+        for params in custom_param_list or []:
+            if params["do"] == "weigh":
+                _weigh()
+            else:
+                _undo()
+                FAULTS.get(params["do"], list)()
         return logits
+
+
+def _runner() -> Any:
+    """SGLang's ModelRunner, which samples what is computed here: up the stack, for no name leads to it."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if type(owner).__name__ == "ModelRunner":
+            return owner
+        frame = frame.f_back
+    raise LookupError("not called by a ModelRunner")
+
+
+def _weigh() -> None:
+    """Writes into the server's log what weights and KV cache take: SGLang's own log has hundredths of a GB."""
+    model, pool = _runner().model, _runner().token_to_kv_pool
+    held = list(model.parameters())
+    for module in model.modules():
+        held += [tensor for name in ("w_kc", "w_vc") if (tensor := getattr(module, name, None)) is not None]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
+    tokens, cache = pool.size, sum(buffer[: pool.size].nbytes for buffer in pool.kv_buffer)
+    print(f"weights: {sum(storages.values())} bytes, {tokens} tokens of KV cache: {cache} bytes", flush=True)
+
+
+_saved: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+
+def _write(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    _saved.append((tensor.data, tensor.detach().clone()))
+    tensor.data.copy_(value)
+
+
+def _undo() -> None:
+    while _saved:
+        tensor, before = _saved.pop()
+        tensor.copy_(before)
+
+
+def _double_scale() -> None:
+    layer = _runner().model.language_model.model.layers[FAULTY_LAYER]
+    scale = next(module.k26_w2_scale for module in layer.modules() if hasattr(module, "k26_w2_scale"))
+    _write(scale[FAULTY_EXPERT], scale[FAULTY_EXPERT] * 2)
+
+
+def _drop_bias() -> None:
+    for name, tensor in _runner().model.named_parameters():
+        if name.endswith("e_score_correction_bias"):
+            _write(tensor, torch.zeros_like(tensor))
+
+
+FAULTS = {"one expert's scale doubled": _double_scale, "router bias dropped": _drop_bias}
+
+
+def order(server: Server, what: str) -> None:
+    """Have `what` done, and nothing that was cached before used after it."""
+    server.chat("Hello", max_tokens=1, custom_logit_processor=Inside.to_str(), custom_params={"do": what})
+    server.post("/flush_cache").raise_for_status()

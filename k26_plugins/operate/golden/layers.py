@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,12 +13,14 @@ import torch
 from k26_plugins.common.checkpoint import StreamedCheckpoint, expert_name
 from k26_plugins.common.config import TextConfig
 from k26_plugins.common.experts.base import tokens_by_expert
-from k26_plugins.common.int4 import dequantise_tiled
+from k26_plugins.common.int4 import product_tiled
 from k26_plugins.common.model import Attention, KVCache, MoE, SwiGLU, Weights, rms_norm
-from k26_plugins.operate.golden.memory import FEED_TOKENS, READ_AHEAD, query_chunk
+from k26_plugins.operate.golden.memory import FEED_TOKENS, READ_AHEAD, compute_threads, query_chunk
 from k26_plugins.operate.golden.variants import Variant
 
 PROJECTIONS = ("gate", "up", "down")
+Expert = dict[str, tuple[torch.Tensor, torch.Tensor]]
+"""Packed weights and scales by projection."""
 
 
 @dataclass(slots=True)
@@ -129,25 +132,31 @@ class Layer:
             for stream in streams
         ]
         touched = sorted({expert for mine in slots for expert in mine})
-        hidden, inner = self.config.hidden_size, self.config.moe_intermediate_size
-        w13, w2 = torch.empty(2 * inner, hidden), torch.empty(hidden, inner)
-        for expert, parts in self._experts(touched):
-            for index, projection in enumerate(PROJECTIONS):
-                target = w2 if projection == "down" else w13[index * inner : (index + 1) * inner]
-                dequantise_tiled(*parts[projection], target)
-            pieces: list[_Piece] = []
+
+        def pieces_of(expert: int) -> Iterator[_Piece]:
             for stream, out, mine in zip(streams, outs, slots, strict=True):
-                if expert in mine:
-                    routed = routing[stream.variant.name]
-                    pieces += [_Piece(stream.variant, routed, part, out) for part in mine[expert].split(FEED_TOKENS)]
-            for batch in _batches(pieces):
-                _add_products(batch, w13, w2)
+                for part in mine[expert].split(FEED_TOKENS) if expert in mine else ():
+                    yield _Piece(stream.variant, routing[stream.variant.name], part, out)
+
+        # Experts beside one another, each on one thread: its operators are too short to be shared. Added up in the
+        # experts' order, so that the sum has the same bits on any number of threads.
+        threads = compute_threads()
+        waiting: deque[Future[list[_Product]]] = deque()
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for expert, parts in self._experts(touched):
+                if len(waiting) > threads:
+                    _add(waiting.popleft().result())
+                waiting.append(pool.submit(_products, list(pieces_of(expert)), parts))
+            for future in waiting:
+                _add(future.result())
+        # The number of threads of those to come, which the initialiser has set too.
+        torch.set_num_threads(torch.get_num_threads())
         return outs
 
-    def _experts(self, touched: list[int]) -> Iterator[tuple[int, dict[str, tuple[torch.Tensor, torch.Tensor]]]]:
+    def _experts(self, touched: list[int]) -> Iterator[tuple[int, Expert]]:
         """Packed weights and scales of each expert, the next ones read while one is computed."""
 
-        def read(expert: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        def read(expert: int) -> Expert:
             names = {
                 (projection, part): expert_name(self.layer, expert, projection, part)
                 for projection in PROJECTIONS
@@ -160,7 +169,7 @@ class Layer:
             }
 
         with ThreadPoolExecutor(READ_AHEAD) as pool:
-            waiting: list[Future[dict[str, tuple[torch.Tensor, torch.Tensor]]]] = []
+            waiting: list[Future[Expert]] = []
             upcoming = iter(touched)
             for expert in touched:
                 while len(waiting) < READ_AHEAD and (following := next(upcoming, None)) is not None:
@@ -192,6 +201,14 @@ class _Piece(NamedTuple):
     """The stream's routed sum, which the product is added to."""
 
 
+class _Product(NamedTuple):
+    """What an expert adds to a stream's routed sum."""
+
+    out: torch.Tensor
+    rows: torch.Tensor
+    y: torch.Tensor
+
+
 def _batches(pieces: list[_Piece]) -> Iterator[list[_Piece]]:
     """Pieces together, at most FEED_TOKENS tokens at a time."""
     batch: list[_Piece] = []
@@ -203,16 +220,25 @@ def _batches(pieces: list[_Piece]) -> Iterator[list[_Piece]]:
     yield batch
 
 
-def _add_products(pieces: list[_Piece], w13: torch.Tensor, w2: torch.Tensor) -> None:
-    """One product for all pieces: an expert's float32 matrices are larger than a cache, each pass over them counts."""
-    tokens = [piece.slots // piece.routing.topk_ids.shape[1] for piece in pieces]
-    sizes = [len(rows) for rows in tokens]
-    x = torch.cat([piece.routing.x[rows].float() for piece, rows in zip(pieces, tokens, strict=True)])
-    inner = (x @ w13.T).split(sizes)
-    activated = [piece.variant.activation(*both.chunk(2, dim=-1)) for piece, both in zip(pieces, inner, strict=True)]
-    products = (torch.cat(activated) @ w2.T).split(sizes)
-    for piece, rows, y in zip(pieces, tokens, products, strict=True):
-        piece.out.index_add_(0, rows, y * piece.routing.topk_weights.flatten()[piece.slots].unsqueeze(-1))
+def _products(pieces: list[_Piece], parts: Expert) -> list[_Product]:
+    """What an expert adds to each piece, with one product for many pieces: each pass over its weights counts."""
+    found = []
+    for batch in _batches(pieces):
+        tokens = [piece.slots // piece.routing.topk_ids.shape[1] for piece in batch]
+        sizes = [len(rows) for rows in tokens]
+        x = torch.cat([piece.routing.x[rows].float() for piece, rows in zip(batch, tokens, strict=True)])
+        gate, up = (product_tiled(x, *parts[name]).split(sizes) for name in ("gate", "up"))
+        inner = torch.cat([piece.variant.activation(*both) for piece, *both in zip(batch, gate, up, strict=True)])
+        products = product_tiled(inner, *parts["down"]).split(sizes)
+        for piece, rows, y in zip(batch, tokens, products, strict=True):
+            weights = piece.routing.topk_weights.flatten()[piece.slots].unsqueeze(-1)
+            found.append(_Product(piece.out, rows, y * weights))
+    return found
+
+
+def _add(products: list[_Product]) -> None:
+    for out, rows, y in products:
+        out.index_add_(0, rows, y)
 
 
 def _by_dtype(streams: list[Stream]) -> Iterator[tuple[torch.dtype, list[Stream]]]:

@@ -7,8 +7,11 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
 from k26_plugins.common.checkpoint import TensorSpec, expert_bytes, tensor_table
 from k26_plugins.common.config import K26Config, TextConfig
+from k26_plugins.common.int4 import TILE_ROWS
 
 SCRATCH = 256 * 2**20
 """What attention scores, logits and an expert's activations are cut to, bytes each."""
@@ -18,6 +21,8 @@ READ_AHEAD = 2
 """Experts that are read while one is computed."""
 FEED_TOKENS = 1024
 """Tokens at a time in a dense feed-forward."""
+MAX_THREADS = 8
+"""That compute experts at the same time, each with memory of its own: they keep up with a disk of 5 GB/s."""
 M_MMAP_THRESHOLD = -3  # malloc.h
 # Above the pieces that dequantising makes by the thousand, for which mapping would cost more than the work.
 MAPPED_FROM = 2**20
@@ -54,6 +59,11 @@ def give_back_freed_memory() -> None:
         mallopt(M_MMAP_THRESHOLD, MAPPED_FROM)
 
 
+def compute_threads() -> int:
+    """Experts that are computed at the same time."""
+    return min(torch.get_num_threads(), MAX_THREADS)
+
+
 def query_chunk(config: TextConfig, length: int) -> int:
     """Queries at a time, so that the scores of all heads, their softmax and the mask stay within SCRATCH."""
     return max(1, min(length, SCRATCH // (3 * FLOAT32 * config.num_attention_heads * length)))
@@ -76,8 +86,11 @@ def peak(config: K26Config, carried: Carried, top_k: int) -> dict[str, int]:
     stages = {
         "attention": 3 * _stored(table, "self_attn") + carried.longest * (heads + hidden * 3) * FLOAT32 + SCRATCH,
         "dense feed-forward": 3 * _stored(table, "mlp") + 4 * FEED_TOKENS * text.intermediate_size * FLOAT32,
-        "routed experts": (1 + READ_AHEAD) * expert_bytes(text)
-        + 3 * hidden * text.moe_intermediate_size * FLOAT32
+        # Waiting to be computed, computed, and read: with what each thread makes of its tokens.
+        "routed experts": (2 * compute_threads() + 1 + READ_AHEAD) * expert_bytes(text)
+        + compute_threads()
+        * (2 * TILE_ROWS * hidden + FEED_TOKENS * (5 * hidden + 5 * text.moe_intermediate_size))
+        * FLOAT32
         # Normed input and routed sum in float32, and the choice of experts.
         + carried.all_tokens * (2 * hidden * FLOAT32 + 40 * text.num_experts_per_tok)
         + SCRATCH,
