@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,8 @@ from k26_plugins.cli.console import err, fail, progress_bar
 NOT_RIGHT = 1
 NOT_ASKED = 2
 
+JsonOut = Annotated[Path | None, typer.Option("--json", help="Write everything measured as JSON.")]
+HtmlOut = Annotated[Path | None, typer.Option("--html", help="Write one page with plots.")]
 ApiKey = Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="Where the server wants one.")]
 
 
@@ -22,8 +25,8 @@ def verify(
     model: Annotated[str | None, typer.Option(help="Which model, where the server has several.")] = None,
     api_key: ApiKey = None,
     tools: Annotated[bool, typer.Option(help="Ask for tool calls too. The server needs its kimi_k2 parsers.")] = False,
-    json_out: Annotated[Path | None, typer.Option("--json", help="Write everything measured as JSON.")] = None,
-    html_out: Annotated[Path | None, typer.Option("--html", help="Write one page with plots.")] = None,
+    json_out: JsonOut = None,
+    html_out: HtmlOut = None,
 ) -> None:
     """Hold a running server against golden logits: vLLM, SGLang, KTransformers, or any OpenAI-compatible endpoint.
 
@@ -59,14 +62,8 @@ def verify(
     except (GoldenError, EndpointError, OSError) as error:
         fail(error, NOT_ASKED)
     typer.echo(as_text(measured, verdict))
-    if json_out is not None:
-        json_out.write_text(json.dumps(as_json(expected, measured, verdict), indent=1) + "\n", encoding="utf-8")
-    if html_out is not None:
-        try:
-            html_out.write_text(as_html(expected, measured, verdict), encoding="utf-8")
-        except ImportError as error:
-            err.print(f"no page: {error}. pip install 'k26-plugins\\[report]'", highlight=False)
-            raise typer.Exit(NOT_ASKED) from error
+    _write(json_out, lambda: json.dumps(as_json(expected, measured, verdict), indent=1) + "\n")
+    _write(html_out, lambda: as_html(expected, measured, verdict))
     if not verdict.passed:
         raise typer.Exit(NOT_RIGHT)
 
@@ -76,19 +73,20 @@ def compare(
     prompts: Annotated[Path, typer.Option(help="A file of prompts, as `k26 golden` takes it.", show_default=False)],
     answer_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each greedy answer.")] = 8,
     api_key: ApiKey = None,
-    json_out: Annotated[Path | None, typer.Option("--json", help="Write the result as JSON.")] = None,
+    json_out: JsonOut = None,
+    html_out: HtmlOut = None,
 ) -> None:
     """Hold running servers against each other, every pair of them, where there is no golden file.
 
     Compares how messages become tokens, the distributions over prompts where both servers report them, and greedy
-    answers. That two agree does not make either right. Prompts of raw text are left out: no server tokenises them alike.
+    answers. That two agree does not make either right. A prompt of raw text is compared between servers that report
+    prompts (vLLM, SGLang); a vendor's chat API cannot be asked it.
 
     Exits with 0 where all pairs agree, with 1 where one does not, and with 2 where a server could not be asked.
     """
-    from statistics import median
-
     from k26_plugins.operate.golden import PromptError, read_requests
     from k26_plugins.operate.verify import compare as comparison
+    from k26_plugins.operate.verify.compare_report import as_html, as_json, as_text
     from k26_plugins.operate.verify.endpoint import EndpointError, connect
 
     if len(urls) < 2:
@@ -103,17 +101,18 @@ def compare(
             )
     except (EndpointError, PromptError) as error:
         fail(error, NOT_ASKED)
-    for pair in pairs:
-        names = " and ".join(f"{endpoints[index].engine} ({urls[index]})" for index in (pair.first, pair.second))
-        typer.echo(f"{'agree' if pair.agree else 'DIFFER'}  {names}")
-        for group, values in pair.groups.items():
-            bound = f"bound {comparison.TYPICAL:.0e}"
-            typer.echo(f"  {group}: median KL {median(values):.1e} ({bound}) over {len(values)} positions")
-        for line in pair.differently_rendered:
-            typer.echo(f"  rendered differently: {line}")
-        for line in pair.parted:
-            typer.echo(f"  answers part: {line}")
-    if json_out is not None:
-        json_out.write_text(json.dumps([pair.as_json(urls) for pair in pairs], indent=1) + "\n", encoding="utf-8")
+    typer.echo(as_text(pairs, endpoints))
+    _write(json_out, lambda: json.dumps(as_json(pairs, endpoints), indent=1) + "\n")
+    _write(html_out, lambda: as_html(pairs, endpoints))
     if not all(pair.agree for pair in pairs):
         raise typer.Exit(NOT_RIGHT)
+
+
+def _write(file: Path | None, content: Callable[[], str]) -> None:
+    """A report, where one is wanted. Ends the command where its plots cannot be drawn."""
+    if file is not None:
+        try:
+            file.write_text(content(), encoding="utf-8")
+        except ImportError as error:
+            err.print(f"no page: {error}. pip install 'k26-plugins\\[report]'", highlight=False)
+            raise typer.Exit(NOT_ASKED) from error

@@ -165,10 +165,25 @@ def test_the_seeded_config_is_another(tiny_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["none", "gate and up swapped", "token ids shifted by 3", "padding after normalising"])
-def test_endpoints_against_each_other(tiny_folder: Path, prompts_file: Path, name: str) -> None:
-    fault = FAULTS.get(name, Fault())
-    with serve_reference(tiny_folder) as first, serve_reference(tiny_folder, fault) as second:
+def test_endpoints_against_each_other(tiny_folder: Path, prompts_file: Path, tmp_path: Path, name: str) -> None:
+    files = [tmp_path / "a.json", tmp_path / "a.html"]
+    with serve_reference(tiny_folder) as first, serve_reference(tiny_folder, FAULTS.get(name, Fault())) as second:
         command = ["compare", first, second, "--prompts", str(prompts_file), "--answer-tokens", "3"]
-        result = CliRunner().invoke(app, command)
+        result = CliRunner().invoke(app, [*command, "--json", str(files[0]), "--html", str(files[1])])
     assert result.exit_code == (0 if name == "none" else 1), result.output
-    assert ("rendered differently" in result.output) == (name == "token ids shifted by 3")
+    (pair,) = json.loads(files[0].read_text())
+    assert pair["agree"] == (name == "none")
+    # All four prompts, the one of raw text among them.
+    expected = 1 if name == "token ids shifted by 3" else 4
+    assert f"{expected} of 4 prompts become the same tokens" in result.output
+    assert pair["not_shown"] == []
+    page = files[1].read_text()
+    assert ("The endpoints agree" in page) == (name == "none")
+    assert page.count("<svg") == 1
+
+
+def test_raw_text_is_not_shown_of_a_vendor(tiny_folder: Path, prompts_file: Path) -> None:
+    with serve_reference(tiny_folder) as first, serve_reference(tiny_folder, vendor=True) as second:
+        result = CliRunner().invoke(app, ["compare", first, second, "--prompts", str(prompts_file)])
+    assert result.exit_code == 0, result.output
+    assert "not shown: raw: a prompt of raw text" in result.output

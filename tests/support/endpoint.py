@@ -67,11 +67,14 @@ class Served:
         self.media = MediaConfig.from_path(folder)
 
     def completions(self, body: dict[str, Any]) -> dict[str, Any]:
-        choice = self._answer(body["prompt"], (), body, body.get("logprobs") or 0)
+        given = body["prompt"]
+        prompt = self.tokenizer.encode_prompt(given) if isinstance(given, str) else given
+        choice = self._answer(prompt, (), body, body.get("logprobs") or 0)
         tokens = [f"token_id:{token}" for token in choice["ids"]]
         top = [{f"token_id:{token}": value for token, value in entry.items()} for entry in choice["answered"]]
         logprobs = {"tokens": tokens, "top_logprobs": top}
-        return {"choices": [{"logprobs": logprobs, "prompt_logprobs": choice["prompt"], "finish_reason": "length"}]}
+        answer = {"logprobs": logprobs, "prompt_logprobs": choice["prompt"], "finish_reason": "length"}
+        return {"choices": [{**answer, "prompt_token_ids": prompt}], "usage": {"prompt_tokens": len(prompt)}}
 
     def chat(self, body: dict[str, Any]) -> dict[str, Any]:
         if "tools" in body and self.message is not None:

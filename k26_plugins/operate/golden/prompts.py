@@ -73,7 +73,7 @@ def read_prompts(file: Path, folder: Path) -> list[Prompt]:
     prompts = read_requests(file)
     for prompt in prompts:
         request = prompt.request
-        prompt.text = request.get("text") or render(
+        prompt.text = prompt.text or render(
             request["messages"], folder, tools=request.get("tools"), thinking=request.get("thinking", True)
         )
         counts = [navit_resize(*open_image(image).size, media).num_tokens for image in prompt.images]
@@ -93,7 +93,7 @@ def _request(request: dict[str, Any], where: str, base: Path) -> Prompt:
                 images.append((base / part["image"]).read_bytes())
                 open_image(images[-1])
                 part["image"] = len(images) - 1
-    return Prompt(name=name, request=request, images=images)
+    return Prompt(name=name, request=request, text=request.get("text", ""), images=images)
 
 
 def pixels(prompt: Prompt, folder: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 from k26_plugins.operate.golden import Prompt
 from k26_plugins.operate.verify.distance import allowed_share, kl_of_reported, share_above
 from k26_plugins.operate.verify.endpoint import Distribution, Endpoint, EndpointError, Rendered
+from k26_plugins.operate.verify.judge import Check
 
 # The design's bound on an engine's mean divergence. Two engines that round differ by no more.
 TYPICAL = 1e-3
@@ -24,7 +25,8 @@ class Said:
 
     rendered: Rendered
     prompt: dict[int, Distribution] = field(default_factory=dict)
-    answer: list[dict[bytes, float]] = field(default_factory=list)
+    answer: Sequence[Mapping[Any, float]] = ()
+    """The distribution of each token of a greedy answer: by the tokens' bytes, or by their ids after raw text."""
 
 
 @dataclass(slots=True)
@@ -33,37 +35,41 @@ class Pair:
 
     first: int
     second: int
+    compared: int = 0
+    """Prompts that both were asked."""
     differently_rendered: list[str] = field(default_factory=list)
     groups: dict[str, list[float]] = field(default_factory=dict)
     """KL of the positions that both report: of text prompts, of prompts with images, of answers."""
     parted: list[str] = field(default_factory=list)
     """Prompts whose greedy answers part, and where."""
+    not_shown: list[str] = field(default_factory=list)
+    """Prompts that one of them cannot be asked, and why."""
 
     @property
     def kl(self) -> list[float]:
         return [value for group in self.groups.values() for value in group]
 
     @property
-    def agree(self) -> bool:
+    def checks(self) -> list[Check]:
         """Same prompts, and distributions that rounding can account for."""
-        if self.differently_rendered or not self.kl:
-            return False
-        return all(
-            median(group) <= TYPICAL and share_above(group, LARGE) <= allowed_share(LARGE_SHARE, len(group))
-            for group in self.groups.values()
-        )
+        wrong = len(self.differently_rendered)
+        alike = f"{self.compared - wrong} of {self.compared} prompts become the same tokens"
+        found = [Check("rendering and tokens", not wrong, "; ".join([alike, *self.differently_rendered]))]
+        for name, group in self.groups.items():
+            typical, share = median(group), share_above(group, LARGE)
+            allowed = allowed_share(LARGE_SHARE, len(group))
+            detail = (
+                f"median KL {typical:.1e} (bound {TYPICAL:.0e}), mean {mean(group):.1e}, above {LARGE} at {share:.1%} of "
+                f"{len(group)} positions (bound {allowed:.1%})"
+            )
+            found.append(Check(name, typical <= TYPICAL and share <= allowed, detail))
+        if not self.groups:
+            found.append(Check("distributions", False, "the two report none of the same positions"))
+        return found
 
-    def as_json(self, urls: Sequence[str]) -> dict[str, Any]:
-        return {
-            "urls": [urls[self.first], urls[self.second]],
-            "agree": self.agree,
-            "differently_rendered": self.differently_rendered,
-            "groups": {
-                name: {"positions": len(group), "median_kl": median(group), "mean_kl": mean(group)}
-                for name, group in self.groups.items()
-            },
-            "answers_part": self.parted,
-        }
+    @property
+    def agree(self) -> bool:
+        return all(check.passed for check in self.checks)
 
 
 def compare(
@@ -74,13 +80,17 @@ def compare(
     answer_tokens: int = 8,
     top: int = 20,
 ) -> list[Pair]:
-    """Ask all endpoints every prompt of messages; every pair of them. Raises EndpointError."""
+    """Ask all endpoints every prompt; every pair of them. Raises EndpointError."""
     pairs = [Pair(first, second) for first, second in combinations(range(len(endpoints)), 2)]
     for number, prompt in enumerate(prompts, 1):
-        if "messages" in prompt.request:
-            said = _ask(endpoints, prompt, answer_tokens, top)
-            for pair in pairs:
-                _hold(pair, prompt, said[pair.first], said[pair.second])
+        ask = _ask if "messages" in prompt.request else _ask_raw
+        said = ask(endpoints, prompt, answer_tokens, top)
+        for pair in pairs:
+            first, second = said[pair.first], said[pair.second]
+            if first is None or second is None:
+                pair.not_shown.append(f"{prompt.name}: a prompt of raw text, and one of the two takes messages only")
+            else:
+                _hold(pair, prompt, first, second)
         on_prompt(number)
     if not any(pair.kl for pair in pairs):
         raise EndpointError(
@@ -89,7 +99,7 @@ def compare(
     return pairs
 
 
-def _ask(endpoints: Sequence[Endpoint], prompt: Prompt, answer_tokens: int, top: int) -> list[Said]:
+def _ask(endpoints: Sequence[Endpoint], prompt: Prompt, answer_tokens: int, top: int) -> list[Said | None]:
     said = [Said(endpoint.rendered(prompt)) for endpoint in endpoints]
     # Token ids for those that take them, from one that reports them.
     known = next((entry.rendered.token_ids for entry in said if entry.rendered.token_ids), None)
@@ -98,10 +108,23 @@ def _ask(endpoints: Sequence[Endpoint], prompt: Prompt, answer_tokens: int, top:
             prompt.token_ids = known
             entry.prompt = endpoint.prompt(prompt, top)
         entry.answer = endpoint.answer_as_text(prompt, answer_tokens, top)
+    return [*said]
+
+
+def _ask_raw(endpoints: Sequence[Endpoint], prompt: Prompt, answer_tokens: int, top: int) -> list[Said | None]:
+    """A prompt of raw text, which each endpoint tokenises itself; None of one that takes messages only."""
+    said: list[Said | None] = []
+    for endpoint in endpoints:
+        if endpoint.reports_prompt:
+            answer = endpoint.answer(prompt, answer_tokens, top).distributions
+            said.append(Said(endpoint.rendered(prompt), endpoint.prompt(prompt, top), answer))
+        else:
+            said.append(None)
     return said
 
 
 def _hold(pair: Pair, prompt: Prompt, first: Said, second: Said) -> None:
+    pair.compared += 1
     both = first.rendered.token_ids, second.rendered.token_ids
     same = both[0] == both[1] if all(both) else first.rendered.count == second.rendered.count
     if not same:
@@ -118,5 +141,7 @@ def _hold(pair: Pair, prompt: Prompt, first: Said, second: Said) -> None:
             break
 
 
-def _chosen(distribution: Mapping[bytes, float]) -> str:
-    return next(iter(distribution)).decode("utf-8", "replace")
+def _chosen(distribution: Mapping[Any, float]) -> str:
+    """The answers are greedy."""
+    token = max(distribution, key=distribution.__getitem__)
+    return token.decode("utf-8", "replace") if isinstance(token, bytes) else f"token {token}"

@@ -10,6 +10,9 @@ from k26_plugins.operate.verify.endpoint import Answer, Distribution, Endpoint, 
 
 class SGLangEndpoint(Endpoint):
     def rendered(self, prompt: Prompt) -> Rendered:
+        if "messages" not in prompt.request:
+            info = self._generate(prompt, 1, 1, logprob_start_len=0)
+            return Rendered([int(token) for _, token, *_ in info["input_token_logprobs"]], int(info["prompt_tokens"]))
         answer = self.chat(**self.chat_request(prompt), max_tokens=1, return_prompt_token_ids=True)
         token_ids = answer["choices"][0].get("prompt_token_ids")
         return Rendered(token_ids, int(answer["usage"]["prompt_tokens"]))
@@ -30,8 +33,10 @@ class SGLangEndpoint(Endpoint):
     def _generate(self, prompt: Prompt, count: int, top: int, **body: Any) -> dict[str, Any]:
         if prompt.images:
             body |= {"text": prompt.text, "image_data": [data_url(image) for image in prompt.images]}
-        else:
+        elif prompt.token_ids:
             body["input_ids"] = prompt.token_ids
+        else:
+            body["text"] = prompt.text
         sampling = {"max_new_tokens": count, "temperature": 0, "ignore_eos": True}
         answer = self.post("/generate", sampling_params=sampling, return_logprob=True, top_logprobs_num=top, **body)
         info: dict[str, Any] = answer["meta_info"]

@@ -14,6 +14,9 @@ MAX_TOP = 20
 
 class VLLMEndpoint(Endpoint):
     def rendered(self, prompt: Prompt) -> Rendered:
+        if "messages" not in prompt.request:
+            body = self._complete(prompt, max_tokens=1, return_token_ids=True)
+            return Rendered(body["choices"][0].get("prompt_token_ids"), int(body["usage"]["prompt_tokens"]))
         answer = self.chat(**self.chat_request(prompt), max_tokens=1, return_token_ids=True)
         return Rendered(answer.get("prompt_token_ids"), int(answer["usage"]["prompt_tokens"]))
 
@@ -48,4 +51,6 @@ class VLLMEndpoint(Endpoint):
         return Answer(token_ids, distributions, str(choice.get("finish_reason")))
 
     def _complete(self, prompt: Prompt, **body: Any) -> dict[str, Any]:
-        return self.post("/v1/completions", model=self.model, prompt=prompt.token_ids, temperature=0, **body)
+        # Raw text of which nobody has said the token ids goes as it is.
+        asked = prompt.token_ids or prompt.text
+        return self.post("/v1/completions", model=self.model, prompt=asked, temperature=0, **body)

@@ -1,0 +1,70 @@
+"""Endpoints held against each other as text, as JSON, and as one HTML page."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import asdict
+from statistics import mean, median
+from typing import Any
+
+from k26_plugins import __version__
+from k26_plugins.operate.verify.compare import Pair
+from k26_plugins.operate.verify.endpoint import Endpoint
+from k26_plugins.operate.verify.page import bullets, check_lines, checks_table, heading, page, shares_below
+
+
+def as_text(pairs: Sequence[Pair], endpoints: Sequence[Endpoint]) -> str:
+    lines = []
+    for pair in pairs:
+        lines += [f"{_verdict(pair)}  {_names(pair, endpoints)}", *check_lines(pair.checks)]
+        lines += [f"  {note}" for note in _notes(pair)]
+    return "\n".join(lines)
+
+
+def as_json(pairs: Sequence[Pair], endpoints: Sequence[Endpoint]) -> list[dict[str, Any]]:
+    return [
+        {
+            "k26_plugins": __version__,
+            "urls": [endpoints[index].url for index in (pair.first, pair.second)],
+            "engines": [endpoints[index].engine for index in (pair.first, pair.second)],
+            "agree": pair.agree,
+            "checks": [asdict(check) for check in pair.checks],
+            "differently_rendered": pair.differently_rendered,
+            "groups": {
+                name: {"positions": len(group), "median_kl": median(group), "mean_kl": mean(group)}
+                for name, group in pair.groups.items()
+            },
+            "answers_part": pair.parted,
+            "not_shown": pair.not_shown,
+        }
+        for pair in pairs
+    ]
+
+
+def as_html(pairs: Sequence[Pair], endpoints: Sequence[Endpoint]) -> str:
+    """One page that needs nothing beside it. Needs matplotlib: `pip install 'k26-plugins[report]'`."""
+    agree = all(pair.agree for pair in pairs)
+    asked = ", ".join(f"{endpoint.engine} ({endpoint.url})" for endpoint in endpoints)
+    parts = [heading("The endpoints agree" if agree else "The endpoints do not agree", asked)]
+    for pair in pairs:
+        parts.append(f"<h2>{_verdict(pair)}: {html.escape(_names(pair, endpoints))}</h2>\n")
+        parts += [checks_table(pair.checks), bullets(_notes(pair))]
+    curves = [
+        (f"{endpoints[pair.first].url} and {endpoints[pair.second].url}: {name}", group, None)
+        for pair in pairs
+        for name, group in pair.groups.items()
+    ]
+    return page("k26 compare", parts, [shares_below(curves, "one another")])
+
+
+def _verdict(pair: Pair) -> str:
+    return "agree" if pair.agree else "DIFFER"
+
+
+def _names(pair: Pair, endpoints: Sequence[Endpoint]) -> str:
+    return " and ".join(f"{endpoints[index].engine} ({endpoints[index].url})" for index in (pair.first, pair.second))
+
+
+def _notes(pair: Pair) -> list[str]:
+    return [*(f"answers part: {line}" for line in pair.parted), *(f"not shown: {line}" for line in pair.not_shown)]
