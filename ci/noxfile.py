@@ -69,9 +69,10 @@ def _install_vllm(session: nox.Session, *arguments: str) -> None:
 
 @environment
 def vllm(session: nox.Session) -> None:
-    """The adapter in the newest vLLM that has a CPU build: the real server."""
+    """The adapter in the newest vLLM that has a CPU build: the real server; and what the session `demo` does."""
     _install_vllm(session, VLLM_NEWEST)
     session.run("pytest", "-q", "tests/vllm", *session.posargs)
+    session.run("python", "ci/demo.py", "vllm", session.create_tmp())
 
 
 @environment

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.documented import NOT_RUN, PAGES, README, ROOT, RUN_BY, commands, lines
 from support.endpoint import serve_reference
 from typer.testing import CliRunner
 
@@ -16,19 +17,15 @@ from k26_plugins.cli import app
 from k26_plugins.operate.doctor import engines
 from k26_plugins.operate.golden.variants import BY_NAME
 
-ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 sys.path.insert(0, str(ROOT / "ci"))
-import hardware_table  # noqa: E402
+import hardware_table
 
 
-def documented(page: Path) -> list[str]:
-    """The `k26` commands in a page's code blocks, without the comment after them."""
-    lines = re.findall(r"^ {4}(k26 .*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
-    return [line.split(" #")[0].strip() for line in lines]
+def k26_commands(page: Path) -> list[str]:
+    return [command for command in commands(page) if command.startswith("k26 ")]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if documented(page)], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in PAGES if k26_commands(page)], ids=lambda page: page.name)
 def test_commands_run_as_written(
     page: Path,
     tiny_folder: Path,
@@ -49,13 +46,25 @@ def test_commands_run_as_written(
     monkeypatch.setattr(engines, "engine_findings", lambda required: [])
     monkeypatch.setattr("k26_plugins.operate.doctor.engine_findings", lambda required: [])
     with serve_reference(tiny_folder) as url:
-        for line in documented(page):
+        for line in k26_commands(page):
             command = re.sub(r"http://localhost:\d+", url, line)
             if command.startswith("k26 tiny"):
                 shutil.rmtree("DIR")
             result = CliRunner().invoke(app, shlex.split(command)[1:])
             assert result.exit_code == 0, f"{line}\n{result.output}"
-    assert len(started) == sum("k26 serve" in line for line in documented(page))
+    assert len(started) == sum("k26 serve" in line for line in k26_commands(page))
+
+
+def test_every_other_command_is_run_somewhere_or_has_a_reason() -> None:
+    """A new command, and an entry whose command or test is gone."""
+    assert lines(README) == commands(README), "README has a block that is no command: mend support/documented.py"
+    others = {line for page in PAGES for line in commands(page)} - {
+        line for page in PAGES for line in k26_commands(page)
+    }
+    listed = {*RUN_BY, *NOT_RUN}
+    assert others == {command for command in listed if not command.startswith("k26 ")}
+    for command, (file, text) in RUN_BY.items():
+        assert text in (ROOT / file).read_text(encoding="utf-8"), f"{file} no longer runs {command}"
 
 
 def test_the_hardware_table_is_what_the_planner_says() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support import documented
 from support.server import Server, python_path
 from support.sglang_server import serve
 
@@ -13,5 +14,7 @@ from support.sglang_server import serve
 @pytest.fixture(scope="session")
 def scripted_server(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("scripted") / "server.log"
-    with serve(tiny_folder, log, "--enable-custom-logit-processor", PYTHONPATH=python_path()) as running:
+    command = [*documented.as_run(documented.SERVE_SGLANG, tiny_folder), "--"]
+    arguments = ["--enable-custom-logit-processor"]
+    with serve(tiny_folder, log, *arguments, command=command, PYTHONPATH=python_path()) as running:
         yield running

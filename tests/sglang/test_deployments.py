@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support import documented
 from support.agreement import assert_same_top
 from support.checkpoints import make_llama
 from support.server import Server
@@ -23,7 +24,7 @@ def one_rank(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--tp-size", "2"],
+        [],  # the documented command, tensor parallel
         # Redundant experts in place. Moving them later ends in SGLang's own wait for a CUDA device.
         ["--tp-size", "2", "--ep-size", "2", "--mm-enable-dp-encoder", *REDUNDANT_EXPERTS],
         ["--pp-size", "2"],
@@ -31,7 +32,8 @@ def one_rank(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     ids=["tensor", "expert", "pipeline"],
 )
 def test_two_ranks_answer_as_one(tiny_folder: Path, tmp_path: Path, one_rank: Server, arguments: list[str]) -> None:
-    with serve(tiny_folder, tmp_path / "log", *arguments, **TWO_RANKS, **EAGER) as server:
+    command = documented.as_run(documented.SGLANG, tiny_folder) if not arguments else ()
+    with serve(tiny_folder, tmp_path / "log", *arguments, command=command, **TWO_RANKS, **EAGER) as server:
         assert_same_top(first_tokens(server), first_tokens(one_rank))
 
 

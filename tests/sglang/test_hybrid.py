@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import documented
 from support.agreement import assert_same_distribution, assert_same_top
 from support.images import image_part, png, random_image
 from support.server import Server
@@ -90,8 +91,9 @@ def test_two_ranks_with_kt_kernel_and_a_profile_answer_as_one(half: Server, fold
     for file in folder.iterdir():
         (tmp_path / "tiny" / file.name).symlink_to(file)
     Profile(10, [[0] * 8, [1, 5, 0, 5, 0, 0, 0, 4], [3, 0, 5, 0, 1, 1, 1, 1]]).save(tmp_path / "tiny" / PROFILE_FILE)
-    arguments = [*flags(tmp_path / "tiny", 3), "--tp-size", "2"]
-    with serve(tmp_path / "tiny", tmp_path / "log", *arguments, **TWO_RANKS, **EAGER, K26_CPU_EXPERTS="kt") as server:
+    command = documented.as_run(documented.HYBRID, tmp_path / "tiny")
+    settings = {**TWO_RANKS, **EAGER, "K26_CPU_EXPERTS": "kt"}
+    with serve(tmp_path / "tiny", tmp_path / "log", command=command, **settings) as server:
         log = server.log.read_text()
         assert f"by {PROFILE_FILE}, 85% of its uses" in log
         assert "on the CPU (kt)" in log

@@ -22,6 +22,12 @@ def verify(server: Server, golden_file: Path) -> Result:
     return CliRunner().invoke(app, ["verify", "--url", server.url, "--golden", str(golden_file)])
 
 
+def test_k26_serve_has_become_the_engine(scripted_server: Server) -> None:
+    """The same process, so that signals and the exit status are the engine's."""
+    running = Path(f"/proc/{scripted_server.pid}/cmdline").read_text().split("\0")
+    assert running[1:3] == ["-m", "sglang.launch_server"]
+
+
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_seeded_fault_is_found_and_located(scripted_server: Server, golden_file: Path, name: str) -> None:
     order(scripted_server, name)

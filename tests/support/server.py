@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -23,6 +24,8 @@ class Server:
     url: str
     model: str
     log: Path
+    pid: int
+    """Of the process that was started."""
 
     def post(self, path: str, **body: Any) -> httpx.Response:
         return httpx.post(f"{self.url}{path}", json={"model": self.model, **body}, timeout=120)
@@ -70,7 +73,9 @@ def run_server(
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     # No look at the hub: the plugin must do with what `pip install` gave it.
-    settings = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
+    # The environment's programs first, as where it is activated.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    settings = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1", **environment}
     with log.open("w") as stream:
         process = subprocess.Popen(
             [*command, "--host", "127.0.0.1", "--port", str(port)],
@@ -79,7 +84,7 @@ def run_server(
             env=settings,
             start_new_session=True,
         )
-    server = Server(f"http://127.0.0.1:{port}", str(folder), log)
+    server = Server(f"http://127.0.0.1:{port}", str(folder), log, process.pid)
     try:
         _wait(process, server, ready)
         yield server

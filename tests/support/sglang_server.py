@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import cache
 from importlib.metadata import distributions
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from support import documented
 from support.agreement import VOCABULARY
 from support.images import image_part, png, random_image
 from support.server import Server, run_server
@@ -27,10 +29,14 @@ TWO_RANKS = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1", "SGLANG_NCCL_SO_PATH": "none"
 EAGER = {"TORCHDYNAMO_DISABLE": "1"}
 
 
-def serve(folder: Path, log: Path, *arguments: str, **environment: str) -> AbstractContextManager[Server]:
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(folder), "--device", "cpu"]
+def serve(
+    folder: Path, log: Path, *arguments: str, command: Sequence[str] = (), **environment: str
+) -> AbstractContextManager[Server]:
+    """command: another that starts it, `python -m sglang.launch_server` by default."""
+    started = command or documented.as_run(documented.PLAIN_SGLANG, folder)
     # An idle scheduler would take a core from the tests.
-    command += ["--max-total-tokens", "20000", "--mem-fraction-static", "0.2", "--sleep-on-idle", *arguments]
+    command = [*started, "--device", "cpu", "--max-total-tokens", "20000", "--mem-fraction-static", "0.2"]
+    command += ["--sleep-on-idle", *arguments]
     settings = {"SGLANG_USE_CPU_ENGINE": "1", **environment}
     if not HAS_ENTRY_POINT:
         settings["PYTHONPATH"] = boot_folder()

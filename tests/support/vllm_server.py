@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from support import documented
 from support.agreement import VOCABULARY
 from support.server import Server, run_server
 
@@ -13,8 +14,11 @@ from support.server import Server, run_server
 TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 
 
-def serve(folder: Path, log: Path, *arguments: str, **environment: str) -> AbstractContextManager[Server]:
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(folder), "--max-model-len", "4096"]
-    command += ["--max-logprobs", str(VOCABULARY), *arguments]
+def serve(
+    folder: Path, log: Path, *arguments: str, command: Sequence[str] = (), **environment: str
+) -> AbstractContextManager[Server]:
+    """command: another that starts it, `vllm serve` by default."""
+    started = command or documented.as_run(documented.PLAIN_VLLM, folder)
+    command = [*started, "--max-model-len", "4096", "--max-logprobs", str(VOCABULARY), *arguments]
     # 1 GB of KV cache.
     return run_server(command, folder, log, {"VLLM_CPU_KVCACHE_SPACE": "1", **environment})

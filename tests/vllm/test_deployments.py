@@ -1,20 +1,18 @@
-"""Other ways to run the server: two ranks, compiled, the prefix cache, another backend, another model."""
+"""Other ways to run the server: two ranks, compiled, the prefix cache, another model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from support import documented
 from support.agreement import BYTES, assert_same_top
 from support.checkpoints import make_llama
 from support.images import image_part, png, random_image
 from support.server import Server
-from support.vllm_server import serve
-
-# vLLM's CPU backend wants to know which core is whose where two ranks share a NUMA node.
-TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+from support.vllm_server import TWO_RANKS, serve
 
 
 @pytest.fixture(scope="module")
@@ -40,29 +38,23 @@ def first_tokens(server: Server) -> list[dict[int, float]]:
     return found
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--tensor-parallel-size", "2"],
-        ["--tensor-parallel-size", "2", "--enable-expert-parallel", "--mm-encoder-tp-mode", "data"],
-    ],
-    ids=["tensor", "expert"],
-)
-def test_two_ranks_answer_as_one(tiny_folder: Path, tmp_path: Path, one_rank: Server, arguments: list[str]) -> None:
-    expected = first_tokens(one_rank)
-    with serve(tiny_folder, tmp_path / "log", "--enforce-eager", *arguments, **TWO_RANKS) as server:
-        assert_same_top(first_tokens(server), expected)
+def assert_two_ranks_answer_as_one(one_rank: Server, *arguments: str, command: Sequence[str] = ()) -> None:
+    folder, log = Path(one_rank.model), one_rank.log.with_name("two-ranks.log")
+    with serve(folder, log, "--enforce-eager", *arguments, command=command, **TWO_RANKS) as server:
+        assert_same_top(first_tokens(server), first_tokens(one_rank))
+
+
+def test_the_documented_command_on_two_ranks_answers_as_one(one_rank: Server, tiny_folder: Path) -> None:
+    assert_two_ranks_answer_as_one(one_rank, command=documented.as_run(documented.VLLM, tiny_folder))
+
+
+def test_expert_parallel_ranks_answer_as_one(one_rank: Server) -> None:
+    assert_two_ranks_answer_as_one(one_rank, "--tensor-parallel-size", "2", "--enable-expert-parallel")
 
 
 def test_compiled_answers_as_eager(tiny_folder: Path, tmp_path: Path, one_rank: Server) -> None:
     """torch.compile goes around the experts' operator: nothing in it may break the graph."""
     with serve(tiny_folder, tmp_path / "log") as server:
-        assert_same_top(first_tokens(server), first_tokens(one_rank))
-
-
-def test_the_reference_backend_by_hand(tiny_folder: Path, tmp_path: Path, one_rank: Server) -> None:
-    with serve(tiny_folder, tmp_path / "log", "--enforce-eager", K26_EXPERTS="reference") as server:
-        assert "run on the core (reference)" in server.log.read_text()
         assert_same_top(first_tokens(server), first_tokens(one_rank))
 
 

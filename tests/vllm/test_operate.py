@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import documented
 from support.doctor import doctor
 from support.faults import LOCATED, causes
 from support.scripted import call
@@ -31,7 +34,9 @@ def two_ranks(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     arguments += ["--middleware", "support.vllm_faults.Frontend"]
     arguments += ["--logits-processors", "support.vllm_scripted:Scripted"]
     environment = {"K26_EXPERTS": "reference", "PYTHONPATH": python_path(), **TWO_RANKS}
-    with serve(tiny_folder, tmp_path_factory.mktemp("two") / "server.log", *arguments, **environment) as server:
+    command = [*documented.as_run(documented.SERVE_VLLM, tiny_folder), "--"]
+    log = tmp_path_factory.mktemp("two") / "server.log"
+    with serve(tiny_folder, log, *arguments, command=command, **environment) as server:
         yield server
 
 
@@ -41,6 +46,23 @@ def verify(server: Server, golden_file: Path, *options: str) -> Result:
 
 def test_every_fault_is_located() -> None:
     assert set(FAULTS) == set(LOCATED)
+
+
+def test_k26_serve_has_become_the_engine(two_ranks: Server) -> None:
+    """The same process, so that signals and the exit status are the engine's."""
+    running = Path(f"/proc/{two_ranks.pid}/cmdline").read_text().split("\0")
+    assert [Path(word).name for word in running[1:3]] == ["vllm", "serve"]
+    log = two_ranks.log.read_text()
+    assert f"vllm serve {two_ranks.model} --max-model-len 4096" in log
+    assert "run on the core (reference)" in log
+
+
+def test_k26_serve_ends_as_the_engine_does(tiny_folder: Path) -> None:
+    command = [*documented.as_run(documented.SERVE_VLLM, tiny_folder), "--", "--no-such-flag"]
+    path = f"{Path(command[0]).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": path})
+    assert done.returncode == 2
+    assert "unrecognized arguments: --no-such-flag" in done.stderr
 
 
 @pytest.mark.parametrize("name", FAULTS)

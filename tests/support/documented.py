@@ -1,0 +1,84 @@
+"""The commands in README and docs: which there are, what runs each in CI, and what is put in the place of names and sizes.
+
+A command without a line in RUN_BY or NOT_RUN fails `tests/operate/test_docs.py`, which runs those that begin with `k26`.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+
+VLLM = "vllm serve moonshotai/Kimi-K2.6 -tp 8 --mm-encoder-tp-mode data"
+SGLANG = "python -m sglang.launch_server --model-path moonshotai/Kimi-K2.6 --tp 8"
+HYBRID = (
+    "python -m sglang.launch_server --model-path DIR --kt-weight-path DIR --tp 4 --kt-num-gpu-experts 96 --kt-cpuinfer 64 "
+    "--disable-cuda-graph"
+)
+PLAIN_VLLM, PLAIN_SGLANG = "vllm serve DIR", "python -m sglang.launch_server --model-path DIR"
+SERVE_VLLM, SERVE_SGLANG = "k26 serve --engine vllm DIR", "k26 serve --engine sglang DIR"
+
+SUBSTITUTED = {
+    "moonshotai/Kimi-K2.6": "DIR",  # and DIR is the tiny checkpoint
+    "-tp 8": "-tp 2",
+    "--tp 8": "--tp 2",
+    "--tp 4": "--tp 2",
+    "--kt-num-gpu-experts 96": "--kt-num-gpu-experts 3",
+    "--kt-cpuinfer 64": "--kt-cpuinfer 2",
+}
+"""In a command as it is run. Programs are those of the tests' own environment; what a test needs besides, such as its port
+and `--device cpu`, comes after it."""
+
+RUN_BY = {
+    "python3 -m pip install nox && python3 -m nox -f ci/noxfile.py": (".ci/run", "README.md"),
+    "python3 -m pip install nox && python3 -m nox -f ci/noxfile.py -s demo": ("ci/noxfile.py", '"ci/demo.py", "vllm"'),
+    VLLM: ("tests/vllm/test_deployments.py", "documented.VLLM"),
+    SGLANG: ("tests/sglang/test_deployments.py", "documented.SGLANG"),
+    HYBRID: ("tests/sglang/test_hybrid.py", "documented.HYBRID"),
+    SERVE_VLLM: ("tests/vllm/test_operate.py", "documented.SERVE_VLLM"),
+    SERVE_SGLANG: ("tests/sglang/conftest.py", "documented.SERVE_SGLANG"),
+    PLAIN_VLLM: ("tests/support/vllm_server.py", "documented.PLAIN_VLLM"),
+    PLAIN_SGLANG: ("tests/support/sglang_server.py", "documented.PLAIN_SGLANG"),
+    'PYTHONPATH="$(python -m k26_plugins.sglang.boot)" python -m sglang.launch_server …': (
+        "tests/support/sglang_server.py", '"k26_plugins.sglang.boot"',
+    ),
+    # From the checkout, as long as no index has the package.
+    "pip install k26-plugins": ("ci/noxfile.py", '"-e", "."'),
+}  # fmt: skip
+"""The file that runs a command, and what stands there for it."""
+
+NOT_RUN = {
+    "pip install 'k26-plugins[vllm]'": "the extra brings vLLM's CUDA build; the environments install its CPU build first",
+    "pip install 'k26-plugins[sglang]'": "no index has the package yet; ci/install_sglang.py installs SGLang first",
+}
+"""Why a command is not run in CI."""
+
+_COMMAND = re.compile(r"(\w+=\S+ )*(\w+=\"[^\"]*\" )*(k26|pip|python3?|vllm) .+")
+
+
+def lines(page: Path) -> list[str]:
+    """The lines of a page's code blocks, continued ones joined, without the comment after a command."""
+    text = page.read_text(encoding="utf-8")
+    # A block begins after an empty line; in a list the indented lines are the item's own.
+    blocks = re.findall(r"(?:^|\n)\n((?: {4}.*\n)+)", text)
+    joined = re.sub(r" *\\\n *", " ", "".join(blocks))
+    return [re.sub(r"\s+# .*", "", line).strip() for line in joined.splitlines()]
+
+
+def commands(page: Path) -> list[str]:
+    return [line for line in lines(page) if _COMMAND.fullmatch(line)]
+
+
+def as_run(command: str, folder: Path) -> list[str]:
+    """A documented command on the checkpoint in `folder`, after the substitutions, with this environment's programs."""
+    assert any(command in commands(page) for page in PAGES), f"no page says {command!r}: mend support/documented.py"
+    for written, run in SUBSTITUTED.items():
+        command = re.sub(rf"(?<!\S){re.escape(written)}(?!\S)", run, command)
+    program, *arguments = [str(folder) if word == "DIR" else word for word in shlex.split(command)]
+    found = sys.executable if program == "python" else str(Path(sys.executable).with_name(program))
+    return [found, *arguments]
