@@ -179,6 +179,12 @@ def test_the_hybrid_run_by_hand() -> None:
     assert f"must be {needed / 1e9:.0f} GB and is 256 GB" in short["why"]
 
 
+def test_what_is_fitted_is_said() -> None:
+    result = CliRunner().invoke(app, ["plan", "--gpus", "8xH200"])
+    assert "5.00 GiB  (fitted to the one published run" in result.output
+    assert "fitted" in plan("--gpus", "8xH200")["overhead_source"]
+
+
 def test_the_load_counts_images_and_requests() -> None:
     """100 requests of 8,000 tokens and two images of 4,225 need 1,645,000 tokens: no H200 has room for all of them."""
     found = plan("--gpus", "8xH200", "--context", "8000", "--images", "2", "--concurrency", "100")

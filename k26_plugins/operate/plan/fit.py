@@ -13,9 +13,11 @@ BATCHED_TOKENS = 8192
 """Tokens in one step, both engines' usual size for prefill."""
 SEQUENCES = 1024
 """Requests in one step, for which logits are reserved."""
-# CUDA context, communication buffers, CUDA graphs, the allocator's slack. Nobody publishes them one by one: this is what
-# the published 8 × H200 run (71.2 GiB of weights, 711,296 tokens at 0.90 of the memory) leaves after all that is computed.
+# CUDA context, communication buffers, CUDA graphs, tables of rotations (0.1 GiB), the allocator's slack. Nobody publishes
+# them one by one. Fitted, not computed: what the one published run (vLLM, 8 × H200, 71.2 GiB of weights, 711,296 tokens at
+# 0.90 of the memory) leaves after all that is computed. Other GPUs and engines keep another amount.
 OVERHEAD = round(5.0 * GIB)
+OVERHEAD_SOURCE = "fitted to the one published run, vLLM on 8 × H200; not computed"
 # Tokens that an image of the largest size takes (specification 4.4).
 IMAGE_TOKENS = 4225
 BLOCK = 64

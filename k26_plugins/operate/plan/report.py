@@ -9,11 +9,13 @@ from typing import Any
 from k26_plugins.common.config import K26Config
 from k26_plugins.operate.plan.advise import choose, nearest
 from k26_plugins.operate.plan.command import ktransformers_command, sglang_command, shown, vllm_command
-from k26_plugins.operate.plan.fit import Fit, Load
+from k26_plugins.operate.plan.fit import OVERHEAD_SOURCE, Fit, Load
 from k26_plugins.operate.plan.hardware import GIB, Gpu
 from k26_plugins.operate.plan.hybrid import Hybrid, cpu_bound, hybrid
 from k26_plugins.operate.plan.speed import decode_bound
 from k26_plugins.operate.plan.weights import PARTS
+
+OVERHEAD_ROW = "graphs, buffers, context"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +85,7 @@ def rows(plan: Plan) -> list[tuple[str, int]]:
         kv = round(fit.load.tokens * fit.kv_per_token)
     else:
         kv = max(fit.kv_bytes, 0)
-    return [*weights, ("activations", fit.activations), ("graphs, buffers, context", fit.overhead), ("KV cache", kv)]
+    return [*weights, ("activations", fit.activations), (OVERHEAD_ROW, fit.overhead), ("KV cache", kv)]
 
 
 def as_text(plan: Plan) -> str:
@@ -97,7 +99,8 @@ def as_text(plan: Plan) -> str:
         "",
         f"  on each GPU of {fit.gpu.memory / GIB:.1f} GiB (the fullest stage):",
     ]
-    lines += [f"    {name:<26}{size / GIB:8.2f} GiB" for name, size in rows(plan)]
+    notes = {OVERHEAD_ROW: f"  ({OVERHEAD_SOURCE})"}
+    lines += [f"    {name:<26}{size / GIB:8.2f} GiB{notes.get(name, '')}" for name, size in rows(plan)]
     if plan.hybrid is None and fit.kv_tokens:
         lines.append(f"  KV cache: {fit.kv_tokens:,} tokens of {fit.kv_per_token:,.0f} bytes on each GPU")
         lines.append(
@@ -126,6 +129,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "pipeline_parallel": fit.layout.pp,
         "context_parallel": fit.layout.context_parallel,
         "bytes_per_gpu": dict(rows(plan)),
+        "overhead_source": OVERHEAD_SOURCE,
         "kv_tokens": fit.kv_tokens if plan.hybrid is None else fit.load.tokens,
         "largest_context": fit.largest_context,
         "largest_concurrency": fit.largest_concurrency,
