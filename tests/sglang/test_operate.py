@@ -41,6 +41,23 @@ def test_a_seeded_fault_is_found_and_located(scripted_server: Server, golden_fil
     assert result.exit_code == 0, result.output
 
 
+def test_compare_asks_it_all_prompts(scripted_server: Server, prompts_file: Path) -> None:
+    """A server against itself: raw text too, which it tokenises."""
+    command = [
+        "compare",
+        scripted_server.url,
+        scripted_server.url,
+        "--prompts",
+        str(prompts_file),
+        "--answer-tokens",
+        "3",
+    ]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert "4 of 4 prompts become the same tokens" in result.output
+    assert "not shown" not in result.output
+
+
 def test_the_planned_weights_and_kv_cache_are_the_servers(scripted_server: Server, tiny_folder: Path) -> None:
     order(scripted_server, "weigh")
     found = re.search(r"weights: (\d+) bytes, (\d+) tokens of KV cache: (\d+) bytes", scripted_server.log.read_text())

@@ -78,6 +78,15 @@ def test_a_seeded_fault_is_found_and_located(two_ranks: Server, golden_file: Pat
     assert result.exit_code == 0, result.output
 
 
+def test_compare_asks_it_all_prompts(two_ranks: Server, prompts_file: Path) -> None:
+    """A server against itself: raw text too, which it tokenises."""
+    command = ["compare", two_ranks.url, two_ranks.url, "--prompts", str(prompts_file), "--answer-tokens", "3"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert "4 of 4 prompts become the same tokens" in result.output
+    assert "not shown" not in result.output
+
+
 def test_the_planned_weights_are_the_ranks(two_ranks: Server, tiny_folder: Path) -> None:
     """vLLM cuts the vision tower too where nobody says otherwise."""
     layout = Layout(tp=2, vision_whole=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from k26_plugins.common.config import TextConfig
 from k26_plugins.common.experts.base import tokens_by_expert
 from k26_plugins.common.int4 import product_tiled
 from k26_plugins.common.model import Attention, KVCache, MoE, SwiGLU, Weights, rms_norm
-from k26_plugins.operate.golden.memory import FEED_TOKENS, READ_AHEAD, compute_threads, query_chunk
+from k26_plugins.operate.golden.memory import EXPERT_TOKENS, FEED_TOKENS, READ_AHEAD, compute_threads, query_chunk
 from k26_plugins.operate.golden.variants import Variant
 
 PROJECTIONS = ("gate", "up", "down")
@@ -135,18 +135,19 @@ class Layer:
 
         def pieces_of(expert: int) -> Iterator[_Piece]:
             for stream, out, mine in zip(streams, outs, slots, strict=True):
-                for part in mine[expert].split(FEED_TOKENS) if expert in mine else ():
+                for part in mine[expert].split(EXPERT_TOKENS) if expert in mine else ():
                     yield _Piece(stream.variant, routing[stream.variant.name], part, out)
 
-        # Experts beside one another, each on one thread: its operators are too short to be shared. Added up in the
-        # experts' order, so that the sum has the same bits on any number of threads.
+        # Beside one another, each on one thread: the operators are too short to be shared. Added up in order, so that the
+        # sum has the same bits on any number of threads.
         threads = compute_threads()
         waiting: deque[Future[list[_Product]]] = deque()
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             for expert, parts in self._experts(touched):
-                if len(waiting) > threads:
-                    _add(waiting.popleft().result())
-                waiting.append(pool.submit(_products, list(pieces_of(expert)), parts))
+                for batch in _batches(pieces_of(expert)):
+                    if len(waiting) > threads:
+                        _add(waiting.popleft().result())
+                    waiting.append(pool.submit(_products, batch, parts))
             for future in waiting:
                 _add(future.result())
         # The number of threads of those to come, which the initialiser has set too.
@@ -209,11 +210,11 @@ class _Product(NamedTuple):
     y: torch.Tensor
 
 
-def _batches(pieces: list[_Piece]) -> Iterator[list[_Piece]]:
-    """Pieces together, at most FEED_TOKENS tokens at a time."""
+def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+    """Pieces together, at most EXPERT_TOKENS tokens at a time."""
     batch: list[_Piece] = []
     for piece in pieces:
-        if batch and sum(len(other.slots) for other in batch) + len(piece.slots) > FEED_TOKENS:
+        if batch and sum(len(other.slots) for other in batch) + len(piece.slots) > EXPERT_TOKENS:
             yield batch
             batch = []
         batch.append(piece)
@@ -221,19 +222,17 @@ def _batches(pieces: list[_Piece]) -> Iterator[list[_Piece]]:
 
 
 def _products(pieces: list[_Piece], parts: Expert) -> list[_Product]:
-    """What an expert adds to each piece, with one product for many pieces: each pass over its weights counts."""
-    found = []
-    for batch in _batches(pieces):
-        tokens = [piece.slots // piece.routing.topk_ids.shape[1] for piece in batch]
-        sizes = [len(rows) for rows in tokens]
-        x = torch.cat([piece.routing.x[rows].float() for piece, rows in zip(batch, tokens, strict=True)])
-        gate, up = (product_tiled(x, *parts[name]).split(sizes) for name in ("gate", "up"))
-        inner = torch.cat([piece.variant.activation(*both) for piece, *both in zip(batch, gate, up, strict=True)])
-        products = product_tiled(inner, *parts["down"]).split(sizes)
-        for piece, rows, y in zip(batch, tokens, products, strict=True):
-            weights = piece.routing.topk_weights.flatten()[piece.slots].unsqueeze(-1)
-            found.append(_Product(piece.out, rows, y * weights))
-    return found
+    """What an expert adds to each piece, with one product for all: each pass over its weights counts."""
+    tokens = [piece.slots // piece.routing.topk_ids.shape[1] for piece in pieces]
+    sizes = [len(rows) for rows in tokens]
+    x = torch.cat([piece.routing.x[rows].float() for piece, rows in zip(pieces, tokens, strict=True)])
+    gate, up = (product_tiled(x, *parts[name]).split(sizes) for name in ("gate", "up"))
+    inner = torch.cat([piece.variant.activation(*both) for piece, *both in zip(pieces, gate, up, strict=True)])
+    products = product_tiled(inner, *parts["down"]).split(sizes)
+    return [
+        _Product(piece.out, rows, y * piece.routing.topk_weights.flatten()[piece.slots].unsqueeze(-1))
+        for piece, rows, y in zip(pieces, tokens, products, strict=True)
+    ]
 
 
 def _add(products: list[_Product]) -> None:

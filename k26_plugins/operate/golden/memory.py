@@ -21,8 +21,10 @@ READ_AHEAD = 2
 """Experts that are read while one is computed."""
 FEED_TOKENS = 1024
 """Tokens at a time in a dense feed-forward."""
+EXPERT_TOKENS = 256
+"""Tokens that go through an expert at a time: many enough that unpacking its weights is little beside the products."""
 MAX_THREADS = 8
-"""That compute experts at the same time, each with memory of its own: they keep up with a disk of 5 GB/s."""
+"""That compute experts at the same time, each with memory of its own."""
 M_MMAP_THRESHOLD = -3  # malloc.h
 # Above the pieces that dequantising makes by the thousand, for which mapping would cost more than the work.
 MAPPED_FROM = 2**20
@@ -89,7 +91,7 @@ def peak(config: K26Config, carried: Carried, top_k: int) -> dict[str, int]:
         # Waiting to be computed, computed, and read: with what each thread makes of its tokens.
         "routed experts": (2 * compute_threads() + 1 + READ_AHEAD) * expert_bytes(text)
         + compute_threads()
-        * (2 * TILE_ROWS * hidden + FEED_TOKENS * (5 * hidden + 5 * text.moe_intermediate_size))
+        * (2 * TILE_ROWS * hidden + EXPERT_TOKENS * (6 * hidden + 5 * text.moe_intermediate_size))
         * FLOAT32
         # Normed input and routed sum in float32, and the choice of experts.
         + carried.all_tokens * (2 * hidden * FLOAT32 + 40 * text.num_experts_per_tok)
