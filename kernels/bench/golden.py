@@ -1,12 +1,14 @@
-"""How fast `k26 golden` goes through experts of the published size, against what the disk can read.
+"""How fast `k26 golden` goes through experts of the published size, against what the disk reads and the cores multiply.
 
-    python kernels/bench/golden.py FOLDER             a table; FOLDER takes 3.2 GB, made once
+    python kernels/bench/golden.py FOLDER             a table; FOLDER takes 3.4 GB, made once
     python kernels/bench/golden.py FOLDER --save      and a JSON file in kernels/bench/results
 
-Two MoE layers of 64 experts of 7168 × 2048, random, and the published model's ways to carry a prompt. Its files are dropped
-from the page cache before each run. A prompt set is as large as leaves as many tokens to an expert as the named number does
-in the published model, with its 384 experts. The projection for the published model is its 23,040 experts at this rate: a
-projection, nobody has run it.
+Two MoE layers of 64 experts of 7168 × 2048 with random weights, out of the page cache before each run. `of the disk` is the
+rate at which a run reads against plain reading of the same files; `of a product` the rate of its experts' products against
+torch's own float32 product of 256 rows. Where that is high the cores are the limit, where the other is, the disk.
+
+The projection for the published model takes the larger of two times: its products at the last row's rate, its bytes at
+the disk's. A projection: nobody has run it.
 """
 
 from __future__ import annotations
@@ -14,13 +16,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
+import string
 import sys
 import tempfile
 import time
-from datetime import date
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from cpu_experts import machine
 from rich.console import Console
 from rich.table import Table
 
@@ -28,17 +33,20 @@ from k26_plugins.common.checkpoint import StreamedCheckpoint, expert_bytes
 from k26_plugins.common.config import TextConfig
 from k26_plugins.common.tiny import TinySizes
 from k26_plugins.operate.golden import GoldenJob, read_prompts
+from k26_plugins.operate.golden.variants import SUSPECT_TEXTS, SUSPECT_TOKENS, VARIANTS
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from support.quick import make_quick
 
-EXPERTS, LAYERS = 64, 2
-PUBLISHED_EXPERTS = TextConfig().n_routed_experts
-ALL_EXPERTS = 60 * PUBLISHED_EXPERTS
-TOKENS = (400, 2000, 8000)
-"""Prompt tokens on the published model."""
-PROMPT = 100
+EXPERTS, LAYERS, TOP_K = 64, 2, 8
+TOKENS = (64, 256, 1024)
+PROMPT = 64
 """Tokens of one prompt."""
+TEXT = TextConfig()
+PRODUCTS = 3 * 2 * TEXT.hidden_size * TEXT.moe_intermediate_size
+"""Arithmetic of one token in one expert."""
+PUBLISHED_PROMPTS = (20, 400)
+"""Of the projection: prompts, and tokens of each."""
 
 
 def drop(folder: Path) -> None:
@@ -60,25 +68,46 @@ def disk_rate(folder: Path) -> float:
     return done / (time.perf_counter() - start)
 
 
+def product_rate() -> float:
+    """Operations a second of torch's float32 product at an expert's shape, each thread on its own."""
+    x, w = torch.randn(256, TEXT.hidden_size), torch.randn(TEXT.moe_intermediate_size, TEXT.hidden_size)
+    best = min(timed(lambda: x @ w.T) for _ in range(5))
+    return 2 * x.numel() * len(w) / best
+
+
+def timed(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
 def measure(folder: Path, tokens: int) -> dict[str, float]:
-    count = max(1, round(tokens * EXPERTS / PUBLISHED_EXPERTS / PROMPT))
+    draw = random.Random(0)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch, StreamedCheckpoint(folder) as checkpoint:
         prompts = Path(scratch) / "prompts.jsonl"
-        lines = [json.dumps({"id": str(index), "text": (f"{index:03d} " * PROMPT)[:PROMPT]}) for index in range(count)]
-        prompts.write_text("\n".join(lines))
+        texts = ["".join(draw.choices(string.ascii_letters, k=PROMPT)) for _ in range(tokens // PROMPT)]
+        prompts.write_text("\n".join(json.dumps({"id": str(index), "text": text}) for index, text in enumerate(texts)))
         job = GoldenJob(checkpoint, read_prompts(prompts, folder), Path(scratch) / "golden", 64, 1)
         drop(folder)
-        start = time.perf_counter()
-        job.run()
-        seconds = time.perf_counter() - start
-        rate = checkpoint.bytes_read / seconds
+        seconds = timed(job.run)
         return {
             "tokens": tokens,
-            "tokens_here": job.carried.tokens,
+            "carried": job.carried.all_tokens,
             "seconds": round(seconds, 1),
-            "bytes_per_second": round(rate),
-            "projected_hours": round(ALL_EXPERTS * expert_bytes(TextConfig()) / rate / 3600, 2),
+            "bytes_per_second": round(checkpoint.bytes_read / seconds),
+            "operations_per_second": round(job.carried.all_tokens * TOP_K * LAYERS * PRODUCTS / seconds),
         }
+
+
+def projected_seconds(operations_per_second: float, bytes_per_second: float) -> float:
+    """One pass over the published model, which carries prompts and their twins, and suspects of four of them."""
+    prompts, length = PUBLISHED_PROMPTS
+    suspects = sum(variant.is_suspect and not variant.on_images_only for variant in VARIANTS)
+    carried = 2 * prompts * length + suspects * SUSPECT_TEXTS * SUSPECT_TOKENS
+    layers = TEXT.num_hidden_layers - TEXT.first_k_dense_replace
+    products = carried * TEXT.num_experts_per_tok * layers * PRODUCTS
+    stored = TEXT.n_routed_experts * layers * expert_bytes(TEXT)
+    return max(products / operations_per_second, stored / bytes_per_second)
 
 
 def main() -> None:
@@ -89,27 +118,42 @@ def main() -> None:
     folder: Path = arguments.folder
     if not folder.exists():
         sizes = TinySizes(
-            layers=1 + LAYERS, experts=EXPERTS, top_k=8, hidden_size=7168, moe_intermediate_size=2048, vision_layers=1
+            layers=1 + LAYERS,
+            experts=EXPERTS,
+            top_k=TOP_K,
+            hidden_size=TEXT.hidden_size,
+            moe_intermediate_size=TEXT.moe_intermediate_size,
+            vision_layers=1,
         )
         make_quick(folder, sizes)
-    disk = disk_rate(folder)
-    table = Table("tokens", "seconds", "GB/s", "of the disk", "published model, a pass, projected")
+    disk, product = disk_rate(folder), product_rate()
+    table = Table("tokens", "with twin and suspects", "seconds", "GB/s", "of the disk", "GFLOP/s", "of a product")
     found = []
     for tokens in TOKENS:
         row = measure(folder, tokens)
-        found.append({**row, "share_of_disk": round(row["bytes_per_second"] / disk, 3)})
-        share, hours = found[-1]["share_of_disk"], row["projected_hours"]
-        table.add_row(
-            str(tokens), f"{row['seconds']}", f"{row['bytes_per_second'] / 1e9:.2f}", f"{share:.0%}", f"{hours} h"
-        )
-    Console().print(f"the disk: {disk / 1e9:.2f} GB/s; {torch.get_num_threads()} threads")
-    Console().print(table)
+        found.append(row)
+        read, computed = row["bytes_per_second"], row["operations_per_second"]
+        shares = f"{read / disk:.0%}", f"{computed / product:.0%}"
+        figures = f"{read / 1e9:.2f}", shares[0], f"{computed / 1e9:.0f}", shares[1]
+        table.add_row(str(tokens), str(row["carried"]), str(row["seconds"]), *figures)
+    hours = projected_seconds(found[-1]["operations_per_second"], disk) / 3600
+    console = Console()
+    console.print(f"disk {disk / 1e9:.2f} GB/s, product {product / 1e9:.0f} GFLOP/s, {torch.get_num_threads()} threads")
+    console.print(table)
+    prompts, length = PUBLISHED_PROMPTS
+    console.print(f"published model, {prompts} prompts of {length} tokens: projected {hours:.1f} h a pass")
     if arguments.save:
-        machine = {"date": str(date.today()), "threads": torch.get_num_threads(), "load": os.getloadavg()[0]}
-        content = {"machine": {**machine, "disk_bytes_per_second": round(disk)}, "results": found}
-        file = Path(__file__).parent / "results" / f"golden-{date.today()}-{torch.get_num_threads()}t.json"
+        here = {
+            **machine(),
+            "load": os.getloadavg()[0],
+            "disk_bytes_per_second": round(disk),
+            "product_operations_per_second": round(product),
+        }
+        content = {"machine": here, "results": found, "projected_hours": round(hours, 2)}
+        name = str(here["cpu"]).replace(" ", "_")
+        file = Path(__file__).parent / "results" / f"golden-{here['date']}-{name}-{here['threads']}t.json"
         file.write_text(json.dumps(content, indent=1) + "\n")
-        Console().print(f"wrote {file}")
+        console.print(f"wrote {file.name}")
 
 
 if __name__ == "__main__":
