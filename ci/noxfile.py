@@ -110,6 +110,8 @@ def sglang(session: nox.Session) -> None:
     _install_sglang(session, SGLANG_NEWEST)
     session.run("python", "ci/install_kt_kernel.py", KT_KERNELS[-1])
     session.run(*SGLANG_PYTEST, "tests/sglang", *session.posargs)
+    # Here because this is the only environment whose torchvision works: PyPI's is a CUDA build.
+    session.run(*SGLANG_PYTEST, "tests/core/test_transformers_media.py", *session.posargs)
 
 
 @environment

@@ -1,0 +1,136 @@
+"""The core's pixels and chunks against transformers' own `kimi_k25` processors, which hold nothing of ours.
+
+They resize with torchvision. PyPI has that as a CUDA build only, so CI runs this file in SGLang's environment. Where the two
+differ on purpose, what transformers does is held too: docs/prompt.md lists it.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.images import random_image
+from support.videos import make_video
+
+from k26_plugins.common.media import MediaConfig, normalise, preprocess
+from k26_plugins.common.prompt.special_tokens import VIDEO_PLACEHOLDER
+from k26_plugins.common.video import make_chunk, sample_frames, video_info
+
+pytest.importorskip("torchvision", reason="transformers' processors resize with torchvision")
+
+from transformers.models.kimi_k25.image_processing_kimi_k25 import Kimi_K25ImageProcessor
+from transformers.models.kimi_k25.processing_kimi_k25 import Kimi_K25Processor
+from transformers.models.kimi_k25.video_processing_kimi_k25 import Kimi_K25VideoProcessor
+from transformers.video_utils import VideoMetadata
+
+CONFIG = MediaConfig()
+# transformers' defaults are ImageNet's.
+NORM = {"image_mean": CONFIG.image_mean, "image_std": CONFIG.image_std}
+LEVEL = 2 / 255
+"""One of 256 levels, normalised."""
+
+
+def apart(theirs: Any, ours: np.ndarray) -> np.ndarray:
+    """Levels between the pixels of the two."""
+    assert theirs.shape == ours.shape
+    difference: np.ndarray = np.abs(theirs.numpy() - ours) / LEVEL
+    return difference
+
+
+def of_image(image: Image.Image) -> np.ndarray:
+    """Levels between the two processors' pixels of an image; their grids are the same."""
+    theirs = Kimi_K25ImageProcessor(**NORM)(image, return_tensors="pt")
+    patches, grids = preprocess([[image]], CONFIG)
+    assert theirs["image_grid_thw"].tolist() == grids.tolist()
+    return apart(theirs["pixel_values"], normalise(patches, CONFIG))
+
+
+def assert_close(levels: np.ndarray) -> None:
+    assert levels.max() < 2.001
+    assert (levels > 0.5).mean() < 0.02
+
+
+@pytest.mark.parametrize("size", [(1, 1), (28, 28), (50, 50), (640, 480), (100, 1), (1920, 1080)], ids=str)
+def test_images_that_keep_their_size(size: tuple[int, int]) -> None:
+    """Equal up to the rounding of float32: transformers folds rescaling and normalising into one step."""
+    assert of_image(random_image(*size)).max() < 1e-4
+
+
+@pytest.mark.parametrize("size", [(3840, 2160), (3000, 3000), (10000, 100)], ids=str)
+def test_images_that_are_shrunk(size: tuple[int, int]) -> None:
+    """PIL's bicubic filter and torch's, both in integers: a level apart at one of a hundred pixels."""
+    assert_close(of_image(random_image(*size)))
+
+
+def test_a_tall_image_that_is_shrunk() -> None:
+    """A smooth one without extremes. Pillow 13 filters tall images by column first: noise, cut at black and white between
+    the two passes, comes out up to 26 levels from torch's, and from what Pillow 12 makes of it."""
+    smooth = random_image(5, 2000).resize((20, 8000), Image.Resampling.BICUBIC)
+    assert of_image(smooth.point(lambda value: 64 + value // 2)).max() < 2.001
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "LA", "CMYK", "1", "I;16"])
+def test_modes(mode: str) -> None:
+    image = Image.new("I;16", (50, 40), 40000) if mode == "I;16" else random_image(50, 40).convert(mode)
+    assert of_image(image).max() < 1e-4
+
+
+def test_transparency() -> None:
+    """The model's own preprocessing drops it, as the core does and transformers 5.19; 5.23 lays the image on white."""
+    image = random_image(28, 28)
+    image.putalpha(0)
+    pixels = Kimi_K25ImageProcessor(**NORM)(image, return_tensors="pt")["pixel_values"]
+    assert (pixels == 1).all() or apart(pixels, normalise(preprocess([[image]], CONFIG)[0], CONFIG)).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("count", "size"), [(1, (64, 48)), (4, (300, 200)), (10, (640, 480)), (6, (1920, 1080))], ids=str
+)
+def test_video_chunks_and_their_text(count: int, size: tuple[int, int]) -> None:
+    """Pixels, grids, timestamps and the number of tokens of every chunk, from the same frames."""
+    frames = [random_image(*size, seed=index) for index in range(count)]
+    indices, fps = [index * 7 for index in range(count)], 13.0
+    metadata = VideoMetadata(total_num_frames=count * 7, fps=fps, frames_indices=indices)
+    theirs = Kimi_K25VideoProcessor(**NORM)(
+        [np.stack([np.asarray(frame) for frame in frames])],
+        video_metadata=[metadata],
+        do_sample_frames=False,
+        return_metadata=True,
+        return_tensors="pt",
+    )
+    groups = [slice(start, start + 4) for start in range(0, count, 4)]
+    chunks = [make_chunk(indices[group], frames[group], fps, CONFIG) for group in groups]
+    assert theirs["video_grid_thw"].tolist() == [list(chunk.grid_thw) for chunk in chunks]
+    levels = np.concatenate(
+        [
+            apart(pixels, normalise(chunk.patches, CONFIG))
+            for pixels, chunk in zip(_in_chunks(theirs), chunks, strict=True)
+        ]
+    )
+    assert_close(levels)
+    processor = SimpleNamespace(video_processor=Kimi_K25VideoProcessor(), video_token=VIDEO_PLACEHOLDER)
+    text = Kimi_K25Processor.replace_video_token(processor, theirs, 0)
+    assert text == "".join(
+        chunk.prompt.replace("<|media_pad|>", VIDEO_PLACEHOLDER * chunk.num_tokens) for chunk in chunks
+    )
+
+
+def _in_chunks(theirs: Any) -> list[Any]:
+    """transformers keeps a video's chunks behind each other, where all have one size in a batch."""
+    sizes = [int(grid.prod()) for grid in theirs["video_grid_thw"]]
+    return list(theirs["pixel_values_videos"].reshape(-1, 3, CONFIG.patch_size, CONFIG.patch_size).split(sizes))
+
+
+@pytest.mark.parametrize(("num_frames", "fps"), [(30, 10), (125, 25), (7, 2), (300, 30)])
+def test_frames_are_spread_otherwise(num_frames: int, fps: int) -> None:
+    """As many, but transformers takes the beginning of equal spans, the model's own code the last frame too."""
+    info = video_info(make_video(num_frames, fps))
+    metadata = VideoMetadata(total_num_frames=info.num_frames, fps=float(info.fps))
+    theirs = Kimi_K25VideoProcessor().sample_frames(metadata, fps=2).tolist()
+    ours = sample_frames(info.num_frames, info.fps, 2.0)
+    assert len(theirs) == len(ours)
+    assert theirs == [int(index * num_frames / len(theirs)) for index in range(len(theirs))]
+    assert ours[-1] == num_frames - 1
