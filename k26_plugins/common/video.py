@@ -34,7 +34,7 @@ _THREADS = 4
 
 @dataclass(frozen=True, slots=True)
 class VideoInfo:
-    """What the container says of a video."""
+    """What the container says of a video. Its size is that of the frames as they are stored, before they are turned."""
 
     num_frames: int
     fps: Fraction
@@ -109,6 +109,7 @@ def read_chunks(
     info = video_info(data)
     indices = sample_frames(info.num_frames, info.fps, config.sample_fps, max_frames)
     groups = _groups(indices, config.temporal_merge_kernel_size)
+    # A frame takes as many tokens when it is turned.
     tokens = sum(frame_resize(info.width, info.height, len(group), config).num_tokens for group in groups)
     if tokens > max_tokens:
         raise MediaError(
@@ -153,13 +154,19 @@ def _frames(data: bytes, indices: Sequence[int]) -> Iterator[Image.Image]:
         for position, frame in enumerate(container.decode(stream)):
             if wanted and wanted[0] == position:
                 check_size(frame.width, frame.height, "video")
-                image = Image.fromarray(frame.to_ndarray(format="rgb24"))
+                image = _upright(frame)
                 while wanted and wanted[0] == position:
                     wanted.popleft()
                     yield image
             if not wanted:
                 return
     raise MediaError(f"the video ends before its frame {wanted[0]}: send a whole file.")
+
+
+def _upright(frame: av.VideoFrame) -> Image.Image:
+    """Turned as a player shows it, where its container says so: in quarters, counter-clockwise."""
+    pixels = frame.to_ndarray(format="rgb24")
+    return Image.fromarray(np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90))))
 
 
 @contextmanager

@@ -61,6 +61,21 @@ def test_the_frames_are_the_ones_meant(container: str, codec: str) -> None:
         assert np.abs(greys - [index * 8 % 256 for index in chunk.indices]).max() < 6
 
 
+@pytest.mark.parametrize(
+    ("turned", "corner"), [(0, (0, 0)), (90, (-1, 0)), (180, (-1, -1)), (-90, (0, -1))], ids=str
+)
+def test_a_video_is_seen_as_a_player_shows_it(turned: int, corner: tuple[int, int]) -> None:
+    """The black square at the upper left is where turning has brought it."""
+    size = (56, 28)
+    chunk = next(read_chunks(make_video(8, 2, size, turned=turned), MediaConfig()))
+    _, grid_h, grid_w = chunk.grid_thw
+    assert (grid_w, grid_h) == ((4, 2) if turned % 180 == 0 else (2, 4))
+    last = chunk.patches.reshape(4, grid_h, grid_w, 3, 14, 14)[3].transpose(0, 3, 1, 4, 2)
+    frame = last.reshape(grid_h * 14, grid_w * 14, 3)
+    corners = {(y, x): frame[y, x].max() for y in (0, -1) for x in (0, -1)}
+    assert [place for place, level in corners.items() if level < 12] == [corner]
+
+
 def test_a_chunk_is_what_its_frames_are() -> None:
     frames = [Image.effect_noise((640, 480), 60).convert("RGB") for _ in range(3)]
     chunk = make_chunk([5, 10, 15], frames, 10, MediaConfig())

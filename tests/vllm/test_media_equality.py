@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from support.conversations import conversations, media_parts, part_bytes
 from support.videos import make_video
+from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
 
 from k26_plugins.common.media import MediaConfig, normalise, preprocess
 from k26_plugins.vllm.media import K26ImageIO, K26VideoIO
@@ -103,3 +104,17 @@ def test_a_videos_chunks(judge: object, tiny_folder: Path) -> None:
     )
     assert found["pixel_values"].numpy().tobytes() == expected["pixel_values"].numpy().tobytes()
     assert found["grid_thws"].tolist() == expected["grid_thws"].tolist()
+
+
+@pytest.mark.parametrize("turned", [0, 90, -90, 180])
+def test_a_videos_frames_are_those_of_vllms_own_loader(tiny_folder: Path, turned: int) -> None:
+    """OpenCV's frames: other colours by a few levels, and turned by the same quarters."""
+    data = make_video(20, 10, (320, 240), turned=turned)
+    frames, found = VIDEO_LOADER_REGISTRY.load("opencv").load_bytes(data)
+    chunks = K26VideoIO(MediaConfig.from_path(tiny_folder), 10_000, {}).load_bytes(data)
+    assert found["total_num_frames"] == 20
+    for chunk in chunks:
+        images = [Image.fromarray(frames[index]) for index in chunk.indices]
+        patches, grids = preprocess([images], MediaConfig(), is_video=[True])
+        assert grids.tolist() == [list(chunk.grid_thw)]
+        assert np.abs(patches.astype(int) - chunk.patches).max() <= 6
