@@ -1,6 +1,7 @@
 """Tool calls in SGLang by the core's state machine, under the name of SGLang's own parser for this model.
 
-SGLang's loses a call without arguments, and one that the token limit cuts, where the answer is not streamed.
+SGLang's loses a call without arguments, one that the token limit cuts where the answer is not streamed, and half a marker at
+the end of a stream.
 """
 
 from __future__ import annotations
@@ -30,7 +31,14 @@ class K26ToolDetector(_in_tree):  # type: ignore[misc, valid-type]
         """The next piece of an answer without its reasoning."""
         if self._parser is None:
             self._parser = _parser(tools)
-        normal, calls = _collect(self._parser.feed(new_text))
+        return self._result(self._parser.feed(new_text))
+
+    def finish(self, tools: list[Any]) -> Any:
+        """What was held back at the end of a stream, because a marker might have come of it."""
+        return self._result(self._parser.finish() if self._parser is not None else [])
+
+    def _result(self, events: list[Event]) -> Any:
+        normal, calls = _collect(events)
         for index, call in calls.items():
             # SGLang reads these two when the answer ends: whether there were calls, and whether all was sent.
             if index == len(self.prev_tool_call_arr):

@@ -21,7 +21,7 @@ def register() -> None:
         compat.register_tokenizer(
             ("k26_plugins.vllm.tokenizer", "K26Tokenizer"), ("k26_plugins.vllm.renderer", "K26Renderer")
         )
-        compat.register_tool_parser("k26_plugins.vllm.output", "K26ToolParser")
+        compat.register_parsers("k26_plugins.vllm.output", "K26ToolParser", "K26ReasoningParser")
         compat.register_argument_hook("k26_plugins.vllm.defaults", "from_cli_args")
         compat.register_config_hook("k26_plugins.vllm.config")
     except Exception:

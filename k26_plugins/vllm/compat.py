@@ -19,7 +19,7 @@ from k26_plugins.common.config import ARCHITECTURE
 
 CHECKED_VERSIONS = "0.19.1 to 0.32.0"
 TOKENIZER_MODE = "k26"
-TOOL_PARSER = "k26"
+PARSER = "k26"
 
 
 class UnsupportedEngineError(RuntimeError):
@@ -83,11 +83,11 @@ def register_argument_hook(module: str, name: str) -> None:
     owner.from_cli_args = classmethod(from_cli_args)
 
 
-def register_tool_parser(module: str, name: str) -> None:
-    """Add the tool-call parser `k26`, where vLLM has the parser that it mends."""
+def register_parsers(module: str, tool_parser: str, reasoning_parser: str) -> None:
+    """Add the parsers `k26` of tool calls and of reasoning, where vLLM has the parser that they mend."""
     if has_kimi_parser():
-        manager = private("vllm.tool_parsers", "ToolParserManager")
-        manager.register_lazy_module(TOOL_PARSER, module, name)
+        private("vllm.tool_parsers", "ToolParserManager").register_lazy_module(PARSER, module, tool_parser)
+        private("vllm.reasoning", "ReasoningParserManager").register_lazy_module(PARSER, module, reasoning_parser)
 
 
 def has_kimi_parser() -> bool:

@@ -9,6 +9,7 @@ from k26_plugins.common.prompt.hf_tokenizer import is_this_model
 from k26_plugins.common.settings import PARSERS_VARIABLE, parsers_by_default
 from k26_plugins.vllm import compat, logger
 
+# vLLM's own, in releases without the one that ours mends.
 PARSER = "kimi_k2"
 
 
@@ -21,11 +22,12 @@ def from_cli_args(original: Callable[[Any], Any], args: Any) -> Any:
 
 def choose_parsers(args: Any) -> None:
     """Fill in the parsers that the command line leaves out, in place."""
+    parser = compat.PARSER if compat.has_kimi_parser() else PARSER
     if not args.tool_call_parser:
-        args.tool_call_parser = compat.TOOL_PARSER if compat.has_kimi_parser() else PARSER
+        args.tool_call_parser = parser
         args.enable_auto_tool_choice = True
     if not args.reasoning_parser and not getattr(args.structured_outputs_config, "reasoning_parser", ""):
-        args.reasoning_parser = PARSER
+        args.reasoning_parser = parser
     logger.info(
         "k26-plugins: reasoning parser %s, tool-call parser %s (flags win; %s=none leaves them out).",
         args.reasoning_parser or args.structured_outputs_config.reasoning_parser,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pybase64
 from transformers import BaseImageProcessor
 from vllm import envs
@@ -14,7 +16,7 @@ from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, Medi
 from vllm.multimodal.media.base import MediaIO
 from vllm.multimodal.media.image import ImageMediaIO
 
-from k26_plugins.common.media import MAX_PIXELS, MediaConfig, open_image
+from k26_plugins.common.media import MAX_PIXELS, MediaConfig, MediaError, open_image
 from k26_plugins.common.video import VideoChunk, read_chunks
 
 CONNECTOR = "k26"
@@ -51,6 +53,15 @@ class K26VideoIO(MediaIO):
         return self.load_bytes(filepath.read_bytes())
 
 
+@contextmanager
+def _fetching() -> Iterator[None]:
+    """A medium that cannot be had is the client's error, 400; vLLM says 500."""
+    try:
+        yield
+    except (OSError, RuntimeError, aiohttp.ClientError) as error:
+        raise MediaError(f"the image or video cannot be fetched: {error}") from error
+
+
 @MEDIA_CONNECTOR_REGISTRY.register(CONNECTOR)
 class K26MediaConnector(MediaConnector):
     """Fetches as vLLM does and decodes as the core does. Where the user set `image` in `--media-io-kwargs`, vLLM decodes."""
@@ -63,6 +74,14 @@ class K26MediaConnector(MediaConnector):
     def serve(cls, model_config: Any) -> None:
         settings, _ = BaseImageProcessor.get_image_processor_dict(model_config.model, revision=model_config.revision)
         cls.model_config, cls.media_config = model_config, MediaConfig.from_dict(settings)
+
+    def load_from_url(self, url: str, *args: Any, **kwargs: Any) -> Any:
+        with _fetching():
+            return super().load_from_url(url, *args, **kwargs)
+
+    async def load_from_url_async(self, url: str, *args: Any, **kwargs: Any) -> Any:
+        with _fetching():
+            return await super().load_from_url_async(url, *args, **kwargs)
 
     def fetch_image(self, image_url: str, **kwargs: Any) -> Any:
         if "image" in self.media_io_kwargs:

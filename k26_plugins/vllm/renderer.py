@@ -26,15 +26,26 @@ class K26Renderer(HfRenderer):
         self.escape_messages = control_tokens_as_text()
 
     def render_messages(self, messages: Any, params: Any) -> Any:
-        conversation, prompt = super().render_messages(self._ready(messages), _params(params))
+        conversation, prompt = super().render_messages(self._ready(messages, params), _params(params))
         return unescape_deep(conversation), prompt
 
     async def render_messages_async(self, messages: Any, params: Any) -> Any:
-        conversation, prompt = await super().render_messages_async(self._ready(messages), _params(params))
+        conversation, prompt = await super().render_messages_async(self._ready(messages, params), _params(params))
         return unescape_deep(conversation), prompt
 
-    def _ready(self, messages: Sequence[Any]) -> Any:
-        return _named(keep_arguments(escape_deep(messages) if self.escape_messages else messages))
+    def _ready(self, messages: Sequence[Any], params: Any) -> Any:
+        kept = keep_arguments(escape_deep(messages) if self.escape_messages else messages)
+        if params.chat_template is None:
+            kept = [_as_system(message) if message.get("role") == "developer" else message for message in kept]
+        return _named(kept)
+
+
+def _as_system(message: dict[str, Any]) -> dict[str, Any]:
+    """A developer's message by another name: the template writes the same of it.
+
+    vLLM looks for the role's name in the template, and would move it to the beginning, together with every system message.
+    """
+    return {**message, "role": "system", "name": message.get("name") or "developer"}
 
 
 def _named(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -61,9 +61,7 @@ def test_the_frames_are_the_ones_meant(container: str, codec: str) -> None:
         assert np.abs(greys - [index * 8 % 256 for index in chunk.indices]).max() < 6
 
 
-@pytest.mark.parametrize(
-    ("turned", "corner"), [(0, (0, 0)), (90, (-1, 0)), (180, (-1, -1)), (-90, (0, -1))], ids=str
-)
+@pytest.mark.parametrize(("turned", "corner"), [(0, (0, 0)), (90, (-1, 0)), (180, (-1, -1)), (-90, (0, -1))], ids=str)
 def test_a_video_is_seen_as_a_player_shows_it(turned: int, corner: tuple[int, int]) -> None:
     """The black square at the upper left is where turning has brought it."""
     size = (56, 28)

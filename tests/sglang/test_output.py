@@ -31,10 +31,12 @@ def test_whole_and_streamed(name: str) -> None:
     for seed in range(10):
         rng, rest, detector = random.Random(seed), text, K26ToolDetector()
         content, calls = "", {}
+        pieces = []
         while rest:
             size = rng.choice([1, 2, 7, 40, 3000])
-            result = detector.parse_streaming_increment(rest[:size], tools)
+            pieces.append(rest[:size])
             rest = rest[size:]
+        for result in [*(detector.parse_streaming_increment(piece, tools) for piece in pieces), detector.finish(tools)]:
             content += result.normal_text
             for item in result.calls:
                 found, arguments = calls.get(item.tool_index, ("", ""))

@@ -36,6 +36,12 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
+def gif_header(width: int, height: int) -> bytes:
+    """A GIF of one frame that says it is this large and holds one pixel's worth of data."""
+    frame = b"," + struct.pack("<HHHHB", 0, 0, width, height, 0) + b"\x02\x02\x4c\x01\x00"
+    return b"GIF89a" + struct.pack("<HH", width, height) + b"\x80\x00\x00" + b"\x00" * 3 + b"\xff" * 3 + frame + b";"
+
+
 BAD_IMAGES = {
     "corrupt": png(random_image(64, 64))[:200],
     "text": b"no image",

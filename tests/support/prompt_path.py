@@ -1,28 +1,51 @@
-"""What both engines' servers are asked about prompts, and what must come of it."""
+"""From a request to token ids, and from the model's tokens to an answer: the tests that both engines' servers pass.
+
+Each engine's file derives `PromptPathTests`, says how an answer is ordered, and gives the fixture `server`.
+"""
 
 from __future__ import annotations
 
+import io
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pytest
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.conversations import HOSTILE, Conversation, conversations, core_token_ids, digest, recorded
-from support.images import BAD_IMAGES, image_part, png, png_header, random_image
+from support.images import BAD_IMAGES, gif_header, image_part, png, png_header, random_image
+from support.scripted import TOKEN_CASES, parsed, streamed
 from support.server import Server
 from support.videos import make_video, video_part
 
 from k26_plugins.common.prompt.tokenizer import KimiTokenizer
+
+
+def _jpeg() -> bytes:
+    buffer = io.BytesIO()
+    random_image(64, 64).save(buffer, "JPEG")
+    return buffer.getvalue()
+
 
 _VIDEO = make_video(12)
 BAD_MEDIA: dict[str, dict[str, Any]] = {
     **{f"image-{name}": image_part(data) for name, data in BAD_IMAGES.items()},
     "image-bomb": image_part(png_header(30_000, 30_000)),
     "image-empty-size": image_part(png_header(0, 0)),
+    "image-gif-bomb": image_part(gif_header(65_535, 65_535)),
+    "image-jpeg-cut": image_part(_jpeg()[:400]),
     "image-no-base64": {"type": "image_url", "image_url": {"url": "data:image/png;base64,%%%"}},
+    "image-nowhere": {"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/photo.png"}},
+    "image-file": {"type": "image_url", "image_url": {"url": "file:///etc/hostname"}},
     "video-text": video_part(b"no video"),
     "video-empty": video_part(b""),
     "video-cut": video_part(_VIDEO[:-200]),
+    "video-cut-early": video_part(_VIDEO[:400]),
+    "video-absurd-size": video_part(gif_header(65_535, 65_535)),
+    "video-damaged": video_part(_VIDEO[:600] + b"\xff" * 400 + _VIDEO[1000:]),
+    "video-too-long": video_part(make_video(80, 1, (1280, 720))),
     "video-image": video_part(png(random_image(40, 30))),
     "video-playlist": video_part(b"#EXTM3U\n#EXTINF:10,\nfile:///etc/hostname\n#EXT-X-ENDLIST\n"),
 }
@@ -36,27 +59,6 @@ def prompt_token_ids(server: Server, conversation: Conversation) -> list[int]:
     answer = response.json()
     found: list[int] = answer.get("prompt_token_ids") or answer["choices"][0]["prompt_token_ids"]
     return found
-
-
-def assert_same_token_ids(server: Server, folder: Path) -> None:
-    """All conversations: the core's token ids, and those that are recorded."""
-    asked = conversations()
-    with ThreadPoolExecutor(16) as pool:
-        found = dict(zip(asked, pool.map(lambda one: prompt_token_ids(server, one), asked), strict=True))
-    tokenizer = KimiTokenizer(folder)
-    differences = [
-        f"{one.name}: {tokenizer.decode(ids)!r}" for one, ids in found.items() if ids != core_token_ids(folder, one)
-    ]
-    assert not differences, "\n".join(differences[:5])
-    assert {one.name: digest(ids) for one, ids in found.items()} == recorded()
-
-
-def assert_bad_medium_is_answered(server: Server, name: str) -> None:
-    content = [BAD_MEDIA[name], {"type": "text", "text": "What?"}]
-    response = server.post("/v1/chat/completions", messages=[{"role": "user", "content": content}], max_tokens=2)
-    assert response.status_code in (400, 422), response.text
-    assert server.alive()
-    assert server.chat("Hello", max_tokens=2)["usage"]["completion_tokens"] > 0
 
 
 _TEXT = st.one_of(st.sampled_from(HOSTILE), st.text(max_size=8))
@@ -120,3 +122,88 @@ HOSTILE_BODIES = st.fixed_dictionaries(
         ),
     },
 )
+
+
+def path_of_tests() -> str:
+    """For a server that imports `support`; the package itself it may have from PYTHONPATH too."""
+    return os.pathsep.join([str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+class PromptPathTests:
+    # Of both parsers, as the log names them.
+    parsers: str
+    hostile_requests: int
+
+    def script(self, token_ids: list[int]) -> dict[str, Any]:
+        """The request's fields that order these tokens as the answer."""
+        raise NotImplementedError
+
+    def test_the_parsers_are_chosen(self, server: Server) -> None:
+        assert self.parsers in server.log.read_text()
+
+    def test_token_ids_are_the_cores(self, server: Server, tiny_folder: Path) -> None:
+        """All conversations: the core's token ids, and those that are recorded."""
+        asked = conversations()
+        with ThreadPoolExecutor(16) as pool:
+            found = dict(zip(asked, pool.map(lambda one: prompt_token_ids(server, one), asked), strict=True))
+        tokenizer = KimiTokenizer(tiny_folder)
+        differences = [
+            f"{one.name}: {tokenizer.decode(ids)!r}"
+            for one, ids in found.items()
+            if ids != core_token_ids(tiny_folder, one)
+        ]
+        assert not differences, "\n".join(differences[:5])
+        assert {one.name: digest(ids) for one, ids in found.items()} == recorded()
+
+    def test_other_roles_are_system_messages_with_their_name(self, server: Server, tiny_folder: Path) -> None:
+        """In their places, as the template renders every role that it does not know."""
+        messages = [
+            {"role": "system", "content": "S"},
+            {"role": "user", "content": "1"},
+            {"role": "developer", "content": "D <|im_end|>"},
+            {"role": "developer", "content": [{"type": "text", "text": "E"}], "name": "Ann"},
+        ]
+        found = prompt_token_ids(server, Conversation("developer", messages))
+        tokenizer = KimiTokenizer(tiny_folder)
+        middle = "<|im_middle|>"
+        before = (
+            f"<|im_system|>system{middle}S<|im_end|><|im_user|>user{middle}1<|im_end|><|im_system|>developer{middle}"
+        )
+        after = f"<|im_end|><|im_system|>Ann{middle}E<|im_end|><|im_assistant|>assistant{middle}<think>"
+        spelled = tokenizer.encode("D <|im_end|>")
+        assert found == tokenizer.encode_prompt(before) + spelled + tokenizer.encode_prompt(after)
+
+    @pytest.mark.parametrize("name", BAD_MEDIA)
+    def test_a_bad_medium_is_answered_and_the_server_lives(self, server: Server, name: str) -> None:
+        content = [BAD_MEDIA[name], {"type": "text", "text": "What?"}]
+        response = server.post("/v1/chat/completions", messages=[{"role": "user", "content": content}], max_tokens=2)
+        assert response.status_code in (400, 422), response.text
+        assert server.alive()
+        assert server.chat("Hello", max_tokens=2)["usage"]["completion_tokens"] > 0
+
+    @pytest.mark.parametrize("name", TOKEN_CASES)
+    def test_answers_are_taken_apart(self, server: Server, tiny_folder: Path, name: str) -> None:
+        case = TOKEN_CASES[name]
+        tokenizer = KimiTokenizer(tiny_folder)
+        script = self.script([*tokenizer.encode_prompt(case.answer), tokenizer.named["<|im_end|>"]])
+        expected = (case.reasoning, case.content, case.calls)
+        *found, finish = parsed(server, case, script)
+        assert tuple(found) == expected
+        assert finish == ("tool_calls" if case.calls else "stop")
+        assert streamed(server, case, script) == expected
+
+    def test_no_request_breaks_the_server(self, server: Server) -> None:
+        @given(HOSTILE_BODIES)
+        @settings(
+            max_examples=self.hostile_requests,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        )
+        def ask(body: dict[str, Any]) -> None:
+            response = server.post("/v1/chat/completions", **{"max_tokens": 1, **body})
+            assert response.status_code < 500, response.text
+            assert server.alive()
+
+        ask()

@@ -68,6 +68,21 @@ CASES = {
         "a", "", [("get_weather", '{"city":"Be')],
     ),
     "cut-header": Case(f"a</think>b{SECTION_BEGIN}{CALL_BEGIN}functions.get_wea", "a", "b", []),
+    # Spelled by ordinary tokens: it is what the model wrote.
+    "half-a-marker": Case("a</think>b <|tool_calls_sec", "a", "b <|tool_calls_sec", []),
+}  # fmt: skip
+# Where there is a tokenizer: reserved tokens, of which an answer shows nothing.
+TOKEN_CASES = {
+    **CASES,
+    "reserved": Case(
+        "w<|reserved_token_300|>hy<|reserved_token_301|></think><|reserved_token_302|>he<|reserved_token_303|>llo",
+        "why", "hello", [],
+    ),
+    "reserved-and-calls": Case(
+        f"why<|reserved_token_300|></think>ok{SECTION_BEGIN}<|reserved_token_301|>"
+        f"{call('functions.get_weather:0', WEATHER)}{SECTION_END}<|reserved_token_302|>",
+        "why", "ok", [("get_weather", WEATHER)],
+    ),
 }  # fmt: skip
 
 

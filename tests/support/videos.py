@@ -27,6 +27,8 @@ def make_video(
     with av.open(buffer, "w", format=container) as output:
         stream: Any = output.add_stream(codec, rate=fps)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        if codec == "libx265":
+            stream.options = {"x265-params": "log-level=none"}
         if turned:
             stream.set_display_rotation(turned)
         for index in range(num_frames):

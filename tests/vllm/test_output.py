@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.scripted import CASES, TOOLS, Case, call
+from support.scripted import TOKEN_CASES, TOOLS, Case, call
 
 from k26_plugins.common.prompt.output import SECTION_BEGIN, SECTION_END, THINK_END
 from k26_plugins.vllm import compat, register
@@ -17,7 +17,7 @@ pytest.importorskip("vllm.parser.kimi_k2", reason="vLLM's state machine for this
 
 BIG = '{"city":"' + 'x } \\" <| ' * 1500 + '"}'
 ALL = {
-    **CASES,
+    **TOKEN_CASES,
     "12-kilobytes": Case(f"{THINK_END}{SECTION_BEGIN}{call('now:0', BIG)}{SECTION_END}", "", "", [("now", BIG)]),
 }
 
@@ -34,16 +34,22 @@ def test_whole_and_streamed(tokenizer: Any, name: str) -> None:
     from vllm.parser.parser_manager import ParserManager
 
     case = ALL[name]
-    parser = ParserManager.get_parser(compat.TOOL_PARSER, "kimi_k2", enable_auto_tools=True, tokenizer=tokenizer)
+    parser = ParserManager.get_parser(compat.PARSER, compat.PARSER, enable_auto_tools=True, tokenizer=tokenizer)
     request = ChatCompletionRequest(messages=[{"role": "user", "content": "x"}], tools=TOOLS, model="m")
     token_ids = tokenizer.encode(case.answer, add_special_tokens=False)
     reasoning, content, calls = parser(tokenizer, tools=request.tools).parse(
-        case.answer, request, enable_auto_tools=True, model_output_token_ids=token_ids
+        shown(tokenizer, token_ids), request, enable_auto_tools=True, model_output_token_ids=token_ids
     )
     expected = (case.reasoning, case.content, case.calls)
     assert (reasoning or "", content or "", [(found.name, found.arguments) for found in calls or []]) == expected
     for seed in range(5):
         assert _stream(parser(tokenizer, tools=request.tools), tokenizer, request, token_ids, seed) == expected
+
+
+def shown(tokenizer: Any, token_ids: list[int]) -> str:
+    """What the parser is given: it asks for no special token to be shown."""
+    text: str = tokenizer.decode(token_ids, skip_special_tokens=True)
+    return text
 
 
 def _stream(parser: Any, tokenizer: Any, request: Any, token_ids: list[int], seed: int) -> Any:
@@ -55,7 +61,7 @@ def _stream(parser: Any, tokenizer: Any, request: Any, token_ids: list[int], see
         piece = token_ids[position : position + rng.choice([1, 2, 7, 40, 3000])]
         position += len(piece)
         delta = parser.parse_delta(
-            tokenizer.decode(piece), piece, request, prompt_token_ids=prompt, finished=position == len(token_ids)
+            shown(tokenizer, piece), piece, request, prompt_token_ids=prompt, finished=position == len(token_ids)
         )
         if delta is None:
             continue
