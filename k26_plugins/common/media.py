@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -157,18 +158,24 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         with warnings.catch_warnings():
             # The limit below is the bomb check; PIL's warning would only repeat it.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data), formats=_formats())
             check_size(*image.size, max_pixels=max_pixels)
             return image.convert("RGB")
+    except MediaError:
+        raise
     except Image.DecompressionBombError as error:
         raise MediaError(f"the image has too many pixels: send one of at most {max_pixels:,}.") from error
     except UnidentifiedImageError as error:
         raise MediaError("the data is no image in a format that is known: send PNG, JPEG, WebP or GIF.") from error
-    except MediaError:
-        raise
-    # PIL's decoders raise any of these on damaged files.
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError) as error:
+    except Exception as error:  # what Pillow's decoders raise on damaged files has no common class
         raise MediaError(f"the image is damaged ({error}): send a whole file.") from error
+
+
+@cache
+def _formats() -> list[str]:
+    """All that Pillow reads but EPS: for that it starts Ghostscript, a program's interpreter."""
+    Image.init()
+    return [name for name in Image.ID if name != "EPS"]
 
 
 def check_size(width: int, height: int, kind: str = "image", max_pixels: int = MAX_PIXELS) -> None:

@@ -175,6 +175,8 @@ def _opened(data: bytes) -> Iterator[tuple[InputContainer, VideoStream]]:
         with av.open(io.BytesIO(data), mode="r", options=_OPTIONS) as container:
             if not container.streams.video:
                 raise MediaError("the file holds no video: send MP4 or WebM.")
+            if container.streams.video[0].codec_context is None:
+                raise MediaError("the video is in a codec that is not known: convert it to MP4 or WebM.")
             yield container, container.streams.video[0]
     except (av.FFmpegError, ValueError, IndexError, EOFError) as error:
         if isinstance(error, MediaError):

@@ -110,6 +110,13 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
     assert (opened.mode, opened.size) == ("RGB", (5, 4))
 
 
+def avif_without_pixels() -> bytes:
+    """Pillow's decoder has errors of its own for this."""
+    data = encode(Image.new("RGB", (4, 4), 3), "AVIF")
+    start = data.index(b"mdat") + 4
+    return data[:start] + bytes(len(data) - start)
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -117,11 +124,13 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
         (b"not an image at all", "no image"),
         (encode(Image.new("RGB", (64, 64), 3), "PNG")[:60], "damaged"),
         (encode(Image.effect_noise((64, 64), 9), "JPEG")[:700], "damaged"),
+        (encode(Image.new("RGB", (4, 4), 3), "EPS"), "no image"),
+        (avif_without_pixels(), "damaged"),
         (png_header(0, 0), "damaged|no image|0 × 0"),
         (png_header(30_000, 30_000), "too many pixels"),
         (png_header(15_000, 15_000), "too many pixels"),
     ],
-    ids=["empty", "text", "cut-png", "cut-jpeg", "0x0", "30000x30000", "15000x15000"],
+    ids=["empty", "text", "cut-png", "cut-jpeg", "eps", "avif", "0x0", "30000x30000", "15000x15000"],
 )
 def test_what_is_no_image_gets_one_clear_error(data: bytes, message: str) -> None:
     with pytest.raises(MediaError, match=message):
