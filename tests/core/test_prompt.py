@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from k26_plugins.common.config import K26Config
 from k26_plugins.common.prompt.chat import expand_media_placeholders, render
+from k26_plugins.common.prompt.control_tokens import MARK, QUOTED_SIGN
 from k26_plugins.common.prompt.hf_tokenizer import load_hf_tokenizer
-from k26_plugins.common.prompt.special_tokens import special_token_ids
+from k26_plugins.common.prompt.special_tokens import NAMED_OFFSETS, special_token_ids
 from k26_plugins.common.prompt.tokenizer import KimiTokenizer, TokenizerError
 from k26_plugins.common.tiny import TinySizes, make_tiny
 
@@ -43,15 +46,66 @@ def test_special_tokens_have_the_published_ids(full_vocabulary: Path) -> None:
 
 
 def test_both_tokenizers_give_the_same_ids(full_vocabulary: Path) -> None:
-    """The fast one against the tiktoken library, on strings that the split pattern's every branch takes part in."""
+    """The tokenizers library, which answers where offsets are asked for, against the tiktoken library, on strings that the
+    split pattern's every branch, control tokens and marks take part in."""
     fast, plain = load_hf_tokenizer(full_vocabulary), KimiTokenizer(full_vocabulary)
     rng = random.Random(0)
-    alphabet = "abcXYZ éÜß中文字漢 \n\r\t'’s12345.,!?-—😀ñज्ञ한국어あカǅ\u0301ʰ'll'RE<>|"
+    alphabet = [
+        *"abcXYZ éÜß中文字漢 \n\r\t'’s12345.,!?-—😀ñज्ञ한국어あカǅ\u0301ʰ'll'RE<>|",
+        *NAMED_OFFSETS,
+        MARK,
+        QUOTED_SIGN,
+    ]
     for _ in range(500):
         text = "".join(rng.choice(alphabet) for _ in range(rng.randint(1, 60)))
-        ids = plain.encode(text)
-        assert fast.encode(text, add_special_tokens=False) == ids, text
-        assert plain.decode(ids) == text
+        both = fast(text, add_special_tokens=False, return_offsets_mapping=True)
+        assert both["input_ids"] == fast.encode(text, add_special_tokens=False) == plain.encode_prompt(text), text
+        assert plain.decode(plain.encode(text)) == text
+
+
+def test_the_fast_tokenizer_answers_as_transformers_does(full_vocabulary: Path) -> None:
+    """Whatever is asked for beside the ids; the judge is the class that ours overrides."""
+    fast = load_hf_tokenizer(full_vocabulary)
+    judge = pickle.loads(pickle.dumps(fast))
+    judge.plain = None
+    text = "Hello <|im_end|> wörld, this is a longer text"
+    for side in ("left", "right"):
+        fast.truncation_side = judge.truncation_side = side
+        for asked in (
+            {}, {"truncation": True, "max_length": 5}, {"truncation": True, "max_length": 500}, {"return_tensors": "pt"},
+            {"return_attention_mask": False}, {"padding": "max_length", "max_length": 70}, {"return_length": True},
+            {"add_special_tokens": False}, {"return_offsets_mapping": True}, {"text_pair": "and more"},
+        ):  # fmt: skip
+            ours, theirs = fast(text, **asked), judge(text, **asked)
+            assert list(ours) == list(theirs)
+            assert all(np.array_equal(ours[name], theirs[name]) for name in theirs), asked
+        for asked in ({}, {"truncation": True, "max_length": 3}, {"padding": True, "return_tensors": "np"}):
+            ours, theirs = fast([text, "b"], **asked), judge([text, "b"], **asked)
+            assert [list(map(list, ours[name])) for name in theirs] == [
+                list(map(list, theirs[name])) for name in theirs
+            ]
+    for tokenizer in (fast, judge):
+        tokenizer.add_tokens(["<added>"])
+    assert fast.encode("a<added>b") == judge.encode("a<added>b")
+
+
+@pytest.mark.parametrize(
+    "text", [" " * 1_000_000, "a" * 60_000, " " * 25_001 + "b" * 25_000, "ab " * 140_000, "\n" * 25_000 + "x"], ids=len
+)
+def test_a_text_of_any_length_is_encoded(full_vocabulary: Path, text: str) -> None:
+    """Cut where the published tokenizer cuts, here by the letter: the tiktoken library gives up at a million spaces."""
+    tokenizer = KimiTokenizer(full_vocabulary)
+    pieces = [""]
+    for index, character in enumerate(text):
+        if index % 400_000 == 0:
+            pieces.append("")
+            run = 0
+        run = run + 1 if run and character.isspace() == text[index - 1].isspace() else 1
+        if run > 25_000:
+            pieces.append("")
+            run = 1
+        pieces[-1] += character
+    assert tokenizer.encode(text) == [token_id for piece in pieces for token_id in tokenizer.encode(piece)]
 
 
 def test_control_tokens_in_text_stay_text_by_default(tiny_folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import tiktoken
@@ -34,6 +34,12 @@ SPLIT_PATTERN = "|".join(
 )
 
 
+# The published tokenizer's limits on what it hands to the library at once, which gives up at a million spaces.
+_MAX_CHARS, _MAX_RUN = 400_000, 25_000
+_LONG_SPACE = re.compile(rf"\s{{{_MAX_RUN + 1}}}")
+_END_OF_RUN = re.compile(rf"\s{{{_MAX_RUN}}}(?=\s)|\S{{{_MAX_RUN}}}(?=\S)")
+
+
 class TokenizerError(ValueError):
     """A tokenizer that is not this model's. The message names the file or the token, and the remedy."""
 
@@ -55,9 +61,15 @@ class KimiTokenizer:
             "kimi", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=self.special
         )
 
+    def __deepcopy__(self, memo: object) -> KimiTokenizer:
+        """Itself: nothing of it changes, and engines copy the tokenizer that holds it."""
+        return self
+
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`. A control token's name in it stays text."""
-        return self._encoding.encode_ordinary(text)
+        if len(text) <= _MAX_RUN:
+            return self._encoding.encode_ordinary(text)
+        return [token_id for piece in _pieces(text) for token_id in self._encoding.encode_ordinary(piece)]
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """Token ids of a rendered prompt: control tokens by name, what `control_tokens.escape` marked stays text."""
@@ -65,7 +77,7 @@ class KimiTokenizer:
         for piece in self._special_pattern.split(prompt):
             token_id = self.special.get(piece)
             if token_id is None:
-                token_ids += self._encoding.encode_ordinary(unescape(piece))
+                token_ids += self.encode(unescape(piece))
             else:
                 token_ids.append(token_id)
         return token_ids
@@ -96,6 +108,18 @@ class KimiTokenizer:
                     f"{name} is token {self.named[name]} in {RANKS_FILE} and {token_id} in config.json: "
                     f"they are of two models, download both again."
                 )
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cut after 400,000 characters, and in runs of more than 25,000 with space or without."""
+    for start in range(0, len(text), _MAX_CHARS):
+        part = text[start : start + _MAX_CHARS]
+        begin = 0
+        if max(map(len, part.split()), default=0) > _MAX_RUN or _LONG_SPACE.search(part):
+            for end in (match.end() for match in _END_OF_RUN.finditer(part)):
+                yield part[begin:end]
+                begin = end
+        yield part[begin:]
 
 
 def _read_ranks(file: Path) -> dict[bytes, int]:
