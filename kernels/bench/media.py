@@ -1,9 +1,12 @@
 """Images and video frames to patches: the core against vLLM's fused processor and transformers' own, in one run.
 
-    python kernels/bench/media.py [--save]      in an environment with vLLM, or with torchvision
+    python kernels/bench/media.py [--save]      in an environment with vLLM, or with torchvision, or with both
 
 Each line is the best of several runs on the same pixels, taking turns, decoding left out; the bytes of the core and of
-vLLM's processor are compared first. transformers' processor needs torchvision, by which it resizes: its pixels differ.
+vLLM's processor are compared first. transformers' processor resizes by torchvision, a level apart, and gives float32 only.
+PyPI has torchvision as a CUDA build; beside a CPU torch its Python part will do:
+
+    pip install --no-deps --target tv torchvision==0.28.0 && PYTHONPATH=tv python kernels/bench/media.py
 """
 
 from __future__ import annotations
@@ -14,11 +17,13 @@ import os
 import time
 from collections.abc import Callable
 from datetime import date
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from k26_plugins.common.media import MediaConfig
@@ -63,8 +68,9 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="write the results beside this file, named by date and CPU")
     arguments = parser.parse_args()
     settings: dict[str, Any] = {"media_proc_cfg": {"config_type": "MoonViTMediaProcessorConfig", **_settings()}}
+    declare_torchvision_operators()
     core = MediaProcessor(settings)
-    fused = _fused(settings["media_proc_cfg"]) if find_spec("vllm") else None
+    fused = fused_processor() if find_spec("vllm") else None
     transformers = _transformers() if find_spec("torchvision") else None
     results = []
     for name, (sizes, frames) in CASES.items():
@@ -95,16 +101,33 @@ def main() -> None:
             print(f"{name:32} {kind:8}", "  ".join(f"{key} {rates[key]:8.1f}/s {cores[key]:7.2f} ms" for key in rates))
     if arguments.save:
         info = machine()
-        judge = "vllm" if fused is not None else "transformers"
+        rivals = {"vllm": fused, "transformers": transformers}
+        judge = "-".join(name for name, rival in rivals.items() if rival is not None)
         name = f"media-{judge}-{info['date']}-{info['cpu'].replace(' ', '_')}-{info['cores']}t.json"
         result = {"machine": info, "results": results}
         (Path(__file__).parent / "results" / name).write_text(json.dumps(result, indent=1) + "\n")
 
 
-def _fused(settings: dict[str, Any]) -> Any:
+def fused_processor() -> Any:
     from vllm.transformers_utils.processors.kimi_k25_vision_fused import KimiK25FusedVisionProcessor
 
-    return KimiK25FusedVisionProcessor(settings)
+    return KimiK25FusedVisionProcessor(_settings())
+
+
+def declare_torchvision_operators() -> None:
+    """So that torchvision's Python part can be imported where its compiled operators, which nothing here uses, do not load.
+
+    Before vLLM is imported: its transformers imports torchvision where it finds it.
+    """
+    if find_spec("torchvision") is not None and torch.version.cuda is None and "+cpu" not in version("torchvision"):
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _libraries.append(library)
+
+
+# torch forgets a library that nobody holds.
+_libraries: list[torch.library.Library] = []
 
 
 def _transformers() -> Any:
