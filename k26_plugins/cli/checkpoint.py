@@ -67,11 +67,13 @@ def _folded_table(specs: list[TensorSpec]) -> Table:
 def check(folder: Folder) -> None:
     """Hold a checkpoint against its table of tensors: names, shapes, dtypes and file sizes.
 
-    Reads headers, not weights: seconds for the published 64 files. Exits with 1 where something is wrong.
+    Reads headers, not weights: seconds for the published 64 files. Exits with 1 where something is wrong. Says too where the
+    folder's chat template, which is the one that is used, renders a conversation otherwise than the one that ships.
     """
     from k26_plugins.common.checkpoint import CheckpointError
     from k26_plugins.common.checkpoint import check as run_check
     from k26_plugins.common.config import ConfigError
+    from k26_plugins.common.prompt.template_check import differing_samples
 
     with progress_bar() as progress:
         task = progress.add_task("reading headers")
@@ -83,6 +85,8 @@ def check(folder: Folder) -> None:
     for problem in report.problems:
         out.print(f"{problem.fault}: {problem.name} {problem.message}", highlight=False, markup=False, soft_wrap=True)
     typer.echo(f"{report.num_tensors:,} tensors, {report.num_bytes:,} bytes in {report.num_files} files are right.")
+    if differing := differing_samples(folder):
+        typer.echo(f"chat_template.jinja renders otherwise than the one that ships: {', '.join(differing)}.")
     if report.problems:
         fail(f"{len(report.problems):,} faults.")
 

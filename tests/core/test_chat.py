@@ -3,20 +3,25 @@ template, the tiktoken library, and the specification's rules."""
 
 from __future__ import annotations
 
+import json
 import pickle
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.conversations import conversations
 from transformers import PreTrainedTokenizerFast
 
 from k26_plugins.common.prompt.chat import VerbatimArguments, keep_arguments, prepare, render
 from k26_plugins.common.prompt.control_tokens import escape, escape_deep, unescape, unescape_deep
 from k26_plugins.common.prompt.hf_tokenizer import KimiTokenizerFast, load_hf_tokenizer
 from k26_plugins.common.prompt.special_tokens import NAMED_OFFSETS
+from k26_plugins.common.prompt.template_check import differing_samples
 from k26_plugins.common.prompt.tokenizer import KimiTokenizer
 
 NAMES = [*NAMED_OFFSETS, "<|reserved_token_300|>", "<|kimi_k25_video_placeholder|>"]
@@ -211,3 +216,39 @@ def test_the_checkpoints_own_template_is_preferred(tiny_folder: Path, tmp_path: 
     assert text.startswith("# Tools\n\n## functions\n")
     tokenizer = load_hf_tokenizer(tmp_path)
     assert tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tools=[WEATHER], tokenize=False) == text
+
+
+def test_the_checkpoints_file_by_plain_jinja(tiny_folder: Path) -> None:
+    """All conversations: what the file itself says of them, without a mark or anything else of ours around it."""
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+    template = environment.from_string((tiny_folder / "chat_template.jinja").read_text())
+    for one in conversations():
+        if one.continued:
+            continue
+        given = prepare(one.messages, one.tools, escape_messages=False, escape_tools=False)
+        plain = template.render(**asdict(given), add_generation_prompt=True, **one.options)
+        assert unescape(render(one.messages, tiny_folder, tools=one.tools, **one.options)) == plain, one.name
+
+
+def test_templates_get_what_transformers_gives_them(tmp_path: Path) -> None:
+    """Published templates of this family leave loops by `break`."""
+    source = (
+        "{% for m in messages %}{% if m.role == 'tool' %}{% break %}{% endif %}{{ m | tojson(sort_keys=True) }}{% endfor %}"
+        "{{ strftime_now('%Y') | length }}{% if not messages %}{{ raise_exception('nothing') }}{% endif %}"
+    )
+    (tmp_path / "chat_template.jinja").write_text(source)
+    messages = [{"role": "user", "content": "Ü&"}, {"role": "tool", "content": ""}]
+    assert render(messages, tmp_path) == '{"content": "Ü&", "role": "user"}4'
+    with pytest.raises(jinja2.TemplateError, match="nothing"):
+        render([], tmp_path)
+
+
+def test_a_changed_template_is_named(tiny_folder: Path, tmp_path: Path) -> None:
+    assert differing_samples(tiny_folder) == []
+    assert differing_samples(tmp_path) == []
+    own = (tiny_folder / "chat_template.jinja").read_text()
+    (tmp_path / "chat_template.jinja").write_text(own.replace("## Return of ", "## Result of "))
+    assert differing_samples(tmp_path) == ["thinking and tool calls", "preserved thinking", "no answer asked for"]
+    (tmp_path / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
+    assert len(differing_samples(tmp_path)) == 7

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Template
+from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from k26_plugins.common.prompt.control_tokens import escape, escape_deep
@@ -102,7 +103,8 @@ def render(
     """The prompt of OpenAI-style `messages`, with control tokens by name; `KimiTokenizer.encode_prompt` reads it.
 
     folder: the checkpoint, whose `chat_template.jinja` is used where it has one. The template runs in jinja2's sandbox.
-    continue_final_message: leave the last message open and start no new one; ValueError where it has no text.
+    continue_final_message: leave the last message open and start no new one; ValueError where it has no text. Raises
+    jinja2.TemplateError where the template does.
     """
     file = None if folder is None else Path(folder) / TEMPLATE_FILE
     source = file.read_text(encoding="utf-8") if file is not None and file.exists() else own_template()
@@ -136,14 +138,23 @@ def expand_media_placeholders(
 
 @lru_cache(maxsize=4)
 def _compiled(source: str) -> Template:
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    """What transformers gives a chat template: published ones leave loops by `break`, and raise."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
     environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment.from_string(source)
 
 
-def _to_json(value: object, separators: tuple[str, str] | None = None) -> str:
+def _to_json(value: object, ensure_ascii: bool = False, **options: Any) -> str:
     # Unlike jinja2's own filter this escapes no HTML, as transformers' does not.
-    return json.dumps(value, ensure_ascii=False, separators=separators)
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(message)
 
 
 def _open(messages: list[dict[str, Any]]) -> None:
