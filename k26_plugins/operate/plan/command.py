@@ -26,7 +26,8 @@ def vllm_command(checkpoint: str, fit: Fit) -> list[str]:
         command += ["--kv-cache-dtype", "fp8"]
     command += ["--max-model-len", str(_context(fit)), "--gpu-memory-utilization", f"{MEMORY_FRACTION:.2f}"]
     command += ["--max-num-batched-tokens", str(BATCHED_TOKENS)]
-    return [*command, "--enable-auto-tool-choice", *PARSERS]
+    # Without parsers: the plugin chooses its own, and a flag would put vLLM's in their place.
+    return command
 
 
 def sglang_command(checkpoint: str, fit: Fit) -> list[str]:
