@@ -17,6 +17,7 @@ import os
 import time
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -89,9 +90,14 @@ def main() -> None:
                 ours, theirs = (function()["pixel_values"].numpy().tobytes() for function in functions.values())
                 if ours != theirs:
                     raise SystemExit(f"{name}: the core's bytes are not vLLM's.")
-            if transformers is not None and normalised and frames == 1:
-                images = [medium["image"] for medium in media]
-                functions["transformers"] = lambda images=images: transformers(images, return_tensors="pt")
+            if transformers is not None and normalised:
+                of_images, of_videos = transformers
+                if frames == 1:
+                    images = [medium["image"] for medium in media]
+                    functions["transformers"] = partial(of_images, images, return_tensors="pt")
+                else:
+                    clip = np.stack([np.asarray(frame) for frame in media[0]["video_chunk"]])
+                    functions["transformers"] = partial(of_videos, [clip], do_sample_frames=False)
             seconds = best(functions)
             count = len(sizes) * frames
             rates = {key: round(count / clock, 1) for key, (clock, _) in seconds.items()}
@@ -130,10 +136,11 @@ def declare_torchvision_operators() -> None:
 _libraries: list[torch.library.Library] = []
 
 
-def _transformers() -> Any:
+def _transformers() -> tuple[Any, Any]:
     from transformers.models.kimi_k25.image_processing_kimi_k25 import Kimi_K25ImageProcessor
+    from transformers.models.kimi_k25.video_processing_kimi_k25 import Kimi_K25VideoProcessor
 
-    return Kimi_K25ImageProcessor()
+    return Kimi_K25ImageProcessor(), Kimi_K25VideoProcessor()
 
 
 def _settings() -> dict[str, Any]:
