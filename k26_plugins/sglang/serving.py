@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from k26_plugins.common.prompt.hf_tokenizer import CONTINUE_KEY, is_this_model
+from k26_plugins.common.prompt.output import MARKERS
 from k26_plugins.common.settings import PARSERS_VARIABLE, parsers_by_default
 from k26_plugins.sglang import compat, logger
 
@@ -20,6 +21,7 @@ def install() -> None:
     compat.hook_chat("OpenAIServingChat._handle_last_assistant_message", leave_last_message)
     compat.hook_chat("OpenAIServingChat.handle_request", read_messages)
     compat.hook_chat("OpenAIServingChat._engine_prompt", send_token_ids)
+    compat.hook_chat("OpenAIServingChat._process_messages", hide_reserved_tokens)
 
 
 def choose_parsers(original: Callable[[Any], Any], server_args: Any) -> Any:
@@ -77,3 +79,13 @@ def send_token_ids(
     if isinstance(processed.prompt_ids, list) and processed.prompt_ids:
         return "input_ids", processed.prompt_ids
     return original(serving, processed, is_multimodal)
+
+
+def hide_reserved_tokens(original: Callable[..., Any], serving: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+    """In an answer, as the client asks. SGLang shows every special token where there are tools, so that its parser sees the
+    markers; our tokenizer counts those among the ordinary tokens."""
+    asked = request.skip_special_tokens
+    processed = original(serving, request, *args, **kwargs)
+    if set(serving.tokenizer_manager.tokenizer.all_special_tokens).isdisjoint(MARKERS):
+        request.skip_special_tokens = processed.skip_special_tokens = asked
+    return processed

@@ -14,17 +14,7 @@ from vllm.parser.kimi_k2 import KimiK2Parser
 from vllm.reasoning.kimi_k2_reasoning_parser import KimiK2ReasoningParser
 from vllm.tool_parsers.kimi_k2_tool_parser import KimiK2ToolParser
 
-from k26_plugins.common.prompt.output import (
-    CALL_ARGUMENTS,
-    CALL_BEGIN,
-    CALL_END,
-    SECTION_BEGIN,
-    SECTION_END,
-    THINK_BEGIN,
-    THINK_END,
-)
-
-_MARKERS = (THINK_BEGIN, THINK_END, SECTION_BEGIN, SECTION_END, CALL_BEGIN, CALL_ARGUMENTS, CALL_END)
+from k26_plugins.common.prompt.output import MARKERS
 
 
 class K26Parser(KimiK2Parser):
@@ -43,7 +33,7 @@ class K26Parser(KimiK2Parser):
 
     def adjust_request(self, request: Any) -> Any:
         hidden = set(self.model_tokenizer.all_special_tokens)
-        return request if hidden.isdisjoint(_MARKERS) else super().adjust_request(request)
+        return request if hidden.isdisjoint(MARKERS) else super().adjust_request(request)
 
 
 class K26ToolParser(KimiK2ToolParser):

@@ -24,6 +24,8 @@ SECTION_END = "<|tool_calls_section_end|>"
 CALL_BEGIN = "<|tool_call_begin|>"
 CALL_ARGUMENTS = "<|tool_call_argument_begin|>"
 CALL_END = "<|tool_call_end|>"
+# What a parser must find in an answer's text: no other special token is to be shown for its sake.
+MARKERS = (THINK_BEGIN, THINK_END, SECTION_BEGIN, SECTION_END, CALL_BEGIN, CALL_ARGUMENTS, CALL_END)
 
 # Names may hold dots, hyphens and colons; the last colon is the index'.
 _CALL_ID = re.compile(r"(?:functions\.)?(?P<name>\S.*):\d+", re.DOTALL)
