@@ -75,7 +75,7 @@ def vllm(session: nox.Session) -> None:
     session.run("python", "ci/demo.py", "vllm", session.create_tmp())
     # Not in `core`, which is to be quick. Longer: `--seconds 600`.
     for kind in ("image", "video"):
-        session.run("python", "tests/fuzz/decoders.py", kind, "--seconds", "6")
+        session.run("python", "tests/fuzz/decoders.py", kind, "--seconds", "4")
 
 
 @environment

@@ -27,6 +27,11 @@ def full_vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def plain(full_vocabulary: Path) -> KimiTokenizer:
+    return KimiTokenizer(full_vocabulary)
+
+
 def test_special_tokens_have_the_published_ids(full_vocabulary: Path) -> None:
     ids = special_token_ids(163584)
     published = {
@@ -45,10 +50,10 @@ def test_special_tokens_have_the_published_ids(full_vocabulary: Path) -> None:
     assert len(tokenizer) == 163840
 
 
-def test_both_tokenizers_give_the_same_ids(full_vocabulary: Path) -> None:
+def test_both_tokenizers_give_the_same_ids(full_vocabulary: Path, plain: KimiTokenizer) -> None:
     """The tokenizers library, which answers where offsets are asked for, against the tiktoken library, on strings that the
     split pattern's every branch, control tokens and marks take part in."""
-    fast, plain = load_hf_tokenizer(full_vocabulary), KimiTokenizer(full_vocabulary)
+    fast = load_hf_tokenizer(full_vocabulary)
     rng = random.Random(0)
     alphabet = [
         *"abcXYZ éÜß中文字漢 \n\r\t'’s12345.,!?-—😀ñज्ञ한국어あカǅ\u0301ʰ'll'RE<>|",
@@ -92,9 +97,8 @@ def test_the_fast_tokenizer_answers_as_transformers_does(full_vocabulary: Path) 
 @pytest.mark.parametrize(
     "text", [" " * 1_000_000, "a" * 60_000, " " * 25_001 + "b" * 25_000, "ab " * 140_000, "\n" * 25_000 + "x"], ids=len
 )
-def test_a_text_of_any_length_is_encoded(full_vocabulary: Path, text: str) -> None:
+def test_a_text_of_any_length_is_encoded(plain: KimiTokenizer, text: str) -> None:
     """Cut where the published tokenizer cuts, here by the letter: the tiktoken library gives up at a million spaces."""
-    tokenizer = KimiTokenizer(full_vocabulary)
     pieces = [""]
     for index, character in enumerate(text):
         if index % 400_000 == 0:
@@ -105,7 +109,7 @@ def test_a_text_of_any_length_is_encoded(full_vocabulary: Path, text: str) -> No
             pieces.append("")
             run = 1
         pieces[-1] += character
-    assert tokenizer.encode(text) == [token_id for piece in pieces for token_id in tokenizer.encode(piece)]
+    assert plain.encode(text) == [token_id for piece in pieces for token_id in plain.encode(piece)]
 
 
 def test_control_tokens_in_text_stay_text_by_default(tiny_folder: Path) -> None:
