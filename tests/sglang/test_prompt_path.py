@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from support.prompt_path import PromptPathTests
 from support.server import Server
 from support.sglang_scripted import Scripted
+
+from k26_plugins.common.prompt.tokenizer import KimiTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -19,5 +22,7 @@ class TestPromptPath(PromptPathTests):
     parsers = "reasoning parser kimi_k2, tool-call parser kimi_k2"
     hostile_requests = 25
 
-    def script(self, token_ids: list[int]) -> dict[str, Any]:
+    def script(self, folder: Path, answer: str) -> dict[str, Any]:
+        tokenizer = KimiTokenizer(folder)
+        token_ids = [*tokenizer.encode_prompt(answer), tokenizer.named["<|im_end|>"]]
         return {"custom_logit_processor": Scripted.to_str(), "custom_params": {"script": token_ids}}

@@ -6,7 +6,6 @@ Each engine's file derives `PromptPathTests`, says how an answer is ordered, and
 from __future__ import annotations
 
 import io
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -125,18 +124,13 @@ HOSTILE_BODIES = st.fixed_dictionaries(
 )
 
 
-def path_of_tests() -> str:
-    """For a server that imports `support`; the package itself it may have from PYTHONPATH too."""
-    return os.pathsep.join([str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-
-
 class PromptPathTests:
     # Of both parsers, as the log names them.
     parsers: str
     hostile_requests: int
 
-    def script(self, token_ids: list[int]) -> dict[str, Any]:
-        """The request's fields that order these tokens as the answer."""
+    def script(self, folder: Path, answer: str) -> dict[str, Any]:
+        """The fields of a request to a server of the checkpoint in `folder` that order `answer`, and its end."""
         raise NotImplementedError
 
     def test_the_parsers_are_chosen(self, server: Server) -> None:
@@ -185,8 +179,7 @@ class PromptPathTests:
     @pytest.mark.parametrize("name", TOKEN_CASES)
     def test_answers_are_taken_apart(self, server: Server, tiny_folder: Path, name: str) -> None:
         case = TOKEN_CASES[name]
-        tokenizer = KimiTokenizer(tiny_folder)
-        script = self.script([*tokenizer.encode_prompt(case.answer), tokenizer.named["<|im_end|>"]])
+        script = self.script(tiny_folder, case.answer)
         expected = (case.reasoning, case.content, case.calls)
         *found, finish = parsed(server, case, script)
         assert tuple(found) == expected

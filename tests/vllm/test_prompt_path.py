@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from support.prompt_path import PromptPathTests
 from support.server import Server, python_path
+from support.vllm_scripted import script
 from support.vllm_server import serve
 
 
@@ -24,5 +25,5 @@ class TestPromptPath(PromptPathTests):
     parsers = "reasoning parser k26, tool-call parser k26"
     hostile_requests = 60
 
-    def script(self, token_ids: list[int]) -> dict[str, Any]:
-        return {"vllm_xargs": {"script": ",".join(map(str, token_ids))}}
+    def script(self, folder: Path, answer: str) -> dict[str, Any]:
+        return script(folder, answer)
