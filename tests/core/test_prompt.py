@@ -32,6 +32,14 @@ def plain(full_vocabulary: Path) -> KimiTokenizer:
     return KimiTokenizer(full_vocabulary)
 
 
+def test_a_list_of_ids_is_a_token_each(full_vocabulary: Path) -> None:
+    """As SGLang's fork asks for the texts of log-probabilities."""
+    fast = load_hf_tokenizer(full_vocabulary)
+    first, second = 163586, 163606
+    assert fast.batch_decode([first, second]) == ["<|im_end|>", "<think>"]
+    assert fast.batch_decode([[first, second], [second]]) == ["<|im_end|><think>", "<think>"]
+
+
 def test_special_tokens_have_the_published_ids(full_vocabulary: Path) -> None:
     ids = special_token_ids(163584)
     published = {

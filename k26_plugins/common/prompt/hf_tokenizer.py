@@ -66,6 +66,16 @@ class KimiTokenizerFast(PreTrainedTokenizerFast):
             data = {name: values[0] for name, values in data.items()}
         return BatchEncoding(data, tensor_type=tensors, prepend_batch_axis=tensors is not None)
 
+    def batch_decode(self, sequences: Any, *args: Any, **kwargs: Any) -> list[str]:
+        """A flat list of ids is a token each, as in transformers 4 and as KTransformers' SGLang means it for logprobs.
+
+        transformers 5 joins them to one text.
+        """
+        if isinstance(sequences, list) and sequences and isinstance(sequences[0], int):
+            sequences = [[token_id] for token_id in sequences]
+        texts: list[str] = super().batch_decode(sequences, *args, **kwargs)
+        return texts
+
     def apply_chat_template(  # type: ignore[override]
         self,
         conversation: Any,
