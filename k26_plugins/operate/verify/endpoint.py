@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 
@@ -51,6 +51,9 @@ class Endpoint(ABC):
     """Token ids by their bytes, for endpoints that report text only."""
     reports_prompt: bool = True
     """Whether it gives the distributions of a prompt's own tokens."""
+
+    stream_ids: ClassVar[dict[str, Any]] = {}
+    """What to ask for with a streamed chat so that it reports its prompt's token ids; nothing where it cannot."""
 
     renders_images: bool = False
     """Whether it reports prompts with images from messages alone."""

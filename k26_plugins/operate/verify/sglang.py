@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from k26_plugins.operate.golden import Prompt
 from k26_plugins.operate.verify.endpoint import Answer, Distribution, Endpoint, Rendered, data_url
 
 
 class SGLangEndpoint(Endpoint):
+    stream_ids: ClassVar[dict[str, Any]] = {"return_input_ids_in_sglext": True}
+
     def rendered(self, prompt: Prompt) -> Rendered:
         if "messages" not in prompt.request:
             info = self._generate(prompt, 1, 1, logprob_start_len=0)

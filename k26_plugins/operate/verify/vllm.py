@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from k26_plugins.operate.golden import Prompt
 from k26_plugins.operate.verify.endpoint import Answer, Distribution, Endpoint, Rendered
@@ -13,6 +13,8 @@ MAX_TOP = 20
 
 
 class VLLMEndpoint(Endpoint):
+    stream_ids: ClassVar[dict[str, Any]] = {"return_token_ids": True}
+
     def rendered(self, prompt: Prompt) -> Rendered:
         if "messages" not in prompt.request:
             body = self._complete(prompt, max_tokens=1, return_token_ids=True)

@@ -1,0 +1,103 @@
+"""What goes on beside the swarm: hostile requests, and clients that hang up in the middle of an answer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import httpx
+
+from k26_plugins.operate.swarm.client import Client
+from k26_plugins.operate.swarm.hostile import Hostile, hostile_requests
+from k26_plugins.operate.swarm.scenario import merge_request
+
+AT_ONCE = 4
+
+
+@dataclass(frozen=True)
+class Attack:
+    kind: str
+    name: str
+    outcome: str
+    """The status, `timeout` or `connection`."""
+    seconds: float
+    detail: str
+
+    @property
+    def held(self) -> bool:
+        """Whether it was answered as a server should: with 200 or a refusal, and no error of its own."""
+        return self.outcome.isdecimal() and int(self.outcome) < 500
+
+
+@dataclass
+class Extras:
+    """Spread over the run by the share of its steps that are done."""
+
+    attacks: list[Attack] = field(default_factory=list)
+    drops: int = 0
+    """Streams that were left after their first piece."""
+    undropped: list[str] = field(default_factory=list)
+    """Streams that ended before they could be left."""
+
+    async def go(
+        self,
+        client: Client,
+        prefix: list[dict[str, Any]],
+        hostile: int,
+        drops: int,
+        seed: int,
+        done: Callable[[], float],
+    ) -> None:
+        work: list[Callable[[], Awaitable[None]]] = [
+            partial(self._attack, client, request) for request in hostile_requests(hostile, client.model, seed)
+        ]
+        for number in range(drops):
+            place = (number + 1) * len(work) // (drops + 1)
+            work.insert(place, partial(self._drop, client, prefix, number))
+        slots = asyncio.Semaphore(AT_ONCE)
+
+        async def limited(job: Callable[[], Awaitable[None]]) -> None:
+            async with slots:
+                await job()
+
+        running = []
+        for number, job in enumerate(work):
+            while done() < number / len(work):
+                await asyncio.sleep(0.05)
+            running.append(asyncio.create_task(limited(job)))
+        await asyncio.gather(*running)
+
+    async def _attack(self, client: Client, request: Hostile) -> None:
+        began = client.now()
+        detail = ""
+        try:
+            response = await client.http.post(
+                f"{client.url}/v1/chat/completions",
+                content=request.content,
+                headers={"Content-Type": "application/json"},
+            )
+            outcome = str(response.status_code)
+            detail = response.text[:300] if response.status_code != 200 else ""
+        except httpx.TimeoutException:
+            outcome = "timeout"
+        except httpx.HTTPError as error:
+            outcome, detail = "connection", str(error) or type(error).__name__
+        self.attacks.append(Attack(request.kind, request.name, outcome, client.now() - began, detail))
+
+    async def _drop(self, client: Client, prefix: list[dict[str, Any]], number: int) -> None:
+        messages = [*prefix, merge_request([f"dropped {number}"])]
+        body = {"model": client.model, "messages": messages, **client.body, "stream": True, "max_tokens": 512}
+        try:
+            async with client.http.stream("POST", f"{client.url}/v1/chat/completions", json=body) as response:
+                async for line in response.aiter_lines():
+                    if response.status_code != 200 or "[DONE]" in line:
+                        self.undropped.append(line[:200])
+                        return
+                    if '"delta"' in line:
+                        break
+            self.drops += 1
+        except httpx.HTTPError as error:
+            self.undropped.append(str(error) or type(error).__name__)

@@ -1,0 +1,56 @@
+"""Resident memory of a server on this machine: of its process and all that it started."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import mean
+from urllib.parse import urlsplit
+
+import psutil
+
+FLAT = 0.05
+"""How much more the last quarter of a run may hold than its second quarter."""
+
+Sample = tuple[float, int]
+"""Seconds since the run began, bytes."""
+
+
+def server_pid(url: str) -> int | None:
+    """The process on this machine that listens where `url` leads, None where there is none or it is another user's."""
+    parts = urlsplit(url)
+    if parts.hostname not in ("localhost", "127.0.0.1", "::1"):
+        return None
+    port = parts.port or 80
+    try:
+        for connection in psutil.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == port:
+                return connection.pid
+    except psutil.AccessDenied:
+        pass
+    return None
+
+
+def resident_bytes(pid: int) -> int:
+    """0 where the process is gone. Pages that its processes share count once for each."""
+    try:
+        root = psutil.Process(pid)
+        family = [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return 0
+    total = 0
+    for process in family:
+        try:
+            total += process.memory_info().rss
+        except psutil.NoSuchProcess:
+            continue
+    return total
+
+
+def growth(samples: Sequence[Sample]) -> float | None:
+    """The last quarter's mean over the second quarter's, less 1; None with too few samples to tell."""
+    if len(samples) < 8:
+        return None
+    end = samples[-1][0]
+    second = [size for at, size in samples if end / 4 <= at < end / 2]
+    last = [size for at, size in samples if at >= 3 * end / 4]
+    return mean(last) / mean(second) - 1 if second and last and mean(second) else None

@@ -1,0 +1,47 @@
+"""The share of prompt tokens that the engine found in its prefix cache, by its own counters."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import httpx
+
+# Tokens asked for and tokens found, by engine: vLLM's, then SGLang's (with --enable-metrics).
+_COUNTERS = (
+    ("vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total"),
+    ("sglang:prompt_tokens_total", "sglang:cached_tokens_total"),
+)
+_LINE = re.compile(r"^([\w:]+)(?:\{[^}]*\})? ([-+\w.]+)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class PrefixCache:
+    """Counters since the server started, in tokens."""
+
+    asked: float
+    found: float
+
+
+async def read_prefix_cache(http: httpx.AsyncClient, url: str) -> PrefixCache | None:
+    """None where the server has no such metrics."""
+    try:
+        response = await http.get(f"{url}/metrics", follow_redirects=True)
+    except httpx.HTTPError:
+        return None
+    if response.status_code != 200:
+        return None
+    sums: dict[str, float] = {}
+    for name, value in _LINE.findall(response.text):
+        sums[name] = sums.get(name, 0.0) + float(value)
+    for asked, found in _COUNTERS:
+        if asked in sums:
+            return PrefixCache(sums[asked], sums.get(found, 0.0))
+    return None
+
+
+def hit_rate(before: PrefixCache | None, after: PrefixCache | None) -> float | None:
+    """Of the tokens between two readings."""
+    if before is None or after is None or after.asked <= before.asked:
+        return None
+    return (after.found - before.found) / (after.asked - before.asked)
