@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
+from k26_plugins.common import metrics
 from k26_plugins.common.media import MediaConfig, media_resize, normalise, preprocess
 from k26_plugins.common.video import VideoChunk
 
@@ -39,6 +40,10 @@ class MediaProcessor:
 
         Raises MediaError.
         """
+        with metrics.preprocessing():
+            return self._preprocess(medias, do_normalize=do_normalize)
+
+    def _preprocess(self, medias: Sequence[Mapping[str, Any]], *, do_normalize: bool) -> dict[str, torch.Tensor]:
         chunks = [media[media["type"]] for media in medias]
         opened = [
             self._frames(media)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from k26_plugins.common import metrics
 from k26_plugins.common.checkpoint import require_whole
 from k26_plugins.common.config import K26Config
 from k26_plugins.common.serving import published_int4, write_vision
@@ -21,6 +22,7 @@ def prepare(model_config: Any) -> None:
     if config is not None:
         _write_back(config, model_config.hf_config)
         require_whole(model_config.model)
+    metrics.collect_from_workers()
     compat.use_media_connector("k26_plugins.vllm.media", "K26MediaConnector", model_config)
 
 

@@ -16,6 +16,7 @@ from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, Medi
 from vllm.multimodal.media.base import MediaIO
 from vllm.multimodal.media.image import ImageMediaIO
 
+from k26_plugins.common import metrics
 from k26_plugins.common.media import MAX_PIXELS, MediaConfig, MediaError, open_image
 from k26_plugins.common.video import VideoChunk, read_chunks
 
@@ -28,7 +29,8 @@ class K26ImageIO(ImageMediaIO):
 
     def load_bytes(self, data: bytes) -> Any:
         limit = getattr(envs, "VLLM_MAX_IMAGE_PIXELS", 0)
-        return MediaWithBytes(open_image(data, min(limit, MAX_PIXELS) if limit > 0 else MAX_PIXELS), data)
+        with metrics.decoding("image"):
+            return MediaWithBytes(open_image(data, min(limit, MAX_PIXELS) if limit > 0 else MAX_PIXELS), data)
 
 
 class K26VideoIO(MediaIO):
@@ -44,7 +46,8 @@ class K26VideoIO(MediaIO):
         self.max_frames = num_frames if num_frames and num_frames > 0 else None
 
     def load_bytes(self, data: bytes) -> list[VideoChunk]:
-        return list(read_chunks(data, self.config, self.max_tokens, self.max_frames))
+        with metrics.decoding("video"):
+            return list(read_chunks(data, self.config, self.max_tokens, self.max_frames))
 
     def load_base64(self, media_type: str, data: str) -> list[VideoChunk]:
         return self.load_bytes(pybase64.b64decode(data, validate=True))

@@ -10,6 +10,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.platforms import current_platform
 
 from k26_plugins.common.checkpoint import account
+from k26_plugins.common.ranks import require_everywhere
 from k26_plugins.common.serving import published_int4
 from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, experts_for_device
 from k26_plugins.vllm import compat, logger
@@ -26,6 +27,7 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
     """Keeps the in-tree class' name: vLLM compares names."""
 
     def __init__(self, vllm_config: Any, prefix: str = "") -> None:
+        require_everywhere("VLLM_PLUGINS")
         self.core_config = published_int4(vllm_config.model_config.hf_config, logger.warning)
         self.expert_parallel = vllm_config.parallel_config.enable_expert_parallel
         self.weights_loaded = False

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import random
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -59,9 +60,18 @@ class _Altered:
 class Served:
     """What the server answers."""
 
-    def __init__(self, folder: Path, fault: Fault, *, vendor: bool, message: dict[str, Any] | None = None) -> None:
-        """message: the message to answer a request with tools with, and its stop reason under `finish_reason`."""
-        self.folder, self.fault, self.vendor, self.message = folder, fault, vendor, message
+    def __init__(
+        self,
+        folder: Path,
+        fault: Fault,
+        *,
+        vendor: bool,
+        message: dict[str, Any] | None = None,
+        speak: Callable[[list[dict[str, Any]]], str] | None = None,
+    ) -> None:
+        """message: the message to answer a request with tools with, and its stop reason under `finish_reason`.
+        speak: what a chat is answered with, in the place of the model."""
+        self.folder, self.fault, self.vendor, self.message, self.speak = folder, fault, vendor, message, speak
         self.model = KimiK26(_Altered(Checkpoint(folder), fault))  # type: ignore[arg-type]
         self.tokenizer = KimiTokenizer(folder)
         self.media = MediaConfig.from_path(folder)
@@ -91,14 +101,22 @@ class Served:
         token_ids = self.tokenizer.encode_prompt(text)
         expanded = expand_media_placeholders(token_ids, counts, placeholder)
         pixels = self._pixels(images) if images else ()
-        choice = self._answer(expanded, pixels, body, body.get("top_logprobs") or 0, shift=True)
+        if self.speak is not None:
+            ids = self.tokenizer.encode(self.speak(body["messages"]))
+            answered = [_made_up(expanded, place, token) for place, token in enumerate(ids)]
+            choice: dict[str, Any] = {"ids": ids, "answered": answered, "prompt": None}
+            reason = "stop"
+        else:
+            choice = self._answer(expanded, pixels, body, body.get("top_logprobs") or 0, shift=True)
+            reason = "length"
         content = [
             self._entry(token, entry[token]) | {"top_logprobs": [self._entry(*item) for item in entry.items()]}
             for token, entry in zip(choice["ids"], choice["answered"], strict=True)
         ]
+        said = self.tokenizer.decode([token for token in choice["ids"] if token < 256])
         answer: dict[str, Any] = {
-            "choices": [{"message": {"content": ""}, "logprobs": {"content": content}, "finish_reason": "length"}],
-            "usage": {"prompt_tokens": len(expanded)},
+            "choices": [{"message": {"content": said}, "logprobs": {"content": content}, "finish_reason": reason}],
+            "usage": {"prompt_tokens": len(expanded), "completion_tokens": len(choice["ids"])},
         }
         if not self.vendor:
             answer |= {"prompt_token_ids": self.fault.token_ids(expanded), "prompt_logprobs": choice["prompt"]}
@@ -136,8 +154,9 @@ class Served:
         seen = self.fault.token_ids(token_ids) if shift else token_ids
         logprobs = self.model.logprobs(torch.tensor(seen), *pixels)
         reported: list[Any] = [None]
-        for row, token in zip(logprobs[:-1], token_ids[1:], strict=True):
-            entry = self._top(row, body.get("prompt_logprobs") or 0) | {token: float(row[token])}
+        asked = body.get("prompt_logprobs")
+        for row, token in zip(logprobs[:-1], token_ids[1:], strict=True) if asked is not None else ():
+            entry = self._top(row, asked) | {token: float(row[token])}
             reported.append({str(key): {"logprob": value} for key, value in entry.items()})
         answered: list[dict[int, float]] = []
         ids: list[int] = []
@@ -155,12 +174,44 @@ class Served:
         return dict(zip(ids.tolist(), values.tolist(), strict=True))
 
 
+def _made_up(token_ids: list[int], place: int, token: int) -> dict[int, float]:
+    """Log-probabilities that depend on the whole prompt, as a model's do."""
+    rng = random.Random(repr((token_ids, place)))
+    return {token: -0.5, **{other: -1.5 - 3 * rng.random() for other in rng.sample(range(256), 4) if other != token}}
+
+
+def streamed(answer: dict[str, Any]) -> bytes:
+    """A chat completion as server-sent events: what is known of the prompt, a piece a token, then the usage."""
+    choice = answer["choices"][0]
+    said, entries = choice["message"]["content"], choice["logprobs"]["content"]
+    size = -(-len(said) // max(len(entries), 1))
+    pieces = [
+        {"delta": {"content": said[size * number : size * (number + 1)]}, "logprobs": {"content": [entry]}}
+        for number, entry in enumerate(entries)
+    ]
+    chunks: list[dict[str, Any]] = [
+        {
+            "choices": [{"delta": {"role": "assistant", "content": ""}}],
+            "prompt_token_ids": answer.get("prompt_token_ids"),
+        },
+        *({"choices": [piece]} for piece in pieces),
+        {"choices": [{"delta": {}, "finish_reason": choice["finish_reason"]}]},
+        {"choices": [], "usage": answer["usage"]},
+    ]
+    return b"".join(b"data: %s\n\n" % json.dumps(chunk).encode() for chunk in chunks) + b"data: [DONE]\n\n"
+
+
 @contextmanager
 def serve_reference(
-    folder: Path, fault: Fault | None = None, *, vendor: bool = False, message: dict[str, Any] | None = None
+    folder: Path,
+    fault: Fault | None = None,
+    *,
+    vendor: bool = False,
+    message: dict[str, Any] | None = None,
+    speak: Callable[[list[dict[str, Any]]], str] | None = None,
 ) -> Iterator[str]:
     """The address of the server, which runs until the block ends."""
-    served = Served(folder, fault or Fault(), vendor=vendor, message=message)
+    served = Served(folder, fault or Fault(), vendor=vendor, message=message, speak=speak)
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -171,12 +222,13 @@ def serve_reference(
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             paths = {"/v1/chat/completions": served.chat} | ({} if vendor else {"/v1/completions": served.completions})
             answer = paths.get(self.path)
-            self._send(answer(body) if answer else None)
+            content = answer(body) if answer else None
+            self._send(streamed(content) if content and body.get("stream") else content)
 
         def _send(self, content: Any) -> None:
             self.send_response(404 if content is None else 200)
             self.end_headers()
-            self.wfile.write(json.dumps(content).encode())
+            self.wfile.write(content if isinstance(content, bytes) else json.dumps(content).encode())
 
         def log_message(self, *_: Any) -> None:
             """Quiet."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import time
 from functools import cache
 from importlib.metadata import entry_points
 
+from k26_plugins.common import metrics
 from k26_plugins.common.experts.base import Expert, ExpertsBackend, ExpertsError, ExpertWeights, RoutedExperts
 from k26_plugins.common.experts.cpu import CpuExperts
 from k26_plugins.common.experts.native import NativeExperts
@@ -68,8 +70,10 @@ def create_experts(weights: ExpertWeights, backend: str = "auto") -> ExpertsBack
     for candidate in fitting if backend == "auto" else (find_backend(backend),):
         reason = candidate.unsupported(weights)
         if reason is None:
-            reason = _self_test_failure(candidate, weights)
+            began = time.perf_counter()
+            error, reason = _self_test(candidate, weights)
             if reason is None:
+                metrics.experts_loaded(candidate.name, error, time.perf_counter() - began)
                 if refused:
                     _warn_once(f"experts backend {candidate.name} is used: {'; '.join(refused)}")
                 return candidate.load(weights)
@@ -86,13 +90,13 @@ def _warn_once(message: str) -> None:
     logger.warning(message)
 
 
-def _self_test_failure(candidate: type[ExpertsBackend], weights: ExpertWeights) -> str | None:
-    """Why a backend must not serve these weights, naming the device and the error, or None."""
+def _self_test(candidate: type[ExpertsBackend], weights: ExpertWeights) -> tuple[float, str | None]:
+    """The error, and why a backend must not serve these weights, naming the device and the error, or None."""
     try:
         error = self_test_error(candidate, weights)
     except Exception as failure:  # whatever a compiler or a driver raises: the next backend may still serve
-        return f"its self-test on {weights.device} ended with {type(failure).__name__}: {failure}"
+        return float("inf"), f"its self-test on {weights.device} ended with {type(failure).__name__}: {failure}"
     limit = candidate.tolerance
     if error <= limit:
-        return None
-    return f"it failed the self-test on {weights.device}, relative error {error:.3g} (limit {limit:g})"
+        return error, None
+    return error, f"it failed the self-test on {weights.device}, relative error {error:.3g} (limit {limit:g})"

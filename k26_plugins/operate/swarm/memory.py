@@ -10,6 +10,8 @@ import psutil
 
 FLAT = 0.05
 """How much more the last quarter of a run may hold than its second quarter."""
+MIN_SECONDS = 120.0
+"""Of a run whose memory is judged: in a shorter one the server still fills its caches."""
 
 Sample = tuple[float, int]
 """Seconds since the run began, bytes."""
@@ -47,10 +49,10 @@ def resident_bytes(pid: int) -> int:
 
 
 def growth(samples: Sequence[Sample]) -> float | None:
-    """The last quarter's mean over the second quarter's, less 1; None with too few samples to tell."""
-    if len(samples) < 8:
+    """The last quarter's mean over the second quarter's, less 1; None for a run that is too short to tell."""
+    end = samples[-1][0] if samples else 0.0
+    if end < MIN_SECONDS:
         return None
-    end = samples[-1][0]
     second = [size for at, size in samples if end / 4 <= at < end / 2]
     last = [size for at, size in samples if at >= 3 * end / 4]
     return mean(last) / mean(second) - 1 if second and last and mean(second) else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from k26_plugins.common import metrics
 from k26_plugins.common.media import open_image
 from k26_plugins.common.prompt.places import media_kinds, place_videos
 from k26_plugins.common.video import MAX_TOKENS, VideoChunk, read_chunks
@@ -41,7 +42,8 @@ class K26MediaProcessor(_in_tree.KimiK2_5VLImageProcessor):  # type: ignore[misc
         sent = compat.image_bytes(data) if modality.name == "IMAGE" else None
         if sent is None:
             return super()._load_single_item(data, modality, *args, **kwargs)
-        return compat.loaded_image(open_image(sent), sent)
+        with metrics.decoding("image"):
+            return compat.loaded_image(open_image(sent), sent)
 
     async def process_mm_data_async(
         self, image_data: Any, input_text: Any, request_obj: Any, *args: Any, **kwargs: Any
@@ -56,7 +58,9 @@ class K26MediaProcessor(_in_tree.KimiK2_5VLImageProcessor):  # type: ignore[misc
         return await super().process_mm_data_async(image_data, input_text, request_obj, *args, **kwargs)
 
     def _chunks(self, video: Any, max_tokens: int) -> list[VideoChunk]:
-        return list(read_chunks(compat.video_bytes(video), self._processor.media_processor.config, max_tokens))
+        data = compat.video_bytes(video)
+        with metrics.decoding("video"):
+            return list(read_chunks(data, self._processor.media_processor.config, max_tokens))
 
     def _in_order(
         self, images: list[Any], videos: list[list[VideoChunk]], token_ids: list[int]

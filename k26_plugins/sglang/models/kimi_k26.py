@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from k26_plugins.common.checkpoint import account
+from k26_plugins.common.ranks import require_everywhere
 from k26_plugins.common.serving import published_int4
 from k26_plugins.sglang import compat, logger
 from k26_plugins.sglang.experts import K26MoEScheme, chosen_backend, use_core_experts
@@ -22,6 +23,7 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
     """Keeps the in-tree class' name: SGLang compares names."""
 
     def __init__(self, config: Any, quant_config: Any = None, prefix: str = "", **kwargs: Any) -> None:
+        require_everywhere("SGLANG_PLUGINS")
         self.core_config = published_int4(config, logger.warning)
         self.weights_loaded = False
         if compat.device_type() == "cpu":
