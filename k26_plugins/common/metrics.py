@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import functools
 import json
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -81,9 +82,15 @@ def preprocessing() -> Iterator[None]:
     _observe("k26_media_preprocess_seconds", "Seconds to preprocess one call's media.", time.perf_counter() - began)
 
 
+@functools.cache
 def collect_from_workers() -> None:
-    """In an API server, before it starts its workers: have them report, and their reports in the endpoint."""
-    if _MULTIPROCESS_VARIABLE in os.environ or FOLDER_VARIABLE in os.environ or find_spec("prometheus_client") is None:
+    """In an API server, before it starts its workers: have them report, and their reports in the endpoint.
+
+    Does nothing in those workers, nor where prometheus_client carries the figures over itself.
+    """
+    if multiprocessing.parent_process() is not None or _MULTIPROCESS_VARIABLE in os.environ:
+        return
+    if find_spec("prometheus_client") is None:
         return
     from prometheus_client import REGISTRY
 

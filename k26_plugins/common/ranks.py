@@ -11,6 +11,7 @@ import socket
 from datetime import timedelta
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from k26_plugins import __version__
 
@@ -33,7 +34,7 @@ def require_everywhere(switch: str, patience: timedelta = PATIENCE) -> None:
         return
     # A draft model and a second engine in the process build it again: each time under a name of its own.
     _calls += 1
-    store = dist.PrefixStore(f"k26-plugins/{_calls}", dist.distributed_c10d._get_default_store())
+    store = distributed_c10d.PrefixStore(f"k26-plugins/{_calls}", distributed_c10d._get_default_store())
     world = range(dist.get_world_size())
     store.set(str(dist.get_rank()), f"{__version__} on {socket.gethostname()}, process {os.getpid()}")
     try:

@@ -30,32 +30,33 @@ def mix(url: str, what: str, *, every: int = 4) -> Iterator[str]:
             sent += bool(others)
             return others[-1] if others and sent % every == 0 else None
 
-    def answered(client: httpx.Client, body: dict[str, Any]) -> list[bytes]:
+    client = httpx.Client(timeout=120)
+
+    def answered(body: dict[str, Any]) -> list[bytes]:
         response = client.post(f"{url}/v1/chat/completions", json=body)
         assert response.status_code == 200, response.text
         return [line for line in response.content.split(b"\n\n") if line]
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            response = httpx.get(f"{url}{self.path}", timeout=60)
+            response = client.get(f"{url}{self.path}")
             self._send(response.status_code, response.content)
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            with httpx.Client(timeout=120) as client:
-                other = other_than(body)
-                try:
-                    if other is None:
-                        events = answered(client, body)
-                    elif what == HISTORY:
-                        events = answered(client, {**body, "messages": other["messages"]})
-                    else:
-                        own, theirs = answered(client, body), answered(client, {**body, "messages": other["messages"]})
-                        # The first event tells of the prompt, the two last are the usage and the end.
-                        events = [own[0], *theirs[1:-2], *own[-2:]]
-                finally:
-                    with lock:
-                        flying.remove(body)
+            other = other_than(body)
+            try:
+                if other is None:
+                    events = answered(body)
+                elif what == HISTORY:
+                    events = answered({**body, "messages": other["messages"]})
+                else:
+                    own, theirs = answered(body), answered({**body, "messages": other["messages"]})
+                    # The first event tells of the prompt, the two last are the usage and the end.
+                    events = [own[0], *theirs[1:-2], *own[-2:]]
+            finally:
+                with lock:
+                    flying.remove(body)
             self._send(200, b"".join(event + b"\n\n" for event in events))
 
         def _send(self, status: int, content: bytes) -> None:
@@ -73,3 +74,4 @@ def mix(url: str, what: str, *, every: int = 4) -> Iterator[str]:
     finally:
         server.shutdown()
         server.server_close()
+        client.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from support.agreement import BYTES, VOCABULARY, assert_same_distribution
 from support.expected import image_request, text_prompt
 from support.images import BAD_IMAGES, image_part, png_header
 from support.server import Server, said
-from support.vllm_server import serve
 from typer.testing import CliRunner
 
 from k26_plugins.cli import app
@@ -24,13 +22,6 @@ from k26_plugins.common.checkpoint import Checkpoint
 from k26_plugins.common.config import K26Config
 from k26_plugins.common.multimodal import KimiK26
 from k26_plugins.operate.plan.fit import kv_bytes_per_token
-
-
-@pytest.fixture(scope="module")
-def server(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("vllm") / "server.log"
-    with serve(tiny_folder, log, "--enforce-eager") as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

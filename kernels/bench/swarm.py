@@ -1,0 +1,204 @@
+"""An agent swarm through vLLM on this machine: against vLLM without the plugin, and over growing work.
+
+    cd kernels && python -m bench.swarm peer --python VLLM_ENV/bin/python [--save]
+    cd kernels && python -m bench.swarm sweep --python VLLM_ENV/bin/python [--save]
+
+`peer` serves one tiny checkpoint twice in one run, in turn: as published (INT4) with the plugin, and with bfloat16 experts
+of the same values by vLLM alone, which has no INT4 experts on a CPU; the same seed sends both the same. `sweep` lets steps,
+agents and the shared prefix grow, each by itself, and names each growth by the exponent of seconds over size. `--save`
+writes JSON and a plot into results/. `k26` is run from this environment, vLLM from that of `--python`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from bench.media import machine
+from safetensors.torch import save_file
+
+from k26_plugins.common.checkpoint import Checkpoint
+from k26_plugins.common.checkpoint.header import INDEX_FILE
+from k26_plugins.common.int4 import dequantise
+from k26_plugins.common.tiny import make_tiny
+
+PEER = {"agents": 60, "steps": 600, "prefix-tokens": 500, "answer-tokens": 8}
+BASE = {"agents": 40, "steps": 200, "prefix-tokens": 500, "answer-tokens": 4}
+# Only one of them differs from BASE at a time.
+SWEEP = {"steps": (100, 200, 400, 800), "agents": (10, 20, 40, 80), "prefix-tokens": (500, 1000, 2000, 4000, 8000)}
+# Without MLA vLLM's CPU backend has a prefix cache.
+SERVER = {"VLLM_MLA_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": "4", "HF_HUB_OFFLINE": "1"}
+FLAGS = ("--enforce-eager", "--enable-prefix-caching", "--max-model-len", "32768", "--max-num-seqs", "300")
+
+
+def with_bfloat16_experts(source: Path, folder: Path) -> None:
+    """A copy of a small checkpoint with bfloat16 experts of the same values."""
+    checkpoint = Checkpoint(source)
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors", INDEX_FILE))
+    tensors = {}
+    for name in checkpoint.table:
+        owner, _, part = name.rpartition(".")
+        if part == "weight_packed":
+            scale = checkpoint.tensor(f"{owner}.weight_scale")
+            tensors[f"{owner}.weight"] = dequantise(checkpoint.tensor(name), scale)
+        elif part not in ("weight_scale", "weight_shape"):
+            tensors[name] = checkpoint.tensor(name).clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    for owner in (config, config["text_config"]):
+        owner.pop("quantization_config", None)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+@contextmanager
+def vllm(python: str, folder: Path, **environment: str) -> Iterator[str]:
+    """The address of a server, until the block ends. Its log is beside the checkpoint."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    command = [str(Path(python).with_name("vllm")), "serve", str(folder), "--port", str(port), *FLAGS]
+    with folder.with_suffix(".log").open("w") as log:
+        process = subprocess.Popen(
+            command, env={**os.environ, **SERVER, **environment}, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        while True:
+            if process.poll() is not None:
+                raise SystemExit(folder.with_suffix(".log").read_text()[-3000:])
+            try:
+                if httpx.get(f"{url}/health").status_code == 200:
+                    break
+            except httpx.TransportError:
+                time.sleep(1)
+        yield url
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def swarm(url: str, shape: dict[str, int], out: Path) -> dict[str, Any]:
+    """One run's figures."""
+    flags = [text for name, value in shape.items() for text in (f"--{name}", str(value))]
+    command = [sys.executable, "-c", "from k26_plugins.cli import app; app()", "swarm", "--url", url, *flags]
+    done = subprocess.run([*command, "--replays", "10", "--json", str(out)], check=False)
+    if done.returncode != 0:
+        raise SystemExit(f"the swarm {shape} was not held: exit status {done.returncode}")
+    figures: dict[str, Any] = json.loads(out.read_text())["figures"]
+    return figures
+
+
+def peer(python: str, folder: Path) -> list[dict[str, Any]]:
+    make_tiny(folder / "int4")
+    with_bfloat16_experts(folder / "int4", folder / "bf16")
+    results = []
+    # Each twice, in turn: what else runs on the machine then falls on both.
+    for turn in range(2):
+        for name, checkpoint, plugins in (("plugin, INT4", "int4", "k26"), ("vLLM alone, bfloat16", "bf16", "none")):
+            with vllm(python, folder / checkpoint, VLLM_PLUGINS=plugins) as url:
+                figures = swarm(url, PEER, folder / "run.json")
+            results.append({"server": name, "turn": turn, **figures})
+    return results
+
+
+def sweep(python: str, folder: Path) -> list[dict[str, Any]]:
+    make_tiny(folder / "int4")
+    results = []
+    with vllm(python, folder / "int4") as url:
+        swarm(url, BASE, folder / "run.json")  # compiles and allocates what later runs use
+        number = 0
+        for name, sizes in SWEEP.items():
+            for size in sizes:
+                number += 1
+                # A seed of its own: no run may find an earlier one's prefix in the cache.
+                shape = {**BASE, name: size, "seed": number}
+                results.append({"grows": name, "size": size, **swarm(url, shape, folder / "run.json")})
+    return results
+
+
+def exponents(results: list[dict[str, Any]]) -> dict[str, float]:
+    """Of seconds over size, by least squares of the logarithms: 1 is linear, 0 is constant."""
+    found = {}
+    for name in SWEEP:
+        rows = [row for row in results if row["grows"] == name]
+        sizes, seconds = ([math.log(row[key]) for row in rows] for key in ("size", "seconds"))
+        found[name] = round(float(np.polyfit(sizes, seconds, 1)[0]), 2)
+    return found
+
+
+def plot(kind: str, results: list[dict[str, Any]], file: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.5), layout="constrained")
+    if kind == "sweep":
+        for axes, name in zip(figure.subplots(1, 3, sharey=True), SWEEP, strict=True):
+            rows = [row for row in results if row["grows"] == name]
+            axes.loglog([row["size"] for row in rows], [row["seconds"] for row in rows], "o-", color="#3465a4")
+            axes.set(xlabel=name, title=f"seconds ~ size^{exponents(results)[name]}")
+        figure.axes[0].set_ylabel("seconds")
+    else:
+        panels = {
+            "requests/s": "requests_per_second",
+            "time to first token p50, s": "ttft",
+            "inter-token latency p50, s": "inter_token",
+        }
+        names = list(dict.fromkeys(row["server"] for row in results))
+        for axes, (title, key) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+            for place, name in enumerate(names):
+                values = [
+                    row[key] if key == "requests_per_second" else row[key]["50"]
+                    for row in results
+                    if row["server"] == name
+                ]
+                axes.bar(place, sum(values) / len(values), color="#3465a4" if place == 0 else "#999999")
+                axes.plot([place] * len(values), values, "k_")
+            axes.set_xticks(range(len(names)), names, fontsize=8)
+            axes.set_title(title)
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=["peer", "sweep"])
+    parser.add_argument("--python", required=True, help="the Python of an environment with vLLM and this package")
+    parser.add_argument("--save", action="store_true", help="write JSON and a plot beside the other results")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        results = (peer if arguments.kind == "peer" else sweep)(arguments.python, Path(folder))
+    for row in results:
+        name = row.get("server") or f"{row['grows']} {row['size']}"
+        times = f"TTFT p50 {row['ttft']['50']:.2f} s, inter-token p50 {row['inter_token']['50']:.3f} s"
+        print(f"{name:24} {row['seconds']:7.1f} s, {row['requests_per_second']:6.2f} requests/s, {times}")
+    if arguments.kind == "sweep":
+        print("exponents:", exponents(results))
+    if arguments.save:
+        info = machine()
+        stem = f"swarm-{arguments.kind}-{info['date']}-{info['cpu'].replace(' ', '_')}-{info['cores']}t"
+        shape = PEER if arguments.kind == "peer" else BASE
+        found: dict[str, Any] = {"machine": info, "server": [*FLAGS], "shape": shape, "results": results}
+        if arguments.kind == "sweep":
+            found["exponents"] = exponents(results)
+        file = Path(__file__).parent / "results" / f"{stem}.json"
+        file.write_text(json.dumps(found, indent=1) + "\n")
+        plot(arguments.kind, results, file.with_suffix(".svg"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,17 @@
+"""A small swarm through the real server: conversations are kept, faults are found, metrics are there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from support.server import Server
+from support.swarm import assert_a_mixed_swarm_is_found, assert_a_swarm_is_held, assert_the_metrics_are_there
+
+
+def test_a_swarm_is_held_among_hostile_requests(server: Server, tiny_folder: Path, tmp_path: Path) -> None:
+    assert_a_swarm_is_held(server, tiny_folder, tmp_path / "run.json")
+    assert_the_metrics_are_there(server, ranks=1, layers=2)
+
+
+def test_a_mixed_swarm_is_found(server: Server) -> None:
+    assert_a_mixed_swarm_is_found(server)

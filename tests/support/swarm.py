@@ -1,0 +1,97 @@
+"""A small swarm against a real server, with everything that must hold there."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+from support.mixing import ANSWER, mix
+from support.server import Server
+from typer.testing import CliRunner, Result
+
+from k26_plugins.cli import app
+from k26_plugins.operate.swarm.memory import server_pid
+
+SMALL = ("--prefix-tokens", "200", "--answer-tokens", "4", "--tool-latency", "0.05", "--timeout", "120")
+
+
+def run_swarm(url: str, agents: int, steps: int, *arguments: str) -> Result:
+    command = ["swarm", "--url", url, "--agents", str(agents), "--steps", str(steps), *SMALL, *arguments]
+    return CliRunner().invoke(app, command)
+
+
+def assert_a_swarm_is_held(server: Server, folder: Path, out: Path) -> dict[str, Any]:
+    """Agents with images and tools, with hostile requests and clients that hang up beside them. Returns the JSON."""
+    extra = ["--images", "0.25", "--hostile", "100", "--drops", "3", "--checkpoint", str(folder), "--json", str(out)]
+    result = run_swarm(server.url, 16, 60, *extra)
+    assert result.exit_code == 0, result.output
+    found: dict[str, Any] = json.loads(out.read_text())
+    names = ["answered", "token accounting", "asked again alone", "hostile requests", "dropped clients"]
+    assert [check["name"] for check in found["checks"]] == names
+    # Not the number of prompt tokens alone.
+    assert found["checks"][1]["detail"].endswith("60 of them compared id by id")
+    assert sum(attack["count"] for attack in found["hostile"]) == 100
+    return found
+
+
+def assert_a_mixed_swarm_is_found(server: Server) -> None:
+    """Answers of others with the right usage: only asking again alone shows them."""
+    with mix(server.url, ANSWER) as proxy:
+        result = run_swarm(proxy, 6, 26, "--images", "0")
+    assert result.exit_code == 1, result.output
+    assert "FAIL  asked again alone" in result.output
+    assert "FAIL  answered" not in result.output
+
+
+def assert_a_killed_worker_is_said(server: Server, title: str) -> None:
+    """What was accepted fails clearly and soon, and the server does not go on as if nothing had happened.
+
+    title: in the name of the worker's process.
+    """
+    pid = server_pid(server.url)
+    assert pid is not None
+    workers = [child for child in psutil.Process(pid).children(recursive=True) if title in " ".join(child.cmdline())]
+    assert workers, [child.cmdline() for child in psutil.Process(pid).children(recursive=True)]
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(run_swarm, server.url, 8, 400, "--replays", "0")
+        time.sleep(4)
+        assert not running.done(), running.result().output
+        os.kill(workers[0].pid, signal.SIGKILL)
+        began = time.monotonic()
+        result = running.result(timeout=200)
+    assert time.monotonic() - began < 90
+    assert result.exit_code == 1, result.output
+    assert "FAIL  answered" in result.output
+    with suppress(httpx.TransportError):  # where it has ended
+        assert httpx.get(f"{server.url}/health", timeout=30).status_code != 200
+
+
+def metric(server: Server, name: str) -> dict[str, float]:
+    """A metric's samples by their labels, as the endpoint writes them."""
+    text = httpx.get(f"{server.url}/metrics", follow_redirects=True, timeout=30).text
+    lines = [line.rsplit(" ", 1) for line in text.splitlines() if line.startswith((f"{name}{{", f"{name} "))]
+    return {key.removeprefix(name): float(value) for key, value in lines}
+
+
+def assert_the_metrics_are_there(server: Server, ranks: int, layers: int) -> None:
+    """After a swarm with images."""
+    found = metric(server, "k26_experts_layers")
+    assert len(found) == ranks
+    assert set(found.values()) == {float(layers)}
+    assert all('backend="native"' in labels or 'backend="cpu"' in labels for labels in found), found
+    errors = metric(server, "k26_experts_self_test_error")
+    assert len(errors) == ranks
+    # bfloat16's rounding, which no self-test is without.
+    assert all(1e-4 < error < 1e-2 for error in errors.values()), errors
+    assert all(seconds > 0 for seconds in metric(server, "k26_experts_self_test_seconds").values())
+    decoded = metric(server, "k26_media_decode_seconds_count")
+    assert sum(count for labels, count in decoded.items() if 'kind="image"' in labels) >= 4
+    assert sum(metric(server, "k26_media_preprocess_seconds_count").values()) >= 4
