@@ -31,7 +31,7 @@ class VerbatimArguments(dict[str, Any]):
     def __init__(self, text: str) -> None:
         try:
             parsed = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             parsed = None
         super().__init__(parsed if isinstance(parsed, dict) else {})
         self.text = text or "{}"

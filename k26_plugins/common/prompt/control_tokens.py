@@ -18,6 +18,8 @@ MARK = _SIGN + "\ufdd1"
 QUOTED_SIGN = _SIGN + "\ufdd2"
 # Every way in which a control token can begin, also where its rest is in the next part of the content.
 _BEGINNING = re.compile(r"<(?=[|]|/?th|/?t?$)|\[(?=[BEUP]|$)")
+MAX_DEPTH = 100
+"""Levels of lists and objects in a message or a tool. Behind them Python's own limit ends a request as a server's error."""
 _MEDIA_KEYS = ("image_url", "video_url", "image", "video", "input_audio")
 
 
@@ -34,7 +36,10 @@ def unescape(text: str) -> str:
 
 
 def escape_deep(value: Any) -> Any:
-    """A copy of JSON data, such as a message, with every string and every key escaped; images and videos are left alone."""
+    """A copy of JSON data, such as a message, with every string and every key escaped; images and videos are left alone.
+
+    Raises ValueError for data nested deeper than MAX_DEPTH.
+    """
     return _map_strings(value, escape)
 
 
@@ -43,15 +48,24 @@ def unescape_deep(value: Any) -> Any:
     return _map_strings(value, unescape)
 
 
-def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
+def require_shallow(depth: int) -> None:
+    """Raise ValueError where `depth` is beyond MAX_DEPTH."""
+    if depth > MAX_DEPTH:
+        raise ValueError(f"a message or a tool is nested deeper than {MAX_DEPTH} levels: send a flatter one.")
+
+
+def _map_strings(value: Any, change: Callable[[str], str], depth: int = 0) -> Any:
+    require_shallow(depth)
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
         return {
-            change(key) if isinstance(key, str) else key: item if key in _MEDIA_KEYS else _map_strings(item, change)
+            change(key) if isinstance(key, str) else key: item
+            if key in _MEDIA_KEYS
+            else _map_strings(item, change, depth + 1)
             for key, item in value.items()
         }
     # An engine's validation may leave a one-way iterator in the place of a list.
     if isinstance(value, list | tuple | Iterator):
-        return [_map_strings(item, change) for item in value]
+        return [_map_strings(item, change, depth + 1) for item in value]
     return value

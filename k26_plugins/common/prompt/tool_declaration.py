@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from k26_plugins.common.prompt.control_tokens import require_shallow
+
 logger = logging.getLogger(__name__)
 
 Schema: TypeAlias = Mapping[str, Any]
@@ -45,12 +47,16 @@ class _Definitions:
     refers_to_itself: bool = False
 
 
-def sorted_deep(value: Any) -> Any:
-    """A copy of JSON data with every object's keys in alphabetical order: what is rendered depends on content alone."""
+def sorted_deep(value: Any, depth: int = 0) -> Any:
+    """A copy of JSON data with every object's keys in alphabetical order: what is rendered depends on content alone.
+
+    Raises ValueError for data nested deeper than MAX_DEPTH.
+    """
+    require_shallow(depth)
     if isinstance(value, Mapping):
-        return {key: sorted_deep(value[key]) for key in sorted(value)}
+        return {key: sorted_deep(value[key], depth + 1) for key in sorted(value)}
     if isinstance(value, list | tuple):
-        return [sorted_deep(item) for item in value]
+        return [sorted_deep(item, depth + 1) for item in value]
     return value
 
 
