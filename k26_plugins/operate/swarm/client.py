@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 
 OK = "ok"
-TOP_LOGPROBS = 5
+TOP_LOGPROBS = 20
 
 Fingerprint = list[tuple[bytes, dict[bytes, float]]]
 """Of an answer's first tokens: the token, and the log-probabilities of the likeliest at its place, all by their bytes."""

@@ -61,32 +61,57 @@ FAR = 10.0
 """Nats, where two places have no token in common."""
 
 
-def mixed_answers(live: Sequence[Step], alone: Sequence[Step]) -> list[Fault]:
-    """Answers that were given under load and are not those of their conversations when asked again alone.
+@dataclass(frozen=True)
+class Comparison:
+    """An answer under load, held against its conversation's and the others' when they were asked again alone."""
 
-    Rounding moves log-probabilities with the batch, so there is no fixed bound: an answer must be nearer to its own
-    conversation's than to any other's, and nearer than other conversations are to each other.
-    """
-    if len(alone) < 3:
-        return []
+    agent: int
+    turn: int
+    own: float
+    """Nats, as `distance` has it."""
+    nearest: float
+    nearest_agent: int
+    """Of another agent."""
+    same_text: bool
+
+
+@dataclass(frozen=True)
+class Comparisons:
+    rows: list[Comparison]
+    typical: float
+    """Between the conversations of two agents, in the median."""
+
+    def faults(self) -> list[Fault]:
+        """Answers that are not their conversation's.
+
+        Rounding moves log-probabilities with the batch, and some conversations are answered alike, so no fixed bound is
+        right: an answer is another's where it is as far from its own conversation as conversations are from each other,
+        or where it is a good part of that away and nearer to another's.
+        """
+        found = []
+        for row in self.rows:
+            if row.own > self.typical / 4 and row.own > row.nearest:
+                found.append(Fault(row.agent, row.turn, f"mixed: the answer is nearer to agent {row.nearest_agent}'s"))
+            elif row.own > self.typical / 2:
+                what = "mixed: asked again alone, the conversation is answered otherwise"
+                found.append(Fault(row.agent, row.turn, what))
+        return found
+
+
+def compare_alone(live: Sequence[Step], alone: Sequence[Step]) -> Comparisons:
+    """Each step under load against all that were asked again alone, its own among them, in the same order."""
     between = [
         distance(one.fingerprint, other.fingerprint)
         for number, one in enumerate(alone)
         for other in alone[number + 1 :]
         if one.agent != other.agent
     ]
-    typical = median(between) if between else 0.0
-    faults = []
-    for number, step in enumerate(live):
-        own = distance(step.fingerprint, alone[number].fingerprint)
-        others = [
+    rows = []
+    for step, again in zip(live, alone, strict=True):
+        others = (
             (distance(step.fingerprint, other.fingerprint), other.agent) for other in alone if other.agent != step.agent
-        ]
-        nearest, owner = min(others, default=(math.inf, -1))
-        if own > nearest:
-            faults.append(Fault(step.agent, step.turn, f"mixed: the answer is nearer to agent {owner}'s"))
-        elif own > typical / 2:
-            faults.append(
-                Fault(step.agent, step.turn, "mixed: asked again alone, the conversation is answered otherwise")
-            )
-    return faults
+        )
+        nearest, owner = min(others, default=(math.inf, step.agent))
+        own = distance(step.fingerprint, again.fingerprint)
+        rows.append(Comparison(step.agent, step.turn, own, nearest, owner, step.text == again.text))
+    return Comparisons(rows, median(between) if between else FAR)

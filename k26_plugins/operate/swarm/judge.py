@@ -11,7 +11,7 @@ import numpy as np
 
 from k26_plugins.operate.swarm.accounting import Accountant
 from k26_plugins.operate.swarm.client import OK, digest
-from k26_plugins.operate.swarm.integrity import Fault, mixed_answers, wrong_count, wrong_secret
+from k26_plugins.operate.swarm.integrity import Comparisons, Fault, compare_alone, wrong_count, wrong_secret
 from k26_plugins.operate.swarm.memory import FLAT, growth
 from k26_plugins.operate.swarm.metrics import hit_rate
 from k26_plugins.operate.swarm.run import Run
@@ -57,6 +57,8 @@ class Figures:
 class Verdict:
     checks: list[Check]
     faults: list[Fault] = field(default_factory=list)
+    compared: Comparisons | None = None
+    """Of the steps that were asked again alone."""
 
     @property
     def passed(self) -> bool:
@@ -104,7 +106,7 @@ def judge(
     if secrets:
         verdict.checks.append(_secrets(run, verdict.faults))
     if run.replayed:
-        verdict.checks += _replays(run, verdict.faults, deterministic=deterministic)
+        verdict.checks += _replays(run, verdict, deterministic=deterministic)
     change = growth(run.memory)
     if change is not None:
         detail = f"the last quarter holds {change:+.1%} of the second quarter's (bound {FLAT:+.0%})"
@@ -165,17 +167,18 @@ def _secrets(run: Run, faults: list[Fault]) -> Check:
     return Check("secrets", not found, f"{asked} agents know theirs" if not found else _first(found, asked))
 
 
-def _replays(run: Run, faults: list[Fault], *, deterministic: bool) -> list[Check]:
+def _replays(run: Run, verdict: Verdict, *, deterministic: bool) -> list[Check]:
     failed = [again for _, again in run.replayed if again.outcome != OK]
     pairs = [(live, alone) for live, alone in run.replayed if alone.outcome == OK]
+    verdict.compared = compare_alone([live for live, _ in pairs], [alone for _, alone in pairs])
     if not any(alone.fingerprint for _, alone in pairs):
         mixed = []
         detail = "the endpoint reports no log-probabilities"
     else:
-        mixed = mixed_answers([live for live, _ in pairs], [alone for _, alone in pairs])
+        mixed = verdict.compared.faults()
         detail = f"{len(pairs)} answers are those of their conversations asked again alone"
-    faults += mixed
-    same = sum(live.text == alone.text for live, alone in pairs)
+    verdict.faults += mixed
+    same = sum(row.same_text for row in verdict.compared.rows)
     if mixed:
         detail = _first(mixed, len(pairs))
     if failed:
