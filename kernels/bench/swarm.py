@@ -37,10 +37,10 @@ from k26_plugins.common.checkpoint.header import INDEX_FILE
 from k26_plugins.common.int4 import dequantise
 from k26_plugins.common.tiny import make_tiny
 
-PEER = {"agents": 60, "steps": 600, "prefix-tokens": 500, "answer-tokens": 8}
-BASE = {"agents": 40, "steps": 200, "prefix-tokens": 500, "answer-tokens": 4}
+PEER = {"agents": 40, "steps": 300, "prefix-tokens": 500, "answer-tokens": 8}
+BASE = {"agents": 20, "steps": 100, "prefix-tokens": 500, "answer-tokens": 4}
 # Only one of them differs from BASE at a time.
-SWEEP = {"steps": (100, 200, 400, 800), "agents": (10, 20, 40, 80), "prefix-tokens": (500, 1000, 2000, 4000, 8000)}
+SWEEP = {"steps": (50, 100, 200, 400), "agents": (5, 10, 20, 40), "prefix-tokens": (500, 1000, 2000, 4000, 8000)}
 # Without MLA vLLM's CPU backend has a prefix cache.
 SERVER = {"VLLM_MLA_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": "4", "HF_HUB_OFFLINE": "1"}
 FLAGS = ("--enforce-eager", "--enable-prefix-caching", "--max-model-len", "32768", "--max-num-seqs", "300")
@@ -96,7 +96,7 @@ def swarm(url: str, shape: dict[str, int], out: Path) -> dict[str, Any]:
     """One run's figures."""
     flags = [text for name, value in shape.items() for text in (f"--{name}", str(value))]
     command = [sys.executable, "-c", "from k26_plugins.cli import app; app()", "swarm", "--url", url, *flags]
-    done = subprocess.run([*command, "--replays", "10", "--json", str(out)], check=False)
+    done = subprocess.run([*command, "--replays", "0", "--json", str(out)], check=False)
     if done.returncode != 0:
         raise SystemExit(f"the swarm {shape} was not held: exit status {done.returncode}")
     figures: dict[str, Any] = json.loads(out.read_text())["figures"]

@@ -20,6 +20,7 @@ from typer.testing import CliRunner, Result
 from k26_plugins.cli import app
 from k26_plugins.operate.swarm.memory import server_pid
 
+ANSWERED = {"200", "400", "404", "413", "422"}
 SMALL = ("--prefix-tokens", "200", "--answer-tokens", "4", "--tool-latency", "0.05", "--timeout", "120")
 
 
@@ -28,18 +29,24 @@ def run_swarm(url: str, agents: int, steps: int, *arguments: str) -> Result:
     return CliRunner().invoke(app, command)
 
 
-def assert_a_swarm_is_held(server: Server, folder: Path, out: Path) -> dict[str, Any]:
-    """Agents with images and tools, with hostile requests and clients that hang up beside them. Returns the JSON."""
+def assert_a_swarm_is_held(server: Server, folder: Path, out: Path, known: frozenset[str] = frozenset()) -> None:
+    """Agents with images and tools, with hostile requests and clients that hang up beside them.
+
+    known: hostile requests, by kind and name, that the engine itself answers with an error of its own.
+    """
     extra = ["--images", "0.25", "--hostile", "100", "--drops", "3", "--checkpoint", str(folder), "--json", str(out)]
     result = run_swarm(server.url, 16, 60, *extra)
-    assert result.exit_code == 0, result.output
     found: dict[str, Any] = json.loads(out.read_text())
     names = ["answered", "token accounting", "asked again alone", "hostile requests", "dropped clients"]
     assert [check["name"] for check in found["checks"]] == names
     # Not the number of prompt tokens alone.
     assert found["checks"][1]["detail"].endswith("60 of them compared id by id")
+    failed = {check["name"] for check in found["checks"] if not check["passed"]}
+    assert failed == ({"hostile requests"} if known else set()), result.output
+    assert result.exit_code == (1 if known else 0)
     assert sum(attack["count"] for attack in found["hostile"]) == 100
-    return found
+    harmed = {f"{attack['kind']}: {attack['name']}" for attack in found["hostile"] if attack["outcome"] not in ANSWERED}
+    assert harmed == known, result.output
 
 
 def assert_a_mixed_swarm_is_found(server: Server) -> None:
