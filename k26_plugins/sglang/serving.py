@@ -12,6 +12,8 @@ from k26_plugins.sglang import compat, logger
 
 PARSER = "kimi_k2"
 DROPPED = ("name", "reasoning")
+MAX_ANSWERS = 1024
+"""Of one request (`n`): SGLang makes as many requests of it, before it looks at any."""
 
 
 def install() -> None:
@@ -41,7 +43,10 @@ def choose_parsers(original: Callable[[Any], Any], server_args: Any) -> Any:
 
 async def read_messages(original: Callable[..., Any], serving: Any, request: Any, raw_request: Any = None) -> Any:
     """What the template reads of a message and SGLang's classes drop: a user's `name`, and `reasoning`, as Kimi's own API
-    calls what SGLang knows as `reasoning_content`."""
+    calls what SGLang knows as `reasoning_content`. What would end the server is refused."""
+    refused = _ends_the_server(request, serving.tokenizer_manager.model_config.vocab_size)
+    if refused is not None:
+        return serving.create_error_response(refused)
     if raw_request is not None:
         body = await raw_request.body()
         if any(f'"{name}"'.encode() in body for name in DROPPED):
@@ -53,6 +58,15 @@ async def read_messages(original: Callable[..., Any], serving: Any, request: Any
                 for message, fields in zip(request.messages, sent, strict=True)
             ]
     return await original(serving, request, raw_request)
+
+
+def _ends_the_server(request: Any, vocab_size: int) -> str | None:
+    """Why a request must not reach SGLang's scheduler, which takes these numbers as they come."""
+    if (request.top_logprobs or 0) > vocab_size:
+        return f"top_logprobs is {request.top_logprobs}: the vocabulary has {vocab_size} tokens."
+    if (request.n or 1) > MAX_ANSWERS:
+        return f"n is {request.n}: ask for at most {MAX_ANSWERS} answers."
+    return None
 
 
 def keep_arguments(original: Callable[..., None], message: dict[str, Any], **kwargs: Any) -> None:

@@ -43,7 +43,9 @@ BASE = {"agents": 20, "steps": 100, "prefix-tokens": 500, "answer-tokens": 4}
 SWEEP = {"steps": (50, 100, 200, 400), "agents": (5, 10, 20, 40), "prefix-tokens": (500, 1000, 2000, 4000, 8000)}
 # Without MLA vLLM's CPU backend has a prefix cache.
 SERVER = {"VLLM_MLA_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": "4", "HF_HUB_OFFLINE": "1"}
-FLAGS = ("--enforce-eager", "--enable-prefix-caching", "--max-model-len", "32768", "--max-num-seqs", "300")
+# The parsers are the plugin's default; vLLM alone refuses requests with tools without them.
+PARSERS = ("--enable-auto-tool-choice", "--tool-call-parser", "kimi_k2", "--reasoning-parser", "kimi_k2")
+FLAGS = (*PARSERS, "--enforce-eager", "--enable-prefix-caching", "--max-model-len", "32768", "--max-num-seqs", "300")
 
 
 def with_bfloat16_experts(source: Path, folder: Path) -> None:

@@ -87,6 +87,8 @@ class Client:
             step.outcome, step.detail = "timeout", "no answer in time"
         except httpx.HTTPError as error:
             step.outcome, step.detail = "connection", str(error) or type(error).__name__
+        except (ValueError, KeyError, TypeError) as error:
+            step.outcome, step.detail = "malformed", f"{type(error).__name__}: {error}"
         step.ended = self.now()
         return step
 
