@@ -52,7 +52,7 @@ def assert_a_swarm_is_held(server: Server, folder: Path, out: Path, known: froze
 def assert_a_mixed_swarm_is_found(server: Server) -> None:
     """Answers of others with the right usage: only asking again alone shows them."""
     with mix(server.url, ANSWER) as proxy:
-        result = run_swarm(proxy, 6, 26, "--images", "0")
+        result = run_swarm(proxy, 4, 14, "--images", "0")
     assert result.exit_code == 1, result.output
     assert "FAIL  asked again alone" in result.output
     assert "FAIL  answered" not in result.output
