@@ -37,7 +37,7 @@ from k26_plugins.common.checkpoint.header import INDEX_FILE
 from k26_plugins.common.int4 import dequantise
 from k26_plugins.common.tiny import make_tiny
 
-PEER = {"agents": 40, "steps": 300, "prefix-tokens": 500, "answer-tokens": 8}
+PEER = {"agents": 40, "steps": 200, "prefix-tokens": 500, "answer-tokens": 8}
 BASE = {"agents": 20, "steps": 100, "prefix-tokens": 500, "answer-tokens": 4}
 # Only one of them differs from BASE at a time.
 SWEEP = {"steps": (50, 100, 200, 400), "agents": (5, 10, 20, 40), "prefix-tokens": (500, 1000, 2000, 4000, 8000)}
