@@ -21,7 +21,7 @@ _TIMELINE = ("agent", "turn", "kind", "sent", "first", "ended", "prompt_tokens",
 
 def as_text(url: str, engine: str, figures: Figures, verdict: Verdict) -> str:
     """A dozen lines for a terminal."""
-    word = "nothing was lost, nothing mixed up" if verdict.passed else "the server does NOT hold this swarm"
+    word = "the server holds this swarm" if verdict.passed else "the server does NOT hold this swarm"
     return "\n".join([f"{url}: {engine}", *_lines(figures), *check_lines(verdict.checks), f"verdict: {word}"])
 
 
