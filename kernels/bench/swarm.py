@@ -3,10 +3,11 @@
     cd kernels && python -m bench.swarm peer --python VLLM_ENV/bin/python [--save]
     cd kernels && python -m bench.swarm sweep --python VLLM_ENV/bin/python [--save]
 
-`peer` serves one tiny checkpoint twice in one run, in turn: as published (INT4) with the plugin, and with bfloat16 experts
-of the same values by vLLM alone, which has no INT4 experts on a CPU; the same seed sends both the same. `sweep` lets steps,
-agents and the shared prefix grow, each by itself, and names each growth by the exponent of seconds over size. `--save`
-writes JSON and a plot into results/. `k26` is run from this environment, vLLM from that of `--python`.
+`peer` serves one tiny checkpoint in two ways, in one run and in turn: as published (INT4) with the plugin, and with bfloat16
+experts of the same values by vLLM alone, which has no INT4 experts on a CPU. The same seed sends both the same messages;
+without the plugin tools are rendered as JSON, so those prompts are longer. `sweep` lets steps, agents and the shared prefix
+grow, each by itself, and names each growth by the exponent of seconds over size. `--save` writes JSON and a plot into
+results/. `k26` is run from this environment, vLLM from that of `--python`.
 """
 
 from __future__ import annotations
@@ -107,12 +108,12 @@ def swarm(url: str, shape: dict[str, int], out: Path) -> dict[str, Any]:
     return figures
 
 
-def peer(python: str, folder: Path) -> list[dict[str, Any]]:
+def peer(python: str, folder: Path, turns: int) -> list[dict[str, Any]]:
     make_tiny(folder / "int4")
     with_bfloat16_experts(folder / "int4", folder / "bf16")
     results = []
-    # Each twice, in turn: what else runs on the machine then falls on both.
-    for turn in range(2):
+    # In turn: what else runs on the machine then falls on both.
+    for turn in range(turns):
         for name, checkpoint, plugins in (("plugin, INT4", "int4", "k26"), ("vLLM alone, bfloat16", "bf16", "none")):
             with vllm(python, folder / checkpoint, VLLM_PLUGINS=plugins) as url:
                 swarm(url, WARM_UP, folder / "run.json")
@@ -183,10 +184,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=["peer", "sweep"])
     parser.add_argument("--python", required=True, help="the Python of an environment with vLLM and this package")
+    parser.add_argument("--turns", type=int, default=2, help="how often each server of `peer` is measured")
     parser.add_argument("--save", action="store_true", help="write JSON and a plot beside the other results")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        results = (peer if arguments.kind == "peer" else sweep)(arguments.python, Path(folder))
+        if arguments.kind == "peer":
+            results = peer(arguments.python, Path(folder), arguments.turns)
+        else:
+            results = sweep(arguments.python, Path(folder))
     for row in results:
         name = row.get("server") or f"{row['grows']} {row['size']}"
         times = f"TTFT p50 {row['ttft']['50']:.2f} s, inter-token p50 {row['inter_token']['50']:.3f} s"
