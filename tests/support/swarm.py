@@ -29,22 +29,32 @@ def run_swarm(url: str, agents: int, steps: int, *arguments: str) -> Result:
     return CliRunner().invoke(app, command)
 
 
-def assert_a_swarm_is_held(server: Server, folder: Path, out: Path, known: frozenset[str] = frozenset()) -> None:
+def assert_a_swarm_is_held(
+    server: Server,
+    folder: Path,
+    out: Path,
+    *,
+    agents: int,
+    steps: int,
+    hostile: int,
+    known: frozenset[str] = frozenset(),
+) -> None:
     """Agents with images and tools, with hostile requests and clients that hang up beside them.
 
     known: hostile requests, by kind and name, that the engine itself answers with an error of its own.
     """
-    extra = ["--images", "0.25", "--hostile", "100", "--drops", "3", "--checkpoint", str(folder), "--json", str(out)]
-    result = run_swarm(server.url, 16, 60, *extra)
+    extra = ["--images", "0.25", "--hostile", str(hostile), "--drops", "3"]
+    extra += ["--checkpoint", str(folder), "--json", str(out)]
+    result = run_swarm(server.url, agents, steps, *extra)
     found: dict[str, Any] = json.loads(out.read_text())
     names = ["answered", "token accounting", "asked again alone", "hostile requests", "dropped clients"]
     assert [check["name"] for check in found["checks"]] == names
     # Not the number of prompt tokens alone.
-    assert found["checks"][1]["detail"].endswith("60 of them compared id by id")
+    assert found["checks"][1]["detail"].endswith(f"{steps} of them compared id by id")
     failed = {check["name"] for check in found["checks"] if not check["passed"]}
     assert failed == ({"hostile requests"} if known else set()), result.output
     assert result.exit_code == (1 if known else 0)
-    assert sum(attack["count"] for attack in found["hostile"]) == 100
+    assert sum(attack["count"] for attack in found["hostile"]) == hostile
     harmed = {f"{attack['kind']}: {attack['name']}" for attack in found["hostile"] if attack["outcome"] not in ANSWERED}
     assert harmed == known, result.output
 
