@@ -252,3 +252,28 @@ def test_a_changed_template_is_named(tiny_folder: Path, tmp_path: Path) -> None:
     assert differing_samples(tmp_path) == ["thinking and tool calls", "preserved thinking", "no answer asked for"]
     (tmp_path / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
     assert len(differing_samples(tmp_path)) == 7
+
+
+def nested(levels: int) -> Any:
+    value: Any = "leaf"
+    for _ in range(levels):
+        value = {"a": [value]}
+    return value
+
+
+def test_what_is_nested_too_deeply_is_one_clear_error() -> None:
+    """Beyond Python's own limit a server would answer with an error of its own."""
+    messages = [{"role": "user", "content": "Hi"}]
+    tool = {"type": "function", "function": {"name": "f", "parameters": nested(20)}}
+    assert "namespace functions" in render(messages, tools=[tool])
+    tool = {"type": "function", "function": {"name": "f", "parameters": nested(450)}}
+    with pytest.raises(ValueError, match="nested deeper than 100 levels"):
+        render(messages, tools=[tool])
+    with pytest.raises(ValueError, match="nested deeper than 100 levels"):
+        render([{"role": "user", "content": [nested(450)]}])
+
+
+def test_arguments_of_a_past_call_may_be_any_text() -> None:
+    call = {"id": "functions.f:0", "type": "function", "function": {"name": "f", "arguments": "[" * 50_000}}
+    kept = keep_arguments([{"role": "assistant", "content": "", "tool_calls": [call]}])
+    assert "[" * 50_000 in render(kept)

@@ -7,18 +7,37 @@ from pathlib import Path
 
 import pytest
 from support import documented
+from support.absent import plugin_that_rank_1_lacks
 from support.agreement import assert_same_top
 from support.checkpoints import make_llama
-from support.server import Server
+from support.server import Server, StartError
 from support.sglang_server import EAGER, TWO_RANKS, first_tokens, serve
+from support.swarm import (
+    assert_a_killed_worker_is_said,
+    assert_a_mixed_swarm_is_found,
+    assert_a_swarm_is_held,
+    assert_the_metrics_are_there,
+)
 
+# SGLang reads a field of the body before it has looked whether that is an object.
+KNOWN = frozenset({"bad JSON: a list"})
 REDUNDANT_EXPERTS = ["--enable-eplb", "--ep-num-redundant-experts", "4"]
 
 
 @pytest.fixture(scope="module")
 def one_rank(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serve(tiny_folder, tmp_path_factory.mktemp("one") / "log", **EAGER) as server:
+    with serve(tiny_folder, tmp_path_factory.mktemp("one") / "log", "--enable-metrics", **EAGER) as server:
         yield server
+
+
+def test_a_swarm_is_held_among_hostile_requests(one_rank: Server, tiny_folder: Path, tmp_path: Path) -> None:
+    # Fewer than with vLLM: on a CPU SGLang's plain torch backend takes seconds for a prompt.
+    assert_a_swarm_is_held(one_rank, tiny_folder, tmp_path / "run.json", agents=8, steps=26, hostile=63, known=KNOWN)
+    assert_the_metrics_are_there(one_rank, ranks=1, layers=2)
+
+
+def test_a_mixed_swarm_is_found(one_rank: Server) -> None:
+    assert_a_mixed_swarm_is_found(one_rank)
 
 
 @pytest.mark.parametrize(
@@ -35,6 +54,17 @@ def test_two_ranks_answer_as_one(tiny_folder: Path, tmp_path: Path, one_rank: Se
     command = documented.as_run(documented.SGLANG, tiny_folder) if not arguments else ()
     with serve(tiny_folder, tmp_path / "log", *arguments, command=command, **TWO_RANKS, **EAGER) as server:
         assert_same_top(first_tokens(server), first_tokens(one_rank))
+        if not arguments:
+            assert_a_killed_worker_is_said(server, "scheduler_TP1")
+
+
+def test_a_rank_without_the_plugin_stops_the_start(tiny_folder: Path, tmp_path: Path) -> None:
+    settings = plugin_that_rank_1_lacks(tmp_path / "plugin", "sglang", "sglang.srt.plugins")
+    with (
+        pytest.raises(StartError, match="k26-plugins is not active on rank 1 of 2"),
+        serve(tiny_folder, tmp_path / "log", "--tp-size", "2", **settings, **TWO_RANKS, **EAGER),
+    ):
+        pass
 
 
 def test_the_reference_backend_by_hand(tiny_folder: Path, tmp_path: Path, one_rank: Server) -> None:

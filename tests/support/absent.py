@@ -30,5 +30,5 @@ def plugin_that_rank_1_lacks(folder: Path, engine: str, group: str) -> dict[str,
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: k26-absent\nVersion: 0\n")
     (info / "entry_points.txt").write_text(f"[{group}]\nk26_absent = k26_absent:register\n")
     (folder / "k26_absent.py").write_text(_MODULE.format(engine=engine))
-    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
     return {"PYTHONPATH": path, f"{engine.upper()}_PLUGINS": "k26_absent"}

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from support import documented
+from support.absent import plugin_that_rank_1_lacks
 from support.agreement import BYTES, assert_same_top
 from support.checkpoints import make_llama
 from support.images import image_part, png, random_image
-from support.server import Server
+from support.server import Server, StartError
+from support.swarm import assert_a_killed_worker_is_said, metric, run_swarm
 from support.vllm_server import TWO_RANKS, serve
 
 
@@ -38,18 +41,38 @@ def first_tokens(server: Server) -> list[dict[int, float]]:
     return found
 
 
-def assert_two_ranks_answer_as_one(one_rank: Server, *arguments: str, command: Sequence[str] = ()) -> None:
+def assert_two_ranks_answer_as_one(
+    one_rank: Server,
+    *arguments: str,
+    command: Sequence[str] = (),
+    then: Callable[[Server], None] = lambda server: None,
+) -> None:
     folder, log = Path(one_rank.model), one_rank.log.with_name("two-ranks.log")
     with serve(folder, log, "--enforce-eager", *arguments, command=command, **TWO_RANKS) as server:
         assert_same_top(first_tokens(server), first_tokens(one_rank))
+        then(server)
 
 
 def test_the_documented_command_on_two_ranks_answers_as_one(one_rank: Server, tiny_folder: Path) -> None:
-    assert_two_ranks_answer_as_one(one_rank, command=documented.as_run(documented.VLLM, tiny_folder))
+    def both_report_and_neither_goes_on_alone(server: Server) -> None:
+        assert len(metric(server, "k26_experts_layers")) == 2
+        assert_a_killed_worker_is_said(server, "Worker_TP1")
+
+    command = documented.as_run(documented.VLLM, tiny_folder)
+    assert_two_ranks_answer_as_one(one_rank, command=command, then=both_report_and_neither_goes_on_alone)
 
 
 def test_expert_parallel_ranks_answer_as_one(one_rank: Server) -> None:
     assert_two_ranks_answer_as_one(one_rank, "--tensor-parallel-size", "2", "--enable-expert-parallel")
+
+
+def test_a_rank_without_the_plugin_stops_the_start(tiny_folder: Path, tmp_path: Path) -> None:
+    settings = plugin_that_rank_1_lacks(tmp_path / "plugin", "vllm", "vllm.general_plugins")
+    with (
+        pytest.raises(StartError, match="k26-plugins is not active on rank 1 of 2"),
+        serve(tiny_folder, tmp_path / "log", "--enforce-eager", "--tensor-parallel-size", "2", **settings, **TWO_RANKS),
+    ):
+        pass
 
 
 def test_compiled_answers_as_eager(tiny_folder: Path, tmp_path: Path, one_rank: Server) -> None:
@@ -66,6 +89,11 @@ def test_a_second_request_hits_the_prefix_cache(tiny_folder: Path, tmp_path: Pat
         first, second = (server.complete(prompt, max_tokens=4, temperature=0, ignore_eos=True) for _ in range(2))
         assert second["usage"]["prompt_tokens_details"]["cached_tokens"] >= 256
         assert first["choices"][0]["text"] == second["choices"][0]["text"]
+        result = run_swarm(server.url, 12, 40, "--images", "0")
+        assert result.exit_code == 0, result.output
+        rate = re.search(r"prefix cache: ([\d.]+)% of the prompt tokens found", result.output)
+        assert rate is not None, result.output
+        assert float(rate[1]) > 50
 
 
 def test_another_architecture_is_served_as_without_the_plugin(tmp_path: Path) -> None:
