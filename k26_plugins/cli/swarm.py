@@ -115,8 +115,9 @@ def swarm(
     )
 
     async def send() -> tuple[Run, bool]:
-        # Shorter than any server's own patience with an idle connection: one that it closes just then looks like an error.
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=agents, keepalive_expiry=1.0)
+        # A connection for each request: a server whose loop was busy closes idle ones just when they are used again, which
+        # looks like an error of its own.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         async with httpx.AsyncClient(timeout=timeout, limits=limits, headers=headers) as http:
             swarm = Swarm(
