@@ -77,10 +77,13 @@ def assert_a_killed_worker_is_said(server: Server, title: str) -> None:
     assert pid is not None
     workers = [child for child in psutil.Process(pid).children(recursive=True) if title in " ".join(child.cmdline())]
     assert workers, [child.cmdline() for child in psutil.Process(pid).children(recursive=True)]
+    before = server.log.read_text().count("POST /v1/chat/completions")
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(run_swarm, server.url, 8, 400, "--replays", "0")
-        time.sleep(4)
-        assert not running.done(), running.result().output
+        # The model was tried, the task was split, and agents are at work.
+        while server.log.read_text().count("POST /v1/chat/completions") < before + 4:
+            assert not running.done(), running.result().output
+            time.sleep(0.2)
         os.kill(workers[0].pid, signal.SIGKILL)
         began = time.monotonic()
         result = running.result(timeout=200)
