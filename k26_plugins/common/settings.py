@@ -109,3 +109,17 @@ def batch_invariant_setting() -> bool:
     if value not in ("0", "1"):
         raise ValueError(f"{BATCH_INVARIANT_VARIABLE} is {value!r}: choose 0 or 1, or unset it.")
     return value == "1"
+
+
+def check_settings() -> None:
+    """Read every setting, so that a wrong one stops a server's start before anything is loaded. Raises ValueError."""
+    for read in (
+        experts_setting,
+        host_experts_setting,
+        cpu_threads_setting,
+        stream_from_setting,
+        batch_invariant_setting,
+        control_tokens_as_text,
+        parsers_by_default,
+    ):
+        read()

@@ -8,13 +8,15 @@ from k26_plugins.common import metrics
 from k26_plugins.common.checkpoint import require_whole
 from k26_plugins.common.config import K26Config
 from k26_plugins.common.serving import published_int4, write_vision
+from k26_plugins.common.settings import check_settings
 from k26_plugins.vllm import compat, logger
 
 
 def prepare(model_config: Any) -> None:
     """Validate the configuration, give vLLM's spelling the core's values, and check a local checkpoint's headers.
 
-    Raises ConfigError or CheckpointError, which stop the start in the process that the user looks at.
+    Raises ConfigError, CheckpointError, or ValueError for a wrong setting: the start stops in the process that the user
+    looks at.
     """
     if model_config.tokenizer_mode == "auto":
         model_config.tokenizer_mode = compat.TOKENIZER_MODE
@@ -22,6 +24,7 @@ def prepare(model_config: Any) -> None:
     if config is not None:
         _write_back(config, model_config.hf_config)
         require_whole(model_config.model)
+        check_settings()
     metrics.collect_from_workers()
     compat.use_media_connector("k26_plugins.vllm.media", "K26MediaConnector", model_config)
 

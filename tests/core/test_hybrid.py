@@ -17,6 +17,7 @@ from k26_plugins.common.experts.hybrid import HybridExperts
 from k26_plugins.common.experts.placement import PlacementError, Profile, place
 from k26_plugins.common.experts.streaming import MEASURED_TOKENS, Line, StreamCosts, Streaming
 from k26_plugins.common.host_memory import HostMemoryError, require_host_memory
+from k26_plugins.common.settings import check_settings, stream_from_setting
 
 # The bound of one backend on its own is 6e-3.
 TOLERANCE = 6e-3
@@ -124,6 +125,17 @@ def assert_streaming_is_off(why: str, caplog: pytest.LogCaptureFixture, device_b
     ids, topk_weights = route(5, 2, 4)
     x = inputs(5, 128)
     assert error(experts.apply(x, ids, topk_weights), judge(weights, x, ids, topk_weights)) <= TOLERANCE
+
+
+@pytest.mark.parametrize(("value", "meaning"), [("", None), ("never", "never"), ("AUTO", "auto"), ("2048", 2048)])
+def test_from_where_on_is_streamed(value: str, meaning: int | str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("K26_STREAM_FROM", value)
+    if meaning is None:
+        with pytest.raises(ValueError, match="K26_STREAM_FROM is '': choose auto, never or a number of tokens"):
+            check_settings()
+    else:
+        check_settings()
+        assert stream_from_setting() == meaning
 
 
 def test_an_expert_map_is_refused() -> None:
