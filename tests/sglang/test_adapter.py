@@ -54,7 +54,7 @@ def test_a_failing_registration_leaves_sglang_alone(
 
 
 def test_a_name_that_sglang_lost_is_one_clear_error() -> None:
-    with pytest.raises(compat.UnsupportedEngineError, match=r"SGLang .* has no sglang.nothing.Here.*checked on SGLang"):
+    with pytest.raises(compat.UnsupportedEngineError, match=r"sglang .* has no sglang.nothing.Here.*checked on sglang"):
         compat.private("sglang.nothing", "Here")
 
 
