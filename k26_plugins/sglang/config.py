@@ -7,6 +7,7 @@ from typing import Any
 
 from k26_plugins.common.checkpoint import require_whole
 from k26_plugins.common.serving import published_int4, write_vision
+from k26_plugins.common.settings import check_settings
 from k26_plugins.sglang import compat, logger
 
 
@@ -19,7 +20,10 @@ class KimiK25Config(compat.in_tree_config()):  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """As the in-tree class. Raises ConfigError or CheckpointError in the process that the user looks at."""
+        """As the in-tree class.
+
+        Raises ConfigError, CheckpointError, or ValueError for a wrong setting, in the process that the user looks at.
+        """
         found = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         config = published_int4(found, logger.warning)
         if config is None:
@@ -29,4 +33,5 @@ class KimiK25Config(compat.in_tree_config()):  # type: ignore[misc]
         found.media_placeholder_token_id = config.media_placeholder_token_id
         if multiprocessing.parent_process() is None:
             require_whole(pretrained_model_name_or_path)
+            check_settings()
         return found

@@ -14,7 +14,6 @@ from support.server import Server, StartError
 from support.sglang_server import EAGER, TWO_RANKS, first_tokens, serve
 from support.swarm import (
     assert_a_killed_worker_is_said,
-    assert_a_mixed_swarm_is_found,
     assert_a_swarm_is_held,
     assert_the_metrics_are_there,
 )
@@ -34,10 +33,6 @@ def test_a_swarm_is_held_among_hostile_requests(one_rank: Server, tiny_folder: P
     # Fewer than with vLLM: on a CPU SGLang's plain torch backend takes seconds for a prompt.
     assert_a_swarm_is_held(one_rank, tiny_folder, tmp_path / "run.json", agents=8, steps=26, hostile=63, known=KNOWN)
     assert_the_metrics_are_there(one_rank, ranks=1, layers=2)
-
-
-def test_a_mixed_swarm_is_found(one_rank: Server) -> None:
-    assert_a_mixed_swarm_is_found(one_rank)
 
 
 @pytest.mark.parametrize(
