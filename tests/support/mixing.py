@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import httpx
+from support.local_http import QuietHandler, serving
 
 HISTORY, ANSWER = "history", "answer"
 
@@ -37,13 +37,13 @@ def mix(url: str, what: str, *, every: int = 4) -> Iterator[str]:
         assert response.status_code == 200, response.text
         return [line for line in response.content.split(b"\n\n") if line]
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(QuietHandler, BaseHTTPRequestHandler):  # the second base: a linter knows its methods by it
         def do_GET(self) -> None:
             response = client.get(f"{url}{self.path}")
-            self._send(response.status_code, response.content)
+            self.send(response.status_code, response.content)
 
         def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            body = self.body()
             other = other_than(body)
             try:
                 if other is None:
@@ -57,21 +57,7 @@ def mix(url: str, what: str, *, every: int = 4) -> Iterator[str]:
             finally:
                 with lock:
                     flying.remove(body)
-            self._send(200, b"".join(event + b"\n\n" for event in events))
+            self.send(200, b"".join(event + b"\n\n" for event in events))
 
-        def _send(self, status: int, content: bytes) -> None:
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *_: Any) -> None:
-            """Quiet."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        client.close()
+    with client, serving(Handler) as address:
+        yield address

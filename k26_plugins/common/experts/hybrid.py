@@ -36,8 +36,7 @@ class HybridExperts(RoutedExperts):
         self.host_map_on_device = self.host_map.to(device)
         self.num_host_experts = len(placement.host_ids)
         self.streaming = streaming
-        if streaming is not None:
-            streaming.prepare(host_experts, device)
+        self.stream = None if streaming is None else streaming.prepare(host_experts, device)
 
     def apply(
         self,
@@ -68,9 +67,9 @@ class HybridExperts(RoutedExperts):
                     hidden_states, topk_ids, topk_weights, expert_map=self.device_map, workspace=workspace
                 )
             )
-        if self.streaming is not None and streamed_experts:
+        if self.stream is not None and streamed_experts:
             inputs = (hidden_states, topk_ids, topk_weights, self.host_map_on_device)
-            parts.append(self.streaming.apply(self.host_experts, streamed_experts, *inputs))
+            parts.append(self.stream.apply(self.host_experts, streamed_experts, *inputs))
         total = host_result().to(hidden_states.device)
         for part in parts:
             total = total + part
@@ -78,7 +77,7 @@ class HybridExperts(RoutedExperts):
 
     def _streamed(self, topk_ids: torch.Tensor) -> list[int]:
         """Places of the host's experts that this batch is streamed for."""
-        if self.streaming is None:
+        if self.streaming is None or self.stream is None:
             return []
         local = local_ids(topk_ids, self.host_map).flatten()
         counts = torch.bincount(local + 1, minlength=self.num_host_experts + 1)[1:]

@@ -93,21 +93,22 @@ class Streaming:
     _off: bool = field(default=False, init=False)
     _said: bool = field(default=False, init=False)
 
-    def prepare(self, host: ExpertsBackend, device: torch.device) -> None:
+    def prepare(self, host: ExpertsBackend, device: torch.device) -> ExpertStream | None:
         """Take a layer's host experts; with the first one the device's backend is chosen, checked and timed.
 
-        Where streaming cannot be, a warning says why and every batch stays on the host.
+        Returns what computes the experts that `choose` gives. Where streaming cannot be it is None, a warning says why, and
+        every batch stays on the host.
         """
         # A CPU in the device's place gains nothing, whatever two measurements of it say.
         if self._off or (device.type == "cpu" and self.threshold is None):
-            return
+            return None
         pinned = pin(host, device)
         if self._stream is None:
             started = self._start(host, device)
             if isinstance(started, str):
                 self._off = True
                 logger.warning("k26-plugins: long prompts are computed where the experts are: %s", started)
-                return
+                return None
             self._stream = started
             self._report(started)
         if not pinned:
@@ -116,6 +117,7 @@ class Streaming:
                 "CPU's experts take longer.",
                 device,
             )
+        return self._stream
 
     def choose(self, counts: Sequence[int], num_tokens: int) -> list[int]:
         """Which of the host's experts are streamed for a batch, by their counts of tokens."""
@@ -130,19 +132,6 @@ class Streaming:
             self._said = True
             logger.info("k26-plugins: of %d tokens %d of the CPU's experts are streamed.", num_tokens, len(chosen))
         return chosen
-
-    def apply(
-        self,
-        host: ExpertsBackend,
-        chosen: Sequence[int],
-        hidden_states: torch.Tensor,
-        topk_ids: torch.Tensor,
-        topk_weights: torch.Tensor,
-        expert_map: torch.Tensor,
-    ) -> torch.Tensor:
-        """As `ExpertStream.apply`, for what `choose` gave."""
-        assert self._stream is not None, "nothing is chosen without a stream"
-        return self._stream.apply(host, chosen, hidden_states, topk_ids, topk_weights, expert_map)
 
     def _start(self, host: ExpertsBackend, device: torch.device) -> ExpertStream | str:
         """The stream, tested and timed, or why there can be none."""
