@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import random
 import re
@@ -14,13 +15,16 @@ from typing import Any
 
 import jsonschema
 import pytest
+import torch
 from support.endpoint import serve_reference
 from support.mixing import ANSWER, HISTORY, mix
 from typer.testing import CliRunner
 
 from k26_plugins.cli import app
 from k26_plugins.operate.swarm import tools
+from k26_plugins.operate.swarm.client import Step
 from k26_plugins.operate.swarm.hostile import hostile_requests
+from k26_plugins.operate.swarm.integrity import compare_alone
 from k26_plugins.operate.swarm.memory import growth, resident_bytes
 from k26_plugins.operate.swarm.metrics import PrefixCache, hit_rate
 from k26_plugins.operate.swarm.pace import Pace
@@ -72,6 +76,29 @@ def test_mixed_conversations_are_found(url: str, tiny_folder: Path, tmp_path: Pa
     failed = [entry["name"] for entry in found["checks"] if not entry["passed"]]
     assert failed[0] == check, output
     assert found["faults"][0]["what"].startswith("mixed")
+
+
+def answered(agent: int, noise: int, places: int = 4, far: int | None = None) -> Step:
+    """An answer of an agent's own, rounded otherwise for each `noise`; another expert was chosen at place `far`."""
+    own, rounding = torch.Generator().manual_seed(agent), torch.Generator().manual_seed(1000 + noise)
+    fingerprint = []
+    for place in range(places):
+        logits = 0.1 * torch.randn(20, generator=own) + 1e-3 * torch.randn(20, generator=rounding)
+        if place == far:
+            logits += 0.3 * torch.randn(20, generator=rounding)
+        listed = {bytes([token]): value for token, value in enumerate(logits.log_softmax(-1).tolist())}
+        fingerprint.append((b"\0", listed))
+    return Step(agent, 0, "agent", fingerprint=fingerprint)
+
+
+@pytest.mark.parametrize("far", range(4))
+def test_one_place_that_is_far_off_is_no_other_conversation(far: int) -> None:
+    """Seen in 8 of 400 answers of vLLM: where two experts are all but level, the batch decides which one is chosen."""
+    alone = [answered(agent, noise=0) for agent in range(20)]
+    live = [answered(agent, noise=agent, far=far if agent == 7 else None) for agent in range(1, 20)]
+    assert not compare_alone([answered(0, noise=30), *live], alone).faults()
+    another = dataclasses.replace(answered(12, noise=30), agent=0)
+    assert [fault.agent for fault in compare_alone([another, *live], alone).faults()] == [0]
 
 
 def repeats_its_code_word(messages: list[dict[str, Any]]) -> str:
