@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from k26_plugins.cli.console import err, fail, progress_bar
+from k26_plugins.cli.console import fail, progress_bar
+from k26_plugins.cli.reports import HtmlOut, JsonOut, require_plots, write
 
 NOT_HELD = 1
 NOT_ASKED = 2
@@ -57,8 +58,8 @@ def swarm(
     timeout: Annotated[float, typer.Option(min=1, help="Seconds without a byte until a request is lost.")] = 600,
     model: Annotated[str | None, typer.Option(help="Which model, where the server has several.")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="Where the server wants one.")] = None,
-    json_out: Annotated[Path | None, typer.Option("--json", help="Write everything measured as JSON.")] = None,
-    html_out: Annotated[Path | None, typer.Option("--html", help="Write one page with the timeline.")] = None,
+    json_out: JsonOut = None,
+    html_out: HtmlOut = None,
 ) -> None:
     """Send an agent swarm's traffic to a running server, and say how fast and how rightly it was served.
 
@@ -84,7 +85,7 @@ def swarm(
     from k26_plugins.common.config import ConfigError
     from k26_plugins.common.prompt.tokenizer import TokenizerError
     from k26_plugins.operate.swarm.accounting import Accountant
-    from k26_plugins.operate.swarm.client import Step
+    from k26_plugins.operate.swarm.client import OK, Step
     from k26_plugins.operate.swarm.judge import Verdict, figures_of, judge
     from k26_plugins.operate.swarm.memory import server_pid
     from k26_plugins.operate.swarm.report import as_html, as_json, as_text
@@ -92,8 +93,7 @@ def swarm(
     from k26_plugins.operate.swarm.scenario import Shape, ShapeError, shared_prefix
     from k26_plugins.operate.verify.endpoint import EndpointError, connect
 
-    if html_out is not None:
-        require_matplotlib()
+    require_plots(html_out, NOT_ASKED)
     shape = Shape(
         agents=agents,
         steps=steps,
@@ -137,7 +137,7 @@ def swarm(
 
     def on_step(step: Step) -> None:
         nonlocal failed
-        failed += step.outcome != "ok"
+        failed += step.outcome != OK
         progress.update(task, advance=1, description=f"steps, {failed} failed" if failed else "steps")
 
     try:
@@ -161,19 +161,7 @@ def swarm(
         typer.echo("  not shown: whether prompts held their tokens. Give --checkpoint.")
     if not repeats:
         typer.echo("  not shown: code words. This model does not repeat one.")
-    if json_out is not None:
-        found = as_json(endpoint.url, endpoint.engine, run, figures, verdict)
-        json_out.write_text(json.dumps(found) + "\n", encoding="utf-8")
-    if html_out is not None:
-        html_out.write_text(as_html(endpoint.url, endpoint.engine, run, figures, verdict), encoding="utf-8")
+    write(json_out, lambda: json.dumps(as_json(endpoint.url, endpoint.engine, run, figures, verdict)) + "\n")
+    write(html_out, lambda: as_html(endpoint.url, endpoint.engine, run, figures, verdict))
     if not verdict.passed:
         raise typer.Exit(NOT_HELD)
-
-
-def require_matplotlib() -> None:
-    """A page that cannot be written is said before the run, not after it."""
-    from importlib.util import find_spec
-
-    if find_spec("matplotlib") is None:
-        err.print("no page: matplotlib is missing. pip install 'k26-plugins\\[report]'", highlight=False)
-        raise typer.Exit(NOT_ASKED)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from k26_plugins.cli.console import err, fail, progress_bar
+from k26_plugins.cli.console import fail, progress_bar
+from k26_plugins.cli.reports import HtmlOut, JsonOut, require_plots, write
 
 NOT_RIGHT = 1
 NOT_ASKED = 2
 
-JsonOut = Annotated[Path | None, typer.Option("--json", help="Write everything measured as JSON.")]
-HtmlOut = Annotated[Path | None, typer.Option("--html", help="Write one page with plots.")]
 ApiKey = Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="Where the server wants one.")]
 
 
@@ -46,6 +44,7 @@ def verify(
     from k26_plugins.operate.verify.report import as_html, as_json, as_text
     from k26_plugins.operate.verify.tools import REQUESTS, check_tools
 
+    require_plots(html_out, NOT_ASKED)
     try:
         expected = Golden.load(golden)
         endpoint = connect(url, model, api_key)
@@ -62,8 +61,8 @@ def verify(
     except (GoldenError, EndpointError, OSError) as error:
         fail(error, NOT_ASKED)
     typer.echo(as_text(measured, verdict))
-    _write(json_out, lambda: json.dumps(as_json(expected, measured, verdict), indent=1) + "\n")
-    _write(html_out, lambda: as_html(expected, measured, verdict))
+    write(json_out, lambda: json.dumps(as_json(expected, measured, verdict), indent=1) + "\n")
+    write(html_out, lambda: as_html(expected, measured, verdict))
     if not verdict.passed:
         raise typer.Exit(NOT_RIGHT)
 
@@ -91,6 +90,7 @@ def compare(
 
     if len(urls) < 2:
         fail("one server: give two or more.", NOT_ASKED)
+    require_plots(html_out, NOT_ASKED)
     try:
         asked = read_requests(prompts)
         endpoints = [connect(url, None, api_key) for url in urls]
@@ -102,17 +102,7 @@ def compare(
     except (EndpointError, PromptError) as error:
         fail(error, NOT_ASKED)
     typer.echo(as_text(pairs, endpoints))
-    _write(json_out, lambda: json.dumps(as_json(pairs, endpoints), indent=1) + "\n")
-    _write(html_out, lambda: as_html(pairs, endpoints))
+    write(json_out, lambda: json.dumps(as_json(pairs, endpoints), indent=1) + "\n")
+    write(html_out, lambda: as_html(pairs, endpoints))
     if not all(pair.agree for pair in pairs):
         raise typer.Exit(NOT_RIGHT)
-
-
-def _write(file: Path | None, content: Callable[[], str]) -> None:
-    """A report, where one is wanted. Ends the command where its plots cannot be drawn."""
-    if file is not None:
-        try:
-            file.write_text(content(), encoding="utf-8")
-        except ImportError as error:
-            err.print(f"no page: {error}. pip install 'k26-plugins\\[report]'", highlight=False)
-            raise typer.Exit(NOT_ASKED) from error

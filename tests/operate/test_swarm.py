@@ -130,6 +130,20 @@ def test_a_forgotten_secret_is_lost(tiny_folder: Path) -> None:
     assert "lost: it does not know its code word" in output
 
 
+@pytest.mark.parametrize("command", ["swarm", "verify", "compare"])
+def test_a_page_without_matplotlib_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    monkeypatch.setattr("k26_plugins.cli.reports.find_spec", lambda name: None)
+    nowhere = "http://localhost:1"
+    arguments = {
+        "swarm": ["--url", nowhere],
+        "verify": ["--url", nowhere, "--golden", "none"],
+        "compare": [nowhere, nowhere, "--prompts", "none"],
+    }[command]
+    result = CliRunner().invoke(app, [command, *arguments, "--html", "page.html"])
+    assert result.exit_code == 2
+    assert "pip install 'k26-plugins[report]'" in result.output
+
+
 def test_the_same_seed_sends_the_same(tmp_path: Path) -> None:
     shape = Shape(agents=20, steps=100, prefix_tokens=50, seed=3)
     assert make_agents(shape) == make_agents(shape)

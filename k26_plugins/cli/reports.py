@@ -1,0 +1,27 @@
+"""The files that a command writes beside what it prints: JSON, and one HTML page with plots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from k26_plugins.cli.console import fail
+
+JsonOut = Annotated[Path | None, typer.Option("--json", help="Write everything measured as JSON.")]
+HtmlOut = Annotated[Path | None, typer.Option("--html", help="Write one page with plots.")]
+
+
+def require_plots(html_out: Path | None, code: int) -> None:
+    """A page that cannot be written is said before the work, not after it."""
+    if html_out is not None and find_spec("matplotlib") is None:
+        fail("--html needs matplotlib. pip install 'k26-plugins[report]'", code)
+
+
+def write(file: Path | None, content: Callable[[], str]) -> None:
+    """A report, where one is wanted."""
+    if file is not None:
+        file.write_text(content(), encoding="utf-8")
