@@ -323,8 +323,12 @@ def combine_input(hidden_states: torch.Tensor) -> Any:
     return private("sglang.srt.layers.moe.token_dispatcher", "StandardCombineInput")(hidden_states=hidden_states)
 
 
-def use_absorbed_mla_on_torch_native() -> None:
-    """Have the plain torch backend run MLA in its absorbed form, prefill too.
+def torch_native_backend() -> Any:
+    return private("sglang.srt.layers.attention.torch_native_backend", "TorchNativeAttnBackend")
+
+
+def use_absorbed_mla_on_torch_native(backend: Callable[[Any], Any]) -> None:
+    """Have the plain torch backend run MLA in its absorbed form, prefill too, by `backend`.
 
     The only form that this backend can: the other has keys and values of two sizes. Without this its prefill fails.
     """
@@ -333,3 +337,4 @@ def use_absorbed_mla_on_torch_native() -> None:
         "sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods", "AttnForwardMethod"
     )
     private(module, "AttentionBackendRegistry").register("torch_native", lambda attention, batch: methods.MLA)
+    private("sglang.srt.layers.attention.attention_registry", "ATTENTION_BACKENDS")["torch_native"] = backend

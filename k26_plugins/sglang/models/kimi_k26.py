@@ -27,7 +27,9 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
         self.core_config = published_int4(config, logger.warning)
         self.weights_loaded = False
         if compat.device_type() == "cpu":
-            compat.use_absorbed_mla_on_torch_native()
+            from k26_plugins.sglang.attention import K26TorchNativeAttnBackend
+
+            compat.use_absorbed_mla_on_torch_native(K26TorchNativeAttnBackend)
         if self.core_config is None:
             super().__init__(config, quant_config, prefix, **kwargs)
         else:
