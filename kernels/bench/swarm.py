@@ -5,9 +5,13 @@
 
 `peer` serves one tiny checkpoint in two ways, in one run and in turn: as published (INT4) with the plugin, and with bfloat16
 experts of the same values by vLLM alone, which has no INT4 experts on a CPU. The same seed sends both the same messages;
-without the plugin tools are rendered as JSON, so those prompts are longer. `sweep` lets steps, agents and the shared prefix
-grow, each by itself, and names each growth by the exponent of seconds over size. `--save` writes JSON and a plot into
-results/. `k26` is run from this environment, vLLM from that of `--python`.
+without the plugin tools are rendered as JSON, so those prompts are longer.
+
+`sweep` lets the agents' turns, their number and the shared prefix grow, each by itself. Each growth is named by the exponent
+of seconds over size, and all are held against one account of where the time goes: so much for a request, and so much for
+each pair of a token that is computed (not found in the prefix cache) and a token of its context, which is attention's work.
+
+`--save` writes JSON and a plot into results/. `k26` is run from this environment, vLLM from that of `--python`.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ from typing import Any
 import httpx
 import numpy as np
 from bench.media import machine
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from k26_plugins.common.checkpoint import Checkpoint
 from k26_plugins.common.checkpoint.header import INDEX_FILE
@@ -42,13 +46,30 @@ PEER = {"agents": 40, "steps": 200, "prefix-tokens": 500, "answer-tokens": 8}
 BASE = {"agents": 20, "steps": 100, "prefix-tokens": 500, "answer-tokens": 4}
 # Not measured: the first requests compile and allocate what later ones use, half a minute of it.
 WARM_UP = {"agents": 8, "steps": 26, "prefix-tokens": 200, "answer-tokens": 4, "seed": 1000}
-# Only one of them differs from BASE at a time.
-SWEEP = {"steps": (50, 100, 200, 400), "agents": (5, 10, 20, 40), "prefix-tokens": (500, 1000, 2000, 4000, 8000)}
+# Turns of an agent are steps: one of these grows, the others are BASE's.
+SWEEP: dict[str, list[dict[str, int]]] = {
+    "turns": [{"steps": 20 * turns} for turns in (3, 5, 10, 20, 40)],
+    "agents": [{"agents": agents, "steps": 5 * agents} for agents in (10, 20, 40, 80, 160)],
+    "prefix": [{"prefix-tokens": tokens} for tokens in (500, 1000, 2000, 4000)],
+}
 # Without MLA vLLM's CPU backend has a prefix cache.
 SERVER = {"VLLM_MLA_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": "4", "HF_HUB_OFFLINE": "1"}
 # The parsers are the plugin's default; vLLM alone refuses requests with tools without them.
 PARSERS = ("--enable-auto-tool-choice", "--tool-call-parser", "kimi_k2", "--reasoning-parser", "kimi_k2")
 FLAGS = (*PARSERS, "--enforce-eager", "--enable-prefix-caching", "--max-model-len", "32768", "--max-num-seqs", "300")
+
+
+def say_letters(folder: Path) -> None:
+    """Have a small checkpoint answer in ASCII only, so that its answers are as long in every server's prompts.
+
+    A random model says reserved tokens too, which the plugin shows by name and vLLM leaves out.
+    """
+    name = "language_model.lm_head.weight"
+    file = folder / json.loads((folder / INDEX_FILE).read_text())["weight_map"][name]
+    tensors = load_file(file)
+    tensors[name][:32] = 0
+    tensors[name][127:] = 0
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def with_bfloat16_experts(source: Path, folder: Path) -> None:
@@ -110,6 +131,7 @@ def swarm(url: str, shape: dict[str, int], out: Path) -> dict[str, Any]:
 
 def peer(python: str, folder: Path, turns: int) -> list[dict[str, Any]]:
     make_tiny(folder / "int4")
+    say_letters(folder / "int4")
     with_bfloat16_experts(folder / "int4", folder / "bf16")
     results = []
     # In turn: what else runs on the machine then falls on both.
@@ -127,14 +149,41 @@ def sweep(python: str, folder: Path) -> list[dict[str, Any]]:
     results = []
     with vllm(python, folder / "int4") as url:
         swarm(url, WARM_UP, folder / "run.json")
-        number = 0
-        for name, sizes in SWEEP.items():
-            for size in sizes:
-                number += 1
+        for name, shapes in SWEEP.items():
+            for change in shapes:
                 # A seed of its own: no run may find an earlier one's prefix in the cache.
-                shape = {**BASE, name: size, "seed": number}
-                results.append({"grows": name, "size": size, **swarm(url, shape, folder / "run.json")})
+                shape = {**BASE, **change, "seed": len(results) + 1}
+                results.append({"grows": name, "shape": shape, **swarm(url, shape, folder / "run.json")})
+    for row in results:
+        row["size"], row["pairs"] = size(row), pairs(row)
     return results
+
+
+def size(row: dict[str, Any]) -> float:
+    """What grows in a run: turns of an agent, agents, or tokens of a mean prompt, nearly all of them the prefix."""
+    shape = row["shape"]
+    if row["grows"] == "turns":
+        return float(shape["steps"] / shape["agents"])
+    return float(shape["agents"] if row["grows"] == "agents" else row["prompt_tokens"] / row["steps"])
+
+
+def pairs(row: dict[str, Any]) -> float:
+    """Of a computed token and a token of its context."""
+    computed = row["prompt_tokens"] * (1 - row["prefix_hit_rate"]) + row["completion_tokens"]
+    return float(computed * row["prompt_tokens"] / row["steps"])
+
+
+def account(results: list[dict[str, Any]]) -> tuple[float, float]:
+    """Seconds for a request, and for a pair, that explain the runs best, each run's error relative to its seconds."""
+    work = np.array([(row["steps"], row["pairs"]) for row in results])
+    seconds = np.array([row["seconds"] for row in results])
+    found = np.linalg.lstsq(work / seconds[:, None], np.ones(len(results)), rcond=None)[0]
+    return float(found[0]), float(found[1])
+
+
+def explained(row: dict[str, Any], costs: tuple[float, float]) -> float:
+    """Seconds of a run by `account`."""
+    return costs[0] * row["steps"] + costs[1] * float(row["pairs"])
 
 
 def exponents(results: list[dict[str, Any]]) -> dict[str, float]:
@@ -152,11 +201,20 @@ def plot(kind: str, results: list[dict[str, Any]], file: Path) -> None:
 
     figure = Figure(figsize=(10, 3.5), layout="constrained")
     if kind == "sweep":
-        for axes, name in zip(figure.subplots(1, 3, sharey=True), SWEEP, strict=True):
+        costs = account(results)
+        labels = {"turns": "turns of each agent", "agents": "agents", "prefix": "tokens of a mean prompt"}
+        for axes, (name, label) in zip(figure.subplots(1, 3, sharey=True), labels.items(), strict=True):
             rows = [row for row in results if row["grows"] == name]
-            axes.loglog([row["size"] for row in rows], [row["seconds"] for row in rows], "o-", color="#3465a4")
-            axes.set(xlabel=name, title=f"seconds ~ size^{exponents(results)[name]}")
+            sizes = [row["size"] for row in rows]
+            axes.loglog(sizes, [row["seconds"] for row in rows], "o", color="#3465a4", label="measured")
+            axes.loglog(
+                sizes, [explained(row, costs) for row in rows], "-", color="#999999", label="requests and attention"
+            )
+            axes.set(xlabel=label, title=f"seconds ~ size^{exponents(results)[name]}")
+            axes.set_xticks(sizes, [f"{size:.0f}" for size in sizes])
+            axes.set_xticks([], minor=True)
         figure.axes[0].set_ylabel("seconds")
+        figure.axes[0].legend(fontsize=8)
     else:
         panels = {
             "requests/s": "requests_per_second",
@@ -193,18 +251,23 @@ def main() -> None:
         else:
             results = sweep(arguments.python, Path(folder))
     for row in results:
-        name = row.get("server") or f"{row['grows']} {row['size']}"
+        name = row.get("server") or f"{row['grows']} {row['size']:.0f}"
         times = f"TTFT p50 {row['ttft']['50']:.2f} s, inter-token p50 {row['inter_token']['50']:.3f} s"
         print(f"{name:24} {row['seconds']:7.1f} s, {row['requests_per_second']:6.2f} requests/s, {times}")
     if arguments.kind == "sweep":
+        costs = account(results)
+        error = max(abs(explained(row, costs) / row["seconds"] - 1) for row in results)
         print("exponents:", exponents(results))
+        print(
+            f"{1e3 * costs[0]:.1f} ms a request and {1e9 * costs[1]:.1f} ns a pair explain each run within {error:.0%}"
+        )
     if arguments.save:
         info = machine()
         stem = f"swarm-{arguments.kind}-{info['date']}-{info['cpu'].replace(' ', '_')}-{info['cores']}t"
         shape = PEER if arguments.kind == "peer" else BASE
         found: dict[str, Any] = {"machine": info, "server": [*FLAGS], "shape": shape, "results": results}
         if arguments.kind == "sweep":
-            found["exponents"] = exponents(results)
+            found |= {"exponents": exponents(results), "seconds_a_request": costs[0], "seconds_a_pair": costs[1]}
         file = Path(__file__).parent / "results" / f"{stem}.json"
         file.write_text(json.dumps(found, indent=1) + "\n")
         plot(arguments.kind, results, file.with_suffix(".svg"))
