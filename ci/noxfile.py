@@ -71,6 +71,7 @@ def _install_vllm(session: nox.Session, *arguments: str) -> None:
 def vllm(session: nox.Session) -> None:
     """The adapter in the newest vLLM that has a CPU build: the real server; and what the session `demo` does."""
     _install_vllm(session, VLLM_NEWEST)
+    session.install("--quiet", "ray")
     session.run("pytest", "-q", "tests/vllm", *session.posargs)
     session.run("python", "ci/demo.py", "vllm", session.create_tmp())
     # Not in `core`, which is to be quick. Longer: `--seconds 600`.

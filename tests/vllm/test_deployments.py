@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from support.absent import plugin_that_rank_1_lacks
 from support.agreement import BYTES, assert_same_top
 from support.checkpoints import make_llama
 from support.images import image_part, png, random_image
+from support.ray_cluster import ray_cluster
 from support.server import Server, StartError
 from support.swarm import assert_a_killed_worker_is_said, metric, run_swarm
 from support.vllm_server import TWO_RANKS, serve
@@ -64,6 +66,34 @@ def test_the_documented_command_on_two_ranks_answers_as_one(one_rank: Server, ti
 
 def test_expert_parallel_ranks_answer_as_one(one_rank: Server) -> None:
     assert_two_ranks_answer_as_one(one_rank, "--tensor-parallel-size", "2", "--enable-expert-parallel")
+
+
+RAY = ["--distributed-executor-backend", "ray", "--tensor-parallel-size", "2"]
+
+
+needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
+
+
+@needs_ray
+def test_two_of_rays_workers_answer_as_one(one_rank: Server, tmp_path: Path) -> None:
+    with (
+        ray_cluster(tmp_path) as settings,
+        serve(Path(one_rank.model), tmp_path / "log", "--enforce-eager", *RAY, **settings, **TWO_RANKS) as server,
+    ):
+        assert "RayWorkerProc" in server.log.read_text()
+        assert_same_top(first_tokens(server), first_tokens(one_rank))
+        assert len(metric(server, "k26_experts_layers")) == 2
+
+
+@needs_ray
+def test_a_ray_worker_without_the_plugin_stops_the_start(tiny_folder: Path, tmp_path: Path) -> None:
+    lacking = plugin_that_rank_1_lacks(tmp_path / "plugin", "vllm", "vllm.general_plugins")
+    with (
+        ray_cluster(tmp_path, tmp_path / "plugin") as settings,
+        pytest.raises(StartError, match="k26-plugins is not active on rank 1 of 2"),
+        serve(tiny_folder, tmp_path / "log", "--enforce-eager", *RAY, **{**lacking, **settings}, **TWO_RANKS),
+    ):
+        pass
 
 
 def test_a_rank_without_the_plugin_stops_the_start(tiny_folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,73 @@
+"""A Ray cluster of two workers on this machine's CPU, for vLLM.
+
+vLLM takes a Ray cluster on GPUs only: its CPU platform names no device of Ray's. Here it names GPU, and Ray is told that
+there are two. The rest is vLLM's own: Ray's actors, one a rank, and gloo between them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+# Runs when a Python starts: vLLM's drivers and Ray's workers ask for the device before any plugin is loaded.
+_NAMES_A_DEVICE = """
+import sys
+from importlib.machinery import PathFinder
+
+
+class NamesADevice:
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name != "vllm.platforms.interface":
+            return None
+        sys.meta_path.remove(cls)
+        spec = PathFinder.find_spec(name, path)
+        execute = spec.loader.exec_module
+
+        def execute_and_name(module):
+            execute(module)
+            module.Platform.ray_device_key = "GPU"
+
+        spec.loader.exec_module = execute_and_name
+        return spec
+
+
+sys.meta_path.insert(0, NamesADevice)
+"""
+
+
+@contextmanager
+def ray_cluster(folder: Path, *python_path: Path) -> Iterator[dict[str, str]]:
+    """What to set for a vLLM server so that it takes the cluster. python_path: more folders for all its processes."""
+    (folder / "sitecustomize.py").write_text(_NAMES_A_DEVICE)
+    path = [*map(str, (folder, *python_path)), *filter(None, [os.environ.get("PYTHONPATH")])]
+    settings = {"PYTHONPATH": os.pathsep.join(path), "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # A socket's path may have 107 characters, which a test's own folder does not leave room for.
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as short:
+        ray = str(Path(sys.executable).with_name("ray"))
+        command = [ray, "start", "--head", "--block", "--node-ip-address", "127.0.0.1", "--port", str(port)]
+        command += ["--num-cpus", "2", "--num-gpus", "2", "--include-dashboard", "false", "--temp-dir", short]
+        command += ["--object-store-memory", "100000000", "--disable-usage-stats"]
+        with (folder / "ray.log").open("w") as log:
+            process = subprocess.Popen(
+                command, env={**os.environ, **settings}, stdout=log, stderr=log, start_new_session=True
+            )
+        try:
+            yield {**settings, "RAY_ADDRESS": f"127.0.0.1:{port}", "VLLM_HOST_IP": "127.0.0.1"}
+        finally:
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(20)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
