@@ -12,6 +12,11 @@ from k26_plugins.common.settings import check_settings
 from k26_plugins.vllm import compat, logger
 
 
+class NeedsPlugin:
+    """Travels to every worker with the configuration: a worker on a machine without this package cannot read it, where
+    vLLM's own class would have taken over in silence."""
+
+
 def prepare(model_config: Any) -> None:
     """Validate the configuration, give vLLM's spelling the core's values, and check a local checkpoint's headers.
 
@@ -25,6 +30,7 @@ def prepare(model_config: Any) -> None:
         _write_back(config, model_config.hf_config)
         require_whole(model_config.model)
         check_settings()
+    model_config.k26_plugins = NeedsPlugin()
     metrics.collect_from_workers()
     compat.use_media_connector("k26_plugins.vllm.media", "K26MediaConnector", model_config)
 

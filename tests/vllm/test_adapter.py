@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +66,29 @@ def test_the_configuration_is_understood_and_written_back(tiny_folder: Path) -> 
     assert found.vision_config.hidden_size == 144
     assert compat.media_token_id(found) == 277
     assert ModelConfig.tokenizer_mode == compat.TOKENIZER_MODE
+
+
+def test_a_worker_without_the_package_cannot_read_the_configuration(tiny_folder: Path, tmp_path: Path) -> None:
+    """As on another machine of a Ray cluster, where every rank may lack it and none can miss it in another."""
+    from vllm.config import ModelConfig
+
+    register()
+    model_config = ModelConfig(str(tiny_folder), enforce_eager=True, max_model_len=4096)
+    (tmp_path / "config.pickle").write_bytes(pickle.dumps(copy.deepcopy(model_config)))
+    read = "import pickle, sys; print(type(pickle.load(open(sys.argv[1], 'rb'))).__name__)"
+    absent = "import sys; sys.modules['k26_plugins'] = None; "
+    with_package, without = (
+        subprocess.run(
+            [sys.executable, "-c", before + read, str(tmp_path / "config.pickle")],
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+        for before in ("", absent)
+    )
+    assert with_package.stdout.strip().endswith("ModelConfig"), with_package.stderr
+    assert without.returncode != 0
+    assert "No module named 'k26_plugins" in without.stderr, without.stderr
 
 
 def test_another_quantisation_is_left_to_vllm(tiny_folder: Path) -> None:
