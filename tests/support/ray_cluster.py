@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from k26_plugins.common.metrics import FOLDER_VARIABLE
+
 # Runs when a Python starts: vLLM's drivers and Ray's workers ask for the device before any plugin is loaded.
 _NAMES_A_DEVICE = """
 import sys
@@ -59,8 +61,10 @@ def ray_cluster(folder: Path, *python_path: Path) -> Iterator[dict[str, str]]:
         command += ["--num-cpus", "2", "--num-gpus", "2", "--include-dashboard", "false", "--temp-dir", short]
         command += ["--object-store-memory", "100000000", "--disable-usage-stats"]
         with (folder / "ray.log").open("w") as log:
+            # A test in this process may have prepared a configuration: its folder is not the server's.
+            inherited = {name: value for name, value in os.environ.items() if name != FOLDER_VARIABLE}
             process = subprocess.Popen(
-                command, env={**os.environ, **settings}, stdout=log, stderr=log, start_new_session=True
+                command, env={**inherited, **settings}, stdout=log, stderr=log, start_new_session=True
             )
         try:
             yield {**settings, "RAY_ADDRESS": f"127.0.0.1:{port}", "VLLM_HOST_IP": "127.0.0.1"}
