@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
-import socket
 from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch.distributed as dist
+from support.server import free_port
 
 from k26_plugins.common import ranks
 
@@ -37,9 +37,7 @@ def rank(number: int, port: int, version: str | None, said: Any) -> None:
     ids=["both", "one lacks it", "two versions"],
 )
 def test_all_ranks_or_none(versions: tuple[str | None, str | None], expected: tuple[str, str]) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     context = multiprocessing.get_context("fork")
     said = context.Queue()
     processes = [context.Process(target=rank, args=(n, port, versions[n], said)) for n in range(2)]

@@ -7,14 +7,14 @@ there are two. The rest is vLLM's own: Ray's actors, one a rank, and gloo betwee
 from __future__ import annotations
 
 import os
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
+
+from support.server import end, free_port
 
 from k26_plugins.common.metrics import FOLDER_VARIABLE
 
@@ -51,9 +51,7 @@ def ray_cluster(folder: Path, *python_path: Path) -> Iterator[dict[str, str]]:
     (folder / "sitecustomize.py").write_text(_NAMES_A_DEVICE)
     path = [*map(str, (folder, *python_path)), *filter(None, [os.environ.get("PYTHONPATH")])]
     settings = {"PYTHONPATH": os.pathsep.join(path), "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     # A socket's path may have 107 characters, which a test's own folder does not leave room for.
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as short:
         ray = str(Path(sys.executable).with_name("ray"))
@@ -69,9 +67,4 @@ def ray_cluster(folder: Path, *python_path: Path) -> Iterator[dict[str, str]]:
         try:
             yield {**settings, "RAY_ADDRESS": f"127.0.0.1:{port}", "VLLM_HOST_IP": "127.0.0.1"}
         finally:
-            process.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(20)
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            end(process, seconds=20)

@@ -60,6 +60,25 @@ class StartError(RuntimeError):
     """The server ended before it was ready; the message is its log."""
 
 
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def end(process: subprocess.Popen[bytes], seconds: float) -> None:
+    """Ask a process that leads a session to end, then kill whatever is left of the session after `seconds`."""
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+    # What it started and left behind would hold the memory of the tests that follow.
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
 @contextmanager
 def run_server(
     command: Sequence[str], folder: Path, log: Path, environment: dict[str, str], ready: str | None = None
@@ -69,9 +88,7 @@ def run_server(
     ready: a line of the log to wait for, where the server answers before it is. Raises StartError with the log where it
     does not come up.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     # No look at the hub: the plugin must do with what `pip install` gave it.
     # The environment's programs first, as where it is activated.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -89,13 +106,7 @@ def run_server(
         _wait(process, server, ready)
         yield server
     finally:
-        process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(15)
-        # What the server started and left behind would hold the memory of the tests that follow.
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        end(process, seconds=15)
 
 
 def _wait(process: subprocess.Popen[bytes], server: Server, ready: str | None) -> None:
