@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import subprocess
-import sys
 import sysconfig
 import tempfile
 import zipfile
 from pathlib import Path
+
+from packages import install, pip
 
 WANTED = ("kt_kernel/", "kt_kernel.libs/", "kt_kernel-")
 
@@ -28,10 +28,9 @@ def main() -> None:
     for old in folder.glob("kt_kernel*"):
         shutil.rmtree(old)
     with tempfile.TemporaryDirectory() as scratch:
-        command = ["download", "--quiet", "--no-deps", "--dest", scratch, f"kt-kernel=={version}"]
-        subprocess.run([sys.executable, "-m", "pip", *command], check=True)
+        pip("download", "--quiet", "--no-deps", "--dest", scratch, f"kt-kernel=={version}")
         # What its CPU experts import, and this package does not bring.
-        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "gguf>=0.17"], check=True)
+        install("gguf>=0.17")
         with zipfile.ZipFile(next(Path(scratch).glob("kt_kernel-*.whl"))) as wheel:
             members = [name for name in wheel.namelist() if name.startswith(WANTED)]
             wheel.extractall(folder, members)

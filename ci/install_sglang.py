@@ -20,9 +20,10 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
+from packages import install
+
 DRIVER = Path(sys.prefix) / "lib" / "no-cuda-device"
 NO_DEVICE = 100
-# A driver symbol begins with `cu` and a capital; the runtime's (`cudaMalloc`) come with the torch wheels.
 # Run at the start of every process of the environment, before torch is there.
 NO_CAPABILITY = """
 import sys
@@ -48,6 +49,7 @@ class NoCapability:
 
 sys.meta_path.insert(0, NoCapability)
 """
+# A driver symbol begins with `cu` and a capital; the runtime's (`cudaMalloc`) come with the torch wheels.
 DRIVER_SYMBOL = re.compile(r"\bU (cu[A-Z]\w*)")
 
 
@@ -71,15 +73,11 @@ def build_driver(symbols: set[str]) -> None:
         subprocess.run(["gcc", "-shared", "-fPIC", f"-Wl,-soname,{output.name}", "-o", output, file.name], check=True)
 
 
-def pip_install(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *arguments], check=True)
-
-
 def install_fork(version: str, packages: Path) -> None:
-    pip_install(f"sglang-kt=={version}")
+    install(f"sglang-kt=={version}")
     # Its operators come in parts, in five packages of which sglang-kt requires four. The first import puts them together
     # and then fails, because the driver that they want is not built yet.
-    pip_install("--no-deps", f"ktransformers=={version}")
+    install("--no-deps", f"ktransformers=={version}")
     subprocess.run([sys.executable, "-c", "import sgl_kernel"], check=False, capture_output=True)
     (packages / "k26_no_capability.py").write_text(NO_CAPABILITY, encoding="utf-8")
     (packages / "k26_no_capability.pth").write_text("import k26_no_capability\n", encoding="utf-8")
@@ -100,7 +98,7 @@ def main() -> None:
     if arguments.kt:
         install_fork(arguments.version, packages)
     else:
-        pip_install(f"sglang=={arguments.version}")
+        install(f"sglang=={arguments.version}")
     build_driver(driver_symbols(packages / "sgl_kernel"))
 
 

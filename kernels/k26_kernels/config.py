@@ -89,12 +89,21 @@ def read_file(name: str) -> dict[str, dict[str, dict[str, Regime]]]:
     }
 
 
+def tuned_shapes(device: Device) -> dict[str, dict[str, Regime]]:
+    """What was tuned on this kind of GPU: regimes by name, for each shape's key."""
+    name = file_name(device.name)
+    return read_file(name).get(device.target.name, {}) if (FOLDER / name).exists() else {}
+
+
+def is_tuned(device: Device) -> bool:
+    """Whether the kernels were measured on this kind of GPU, for some shape."""
+    return bool(tuned_shapes(device))
+
+
 @cache
 def regimes(device: Device, shape: Shape) -> dict[str, Regime]:
     """The tuned regimes of this GPU and shape, or the default of its kind."""
-    name, target = file_name(device.name), device.target.name
-    tuned = read_file(name).get(target, {}) if (FOLDER / name).exists() else {}
-    return tuned.get(shape.key) or read_file(DEFAULT)[target][ANY_SHAPE]
+    return tuned_shapes(device).get(shape.key) or read_file(DEFAULT)[device.target.name][ANY_SHAPE]
 
 
 def choose(choices: dict[str, Regime], num_tokens: int, slots_per_expert: float, batch_invariant: bool) -> str:

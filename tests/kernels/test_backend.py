@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from k26_kernels import Shape
+from k26_kernels import Shape, config
 from k26_kernels.config import regimes
 from k26_kernels.experts import make_plan
 from k26_kernels.target import TARGETS, Device
@@ -129,10 +131,27 @@ print(unusable_on(torch.device("cuda")))
 
 def test_a_gpu_keeps_the_engines_experts_until_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("K26_EXPERTS", raising=False)
-    assert experts_for_device("cuda") == "engine"
+    if not torch.cuda.is_available():
+        assert experts_for_device("cuda") == "engine"
+    assert experts_for_device("xpu") == "engine"
     assert experts_for_device("cpu") == "auto"
     monkeypatch.setenv("K26_EXPERTS", "triton")
     assert experts_for_device("cuda") == "triton"
+
+
+def test_a_gpu_takes_them_once_they_were_tuned_on_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("K26_EXPERTS", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("k26_plugins.common.experts.triton.unusable_on", lambda device: None)
+    monkeypatch.setattr("k26_kernels.device_of", lambda device: Device(TARGETS["sm_90"], "NVIDIA H200", 132))
+    default = json.loads((config.FOLDER / config.DEFAULT).read_text())["sm_90"]["any"]
+    monkeypatch.setattr(config, "FOLDER", tmp_path)
+    assert experts_for_device("cuda") == "engine"
+    file = tmp_path / config.file_name("NVIDIA H200")
+    file.write_text(json.dumps({"sm_90": {"7168x256x384": default}}))
+    assert experts_for_device("cuda") == "triton"
+    file.rename(tmp_path / config.file_name("NVIDIA H100 80GB HBM3"))
+    assert experts_for_device("cuda") == "engine"
 
 
 def test_the_batch_invariant_setting(monkeypatch: pytest.MonkeyPatch) -> None:

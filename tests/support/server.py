@@ -106,7 +106,8 @@ def run_server(
         _wait(process, server, ready)
         yield server
     finally:
-        end(process, seconds=15)
+        # No test waits for a running request to end.
+        end(process, seconds=3)
 
 
 def _wait(process: subprocess.Popen[bytes], server: Server, ready: str | None) -> None:

@@ -1,20 +1,16 @@
-"""Every kernel and configuration compiled ahead of time for the five targets, by `bench.compiled` in its own process."""
+"""Every kernel and configuration compiled ahead of time for the five targets: registers, spills, loads, instructions."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from typing import Any
 
 import pytest
-from bench.compiled import variants
+from bench.compiled import compile_variant, variants
 from k26_kernels.config import INVARIANT, SINGLE
 from k26_kernels.target import TARGETS
 
-KERNELS = Path(__file__).parents[2] / "kernels"
 INSTRUCTION = {
     "sm_80": "mma.sync",
     "sm_90": "wgmma.mma_async",
@@ -28,14 +24,10 @@ PRODUCTS = [(target, name) for target, name in ALL if name.startswith("w")]
 
 
 @pytest.fixture(scope="session")
-def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, Any]]:
-    """Of each variant, by target and name. The interpreter, which the other tests need, cannot compile."""
-    file = tmp_path_factory.mktemp("compiled") / "facts.json"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.compiled", "--json", str(file)]
-    done = subprocess.run(command, cwd=KERNELS, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return {(fact["target"], fact["name"]): fact for fact in json.loads(file.read_text())["facts"]}
+def facts() -> dict[tuple[str, str], dict[str, Any]]:
+    """Of each variant, by target and name."""
+    with ProcessPoolExecutor() as pool:
+        return {(fact.target, fact.name): asdict(fact) for fact in pool.map(compile_variant, variants())}
 
 
 def test_every_target_and_product_is_there() -> None:

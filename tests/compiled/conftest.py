@@ -1,0 +1,58 @@
+"""Tests of what the compiler makes of the kernels: they need Triton without its interpreter, in a process of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import pytest
+from k26_kernels.target import TARGETS, Device
+from k26_kernels.unpack import INTERPRETED
+from support.ptx import Emulated
+
+if INTERPRETED.value:
+    raise pytest.UsageError("Triton's interpreter is on: run tests/compiled in a process of its own.")
+
+# Where each launch finds its kernel.
+experts, align, dequantise, router = (
+    import_module(f"k26_kernels.{name}") for name in ("experts", "align", "dequantise", "router")
+)
+KERNELS = {
+    "align_kernel": align,
+    "activate_kernel": experts,
+    "reduce_kernel": experts,
+    "product_kernel": experts,
+    "dequantise_kernel": dequantise,
+    "router_kernel": router,
+}
+ORIGINAL = {name: getattr(module, name) for name, module in KERNELS.items()}
+TOO_LITTLE = 4  # processors, so that programs walk over several tiles
+
+
+@cache
+def emulated(name: str, capability: int) -> Emulated:
+    """Compiled once for all tests."""
+    return Emulated(ORIGINAL[name], capability)
+
+
+@pytest.fixture
+def compiled_for(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., dict[str, Emulated]]]:
+    """`compiled_for("sm_90")` lets the kernels run here as compiled for that GPU, and gives them by name."""
+
+    def use(
+        target: str, *, processors: int = TOO_LITTLE, edit: Callable[[str], str] | None = None
+    ) -> dict[str, Emulated]:
+        device = Device(TARGETS[target], f"emulated {target}", processors)
+        monkeypatch.setattr(experts, "device_of", lambda _: device)
+        monkeypatch.setattr(dequantise, "device_of", lambda _: device)
+        capability = int(target[3:])
+        kernels: dict[str, Any] = {}
+        for name, module in KERNELS.items():
+            kernels[name] = emulated(name, capability) if edit is None else Emulated(ORIGINAL[name], capability, edit)
+            monkeypatch.setattr(module, name, kernels[name])
+        return kernels
+
+    yield use
+    experts.make_plan.cache_clear()

@@ -1,0 +1,152 @@
+"""The kernels as compiled for NVIDIA's targets, run instruction by instruction on the CPU (support/ptx), against float64.
+
+The interpreter's tests run the same kernels' source; only here run their inline assembly, their matrix instructions, and
+the copies and barriers that the compiler put in.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from k26_kernels import KernelExperts, dequantise, fused_experts, repack, route, workspace_bytes
+from k26_kernels.experts import make_plan
+from k26_kernels.router import route_reference
+from k26_kernels.target import TARGETS
+from support.experts import dense, error, inputs, judge, make_weights, to_device
+from support.experts import route as choose_experts
+from support.ptx import Emulated, PtxError
+
+from k26_plugins.common.experts import ExpertWeights
+
+NVIDIA = [name for name, target in TARGETS.items() if not target.amd]
+# As in tests/kernels: weights, activations and the result are rounded to bfloat16.
+TOLERANCE = 5e-3
+HIDDEN, INNER = 256, 128
+
+CompiledFor = Callable[..., dict[str, Emulated]]
+
+
+def load(weights: ExpertWeights) -> KernelExperts:
+    copy = to_device(weights, torch.device("cpu"))
+    return KernelExperts.from_checkpoint(copy.w13_packed, copy.w13_scale, copy.w2_packed, copy.w2_scale)
+
+
+def batch(num_tokens: int, top_k: int, num_experts: int, hidden: int = HIDDEN) -> tuple[torch.Tensor, ...]:
+    """hidden_states, ids in which the last expert has no token and one slot no expert, and their weights."""
+    ids, topk_weights = choose_experts(num_tokens, top_k, num_experts - 1)
+    ids = ids.int()
+    if num_tokens > 1:
+        ids[1, 0] = -1
+    return inputs(num_tokens, hidden), ids, topk_weights
+
+
+@pytest.mark.parametrize("regime", ["single", "16", "32", "64", "128"])
+@pytest.mark.parametrize("target", NVIDIA)
+def test_every_regime(compiled_for: CompiledFor, monkeypatch: pytest.MonkeyPatch, target: str, regime: str) -> None:
+    """Ragged experts and blocks, one expert without tokens; two runs give the same bits."""
+    kernels = compiled_for(target)
+    monkeypatch.setattr("k26_kernels.experts.choose", lambda *arguments: regime)
+    make_plan.cache_clear()
+    weights = make_weights(4, HIDDEN, INNER)
+    x, ids, topk_weights = batch(2 if regime == "single" else 37, 2, 4)
+    experts = load(weights)
+    workspace = torch.full((workspace_bytes(experts, len(x), 2),), 0xFF, dtype=torch.uint8)
+    result = fused_experts(x, experts, ids, topk_weights, workspace=workspace)
+    assert error(result, judge(weights, x, ids, topk_weights)) <= TOLERANCE
+    assert kernels["align_kernel"].launches > 0 or regime == "single"
+    assert torch.equal(fused_experts(x, experts, ids, topk_weights), result)
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+def test_split_along_k(compiled_for: CompiledFor, target: str) -> None:
+    compiled_for(target, processors=132)
+    weights = make_weights(2, 1024, INNER)
+    x, ids, topk_weights = inputs(1, 1024), torch.tensor([[1]], dtype=torch.int32), torch.tensor([[0.7]])
+    experts = load(weights)
+    assert make_plan(experts.device, experts.shape, 1, 1, 2).split_w13 > 1
+    result = fused_experts(x, experts, ids, topk_weights)
+    assert error(result, judge(weights, x, ids, topk_weights)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+def test_the_real_shape_of_a_rank(compiled_for: CompiledFor, target: str) -> None:
+    """7168 × 256, of tensor parallel 8, through an expert map; within the goal for every backend."""
+    compiled_for(target)
+    weights = make_weights(1, 7168, 256)
+    x, topk_weights = inputs(1, 7168), torch.tensor([[0.4, 0.6]])
+    ids, expert_map = torch.tensor([[0, 1]], dtype=torch.int32), torch.tensor([-1, 0], dtype=torch.int32)
+    result = fused_experts(x, load(weights), ids, topk_weights, expert_map=expert_map)
+    assert error(result, judge(weights, x, torch.tensor([[-1, 0]]), topk_weights)) <= 4e-3
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+def test_a_tokens_bits_in_any_batch(compiled_for: CompiledFor, target: str) -> None:
+    compiled_for(target)
+    experts = load(make_weights(4, HIDDEN, INNER))
+    x, ids, topk_weights = batch(23, 2, 4)
+    many = fused_experts(x, experts, ids, topk_weights, batch_invariant=True)
+    for rows in (slice(0, 1), slice(3, 12)):
+        assert torch.equal(
+            fused_experts(x[rows], experts, ids[rows], topk_weights[rows], batch_invariant=True), many[rows]
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("target", NVIDIA)
+def test_dequantise(compiled_for: CompiledFor, target: str, gated: bool, dtype: torch.dtype) -> None:
+    """The bits of compressed-tensors' unpacking, rounded once."""
+    compiled_for(target)
+    weights = make_weights(3, HIDDEN, INNER)
+    packed, scale = (weights.w13_packed, weights.w13_scale) if gated else (weights.w2_packed, weights.w2_scale)
+    expected = torch.stack([dense(packed[expert], scale[expert]) for expert in (2, 0)]).to(dtype)
+    repack(packed, scale, TARGETS[target].fragment, gated=gated)
+    assert torch.equal(dequantise(packed, scale, torch.tensor([2, 0]), dtype, gated=gated), expected)
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+def test_router(compiled_for: CompiledFor, target: str) -> None:
+    compiled_for(target)
+    generator = torch.Generator().manual_seed(0)
+    logits, bias = torch.randn(3, 384, generator=generator), torch.randn(384, generator=generator) * 0.1
+    weights, ids = route(logits, bias, 8, 2.827)
+    expected_weights, expected_ids = route_reference(logits, bias, 8, 2.827)
+    assert torch.equal(ids.long(), expected_ids)
+    torch.testing.assert_close(weights, expected_weights, rtol=1e-5, atol=1e-6)
+
+
+# What a compiler or a careless hand could leave out or get wrong: the run has to notice each.
+BROKEN = {
+    "no wait for copies": (r"cp\.async\.wait_group[^;]*;", ""),
+    "no barrier": (r"bar\.sync[^;]*;", ""),
+    "another zero point": ("0xC308C308", "0xC307C307"),
+    "nibbles of another byte": (r"shr\.u32 (\S+), (\S+), 8;", r"shr.u32 \1, \2, 16;"),
+    "weights loaded out of bounds": (r"mad\.wide\.u32 (.*), \d{5,},", r"mad.wide.u32 \1, 99999984,"),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_broken_kernel_is_noticed(compiled_for: CompiledFor, broken: str) -> None:
+    pattern, replacement = BROKEN[broken]
+    edits = []
+
+    def edit(ptx: str) -> str:
+        # The product's only: the other kernels have hardly any of it.
+        if "product_kernel" not in ptx:
+            return ptx
+        text, count = re.subn(pattern, replacement, ptx)
+        edits.append(count)
+        return text
+
+    compiled_for("sm_90", edit=edit)
+    weights = make_weights(4, HIDDEN, INNER)
+    x, ids, topk_weights = batch(20, 2, 4)
+    try:
+        result = fused_experts(x, load(weights), ids, topk_weights)
+        assert not error(result, judge(weights, x, ids, topk_weights)) <= 10 * TOLERANCE
+    except PtxError:
+        pass
+    assert max(edits) > 0

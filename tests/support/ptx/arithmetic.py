@@ -1,0 +1,342 @@
+"""Arithmetic, comparisons and conversions, a thread at a time, as the PTX ISA defines them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from support.ptx.machine import WARP, Machine, Mask, PtxError
+from support.ptx.text import Instruction
+
+TYPES = {
+    **{
+        f"{sign}{bits}": np.dtype(f"{'i' if sign == 's' else 'u'}{bits // 8}")
+        for sign in "sub"
+        for bits in (8, 16, 32, 64)
+    },
+    "f32": np.dtype(np.float32),
+    "pred": np.dtype(np.bool_),
+}
+Values = Any
+
+
+def kind_of(instruction: Instruction) -> str:
+    """The type that an instruction ends with."""
+    return instruction.modifiers[-1]
+
+
+def bfloat16_to_double(x: Values) -> Values:
+    return (np.asarray(x).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def to_bfloat16(x: Values) -> Values:
+    """The bits of the nearest bfloat16, ties to even, rounded once from float64."""
+    wide = np.asarray(x, np.float64)
+    raw = wide.view(np.uint64)
+    raw = (raw + np.uint64((1 << 44) - 1) + ((raw >> np.uint64(45)) & np.uint64(1))) >> np.uint64(45) << np.uint64(45)
+    rounded = np.where(np.isfinite(wide), raw.view(np.float64), wide)
+    with np.errstate(over="ignore"):
+        return (rounded.astype(np.float32).view(np.uint32) >> np.uint32(16)).astype(np.uint16)
+
+
+def joined(low: Values, high: Values) -> Values:
+    return low.astype(np.uint32) | (high.astype(np.uint32) << np.uint32(16))
+
+
+def divided(a: Values, b: Values) -> Values:
+    """Integers towards zero; by zero whatever the hardware gives, which nobody may use."""
+    if np.asarray(a).dtype.kind == "f":
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return a / b
+    b = np.where(b == 0, 1, b)
+    return (np.abs(a.astype(np.int64)) // np.abs(b.astype(np.int64)) * np.sign(a) * np.sign(b)).astype(a.dtype)
+
+
+def shifted(left: bool) -> Callable[[Values, Values], Values]:
+    def shift(a: Values, amount: Values) -> Values:
+        width = a.dtype.itemsize * 8
+        n = np.minimum(amount, width - 1).astype(a.dtype)
+        inside = a << n if left else a >> n
+        beyond = 0 if left or a.dtype.kind == "u" else a >> a.dtype.type(width - 1)
+        return np.where(amount < width, inside, beyond).astype(a.dtype)
+
+    return shift
+
+
+BINARY: dict[str, Callable[[Values, Values], Values]] = {
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+    "div": divided,
+    "and": lambda a, b: a & b,
+    "or": lambda a, b: a | b,
+    "xor": lambda a, b: a ^ b,
+    "min": np.fmin,
+    "max": np.fmax,
+    "shl": shifted(left=True),
+    "shr": shifted(left=False),
+}
+COMPARE: dict[str, Callable[[Values, Values], Values]] = {
+    "eq": lambda a, b: a == b,
+    "ne": lambda a, b: (a != b) & (a == a) & (b == b),
+    "lt": lambda a, b: a < b,
+    "le": lambda a, b: a <= b,
+    "gt": lambda a, b: a > b,
+    "ge": lambda a, b: a >= b,
+}
+
+
+def on_bfloat16(function: Callable[..., Values]) -> Callable[..., Values]:
+    return lambda *values: to_bfloat16(function(*(bfloat16_to_double(value) for value in values)))
+
+
+def in_pairs(function: Callable[..., Values]) -> Callable[..., Values]:
+    """Of 16-bit values to one of the 32-bit values that hold two."""
+
+    def both(*values: Values) -> Values:
+        parts = [np.atleast_1d(value).view(np.uint16) for value in values]
+        size = max(map(len, parts))
+        return function(*(part if len(part) == size else np.resize(part, size) for part in parts)).view(np.uint32)
+
+    return both
+
+
+def in_float_pairs(function: Callable[..., Values]) -> Callable[..., Values]:
+    def both(*values: Values) -> Values:
+        parts = [np.broadcast_to(value, np.broadcast(*values).shape).copy().view(np.float32) for value in values]
+        return function(*parts).astype(np.float32).view(np.uint64)
+
+    return both
+
+
+def apply(machine: Machine, instruction: Instruction, mask: Mask, function: Callable[..., Values]) -> None:
+    """A function of all operands, of the type that the instruction names."""
+    kind = kind_of(instruction)
+    target, *sources = instruction.operands
+    if kind in ("bf16", "bf16x2", "s16x2", "f32x2"):
+        wide = {"bf16": np.uint16, "bf16x2": np.uint32, "s16x2": np.uint32, "f32x2": np.uint64}[kind]
+        if kind == "f32x2":
+            function = in_float_pairs(function)
+        elif kind.startswith("bf16"):
+            function = on_bfloat16(function)
+        if kind in ("bf16x2", "s16x2"):
+            function = in_pairs(function)
+        values = [machine.read(source, wide) for source in sources]
+    else:
+        values = [machine.read(source, TYPES[kind]) for source in sources]
+    machine.write(target, function(*values), mask)
+
+
+def binary(machine: Machine, instruction: Instruction, mask: Mask) -> None:
+    function, kind = BINARY[instruction.name], kind_of(instruction)
+    if instruction.name in ("shl", "shr"):
+        target, value, amount = instruction.operands
+        shift = function(machine.read(value, TYPES[kind]), machine.read(amount, np.uint32))
+        machine.write(target, shift, mask)
+    elif instruction.modifiers[0] in ("wide", "hi"):
+        machine.write(instruction.operands[0], wide_product(machine, instruction), mask)
+    else:
+        apply(machine, instruction, mask, function)
+
+
+def wide_product(machine: Machine, instruction: Instruction) -> Values:
+    """Both halves of a product of integers, or its high one."""
+    kind = TYPES[kind_of(instruction)]
+    if kind.itemsize == 8:
+        raise PtxError(f"the interpreter does not know {instruction.text}")
+    double = f"{kind.kind}{2 * kind.itemsize}"
+    a, b = (np.asarray(machine.read(source, kind)).astype(double) for source in instruction.operands[1:3])
+    product = a * b
+    return product if instruction.modifiers[0] == "wide" else (product >> (8 * kind.itemsize)).astype(kind)
+
+
+def multiply_add(machine: Machine, instruction: Instruction, mask: Mask) -> None:
+    if instruction.modifiers[0] == "wide":
+        product = wide_product(machine, instruction)
+        machine.write(instruction.operands[0], product + machine.read(instruction.operands[3], product.dtype), mask)
+    else:
+        apply(machine, instruction, mask, lambda a, b, c: a * b + c)
+
+
+def fused(machine: Machine, instruction: Instruction, mask: Mask) -> None:
+    """A product and a sum, rounded once: of float32 by way of float64, which holds the product exactly."""
+
+    def function(a: Values, b: Values, c: Values) -> Values:
+        if np.asarray(a).dtype == np.float32:
+            return (np.asarray(a).astype(np.float64) * b + c).astype(np.float32)
+        return a * b + c
+
+    apply(machine, instruction, mask, function)
+
+
+def move(machine: Machine, instruction: Instruction, mask: Mask) -> None:
+    """Also between a register and the parts of it, which come lowest first."""
+    target, source = instruction.operands
+    kind = TYPES[kind_of(instruction)]
+    if isinstance(target, tuple):
+        part = kind.itemsize // len(target)
+        whole = np.ascontiguousarray(np.broadcast_to(machine.read(source, kind), machine.threads))
+        parts = whole.view(f"u{part}").reshape(machine.threads, len(target))
+        for index, name in enumerate(target):
+            machine.write(name, parts[:, index].copy(), mask)
+    elif isinstance(source, tuple):
+        part = kind.itemsize // len(source)
+        parts = [np.broadcast_to(machine.read(name, f"u{part}"), machine.threads) for name in source]
+        machine.write(target, np.stack(parts, axis=1).view(kind).reshape(-1), mask)
+    else:
+        machine.write(target, machine.read(source, kind), mask)
+
+
+def set_predicate(machine: Machine, instruction: Instruction, mask: Mask) -> None:
+    comparison, *rest = instruction.modifiers
+    kind = TYPES[rest.pop()]
+    target, a, b, *third = instruction.operands
+    result = COMPARE[comparison](machine.read(a, kind), machine.read(b, kind))
+    if rest:
+        result = BINARY[rest[0]](result, machine.read(third[0], np.bool_))
+    machine.write(target, result, mask)
+
+
+def select(machine: Machine, instruction: Instruction, mask: Mask) -> None:
+    target, yes, no, condition = instruction.operands
+    kind = TYPES[kind_of(instruction)]
+    chosen = np.where(machine.read(condition, np.bool_), machine.read(yes, kind), machine.read(no, kind))
+    machine.write(target, chosen.astype(kind), mask)
+
+
+def extract_bits(machine: Machine, instruction: Instruction, mask: Mask) -> None:
+    target, source, *places = instruction.operands
+    kind = TYPES[kind_of(instruction)]
+    first, length = (machine.read(place, np.uint32).astype(np.int64) for place in places)
+    value = np.asarray(machine.read(source, f"u{kind.itemsize}")).astype(np.int64)
+    field = (value >> first) & ((np.int64(1) << length) - 1)
+    if kind.kind == "i":
+        field = np.where(field >> (length - 1) & 1, field - (np.int64(1) << length), field)
+    machine.write(target, field.astype(kind), mask)
+
+
+def logic_of_three(machine: Machine, instruction: Instruction, mask: Mask) -> None:
+    """`lop3`: any function of three bits, given as its truth table."""
+    target, *sources, table = instruction.operands
+    a, b, c = (machine.read(source, np.uint32) for source in sources)
+    rows = int(machine.read(table, np.uint32))
+    result = np.zeros(machine.threads, np.uint32)
+    for row in range(8):
+        if rows >> row & 1:
+            result |= (a if row & 4 else ~a) & (b if row & 2 else ~b) & (c if row & 1 else ~c)
+    machine.write(target, result, mask)
+
+
+def permute_bytes(machine: Machine, instruction: Instruction, mask: Mask) -> None:
+    target, low, high, selector = instruction.operands
+    wide = machine.read(low, np.uint32).astype(np.uint64) | (
+        machine.read(high, np.uint32).astype(np.uint64) << np.uint64(32)
+    )
+    chosen = machine.read(selector, np.uint32)
+    result = np.zeros(machine.threads, np.uint32)
+    for place in range(4):
+        pick = (chosen >> np.uint32(4 * place)) & np.uint32(0xF)
+        byte = (wide >> ((pick & np.uint32(7)) * np.uint32(8)).astype(np.uint64)).astype(np.uint32) & np.uint32(0xFF)
+        sign = np.where(byte & np.uint32(0x80), np.uint32(0xFF), np.uint32(0))
+        result |= np.where(pick & np.uint32(8), sign, byte).astype(np.uint32) << np.uint32(8 * place)
+    machine.write(target, result, mask)
+
+
+def convert(machine: Machine, instruction: Instruction, mask: Mask) -> None:
+    to, source = instruction.modifiers[-2:]
+    target, *operands = instruction.operands
+    if to == "bf16x2":
+        high, low = (to_bfloat16(machine.read(operand, np.float32).astype(np.float64)) for operand in operands)
+        machine.write(target, joined(np.asarray(low), np.asarray(high)), mask)
+        return
+    if source == "bf16":
+        value = bfloat16_to_double(machine.read(operands[0], np.uint16)).astype(np.float32)
+    else:
+        value = machine.read(operands[0], TYPES[source])
+    value = np.asarray(value)
+    if to == "bf16":
+        value = to_bfloat16(value.astype(np.float64))
+    else:
+        value = value.astype(np.float16).view(np.uint16) if to == "f16" else value.astype(TYPES[to])
+    machine.write(target, value, mask)
+
+
+def one_operand(function: Callable[[Values], Values]) -> Callable[[Machine, Instruction, Mask], None]:
+    return lambda machine, instruction, mask: apply(machine, instruction, mask, function)
+
+
+def shuffle(machine: Machine, instruction: Instruction, mask: Mask) -> None:
+    """Within a warp; a lane whose partner is beyond the end of its segment keeps its own value."""
+    mode = instruction.modifiers[1]
+    target, source, amount, ends, _ = instruction.operands
+    value = np.broadcast_to(machine.read(source, np.uint32), machine.threads)
+    lane = machine.lane % WARP
+    step, packed = (machine.read(operand, np.uint32).astype(np.int64) for operand in (amount, ends))
+    clamp, segment = packed & 31, packed >> 8 & 31
+    lowest = lane & segment
+    highest = lowest | (clamp & ~segment)
+    partner = {
+        "bfly": lane ^ step,
+        "up": lane.astype(np.int64) - step,
+        "down": lane + step,
+        "idx": lowest | (step & ~segment),
+    }[mode]
+    inside = partner >= highest if mode == "up" else partner <= highest
+    chosen = np.where(inside, partner, lane) + machine.lane // WARP * WARP
+    machine.write(target, value[chosen.astype(np.int64)], mask)
+
+
+def reduce_warp(machine: Machine, instruction: Instruction, mask: Mask) -> None:
+    target, source, members = instruction.operands
+    if not (np.asarray(machine.read(members, np.uint32)) == 0xFFFFFFFF).all():
+        raise PtxError(f"the interpreter knows whole warps only: {instruction.text}")
+    values = np.broadcast_to(machine.read(source, TYPES[kind_of(instruction)]), machine.threads).reshape(-1, WARP)
+    reduced = {"add": np.add, "max": np.maximum, "min": np.minimum}[instruction.modifiers[1]].reduce(values, axis=1)
+    machine.write(target, np.repeat(reduced.astype(values.dtype), WARP), mask)
+
+
+def ballot(machine: Machine, instruction: Instruction, mask: Mask) -> None:
+    """A bit of each lane of the warp that is here."""
+    if instruction.modifiers[1] != "ballot":
+        raise PtxError(f"the interpreter does not know {instruction.text}")
+    target, source, _ = instruction.operands
+    votes = (np.broadcast_to(machine.read(source, np.bool_), machine.threads) & mask).reshape(-1, WARP)
+    bits = (votes.astype(np.uint64) << np.arange(WARP, dtype=np.uint64)).sum(axis=1).astype(np.uint32)
+    machine.write(target, np.repeat(bits, WARP), mask)
+
+
+def count_bits(machine: Machine, instruction: Instruction, mask: Mask) -> None:
+    value = np.ascontiguousarray(np.broadcast_to(machine.read(instruction.operands[1], np.uint32), machine.threads))
+    counts = np.unpackbits(value.view(np.uint8).reshape(machine.threads, 4), axis=1).sum(axis=1)
+    machine.write(instruction.operands[0], counts.astype(np.uint32), mask)
+
+
+def elect(machine: Machine, instruction: Instruction, mask: Mask) -> None:
+    """One lane of each warp: the lowest here; which one is the hardware's choice."""
+    assert isinstance(instruction.operands[0], str)
+    lane, predicate = instruction.operands[0].split("|")
+    machine.write(lane, np.zeros(machine.threads, np.uint32), mask)
+    machine.write(predicate, machine.lane % WARP == 0, mask)
+
+
+OPERATIONS: dict[str, Callable[[Machine, Instruction, Mask], None]] = {
+    **dict.fromkeys(BINARY, binary),
+    "mad": multiply_add,
+    "fma": fused,
+    "mov": move,
+    "setp": set_predicate,
+    "selp": select,
+    "bfe": extract_bits,
+    "lop3": logic_of_three,
+    "prmt": permute_bytes,
+    "cvt": convert,
+    "neg": one_operand(lambda a: -a),
+    "not": one_operand(lambda a: ~a),
+    "ex2": one_operand(np.exp2),
+    "shfl": shuffle,
+    "redux": reduce_warp,
+    "vote": ballot,
+    "popc": count_bits,
+    "elect": elect,
+}

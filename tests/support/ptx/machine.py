@@ -1,0 +1,202 @@
+"""One program of a kernel: its registers, its threads' places, and the loop over its instructions."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+from support.ptx.memory import Global, PtxError, Shared
+from support.ptx.text import Address, Instruction, Kernel, Operand
+
+Lanes = np.ndarray[Any, np.dtype[Any]]
+Mask = np.ndarray[Any, np.dtype[np.bool_]]
+
+WARP = 32
+REGISTER_TYPES = {"%p": np.bool_, "%rs": np.uint16, "%r": np.uint32, "%rd": np.uint64}
+DECLARED_TYPES = {".pred": np.bool_, ".b16": np.uint16, ".b32": np.uint32, ".b64": np.uint64}
+
+
+BARRIERS = ("bar", "barrier")
+
+
+class NotYetError(Exception):
+    """An instruction that waits for what other threads have still to do."""
+
+
+class Machine:
+    """The threads of one program go in step; where they part, those that are furthest behind go first."""
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        parameters: dict[str, Any],
+        memory: Global,
+        shared_bytes: int,
+        place: tuple[int, ...],
+        programs: tuple[int, ...],
+    ) -> None:
+        self.kernel = kernel
+        self.parameters = parameters
+        self.threads = kernel.threads
+        self.memory = memory
+        self.shared = Shared(shared_bytes)
+        self.registers: dict[str, Lanes] = {}
+        self.owned: Counter[str] = Counter()
+        """Registers that products still work on, and how many do."""
+        self.pending: dict[str, list[list[Callable[[], None]]]] = {"copy": [[]], "product": [[]]}
+        """Asynchronous work by kind, in groups of which the last is still open."""
+        self.tensor_memory: object = None
+        """That of sm_100, made when it is first touched."""
+        lane = np.arange(self.threads, dtype=np.uint32)
+        self.lane = lane
+        self.everyone = np.ones(self.threads, np.bool_)
+        self.special = {
+            "%tid.x": lane,
+            "%laneid": lane % WARP,
+            "global_smem": 0,
+            **{f"%ctaid.{axis}": number for axis, number in zip("xyz", place, strict=False)},
+            **{f"%nctaid.{axis}": number for axis, number in zip("xyz", programs, strict=False)},
+        }
+        self.at = np.zeros(self.threads, np.int64)
+        """The instruction that comes next for each thread, while they are not all at one place."""
+        self.waiting = np.zeros(self.threads, np.bool_)
+        self.progress = False
+        self.instruction: Instruction = kernel.instructions[0]
+
+    def type_of(self, name: str) -> type[np.generic]:
+        if name in self.kernel.registers:
+            return DECLARED_TYPES[self.kernel.registers[name]]
+        return REGISTER_TYPES[name.rstrip("0123456789")]
+
+    def read(self, operand: Operand, kind: Any) -> Any:
+        """An operand's value as a numpy type: an array over the threads, or a scalar."""
+        assert isinstance(operand, str), operand
+        kind = np.dtype(kind)
+        if operand[0].isdigit() or operand[0] == "-":
+            return immediate(operand, kind)
+        if operand in self.special:
+            return np.asarray(self.special[operand]).astype(kind)
+        if self.owned[operand]:
+            raise PtxError(f"{operand} is read while a product owns it: {self.instruction.text}")
+        value = self.registers.get(operand)
+        if value is None:
+            raise PtxError(f"{operand} is read before it is written: {self.instruction.text}")
+        if value.dtype.itemsize == kind.itemsize or value.dtype == np.bool_:
+            return value.view(kind)
+        # A register may be wider than what is taken of it.
+        return value.astype(f"u{kind.itemsize}").view(kind)
+
+    def write(self, name: Operand, value: Any, mask: Mask) -> None:
+        assert isinstance(name, str), name
+        if name == "_":
+            return
+        if self.owned[name]:
+            raise PtxError(f"{name} is written while a product owns it: {self.instruction.text}")
+        kind = np.dtype(self.type_of(name))
+        value = np.asarray(value)
+        if value.dtype.itemsize != kind.itemsize:
+            # A narrow result is extended by its sign, where it has one.
+            value = value.astype(np.int64 if value.dtype.kind == "i" else np.uint64).astype(kind)
+        value = value.view(kind)
+        if mask is not self.everyone and not mask.all():
+            old = self.registers.get(name)
+            value = np.where(mask, value, np.zeros(1, kind) if old is None else old)
+        elif value.shape != self.lane.shape:
+            value = np.full(self.threads, value)
+        self.registers[name] = value
+
+    def addresses(self, operand: Operand) -> Lanes:
+        assert isinstance(operand, Address), operand
+        wide = self.read(operand.base, self.type_of(operand.base) if operand.base[0] == "%" else np.uint32)
+        return np.broadcast_to(wide.astype(np.int64) + operand.offset, self.threads)
+
+    def wait(self, kind: str, left: int) -> None:
+        """Let asynchronous work end until `left` groups of it are under way."""
+        groups = self.pending[kind]
+        while len(groups) - 1 > left:
+            for work in groups.pop(0):
+                work()
+
+    def run(self, operations: dict[str, Callable[[Machine, Instruction, Mask], None]]) -> None:
+        instructions = self.kernel.instructions
+        end, place = len(instructions), 0
+        together = True
+        while True:
+            active = self.everyone
+            if not together:
+                chosen = self.next_threads(end)
+                if chosen is None:
+                    return
+                place, active = chosen
+                together = bool(active.all())
+            if place >= end:
+                return
+            instruction = self.instruction = instructions[place]
+            mask = active
+            if instruction.predicate is not None:
+                mask = active & (self.read(instruction.predicate, np.bool_) ^ instruction.negated)
+            if instruction.name in ("bra", "ret"):
+                target = end if instruction.target is None else instruction.target
+                if together and (mask.all() or not mask.any()):
+                    place = target if mask.any() else place + 1
+                    continue
+                together = False
+                self.at[active] = place + 1
+                self.at[mask] = target
+                continue
+            if instruction.name in BARRIERS and not together:
+                self.waiting |= active
+                continue
+            operation = operations.get(instruction.name)
+            if operation is None:
+                raise PtxError(f"the interpreter does not know {instruction.text}")
+            try:
+                if mask.any():
+                    operation(self, instruction, mask)
+            except NotYetError:
+                if together:
+                    raise PtxError(f"nothing will ever end this wait: {instruction.text}") from None
+                self.waiting |= active
+                continue
+            self.progress = True
+            place += 1
+            if not together:
+                self.at[active] = place
+
+    def next_threads(self, end: int) -> tuple[int, Mask] | None:
+        """Where threads stand at different places: those furthest behind of all that do not wait."""
+        ready = ~self.waiting & (self.at < end)
+        if ready.any():
+            place = int(self.at[ready].min())
+            return place, ready & (self.at == place)
+        if not self.waiting.any():
+            return None
+        at_barrier = {
+            place for place in np.unique(self.at[self.waiting]) if self.instruction_at(place).name in BARRIERS
+        }
+        if len(at_barrier) == len(np.unique(self.at[self.waiting])):
+            if len(at_barrier) == 1 and self.waiting.all():
+                self.waiting[:] = False
+                return at_barrier.pop(), self.everyone
+            raise PtxError(f"a barrier that some threads do not reach: {self.instruction_at(at_barrier.pop()).text}")
+        if not self.progress:
+            raise PtxError(f"nothing will ever end this wait: {self.instruction.text}")
+        self.progress = False
+        self.waiting &= np.isin(self.at, list(at_barrier))
+        return self.next_threads(end)
+
+    def instruction_at(self, place: Any) -> Instruction:
+        return self.kernel.instructions[int(place)]
+
+
+@cache
+def immediate(text: str, kind: np.dtype[Any]) -> Any:
+    if text.startswith(("0f", "0F")):
+        return np.uint32(int(text[2:], 16)).view(np.float32)
+    if kind == np.bool_:
+        return np.bool_(int(text, 0) != 0)
+    value = int(text.rstrip("U"), 0) % (1 << 8 * kind.itemsize)
+    return np.array(value, f"u{kind.itemsize}").view(kind)[()]

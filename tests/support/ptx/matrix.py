@@ -1,0 +1,168 @@
+"""Matrix instructions of sm_80 and sm_90, and the loads and stores that feed them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from support.ptx.access import names
+from support.ptx.arithmetic import bfloat16_to_double
+from support.ptx.machine import WARP, Lanes, Machine, Mask, PtxError
+from support.ptx.text import Instruction
+
+GROUP = np.arange(WARP) // 4  # of a lane: the row of its part of a fragment
+PAIR = np.arange(WARP) % 4 * 2  # and its first column
+WARPS = 4  # of a warp group
+
+
+def of_warps(machine: Machine, name: str) -> Lanes:
+    """A register's bits `[warps, 32]`."""
+    return np.broadcast_to(machine.read(name, np.uint32), machine.threads).reshape(-1, WARP)
+
+
+def left_operand(registers: list[Lanes]) -> Lanes:
+    """float64 `[warps, 16, 16]` from four registers of two bfloat16."""
+    matrix = np.empty((len(registers[0]), 16, 16))
+    for index, register in enumerate(registers):
+        row, column = GROUP + 8 * (index % 2), PAIR + 8 * (index // 2)
+        matrix[:, row, column] = bfloat16_to_double(register & np.uint32(0xFFFF))
+        matrix[:, row, column + 1] = bfloat16_to_double(register >> np.uint32(16))
+    return matrix
+
+
+def accumulators(registers: list[Lanes]) -> Lanes:
+    """float64 `[warps, 16, 2 · registers / 4 · 4]`: columns come eight at a time, four registers for each."""
+    matrix = np.empty((len(registers[0]), 16, 2 * len(registers)))
+    for index, register in enumerate(registers):
+        block, part = divmod(index, 4)
+        matrix[:, GROUP + 8 * (part // 2), 8 * block + PAIR + part % 2] = register.view(np.float32)
+    return matrix
+
+
+def store_accumulators(machine: Machine, targets: tuple[str, ...], matrix: Lanes) -> None:
+    for index, name in enumerate(targets):
+        block, part = divmod(index, 4)
+        values = matrix[:, GROUP + 8 * (part // 2), 8 * block + PAIR + part % 2]
+        # Past the check of who owns it: later products of the same sum may wait for it.
+        machine.registers[name] = values.astype(np.float32).reshape(-1).view(np.uint32)
+
+
+def multiply(machine: Machine, instruction: Instruction, mask: Mask) -> None:
+    """`mma.sync`, 16 × 8 × 16 of bfloat16."""
+    if instruction.modifiers != ("sync", "aligned", "m16n8k16", "row", "col", "f32", "bf16", "bf16", "f32"):
+        raise PtxError(f"the interpreter does not know {instruction.text}")
+    need_everyone(instruction, mask)
+    d, a, b, c = map(names, instruction.operands)
+    left = left_operand([of_warps(machine, name) for name in a])
+    right = np.empty((len(left), 16, 8))
+    for index, name in enumerate(b):
+        register = of_warps(machine, name)
+        right[:, PAIR + 8 * index, GROUP] = bfloat16_to_double(register & np.uint32(0xFFFF))
+        right[:, PAIR + 8 * index + 1, GROUP] = bfloat16_to_double(register >> np.uint32(16))
+    store_accumulators(machine, d, left @ right + accumulators([of_warps(machine, name) for name in c]))
+
+
+def need_everyone(instruction: Instruction, mask: Mask) -> None:
+    if not mask.all():
+        raise PtxError(f"an instruction of whole warps that some threads do not reach: {instruction.text}")
+
+
+def move_matrices(machine: Machine, instruction: Instruction, mask: Mask) -> None:
+    """`ldmatrix` and `stmatrix`: 8 × 8 of 16 bits, a row's address from each lane, two elements a register."""
+    need_everyone(instruction, mask)
+    loads = instruction.name == "ldmatrix"
+    first, second = instruction.operands
+    registers, address = (first, second) if loads else (second, first)
+    targets = names(registers)
+    places = machine.addresses(address).reshape(-1, WARP)
+    warps = np.arange(len(places)).repeat(8)
+    transposed = "trans" in instruction.modifiers
+    row, column = (PAIR, GROUP) if transposed else (GROUP, PAIR)
+    step = (1, 0) if transposed else (0, 1)
+    for index, name in enumerate(targets):
+        rows = places[:, 8 * index : 8 * index + 8].reshape(-1)
+        if loads:
+            matrix = machine.shared.load(rows, 16, warps).view(np.uint16).reshape(-1, 8, 8)
+            low, high = matrix[:, row, column], matrix[:, row + step[0], column + step[1]]
+            value = low.astype(np.uint32) | (high.astype(np.uint32) << np.uint32(16))
+            machine.write(name, value.reshape(-1), machine.everyone)
+        else:
+            value = of_warps(machine, name)
+            matrix = np.empty((len(places), 8, 8), np.uint16)
+            matrix[:, row, column] = value & np.uint32(0xFFFF)
+            matrix[:, row + step[0], column + step[1]] = value >> np.uint32(16)
+            machine.shared.store(rows, matrix.reshape(-1, 8).view(np.uint8), warps)
+
+
+def described_offsets(descriptor: int, rows: int, columns: int) -> Lanes:
+    """Where shared memory holds the 2-byte elements `[rows, columns]` of an operand whose columns are adjacent.
+
+    Of the PTX ISA's matrix descriptor: bits 0 to 13 the address, 16 to 29 the step between core matrices along the
+    columns, 32 to 45 along the rows, all in 16 bytes, and from bit 61 on the swizzle.
+    """
+    field = lambda first: (descriptor >> first & 0x3FFF) << 4  # noqa: E731
+    swizzle = {0: 0, 2: 128, 4: 64, 6: 32}[descriptor >> 61 & 7]
+    row, column = np.arange(rows)[:, None], np.arange(columns)[None, :] * 2
+    if not swizzle:
+        return field(0) + row // 8 * field(32) + column // 16 * field(16) + row % 8 * 16 + column % 16
+    place = field(0) + row // 8 * field(32) + row % 8 * swizzle + column
+    # 16-byte units change places by the number of the 128-byte line.
+    return place ^ ((place >> 7 & swizzle // 16 - 1) << 4)
+
+
+def read_described(machine: Machine, descriptor: int, rows: int, columns: int, warps: int) -> Lanes:
+    """float64 `[rows, columns]`, read by all of some warps."""
+    offsets = described_offsets(descriptor, rows, columns).astype(np.int64).reshape(-1)
+    for warp in range(warps):
+        machine.shared.note_read(machine.shared.offsets(offsets, 2), np.full(len(offsets), warp))
+    data = machine.shared.data[machine.shared.offsets(offsets, 2)].view(np.uint16)
+    return bfloat16_to_double(data).reshape(rows, columns)
+
+
+def multiply_group(machine: Machine, instruction: Instruction, mask: Mask) -> None:
+    """`wgmma`: 64 rows of registers a warp group, times shared memory, beside the program until a wait."""
+    kind = instruction.modifiers[0]
+    need_everyone(instruction, mask)
+    if kind == "fence":
+        return
+    if kind == "commit_group":
+        machine.pending["product"].append([])
+        return
+    if kind == "wait_group":
+        machine.wait("product", int(machine.read(instruction.operands[0], np.uint32)))
+        return
+    shape = instruction.modifiers[3]
+    n = int(shape[4:-3])
+    d, a, descriptor, scale, *signs = instruction.operands
+    if kind != "mma_async" or not isinstance(a, tuple) or signs != ["1", "1", "0"]:
+        raise PtxError(f"the interpreter does not know {instruction.text}")
+    targets = names(d)
+    described = np.unique(
+        np.broadcast_to(machine.read(descriptor, np.uint64), machine.threads).reshape(-1, WARP * WARPS), axis=1
+    )
+    if described.shape[1] != 1:
+        raise PtxError(f"the threads of a warp group disagree: {instruction.text}")
+    adds = bool(np.all(machine.read(scale, np.bool_)))
+    left = [of_warps(machine, name).copy() for name in a]
+    machine.owned.update(targets)
+
+    def finish() -> None:
+        machine.owned.subtract(targets)
+        if any(not np.array_equal(of_warps(machine, name), value) for name, value in zip(a, left, strict=True)):
+            raise PtxError(f"weights change under a product that is under way: {instruction.text}")
+        groups = left_operand(left).reshape(-1, WARPS * 16, 16)
+        right = (read_described(machine, int(one), n, 16, WARPS) for one in described[:, 0])
+        total = np.stack([rows @ columns.T for rows, columns in zip(groups, right, strict=True)]).reshape(-1, 16, n)
+        if adds:
+            total += accumulators([machine.registers[name].reshape(-1, WARP) for name in targets])
+        store_accumulators(machine, targets, total)
+
+    machine.pending["product"][-1].append(finish)
+
+
+OPERATIONS: dict[str, Callable[[Machine, Instruction, Mask], None]] = {
+    "mma": multiply,
+    "ldmatrix": move_matrices,
+    "stmatrix": move_matrices,
+    "wgmma": multiply_group,
+}

@@ -1,0 +1,110 @@
+"""Global and shared memory, with the checks of a sanitizer."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+import torch
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+Lanes = np.ndarray[Any, np.dtype[Any]]
+
+
+class PtxError(Exception):
+    """What a program does that it must not, or an instruction that the interpreter does not know."""
+
+
+class Global:
+    """The tensors that a kernel was given, at their own addresses; nothing else may be touched."""
+
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        self.parts: list[tuple[int, int, Bytes]] = []
+        for tensor in tensors:
+            size = tensor.numel() * tensor.element_size()
+            start = tensor.data_ptr()
+            if size:
+                data = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(start))
+                self.parts.append((start, start + size, data))
+
+    def places(self, addresses: Lanes, size: int) -> list[tuple[Lanes, Bytes, Lanes]]:
+        """For each tensor that is touched: which lanes, its bytes, and the lanes' offsets in it."""
+        if (addresses % size).any():
+            raise PtxError(f"an access of {size} bytes is not aligned")
+        found, left = [], np.ones(len(addresses), np.bool_)
+        for start, end, data in self.parts:
+            here = left & (addresses >= start) & (addresses + size <= end)
+            if here.any():
+                found.append((here, data, (addresses[here] - start)[:, None] + np.arange(size)))
+                left &= ~here
+                if not left.any():
+                    return found
+        if left.any():
+            raise PtxError(f"{int(left.sum())} threads touch global memory outside every tensor")
+        return found
+
+    def load(self, addresses: Lanes, size: int) -> Bytes:
+        out = np.empty((len(addresses), size), np.uint8)
+        for here, data, offsets in self.places(addresses, size):
+            out[here] = data[offsets]
+        return out
+
+    def store(self, addresses: Lanes, values: Bytes) -> None:
+        for here, data, offsets in self.places(addresses, values.shape[1]):
+            data[offsets] = values[here]
+
+
+class Shared:
+    """One program's shared memory. Warps that meet in it need a barrier in between."""
+
+    MANY = -2
+
+    def __init__(self, size: int) -> None:
+        # Whatever was there before: a pattern that is NaN as bfloat16 and as float32.
+        self.data = np.full(size, 0xFF, np.uint8)
+        self.epoch = 1
+        self.written = np.zeros(size, np.int32)
+        self.writer = np.zeros(size, np.int32)
+        self.was_read = np.zeros(size, np.int32)
+        self.reader = np.zeros(size, np.int32)
+
+    def barrier(self) -> None:
+        self.epoch += 1
+
+    def offsets(self, addresses: Lanes, size: int) -> Lanes:
+        if (addresses % size).any():
+            raise PtxError(f"an access of {size} bytes to shared memory is not aligned")
+        if (addresses < 0).any() or (addresses + size > len(self.data)).any():
+            raise PtxError(f"shared memory has {len(self.data)} bytes, byte {int(addresses.max()) + size} is touched")
+        offsets: Lanes = addresses[:, None] + np.arange(size)
+        return offsets
+
+    def note_read(self, offsets: Lanes, warps: Lanes) -> None:
+        here = np.broadcast_to(warps[:, None], offsets.shape)
+        if ((self.written[offsets] == self.epoch) & (self.writer[offsets] != here)).any():
+            raise PtxError("shared memory is read that another warp wrote, and no barrier is between")
+        others = (self.was_read[offsets] == self.epoch) & (self.reader[offsets] != here)
+        self.reader[offsets] = np.where(others, self.MANY, here)
+        # Of lanes of several warps that read one byte in this access, the last stands there now.
+        self.reader[offsets] = np.where(self.reader[offsets] != here, self.MANY, self.reader[offsets])
+        self.was_read[offsets] = self.epoch
+
+    def note_write(self, offsets: Lanes, warps: Lanes) -> None:
+        here = np.broadcast_to(warps[:, None], offsets.shape)
+        if ((self.was_read[offsets] == self.epoch) & (self.reader[offsets] != here)).any():
+            raise PtxError("shared memory is written that another warp read, and no barrier is between")
+        if ((self.written[offsets] == self.epoch) & (self.writer[offsets] != here)).any():
+            raise PtxError("two warps write one place of shared memory, and no barrier is between")
+        self.writer[offsets] = here
+        self.written[offsets] = self.epoch
+
+    def load(self, addresses: Lanes, size: int, warps: Lanes) -> Bytes:
+        offsets = self.offsets(addresses, size)
+        self.note_read(offsets, warps)
+        return self.data[offsets]
+
+    def store(self, addresses: Lanes, values: Bytes, warps: Lanes) -> None:
+        offsets = self.offsets(addresses, values.shape[1])
+        self.note_write(offsets, warps)
+        self.data[offsets] = values

@@ -1,0 +1,189 @@
+"""Tensor memory and its products (sm_100), and the barriers in shared memory that tell when they are done."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+import numpy as np
+from support.ptx.access import names, nothing
+from support.ptx.arithmetic import bfloat16_to_double
+from support.ptx.machine import WARP, Lanes, Machine, Mask, NotYetError, PtxError
+from support.ptx.matrix import need_everyone, read_described
+from support.ptx.text import Address, Instruction
+
+LANES, COLUMNS = 128, 512
+
+
+class TensorMemory:
+    """128 lanes of 512 columns of 32 bits; an address holds the lane above its bit 16, the column below."""
+
+    def __init__(self) -> None:
+        self.data = np.full((LANES, COLUMNS), 0xFFFFFFFF, np.uint32)
+        self.allocated = 0
+        self.products: deque[Callable[[], None]] = deque()
+        self.commits: deque[tuple[int, int]] = deque()
+        """Of each commit its barrier, and how many products come before it and after the last."""
+        self.since_commit = 0
+        self.phases: dict[int, int] = {}
+        """Phases that a barrier has ended, by its address."""
+
+
+def memory_of(machine: Machine) -> TensorMemory:
+    if machine.tensor_memory is None:
+        machine.tensor_memory = TensorMemory()
+    found = machine.tensor_memory
+    assert isinstance(found, TensorMemory)
+    return found
+
+
+def one(machine: Machine, operand: object, mask: Mask) -> int:
+    """An address that all active threads agree on."""
+    assert isinstance(operand, Address)
+    values = np.unique(machine.addresses(operand)[mask])
+    if len(values) != 1:
+        raise PtxError(f"the threads disagree: {machine.instruction.text}")
+    return int(values[0])
+
+
+def allocate(machine: Machine, instruction: Instruction, mask: Mask) -> None:
+    memory = memory_of(machine)
+    columns = int(machine.read(instruction.operands[1], np.uint32))
+    if memory.allocated + columns > COLUMNS:
+        raise PtxError(f"{memory.allocated + columns} columns of tensor memory are wanted, there are {COLUMNS}")
+    place = np.array([one(machine, instruction.operands[0], mask)])
+    value = np.array([[memory.allocated]], np.uint32).view(np.uint8)
+    machine.shared.store(place, value, machine.lane[mask][:1] // WARP)
+    memory.allocated += columns
+
+
+def deallocate(machine: Machine, instruction: Instruction, mask: Mask) -> None:
+    memory_of(machine).allocated -= int(machine.read(instruction.operands[1], np.uint32))
+
+
+def places(machine: Machine, instruction: Instruction, address: object, count: int) -> tuple[Lanes, Lanes]:
+    """Lane and column of each register, `[registers, threads]`: how a shape lays a warp's registers out."""
+    assert isinstance(address, Address)
+    base = machine.addresses(address)
+    lane, column = base >> 16, base & 0xFFFF
+    thread = machine.lane % WARP
+    register = np.arange(count)[:, None]
+    shape = instruction.modifiers[3]
+    if shape == "32x32b":
+        rows, columns = thread + 0 * register, register + 0 * thread
+    elif shape == "16x128b":
+        rows, columns = thread // 4 + register % 2 * 8, thread % 4 + register // 2 * 4
+    elif shape == "16x32bx2":
+        second = int(machine.read(instruction.operands[1 if instruction.modifiers[0] == "st" else 2], np.uint32))
+        rows, columns = thread % 16 + 0 * register, register + thread // 16 * second
+    else:
+        raise PtxError(f"the interpreter does not know {instruction.text}")
+    if (lane // WARP != machine.lane // WARP % 4).any():
+        raise PtxError(f"a warp touches lanes of tensor memory that are another's: {instruction.text}")
+    if (column + columns >= memory_of(machine).allocated).any():
+        raise PtxError(f"tensor memory is touched that was not allocated: {instruction.text}")
+    return lane + rows, column + columns
+
+
+def store(machine: Machine, instruction: Instruction, mask: Mask) -> None:
+    need_everyone(instruction, mask)
+    registers = names(instruction.operands[-1])
+    lane, column = places(machine, instruction, instruction.operands[0], len(registers))
+    for index, name in enumerate(registers):
+        memory_of(machine).data[lane[index], column[index]] = machine.read(name, np.uint32)
+
+
+def load(machine: Machine, instruction: Instruction, mask: Mask) -> None:
+    need_everyone(instruction, mask)
+    registers = names(instruction.operands[0])
+    lane, column = places(machine, instruction, instruction.operands[1], len(registers))
+    for index, name in enumerate(registers):
+        machine.write(name, memory_of(machine).data[lane[index], column[index]], mask)
+
+
+def multiply(machine: Machine, instruction: Instruction, mask: Mask) -> None:
+    """bfloat16 rows of tensor memory times shared memory, for one thread that asks; done when a commit is waited for."""
+    d, a, descriptor, shape, adds = instruction.operands
+    described, kind = (int(np.broadcast_to(machine.read(x, t), machine.threads)[mask][0])
+                       for x, t in ((descriptor, np.uint64), (shape, np.uint32)))  # fmt: skip
+    # The instruction descriptor: float32 sums, bfloat16 on both sides, nothing negated or transposed.
+    rows, columns, formats = (kind >> 24 & 0x1F) << 4, (kind >> 17 & 0x3F) << 3, kind & 0x1FFFF
+    if mask.sum() != 1 or formats != 1 << 4 | 1 << 7 | 1 << 10:
+        raise PtxError(f"the interpreter does not know {instruction.text}")
+    out, left = (one(machine, operand, mask) for operand in (d, a))
+    adding = bool(np.broadcast_to(machine.read(adds, np.bool_), machine.threads)[mask][0])
+    memory = memory_of(machine)
+    # 64 rows lie in the first half of each warp's lanes.
+    lanes = np.arange(rows) if rows == LANES else np.arange(rows) // 16 * 32 + np.arange(rows) % 16
+
+    def finish() -> None:
+        words = memory.data[(left >> 16) + lanes[:, None], (left & 0xFFFF) + np.arange(8)]
+        weights = np.stack([words & np.uint32(0xFFFF), words >> np.uint32(16)], axis=-1).reshape(rows, 16)
+        right = read_described(machine, described, columns, 16, 0)
+        total = bfloat16_to_double(weights) @ right.T
+        place = ((out >> 16) + lanes[:, None], (out & 0xFFFF) + np.arange(columns))
+        if adding:
+            total = total + memory.data[place].view(np.float32)
+        memory.data[place] = total.astype(np.float32).view(np.uint32)
+
+    memory.products.append(finish)
+    memory.since_commit += 1
+
+
+def commit(machine: Machine, instruction: Instruction, mask: Mask) -> None:
+    memory = memory_of(machine)
+    memory.commits.append((one(machine, instruction.operands[0], mask), memory.since_commit))
+    memory.since_commit = 0
+
+
+def barrier(machine: Machine, instruction: Instruction, mask: Mask) -> None:
+    """`mbarrier`: a wait for a phase lets the products of the commits that end it be done, and not before."""
+    phases, memory = memory_of(machine).phases, memory_of(machine)
+    kind = instruction.modifiers[0]
+    if kind in ("init", "inval"):
+        place = one(machine, instruction.operands[0], mask)
+        if kind == "init":
+            phases[place] = 0
+        else:
+            del phases[place]
+    elif kind == "try_wait":
+        place = one(machine, instruction.operands[1], mask)
+        parity = int(np.broadcast_to(machine.read(instruction.operands[2], np.uint32), machine.threads)[mask][0])
+        if place not in phases:
+            raise PtxError(f"a barrier is waited for that was not made: {instruction.text}")
+        while phases[place] % 2 == parity:
+            if not memory.commits:
+                raise NotYetError
+            ended, count = memory.commits.popleft()
+            for _ in range(count):
+                memory.products.popleft()()
+            phases[ended] += 1
+        machine.write(instruction.operands[0], machine.everyone, mask)
+    else:
+        raise PtxError(f"the interpreter does not know {instruction.text}")
+
+
+KINDS: dict[str, Callable[[Machine, Instruction, Mask], None]] = {
+    "alloc": allocate,
+    "dealloc": deallocate,
+    "relinquish_alloc_permit": nothing,
+    "st": store,
+    "ld": load,
+    "mma": multiply,
+    "commit": commit,
+    # Loads and stores of tensor memory are done at once here.
+    "wait::ld": nothing,
+    "wait::st": nothing,
+    "fence::before_thread_sync": nothing,
+    "fence::after_thread_sync": nothing,
+}
+
+
+def tensor(machine: Machine, instruction: Instruction, mask: Mask) -> None:
+    operation = KINDS.get(instruction.modifiers[0])
+    if operation is None:
+        raise PtxError(f"the interpreter does not know {instruction.text}")
+    operation(machine, instruction, mask)
+
+
+OPERATIONS: dict[str, Callable[[Machine, Instruction, Mask], None]] = {"tcgen05": tensor, "mbarrier": barrier}
