@@ -26,7 +26,10 @@ SGLANG_OLDEST, SGLANG_NEWEST = "0.5.10", "0.5.23"
 # On a CPU without AMX only the newest is right; the tests hold that the others are refused.
 KT_KERNELS = ("0.6.1", "0.6.4", "0.7.2")
 
-nox.options.sessions = ["core", "ktransformers", "vllm_oldest", "vllm", "sglang_oldest", "sglang"]
+# That of torch 2.9.
+TRITON_OLDEST = "3.5.1"
+
+nox.options.sessions = ["core", "triton_oldest", "ktransformers", "vllm_oldest", "vllm", "sglang_oldest", "sglang"]
 # The sessions run at the root, where the package and its tests are.
 nox.options.default_venv_backend = "venv"
 ROOT = ".."
@@ -64,6 +67,15 @@ def core(session: nox.Session) -> None:
     session.run("pytest", "-q", "tests/core", "tests/operate", *session.posargs)
     # Processes of their own: Triton's interpreter has to be chosen before anything imports Triton.
     session.run("pytest", "-q", "tests/kernels", *session.posargs)
+    session.run("pytest", "-q", "tests/compiled", *session.posargs)
+
+
+@environment
+def triton_oldest(session: nox.Session) -> None:
+    """What the oldest Triton that a supported engine pins makes of the kernels; `core` has the newest."""
+    session.chdir(ROOT)
+    session.install("--quiet", "--no-compile", TORCH)
+    install(session, "-e", ".[test]", f"triton=={TRITON_OLDEST}")
     session.run("pytest", "-q", "tests/compiled", *session.posargs)
 
 

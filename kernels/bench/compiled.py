@@ -97,6 +97,7 @@ def product_variant(
         "BLOCK_K": tile.block_k,
         "FRAGMENT": target.fragment,
         "PACKED_MATH": not target.amd,
+        "WAIT": target.waits,
     }
     label = f"{'w13' if gated else 'w2'} {name}{'' if parts == 1 else ' split'}"
     float32 = parts > 1 or (not gated and regime.block_tokens <= 16)

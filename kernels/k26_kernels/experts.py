@@ -273,5 +273,6 @@ class Launcher:
             SORTED=plan.sorted, HAS_MAP=self.has_map, SPLIT_K=parts,
             BLOCK_TOKENS=plan.regime.block_tokens, BLOCK_ROWS=tile.block_rows, BLOCK_K=tile.block_k,
             FRAGMENT=device.target.fragment, PACKED_MATH=not (device.target.amd or INTERPRETED.value),
+            WAIT=device.target.waits and not INTERPRETED.value,
             num_warps=tile.num_warps, num_stages=tile.num_stages, **device.target.options,
         )  # fmt: skip

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from k26_kernels.align import COLUMNS, local_expert
-from k26_kernels.unpack import dot_operand, load_scales, load_words, rounded, weights_tile
+from k26_kernels.unpack import dot_operand, load_scales, load_words, rounded, settled, weights_tile
 
 
 @triton.jit(do_not_specialize=["num_slots", "num_experts"])
@@ -17,7 +17,7 @@ def product_kernel(
     N: tl.constexpr, K: tl.constexpr, SLOTS_PER_X: tl.constexpr, EPILOGUE: tl.constexpr,
     SORTED: tl.constexpr, HAS_MAP: tl.constexpr, SPLIT_K: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
-    FRAGMENT: tl.constexpr, PACKED_MATH: tl.constexpr,
+    FRAGMENT: tl.constexpr, PACKED_MATH: tl.constexpr, WAIT: tl.constexpr,
 ) -> None:  # fmt: skip
     """Each program walks over tiles of (block of slots, block of rows, part of K), from a table on the device.
 
@@ -27,6 +27,7 @@ def product_kernel(
       "swiglu"    silu(gate) · up, bfloat16 `[num_slots, N / 2]`; SPLIT_K is 1
       "weighted"  the product times the slot's routing weight, rounded to the dtype of `out`, `[SPLIT_K, num_slots, N]`
       "partial"   the product's part, float32 `[SPLIT_K, num_slots, N]`, rows as they are stored
+    WAIT: let each step's products end before the next step's weights are made (`Target.waits`).
     """
     ROW_BLOCKS: tl.constexpr = N // BLOCK_ROWS
     K_PART: tl.constexpr = K // SPLIT_K
@@ -65,6 +66,8 @@ def product_kernel(
                 xt = tl.load(x_rows[None, :] + (k + tl.arange(0, BLOCK_K))[:, None], mask=valid, other=0.0)
                 tile_w = weights_tile(w, s, BLOCK_ROWS, BLOCK_K, FRAGMENT, PACKED_MATH, tl.bfloat16)
                 acc = tl.dot(dot_operand(tile_w), dot_operand(xt), acc)
+                if WAIT:
+                    acc = settled(acc)
             if EPILOGUE == "swiglu":
                 halves = tl.permute(tl.reshape(acc, [BLOCK_ROWS // 16, 2, 8, BLOCK_TOKENS]), [0, 2, 3, 1])
                 gate, up = tl.split(halves)

@@ -6,8 +6,13 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+import triton
 
 from k26_kernels.unpack import INTERPRETED
+
+# Before 3.8 Triton lets a program write the next weights into registers that a product of sm_90 still reads (triton issue
+# 9433): its wait for the last but one group of products says nothing of the last.
+OVERWRITES_WEIGHTS = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +31,11 @@ class Target:
         Fused multiply and add is said aloud because Triton's default changes between versions.
         """
         return {"enable_fp_fusion": True, **({"matrix_instr_nonkdim": 16} if self.amd else {})}
+
+    @property
+    def waits(self) -> bool:
+        """Whether a kernel has to let its products end before the weights change: slower, and right."""
+        return self.name == "sm_90" and OVERWRITES_WEIGHTS
 
 
 # Shared memory is that of the family's smallest member: sm_86 and sm_89 have less than sm_80.

@@ -31,6 +31,12 @@ def rounded(x: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
+def settled(acc: tl.tensor) -> tl.tensor:
+    """acc, once the products that it comes from have ended: to touch it makes the compiler wait for them."""
+    return tl.inline_asm_elementwise("mov.f32 $0, $1;", "=f,f", [acc], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def load_words(
     packed: tl.tensor, rows_first: tl.tensor, input_first: tl.tensor, K: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr, FRAGMENT: tl.constexpr,

@@ -40,6 +40,22 @@ def to_bfloat16(x: Values) -> Values:
         return (rounded.astype(np.float32).view(np.uint32) >> np.uint32(16)).astype(np.uint16)
 
 
+SIZES = {"bf16": np.dtype(np.uint16), "f16": np.dtype(np.uint16)}
+"""Of the types that numpy has no arithmetic for, or that a register holds as bits."""
+
+
+def from_type(value: Values, kind: str) -> Values:
+    if kind == "bf16":
+        return bfloat16_to_double(value).astype(np.float32)
+    return np.asarray(value).view(np.float16).astype(np.float32) if kind == "f16" else np.asarray(value)
+
+
+def to_type(value: Values, kind: str) -> Values:
+    if kind == "bf16":
+        return to_bfloat16(value.astype(np.float64))
+    return value.astype(np.float16).view(np.uint16) if kind == "f16" else value.astype(TYPES[kind])
+
+
 def joined(low: Values, high: Values) -> Values:
     return low.astype(np.uint32) | (high.astype(np.uint32) << np.uint32(16))
 
@@ -87,8 +103,9 @@ COMPARE: dict[str, Callable[[Values, Values], Values]] = {
 }
 
 
-def on_bfloat16(function: Callable[..., Values]) -> Callable[..., Values]:
-    return lambda *values: to_bfloat16(function(*(bfloat16_to_double(value) for value in values)))
+def rounded_once(kind: str, function: Callable[..., Values]) -> Callable[..., Values]:
+    """Of 16-bit floats, in float64, which holds every product of two."""
+    return lambda *values: to_type(function(*(from_type(value, kind).astype(np.float64) for value in values)), kind)
 
 
 def in_pairs(function: Callable[..., Values]) -> Callable[..., Values]:
@@ -114,17 +131,16 @@ def apply(machine: Machine, instruction: Instruction, mask: Mask, function: Call
     """A function of all operands, of the type that the instruction names."""
     kind = kind_of(instruction)
     target, *sources = instruction.operands
-    if kind in ("bf16", "bf16x2", "s16x2", "f32x2"):
-        wide = {"bf16": np.uint16, "bf16x2": np.uint32, "s16x2": np.uint32, "f32x2": np.uint64}[kind]
-        if kind == "f32x2":
-            function = in_float_pairs(function)
-        elif kind.startswith("bf16"):
-            function = on_bfloat16(function)
-        if kind in ("bf16x2", "s16x2"):
-            function = in_pairs(function)
-        values = [machine.read(source, wide) for source in sources]
+    part = kind.removesuffix("x2")
+    if part in SIZES:
+        function = rounded_once(part, function)
+    if kind == "f32x2":
+        wide, function = np.dtype(np.uint64), in_float_pairs(function)
+    elif kind.endswith("x2"):
+        wide, function = np.dtype(np.uint32), in_pairs(function)
     else:
-        values = [machine.read(source, TYPES[kind]) for source in sources]
+        wide = SIZES.get(kind) or TYPES[kind]
+    values = [machine.read(source, wide) for source in sources]
     machine.write(target, function(*values), mask)
 
 
@@ -246,20 +262,12 @@ def permute_bytes(machine: Machine, instruction: Instruction, mask: Mask) -> Non
 def convert(machine: Machine, instruction: Instruction, mask: Mask) -> None:
     to, source = instruction.modifiers[-2:]
     target, *operands = instruction.operands
-    if to == "bf16x2":
-        high, low = (to_bfloat16(machine.read(operand, np.float32).astype(np.float64)) for operand in operands)
-        machine.write(target, joined(np.asarray(low), np.asarray(high)), mask)
-        return
-    if source == "bf16":
-        value = bfloat16_to_double(machine.read(operands[0], np.uint16)).astype(np.float32)
+    values = [from_type(machine.read(operand, SIZES.get(source) or TYPES[source]), source) for operand in operands]
+    if to.endswith("x2"):
+        high, low = (to_type(value, to.removesuffix("x2")) for value in values)
+        machine.write(target, joined(low, high), mask)
     else:
-        value = machine.read(operands[0], TYPES[source])
-    value = np.asarray(value)
-    if to == "bf16":
-        value = to_bfloat16(value.astype(np.float64))
-    else:
-        value = value.astype(np.float16).view(np.uint16) if to == "f16" else value.astype(TYPES[to])
-    machine.write(target, value, mask)
+        machine.write(target, to_type(values[0], to), mask)
 
 
 def one_operand(function: Callable[[Values], Values]) -> Callable[[Machine, Instruction, Mask], None]:
