@@ -42,15 +42,15 @@ def compiled_for(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., dict
     """`compiled_for("sm_90")` lets the kernels run here as compiled for that GPU, and gives them by name."""
 
     def use(
-        target: str, *, processors: int = TOO_LITTLE, edit: Callable[[str], str] | None = None
+        target: str, *, processors: int = TOO_LITTLE, capability: int = 0, edit: Callable[[str], str] | None = None
     ) -> dict[str, Emulated]:
         device = Device(TARGETS[target], f"emulated {target}", processors)
         monkeypatch.setattr(experts, "device_of", lambda _: device)
         monkeypatch.setattr(dequantise, "device_of", lambda _: device)
-        capability = int(target[3:])
+        number = capability or int(target[3:])
         kernels: dict[str, Any] = {}
         for name, module in KERNELS.items():
-            kernels[name] = emulated(name, capability) if edit is None else Emulated(ORIGINAL[name], capability, edit)
+            kernels[name] = emulated(name, number) if edit is None else Emulated(ORIGINAL[name], number, edit)
             monkeypatch.setattr(module, name, kernels[name])
         return kernels
 

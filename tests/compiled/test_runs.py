@@ -60,6 +60,15 @@ def test_every_regime(compiled_for: CompiledFor, monkeypatch: pytest.MonkeyPatch
     assert kernels["align_kernel"].launches > 0 or regime == "single"
 
 
+@pytest.mark.parametrize(("capability", "target"), [(86, "sm_80"), (89, "sm_80"), (103, "sm_100"), (121, "sm_120")])
+def test_the_other_members_of_a_family(compiled_for: CompiledFor, capability: int, target: str) -> None:
+    """RTX 30 and 40, B300, and GB10, for which a launch compiles with its target's layout and tiles."""
+    compiled_for(target, capability=capability)
+    weights = make_weights(4, HIDDEN, INNER)
+    x, ids, topk_weights = batch(37, 2, 4)
+    assert error(fused_experts(x, load(weights), ids, topk_weights), judge(weights, x, ids, topk_weights)) <= TOLERANCE
+
+
 @pytest.mark.parametrize("target", NVIDIA)
 def test_split_along_k(compiled_for: CompiledFor, target: str) -> None:
     compiled_for(target, processors=132)

@@ -31,7 +31,7 @@ def left_operand(registers: list[Lanes]) -> Lanes:
 
 
 def accumulators(registers: list[Lanes]) -> Lanes:
-    """float64 `[warps, 16, 2 · registers / 4 · 4]`: columns come eight at a time, four registers for each."""
+    """float64 `[warps, 16, 2 · registers]`: columns come eight at a time, four registers for each eight."""
     matrix = np.empty((len(registers[0]), 16, 2 * len(registers)))
     for index, register in enumerate(registers):
         block, part = divmod(index, 4)
@@ -100,7 +100,10 @@ def described_offsets(descriptor: int, rows: int, columns: int) -> Lanes:
     Of the PTX ISA's matrix descriptor: bits 0 to 13 the address, 16 to 29 the step between core matrices along the
     columns, 32 to 45 along the rows, all in 16 bytes, and from bit 61 on the swizzle.
     """
-    field = lambda first: (descriptor >> first & 0x3FFF) << 4  # noqa: E731
+
+    def field(first: int) -> int:
+        return (descriptor >> first & 0x3FFF) << 4
+
     swizzle = {0: 0, 2: 128, 4: 64, 6: 32}[descriptor >> 61 & 7]
     row, column = np.arange(rows)[:, None], np.arange(columns)[None, :] * 2
     if not swizzle:
