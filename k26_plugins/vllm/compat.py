@@ -1,6 +1,6 @@
 """Every name of vLLM that this adapter touches and that vLLM does not promise to keep.
 
-Checked on 0.19.1 and 0.32.0. Where the two differ the difference is detected here, by feature and not by version.
+Checked on 0.19.1, 0.32.0 and 0.33.0. Where the two differ the difference is detected here, by feature and not by version.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from k26_plugins.common.config import ARCHITECTURE
 
-CHECKED_VERSIONS = "0.19.1 to 0.32.0"
+CHECKED_VERSIONS = "0.19.1 to 0.33.0"
 TOKENIZER_MODE = "k26"
 PARSER = "k26"
 

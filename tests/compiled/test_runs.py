@@ -12,6 +12,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import triton
 from k26_kernels import KernelExperts, dequantise, fused_experts, repack, route, workspace_bytes
 from k26_kernels.experts import make_plan
 from k26_kernels.router import route_reference
@@ -19,6 +20,7 @@ from k26_kernels.target import OVERWRITES_WEIGHTS, TARGETS
 from support.experts import dense, error, inputs, judge, make_weights, to_device
 from support.experts import route as choose_experts
 from support.ptx import Emulated, PtxError
+from triton.runtime.errors import PTXASError
 
 from k26_plugins.common.experts import ExpertWeights
 
@@ -66,7 +68,13 @@ def test_the_other_members_of_a_family(compiled_for: CompiledFor, capability: in
     compiled_for(target, capability=capability)
     weights = make_weights(4, HIDDEN, INNER)
     x, ids, topk_weights = batch(37, 2, 4)
-    assert error(fused_experts(x, load(weights), ids, topk_weights), judge(weights, x, ids, topk_weights)) <= TOLERANCE
+    try:
+        result = fused_experts(x, load(weights), ids, topk_weights)
+    except PTXASError as reason:
+        if "is not defined for option 'gpu-name'" not in str(reason):
+            raise
+        pytest.skip(f"the assembler of Triton {triton.__version__} does not know sm_{capability}")
+    assert error(result, judge(weights, x, ids, topk_weights)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("target", NVIDIA)
