@@ -31,6 +31,8 @@ class Emulated:
         self.edit = edit
         self.compiled: dict[Any, tuple[Kernel, int]] = {}
         self.launches = 0
+        self.conflicts = 0
+        """In shared memory, of all launches."""
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         return lambda *arguments, **options: self.launch(grid, arguments, options)
@@ -53,6 +55,7 @@ class Emulated:
                     for x in range(grid[0]):
                         machine = Machine(kernel, parameters, memory, shared, (x, y, z), grid)
                         machine.run(OPERATIONS)
+                        self.conflicts += machine.shared.conflicts
 
     def compile(
         self, names: list[str], constants: dict[str, Any], given: list[Any], options: dict[str, Any]

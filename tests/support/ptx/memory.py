@@ -68,6 +68,8 @@ class Shared:
         self.writer = np.zeros(size, np.int32)
         self.was_read = np.zeros(size, np.int32)
         self.reader = np.zeros(size, np.int32)
+        self.conflicts = 0
+        """Accesses to the banks beyond those that the bytes themselves need."""
 
     def barrier(self) -> None:
         self.epoch += 1
@@ -99,12 +101,29 @@ class Shared:
         self.writer[offsets] = here
         self.written[offsets] = self.epoch
 
+    def count_conflicts(self, addresses: Lanes, size: int) -> None:
+        """32 banks of 4 bytes serve up to 128 bytes of a warp at a time; another word of a bank has to wait.
+
+        Where only some lanes take part, those that do are taken for neighbours.
+        """
+        lanes = min(32, 128 // size)
+        padded = np.pad(addresses, (0, -len(addresses) % lanes), mode="edge")
+        words = (padded.reshape(-1, lanes, 1) + np.arange(0, size, 4)).reshape(len(padded) // lanes, -1) // 4
+        words.sort(axis=1)
+        first = np.ones(words.shape, np.bool_)
+        first[:, 1:] = words[:, 1:] != words[:, :-1]
+        served = np.zeros((len(words), 32), np.int64)
+        np.add.at(served, (np.nonzero(first)[0], words[first] % 32), 1)
+        self.conflicts += int((served.max(axis=1) - -(-first.sum(axis=1) // 32)).sum())
+
     def load(self, addresses: Lanes, size: int, warps: Lanes) -> Bytes:
         offsets = self.offsets(addresses, size)
         self.note_read(offsets, warps)
+        self.count_conflicts(addresses, size)
         return self.data[offsets]
 
     def store(self, addresses: Lanes, values: Bytes, warps: Lanes) -> None:
         offsets = self.offsets(addresses, values.shape[1])
         self.note_write(offsets, warps)
+        self.count_conflicts(addresses, values.shape[1])
         self.data[offsets] = values
