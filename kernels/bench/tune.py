@@ -23,6 +23,7 @@ from bench.routing import LAYERS, TOP_K, Layer, choose, expert_map
 from k26_kernels import KernelExperts
 from k26_kernels.config import FOLDER, SINGLE, Regime, Tile, file_name, regimes
 from k26_kernels.experts import Launcher, make_plan
+from k26_kernels.layout import FRAGMENTS
 from k26_kernels.target import Target
 
 # Tokens of the batch for each block, such as call for it with 8 of 384 experts.
@@ -33,7 +34,8 @@ STAGES = (2, 3, 4, 5, 6)
 def candidates(target: Target) -> Iterator[Tile]:
     """Tiles that the layout allows."""
     stages = (1, 2) if target.amd else STAGES
-    steps = (128,) if target.amd else (64, 128, 256)
+    step = FRAGMENTS[target.fragment].step
+    steps = (128,) if target.amd else [k for k in (64, 128, 256) if k % step == 0]
     for rows, block_k, warps, ahead in itertools.product((64, 128), steps, (4, 8), stages):
         yield Tile(rows, block_k, warps, ahead)
 

@@ -24,8 +24,8 @@ K_MULTIPLE = 128
 # Weights rearranged at a time: a few small launches for an expert, and less scratch than one expert of the real size.
 SLAB = 2**23
 
-# A letter is an axis. Rows: n r a g (or n r l); inputs: q and the rest. In a word, nibble i + 2 j + 4 h.
-_SIZES = {"r": 4, "a": 2, "g": 8, "l": 16, "c": 2, "w": 4, "j": 2, "i": 2, "h": 2, "t": 4, "k": 4}
+# A letter is an axis. Rows: n and of r a g l R; inputs: q and the rest. In a word, nibble i + 2 j + 4 h.
+_SIZES = {"R": 64, "r": 4, "a": 2, "g": 8, "l": 16, "c": 2, "w": 4, "j": 2, "i": 2, "h": 2, "t": 4, "k": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +44,12 @@ class Fragment:
 
 
 FRAGMENTS = {
-    # wgmma, and tcgen05 through tensor memory: lane 4 g + t holds inputs 2 t + h.
+    # wgmma: lane 4 g + t holds inputs 2 t + h.
     "wgmma": Fragment(64, "nragqcjith", "nqrgtachji", "nragqc", "nqrgac"),
     # mma.sync as Triton feeds it with narrow weights: lane 4 g + t holds inputs 4 t + 2 i + h.
     "mma": Fragment(64, "nragqcjtih", "nqrgtachji", "nragqc", "nqrgac"),
+    # tcgen05 through tensor memory, 128 rows: a lane holds a row, and a chunk 32 inputs of it.
+    "tmem": Fragment(128, "nRqkwjih", "nqkRwhji", "nRqk", "nqRk"),
     # MFMA 16 × 16: lane 16 k + l holds inputs 4 k + 2 i + h of row l.
     "mfma": Fragment(128, "nrlqwjkih", "nqrklwhji", "nrlqw", "nqrlw"),
 }
@@ -107,7 +109,7 @@ def _permuted(tensor: torch.Tensor, source: str, target: str, columns: int) -> t
     """`tensor`, whose elements are in the order of the axes `source`, in that of `target`, `[rows, columns]`."""
     steps = columns
     for axis in source:
-        if axis in _SIZES and axis not in "ragl":
+        if axis in _SIZES and axis not in "Rragl":
             steps //= _SIZES[axis]
     sizes = {**_SIZES, "q": steps, "n": tensor.numel() // columns // ROWS}
     axes = tensor.reshape([sizes[axis] for axis in source])

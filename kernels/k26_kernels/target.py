@@ -44,7 +44,7 @@ TARGETS = {
     for target in (
         Target("sm_80", "mma", 101376),
         Target("sm_90", "wgmma", 232448),
-        Target("sm_100", "wgmma", 232448),
+        Target("sm_100", "tmem", 232448),
         Target("sm_120", "mma", 101376),
         Target("gfx942", "mfma", 65536, amd=True),
     )

@@ -42,7 +42,7 @@ def load_words(
     BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr, FRAGMENT: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """int32 `[BLOCK_ROWS · BLOCK_K / 32, 4]`: the chunks of a tile. `packed` points at the matrix of an expert."""
-    STEP: tl.constexpr = 128 if FRAGMENT == "mfma" else 64
+    STEP: tl.constexpr = 128 if FRAGMENT == "mfma" or FRAGMENT == "tmem" else 64
     CHUNKS: tl.constexpr = 2 * STEP  # of 64 rows and a step
     SLABS: tl.constexpr = BLOCK_ROWS // 64
     chunk = tl.arange(0, BLOCK_ROWS * BLOCK_K // 32)
@@ -59,15 +59,23 @@ def load_scales(
     BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr, FRAGMENT: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """bfloat16, the shape of `load_words`: the scale of each word. Threads of the same rows read the same ones."""
-    STEP: tl.constexpr = 128 if FRAGMENT == "mfma" else 64
+    STEP: tl.constexpr = 128 if FRAGMENT == "mfma" or FRAGMENT == "tmem" else 64
     CHUNKS: tl.constexpr = 2 * STEP
     SLABS: tl.constexpr = BLOCK_ROWS // 64
+    first = rows_first * (K // 32) + input_first * 2
+    if FRAGMENT == "tmem":
+        # Four groups of a row lie together, each of which is the scale of a whole chunk.
+        row = tl.arange(0, BLOCK_ROWS * BLOCK_K // 128)
+        places = (row // 64) % SLABS * (2 * K) + row // (64 * SLABS) * 256 + row % 64 * 4
+        groups = tl.load(scale + first + places[:, None] + tl.arange(0, 4)[None, :])
+        by_step = tl.reshape(groups, [BLOCK_K // 128, SLABS, 64, 4])
+        each = tl.reshape(tl.permute(by_step, [0, 1, 3, 2]), [BLOCK_ROWS * BLOCK_K // 32, 1])
+        return tl.broadcast_to(each, [BLOCK_ROWS * BLOCK_K // 32, 4])
     chunk = tl.arange(0, BLOCK_ROWS * BLOCK_K // 32)
     slab = (chunk // CHUNKS) % SLABS
     step = chunk // (CHUNKS * SLABS)
     owner = chunk % CHUNKS // 64 * 16 + chunk % 16 if FRAGMENT == "mfma" else chunk % CHUNKS // 4
     offsets = slab * (2 * K) + step * CHUNKS + owner * 4
-    first = rows_first * (K // 32) + input_first * 2
     return tl.load(scale + first + offsets[:, None] + tl.arange(0, 4)[None, :])
 
 
@@ -123,7 +131,10 @@ def weights_tile(
         u = tl.join(v, v >> 16) & 0xF
         values = rounded((u - 8).to(tl.float32) * scales.to(tl.float32)[:, :, None, None, None], DTYPE)
     # Now [chunk, word, j, i, h], in the letters of layout.py; nr is n and r in one.
-    if FRAGMENT == "mfma":
+    if FRAGMENT == "tmem":
+        axes = tl.reshape(values, [BLOCK_K // 128, BLOCK_ROWS // 64, 4, 64, 4, 2, 2, 2])  # q n k R w j i h
+        tile = tl.permute(axes, [1, 3, 0, 2, 4, 5, 6, 7])  # n R q k w j i h
+    elif FRAGMENT == "mfma":
         axes = tl.reshape(values, [BLOCK_K // 128, BLOCK_ROWS // 16, 4, 16, 4, 2, 2, 2])  # q nr k l w j i h
         tile = tl.permute(axes, [1, 3, 0, 4, 5, 2, 6, 7])  # nr l q w j k i h
     else:

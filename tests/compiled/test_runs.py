@@ -49,8 +49,12 @@ def batch(num_tokens: int, top_k: int, num_experts: int, hidden: int = HIDDEN) -
 @pytest.mark.parametrize("regime", ["single", "16", "32", "64", "128"])
 @pytest.mark.parametrize("target", NVIDIA)
 def test_every_regime(compiled_for: CompiledFor, monkeypatch: pytest.MonkeyPatch, target: str, regime: str) -> None:
-    """Ragged experts and blocks, one expert without tokens, and a workspace full of what was there before."""
+    """Ragged experts and blocks, one expert without tokens, and a workspace full of what was there before.
+
+    The products' tiles lie in shared memory such that no access waits for another's bank.
+    """
     kernels = compiled_for(target)
+    conflicts = kernels["product_kernel"].conflicts
     monkeypatch.setattr("k26_kernels.experts.choose", lambda *arguments: regime)
     make_plan.cache_clear()
     weights = make_weights(4, HIDDEN, INNER)
@@ -60,6 +64,7 @@ def test_every_regime(compiled_for: CompiledFor, monkeypatch: pytest.MonkeyPatch
     result = fused_experts(x, experts, ids, topk_weights, workspace=workspace)
     assert error(result, judge(weights, x, ids, topk_weights)) <= TOLERANCE
     assert kernels["align_kernel"].launches > 0 or regime == "single"
+    assert kernels["product_kernel"].conflicts == conflicts
 
 
 @pytest.mark.parametrize(("capability", "target"), [(86, "sm_80"), (89, "sm_80"), (103, "sm_100"), (121, "sm_120")])

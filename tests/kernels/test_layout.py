@@ -61,6 +61,8 @@ def test_a_thread_finds_what_it_feeds_to_the_instruction(fragment: str) -> None:
         if fragment == "mfma":
             expected_rows = {lane % 16}
             expected_inputs = {16 * step + 4 * (lane // 16) + i for step in range(8) for i in range(4)}
+        elif fragment == "tmem":
+            expected_rows, expected_inputs = {lane}, set(range(32))
         else:
             g, t = divmod(lane, 4)
             expected_rows = {g, g + 8}
