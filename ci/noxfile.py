@@ -32,7 +32,7 @@ TRITON_OLDEST = "3.5.1"
 
 nox.options.sessions = [
     "core",
-    "triton_oldest",
+    "compiled",
     "ktransformers",
     "vllm_oldest",
     "vllm_newest",
@@ -75,18 +75,18 @@ def core(session: nox.Session) -> None:
     session.run("mypy")
     session.run("lint-imports")
     session.run("pytest", "-q", "tests/core", "tests/operate", *session.posargs)
-    # Processes of their own: Triton's interpreter has to be chosen before anything imports Triton.
+    # A process of its own: Triton's interpreter has to be chosen before anything imports Triton.
     session.run("pytest", "-q", "tests/kernels", *session.posargs)
-    session.run("pytest", "-q", "tests/compiled", *session.posargs)
 
 
 @environment
-def triton_oldest(session: nox.Session) -> None:
-    """What the oldest Triton that a supported engine pins makes of the kernels; `core` has the newest."""
+def compiled(session: nox.Session) -> None:
+    """What Triton makes of the kernels, the newest and the oldest that a supported engine pins. Needs no GPU."""
     session.chdir(ROOT)
     session.install("--quiet", "--no-compile", TORCH)
-    install(session, "-e", ".[test]", f"triton=={TRITON_OLDEST}")
-    session.run("pytest", "-q", "tests/compiled", *session.posargs)
+    for version in ("triton", f"triton=={TRITON_OLDEST}"):
+        install(session, "-e", ".[test]", version)
+        session.run("pytest", "-q", "tests/compiled", *session.posargs)
 
 
 def _install_vllm(session: nox.Session, *arguments: str) -> None:
