@@ -28,17 +28,18 @@ from packages import install, pip
 CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec")
 # Beside those, what the CUDA build requires for GPUs.
 GPU_PACKAGES = (
+    "apache-tvm",
+    "fastsafetensors",
     "flashinfer",
+    "humming",
+    "instanttensor",
     "nvidia",
     "nvtx",
     "pynvvideocodec",
     "quack",
     "tilelang",
-    "humming",
     "tokenspeed",
-    "apache-tvm",
 )
-GPU_PACKAGES += ("fastsafetensors", "instanttensor")
 
 
 def requirements(wheel: Path, torch: str | None) -> list[str]:

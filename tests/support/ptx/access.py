@@ -46,7 +46,7 @@ def load(machine: Machine, instruction: Instruction, mask: Mask) -> None:
 def store(machine: Machine, instruction: Instruction, mask: Mask) -> None:
     address, sources = instruction.operands
     _, size = widths(instruction)
-    parts = [np.broadcast_to(machine.read(name, f"u{size}"), machine.threads)[mask] for name in names(sources)]
+    parts = [machine.lanes(name, f"u{size}")[mask] for name in names(sources)]
     data = np.stack(parts, axis=1).view(np.uint8)
     places = machine.addresses(address)[mask]
     if is_shared(instruction):
@@ -62,7 +62,7 @@ def atomic(machine: Machine, instruction: Instruction, mask: Mask) -> None:
     places = machine.shared.offsets(machine.addresses(address)[mask], 4)
     counters = machine.shared.data.view(np.uint32)
     old = np.zeros(machine.threads, np.uint32)
-    amounts = np.broadcast_to(machine.read(value, np.uint32), machine.threads)[mask]
+    amounts = machine.lanes(value, np.uint32)[mask]
     seen = []
     for place, amount in zip(places[:, 0] // 4, amounts, strict=True):
         seen.append(counters[place])
@@ -85,9 +85,7 @@ def copy(machine: Machine, instruction: Instruction, mask: Mask) -> None:
     target, source, size, *given = instruction.operands
     width = int(machine.read(size, np.uint32))
     to, origin = machine.addresses(target)[mask], machine.addresses(source)[mask]
-    count = (
-        np.broadcast_to(machine.read(given[0], np.uint32), machine.threads)[mask] if given else np.full(len(to), width)
-    )
+    count = machine.lanes(given[0], np.uint32)[mask] if given else np.full(len(to), width)
     warps = machine.lane[mask] // WARP
     offsets = machine.shared.offsets(to, width)
     machine.shared.note_write(offsets, warps)

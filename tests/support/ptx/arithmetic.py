@@ -192,13 +192,13 @@ def move(machine: Machine, instruction: Instruction, mask: Mask) -> None:
     kind = TYPES[kind_of(instruction)]
     if isinstance(target, tuple):
         part = kind.itemsize // len(target)
-        whole = np.ascontiguousarray(np.broadcast_to(machine.read(source, kind), machine.threads))
+        whole = np.ascontiguousarray(machine.lanes(source, kind))
         parts = whole.view(f"u{part}").reshape(machine.threads, len(target))
         for index, name in enumerate(target):
             machine.write(name, parts[:, index].copy(), mask)
     elif isinstance(source, tuple):
         part = kind.itemsize // len(source)
-        parts = [np.broadcast_to(machine.read(name, f"u{part}"), machine.threads) for name in source]
+        parts = [machine.lanes(name, f"u{part}") for name in source]
         machine.write(target, np.stack(parts, axis=1).view(kind).reshape(-1), mask)
     else:
         machine.write(target, machine.read(source, kind), mask)
@@ -278,7 +278,7 @@ def shuffle(machine: Machine, instruction: Instruction, mask: Mask) -> None:
     """Within a warp; a lane whose partner is beyond the end of its segment keeps its own value."""
     mode = instruction.modifiers[1]
     target, source, amount, ends, _ = instruction.operands
-    value = np.broadcast_to(machine.read(source, np.uint32), machine.threads)
+    value = machine.lanes(source, np.uint32)
     lane = machine.lane % WARP
     step, packed = (machine.read(operand, np.uint32).astype(np.int64) for operand in (amount, ends))
     clamp, segment = packed & 31, packed >> 8 & 31
@@ -299,7 +299,7 @@ def reduce_warp(machine: Machine, instruction: Instruction, mask: Mask) -> None:
     target, source, members = instruction.operands
     if not (np.asarray(machine.read(members, np.uint32)) == 0xFFFFFFFF).all():
         raise PtxError(f"the interpreter knows whole warps only: {instruction.text}")
-    values = np.broadcast_to(machine.read(source, TYPES[kind_of(instruction)]), machine.threads).reshape(-1, WARP)
+    values = machine.lanes(source, TYPES[kind_of(instruction)]).reshape(-1, WARP)
     reduced = {"add": np.add, "max": np.maximum, "min": np.minimum}[instruction.modifiers[1]].reduce(values, axis=1)
     machine.write(target, np.repeat(reduced.astype(values.dtype), WARP), mask)
 
@@ -309,13 +309,13 @@ def ballot(machine: Machine, instruction: Instruction, mask: Mask) -> None:
     if instruction.modifiers[1] != "ballot":
         raise PtxError(f"the interpreter does not know {instruction.text}")
     target, source, _ = instruction.operands
-    votes = (np.broadcast_to(machine.read(source, np.bool_), machine.threads) & mask).reshape(-1, WARP)
+    votes = (machine.lanes(source, np.bool_) & mask).reshape(-1, WARP)
     bits = (votes.astype(np.uint64) << np.arange(WARP, dtype=np.uint64)).sum(axis=1).astype(np.uint32)
     machine.write(target, np.repeat(bits, WARP), mask)
 
 
 def count_bits(machine: Machine, instruction: Instruction, mask: Mask) -> None:
-    value = np.ascontiguousarray(np.broadcast_to(machine.read(instruction.operands[1], np.uint32), machine.threads))
+    value = np.ascontiguousarray(machine.lanes(instruction.operands[1], np.uint32))
     counts = np.unpackbits(value.view(np.uint8).reshape(machine.threads, 4), axis=1).sum(axis=1)
     machine.write(instruction.operands[0], counts.astype(np.uint32), mask)
 

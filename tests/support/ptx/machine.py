@@ -89,6 +89,10 @@ class Machine:
         # A register may be wider than what is taken of it.
         return value.astype(f"u{kind.itemsize}").view(kind)
 
+    def lanes(self, operand: Operand, kind: Any) -> Lanes:
+        """An operand's value for each thread, also where it is one for all."""
+        return np.broadcast_to(self.read(operand, kind), self.threads)
+
     def write(self, name: Operand, value: Any, mask: Mask) -> None:
         assert isinstance(name, str), name
         if name == "_":

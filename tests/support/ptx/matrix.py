@@ -17,7 +17,7 @@ WARPS = 4  # of a warp group
 
 def of_warps(machine: Machine, name: str) -> Lanes:
     """A register's bits `[warps, 32]`."""
-    return np.broadcast_to(machine.read(name, np.uint32), machine.threads).reshape(-1, WARP)
+    return machine.lanes(name, np.uint32).reshape(-1, WARP)
 
 
 def left_operand(registers: list[Lanes]) -> Lanes:
@@ -140,9 +140,7 @@ def multiply_group(machine: Machine, instruction: Instruction, mask: Mask) -> No
     if kind != "mma_async" or not isinstance(a, tuple) or signs != ["1", "1", "0"]:
         raise PtxError(f"the interpreter does not know {instruction.text}")
     targets = names(d)
-    described = np.unique(
-        np.broadcast_to(machine.read(descriptor, np.uint64), machine.threads).reshape(-1, WARP * WARPS), axis=1
-    )
+    described = np.unique(machine.lanes(descriptor, np.uint64).reshape(-1, WARP * WARPS), axis=1)
     if described.shape[1] != 1:
         raise PtxError(f"the threads of a warp group disagree: {instruction.text}")
     adds = bool(np.all(machine.read(scale, np.bool_)))

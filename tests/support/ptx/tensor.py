@@ -104,14 +104,14 @@ def load(machine: Machine, instruction: Instruction, mask: Mask) -> None:
 def multiply(machine: Machine, instruction: Instruction, mask: Mask) -> None:
     """bfloat16 rows of tensor memory times shared memory, for one thread that asks; done when a commit is waited for."""
     d, a, descriptor, shape, adds = instruction.operands
-    described, kind = (int(np.broadcast_to(machine.read(x, t), machine.threads)[mask][0])
-                       for x, t in ((descriptor, np.uint64), (shape, np.uint32)))  # fmt: skip
+    described = int(machine.lanes(descriptor, np.uint64)[mask][0])
+    kind = int(machine.lanes(shape, np.uint32)[mask][0])
     # The instruction descriptor: float32 sums, bfloat16 on both sides, nothing negated or transposed.
     rows, columns, formats = (kind >> 24 & 0x1F) << 4, (kind >> 17 & 0x3F) << 3, kind & 0x1FFFF
     if mask.sum() != 1 or formats != 1 << 4 | 1 << 7 | 1 << 10:
         raise PtxError(f"the interpreter does not know {instruction.text}")
     out, left = (one(machine, operand, mask) for operand in (d, a))
-    adding = bool(np.broadcast_to(machine.read(adds, np.bool_), machine.threads)[mask][0])
+    adding = bool(machine.lanes(adds, np.bool_)[mask][0])
     memory = memory_of(machine)
     # 64 rows lie in the first half of each warp's lanes.
     lanes = np.arange(rows) if rows == LANES else np.arange(rows) // 16 * 32 + np.arange(rows) % 16
@@ -148,7 +148,7 @@ def barrier(machine: Machine, instruction: Instruction, mask: Mask) -> None:
             del phases[place]
     elif kind == "try_wait":
         place = one(machine, instruction.operands[1], mask)
-        parity = int(np.broadcast_to(machine.read(instruction.operands[2], np.uint32), machine.threads)[mask][0])
+        parity = int(machine.lanes(instruction.operands[2], np.uint32)[mask][0])
         if place not in phases:
             raise PtxError(f"a barrier is waited for that was not made: {instruction.text}")
         while phases[place] % 2 == parity:
