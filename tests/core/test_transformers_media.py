@@ -102,7 +102,7 @@ def test_video_chunks_and_their_text(count: int, size: tuple[int, int]) -> None:
         return_tensors="pt",
     )
     groups = [slice(start, start + 4) for start in range(0, count, 4)]
-    chunks = [make_chunk(indices[group], frames[group], fps, CONFIG) for group in groups]
+    chunks = [make_chunk(indices[group], frames[group], indices[group][0] / fps, CONFIG) for group in groups]
     assert theirs["video_grid_thw"].tolist() == [list(chunk.grid_thw) for chunk in chunks]
     levels = np.concatenate(
         [
