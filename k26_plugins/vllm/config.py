@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from k26_plugins.common import metrics
-from k26_plugins.common.config import K26Config
+from k26_plugins.common.config import ARCHITECTURE, K26Config
 from k26_plugins.common.serving import core_config, write_vision
 from k26_plugins.common.settings import check_settings
 from k26_plugins.vllm import compat, logger
@@ -21,14 +21,18 @@ class Answer:
     """Of the published layout; None for a checkpoint that is vLLM's own code's to serve."""
 
 
+def choose_tokenizer(model_config: Any) -> None:
+    """The core's tokenizer for this architecture, unless the user chose one."""
+    if model_config.tokenizer_mode == "auto" and ARCHITECTURE in (model_config.hf_config.architectures or []):
+        model_config.tokenizer_mode = compat.TOKENIZER_MODE
+
+
 def prepare(model_config: Any) -> None:
     """Validate the configuration, give vLLM's spelling the core's values, and check a local checkpoint's headers.
 
     Raises ConfigError, CheckpointError, or ValueError for a wrong setting: the start stops in the process that the user
     looks at.
     """
-    if model_config.tokenizer_mode == "auto":
-        model_config.tokenizer_mode = compat.TOKENIZER_MODE
     check_settings()
     config = core_config(model_config.hf_config, model_config.model, model_config.revision, logger.warning)
     if config is not None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from support.layouts import OTHER, PUBLISHED, make
+from support.remote_code import plant
 from support.sameness import SIZES, TEXTS, image_of, media_line, recorded
 from support.sglang_server import boot_folder
 
@@ -57,6 +58,15 @@ def test_a_failing_registration_leaves_sglang_alone(
 def test_a_name_that_sglang_lost_is_one_clear_error() -> None:
     with pytest.raises(compat.UnsupportedEngineError, match=r"sglang .* has no sglang.nothing.Here.*checked on sglang"):
         compat.private("sglang.nothing", "Here")
+
+
+def test_no_file_of_the_checkpoint_is_executed(tiny_folder: Path, tmp_path: Path) -> None:
+    """By the configuration, the tokenizer and the processor, which every process reads with the flag's value."""
+    utils = sglang_utils()
+    mark = plant(tiny_folder, tmp_path / "DIR")
+    for read in (utils.get_config, utils.get_tokenizer, utils.get_processor):
+        read(str(tmp_path / "DIR"), trust_remote_code=True)
+    assert not mark.exists(), mark.read_text()
 
 
 def test_the_environment_variable_of_0_5_10_makes_it_active(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from support.layouts import OTHER, PUBLISHED, make
+from support.remote_code import plant
 
 from k26_plugins.common.checkpoint import Checkpoint, expert_name, shard
 from k26_plugins.common.config import ARCHITECTURE, K26Config
@@ -55,7 +56,6 @@ def hf_config(folder: Path) -> Any:
 
 def test_the_configuration_is_understood_and_written_back(tiny_folder: Path) -> None:
     class ModelConfig:
-        tokenizer_mode = "auto"
         model = str(tiny_folder)
         revision = None
 
@@ -65,7 +65,22 @@ def test_the_configuration_is_understood_and_written_back(tiny_folder: Path) -> 
     found = ModelConfig.hf_config  # type: ignore[attr-defined]
     assert found.vision_config.hidden_size == 144
     assert compat.media_token_id(found) == 277
-    assert ModelConfig.tokenizer_mode == compat.TOKENIZER_MODE
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_no_file_of_the_checkpoint_is_executed(tiny_folder: Path, tmp_path: Path, trusted: bool) -> None:
+    """By all that vLLM builds before the model: configuration, tokenizer, processor."""
+    from vllm.config import ModelConfig
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    register()
+    mark = plant(tiny_folder, tmp_path / "DIR")
+    model_config = ModelConfig(str(tmp_path / "DIR"), trust_remote_code=trusted, enforce_eager=True, max_model_len=4096)
+    assert model_config.tokenizer_mode == compat.TOKENIZER_MODE
+    cached_tokenizer_from_config(model_config)
+    MULTIMODAL_REGISTRY.create_processor(model_config)
+    assert not mark.exists(), mark.read_text()
 
 
 def test_a_worker_without_the_package_cannot_read_the_configuration(tiny_folder: Path, tmp_path: Path) -> None:
