@@ -49,7 +49,7 @@ def doubled_scale(source: Path, folder: Path) -> Path:
 
 def another_model(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
-    config["text_config"]["scoring_func"] = "softmax"
+    config["text_config"]["n_routed_experts"] = 9
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -57,7 +57,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "truncated": (truncate, "truncated: "),
     "missing": (drop, f"missing: {EXPERT}.weight_packed should be I32"),
     "float16-scales": (half_scales, f"wrong dtype: {EXPERT}.weight_scale has dtype F16, expected BF16"),
-    "another-model": (another_model, "'text_config.scoring_func' is 'softmax', expected 'sigmoid'"),
+    "another-model": (
+        another_model,
+        "language_model.model.layers.1.mlp.experts.8.down_proj.weight_packed should be I32",
+    ),
 }
 """How a checkpoint can be broken, and what the start must say of it, in every engine."""
 
