@@ -303,19 +303,22 @@ def test_compiled_once(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_which_instruction_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the CPU has and torch was not told to do without."""
-    flags = set().union(*(variant.needs for variant in VARIANTS.values()))
+    x86 = set().union(*(variant.needs for variant in VARIANTS.values())) - VARIANTS["neon_dotprod"].needs
+    arm = set(VARIANTS["neon_dotprod"].needs)
     for capability, missing, expected in (
         ("AVX512", set(), ["avx512_vnni", "avx512", "avx2_vnni", "avx2"]),
         ("AVX512_BF16", {"avx_vnni"}, ["avx512_vnni", "avx512", "avx2"]),
         ("AVX512", {"avx512_vnni", "avx_vnni"}, ["avx512", "avx2"]),
         ("AVX2", set(), ["avx2_vnni", "avx2"]),
         ("AVX2", {"avx512f", "avx_vnni"}, ["avx2"]),
-        ("DEFAULT", set(), []),
+        ("DEFAULT", {"asimddp"}, []),
+        ("SVE256", set(), ["neon_dotprod"]),
     ):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
-        monkeypatch.setattr(build, "cpu_flags", lambda missing=missing: frozenset(flags - missing))
+        flags = frozenset((x86 if capability.startswith("AVX") else arm) - missing)
+        monkeypatch.setattr(build, "cpu_flags", lambda flags=flags: flags)
         assert build.variants() == expected
-    with pytest.raises(BuildError, match="it needs AVX2 or AVX512 and torch finds DEFAULT"):
+    with pytest.raises(BuildError, match="it needs AVX2, AVX512 or ARM's dot product and torch finds DEFAULT"):
         build._best_library()
 
 

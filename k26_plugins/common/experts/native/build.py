@@ -25,7 +25,7 @@ class Variant(NamedTuple):
     """The library for one instruction set."""
 
     capability: str
-    """Of torch, which can be told to do with less (ATEN_CPU_CAPABILITY)."""
+    """Of torch, which can be told to do with less (ATEN_CPU_CAPABILITY); empty where it does not matter."""
     needs: frozenset[str]
     """Of the CPU, as Linux names them."""
     flags: tuple[str, ...]
@@ -44,9 +44,10 @@ VARIANTS = {
     "avx512": _avx("AVX512", *AVX512),
     "avx2_vnni": _avx("AVX2", *AVX2, also="avx_vnni"),
     "avx2": _avx("AVX2", *AVX2),
+    "neon_dotprod": Variant("", frozenset({"asimd", "asimddp"}), ("-march=armv8.2-a+dotprod",)),
 }
-# torch's names for what a CPU can do, each a part of the next.
-CAPABILITIES = ("AVX2", "AVX512")
+# torch's names for what an x86 CPU can do, each a part of the next; on ARM they say nothing that matters here.
+CAPABILITIES = ("", "AVX2", "AVX512")
 COMPILERS = ("c++", "g++", "clang++")
 # No contraction: the same operations, whatever the compiler inlines where.
 FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
@@ -78,13 +79,14 @@ def _best_library() -> ctypes.CDLL:
             return library(name)
         except BuildError as error:
             first = first or error
-    raise first or BuildError(f"it needs AVX2 or AVX512 and torch finds {torch.backends.cpu.get_cpu_capability()}")
+    found = torch.backends.cpu.get_cpu_capability()
+    raise first or BuildError(f"it needs AVX2, AVX512 or ARM's dot product and torch finds {found}")
 
 
 def variants() -> list[str]:
     """The instruction sets that this CPU can run, best first, unless torch was told to do with less."""
     found = torch.backends.cpu.get_cpu_capability()
-    allowed = CAPABILITIES[: 1 + next((i for i, name in enumerate(CAPABILITIES) if found.startswith(name)), -1)]
+    allowed = CAPABILITIES[: 1 + max(i for i, name in enumerate(CAPABILITIES) if found.startswith(name))]
     flags = cpu_flags()
     return [name for name, variant in VARIANTS.items() if variant.capability in allowed and variant.needs <= flags]
 
@@ -95,7 +97,7 @@ def cpu_flags() -> frozenset[str]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return frozenset()
-    return frozenset(next((line.split() for line in lines if line.startswith("flags")), ()))
+    return frozenset(next((line.split() for line in lines if line.startswith(("flags", "Features"))), ()))
 
 
 def build(variant: str) -> Path:

@@ -18,6 +18,8 @@
 #include "simd_avx512.hpp"
 #elif defined(__AVX2__)
 #include "simd_avx2.hpp"
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include "simd_neon.hpp"
 #else
 #error "no instruction set that the experts are written for"
 #endif
