@@ -49,7 +49,7 @@ def run(
     """What the program computes, and the instruction set that it names."""
     program, result = folder / "program", folder / "result"
     common = [flag for flag in FLAGS if flag not in ("-O3", "-fPIC", "-shared")]
-    command = [compiler, *common, "-O1", *flags, f"-I{SOURCES}", str(DRIVER / "driver.cpp"), "-o", str(program), "-ldl"]
+    command = [compiler, *common, "-O0", *flags, f"-I{SOURCES}", str(DRIVER / "driver.cpp"), "-o", str(program), "-ldl"]
     compiled = subprocess.run(command, capture_output=True, text=True, check=False)
     assert compiled.returncode == 0, compiled.stderr[-3000:]
     done = subprocess.run(
@@ -72,7 +72,7 @@ def run(
 def here(sample: Sample, tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
     """The result of this CPU's best instruction set, with what ASan and UBSan have to say."""
     assert COMPILER is not None
-    flags = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-Wl,--no-as-needed", "-lgomp")
+    flags = ("-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-Wl,--no-as-needed", "-lgomp")
     return run(sample, tmp_path_factory.mktemp("here"), COMPILER, *VARIANTS[variants()[0]].flags, *flags)[0]
 
 
@@ -93,7 +93,7 @@ def test_thread_sanitizer(sample: Sample, here: torch.Tensor, tmp_path: Path) ->
     assert COMPILER is not None
     # Its shadow memory leaves no room for the addresses that newer kernels choose at random.
     fixed = ("setarch", "-R") if shutil.which("setarch") else ()
-    flags = ("-g", "-fsanitize=thread", *VARIANTS[variants()[0]].flags)
+    flags = ("-g1", "-fsanitize=thread", *VARIANTS[variants()[0]].flags)
     assert torch.equal(run(sample, tmp_path, COMPILER, *flags, emulator=fixed)[0], here)
 
 

@@ -36,8 +36,8 @@ int main(int, char** arguments) {
   fclose(given);
 
   const int64_t threads = std::atoi(arguments[3]);
-  const std::vector<int32_t> cpus(threads, 0);
-  std::vector<int32_t> nodes(threads, 0);
+  std::vector<int32_t> cpus(threads), nodes(threads, 0);
+  for (int64_t i = 0; i < threads; ++i) cpus[i] = static_cast<int32_t>(i % sysconf(_SC_NPROCESSORS_ONLN));
   nodes.back() = threads > 2;
   // Never freed, as in a process that serves: the pool's threads use it until the end.
   static Process* process = k26_create();

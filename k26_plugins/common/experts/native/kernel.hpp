@@ -57,17 +57,21 @@ inline Floats add_group(Floats total, Ints sums, Floats scale, const Terms& term
 template <int kTokens>
 inline void add_groups(const Weights& weights, Floats scale, const Activations& x, int64_t group, int first, float* totals) {
   const Quantised* values[kTokens];
+  const Terms* terms[kTokens];
   int32_t offsets[kTokens];
   Ints sums[kTokens];
+#pragma GCC unroll 4
   for (int i = 0; i < kTokens; ++i) {
     const int64_t index = x.index(group, first + i);
     values[i] = x.groups + index;
-    offsets[i] = x.terms[index].offset;
+    terms[i] = x.terms + index;
+    offsets[i] = terms[i]->offset;
   }
   weights.sums<kTokens>(values, offsets, sums);
+#pragma GCC unroll 4
   for (int i = 0; i < kTokens; ++i) {
     float* total = totals + (first + i) * kRows;
-    store(total, add_group(load(total), sums[i], scale, x.terms[x.index(group, first + i)]));
+    store(total, add_group(load(total), sums[i], scale, *terms[i]));
   }
 }
 
