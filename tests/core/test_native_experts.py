@@ -318,6 +318,8 @@ def test_which_instruction_sets(monkeypatch: pytest.MonkeyPatch) -> None:
         flags = frozenset((x86 if capability.startswith("AVX") else arm) - missing)
         monkeypatch.setattr(build, "cpu_flags", lambda flags=flags: flags)
         assert build.variants() == expected
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    monkeypatch.setattr(build, "cpu_flags", frozenset)
     with pytest.raises(BuildError, match="it needs AVX2, AVX512 or ARM's dot product and torch finds DEFAULT"):
         build._best_library()
 
