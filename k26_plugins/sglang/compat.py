@@ -160,14 +160,26 @@ def serves_chats() -> bool:
     return "sglang.srt.entrypoints.http_server" in sys.modules
 
 
-def hook_chat(path: str, hook: Callable[..., Any]) -> None:
+def hook_chat(path: str, hook: Callable[..., Any], module: str = "serving_chat") -> None:
     """Put `hook(original, …)` around a function or a method of SGLang's chat API; one it does not have is left out."""
-    owner: Any = importlib.import_module("sglang.srt.entrypoints.openai.serving_chat")
+    owner: Any = importlib.import_module(f"sglang.srt.entrypoints.openai.{module}")
     *classes, name = path.split(".")
     for part in classes:
         owner = getattr(owner, part)
     if hasattr(owner, name):
         _wrap(owner, name, hook)
+
+
+def hook_responses(path: str, hook: Callable[..., Any]) -> None:
+    """The same of its Responses API, without which SGLang serves where an import of it fails."""
+    with contextlib.suppress(ImportError):
+        hook_chat(path, hook, "serving_responses")
+
+
+def chat_part(part: Any) -> Any:
+    """A part of the Responses API's as the chat API has it."""
+    serving = private("sglang.srt.entrypoints.openai.serving_responses", "OpenAIServingResponses")
+    return serving._normalize_response_content_part_for_chat(part)
 
 
 def _held(source: Any) -> bytes | None:

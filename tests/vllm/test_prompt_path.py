@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.clients import AnthropicClientTests, ImageResultTests, OpenAIClientTests, ResponsesClientTests
 from support.prompt_path import PromptPathTests
 from support.server import Server, python_path
 from support.vllm_scripted import script
@@ -21,9 +22,15 @@ def server(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield running
 
 
-class TestPromptPath(PromptPathTests):
+class Ordered:
+    def script(self, folder: Path, answer: str) -> dict[str, Any]:
+        return script(folder, answer)
+
+
+class TestPromptPath(Ordered, PromptPathTests):
     parsers = "reasoning parser k26, tool-call parser k26"
     hostile_requests = 60
 
-    def script(self, folder: Path, answer: str) -> dict[str, Any]:
-        return script(folder, answer)
+
+class TestClients(Ordered, OpenAIClientTests, AnthropicClientTests, ResponsesClientTests, ImageResultTests):
+    """All three interfaces take the field that orders an answer."""
