@@ -16,6 +16,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+from k26_plugins.common.departures import departures, is_yarn
+
 ARCHITECTURE = "KimiK25ForConditionalGeneration"
 MODEL_TYPES = ("kimi_k25",)
 TEXT_MODEL_TYPES = ("kimi_k2", "deepseek_v3")
@@ -25,8 +27,11 @@ class ConfigError(ValueError):
     """A configuration that is not Kimi-K2.6's, or one that contradicts itself. The message names the field."""
 
 
-class UnsupportedQuantizationError(ConfigError):
-    """The right architecture with experts in another format than the published INT4."""
+class OtherLayoutError(ConfigError):
+    """This architecture in another layout than the published one, or with a part that the core does not compute.
+
+    Such a checkpoint is the engine's to serve.
+    """
 
 
 def _refuse(name: str, value: object, expected: str) -> NoReturn:
@@ -212,7 +217,19 @@ class K26Config:
     def from_dict(cls, config: Mapping[str, Any]) -> K26Config:
         """Read a `config.json` mapping, or an engine's configuration turned into one.
 
-        Raises ConfigError, which names the field, for another architecture or for a value that this model cannot have.
+        Raises ConfigError, which names the field, for another architecture or for a value that this model cannot have,
+        and OtherLayoutError for what is not as published.
+        """
+        found, other = cls.read(config)
+        if other:
+            raise OtherLayoutError(other[0])
+        return found
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> tuple[K26Config, list[str]]:
+        """The sizes of any checkpoint of this architecture, and what in its configuration is not as published.
+
+        Where the list is not empty the sizes say how large the model is, and not how it is stored. Raises ConfigError.
         """
         _check_architecture(config)
         text = config.get("text_config")
@@ -221,17 +238,13 @@ class K26Config:
             _refuse("text_config", text, "an object")
         if not isinstance(vision, Mapping):
             _refuse("vision_config", vision, "an object")
-        _check_fixed("text_config", text, _TEXT_FIXED)
-        _check_fixed("vision_config", vision, _VISION_FIXED)
-        if config.get("tie_word_embeddings") and text.get("tie_word_embeddings", True):
-            _refuse("tie_word_embeddings", True, "false: lm_head has weights of its own")
-        quantization = config.get("quantization_config") or text.get("quantization_config")
+        if text.get("model_type", TEXT_MODEL_TYPES[0]) not in TEXT_MODEL_TYPES:
+            _refuse("text_config.model_type", text["model_type"], " or ".join(map(repr, TEXT_MODEL_TYPES)))
         text_fields = _pick("text_config", TextConfig, text, {})
         text_fields["rope_scaling"] = _read_yarn(text)
         text_fields["rope_theta"] = (text.get("rope_parameters") or {}).get("rope_theta", text.get("rope_theta"))
         if text_fields["rope_theta"] is None:
             _refuse("text_config.rope_theta", None, "a number")
-        text_fields["quantization"] = _read_quantization(quantization)
         vision_fields = _pick("vision_config", VisionConfig, vision, _VISION_SPELLINGS)
         # transformers keeps the projector's epsilon, and not its output width, beside the vision configuration.
         vision_fields.setdefault("text_hidden_size", text_fields["hidden_size"])
@@ -240,11 +253,12 @@ class K26Config:
         merge = vision_fields.get("merge_kernel_size")
         if isinstance(merge, list):
             vision_fields["merge_kernel_size"] = tuple(merge)
-        return cls(
+        sizes = cls(
             text=TextConfig(**text_fields),
             vision=VisionConfig(**vision_fields),
             **_read_token_ids(config, text),
         )
+        return sizes, departures(config)
 
     @classmethod
     def from_path(cls, path: str | Path) -> K26Config:
@@ -268,27 +282,6 @@ def read_config_json(path: str | Path) -> dict[str, Any]:
     return config
 
 
-# What the arithmetic of this package takes for granted. A missing field has the published value.
-_TEXT_FIXED: dict[str, tuple[object, ...]] = {
-    "model_type": TEXT_MODEL_TYPES,
-    "scoring_func": ("sigmoid",),
-    "topk_method": ("noaux_tc",),
-    "hidden_act": ("silu",),
-    "n_group": (1, None),
-    "topk_group": (1, None),
-    "moe_layer_freq": (1,),
-    "attention_bias": (False,),
-    "tie_word_embeddings": (False,),
-    "num_nextn_predict_layers": (0, None),
-}
-_VISION_FIXED: dict[str, tuple[object, ...]] = {
-    "merge_type": ("sd2_tpool",),
-    "pos_emb_type": ("divided_fixed",),
-    "video_attn_type": ("spatial_temporal",),
-    "mm_projector_type": ("patchmerger",),
-    "projector_hidden_act": ("gelu",),
-    "hidden_act": ("gelu_pytorch_tanh",),
-}
 # Other spellings of a field, the hub's first.
 _VISION_SPELLINGS: dict[str, tuple[str, ...]] = {
     "hidden_size": ("vt_hidden_size",),
@@ -311,12 +304,6 @@ def _check_architecture(config: Mapping[str, Any]) -> None:
         _refuse("model_type", config.get("model_type"), " or ".join(map(repr, MODEL_TYPES)))
 
 
-def _check_fixed(prefix: str, config: Mapping[str, Any], fixed: Mapping[str, tuple[object, ...]]) -> None:
-    for name, allowed in fixed.items():
-        if name in config and config[name] not in allowed:
-            _refuse(f"{prefix}.{name}", config[name], " or ".join(map(repr, allowed)))
-
-
 def _pick(
     prefix: str, target: type, config: Mapping[str, Any], spellings: Mapping[str, tuple[str, ...]]
 ) -> dict[str, Any]:
@@ -336,46 +323,11 @@ def _pick(
 
 
 def _read_yarn(text: Mapping[str, Any]) -> YarnConfig:
+    """The parameters of a scaling that is YaRN's; the published ones of any other, which `departures` has named."""
     scaling = text.get("rope_scaling") or text.get("rope_parameters")
-    if not isinstance(scaling, Mapping):
-        _refuse("text_config.rope_scaling", scaling, "YaRN's parameters")
-    kind = scaling.get("rope_type") or scaling.get("type")
-    # SGLang and vLLM rename the type for their DeepSeek rotary class.
-    if kind not in ("yarn", "deepseek_yarn"):
-        _refuse("text_config.rope_scaling.type", kind, "'yarn'")
     known = {item.name for item in fields(YarnConfig)}
-    return YarnConfig(**{name: value for name, value in scaling.items() if name in known})
-
-
-def _read_quantization(quantization: object) -> QuantConfig:
-    try:
-        return _read_int4(quantization)
-    except ConfigError as error:
-        raise UnsupportedQuantizationError(str(error)) from error
-
-
-def _read_int4(quantization: object) -> QuantConfig:
-    if not isinstance(quantization, Mapping):
-        _refuse("quantization_config", quantization, "the INT4 description, at the top level or inside text_config")
-    for name, required in (("quant_method", "compressed-tensors"), ("format", "pack-quantized")):
-        if quantization.get(name) != required:
-            _refuse(f"quantization_config.{name}", quantization.get(name), repr(required))
-    groups = quantization.get("config_groups")
-    if not isinstance(groups, Mapping) or len(groups) != 1:
-        _refuse("quantization_config.config_groups", groups, "one group")
-    group = next(iter(groups.values()))
-    weights = group.get("weights") if isinstance(group, Mapping) else None
-    if not isinstance(weights, Mapping):
-        _refuse("quantization_config.config_groups.weights", weights, "an object")
-    if group.get("input_activations") is not None:
-        _refuse("quantization_config.config_groups.input_activations", group["input_activations"], "null")
-    fixed: dict[str, object] = {"type": "int", "symmetric": True, "strategy": "group"}
-    for name, expected in fixed.items():
-        if weights.get(name) != expected:
-            _refuse(f"quantization_config.config_groups.weights.{name}", weights.get(name), repr(expected))
-    if weights.get("actorder"):
-        _refuse("quantization_config.config_groups.weights.actorder", weights["actorder"], "null")
-    return QuantConfig(num_bits=weights.get("num_bits", 0), group_size=weights.get("group_size", 0))
+    given = scaling if is_yarn(scaling) else {}
+    return YarnConfig(**{name: value for name, value in given.items() if name in known})
 
 
 def _read_token_ids(config: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, int]:

@@ -5,20 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from k26_plugins.common.config import K26Config, UnsupportedQuantizationError
+from k26_plugins.common.checkpoint import Layout, classify, local_folder
+from k26_plugins.common.config import K26Config
 
 
-def published_int4(hf_config: Any, warn: Callable[[str], None]) -> K26Config | None:
-    """The core's configuration of an engine's, or None for a checkpoint whose experts are not the published INT4.
+def core_config(
+    hf_config: Any, name: str, revision: str | None, warn: Callable[[str], None], cache_dir: str | None = None
+) -> K26Config | None:
+    """The core's configuration of a checkpoint in the published layout; None for another layout, which is the engine's.
 
-    Such a one (NVFP4, bf16) is the engine's to serve, and `warn` says so. Raises ConfigError for anything else that is
-    not this model.
+    `warn` is told once why. name: a folder or a name on the hub. Raises ConfigError or CheckpointError for a checkpoint
+    that is damaged, contradicts itself or is of another model.
     """
-    try:
-        return K26Config.from_dict(hf_config.to_dict())
-    except UnsupportedQuantizationError as error:
-        warn(f"Kimi-K2.6 without the published INT4 experts keeps the engine's own experts and loader: {error}")
-        return None
+    answer = classify(hf_config.to_dict(), local_folder(name, revision, cache_dir))
+    if answer.layout is Layout.PUBLISHED:
+        return answer.config
+    warn(
+        f"k26-plugins: this checkpoint is not in Kimi-K2.6's published layout, the engine's own code serves it: "
+        f"{answer.reason}."
+    )
+    return None
 
 
 def write_vision(config: K26Config, hf_vision_config: Any) -> None:

@@ -17,8 +17,10 @@ def register() -> None:
     A failure is logged, and SGLang stays as it was. `SGLANG_PLUGINS` without `k26` in it switches the plugin off.
     """
     try:
+        from k26_plugins.common.remote_code import refuse_remote_code
         from k26_plugins.sglang import compat
 
+        refuse_remote_code()
         compat.register_media("k26_plugins.sglang.media")  # first: it is the one that a user's settings may forbid
         compat.register_config("k26_plugins.sglang.config", "KimiK25Config")
         compat.register_processor("k26_plugins.sglang.processor", "K26Processor")

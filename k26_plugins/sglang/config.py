@@ -5,8 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from typing import Any
 
-from k26_plugins.common.checkpoint import require_whole
-from k26_plugins.common.serving import published_int4, write_vision
+from k26_plugins.common.serving import core_config, write_vision
 from k26_plugins.common.settings import check_settings
 from k26_plugins.sglang import compat, logger
 
@@ -25,13 +24,16 @@ class KimiK25Config(compat.in_tree_config()):  # type: ignore[misc]
         Raises ConfigError, CheckpointError, or ValueError for a wrong setting, in the process that the user looks at.
         """
         found = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        config = published_int4(found, logger.warning)
+        is_parent = multiprocessing.parent_process() is None
+        if is_parent:
+            check_settings()
+        warn = logger.warning if is_parent else logger.debug
+        config = core_config(found, str(pretrained_model_name_or_path), kwargs.get("revision"), warn)
+        # Read where the model is built, in this process.
+        found.k26_published_layout = config is not None
         if config is None:
             return found
         write_vision(config, found.vision_config)
         found.vision_config.projector_ln_eps = config.vision.projector_ln_eps
         found.media_placeholder_token_id = config.media_placeholder_token_id
-        if multiprocessing.parent_process() is None:
-            require_whole(pretrained_model_name_or_path)
-            check_settings()
         return found

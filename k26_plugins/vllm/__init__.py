@@ -15,13 +15,16 @@ def register() -> None:
     was. `VLLM_PLUGINS` without `k26` in it switches the plugin off.
     """
     try:
+        from k26_plugins.common.remote_code import refuse_remote_code
         from k26_plugins.vllm import compat
 
+        refuse_remote_code()
         compat.register_model("k26_plugins.vllm.model")
         compat.register_tokenizer(
             ("k26_plugins.vllm.tokenizer", "K26Tokenizer"), ("k26_plugins.vllm.renderer", "K26Renderer")
         )
         compat.register_parsers("k26_plugins.vllm.output", "K26ToolParser", "K26ReasoningParser")
+        compat.register_tokenizer_choice("k26_plugins.vllm.config", "choose_tokenizer")
         compat.register_argument_hook("k26_plugins.vllm.defaults", "from_cli_args")
         compat.register_config_hook("k26_plugins.vllm.config")
     except Exception:

@@ -53,7 +53,7 @@ def register_model(module: str) -> None:
 
 
 def register_config_hook(module: str) -> None:
-    """Have vLLM call `module`'s `prepare(model_config)` for this architecture, before tokenizer and processor exist."""
+    """Have vLLM call `module`'s `prepare(model_config)` for this architecture, at the end of its configuration."""
     base = private("vllm.model_executor.models.config", "VerifyAndUpdateConfig")
 
     class K26ConfigHook(base):  # type: ignore[misc, valid-type]
@@ -62,6 +62,26 @@ def register_config_hook(module: str) -> None:
             importlib.import_module(module).prepare(model_config)
 
     private("vllm.model_executor.models.config", "MODELS_CONFIG_MAP")[ARCHITECTURE] = K26ConfigHook
+
+
+def register_tokenizer_choice(module: str, name: str) -> None:
+    """Have `module.name(model_config)` called as soon as vLLM has read the checkpoint's configuration.
+
+    `register_config_hook` comes too late for what is chosen here: vLLM builds a tokenizer before it, to learn what media the
+    model takes. No registry is asked in between.
+    """
+    owner = private("vllm.config", "ModelConfig")
+    original = owner.get_model_arch_config
+    if getattr(original, "k26_hook", None) is not None:
+        return
+
+    @functools.wraps(original)
+    def get_model_arch_config(model_config: Any, *args: Any, **kwargs: Any) -> Any:
+        getattr(importlib.import_module(module), name)(model_config)
+        return original(model_config, *args, **kwargs)
+
+    get_model_arch_config.k26_hook = name  # type: ignore[attr-defined]
+    owner.get_model_arch_config = get_model_arch_config
 
 
 def register_argument_hook(module: str, name: str) -> None:

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from k26_plugins.common import metrics
-from k26_plugins.common.checkpoint import require_whole
-from k26_plugins.common.config import K26Config
-from k26_plugins.common.serving import published_int4, write_vision
+from k26_plugins.common.config import ARCHITECTURE, K26Config
+from k26_plugins.common.serving import core_config, write_vision
 from k26_plugins.common.settings import check_settings
 from k26_plugins.vllm import compat, logger
 
 
-class NeedsPlugin:
+@dataclass(frozen=True)
+class Answer:
     """Travels to every worker with the configuration: a worker on a machine without this package cannot read it, where
     vLLM's own class would have taken over in silence."""
+
+    core_config: K26Config | None
+    """Of the published layout; None for a checkpoint that is vLLM's own code's to serve."""
+
+
+def choose_tokenizer(model_config: Any) -> None:
+    """The core's tokenizer for this architecture, unless the user chose one."""
+    if model_config.tokenizer_mode == "auto" and ARCHITECTURE in (model_config.hf_config.architectures or []):
+        model_config.tokenizer_mode = compat.TOKENIZER_MODE
 
 
 def prepare(model_config: Any) -> None:
@@ -23,14 +33,11 @@ def prepare(model_config: Any) -> None:
     Raises ConfigError, CheckpointError, or ValueError for a wrong setting: the start stops in the process that the user
     looks at.
     """
-    if model_config.tokenizer_mode == "auto":
-        model_config.tokenizer_mode = compat.TOKENIZER_MODE
-    config = published_int4(model_config.hf_config, logger.warning)
+    check_settings()
+    config = core_config(model_config.hf_config, model_config.model, model_config.revision, logger.warning)
     if config is not None:
         _write_back(config, model_config.hf_config)
-        require_whole(model_config.model)
-        check_settings()
-    model_config.k26_plugins = NeedsPlugin()
+    model_config.k26_plugins = Answer(config)
     metrics.collect_from_workers()
     compat.use_media_connector("k26_plugins.vllm.media", "K26MediaConnector", model_config)
 

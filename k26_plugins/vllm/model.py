@@ -11,7 +11,6 @@ from vllm.platforms import current_platform
 
 from k26_plugins.common.checkpoint import account
 from k26_plugins.common.ranks import require_everywhere
-from k26_plugins.common.serving import published_int4
 from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, experts_for_device
 from k26_plugins.vllm import compat, logger
 from k26_plugins.vllm.experts import use_core_experts
@@ -28,7 +27,7 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
 
     def __init__(self, vllm_config: Any, prefix: str = "") -> None:
         require_everywhere("VLLM_PLUGINS")
-        self.core_config = published_int4(vllm_config.model_config.hf_config, logger.warning)
+        self.core_config = vllm_config.model_config.k26_plugins.core_config
         self.expert_parallel = vllm_config.parallel_config.enable_expert_parallel
         self.weights_loaded = False
         backend = experts_for_device(current_platform.device_type)

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.layouts import OTHER, PUBLISHED, make
+from support.remote_code import plant
 from support.sameness import SIZES, TEXTS, image_of, media_line, recorded
 from support.sglang_server import boot_folder
 
@@ -58,6 +60,15 @@ def test_a_name_that_sglang_lost_is_one_clear_error() -> None:
         compat.private("sglang.nothing", "Here")
 
 
+def test_no_file_of_the_checkpoint_is_executed(tiny_folder: Path, tmp_path: Path) -> None:
+    """By the configuration, the tokenizer and the processor, which every process reads with the flag's value."""
+    utils = sglang_utils()
+    mark = plant(tiny_folder, tmp_path / "DIR")
+    for read in (utils.get_config, utils.get_tokenizer, utils.get_processor):
+        read(str(tmp_path / "DIR"), trust_remote_code=True)
+    assert not mark.exists(), mark.read_text()
+
+
 def test_the_environment_variable_of_0_5_10_makes_it_active(tmp_path: Path) -> None:
     """And another sitecustomize on the path runs too."""
     (tmp_path / "sitecustomize.py").write_text("print('the other runs')\n")
@@ -90,21 +101,27 @@ def test_the_configuration_is_understood_in_the_hubs_spelling(tiny_folder: Path,
 def test_a_configuration_of_another_model_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_folder, tmp_path / "other"))
     content = json.loads((folder / "config.json").read_text())
-    content["text_config"]["n_group"] = 8
+    content["text_config"]["kv_lora_rank"] = -1
     (folder / "config.json").write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match=r"text_config.n_group"):
+    with pytest.raises(ConfigError, match=r"text_config.kv_lora_rank"):
         sglang_utils().get_config(str(folder), trust_remote_code=False)
 
 
-def test_another_quantisation_is_left_to_sglang(
-    tiny_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("name", OTHER)
+def test_another_layout_is_left_to_sglang(
+    tiny_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
-    folder = Path(shutil.copytree(tiny_folder, tmp_path / "nvfp4"))
-    content = json.loads((folder / "config.json").read_text())
-    content["text_config"]["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
-    (folder / "config.json").write_text(json.dumps(content))
-    sglang_utils().get_config(str(folder), trust_remote_code=False)
-    assert "keeps the engine's own experts" in caplog.text
+    """By SGLang's own reading of the configuration, with the reason in one line."""
+    folder = make(OTHER[name][0], tiny_folder, tmp_path / "made")
+    config = sglang_utils().get_config(str(folder), trust_remote_code=False)
+    assert not config.k26_published_layout
+    assert caplog.text.count("the engine's own code serves it") == 1
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_layout_is_the_cores(tiny_folder: Path, tmp_path: Path, name: str) -> None:
+    folder = make(PUBLISHED[name], tiny_folder, tmp_path / "made")
+    assert sglang_utils().get_config(str(folder), trust_remote_code=False).k26_published_layout
 
 
 def test_token_ids_are_those_of_vllm(tiny_folder: Path) -> None:

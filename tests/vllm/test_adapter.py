@@ -15,13 +15,14 @@ import pytest
 import torch
 from support.data_urls import WRITERS
 from support.images import png, random_image
-from transformers import PretrainedConfig
+from support.layouts import OTHER, PUBLISHED, make
+from support.remote_code import plant
 
 from k26_plugins.common.checkpoint import Checkpoint, expert_name, shard
-from k26_plugins.common.config import ARCHITECTURE
+from k26_plugins.common.config import ARCHITECTURE, K26Config
 from k26_plugins.common.experts import ExpertWeights, create_experts
 from k26_plugins.common.media import MediaError
-from k26_plugins.common.serving import published_int4
+from k26_plugins.common.serving import core_config
 from k26_plugins.vllm import compat, config, register
 from k26_plugins.vllm.experts import K26ExpertsMethod, use_core_experts
 from k26_plugins.vllm.media import K26MediaConnector
@@ -60,7 +61,6 @@ def hf_config(folder: Path) -> Any:
 
 def test_the_configuration_is_understood_and_written_back(tiny_folder: Path) -> None:
     class ModelConfig:
-        tokenizer_mode = "auto"
         model = str(tiny_folder)
         revision = None
 
@@ -70,7 +70,22 @@ def test_the_configuration_is_understood_and_written_back(tiny_folder: Path) -> 
     found = ModelConfig.hf_config  # type: ignore[attr-defined]
     assert found.vision_config.hidden_size == 144
     assert compat.media_token_id(found) == 277
-    assert ModelConfig.tokenizer_mode == compat.TOKENIZER_MODE
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_no_file_of_the_checkpoint_is_executed(tiny_folder: Path, tmp_path: Path, trusted: bool) -> None:
+    """By all that vLLM builds before the model: configuration, tokenizer, processor."""
+    from vllm.config import ModelConfig
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    register()
+    mark = plant(tiny_folder, tmp_path / "DIR")
+    model_config = ModelConfig(str(tmp_path / "DIR"), trust_remote_code=trusted, enforce_eager=True, max_model_len=4096)
+    assert model_config.tokenizer_mode == compat.TOKENIZER_MODE
+    cached_tokenizer_from_config(model_config)
+    MULTIMODAL_REGISTRY.create_processor(model_config)
+    assert not mark.exists(), mark.read_text()
 
 
 def test_a_worker_without_the_package_cannot_read_the_configuration(tiny_folder: Path, tmp_path: Path) -> None:
@@ -96,16 +111,20 @@ def test_a_worker_without_the_package_cannot_read_the_configuration(tiny_folder:
     assert "No module named 'k26_plugins" in without.stderr, without.stderr
 
 
-def test_another_quantisation_is_left_to_vllm(tiny_folder: Path) -> None:
+@pytest.mark.parametrize("name", OTHER)
+def test_another_layout_is_left_to_vllm(tiny_folder: Path, tmp_path: Path, name: str) -> None:
+    """By vLLM's own reading of the configuration, with the reason in one line."""
+    folder = make(OTHER[name][0], tiny_folder, tmp_path / "made")
     warnings: list[str] = []
-    other = hf_config(tiny_folder)
-    quantization = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
-    text = other.text_config
-    if isinstance(text, PretrainedConfig):
-        text.quantization_config = quantization
-    other.quantization_config = quantization
-    assert published_int4(other, warnings.append) is None
-    assert "keeps the engine's own experts" in warnings[0]
+    assert core_config(hf_config(folder), str(folder), None, warnings.append) is None
+    assert len(warnings) == 1
+    assert "the engine's own code serves it" in warnings[0]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_layout_is_the_cores(tiny_folder: Path, tmp_path: Path, name: str) -> None:
+    folder = make(PUBLISHED[name], tiny_folder, tmp_path / "made")
+    assert core_config(hf_config(folder), str(folder), None, pytest.fail) == K26Config.from_path(folder)
 
 
 def quant_config(folder: Path) -> Any:

@@ -1,8 +1,11 @@
 """The checkpoint: its table of tensors, reading them, and checking a folder against the table."""
 
 from k26_plugins.common.checkpoint.accounting import account
-from k26_plugins.common.checkpoint.check import Fault, Problem, Report, check, compare, require_whole
+from k26_plugins.common.checkpoint.check import Report, check
+from k26_plugins.common.checkpoint.classify import Classification, Layout, classify, classify_folder
+from k26_plugins.common.checkpoint.fault import Fault, Problem, compare
 from k26_plugins.common.checkpoint.fingerprint import fingerprint
+from k26_plugins.common.checkpoint.folder import local_folder
 from k26_plugins.common.checkpoint.header import CheckpointError
 from k26_plugins.common.checkpoint.reader import Checkpoint
 from k26_plugins.common.checkpoint.stream import StreamedCheckpoint
@@ -18,7 +21,9 @@ from k26_plugins.common.checkpoint.table import (
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "Classification",
     "Fault",
+    "Layout",
     "Problem",
     "Report",
     "ShardError",
@@ -26,11 +31,13 @@ __all__ = [
     "TensorSpec",
     "account",
     "check",
+    "classify",
+    "classify_folder",
     "compare",
     "expert_bytes",
     "expert_name",
     "fingerprint",
-    "require_whole",
+    "local_folder",
     "shard",
     "tensor_table",
 ]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from k26_plugins.common.checkpoint.check import compare
+from k26_plugins.common.checkpoint.fault import compare
 from k26_plugins.common.checkpoint.header import CheckpointError
 from k26_plugins.common.checkpoint.table import TORCH_DTYPES, tensor_table
 from k26_plugins.common.config import K26Config

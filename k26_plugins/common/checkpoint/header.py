@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 INDEX_FILE = "model.safetensors.index.json"
+_SAVED_STATE = re.compile(r"model-rank-\d+-part-\d+\.safetensors")
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
@@ -23,6 +25,8 @@ class HeaderEntry:
     name: str
     shape: tuple[int, ...]
     dtype: str
+    start: int
+    """First byte of the tensor's data, counted from the start of the file."""
     end: int
     """First byte after the tensor's data, counted from the start of the file."""
 
@@ -54,7 +58,13 @@ def read_header(file: Path) -> list[HeaderEntry]:
 
 def _entry(name: str, fields: dict[str, Any], data_start: int) -> HeaderEntry:
     shape = tuple(int(size) for size in fields["shape"])
-    return HeaderEntry(name, shape, str(fields["dtype"]), data_start + int(fields["data_offsets"][1]))
+    start, end = (data_start + int(offset) for offset in fields["data_offsets"])
+    return HeaderEntry(name, shape, str(fields["dtype"]), start, end)
+
+
+def is_saved_state(files: list[Path]) -> bool:
+    """Whether the files are an engine's `sharded_state`: its own parameters, rank by rank, under its own names."""
+    return any(_SAVED_STATE.fullmatch(file.name) for file in files)
 
 
 def weight_files(folder: Path) -> list[Path]:

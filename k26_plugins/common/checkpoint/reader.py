@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from k26_plugins.common.checkpoint.check import compare
+from k26_plugins.common.checkpoint.fault import compare
 from k26_plugins.common.checkpoint.header import CheckpointError, weight_files
 from k26_plugins.common.checkpoint.table import TORCH_DTYPES, TensorSpec, tensor_table
 from k26_plugins.common.config import K26Config
@@ -35,7 +35,7 @@ class Checkpoint:
         problem = compare(name, tensor.shape, dtype, self.table.get(name))
         if problem:
             raise CheckpointError(f"{name} {problem.message}")
-        return tensor
+        return tensor.to(TORCH_DTYPES[self.table[name].dtype])
 
     @cached_property
     def _files(self) -> dict[str, Any]:

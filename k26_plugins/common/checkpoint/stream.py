@@ -13,7 +13,7 @@ from typing import NamedTuple, Self
 
 import torch
 
-from k26_plugins.common.checkpoint.check import compare
+from k26_plugins.common.checkpoint.fault import compare
 from k26_plugins.common.checkpoint.header import CheckpointError, read_header, weight_files
 from k26_plugins.common.checkpoint.table import TORCH_DTYPES, TensorSpec, tensor_table
 from k26_plugins.common.config import K26Config
@@ -22,7 +22,9 @@ from k26_plugins.common.config import K26Config
 class _Place(NamedTuple):
     descriptor: int
     start: int
+    end: int
     file: str
+    dtype: str
 
 
 class StreamedCheckpoint:
@@ -51,8 +53,7 @@ class StreamedCheckpoint:
                     raise CheckpointError(f"{entry.name} {problem.message}")
                 if entry.end > size:
                     raise CheckpointError(f"{entry.name} ends after {path.name} does: download that file again.")
-                start = entry.end - self.table[entry.name].num_bytes
-                self._places[entry.name] = _Place(descriptor, start, path.name)
+                self._places[entry.name] = _Place(descriptor, entry.start, entry.end, path.name, entry.dtype)
 
     def __enter__(self) -> Self:
         return self
@@ -62,11 +63,11 @@ class StreamedCheckpoint:
             os.close(descriptor)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor `name`, in memory of its own."""
+        """The tensor `name`, in memory of its own, in the table's dtype."""
         spec = self._spec(name)
-        out = torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype])
+        out = torch.empty(spec.shape, dtype=TORCH_DTYPES[self._place(name).dtype])
         self._read(name, 0, out)
-        return out
+        return out.to(TORCH_DTYPES[spec.dtype])
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows `start` to `stop` of a tensor, along its first dimension."""
@@ -76,9 +77,11 @@ class StreamedCheckpoint:
         return out
 
     def head(self, name: str, num_bytes: int) -> bytes:
-        """The first bytes of a tensor, fewer where it is smaller."""
+        """The first bytes of a tensor in the table's dtype, fewer where it is smaller."""
         place = self._place(name)
-        return os.pread(place.descriptor, min(num_bytes, self._spec(name).num_bytes), place.start)
+        if place.dtype != self._spec(name).dtype:
+            return self.tensor(name).view(torch.uint8).numpy().tobytes()[:num_bytes]
+        return os.pread(place.descriptor, min(num_bytes, place.end - place.start), place.start)
 
     def in_file_order(self, names: Iterable[str]) -> list[str]:
         return sorted(names, key=lambda name: self._place(name)[:2])

@@ -17,7 +17,7 @@ from k26_plugins.common.int4 import PACK_FACTOR
 
 LANGUAGE_MODEL = "language_model."
 # safetensors' names of the dtypes that occur.
-TORCH_DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "I32": torch.int32}
+TORCH_DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "I32": torch.int32, "I64": torch.int64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,11 @@ class TensorSpec:
     """Decoder layer, for pipeline parallelism; None outside the decoder's layers."""
     expert: int | None = None
     """Routed expert, for expert parallelism; None outside the routed experts."""
+
+    @property
+    def stored_dtypes(self) -> tuple[str, ...]:
+        """compressed-tensors writes a `weight_shape` in int64 too: two small numbers, the same in both."""
+        return (self.dtype, "I64") if self.dtype == "I32" and self.shape == (2,) else (self.dtype,)
 
     @property
     def num_bytes(self) -> int:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from k26_plugins.common.checkpoint import account
+from k26_plugins.common.config import K26Config
 from k26_plugins.common.ranks import require_everywhere
-from k26_plugins.common.serving import published_int4
-from k26_plugins.sglang import compat, logger
+from k26_plugins.sglang import compat
 from k26_plugins.sglang.experts import K26MoEScheme, chosen_backend, use_core_experts
 from k26_plugins.sglang.hybrid import K26HybridScheme, hybrid_settings
 from k26_plugins.sglang.router import use_float32_logits
@@ -24,7 +24,7 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
 
     def __init__(self, config: Any, quant_config: Any = None, prefix: str = "", **kwargs: Any) -> None:
         require_everywhere("SGLANG_PLUGINS")
-        self.core_config = published_int4(config, logger.warning)
+        self.core_config = K26Config.from_dict(config.to_dict()) if config.k26_published_layout else None
         self.weights_loaded = False
         if compat.device_type() == "cpu":
             from k26_plugins.sglang.attention import K26TorchNativeAttnBackend

@@ -1,0 +1,86 @@
+"""One of three answers for a checkpoint: the published layout, this architecture in another layout, or an error.
+
+The answer comes from what the files' headers say, and the configuration is held against it. What differs from the
+published table in the same way wherever it occurs is another layout, which an engine may serve by its own code. What
+differs here and there is damage, and so is a configuration that says something else than the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from k26_plugins.common.checkpoint.fault import listed
+from k26_plugins.common.checkpoint.header import INDEX_FILE, CheckpointError, is_saved_state
+from k26_plugins.common.checkpoint.inventory import take_inventory
+from k26_plugins.common.checkpoint.other_layout import examine
+from k26_plugins.common.config import K26Config, read_config_json
+
+# Where quantisers say it that leave config.json as it was: ModelOpt, AutoAWQ, AutoGPTQ.
+_QUANTISATION_FILES = ("hf_quant_config.json", "quant_config.json", "quantize_config.json")
+
+
+class Layout(StrEnum):
+    PUBLISHED = "published"
+    """As moonshotai publishes it, in any sizes: the core serves it."""
+    OTHER = "other"
+    """This architecture, stored or built otherwise: the engine's own code serves it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Classification:
+    layout: Layout
+    config: K26Config
+    """Its sizes; of the published layout, all that the core needs."""
+    reasons: tuple[str, ...] = ()
+    """What is not as published. Empty for the published layout."""
+
+    @property
+    def reason(self) -> str:
+        """The first of the reasons, and how many more there are."""
+        more = f" (and {len(self.reasons) - 1} more)" if len(self.reasons) > 1 else ""
+        return f"{self.reasons[0]}{more}" if self.reasons else ""
+
+
+def classify_folder(
+    folder: str | Path, on_file: Callable[[int, int], None] = lambda done, total: None
+) -> Classification:
+    """The answer for a checkpoint's folder, by its own config.json. Raises ConfigError or CheckpointError, the third."""
+    folder = Path(folder)
+    return classify(read_config_json(folder), folder, on_file)
+
+
+def classify(
+    config: Mapping[str, Any],
+    folder: Path | None,
+    on_file: Callable[[int, int], None] = lambda done, total: None,
+) -> Classification:
+    """The answer for a configuration, as a file or an engine has it, and the weights in `folder`.
+
+    folder: None, or one without weights, where they are not here yet (a name on the hub, dummy weights): then the
+    configuration decides, and what arrives is checked while it is loaded. `on_file(done, total)` is called after each
+    file. Raises ConfigError for another model or impossible sizes, CheckpointError for weights that are damaged or
+    contradict the configuration.
+    """
+    sizes, other = K26Config.read(config)
+    if folder is not None and (any(folder.glob("*.safetensors")) or (folder / INDEX_FILE).exists()):
+        inventory = take_inventory(folder, on_file)
+        problems = list(inventory.damage)
+        if is_saved_state(inventory.files):
+            other = [*other, f"{inventory.files[0].name} is part of a state that an engine saved"]
+        elif not problems:
+            elsewhere = any((folder / name).exists() for name in _QUANTISATION_FILES)
+            problems, found = examine(inventory.entries, config, sizes, other, quantised_elsewhere=elsewhere)
+            other = [*other, *found]
+        if problems:
+            problems.sort(key=lambda problem: (problem.fault, problem.name))
+            raise CheckpointError(
+                f"the checkpoint in {folder} has {len(problems)} faults:\n{listed(problems)}\n"
+                f"Run `k26 check {folder}` for all of them."
+            )
+    elif folder is not None and (weights := sorted((*folder.glob("*.gguf"), *folder.glob("*.bin")))):
+        other = [*other, f"the weights are in {weights[0].name}, not in safetensors files"]
+    return Classification(Layout.OTHER if other else Layout.PUBLISHED, sizes, tuple(other))

@@ -1,0 +1,32 @@
+"""Where a checkpoint's files lie: a folder of the user's, or the hub's cache with its links."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from k26_plugins.common.checkpoint.header import INDEX_FILE, CheckpointError, weight_files
+
+
+def local_folder(name: str | Path, revision: str | None = None, cache_dir: str | None = None) -> Path | None:
+    """The folder itself, or the cached snapshot of a name on the hub; None where its files are not all here yet.
+
+    Nothing is downloaded: an engine fetches the rest of a snapshot, and what arrives is checked while it is loaded.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        index = try_to_load_from_cache(str(name), INDEX_FILE, revision=revision, cache_dir=cache_dir)
+    except HFValidationError:
+        return None
+    if not isinstance(index, str):
+        return None
+    snapshot = Path(index).parent
+    try:
+        here = all(file.exists() for file in weight_files(snapshot))
+    except CheckpointError:
+        return None
+    return snapshot if here else None

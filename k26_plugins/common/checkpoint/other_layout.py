@@ -1,0 +1,176 @@
+"""What tells another layout of this architecture from a damaged checkpoint, tensor by tensor.
+
+A *module* is a tensor's name without its last part, which holds its *parts* (`weight`, `weight_scale`, …). A *kind* is a
+module without the numbers of its layer, block and expert. A quantiser changes every module of a kind, or its configuration
+says which it left alone; a broken download does neither.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from k26_plugins.common.checkpoint.fault import Fault, Problem, compare, extra, missing
+from k26_plugins.common.checkpoint.header import HeaderEntry
+from k26_plugins.common.checkpoint.stored_form import PLAIN, contradictions, form_of
+from k26_plugins.common.checkpoint.table import TensorSpec, tensor_table
+from k26_plugins.common.config import K26Config
+
+_NUMBERS = re.compile(r"\b(layers|blocks|experts)\.\d+")
+
+Modules = dict[str, dict[str, HeaderEntry]]
+
+
+def examine(
+    entries: Mapping[str, HeaderEntry],
+    config: Mapping[str, Any],
+    sizes: K26Config,
+    departures: list[str],
+    *,
+    quantised_elsewhere: bool,
+) -> tuple[list[Problem], list[str]]:
+    """What is wrong with the tensors, and what of them is in another layout; both empty for the published one.
+
+    departures: of the configuration. quantised_elsewhere: another file than config.json describes the quantisation.
+    """
+    table = tensor_table(sizes)
+    if entries.keys() == table.keys():
+        problems = [one for entry in entries.values() if (one := _compare(entry, table.get(entry.name)))]
+        if not problems and not departures:
+            return [], []
+    modules = _by_module(entries)
+    expected = _by_module(table)
+    problems, reasons = [], []
+    for found_problems, found_reasons in (
+        _lost(modules, expected, table),
+        _converted(modules, expected, table, bool(departures)),
+        _extra(modules, expected, sizes, config, bool(departures)),
+    ):
+        problems += found_problems
+        reasons += found_reasons
+    forms = {name: form_of({part: entry.dtype for part, entry in parts.items()}) for name, parts in modules.items()}
+    if not problems:
+        problems = contradictions(modules, forms, table, config, quantised_elsewhere=quantised_elsewhere)
+    return problems, reasons
+
+
+def kind_of(name: str) -> str:
+    return _NUMBERS.sub(r"\1.*", name)
+
+
+def _compare(entry: HeaderEntry, spec: TensorSpec | None) -> Problem | None:
+    return compare(entry.name, entry.shape, entry.dtype, spec)
+
+
+def _by_module(entries: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    modules: dict[str, dict[str, Any]] = defaultdict(dict)
+    for name, entry in entries.items():
+        module, _, part = name.rpartition(".")
+        modules[module][part] = entry
+    return modules
+
+
+def _lost(
+    modules: Modules, expected: Mapping[str, Mapping[str, TensorSpec]], table: Mapping[str, TensorSpec]
+) -> tuple[list[Problem], list[str]]:
+    """Modules, and parts of a module, that are not there. Where all of a kind lack them and something that the table
+    does not know is there in their place, it is another layout."""
+    lost: dict[str, list[TensorSpec]] = defaultdict(list)
+    total: Counter[str] = Counter()
+    for module, specs in expected.items():
+        parts = modules.get(module, {})
+        # Other parts in the place of these are another form of storage, which has its own look.
+        stands_in = bool(parts.keys() - specs.keys()) and form_of({p: e.dtype for p, e in parts.items()}) is not None
+        for spec in specs.values():
+            total[kind_of(spec.name)] += 1
+            if spec.name.rpartition(".")[2] not in parts and not stands_in:
+                lost[kind_of(spec.name)].append(spec)
+    unknown = any(module not in expected for module in modules)
+    problems, reasons = [], []
+    for kind, absent in lost.items():
+        if len(absent) == total[kind] and unknown:
+            reasons.append(f"there is no {kind}")
+        else:
+            problems += [missing(spec) for spec in absent]
+    return problems, reasons
+
+
+def _converted(
+    modules: Modules,
+    expected: Mapping[str, Mapping[str, TensorSpec]],
+    table: Mapping[str, TensorSpec],
+    departs: bool,
+) -> tuple[list[Problem], list[str]]:
+    """Tensors of the published names with another shape or dtype, and modules stored in another form."""
+    dtypes: dict[str, list[Problem]] = defaultdict(list)
+    total: Counter[str] = Counter()
+    problems: list[Problem] = []
+    reasons: dict[str, None] = {}
+    for module, specs in expected.items():
+        parts = modules.get(module, {})
+        added = sorted(parts.keys() - specs.keys())
+        plain = form_of({name: entry.dtype for name, entry in parts.items()}) == PLAIN
+        if added:
+            reasons.setdefault(f"{kind_of(f'{module}.{added[0]}')} is {parts[added[0]].dtype}, which the model has not")
+        for part, spec in specs.items():
+            entry = parts.get(part)
+            if entry is None:
+                continue
+            total[kind_of(spec.name)] += 1
+            problem = _compare(entry, spec)
+            if problem is None:
+                continue
+            # A quantised weight has a shape of its own where the configuration declares another quantisation.
+            if problem.fault is Fault.WRONG_SHAPE and not added and (plain or not departs):
+                problems.append(problem)
+            elif problem.fault is Fault.WRONG_DTYPE and not added:
+                dtypes[kind_of(spec.name)].append(problem)
+            else:
+                reasons.setdefault(f"{kind_of(entry.name)} is {entry.dtype} {list(entry.shape)}")
+    for kind, deviating in dtypes.items():
+        if len(deviating) == total[kind] or departs:
+            entry = modules[deviating[0].name.rpartition(".")[0]][deviating[0].name.rpartition(".")[2]]
+            reasons.setdefault(f"{kind} is {entry.dtype}")
+        else:
+            problems += deviating
+    return problems, list(reasons)
+
+
+def _extra(
+    modules: Modules,
+    expected: Mapping[str, Mapping[str, TensorSpec]],
+    sizes: K26Config,
+    config: Mapping[str, Any],
+    departs: bool,
+) -> tuple[list[Problem], list[str]]:
+    """Modules that the table does not have: more layers or experts than the configuration says, or another kind."""
+    kinds = {kind_of(module) for module in expected}
+    unknown: dict[str, list[str]] = defaultdict(list)
+    problems: list[Problem] = []
+    draft_layers = config["text_config"].get("num_nextn_predict_layers") or 0
+    layers = sizes.text.num_hidden_layers
+    drafts = tuple(f"language_model.model.layers.{layers + index}." for index in range(draft_layers))
+    for module in sorted(modules.keys() - expected.keys()):
+        if module.startswith(drafts):
+            continue
+        if kind_of(module) in kinds:
+            problems += list(_more_than_configured(modules[module]))
+        else:
+            unknown[kind_of(module)].append(module)
+    reasons = []
+    per_layer = {layers, layers - sizes.text.first_k_dense_replace, sizes.vision.num_hidden_layers}
+    for kind, names in sorted(unknown.items()):
+        if departs or len(names) in per_layer or "experts.*" in kind:
+            part, entry = next(iter(modules[names[0]].items()))
+            reasons.append(f"{kind}.{part} is {entry.dtype}, which the model has not")
+        else:
+            problems += [extra(entry.name) for name in names for entry in modules[name].values()]
+    return problems, reasons
+
+
+def _more_than_configured(parts: Mapping[str, HeaderEntry]) -> Iterator[Problem]:
+    for entry in parts.values():
+        message = "is beyond the layers or experts of config.json, which is of another model than the weights."
+        yield Problem(Fault.EXTRA, entry.name, message)

@@ -1,0 +1,80 @@
+"""No Python file that a checkpoint brings or names is executed, whatever `--trust-remote-code` says.
+
+transformers has two doors to such code, and every engine comes to it through them: one decides whether to trust, the other
+loads. Both stay shut for this model, from the moment that the plugin is registered in a process.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+_DOORS = "transformers.dynamic_module_utils"
+
+
+class RemoteCodeError(ValueError):
+    """Code of the checkpoint was asked for and nothing stands in for it. The message says which, and what to do."""
+
+
+def refuse_remote_code() -> None:
+    """Shut both doors in this process. Repeatable; other models are served as before."""
+    _put_around("resolve_trust_remote_code", _trust)
+    _put_around("get_class_from_dynamic_module", _load)
+
+
+def _trust(
+    original: Callable[..., Any],
+    trust: Any,
+    name: Any,
+    has_local_code: bool,
+    has_remote_code: bool,
+    *rest: Any,
+    **named: Any,
+) -> Any:
+    """transformers' own class where it has one."""
+    if not has_remote_code or not _is_this_model(name, None):
+        return original(trust, name, has_local_code, has_remote_code, *rest, **named)
+    if not has_local_code:
+        raise _refusal(f"a class of {name}")
+    return False
+
+
+def _load(original: Callable[..., Any], class_reference: str, name: Any, *rest: Any, **named: Any) -> Any:
+    if any(_is_this_model(name, named.get(revision)) for revision in ("revision", "code_revision")):
+        raise _refusal(f"{class_reference} of {name}")
+    return original(class_reference, name, *rest, **named)
+
+
+def _is_this_model(name: Any, revision: str | None) -> bool:
+    # Not at the top: registration must be cheap, and this brings the tokenizer's libraries.
+    from k26_plugins.common.prompt.hf_tokenizer import is_this_model
+
+    return is_this_model(name, revision)
+
+
+def _refusal(what: str) -> RemoteCodeError:
+    return RemoteCodeError(
+        f"{what} is Python code that comes with the checkpoint, and k26-plugins executes none for Kimi-K2.6, with or "
+        f"without --trust-remote-code. Leave out the flag that asks for it, such as --tokenizer-mode: the plugin's own "
+        f"tokenizer, processor and model need none."
+    )
+
+
+def _put_around(name: str, hook: Callable[..., Any]) -> None:
+    """`hook(original, …)` in the place of a function, in its own module and in all that have imported it by name."""
+    original = getattr(importlib.import_module(_DOORS), name)
+    if getattr(original, "k26_hook", None) is hook:
+        return
+
+    @functools.wraps(original)
+    def guarded(*args: Any, **named: Any) -> Any:
+        return hook(original, *args, **named)
+
+    guarded.k26_hook = hook  # type: ignore[attr-defined]
+    for module in list(sys.modules.values()):
+        if isinstance(module, ModuleType) and vars(module).get(name) is original:
+            setattr(module, name, guarded)
