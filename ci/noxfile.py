@@ -1,9 +1,10 @@
 """The project's environments, one for each engine because each pins its own torch, and what runs in them.
 
-    nox -f ci/noxfile.py               everything that CI runs
+    nox -f ci/noxfile.py               everything that CI runs, two sessions at a time
     nox -f ci/noxfile.py -s core       the developer's quick run: lint, types, core and kernels (add -r to reuse)
     nox -f ci/noxfile.py -s demo       make the tiny checkpoint, serve it with vLLM, ask about a text and an image
     nox -f ci/noxfile.py -s demo_sglang    the same with SGLang, and as a hybrid run
+    nox -f ci/noxfile.py -s long       what CI has no time for: the tests marked `long`, fuzzing for ten minutes each
     nox -f ci/noxfile.py -s sglang_kt      hybrid runs in KTransformers' fork of SGLang; CI has no time for its 10 GB
 
 torch comes as a CPU wheel: where pip does not find `torch==2.13.0` as one, point it at PyTorch's CPU wheel index
@@ -13,7 +14,9 @@ torch comes as a CPU wheel: where pip does not find `torch==2.13.0` as one, poin
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
+import sys
 from collections.abc import Callable
 from functools import wraps
 
@@ -30,19 +33,27 @@ KT_KERNELS = ("0.6.1", "0.6.4", "0.7.2")
 # That of torch 2.9.
 TRITON_OLDEST = "3.5.1"
 
-nox.options.sessions = [
-    "core",
-    "compiled",
-    "ktransformers",
-    "vllm_oldest",
-    "vllm_newest",
-    "vllm",
-    "sglang_oldest",
-    "sglang",
-]
+# The longest first, so that both cores are at work to the end.
+CI = ("sglang", "vllm", "core", "compiled", "sglang_oldest", "ktransformers", "vllm_oldest", "vllm_newest")
+nox.options.sessions = ["everything"]
 # The sessions run at the root, where the package and its tests are.
 nox.options.default_venv_backend = "venv"
 ROOT = ".."
+
+
+@nox.session(venv_backend="none")
+def everything(session: nox.Session) -> None:
+    """All sessions that CI runs, each shown as a whole when it has ended."""
+    commands = [f"{sys.executable} -m nox -f ci/noxfile.py -s {name}" for name in CI]
+    session.chdir(ROOT)
+    session.run(sys.executable, "ci/side_by_side.py", *commands, external=True)
+
+
+@nox.session(venv_backend="none")
+def long(session: nox.Session) -> None:
+    """The tests that CI leaves out: every target's compiled code under both Tritons, more of Ray, and fuzzing for long."""
+    again = [sys.executable, "-m", "nox", "-f", "noxfile.py"]
+    session.run(*again, "-s", "compiled", "vllm_long", "--", "-m", "long", external=True)
 
 
 def environment(run: Callable[[nox.Session], None]) -> Callable[[nox.Session], None]:
@@ -53,6 +64,8 @@ def environment(run: Callable[[nox.Session], None]) -> Callable[[nox.Session], N
     def session_that_cleans_up(session: nox.Session) -> None:
         # Packages come uncompiled: what the first import of a module compiles is kept for the many servers to come.
         session.env["PYTHONDONTWRITEBYTECODE"] = ""
+        # The models are tiny: threads that wait for each other would take the cores from the other session.
+        session.env["OMP_WAIT_POLICY"] = "PASSIVE"
         run(session)
         if os.environ.get("CI"):
             shutil.rmtree(session.virtualenv.location)
@@ -77,11 +90,12 @@ def core(session: nox.Session) -> None:
     install(session, "-e", ".[dev]")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
-    session.run("mypy")
     session.run("lint-imports")
-    session.run("pytest", "-q", "tests/core", "tests/operate", *session.posargs)
+    session.env["OMP_NUM_THREADS"] = "1"
     # A process of its own: Triton's interpreter has to be chosen before anything imports Triton.
-    session.run("pytest", "-q", "tests/kernels", *session.posargs)
+    kernels = shlex.join(["pytest", "-q", "tests/kernels", *session.posargs])
+    session.run("python", "ci/side_by_side.py", "mypy", kernels)
+    session.run("pytest", "-q", "-n", "2", "--dist", "worksteal", "tests/core", "tests/operate", *session.posargs)
 
 
 @environment
@@ -106,9 +120,22 @@ def vllm(session: nox.Session) -> None:
     install(session, "ray")
     session.run("pytest", "-q", "tests/vllm", *session.posargs)
     session.run("python", "ci/demo.py", "vllm", session.create_tmp())
-    # Not in `core`, which is to be quick. Longer: `--seconds 600`.
+    # Not in `core`, which is to be quick.
+    _fuzz(session, seconds=4)
+
+
+def _fuzz(session: nox.Session, seconds: int) -> None:
     for kind in ("image", "video"):
-        session.run("python", "tests/fuzz/decoders.py", kind, "--seconds", "4")
+        session.run("python", "tests/fuzz/decoders.py", kind, "--seconds", str(seconds))
+
+
+@environment
+def vllm_long(session: nox.Session) -> None:
+    """Of the session `vllm` what CI leaves out."""
+    _install_vllm(session, VLLM_SERVED)
+    install(session, "ray")
+    session.run("pytest", "-q", "tests/vllm", "-m", "long")
+    _fuzz(session, seconds=600)
 
 
 @environment

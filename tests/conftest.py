@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.images import png, random_image
+from support.instruction_sets import summarise
 from typer.testing import CliRunner
 
 from k26_plugins.cli import app
@@ -63,3 +64,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a GPU, this machine has none"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    summarise(terminalreporter)

@@ -25,6 +25,7 @@ from PIL import Image, UnidentifiedImageError
 MAX_PIXELS = 178_956_970
 TIMESTAMP_MODES = ("hh:mm:ss.fff", "mm:ss.fff", "mm:ss")
 _MAX_THREADS = 4
+_PIECE = 2**20
 
 
 class MediaError(ValueError):
@@ -152,7 +153,8 @@ def frame_resize(width: int, height: int, num_frames: int, config: MediaConfig) 
 def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode an image file to RGB; transparency is dropped and EXIF rotation is not applied, as in the reference.
 
-    The number of pixels is held against `max_pixels` by the header, before anything is decoded. Raises MediaError.
+    Levels of more than eight bits are scaled to 0..255, which the reference clips to white or black. The number of pixels is
+    held against `max_pixels` by the header, before anything is decoded. Raises MediaError.
     """
     try:
         with warnings.catch_warnings():
@@ -160,7 +162,7 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data), formats=_formats())
             check_size(*image.size, max_pixels=max_pixels)
-            return image.convert("RGB")
+            return to_rgb(image)
     except MediaError:
         raise
     except Image.DecompressionBombError as error:
@@ -169,6 +171,38 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise MediaError("the data is no image in a format that is known: send PNG, JPEG, WebP or GIF.") from error
     except Exception as error:  # what Pillow's decoders raise on damaged files has no common class
         raise MediaError(f"the image is damaged ({error}): send a whole file.") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB of an image in any of PIL's modes; what has more than eight bits is scaled, not clipped."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return Image.fromarray(_levels(np.asarray(image))).convert("RGB")
+    return image.convert("RGB")
+
+
+def _levels(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """0..255 of gray values `[height, width]`.
+
+    Their range is the format's, 16 bits or 0 to 1. Where a value lies outside, the format leaves the range open (integers
+    of 32 bits, measurements): then it is that of the values.
+    """
+    low, high = (0.0, 1.0) if values.dtype.kind == "f" else (0.0, 65535.0)
+    shape, values = values.shape, values.ravel()
+    known = np.isfinite(values)
+    first = known.argmax()
+    if known[first]:
+        least, most = (reduce(where=known, initial=values[first]) for reduce in (values.min, values.max))
+        if least < low or most > high:
+            low, high = float(least), float(most)
+    levels = np.empty(values.size, dtype=np.uint8)
+    # In pieces: in float64 a large image would take eight times its memory.
+    for start in range(0, values.size, _PIECE):
+        piece = slice(start, start + _PIECE)
+        wide = values[piece].astype(np.float64)
+        # What is no number is black, and infinity is as bright or as dark as the image gets.
+        scaled = np.nan_to_num(np.clip((wide - low) * (255 / ((high - low) or 1.0)), 0, 255))
+        levels[piece] = np.rint(scaled)
+    return levels.reshape(shape)
 
 
 @cache
@@ -201,7 +235,7 @@ def patchify(frames: Sequence[Image.Image], resize: Resize, config: MediaConfig)
     out = np.zeros((len(frames), resize.grid_h, resize.grid_w, 3, patch, patch), dtype=np.uint8)
     padded = np.zeros((resize.grid_h * patch, resize.grid_w * patch, 3), dtype=np.uint8)
     for index, frame in enumerate(frames):
-        rgb = frame if frame.mode == "RGB" else frame.convert("RGB")
+        rgb = frame if frame.mode == "RGB" else to_rgb(frame)
         padded[: resize.height, : resize.width] = np.asarray(rgb.resize(size, Image.Resampling.BICUBIC))
         out[index] = padded.reshape(resize.grid_h, patch, resize.grid_w, patch, 3).transpose(0, 2, 4, 1, 3)
     return out.reshape(-1, 3, patch, patch)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from k26_plugins.common.checkpoint.table import LANGUAGE_MODEL, expert_name
 from k26_plugins.common.config import TextConfig
 from k26_plugins.common.experts import Expert, reference_experts
+from k26_plugins.common.linear import linear
 from k26_plugins.common.rope import apply_rope, yarn_inv_freq
 from k26_plugins.common.router import route, router_logits
 
@@ -81,25 +82,25 @@ class Attention:
         """Attend `[T, H]` to the cache and to itself, and add it to the cache."""
         config, start, end = self.config, cache.length, cache.length + len(x)
         positions = torch.arange(start, end)
-        q = F.linear(rms_norm(F.linear(x, self.q_a_proj), self.q_a_layernorm, self.low_rank_norm_eps), self.q_b_proj)
+        q = linear(rms_norm(linear(x, self.q_a_proj), self.q_a_layernorm, self.low_rank_norm_eps), self.q_b_proj)
         q_nope, q_rope = q.unflatten(-1, (config.num_attention_heads, -1)).split(
             [config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1
         )
         q_rope = apply_rope(q_rope, positions, self.inv_freq, self.rope_magnitude)
-        latent, k_rope = F.linear(x, self.kv_a_proj).split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
+        latent, k_rope = linear(x, self.kv_a_proj).split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
         latents, k_ropes = cache.of_layer(self.layer)
         latents[start:end] = rms_norm(latent, self.kv_a_layernorm, self.low_rank_norm_eps)
         k_ropes[start:end] = apply_rope(k_rope, positions, self.inv_freq, self.rope_magnitude)
         attend = self._absorbed if absorbed else self._plain
         out = attend(q_nope, q_rope, latents[:end], k_ropes[:end])
-        return F.linear(out.flatten(-2), self.o_proj)
+        return linear(out.flatten(-2), self.o_proj)
 
     def _plain(
         self, q_nope: torch.Tensor, q_rope: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor
     ) -> torch.Tensor:
         """Keys and values of every head are unfolded from the latent; `[T, N, v_head_dim]`."""
         config = self.config
-        heads = F.linear(latent, self.kv_b_proj).unflatten(-1, (config.num_attention_heads, -1))
+        heads = linear(latent, self.kv_b_proj).unflatten(-1, (config.num_attention_heads, -1))
         k_nope, value = heads.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
         shared = k_rope.unsqueeze(1).expand(-1, config.num_attention_heads, -1)
         query, key = torch.cat((q_nope, q_rope), -1), torch.cat((k_nope, shared), -1)
@@ -145,7 +146,7 @@ class SwiGLU:
         self.down_proj = weights(f"{prefix}.down_proj.weight")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(F.silu(F.linear(x, self.gate_proj)) * F.linear(x, self.up_proj), self.down_proj)
+        return linear(F.silu(linear(x, self.gate_proj)) * linear(x, self.up_proj), self.down_proj)
 
 
 class MoE:
@@ -251,5 +252,5 @@ class TextModel:
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`[T, vocab_size]`, float32 (float64 for float64 input)."""
-        logits = F.linear(hidden_states, self.lm_head)
+        logits = linear(hidden_states, self.lm_head)
         return logits if logits.dtype == torch.float64 else logits.float()

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from k26_plugins.common.config import VisionConfig
+from k26_plugins.common.linear import Linear
 
 ROPE_THETA = 10000.0
 
@@ -79,8 +80,8 @@ class PatchEmbed(nn.Module):
 class Mlp(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.fc0 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc1 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc0 = Linear(config.hidden_size, config.intermediate_size)
+        self.fc1 = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.fc1(F.gelu(self.fc0(x), approximate="tanh"))
@@ -93,8 +94,8 @@ class EncoderBlock(nn.Module):
         self.num_heads = config.num_attention_heads
         self.norm0 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.wqkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.wo = nn.Linear(config.hidden_size, config.hidden_size)
+        self.wqkv = Linear(config.hidden_size, 3 * config.hidden_size)
+        self.wo = Linear(config.hidden_size, config.hidden_size)
         self.mlp = Mlp(config)
 
     def forward(self, x: torch.Tensor, angles: torch.Tensor, lengths: list[int]) -> torch.Tensor:
@@ -152,9 +153,9 @@ class Projector(nn.Module):
         super().__init__()
         self.pre_norm = nn.LayerNorm(config.hidden_size, eps=config.projector_ln_eps)
         self.proj = nn.Sequential(
-            nn.Linear(config.merged_size, config.merged_size),
+            Linear(config.merged_size, config.merged_size),
             nn.GELU(),  # the exact one, unlike the tower's
-            nn.Linear(config.merged_size, config.text_hidden_size),
+            Linear(config.merged_size, config.text_hidden_size),
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,18 +1,20 @@
 """Videos to chunks of frames as the model sees them: which frames, their timestamps, their patches (specification 4.5).
 
 Frames are read one after the other and cut into patches chunk by chunk: what is in memory is the file, the patches of the
-frames used, and a few frames of full size.
+frames used, and a few frames of full size. Times count from the first frame that a player shows.
 """
 
 from __future__ import annotations
 
 import io
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -37,9 +39,31 @@ class VideoInfo:
     """What the container says of a video. Its size is that of the frames as they are stored, before they are turned."""
 
     num_frames: int
+    """That are shown."""
     fps: Fraction
     width: int
     height: int
+    pts: tuple[int, ...] | None
+    """Of the frames in the order in which they are shown; None where the container gives none (AVI)."""
+    time_base: Fraction
+    """Seconds of one step of `pts`."""
+    constant_rate: bool
+    """Whether every frame is shown within half a frame of its place in an even row: rounded timestamps are."""
+
+    def seconds(self, index: int) -> float:
+        """When frame `index` is shown."""
+        if self.pts is None or self.constant_rate:
+            return float(index / self.fps)
+        return float((self.pts[index] - self.pts[0]) * self.time_base)
+
+
+class _Packet(NamedTuple):
+    """Of a packet all but its data."""
+
+    pts: int | None
+    duration: int
+    is_keyframe: bool
+    is_discard: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,28 +89,84 @@ def video_info(data: bytes) -> VideoInfo:
     """Frames are counted by their packets, without decoding. Raises MediaError."""
     with _opened(data) as (container, stream):
         promised = stream.frames
-        found = sum(1 for packet in container.demux(stream) if packet.size)
-        fps = stream.average_rate or stream.guessed_rate
+        packets = [
+            _Packet(packet.pts, packet.duration or 0, packet.is_keyframe, packet.is_discard)
+            for packet in container.demux(stream)
+            if packet.size and not packet.is_corrupt
+        ]
+        # MP4's header counts the frames that its edit list cut away, too; the duration is of what it kept.
+        kept = stream.duration if "mp4" in container.format.name else None
+        fps, time_base = (
+            Fraction(rate or 0) for rate in (stream.average_rate or stream.guessed_rate, stream.time_base)
+        )
         width, height = stream.codec_context.width, stream.codec_context.height
     check_size(width, height, "video")
-    if found == 0:
+    shown = _shown(packets)
+    if not shown:
         raise MediaError("the video holds no frame: send a whole file.")
-    if found < promised:
-        raise MediaError(f"the video ends after {found} of {promised} frames: send a whole file.")
-    if not fps or fps <= 0:
-        raise MediaError("the video does not say how many frames it has in a second: convert it to MP4 or WebM.")
-    return VideoInfo(found, Fraction(fps), width, height)
+    if len(packets) < promised and not (kept and _fill(shown, kept)):
+        raise MediaError(f"the video ends after {len(packets)} of {promised} frames: send a whole file.")
+    found = [packet.pts for packet in shown if packet.pts is not None]
+    pts = tuple(sorted(found)) if time_base and len(found) == len(shown) else None
+    if fps <= 0:
+        if pts is None or pts[0] == pts[-1]:
+            raise MediaError("the video does not say how many frames it has in a second: convert it to MP4 or WebM.")
+        fps = (len(pts) - 1) / ((pts[-1] - pts[0]) * time_base)
+    even = pts is None or _constant_rate(pts, fps * time_base)
+    return VideoInfo(len(shown), fps, width, height, pts, time_base, even)
+
+
+def _constant_rate(pts: Sequence[int], frames: Fraction) -> bool:
+    """Whether that is a row with so many frames in each step of time, to less than half a frame."""
+    # In whole numbers: an hour has 100,000 frames.
+    return all(
+        2 * abs(frames.numerator * (time - pts[0]) - frames.denominator * index) < frames.denominator
+        for index, time in enumerate(pts)
+    )
+
+
+def _shown(packets: Sequence[_Packet]) -> list[_Packet]:
+    """Without those that the container tells players to decode only (an edit list), and those before the first whole frame,
+    which no decoder can make anything of (a stream that was cut)."""
+    first = next((index for index, packet in enumerate(packets) if packet.is_keyframe), 0)
+    return [packet for packet in packets[first:] if not packet.is_discard]
+
+
+def _fill(shown: Sequence[_Packet], duration: int) -> bool:
+    """Whether these packets take all of a video's duration, up to half a frame: containers round it."""
+    return sum(packet.duration for packet in shown) >= duration - duration / len(shown) / 2
 
 
 def sample_frames(
     num_frames: int, fps: float | Fraction, sample_fps: float, max_frames: int | None = None
 ) -> list[int]:
-    """Indices of the frames that the model sees: evenly spread, `sample_fps` of them in a second, at least one."""
+    """Indices of the frames that the model sees of a video of constant rate: evenly spread, `sample_fps` of them in a
+    second, at least one."""
     rate = min(sample_fps, float(fps))
     count = max(round(num_frames * rate / float(fps)), 1)
     if max_frames is not None:
         count = min(count, max_frames)
     return [int(index) for index in np.linspace(0, num_frames - 1, count).round()]
+
+
+def sample_times(
+    pts: Sequence[int], time_base: Fraction, sample_fps: float, max_frames: int | None = None
+) -> list[int]:
+    """The same of a video of variable rate: what a player shows at every `1 / sample_fps` seconds, each frame once, and its
+    last frame."""
+
+    def at(rate: Fraction) -> list[int]:
+        # The number of the first moment at or after a frame's time: frames with the same one hide all but their last.
+        steps = time_base * rate
+        moments = [-(-(time - pts[0]) * steps.numerator // steps.denominator) for time in pts]
+        return [index for index in range(len(pts)) if index + 1 == len(pts) or moments[index] < moments[index + 1]]
+
+    found = at(Fraction(sample_fps))
+    if max_frames is None or len(found) <= max_frames:
+        return found
+    if max_frames == 1 or pts[0] == pts[-1]:
+        return [0]
+    return at((max_frames - 1) / ((pts[-1] - pts[0]) * time_base))
 
 
 def timestamp(seconds: float, mode: str) -> str:
@@ -107,7 +187,10 @@ def read_chunks(
     max_tokens: a video that takes more is refused. max_frames: of a longer video so many are taken, as evenly spread.
     """
     info = video_info(data)
-    indices = sample_frames(info.num_frames, info.fps, config.sample_fps, max_frames)
+    if info.pts is None or info.constant_rate:
+        indices = sample_frames(info.num_frames, info.fps, config.sample_fps, max_frames)
+    else:
+        indices = sample_times(info.pts, info.time_base, config.sample_fps, max_frames)
     groups = _groups(indices, config.temporal_merge_kernel_size)
     # A frame takes as many tokens when it is turned.
     tokens = sum(frame_resize(info.width, info.height, len(group), config).num_tokens for group in groups)
@@ -118,8 +201,8 @@ def read_chunks(
         )
     waiting: deque[Future[VideoChunk]] = deque()
     with ThreadPoolExecutor(_THREADS) as pool:
-        for group, frames in zip(groups, _in_groups(_frames(data, indices), groups), strict=True):
-            waiting.append(pool.submit(make_chunk, group, frames, info.fps, config))
+        for group, frames in zip(groups, _in_groups(_frames(data, info, indices), groups), strict=True):
+            waiting.append(pool.submit(make_chunk, group, frames, info.seconds(group[0]), config))
             if len(waiting) > _THREADS:
                 yield waiting.popleft().result()
         while waiting:
@@ -127,13 +210,13 @@ def read_chunks(
 
 
 def make_chunk(
-    indices: Sequence[int], frames: Sequence[Image.Image], fps: float | Fraction, config: MediaConfig
+    indices: Sequence[int], frames: Sequence[Image.Image], seconds: float, config: MediaConfig
 ) -> VideoChunk:
-    """One chunk of decoded frames. Raises MediaError."""
+    """One chunk of decoded frames, the first of which is shown after `seconds`. Raises MediaError."""
     check_size(*frames[0].size, "video")
     resize = frame_resize(*frames[0].size, len(frames), config)
     grid = (len(frames), resize.grid_h, resize.grid_w)
-    time = timestamp(float(indices[0] / Fraction(fps)), config.timestamp_mode)
+    time = timestamp(seconds, config.timestamp_mode)
     return VideoChunk(tuple(indices), time, patchify(frames, resize, config), grid, resize.num_tokens)
 
 
@@ -146,21 +229,33 @@ def _in_groups(frames: Iterator[Image.Image], groups: Sequence[Sequence[int]]) -
         yield [next(frames) for _ in group]
 
 
-def _frames(data: bytes, indices: Sequence[int]) -> Iterator[Image.Image]:
-    """The frames of these indices, which do not fall and may repeat, as RGB."""
+def _frames(data: bytes, info: VideoInfo, indices: Sequence[int]) -> Iterator[Image.Image]:
+    """The frames of these indices, which rise, as RGB. The next frame stands for one that no decoder shows."""
     wanted = deque(indices)
+    last, position = None, -1
     with _opened(data) as (container, stream):
         stream.thread_type = "AUTO"
-        for position, frame in enumerate(container.decode(stream)):
-            if wanted and wanted[0] == position:
-                check_size(frame.width, frame.height, "video")
-                image = _upright(frame)
-                while wanted and wanted[0] == position:
+        for frame in container.decode(stream):
+            position += 1
+            if info.pts is not None and frame.pts is not None:
+                position = bisect_left(info.pts, frame.pts)
+            last = frame
+            if wanted[0] <= position:
+                image = _image(frame)
+                while wanted and wanted[0] <= position:
                     wanted.popleft()
                     yield image
-            if not wanted:
-                return
-    raise MediaError(f"the video ends before its frame {wanted[0]}: send a whole file.")
+                if not wanted:
+                    return
+    # Packets at the end need not be frames of their own (VP8's hidden references): then the one before is the last.
+    if last is None or len(wanted) > 1:
+        raise MediaError(f"the video ends before its frame {wanted[0]}: send a whole file.")
+    yield _image(last)
+
+
+def _image(frame: av.VideoFrame) -> Image.Image:
+    check_size(frame.width, frame.height, "video")
+    return _upright(frame)
 
 
 def _upright(frame: av.VideoFrame) -> Image.Image:

@@ -1,10 +1,13 @@
-"""Every name of kt-kernel that this adapter touches. Checked on 0.6.1 and 0.7.2."""
+"""Every name of kt-kernel that this adapter touches. Checked on 0.6.1, 0.6.4 and 0.7.2."""
 
 from __future__ import annotations
 
 import importlib
+import re
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
+
+from k26_plugins.common.experts.native.build import cpu_flags
 
 CHECKED_VERSIONS = "0.6.1 to 0.7.2"
 
@@ -36,6 +39,14 @@ def extension() -> Any:
     return importlib.import_module("kt_kernel").kt_kernel_ext
 
 
+def ends_the_process() -> str | None:
+    """Why kt-kernel must not even be imported on this CPU, or None: before 0.7 its code for AVX2 has AVX512's in it."""
+    release = tuple(int(part) for part in re.findall(r"\d+", kt_kernel_version())[:2])
+    if release and release < (0, 7) and "avx512f" not in cpu_flags():
+        return f"kt-kernel {kt_kernel_version()} ends the process on a CPU without AVX512: install 0.7.0 or newer"
+    return None
+
+
 def raw_int4_class(group_size: int) -> Any:
     """The class for this CPU that takes the checkpoint's INT4 bytes as they are, or None."""
     utils = importlib.import_module("kt_kernel.utils.amx")
@@ -44,6 +55,15 @@ def raw_int4_class(group_size: int) -> Any:
     # 0.6.1 offers its AMX code to every CPU, and ends the process on one without.
     has_amx = private("kt_kernel", "__cpu_variant__") == "amx"
     return getattr(utils, "AMXInt4_KGroup_MOE", None) if has_amx else None
+
+
+# Its classes that copy what they are given. AVX2RawInt4_MOE computes from the addresses, in every release that has it.
+COPYING = ("AMXInt4_KGroup_MOE", "AMXInt4_KGroupBlocked_MOE", "AVXVNNI256RawInt4_MOE")
+
+
+def copies_weights(raw_int4: Any) -> bool:
+    """Whether the tensors may go once a class of `raw_int4_class` has loaded them. One that is not known keeps them."""
+    return raw_int4.__name__ in COPYING
 
 
 def cpu_infer(threads: int, numa_nodes: list[int]) -> Any:

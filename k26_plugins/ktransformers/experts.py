@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 import torch
 
 from k26_plugins.common.experts.base import ExpertsBackend, ExpertsError, ExpertWeights, local_ids
-from k26_plugins.common.experts.native.cores import cores
+from k26_plugins.common.experts.native.cores import Core, cores
 from k26_plugins.common.int4 import GROUP_SIZE
 from k26_plugins.common.settings import cpu_threads_setting
 from k26_plugins.ktransformers import compat
@@ -44,12 +44,22 @@ class KtExperts(ExpertsBackend):
     def unsupported(cls, weights: ExpertWeights) -> str | None:
         if weights.device.type != "cpu":
             return f"the weights are on {weights.device}"
+        if (reason := compat.ends_the_process()) is not None:
+            return reason
         try:
             compat.extension()
         except ImportError as error:
             return f"kt-kernel cannot be imported ({error})"
-        if compat.raw_int4_class(GROUP_SIZE) is None:
+        raw_int4 = compat.raw_int4_class(GROUP_SIZE)
+        if raw_int4 is None:
             return f"kt-kernel {compat.kt_kernel_version()} has no RAWINT4 experts for this CPU"
+        nodes = _memory_nodes(cores(cpu_threads_setting()))
+        if len(nodes) > 1 and not compat.copies_weights(raw_int4):
+            # It would throw in a thread of its own, which ends the process.
+            return (
+                f"kt-kernel's {raw_int4.__name__} cannot split its weights among memory nodes {nodes}: start the process "
+                f"on one of them (numactl --cpunodebind)"
+            )
         for name, size in (("hidden size", weights.hidden_size), ("intermediate size", weights.intermediate_size)):
             if size % TILE:
                 return f"{name} of {size} on this rank is no multiple of {TILE}"
@@ -57,10 +67,11 @@ class KtExperts(ExpertsBackend):
 
     @classmethod
     def load(cls, weights: ExpertWeights) -> Self:
-        """kt-kernel copies the weights into its own layout, twice the memory until this returns."""
+        """kt-kernel copies the weights, twice the memory until this returns; its class for AVX2 computes from these."""
+        raw_int4 = compat.raw_int4_class(GROUP_SIZE)
         config_class = compat.extension().moe.MOEConfig
         chosen = cores(cpu_threads_setting())
-        pool = compat.cpu_infer(len(chosen), sorted({core.node for core in chosen}))
+        pool = compat.cpu_infer(len(chosen), _memory_nodes(chosen))
         inner = weights.intermediate_size
         padded = -(-weights.num_experts // EXPERTS_MULTIPLE) * EXPERTS_MULTIPLE
         # The padding counts as experts on a device, which kt-kernel does not compute.
@@ -79,11 +90,12 @@ class KtExperts(ExpertsBackend):
         config.gate_scales = _addresses(weights.w13_scale[:, :inner], padded)
         config.up_scales = _addresses(weights.w13_scale[:, inner:], padded)
         config.down_scales = _addresses(weights.w2_scale, padded)
-        moe = compat.raw_int4_class(GROUP_SIZE)(config)
+        moe = raw_int4(config)
         order = torch.arange(padded, dtype=torch.int64)
         pool.submit(moe.load_weights_task(order.data_ptr()))
         pool.sync()
-        return cls(moe, pool, (on_device, order))
+        kept = () if compat.copies_weights(raw_int4) else (weights.w13_packed, weights.w2_packed)
+        return cls(moe, pool, (on_device, order, *kept))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """None: kt-kernel keeps its copies to itself, so EPLB cannot move them."""
@@ -131,6 +143,10 @@ class KtExperts(ExpertsBackend):
         )
         self.pool.submit(task)
         self.pool.sync()
+
+
+def _memory_nodes(chosen: list[Core]) -> list[int]:
+    return sorted({core.node for core in chosen})
 
 
 def _addresses(stacked: torch.Tensor, padded: int) -> list[list[int]]:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import logging
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
-from support.experts import backends, error, inputs, judge, make_weights, route
+from safetensors import safe_open
+from safetensors.torch import save_file
+from support.experts import backends, error, inputs, judge, make_weights, overwritten_when_let_go, route
+from support.instruction_sets import INSTRUCTION_SET
 
 from k26_plugins.common.experts import BACKENDS, Expert, ExpertsBackend, ExpertsError, ExpertWeights, create_experts
-from k26_plugins.common.experts.cpu import DENSE_FROM, CpuExperts, Int4Matrix, packed_layout
+from k26_plugins.common.experts.cpu import DENSE_FROM, CpuExperts, Int4Matrix, PackedLayout, packed_layout
 from k26_plugins.common.int4 import quantise
 
 # What runs on a CPU. tests/kernels holds the Triton backend to the same.
@@ -116,8 +122,34 @@ def test_rows_are_restored_to_the_checkpoint_s(backend: str) -> None:
         assert torch.equal(getattr(restored, name), getattr(expected, name)), name
 
 
-def test_both_paths_of_the_cpu_product_agree() -> None:
-    """One token more or less around the threshold: the same rows up to rounding."""
+@pytest.mark.parametrize("backend", backends())
+def test_what_load_was_given_is_kept_or_not_needed(backend: str) -> None:
+    """A backend that computes from an address whose memory it let go would read what another has written there."""
+    weights = make_weights(4, 256, 64)
+    ids, topk_weights = route(60, 2, 4)
+    x = inputs(60, 256)
+    experts = BACKENDS[backend].load(overwritten_when_let_go(weights))
+    gc.collect()
+    for part in (x[:1], x):
+        result = experts.apply(part, ids[: len(part)], topk_weights[: len(part)])
+        assert error(result, judge(weights, part, ids, topk_weights)) <= TOLERANCE
+
+
+def test_memory_that_was_let_go_is_overwritten() -> None:
+    """What the test above relies on."""
+    weights = overwritten_when_let_go(make_weights(1, 128, 64))
+    address, size = weights.w2_packed.data_ptr(), weights.w2_packed.nbytes
+    kept = weights.w2_packed[:, :1]
+    del weights
+    assert ctypes.string_at(address, size) != b"\x3c" * size
+    del kept
+    assert ctypes.string_at(address, size) == b"\x3c" * size
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_both_paths_of_the_cpu_product_agree(bfloat16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One token more or less around the threshold: the same rows up to rounding, in either dtype."""
+    monkeypatch.setattr("k26_plugins.common.experts.cpu.multiplies_bfloat16", lambda: bfloat16)
     weights = make_weights(1, 256, 128)
     experts = CpuExperts.load(weights.copy_of([0]))
     x = inputs(DENSE_FROM, 256)
@@ -138,25 +170,53 @@ def test_repacking_is_torchs_own() -> None:
     assert torch.equal(matrix.packed[0].view(torch.uint8).flatten(), expected.flatten())
 
 
-@pytest.mark.parametrize("capability", ["avx2", "default"])
-def test_other_instruction_sets(capability: str) -> None:
-    """torch lays the weights out otherwise on lesser CPUs: the same tests, with the instructions masked off."""
-    if os.environ.get("ATEN_CPU_CAPABILITY"):
-        pytest.skip("this is the inner run")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        __file__,
-        "-k",
-        "float64 or add_up or paths or restored",
-    ]
-    env = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-2000:]
+# torch lays the weights out otherwise, and multiplies otherwise, with less than this CPU has.
+LESSER = {"DEFAULT": [], "AVX2": ["default"]}.get(torch.backends.cpu.get_cpu_capability(), ["avx2", "default"])
+INNER_RUN = """
+import sys
+import torch
+from safetensors.torch import load_file, save_file
+from k26_plugins.common.experts.base import ExpertWeights
+from k26_plugins.common.experts.cpu import CpuExperts
+given = load_file(sys.argv[1])
+experts = CpuExperts.load(ExpertWeights(*(given[name] for name in ("w13_packed", "w13_scale", "w2_packed", "w2_scale"))))
+restored = experts.restore(experts.tensors())
+save_file(
+    {
+        **{str(n): experts.apply(*(given[name][:n] for name in ("x", "ids", "weights"))) for n in (1, 17, 130)},
+        **{name: getattr(restored, name).contiguous() for name in ("w13_packed", "w13_scale", "w2_packed", "w2_scale")},
+    },
+    sys.argv[2],
+    {"capability": torch.backends.cpu.get_cpu_capability()},
+)
+"""
+
+
+def test_lesser_instruction_sets(tmp_path: Path, record_property: Callable[[str, str], None]) -> None:
+    """With the instructions masked off, in processes of their own: both products, and the way back."""
+    weights = make_weights(3, 192, 96)
+    ids, topk_weights = route(130, 2, 3)
+    x = inputs(130, 192)
+    expected = judge(weights, x, ids, topk_weights)
+    stored = {name: getattr(weights, name) for name in Expert._fields}
+    save_file({**stored, "x": x, "ids": ids, "weights": topk_weights}, tmp_path / "given")
+    running = {
+        capability: subprocess.Popen(
+            [sys.executable, "-c", INNER_RUN, str(tmp_path / "given"), str(tmp_path / capability)],
+            env={**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        for capability in LESSER
+    }
+    for capability, process in running.items():
+        assert process.wait() == 0
+        with safe_open(tmp_path / capability, "pt") as results:
+            assert results.metadata() == {"capability": {"avx2": "AVX2", "default": "DEFAULT"}[capability]}
+            for count in (1, 17, 130):
+                assert error(results.get_tensor(str(count)), expected[:count]) <= TOLERANCE
+            for name in Expert._fields:
+                assert torch.equal(results.get_tensor(name), stored[name])
+        record_property(INSTRUCTION_SET, f"torch {capability}")
+    record_property(INSTRUCTION_SET, f"torch {torch.backends.cpu.get_cpu_capability().lower()}")
 
 
 def broken(how: Callable[[torch.Tensor], torch.Tensor]) -> type[ExpertsBackend]:
@@ -185,7 +245,7 @@ def test_garbage_is_found_and_never_served(
         create_experts(make_weights(4, 128, 64), "broken")
 
 
-def test_weights_that_are_refused() -> None:
+def test_weights_that_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = make_weights(2, 128, 64)
     with pytest.raises(ExpertsError, match=r"w13_scale is torch.float16"):
         ExpertWeights(weights.w13_packed, weights.w13_scale.half(), weights.w2_packed, weights.w2_scale)
@@ -193,5 +253,7 @@ def test_weights_that_are_refused() -> None:
         ExpertWeights(weights.w13_packed, weights.w13_scale, weights.w2_packed, weights.w2_scale[..., :1])
     with pytest.raises(ExpertsError, match="no experts backend 'marlin'"):
         create_experts(weights, "marlin")
-    with pytest.raises(ExpertsError, match="hidden size of 96"):
+    # As torch has it with AVX512.
+    monkeypatch.setattr("k26_plugins.common.experts.cpu.packed_layout", lambda: PackedLayout(64, False))
+    with pytest.raises(ExpertsError, match="cpu is not, because hidden size of 96 is no multiple of 64"):
         create_experts(make_weights(2, 96, 64), "cpu")

@@ -110,6 +110,34 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
     assert (opened.mode, opened.size) == ("RGB", (5, 4))
 
 
+RAMP = np.linspace(0, 1, 300 * 4).reshape(4, 300)
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        (np.rint(RAMP * 65535).astype(np.uint16), "PNG"),
+        (np.rint(RAMP * 65535).astype(np.uint16), "TIFF"),
+        (np.rint(RAMP * 65535).astype(np.int32), "TIFF"),
+        (np.rint(RAMP * 4e9 - 2e9).astype(np.int32), "TIFF"),
+        (RAMP.astype(np.float32), "TIFF"),
+        ((RAMP * 3000 - 1000).astype(np.float32), "TIFF"),
+    ],
+    ids=["16-bit-png", "16-bit-tiff", "32-bit", "32-bit-signed", "float", "float-degrees"],
+)
+def test_more_than_eight_bits_are_scaled(values: np.ndarray, kind: str) -> None:
+    """Black to white in even steps; PIL's own RGB clips nearly all of it to one of the two."""
+    levels = np.asarray(open_image(encode(Image.fromarray(values), kind)))
+    assert np.abs(levels - np.rint(RAMP * 255)[..., None]).max() <= 1
+    assert len(np.unique(levels)) == 256
+
+
+def test_what_is_no_number_is_black() -> None:
+    values = np.array([[0.0, 1.0, np.nan, np.inf, -np.inf]], dtype=np.float32)
+    levels = np.asarray(open_image(encode(Image.fromarray(values), "TIFF")))
+    assert levels[0, :, 0].tolist() == [0, 255, 0, 255, 0]
+
+
 def avif_without_pixels() -> bytes:
     """Pillow's decoder has errors of its own for this."""
     data = encode(Image.new("RGB", (4, 4), 3), "AVIF")

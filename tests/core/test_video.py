@@ -3,16 +3,30 @@ judge of the pixels' arithmetic in tests of the engines."""
 
 from __future__ import annotations
 
+import io
 import tracemalloc
+from bisect import bisect_right
 from fractions import Fraction
+from itertools import accumulate
 
+import av
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
-from support.videos import make_video
+from support.videos import edited_video, make_video, variable_rate
 
 from k26_plugins.common.media import MediaConfig, MediaError, preprocess
-from k26_plugins.common.video import make_chunk, read_chunks, sample_frames, timestamp, video_info
+from k26_plugins.common.video import (
+    VideoChunk,
+    make_chunk,
+    read_chunks,
+    sample_frames,
+    sample_times,
+    timestamp,
+    video_info,
+)
 
 
 def test_frames_are_spread_evenly() -> None:
@@ -55,10 +69,7 @@ def test_the_frames_are_the_ones_meant(container: str, codec: str) -> None:
     assert [chunk.grid_thw for chunk in chunks] == [(4, 4, 6), (2, 4, 6)]
     assert [chunk.num_tokens for chunk in chunks] == [6, 6]
     for chunk in chunks:
-        frames = chunk.patches.reshape(len(chunk.indices), 4, 6, 3, 14, 14)
-        # A patch in the middle, away from the square and the padding.
-        greys = frames[:, 2, 3].mean((1, 2, 3))
-        assert np.abs(greys - [index * 8 % 256 for index in chunk.indices]).max() < 6
+        assert np.abs(greys(chunk) - [index * 8 % 256 for index in chunk.indices]).max() < 6
 
 
 @pytest.mark.parametrize(("turned", "corner"), [(0, (0, 0)), (90, (-1, 0)), (180, (-1, -1)), (-90, (0, -1))], ids=str)
@@ -76,11 +87,96 @@ def test_a_video_is_seen_as_a_player_shows_it(turned: int, corner: tuple[int, in
 
 def test_a_chunk_is_what_its_frames_are() -> None:
     frames = [Image.effect_noise((640, 480), 60).convert("RGB") for _ in range(3)]
-    chunk = make_chunk([5, 10, 15], frames, 10, MediaConfig())
+    chunk = make_chunk([5, 10, 15], frames, 0.5, MediaConfig())
     patches, grids = preprocess([frames], MediaConfig(), is_video=[True])
     assert np.array_equal(chunk.patches, patches)
     assert [list(chunk.grid_thw)] == grids.tolist()
     assert chunk.prompt == "00:00:00.500<|media_begin|>video<|media_content|><|media_pad|><|media_end|>"
+
+
+def greys(chunk: VideoChunk) -> np.ndarray:
+    """Of a patch in the middle of each frame of 64 × 48, away from the square and the padding."""
+    return chunk.patches.reshape(len(chunk.indices), 4, 6, 3, 14, 14)[:, 2, 3].mean((1, 2, 3))
+
+
+def assert_shown(data: bytes, first: int, count: int) -> None:
+    """All frames of an even video that a player shows, ten in a second, from the encoder's frame `first` on."""
+    info = video_info(data)
+    assert (info.num_frames, info.fps) == (count, 10)
+    chunks = list(read_chunks(data, MediaConfig()))
+    assert [index for chunk in chunks for index in chunk.indices] == sample_frames(count, 10, 2.0)
+    for chunk in chunks:
+        assert chunk.timestamp == timestamp(chunk.indices[0] / 10, "hh:mm:ss.fff")
+        assert np.abs(greys(chunk) - [(first + index) * 8 % 256 for index in chunk.indices]).max() < 6
+
+
+@pytest.mark.parametrize(("first", "count"), [(0, 60), (12, 48), (30, 30), (55, 5), (12, 20)], ids=str)
+def test_of_a_trimmed_video_the_frames_are_those_that_a_player_shows(first: int, count: int) -> None:
+    """The edit list keeps frames of a GOP that are decoded and not shown, or leaves whole GOPs in the file."""
+    assert_shown(edited_video(first, count), first, count)
+
+
+def test_a_trimmed_video_that_was_cut_is_refused() -> None:
+    """Its index stands at the beginning, as files for the web have it: what the index promises is not there."""
+    data = bytearray(edited_video(12))
+    start, index = data.index(b"mdat") - 4, data.index(b"moov") - 4
+    moov, media = data[index:], data[start:index]
+    # Chunks of the media data move by the index' length.
+    at = moov.index(b"stco") + 8
+    for entry in range(int.from_bytes(moov[at : at + 4])):
+        place = at + 4 + 4 * entry
+        moov[place : place + 4] = (int.from_bytes(moov[place : place + 4]) + len(moov)).to_bytes(4)
+    whole = bytes(data[:start] + moov + media)
+    assert_shown(whole, 12, 48)
+    for cut in (20, 200, len(media) // 2):
+        with pytest.raises(MediaError, match=r"ends after|cannot be read"):
+            list(read_chunks(whole[:-cut], MediaConfig()))
+
+
+def test_a_stream_that_begins_before_a_whole_frame_is_read_from_that_on() -> None:
+    """A piece of a broadcast: MPEG-TS packets of 188 bytes, cut off in the first of two groups of pictures."""
+    data = make_video(60, 10, container="mpegts", codec="libx264", options={"g": "30", "bf": "0", "sc_threshold": "0"})
+    with av.open(io.BytesIO(data)) as container:
+        second = [packet.pos for packet in container.demux(video=0) if packet.size][5]
+    assert second is not None
+    # Its tables come first in every TS file, and stay.
+    assert_shown(data[: 188 * 3] + data[second:], 30, 30)
+
+
+SCREEN = [0, 33, 66, 100, 5000, 5033, 5066, 20000, 20033, 20066, 59000, 60000]
+
+
+@pytest.mark.parametrize(("container", "codec"), [("mp4", "libx264"), ("webm", "libvpx-vp9")])
+def test_a_video_of_variable_rate_is_sampled_by_time(container: str, codec: str) -> None:
+    """Twelve frames in a minute: every chunk's time is that of its first frame, which the average rate has elsewhere."""
+    data = variable_rate(SCREEN, container, codec)
+    chunks = list(read_chunks(data, MediaConfig()))
+    assert [chunk.indices for chunk in chunks] == [(0, 3, 4, 6), (7, 9, 10, 11)]
+    assert [chunk.timestamp for chunk in chunks] == ["00:00:00.000", "00:00:20.000"]
+    for chunk in chunks:
+        assert np.abs(greys(chunk) - [index * 8 for index in chunk.indices]).max() < 6
+    fewer = [index for chunk in read_chunks(data, MediaConfig(), max_frames=3) for index in chunk.indices]
+    assert (fewer[0], fewer[-1]) == (0, 11)
+    assert len(fewer) <= 3
+
+
+@given(
+    steps=st.lists(st.integers(1, 5000), max_size=60),
+    sample_fps=st.sampled_from([0.1, 1.0, 2.0, 7.3]),
+    max_frames=st.none() | st.integers(1, 20),
+)
+def test_what_a_player_shows_at_even_times(steps: list[int], sample_fps: float, max_frames: int | None) -> None:
+    """By plain search, at every moment; and never more than asked for."""
+    pts = list(accumulate(steps, initial=-700))
+    found = sample_times(pts, Fraction(1, 1000), sample_fps, max_frames)
+    assert found == sorted(set(found))
+    if max_frames is not None:
+        assert len(found) <= max_frames
+        return
+    times = [Fraction(time - pts[0], 1000) for time in pts]
+    moments = [number / Fraction(sample_fps) for number in range(int(times[-1] * Fraction(sample_fps)) + 1)]
+    shown = {bisect_right(times, moment) - 1 for moment in moments}
+    assert found == sorted(shown | {len(pts) - 1})
 
 
 GOOD = make_video(20)

@@ -15,6 +15,7 @@ from k26_kernels import KernelExperts, Shape
 from k26_kernels.config import Regime, Tile
 
 TINY = Layer("tiny", Shape(128, 128, 48))
+FEW = Layer("few", Shape(128, 128, 6))
 
 
 @pytest.mark.parametrize("kind", ["uniform", "zipf", "prefix"])
@@ -42,11 +43,12 @@ def test_a_batch_is_measured(device: torch.device) -> None:
         run()  # type: ignore[operator]
         return 2.0
 
-    runs = bench.prepare(Weights.random(48, 128, 128, device))
-    rows = {row.name: row for row in bench.measure(TINY, "uniform", 40, runs, (1e6, 1e9), device, clock)}
-    data = bench.batches(TINY, "uniform", 40, device)
-    touched = sum(len(slots_here(ids.cpu(), TINY).unique()) for _, _, ids in data)
-    assert rows[bench.OURS].of_copy == pytest.approx(touched * TINY.expert_bytes / 2.0 / 1e6)
+    runs = bench.prepare(Weights.random(6, 128, 128, device))
+    rows = {row.name: row for row in bench.measure(FEW, "uniform", 40, runs, (1e6, 1e9), device, clock)}
+    data = bench.batches(FEW, "uniform", 40, device)
+    touched = sum(len(slots_here(ids.cpu(), FEW).unique()) for _, _, ids in data)
+    assert touched > 1
+    assert rows[bench.OURS].of_copy == pytest.approx(touched * FEW.expert_bytes / 2.0 / 1e6)
     assert rows[bench.OURS].microseconds == pytest.approx(2e6 / len(data))
     peer = rows[WAITS_FOR_DEVICE]
     assert peer.difference is not None

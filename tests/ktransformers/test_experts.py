@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Callable
+
 import pytest
 import torch
-from support.experts import error, inputs, judge, make_weights, route
+from support.experts import error, inputs, judge, make_weights, overwritten_when_let_go, route
+from support.instruction_sets import INSTRUCTION_SET
 
 from k26_plugins.common.experts import ExpertsError, create_experts
 from k26_plugins.common.experts.base import ExpertWeights
 from k26_plugins.common.experts.hybrid import HybridExperts
+from k26_plugins.common.experts.native.build import cpu_flags
+from k26_plugins.common.experts.native.cores import Core
 from k26_plugins.common.experts.placement import place
 from k26_plugins.ktransformers import compat
 from k26_plugins.ktransformers.experts import KtExperts
@@ -17,16 +23,17 @@ from k26_plugins.ktransformers.experts import KtExperts
 TOLERANCE = 2e-2
 
 # What older releases do on a CPU without AMX, and how they are refused: 0.6.1 would end the process with an illegal
-# instruction, 0.6.2.post4, 0.6.4 and 0.7.0 compute garbage.
+# instruction, 0.6.2.post4, 0.6.4 and 0.7.0 compute garbage. Without AVX512 those before 0.7 end it when they are imported or
+# start their threads.
 WITHOUT_AMX = {
     "0.6.1": "kt-kernel 0.6.1 has no RAWINT4 experts for this CPU",
     "0.6.4": r"it failed the self-test on cpu, relative error 0\.\d+ \(limit 0.03\)",
 }
-refusal = (
-    None if compat.private("kt_kernel", "__cpu_variant__") == "amx" else WITHOUT_AMX.get(compat.kt_kernel_version())
-)
+refusal = compat.ends_the_process()
+if refusal is None and "avx512f" in cpu_flags() and compat.private("kt_kernel", "__cpu_variant__") != "amx":
+    refusal = WITHOUT_AMX.get(compat.kt_kernel_version())
 runs_here = pytest.mark.skipif(
-    refusal is not None, reason=f"kt-kernel {compat.kt_kernel_version()} has no right RAWINT4 for a CPU without AMX"
+    refusal is not None, reason=f"kt-kernel {compat.kt_kernel_version()} has no right RAWINT4 for this CPU"
 )
 
 
@@ -58,6 +65,30 @@ def test_a_batch_beyond_kt_kernel_s_buffers_is_cut(monkeypatch: pytest.MonkeyPat
     x = inputs(19, 256)
     expected = judge(weights, x, ids, topk_weights)
     assert error(create_experts(weights, "kt").apply(x, ids, topk_weights), expected) <= TOLERANCE
+
+
+@runs_here
+def test_what_load_was_given_is_kept_or_not_needed(record_property: Callable[[str, str], None]) -> None:
+    """Whatever class kt-kernel has for this CPU: one that computes from addresses must find the weights there."""
+    weights = make_weights(8, 256, 128)
+    ids, topk_weights = route(17, 2, 8)
+    x = inputs(17, 256)
+    experts = KtExperts.load(overwritten_when_let_go(weights))
+    gc.collect()
+    assert error(experts.apply(x, ids, topk_weights), judge(weights, x, ids, topk_weights)) <= TOLERANCE
+    record_property(INSTRUCTION_SET, f"kt-kernel {type(experts.moe).__name__}")
+
+
+@runs_here
+def test_a_class_that_cannot_split_its_weights_is_refused_on_two_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one for AVX2, and any that is not known."""
+    monkeypatch.setattr("k26_plugins.ktransformers.experts.cores", lambda _: [Core(0, 0), Core(1, 1)])
+    for name, refused in (("AVX2RawInt4_MOE", True), ("AMXInt4_KGroup_MOE", False)):
+        monkeypatch.setattr(compat, "raw_int4_class", lambda _, name=name: type(name, (), {}))
+        reason = KtExperts.unsupported(make_weights(2, 256, 128))
+        assert (reason is not None) == refused
+        if refused:
+            assert "kt-kernel's AVX2RawInt4_MOE cannot split its weights among memory nodes [0, 1]" in str(reason)
 
 
 @runs_here
@@ -111,7 +142,5 @@ def test_a_shape_that_would_end_the_process_is_refused() -> None:
 
 
 def test_a_name_that_kt_kernel_lost_is_one_clear_error() -> None:
-    with pytest.raises(
-        compat.UnsupportedEngineError, match=r"kt-kernel .* has no kt_kernel.Here.*checked on kt-kernel"
-    ):
-        compat.private("kt_kernel", "Here")
+    with pytest.raises(compat.UnsupportedEngineError, match=r"kt-kernel .* has no json.Here.*checked on kt-kernel"):
+        compat.private("json", "Here")

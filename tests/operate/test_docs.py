@@ -45,11 +45,12 @@ def test_commands_run_as_written(
     # Engines are looked at in their own environments, by tests/vllm and tests/sglang.
     monkeypatch.setattr(engines, "engine_findings", lambda required: [])
     monkeypatch.setattr("k26_plugins.operate.doctor.engine_findings", lambda required: [])
-    with serve_reference(tiny_folder) as url:
+    with serve_reference(tiny_folder) as url, serve_reference(tiny_folder, speak=lambda messages: "Yes.") as talker:
         for line in k26_commands(page):
-            command = re.sub(r"http://localhost:\d+", url, line)
-            if command.startswith("k26 swarm"):
-                # The reference model is no server for hundreds of agents.
+            # The reference model is no server for hundreds of agents.
+            is_swarm = line.startswith("k26 swarm")
+            command = re.sub(r"http://localhost:\d+", talker if is_swarm else url, line)
+            if is_swarm:
                 command += " --agents 2 --steps 6 --prefix-tokens 20 --answer-tokens 1 --replays 2 --tool-latency 0"
             if command.startswith("k26 tiny"):
                 shutil.rmtree("DIR")

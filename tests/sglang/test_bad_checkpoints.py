@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -10,18 +12,46 @@ from support.checkpoints import DAMAGES, WRONG_SETTING
 from support.server import StartError
 from support.sglang_server import serve
 
+# Read when SGLang is imported, which nothing above does.
+os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
+
+
+def damaged(name: str, whole: Path, folder: Path) -> Path:
+    shutil.copytree(whole, folder)
+    DAMAGES[name][0](folder)
+    return folder
+
+
+def configure(folder: Path) -> None:
+    """What the start does first of all, in the process that the user looks at."""
+    import sglang.srt.utils.hf_transformers_utils as utils
+
+    from k26_plugins.sglang import register
+
+    register()
+    utils.get_config(str(folder), trust_remote_code=False)
+
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_the_start_stops_with_the_name(tiny_folder: Path, tmp_path: Path, name: str) -> None:
-    damage, message = DAMAGES[name]
+    folder = damaged(name, tiny_folder, tmp_path / "copy")
+    with pytest.raises(ValueError, match=re.escape(DAMAGES[name][1])):
+        configure(folder)
+
+
+def test_the_server_prints_it_and_ends(tiny_folder: Path, tmp_path: Path) -> None:
+    with (
+        pytest.raises(StartError, match=re.escape(DAMAGES["missing"][1])),
+        serve(damaged("missing", tiny_folder, tmp_path / "copy"), tmp_path / "log"),
+    ):
+        pass
+
+
+def test_a_wrong_setting_stops_with_its_name(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("K26_EXPERTS", "marlin")
+    # SGLang remembers a folder's configuration.
     folder = Path(shutil.copytree(tiny_folder, tmp_path / "copy"))
-    damage(folder)
-    with pytest.raises(StartError) as raised, serve(folder, tmp_path / "log"):
-        pass
-    assert message in str(raised.value)
-
-
-def test_a_wrong_setting_stops_with_its_name(tiny_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(StartError) as raised, serve(tiny_folder, tmp_path / "log", K26_EXPERTS="marlin"):
-        pass
-    assert WRONG_SETTING in str(raised.value)
+    with pytest.raises(ValueError, match=re.escape(WRONG_SETTING)):
+        configure(folder)

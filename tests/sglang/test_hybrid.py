@@ -80,11 +80,6 @@ def test_verify_passes(half: Server, folder: Path, prompts_file: Path, tmp_path:
     assert result.exit_code == 0, result.output
 
 
-def test_the_answers_are_those_of_experts_on_one_side(half: Server, folder: Path, tmp_path: Path) -> None:
-    with serve(folder, tmp_path / "log", **EAGER) as server:
-        assert_same_top(first_tokens(half), first_tokens(server))
-
-
 @pytest.mark.skipif(find_spec("kt_kernel") is None, reason="kt-kernel is not installed in this environment")
 def test_two_ranks_with_kt_kernel_and_a_profile_answer_as_one(half: Server, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "tiny").mkdir()

@@ -6,7 +6,6 @@ Whole distributions come from SGLang's own `/generate`: its OpenAI API gives the
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,22 +17,12 @@ from support.agreement import BYTES, VOCABULARY, assert_same_distribution
 from support.expected import image_request, text_prompt
 from support.images import BAD_IMAGES, image_part, png_header
 from support.server import Server, said
-from support.sglang_server import HAS_ENTRY_POINT, generate, rows, serve
+from support.sglang_server import CHUNK, HAS_ENTRY_POINT, generate, rows
 from typer.testing import CliRunner
 
 from k26_plugins.cli import app
 from k26_plugins.common.checkpoint import Checkpoint
 from k26_plugins.common.multimodal import KimiK26
-
-# Far below the prompts' lengths: every longer one is prefilled in pieces.
-CHUNK = 64
-
-
-@pytest.fixture(scope="module")
-def server(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("sglang") / "server.log"
-    with serve(tiny_folder, log, "--chunked-prefill-size", str(CHUNK), "--enable-cache-report") as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

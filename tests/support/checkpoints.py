@@ -67,11 +67,19 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
 WRONG_SETTING = "K26_EXPERTS is 'marlin': choose one of auto, engine, triton, native, cpu, reference"
 
 
-def make_llama(folder: Path) -> None:
-    """A small random Llama, without a tokenizer."""
+LLAMA_PROMPT = list(range(50))
+
+
+def make_llama(folder: Path) -> list[int]:
+    """A small random Llama without a tokenizer, and the eight tokens that transformers has it answer LLAMA_PROMPT with."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, vocab_size=512,
         max_position_embeddings=4096, eos_token_id=511,
     )  # fmt: skip
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    prompt = torch.tensor([LLAMA_PROMPT])
+    answer = model.generate(prompt, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    found: list[int] = answer[0, len(LLAMA_PROMPT) :].tolist()
+    return found

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -54,6 +57,27 @@ def to_device(weights: ExpertWeights, device: torch.device) -> ExpertWeights:
     """A copy on the device."""
     tensors = (weights.w13_packed, weights.w13_scale, weights.w2_packed, weights.w2_scale)
     return ExpertWeights(*(tensor.to(device, copy=True) for tensor in tensors))
+
+
+LENT: list[np.ndarray] = []  # never given back to the system, which would end the process at a read
+
+
+def overwritten_when_let_go(weights: ExpertWeights) -> ExpertWeights:
+    """A copy in memory that is filled with other bytes, and never given back, once no tensor uses it.
+
+    What still reads from there, by an address that it kept, computes something else.
+    """
+
+    def lend(tensor: torch.Tensor) -> torch.Tensor:
+        memory = tensor.contiguous().view(torch.uint8).flatten().numpy().copy()
+        LENT.append(memory)
+        lent = memory.view()  # what torch holds while a tensor is there
+        weakref.finalize(lent, memory.fill, 0x3C)
+        return torch.from_numpy(lent).view(tensor.dtype).view(tensor.shape)
+
+    return ExpertWeights(
+        *(lend(tensor) for tensor in (weights.w13_packed, weights.w13_scale, weights.w2_packed, weights.w2_scale))
+    )
 
 
 def backends() -> list[object]:

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-
-START_SECONDS = 300
+from support.progress import Progress, StandsStillError
 
 
 @dataclass
@@ -57,7 +56,7 @@ def python_path() -> str:
 
 
 class StartError(RuntimeError):
-    """The server ended before it was ready; the message is its log."""
+    """The server ended or stood still before it was ready; the message is its log."""
 
 
 def free_port() -> int:
@@ -111,14 +110,16 @@ def run_server(
 
 
 def _wait(process: subprocess.Popen[bytes], server: Server, ready: str | None) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise StartError(server.log.read_text())
+    progress = Progress(process.pid, server.log)
+    while process.poll() is None:
         try:
             if (ready is None or ready in server.log.read_text()) and server.alive():
                 return
         except httpx.TransportError:
             pass
+        try:
+            progress.check()
+        except StandsStillError as error:
+            raise StartError(f"{error}:\n{server.log.read_text()[-5000:]}") from error
         time.sleep(0.5)
-    raise StartError(f"not ready after {START_SECONDS} s:\n{server.log.read_text()[-5000:]}")
+    raise StartError(server.log.read_text())

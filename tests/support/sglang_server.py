@@ -27,6 +27,8 @@ IS_FORK = any(distribution.name == "sglang-kt" for distribution in distributions
 TWO_RANKS = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1", "SGLANG_NCCL_SO_PATH": "none"}
 # The vision tower's interpolation is compiled at the first image, half a minute; test_server.py has it compiled.
 EAGER = {"TORCHDYNAMO_DISABLE": "1"}
+# Of a prompt's tokens that go through the model at a time; far below the prompts' lengths.
+CHUNK = 64
 
 
 def serve(

@@ -6,11 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.server import Server
+from support.server import Server, python_path
 from support.vllm_server import serve
 
 
 @pytest.fixture(scope="session")
 def server(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serve(tiny_folder, tmp_path_factory.mktemp("vllm") / "server.log", "--enforce-eager") as running:
+    """Answers are the model's, or made to order where a request says so (support/vllm_scripted.py)."""
+    arguments = ["--enforce-eager", "--logits-processors", "support.vllm_scripted:Scripted"]
+    log = tmp_path_factory.mktemp("vllm") / "server.log"
+    with serve(tiny_folder, log, *arguments, PYTHONPATH=python_path()) as running:
         yield running

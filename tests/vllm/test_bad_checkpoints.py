@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -9,22 +10,39 @@ import pytest
 from support.checkpoints import DAMAGES, WRONG_SETTING
 from support.server import StartError
 from support.vllm_server import serve
+from vllm.config import ModelConfig
+
+from k26_plugins.vllm import register
+
+
+def damaged(name: str, whole: Path, folder: Path) -> Path:
+    shutil.copytree(whole, folder)
+    DAMAGES[name][0](folder)
+    return folder
+
+
+def configure(folder: Path) -> None:
+    """What the start does in the process that the user looks at, before any other is started."""
+    register()
+    ModelConfig(str(folder), enforce_eager=True, max_model_len=4096)
 
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_the_start_stops_with_the_name(tiny_folder: Path, tmp_path: Path, name: str) -> None:
-    damage, message = DAMAGES[name]
-    folder = Path(shutil.copytree(tiny_folder, tmp_path / "copy"))
-    damage(folder)
-    with pytest.raises(StartError) as raised, serve(folder, tmp_path / "log", "--enforce-eager"):
-        pass
-    assert message in str(raised.value)
+    folder = damaged(name, tiny_folder, tmp_path / "copy")
+    with pytest.raises(ValueError, match=re.escape(DAMAGES[name][1])):
+        configure(folder)
 
 
-def test_a_wrong_setting_stops_with_its_name(tiny_folder: Path, tmp_path: Path) -> None:
+def test_the_server_prints_it_and_ends(tiny_folder: Path, tmp_path: Path) -> None:
     with (
-        pytest.raises(StartError) as raised,
-        serve(tiny_folder, tmp_path / "log", "--enforce-eager", K26_EXPERTS="marlin"),
+        pytest.raises(StartError, match=re.escape(DAMAGES["missing"][1])),
+        serve(damaged("missing", tiny_folder, tmp_path / "copy"), tmp_path / "log", "--enforce-eager"),
     ):
         pass
-    assert WRONG_SETTING in str(raised.value)
+
+
+def test_a_wrong_setting_stops_with_its_name(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("K26_EXPERTS", "marlin")
+    with pytest.raises(ValueError, match=re.escape(WRONG_SETTING)):
+        configure(tiny_folder)

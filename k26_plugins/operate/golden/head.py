@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from k26_plugins.common.checkpoint import StreamedCheckpoint
+from k26_plugins.common.linear import linear
 from k26_plugins.operate.golden.memory import head_rows
 
 LM_HEAD = "language_model.lm_head.weight"
@@ -78,7 +78,7 @@ def answers(
     for start in range(0, vocabulary, step):
         stop = min(start + step, vocabulary)
         head = checkpoint.rows(LM_HEAD, start, stop)
-        logits = F.linear(hidden, head.float())
+        logits = linear(hidden, head.float())
         shrink = own.add(logits)
         here = (targets >= start) & (targets < stop)
         target[here] = logits[here].gather(1, targets[here, None] - start)[:, 0]
@@ -87,7 +87,7 @@ def answers(
         merged, order = torch.cat((best, values), -1).topk(min(top_k, best.shape[1] + values.shape[1]), dim=-1)
         for index, other in enumerate(others):
             # Logits of the other's dtype are rounded to it, as the model's head does.
-            theirs = F.linear(other.hidden, head.to(other.hidden.dtype)).float()
+            theirs = linear(other.hidden, head.to(other.hidden.dtype)).float()
             sums[index].add(theirs)
             mine = logits[other.rows]
             weight = (mine - own.largest[other.rows].float().unsqueeze(-1)).exp()

@@ -69,6 +69,10 @@ class GoldenJob:
     @torch.inference_mode()
     def run(self, on_step: Callable[[int], None] = lambda done: None) -> Golden:
         """Do the work that is left, write the golden file and delete the state. Raises StateError, CheckpointError."""
+        with memory.threads_for(self.config.text):
+            return self._run(on_step)
+
+    def _run(self, on_step: Callable[[int], None]) -> Golden:
         memory.give_back_freed_memory()
         state = State(self.state_folder, self._identity())
         layers = self.config.text.num_hidden_layers
@@ -116,11 +120,11 @@ class GoldenJob:
         layers = self.config.text.num_hidden_layers
         for index in range(passed, layers):
             layer = Layer(self.checkpoint, index)
-            kept = state.keys(index) if number else {}
-            keys = layer.attend(streams, _earlier(kept, number))
-            if self.num_passes > 1:
-                named = {f"{number}.{variant}.{prompt}": value for (variant, prompt), value in keys.items()}
-                state.keep_keys(index, {**kept, **named})
+            keys = layer.attend(streams, _joined(state.keys(number, index)))
+            # The last pass' are asked for by none.
+            if number < self.num_passes - 1:
+                named = {f"{variant}.{prompt}": value for (variant, prompt), value in keys.items()}
+                state.keep_keys(number, index, named)
             chosen = layer.feed_forward(streams)
             if chosen is not None:
                 experts.append(chosen)
@@ -266,11 +270,11 @@ class GoldenJob:
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
-def _earlier(kept: dict[str, torch.Tensor], number: int) -> Keys:
-    """The keys of the passes before `number`, joined: a killed run may have left this pass' own behind."""
+def _joined(passes: list[dict[str, torch.Tensor]]) -> Keys:
+    """Each prompt's keys of all passes, one after the other."""
     joined: dict[tuple[str, int], list[torch.Tensor]] = {}
-    for name in sorted(kept, key=lambda name: int(name.split(".")[0])):
-        at, variant, prompt = name.split(".")
-        if int(at) < number:
-            joined.setdefault((variant, int(prompt)), []).append(kept[name])
+    for kept in passes:
+        for name, value in kept.items():
+            variant, prompt = name.split(".")
+            joined.setdefault((variant, int(prompt)), []).append(value)
     return {key: torch.cat(parts) for key, parts in joined.items()}

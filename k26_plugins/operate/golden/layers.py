@@ -76,7 +76,8 @@ class Layer:
                     chunk = query_chunk(self.config, cache.max_tokens)
                     for piece in x.split(chunk):
                         normed = rms_norm(piece, norm, self.config.rms_norm_eps)
-                        parts.append(piece + attention.forward(normed, cache, absorbed=False))
+                        # One new token against many kept ones: unfolding the keys of all of them would be most of the work.
+                        parts.append(piece + attention.forward(normed, cache, absorbed=bool(earlier)))
                         cache.length += len(piece)
                     if not stream.variant.is_suspect:
                         kept[stream.variant.name, prompt] = torch.cat(cache.of_layer(self.layer), -1)[-len(x) :]

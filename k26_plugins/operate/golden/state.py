@@ -56,11 +56,13 @@ class State:
         """The state after `layers` layers of pass `number`."""
         save_tensors(tensors, self.folder / "hidden.safetensors", {"pass": str(number), "layers": str(layers)})
 
-    def keep_keys(self, layer: int, keys: dict[str, torch.Tensor]) -> None:
-        save_tensors(keys, self._keys(layer), {})
+    def keep_keys(self, number: int, layer: int, keys: dict[str, torch.Tensor]) -> None:
+        """What attention of `layer` keeps of the tokens of pass `number`."""
+        save_tensors(keys, self._keys(number, layer), {})
 
-    def keys(self, layer: int) -> dict[str, torch.Tensor]:
-        return read(self._keys(layer))[0] if self._keys(layer).exists() else {}
+    def keys(self, number: int, layer: int) -> list[dict[str, torch.Tensor]]:
+        """The same of every pass before `number`, in order."""
+        return [read(self._keys(earlier, layer))[0] for earlier in range(number)]
 
     def keep_answers(self, number: int, tensors: dict[str, torch.Tensor]) -> None:
         save_tensors(tensors, self._answers(number), {})
@@ -72,8 +74,8 @@ class State:
     def discard(self) -> None:
         shutil.rmtree(self.folder)
 
-    def _keys(self, layer: int) -> Path:
-        return self.folder / f"keys-{layer:03d}.safetensors"
+    def _keys(self, number: int, layer: int) -> Path:
+        return self.folder / f"keys-{number:03d}-{layer:03d}.safetensors"
 
     def _answers(self, number: int) -> Path:
         return self.folder / f"answers-{number:03d}.safetensors"

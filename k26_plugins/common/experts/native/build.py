@@ -47,12 +47,16 @@ def best_variant() -> str:
     capability = torch.backends.cpu.get_cpu_capability()
     if not capability.startswith("AVX512"):
         raise BuildError(f"it needs AVX512 and torch finds {capability}")
+    return "avx512_vnni" if "avx512_vnni" in cpu_flags() else "avx512"
+
+
+def cpu_flags() -> frozenset[str]:
+    """The instruction sets of this CPU as Linux names them; none where it does not say."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        lines = []
-    flags = next((line.split() for line in lines if line.startswith("flags")), [])
-    return "avx512_vnni" if "avx512_vnni" in flags else "avx512"
+        return frozenset()
+    return frozenset(next((line.split() for line in lines if line.startswith("flags")), ()))
 
 
 def build(variant: str) -> Path:

@@ -1,0 +1,19 @@
+"""How the summary of a run comes to say which instruction sets were run: the tests record them as a property."""
+
+from __future__ import annotations
+
+import pytest
+
+INSTRUCTION_SET = "instruction set"
+
+
+def summarise(reporter: pytest.TerminalReporter) -> None:
+    """Those that were not are among the skipped tests, with the reason."""
+    ran = {
+        str(value)
+        for report in reporter.getreports("passed")
+        for name, value in report.user_properties
+        if name == INSTRUCTION_SET
+    }
+    if ran:
+        reporter.write_line(f"instruction sets run: {', '.join(sorted(ran))}")
