@@ -6,6 +6,7 @@ here. In a result the id is all that names the function, so the model would read
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,14 +26,13 @@ def with_kimis_ids(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
             renamed = []
             for call in calls:
                 given = call.get("id")
-                name, id_ = _name(call), given
+                name = _name(call)
                 if name is not None and not _is_kimis(given, name):
-                    index = count
-                    while (id_ := f"functions.{name}:{index}") in used:
-                        index += 1
-                    used.add(id_)
-                current[str(given)] = str(id_)
-                renamed.append({**call, "id": id_})
+                    index = next(index for index in itertools.count(count) if _id(name, index) not in used)
+                    used.add(_id(name, index))
+                    call = {**call, "id": _id(name, index)}
+                current[str(given)] = str(call.get("id"))
+                renamed.append(call)
                 count += 1
             message = {**message, "tool_calls": renamed}
         elif message.get("role") == "tool":
@@ -56,6 +56,10 @@ def _name(call: Mapping[str, Any]) -> str | None:
     return name if isinstance(name, str) and name else None
 
 
+def _id(name: str, index: int | str) -> str:
+    return f"functions.{name}:{index}"
+
+
 def _is_kimis(given: Any, name: str) -> bool:
-    index = given.removeprefix(f"functions.{name}:") if isinstance(given, str) else ""
+    index = given.removeprefix(_id(name, "")) if isinstance(given, str) else ""
     return index != given and index.isdecimal()
