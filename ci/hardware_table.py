@@ -1,4 +1,4 @@
-"""Write the table in docs/hardware.md: what `k26 plan` says of common machines.
+"""Write the tables in docs/hardware.md: what `k26 plan` says of common machines, and of the published runs.
 
     python ci/hardware_table.py
 
@@ -9,20 +9,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from published_runs import RUNS, Run
+
 from k26_plugins.common.config import K26Config
 from k26_plugins.operate.plan.advise import choose
-from k26_plugins.operate.plan.fit import Load
-from k26_plugins.operate.plan.hardware import GIB, parse
+from k26_plugins.operate.plan.fit import Fit, Load, fit
+from k26_plugins.operate.plan.gpus import GIB
+from k26_plugins.operate.plan.hardware import parse
 from k26_plugins.operate.plan.hybrid import hybrid
+from k26_plugins.operate.plan.weights import Layout
 
 FILE = Path(__file__).parent.parent / "docs" / "hardware.md"
-BEGIN, END = "<!-- made by ci/hardware_table.py -->", "<!-- end -->"
+BEGIN, END = "<!-- made by ci/hardware_table.py: {} -->", "<!-- end -->"
 MACHINES = (
     "8xH200",
     "8xB200",
     "8xB300",
     "4xB300",
+    "4xGB300",
     "4xB200",
+    "4xGB200",
     "8xMI300X",
     "8xMI355X",
     "8xH20",
@@ -61,10 +67,34 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def planned(run: Run) -> Fit:
+    """The plan of a published run's machine and settings, the vision tower's weights cut as its command cut them."""
+    layout = Layout(tp=run.tp, context_parallel=run.context_parallel, vision_whole=False)
+    load = Load(kv_dtype=run.kv_dtype, memory_fraction=run.memory_fraction, sequences=run.sequences)
+    return fit(K26Config(), parse(run.gpus)[1], layout, load)
+
+
+def runs_table() -> str:
+    lines = [
+        "| machine | KV cache | memory | requests | decode-context parallel | published tokens | planned | error | source |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for run in RUNS:
+        tokens = planned(run).kv_tokens
+        lines.append(
+            f"| {run.gpus.replace('x', ' × ', 1)} | {run.kv_dtype} | {run.memory_fraction:.2f} | {run.sequences} | "
+            f"{run.context_parallel} | {run.kv_tokens:,} | {tokens:,} | {tokens / run.kv_tokens - 1:+.1%} | {run.source} |"
+        )
+    return "\n".join(lines)
+
+
 def written(text: str) -> str:
-    """The page with the table in its place."""
-    start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-    return f"{text[:start]}\n{table()}\n{text[end:]}"
+    """The page with the tables in their places."""
+    for name, made in (("machines", table()), ("runs", runs_table())):
+        begin = BEGIN.format(name)
+        start = text.index(begin) + len(begin)
+        text = f"{text[:start]}\n{made}\n{text[text.index(END, start) :]}"
+    return text
 
 
 if __name__ == "__main__":

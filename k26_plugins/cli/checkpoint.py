@@ -124,7 +124,7 @@ def tiny(
     )
     try:
         make_tiny(folder, sizes, seed=seed)
-    except (ConfigError, FileExistsError, ValueError) as error:
+    except (ConfigError, OSError, ValueError) as error:
         fail(error)
     size = sum(file.stat().st_size for file in folder.iterdir())
     typer.echo(f"{folder}: {size / 1e6:.1f} MB")

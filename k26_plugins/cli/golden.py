@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from k26_plugins.cli.console import Folder, err, fail, progress_bar
+from k26_plugins.cli.reports import require_writable
 
 if TYPE_CHECKING:
     from k26_plugins.operate.golden import GoldenJob
@@ -46,6 +47,7 @@ def golden(
     from k26_plugins.common.prompt.tokenizer import TokenizerError
     from k26_plugins.operate.golden import GoldenJob, PromptError, StateError, read_prompts
 
+    require_writable(out)
     expected = (CheckpointError, ConfigError, MediaError, PromptError, StateError, TokenizerError, OSError)
     try:
         with StreamedCheckpoint(folder) as checkpoint:

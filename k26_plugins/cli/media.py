@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from k26_plugins.cli.console import fail, out
+from k26_plugins.cli.reports import require_writable
 
 
 def media(
@@ -27,6 +28,7 @@ def media(
     from k26_plugins.common.video import read_chunks
 
     target = sheet or Path(f"{file.stem}-k26.png")
+    require_writable(target)
     table = Table("", "frames", "grid t × h × w", "tokens")
     frames: list[Frame] = []
     total = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +13,7 @@ import typer
 from k26_plugins.cli.console import fail
 
 if TYPE_CHECKING:
+    from k26_plugins.operate.plan.fit import Load
     from k26_plugins.operate.plan.report import Plan
 
 HUB_NAME = "moonshotai/Kimi-K2.6"
@@ -28,37 +30,49 @@ class KvDtype(StrEnum):
     FP8 = "fp8"
 
 
-Gpus = Annotated[str, typer.Option(help="Such as 8xH200 or 'RTX 4090', or memory in GiB: 8x96.", show_default=False)]
+Gpus = Annotated[
+    str | None,
+    typer.Option(help="Such as 8xH200, 4x'RTX 4090 48GB' or memory in GiB: 8x96. [default: this machine's]"),
+]
 EngineOption = Annotated[Engine, typer.Option(help="Which engine serves.")]
 Context = Annotated[int, typer.Option(min=1, help="Tokens of one request, prompt and answer.")]
 Concurrency = Annotated[int, typer.Option(min=1, help="Requests of that length at the same time.")]
 Images = Annotated[int, typer.Option(min=0, help="Images of the largest size in each request, beside the context.")]
 KvDtypeOption = Annotated[KvDtype, typer.Option(help="Of the KV cache.")]
-Ram = Annotated[float | None, typer.Option(help="System memory, GB. The hybrid run needs it.")]
+MemoryFraction = Annotated[
+    float, typer.Option(min=0.05, max=1.0, help="Share of each GPU's memory that the engine may use.")
+]
+Ram = Annotated[float | None, typer.Option(help="System memory, GB, for the hybrid run. [default: this machine's]")]
 RamBandwidth = Annotated[float | None, typer.Option(help="Of system memory, GB/s: bounds the hybrid run's speed.")]
-Cores = Annotated[int, typer.Option(min=1, help="Physical CPU cores, for the hybrid run's command.")]
-Sockets = Annotated[int, typer.Option(min=1, help="CPU sockets (NUMA nodes), for the hybrid run's command.")]
+Cores = Annotated[
+    int | None, typer.Option(min=1, help="Physical CPU cores, for the hybrid run's command. [default: this machine's]")
+]
+Sockets = Annotated[
+    int | None, typer.Option(min=1, help="CPU sockets (NUMA nodes), likewise. [default: this machine's]")
+]
 
 
 def plan(
-    gpus: Gpus,
+    gpus: Gpus = None,
     engine: EngineOption = Engine.VLLM,
     context: Context = 131072,
     concurrency: Concurrency = 1,
     images: Images = 0,
     kv_dtype: KvDtypeOption = KvDtype.BF16,
+    gpu_memory_utilization: MemoryFraction = 0.9,
     ram: Ram = None,
     ram_bandwidth: RamBandwidth = None,
-    cores: Cores = 64,
-    sockets: Sockets = 2,
+    cores: Cores = None,
+    sockets: Sockets = None,
     checkpoint: Annotated[str, typer.Option(help="A folder, or a name on the hub for the published sizes.")] = HUB_NAME,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say whether Kimi-K2.6 fits on a machine, why, what is left for the KV cache, and the exact launch command.
 
-    Computed from the table of tensors, without a GPU: weights by part on each rank, activations, what engines keep for
-    themselves (calibrated on the one published run, 8 × H200), and KV cache of 70,272 bytes a token, which plain tensor
-    parallelism repeats on every GPU. Where the load does not fit, the nearest thing that does is named.
+    Without --gpus it plans for this machine. Computed from the table of tensors: weights by part on each rank, activations,
+    what engines keep for themselves (fitted to the published runs of vLLM in docs/hardware.md), and KV cache of 70,272
+    bytes a token, which plain tensor parallelism repeats on every GPU. Where the load does not fit, what does is named,
+    each as options of this command. GPUs of several machines get a command for each.
 
     Speeds are bounds from published bandwidths; nobody measured them.
 
@@ -66,49 +80,56 @@ def plan(
     """
     from k26_plugins.operate.plan import report
 
-    made = plan_for(
-        gpus, engine, context, concurrency, images, kv_dtype, ram, ram_bandwidth, cores, sockets, checkpoint
-    )
+    load = load_of(context, concurrency, images, kv_dtype, gpu_memory_utilization)
+    made = plan_for(gpus, engine, load, ram, ram_bandwidth, cores, sockets, checkpoint)
     typer.echo(json.dumps(report.as_json(made), indent=1) if as_json else report.as_text(made))
     if not made.fits:
         raise typer.Exit(1)
 
 
+def load_of(context: int, concurrency: int, images: int, kv_dtype: KvDtype, memory_fraction: float) -> Load:
+    """What is to be served, of the options that say so."""
+    from k26_plugins.operate.plan.fit import SEQUENCES, Load
+
+    return Load(
+        context=context,
+        concurrency=concurrency,
+        images=images,
+        kv_dtype=kv_dtype.value,
+        memory_fraction=memory_fraction,
+        sequences=max(SEQUENCES, concurrency),
+    )
+
+
 def plan_for(
-    gpus: str,
+    gpus: str | None,
     engine: Engine,
-    context: int,
-    concurrency: int,
-    images: int,
-    kv_dtype: KvDtype,
+    load: Load,
     ram: float | None,
     ram_bandwidth: float | None,
-    cores: int,
-    sockets: int,
+    cores: int | None,
+    sockets: int | None,
     checkpoint: str,
 ) -> Plan:
     """The plan of these options; ends the command on one that cannot be."""
     from k26_plugins.common.config import ConfigError, K26Config
-    from k26_plugins.operate.plan.fit import Load
-    from k26_plugins.operate.plan.hardware import HardwareError, parse
-    from k26_plugins.operate.plan.report import Machine, make_plan
+    from k26_plugins.operate.accelerators import AcceleratorError
+    from k26_plugins.operate.machine import machine_of
+    from k26_plugins.operate.plan.hardware import HardwareError
+    from k26_plugins.operate.plan.report import make_plan
     from k26_plugins.operate.plan.weights import LayoutError
 
     try:
-        config = K26Config.from_path(checkpoint) if Path(checkpoint).exists() else K26Config()
-        count, gpu = parse(gpus)
-        machine = Machine(
-            gpu=gpu,
-            count=count,
-            ram=None if ram is None else int(ram * 1e9),
-            ram_bandwidth=None if ram_bandwidth is None else ram_bandwidth * 1e9,
-            cores=cores,
-            sockets=sockets,
-        )
-        load = Load(context=context, concurrency=concurrency, images=images, kv_dtype=kv_dtype.value)
-        longest = load.tokens // concurrency
+        config = K26Config() if _is_hub_name(checkpoint) else K26Config.from_path(checkpoint)
+        machine = machine_of(gpus, ram, ram_bandwidth, cores, sockets)
+        longest = load.tokens // load.concurrency
         if longest > config.text.max_position_embeddings:
             fail(f"a request of {longest:,} tokens is longer than the model's {config.text.max_position_embeddings:,}.")
         return make_plan(config, engine.value, machine, load, checkpoint)
-    except (ConfigError, HardwareError, LayoutError) as error:
+    except (AcceleratorError, ConfigError, HardwareError, LayoutError) as error:
         fail(error)
+
+
+def _is_hub_name(checkpoint: str) -> bool:
+    """Whether it can only be a name on the hub: two words, and no such folder here."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", checkpoint) is not None and not Path(checkpoint).exists()

@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from k26_plugins.cli.console import Folder, fail, out, progress_bar
+from k26_plugins.cli.reports import require_writable
 
 # Shares of the experts on the GPUs that the table shows.
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 3, 1 / 2, 3 / 4)
@@ -43,6 +44,7 @@ def profile(
     from k26_plugins.operate.profile import profile_experts
 
     target = save or folder / PROFILE_FILE
+    require_writable(target)
     try:
         config = K26Config.from_path(folder)
         ready = read_prompts(prompts, folder)

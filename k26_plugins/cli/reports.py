@@ -21,6 +21,20 @@ def require_plots(html_out: Path | None, code: int) -> None:
         fail("--html needs matplotlib. pip install 'k26-plugins[report]'", code)
 
 
+def require_writable(*files: Path | None, code: int = 1) -> None:
+    """Outputs are tried before the work, which may take hours: each is opened without a change to what it holds."""
+    for file in files:
+        if file is None:
+            continue
+        try:
+            is_new = not file.exists()
+            file.open("ab").close()
+            if is_new:
+                file.unlink()
+        except OSError as error:
+            fail(f"{file} cannot be written ({error.strerror}): nothing was done yet.", code)
+
+
 def write(file: Path | None, content: Callable[[], str]) -> None:
     """A report, where one is wanted."""
     if file is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -19,8 +20,10 @@ from k26_plugins.cli.plan import (
     Images,
     KvDtype,
     KvDtypeOption,
+    MemoryFraction,
     Ram,
     Sockets,
+    load_of,
     plan_for,
 )
 
@@ -34,9 +37,10 @@ def serve(
     concurrency: Concurrency = 1,
     images: Images = 0,
     kv_dtype: KvDtypeOption = KvDtype.BF16,
+    gpu_memory_utilization: MemoryFraction = 0.9,
     ram: Ram = None,
-    cores: Cores = 64,
-    sockets: Sockets = 2,
+    cores: Cores = None,
+    sockets: Sockets = None,
     anyway: Annotated[bool, typer.Option(help="Start although the doctor found something bad.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Print the command and stop.")] = False,
 ) -> None:
@@ -50,17 +54,19 @@ def serve(
     from k26_plugins.operate.plan.command import cpu_command, shown
     from k26_plugins.operate.plan.report import as_text
 
-    found = gpus or _own_gpus()
-    if found is None:
+    if gpus is None and not _has_gpu():
         if engine == Engine.KTRANSFORMERS:
             fail("KTransformers needs a GPU and this machine shows none: see `k26 doctor`.")
         command = cpu_command(engine.value, str(folder))
     else:
-        made = plan_for(found, engine, context, concurrency, images, kv_dtype, ram, None, cores, sockets, str(folder))
+        load = load_of(context, concurrency, images, kv_dtype, gpu_memory_utilization)
+        made = plan_for(gpus, engine, load, ram, None, cores, sockets, str(folder))
         err.print(as_text(made), highlight=False, markup=False, soft_wrap=True)
-        if made.command is None:
+        if not made.fits:
             raise typer.Exit(1)
-        command = made.command
+        if len(made.commands) > 1:
+            fail(f"this plan is for {len(made.commands)} machines: start the commands above, one on each.")
+        command = made.commands[0]
     with err.status("looking at this environment"):
         bad = [finding for finding in examine(folder, engine.value) if finding.level == Level.BAD]
     if bad:
@@ -72,20 +78,27 @@ def serve(
     if dry_run:
         return
     sys.stdout.flush()
-    if command[0] == "python":
-        command[0] = sys.executable
+    command[0] = _beside_python(command[0])
+    # The engine starts compilers and programs of its own environment by name too.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     try:
         os.execvp(command[0], command)
     except OSError as error:
         fail(f"{command[0]} cannot be started ({error.strerror}): is {engine.value} installed here?")
 
 
-def _own_gpus() -> str | None:
-    """This machine's GPUs as `--gpus` takes them, by the memory of the smallest; None without one."""
-    import torch
+def _beside_python(program: str) -> str:
+    """The program of the environment that runs this command, whatever PATH says: a service's has no environment on it."""
+    if program == "python":
+        return sys.executable
+    beside = Path(sys.executable).with_name(program)
+    return str(beside) if beside.exists() else program
 
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if not count:
-        return None
-    smallest = min(torch.cuda.mem_get_info(index)[1] for index in range(count))
-    return f"{count}x{smallest / 2**30:.1f}"
+
+def _has_gpu() -> bool:
+    from k26_plugins.operate.accelerators import AcceleratorError, accelerators
+
+    try:
+        return bool(accelerators())
+    except AcceleratorError as error:
+        fail(error)

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from k26_plugins.cli.console import fail, progress_bar
-from k26_plugins.cli.reports import HtmlOut, JsonOut, require_plots, write
+from k26_plugins.cli.reports import HtmlOut, JsonOut, require_plots, require_writable, write
 
 NOT_HELD = 1
 NOT_ASKED = 2
@@ -91,9 +91,10 @@ def swarm(
     from k26_plugins.operate.swarm.report import as_html, as_json, as_text
     from k26_plugins.operate.swarm.run import Load, Run, Swarm
     from k26_plugins.operate.swarm.scenario import Shape, ShapeError, shared_prefix
-    from k26_plugins.operate.verify.endpoint import EndpointError, connect
+    from k26_plugins.operate.verify.endpoint import EndpointError, asks_environment, connect
 
     require_plots(html_out, NOT_ASKED)
+    require_writable(json_out, html_out, code=NOT_ASKED)
     shape = Shape(
         agents=agents,
         steps=steps,
@@ -119,7 +120,9 @@ def swarm(
         # looks like an error of its own.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        async with httpx.AsyncClient(timeout=timeout, limits=limits, headers=headers) as http:
+        async with httpx.AsyncClient(
+            timeout=timeout, limits=limits, headers=headers, trust_env=asks_environment(endpoint.url)
+        ) as http:
             swarm = Swarm(
                 endpoint.url,
                 endpoint.model,

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from k26_plugins.cli.console import fail, progress_bar
-from k26_plugins.cli.reports import HtmlOut, JsonOut, require_plots, write
+from k26_plugins.cli.reports import HtmlOut, JsonOut, require_plots, require_writable, write
 
 NOT_RIGHT = 1
 NOT_ASKED = 2
@@ -45,6 +45,7 @@ def verify(
     from k26_plugins.operate.verify.tools import REQUESTS, check_tools
 
     require_plots(html_out, NOT_ASKED)
+    require_writable(json_out, html_out, code=NOT_ASKED)
     try:
         expected = Golden.load(golden)
         endpoint = connect(url, model, api_key)
@@ -91,6 +92,7 @@ def compare(
     if len(urls) < 2:
         fail("one server: give two or more.", NOT_ASKED)
     require_plots(html_out, NOT_ASKED)
+    require_writable(json_out, html_out, code=NOT_ASKED)
     try:
         asked = read_requests(prompts)
         endpoints = [connect(url, None, api_key) for url in urls]

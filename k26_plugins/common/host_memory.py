@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from k26_plugins.common.control_groups import memory_left, memory_limit
+
 _MEMINFO = Path("/proc/meminfo")
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 class HostMemoryError(ValueError):
@@ -14,27 +15,20 @@ class HostMemoryError(ValueError):
 
 def total_bytes() -> int:
     """The machine's memory, or less where a control group (a container) says so."""
-    total, limit = _meminfo("MemTotal"), _limit()
+    total, limit = _meminfo("MemTotal"), memory_limit()
     return total if limit is None else min(total, limit)
 
 
 def available_bytes() -> int:
     """What this process may still take: the kernel's MemAvailable, or less where a control group says so."""
-    available, limit = _meminfo("MemAvailable"), _limit()
-    return available if limit is None else min(available, limit - int((_CGROUP / "memory.current").read_text()))
+    available, left = _meminfo("MemAvailable"), memory_left()
+    return available if left is None else max(min(available, left), 0)
 
 
 def _meminfo(name: str) -> int:
     return next(
         int(line.split()[1]) * 1024 for line in _MEMINFO.read_text().splitlines() if line.startswith(f"{name}:")
     )
-
-
-def _limit() -> int | None:
-    """The control group's limit, None without one."""
-    file = _CGROUP / "memory.max"
-    text = file.read_text().strip() if file.exists() else "max"
-    return None if text == "max" else int(text)
 
 
 def require_host_memory(num_bytes: int, what: str, remedy: str) -> None:

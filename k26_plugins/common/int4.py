@@ -24,6 +24,8 @@ def pack(q: torch.Tensor) -> torch.Tensor:
     """Pack integers q in [-8, 7], `[..., N, K]`, into int32 `[..., N, K / 8]`. K must be a multiple of 8."""
     if q.shape[-1] % PACK_FACTOR:
         raise PackingError(f"cannot pack {tuple(q.shape)}: the last dimension must be a multiple of {PACK_FACTOR}.")
+    if q.numel() and not (int(q.min()) >= -OFFSET and int(q.max()) < OFFSET):
+        raise PackingError(f"cannot pack {int(q.min())} to {int(q.max())}: INT4 holds {-OFFSET} to {OFFSET - 1}.")
     nibbles = (q.to(torch.int32) + OFFSET).unflatten(-1, (-1, PACK_FACTOR))
     shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=q.device)
     # int32 addition wraps as the bits do: no two nibbles overlap, so a sum is an or.

@@ -19,7 +19,12 @@ class KeptErrors(logging.Handler):
         self.lines.append(f"{record.getMessage()} {cause or ''}".strip())
 
 
-def say(version: str, checked: str, errors: KeptErrors, *, active: bool, hint: str) -> None:
-    """Print the engine's version, the versions checked, and whether the plugin is active; if not, its errors or `hint`."""
+def say(version: str, checked: str, errors: KeptErrors, *, active: bool, hint: str, no_start: str = "") -> None:
+    """Print the engine's version, the versions checked, and whether the plugin is active; if not, its errors or `hint`.
+
+    no_start: what would end a server of this user at its start, with the remedy.
+    """
     why_not = "" if active else " ".join(errors.lines) or hint
-    print(json.dumps({"version": version, "checked": checked, "active": active, "why_not": why_not}))
+    print(
+        json.dumps({"version": version, "checked": checked, "active": active, "why_not": why_not, "no_start": no_start})
+    )

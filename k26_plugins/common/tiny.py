@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from k26_plugins.common.checkpoint.header import INDEX_FILE
 from k26_plugins.common.checkpoint.table import TORCH_DTYPES, TensorSpec, tensor_table
 from k26_plugins.common.config import ARCHITECTURE, K26Config
 from k26_plugins.common.int4 import quantise
 from k26_plugins.common.prompt.special_tokens import NUM_SPECIAL_TOKENS, special_token_ids
+from k26_plugins.common.tensor_file import save_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,7 +296,7 @@ def _write_weights(folder: Path, config: K26Config, shards: int, seed: int) -> N
 
     def flush() -> None:
         name = f"model-{shard_number:05d}-of-{shards:06d}.safetensors"
-        save_file(pending, folder / name, metadata={"format": "pt"})
+        save_tensors(pending, folder / name, {"format": "pt"})
         weight_map.update(dict.fromkeys(pending, name))
         pending.clear()
 

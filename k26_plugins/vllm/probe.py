@@ -7,9 +7,30 @@ vLLM's own plugin loading runs, then its registry is asked whose class it would 
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from typing import Any
+
 from k26_plugins.common.config import ARCHITECTURE
 from k26_plugins.common.probe import KeptErrors, say
 from k26_plugins.vllm import compat, logger
+
+
+def no_compiled_code_cache(file: str) -> str:
+    """Why numba would refuse to compile the functions of `file` that it is to cache, which vLLM's modules have; else "".
+
+    It looks for a folder that it may write to: NUMBA_CACHE_DIR, beside the file, in the user's home.
+    """
+    try:
+        from numba.core.caching import FunctionCache
+    except ImportError:
+        return ""
+    functions: dict[str, Any] = {}
+    exec(compile("def function(): pass", file, "exec"), functions)
+    try:
+        FunctionCache(functions["function"])
+    except (RuntimeError, OSError) as error:
+        return f"{error}: set NUMBA_CACHE_DIR to a folder that the server's user may write to"
+    return ""
 
 
 def main() -> None:
@@ -22,6 +43,7 @@ def main() -> None:
         compat.CHECKED_VERSIONS,
         errors,
         active=module.startswith("k26_plugins."),
+        no_start=no_compiled_code_cache(str(find_spec("vllm").origin)),  # type: ignore[union-attr]
         hint="VLLM_PLUGINS is set and has no k26 in it, or the entry point is gone",
     )
 

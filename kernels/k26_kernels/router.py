@@ -19,6 +19,8 @@ def router_kernel(
     inside = expert < NUM_EXPERTS
     scores = tl.sigmoid(tl.load(logits + token * NUM_EXPERTS + expert, mask=inside, other=0.0).to(tl.float32))
     choice = tl.where(inside, scores + tl.load(bias + expert, mask=inside, other=0.0).to(tl.float32), float("-inf"))
+    # Not a number is the largest to torch's choice. A comparison would pass over it, and the answer would look sound.
+    choice = tl.where(choice != choice, float("inf"), choice)
     k = tl.arange(0, BLOCK_TOP_K)
     ids = tl.zeros([BLOCK_TOP_K], tl.int32)
     weights = tl.zeros([BLOCK_TOP_K], tl.float32)
@@ -44,7 +46,8 @@ def route(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """topk_weights float32 and topk_ids, both `[num_tokens, top_k]`, best first.
 
-    logits: `[num_tokens, num_experts]`, any floating dtype, contiguous, finite. bias: float32 `[num_experts]`; it takes
+    logits: `[num_tokens, num_experts]`, any floating dtype, contiguous; one that is not a number makes its
+    token's weights so where they are normalised, and is chosen first. bias: float32 `[num_experts]`; it takes
     part in the choice, not in the weights. Of equal scores the lowest expert is taken; torch.topk leaves that open.
     """
     num_tokens, num_experts = logits.shape

@@ -42,6 +42,8 @@ def test_a_group_of_zeros_stays_zero() -> None:
 def test_shapes_and_dtypes_that_do_not_fit() -> None:
     with pytest.raises(PackingError, match="multiple of 8"):
         pack(torch.zeros(2, 12, dtype=torch.int8))
+    with pytest.raises(PackingError, match="cannot pack -9 to 8: INT4 holds -8 to 7"):
+        pack(torch.tensor([[8, -9, 0, 0, 0, 0, 0, 0]], dtype=torch.int8))
     with pytest.raises(PackingError, match="multiple of 32"):
         quantise(torch.zeros(2, 48))
     with pytest.raises(PackingError, match="int32"):

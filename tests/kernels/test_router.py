@@ -36,6 +36,19 @@ def test_the_lowest_of_equal_experts_is_taken(device: torch.device) -> None:
     torch.testing.assert_close(weights.cpu(), expected_weights)
 
 
+def test_what_is_not_a_number_is_not_hidden(device: torch.device) -> None:
+    """As in the core's: the expert is chosen, and none of the token's weights is a number. Other tokens are as they were."""
+    logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(2))
+    logits[1, 17] = float("nan")
+    bias = torch.zeros(40)
+    weights, ids = (values.cpu() for values in route(logits.to(device), bias.to(device), 4, 2.0))
+    expected_weights, expected_ids = core_route(logits, bias, 4, 2.0)
+    torch.testing.assert_close(weights, expected_weights, equal_nan=True)
+    assert weights[1].isnan().all()
+    assert ids[1].tolist()[0] == expected_ids[1].tolist()[0] == 17
+    assert torch.equal(ids[[0, 2]].long(), expected_ids[[0, 2]])
+
+
 def test_weights_that_are_not_normalised(device: torch.device) -> None:
     logits, bias = torch.randn(3, 12, generator=torch.Generator().manual_seed(1)), torch.zeros(12)
     weights, ids = route(logits.to(device), bias.to(device), 2, 1.5, normalise=False)

@@ -118,6 +118,12 @@ def test_serve_stops_where_something_is_bad(tiny_folder: Path, fake_engine: Any)
     assert output.strip().splitlines()[-1] == f"vllm serve {tiny_folder}"
 
 
+def test_a_start_that_would_fail_for_this_user(tiny_folder: Path, fake_engine: Any) -> None:
+    fake_engine(state(no_start="cannot cache function: no locator available: set NUMBA_CACHE_DIR to a folder"))
+    found = doctor("--checkpoint", str(tiny_folder), code=1)
+    assert "NUMBA_CACHE_DIR" in found["vllm: cache"]["detail"]
+
+
 def test_serve_runs_the_command(tiny_folder: Path, fake_engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_engine(state())
     started: list[list[str]] = []

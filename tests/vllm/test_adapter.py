@@ -26,6 +26,7 @@ from k26_plugins.common.serving import core_config
 from k26_plugins.vllm import compat, config, register
 from k26_plugins.vllm.experts import K26ExpertsMethod, use_core_experts
 from k26_plugins.vllm.media import K26MediaConnector
+from k26_plugins.vllm.probe import no_compiled_code_cache
 
 
 def test_registration_takes_the_in_tree_classes_place() -> None:
@@ -51,6 +52,16 @@ def test_a_failing_registration_leaves_vllm_alone(
 def test_a_name_that_vllm_lost_is_one_clear_error() -> None:
     with pytest.raises(compat.UnsupportedEngineError, match=r"vLLM .* has no vllm.nothing.Here.*checked on vLLM"):
         compat.private("vllm.nothing", "Here")
+
+
+def test_a_cache_of_compiled_code_that_has_no_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of a system's folder and a home that is none, as of a service's user: numba's own search finds nothing."""
+    for name in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "/dev/null")
+    assert "set NUMBA_CACHE_DIR" in no_compiled_code_cache("/proc/version")
+    (tmp_path / "module.py").touch()
+    assert no_compiled_code_cache(str(tmp_path / "module.py")) == ""
 
 
 def hf_config(folder: Path) -> Any:

@@ -63,6 +63,8 @@ def _probe(engine: str, module: str) -> list[Finding]:
     else:
         remedy = "without it the engine's own code serves Kimi-K2.6"
         findings.append(Finding(Level.BAD, engine, f"{name}: the plugin is NOT active: {state['why_not']}", remedy))
+    if state.get("no_start"):
+        findings.append(Finding(Level.BAD, f"{engine}: cache", state["no_start"], "export NUMBA_CACHE_DIR=/tmp/numba"))
     if not oldest <= numbers(state["version"]) <= newest:
         detail = f"{name} is none of the versions checked, {state['checked']}"
         findings.append(Finding(Level.NOTE, engine, detail, "verify the running server: `k26 verify`"))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
-import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from k26_plugins.common.control_groups import cpu_quota, usable_cpus
 from k26_plugins.common.host_memory import available_bytes, total_bytes
+from k26_plugins.operate.accelerators import AcceleratorError, accelerators
 from k26_plugins.operate.doctor.finding import Finding, Level
 
 PACKAGES = ("k26-plugins", "torch", "triton", "transformers", "compressed-tensors", "safetensors", "tiktoken")
@@ -56,7 +56,11 @@ def machine_findings() -> list[Finding]:
     flags = set(fields.get("flags", "").split())
     sets = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_tile") if name in flags]
     model = fields.get("model name", platform.machine())
-    findings = [Finding(Level.OK, "CPU", f"{model}, {os.cpu_count()} threads, {', '.join(sets) or 'no AVX2'}")]
+    usable, quota = usable_cpus(), cpu_quota()
+    limits = f", {usable} of them for this process" if usable < (os.cpu_count() or 0) else ""
+    limits += f" (a control group gives the time of {quota:g})" if quota is not None else ""
+    threads = f"{os.cpu_count()} threads{limits}"
+    findings = [Finding(Level.OK, "CPU", f"{model}, {threads}, {', '.join(sets) or 'no AVX2'}")]
     total, available = total_bytes(), available_bytes()
     findings.append(Finding(Level.OK, "memory", f"{total / 1e9:.1f} GB, {available / 1e9:.1f} GB available"))
     return findings + _gpus()
@@ -65,27 +69,24 @@ def machine_findings() -> list[Finding]:
 def _gpus() -> list[Finding]:
     import torch
 
-    driver = _driver()
-    if not torch.cuda.is_available():
-        if driver:
-            detail = f"the driver is there ({driver}) and torch {torch.__version__} does not use it"
-            return [Finding(Level.BAD, "GPU", detail, "install the torch build that your engine asks for")]
+    try:
+        found = accelerators()
+    except AcceleratorError as error:
+        return [
+            Finding(Level.BAD, "GPU", str(error), "a server would start on the CPU, or not at all: mend the driver")
+        ]
+    if not found:
         return [Finding(Level.NOTE, "GPU", "none")]
+    if not torch.cuda.is_available():
+        detail = (
+            f"{len(found)} × {found[0].name}, driver {found[0].driver}: torch {torch.__version__} does not use them"
+        )
+        return [Finding(Level.BAD, "GPU", detail, "install the torch build that your engine asks for")]
     findings = []
     for index in range(torch.cuda.device_count()):
         name = torch.cuda.get_device_name(index)
         major, minor = torch.cuda.get_device_capability(index)
         free, total = torch.cuda.mem_get_info(index)
-        detail = f"{name}, compute {major}.{minor}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free, driver {driver}"
-        findings.append(Finding(Level.OK, f"GPU {index}", detail))
+        detail = f"{name}, compute {major}.{minor}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+        findings.append(Finding(Level.OK, f"GPU {index}", f"{detail}, driver {found[0].driver}"))
     return findings
-
-
-def _driver() -> str:
-    """What nvidia-smi says, empty where there is none."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return ""
-    query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
-    done = subprocess.run(query, capture_output=True, text=True, check=False, timeout=60)
-    return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout.strip() else ""

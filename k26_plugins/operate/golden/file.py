@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from k26_plugins.common.tensor_file import save_tensors
 from k26_plugins.operate.golden.prompts import Prompt
-from k26_plugins.operate.golden.state import StateError, read, write_atomic
+from k26_plugins.operate.golden.state import StateError, read
 
 FORMAT = "k26-golden-1"
 KEY = "k26_golden"
@@ -94,7 +95,7 @@ class Golden:
                 tensors[f"{number}.image.{index}"] = torch.frombuffer(bytearray(image), dtype=torch.uint8)
         info = {"format": FORMAT, **self.info, "prompts": described}
         # One entry only: safetensors writes several in any order, and the same run shall give the same bytes.
-        write_atomic(tensors, file, {KEY: json.dumps(info, ensure_ascii=False, sort_keys=True)})
+        save_tensors(tensors, file, {KEY: json.dumps(info, ensure_ascii=False, sort_keys=True)})
 
     @classmethod
     def load(cls, file: Path) -> Golden:

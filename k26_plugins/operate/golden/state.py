@@ -8,20 +8,14 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+
+from k26_plugins.common.tensor_file import save_tensors
 
 IDENTITY = "identity"
 
 
 class StateError(ValueError):
     """A state that is not of this run. The message names the folder and the remedy."""
-
-
-def write_atomic(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file that is there whole or not at all, whenever the process is killed."""
-    scratch = file.with_name(f".{file.name}.part")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch, metadata)
-    scratch.replace(file)
 
 
 def read(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -60,18 +54,18 @@ class State:
 
     def keep(self, number: int, layers: int, tensors: dict[str, torch.Tensor]) -> None:
         """The state after `layers` layers of pass `number`."""
-        write_atomic(tensors, self.folder / "hidden.safetensors", {"pass": str(number), "layers": str(layers)})
+        save_tensors(tensors, self.folder / "hidden.safetensors", {"pass": str(number), "layers": str(layers)})
 
     def keep_keys(self, number: int, layer: int, keys: dict[str, torch.Tensor]) -> None:
         """What attention of `layer` keeps of the tokens of pass `number`."""
-        write_atomic(keys, self._keys(number, layer), {})
+        save_tensors(keys, self._keys(number, layer), {})
 
     def keys(self, number: int, layer: int) -> list[dict[str, torch.Tensor]]:
         """The same of every pass before `number`, in order."""
         return [read(self._keys(earlier, layer))[0] for earlier in range(number)]
 
     def keep_answers(self, number: int, tensors: dict[str, torch.Tensor]) -> None:
-        write_atomic(tensors, self._answers(number), {})
+        save_tensors(tensors, self._answers(number), {})
 
     def answers(self, number: int) -> dict[str, torch.Tensor] | None:
         """What pass `number` found, None where it has not ended."""

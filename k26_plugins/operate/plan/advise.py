@@ -2,71 +2,156 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from k26_plugins.common.config import K26Config
-from k26_plugins.operate.plan.fit import Fit, Load, fit
-from k26_plugins.operate.plan.hardware import KNOWN, Gpu
-from k26_plugins.operate.plan.hybrid import hybrid
-from k26_plugins.operate.plan.weights import Layout, LayoutError, is_possible
+from k26_plugins.operate.plan.fit import IMAGE_TOKENS, Fit, Load, fit
+from k26_plugins.operate.plan.gpus import KNOWN, Gpu
+from k26_plugins.operate.plan.hybrid import Hybrid, hybrid
+from k26_plugins.operate.plan.weights import GPUS_IN_A_NODE, Layout, LayoutError, is_possible, node_of
 
 WORTH_SERVING = 2048
-"""Tokens of KV cache below which a smaller load is no advice."""
+"""Tokens of a request below which a smaller load is no advice."""
+COUNTS = (1, 2, 4, 8, 16, 24, 32)
+"""Machines that are looked at for advice."""
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """Something that fits, and the options of `k26 plan` that say so."""
+
+    text: str
+    options: tuple[str, ...]
 
 
 def layouts(config: K26Config, count: int, engine: str) -> list[Layout]:
-    """Ways to cut over `count` GPUs: tensor parallel within a node of eight, pipeline stages between nodes."""
+    """Ways to cut over `count` GPUs: tensor parallel within a machine, pipeline stages for the rest.
+
+    KTransformers has no stages: the largest tensor parallel within one machine, which may leave GPUs idle.
+    """
     found = []
+    node = node_of(count)
     for tp in (1, 2, 4, 8):
-        layout = Layout(tp=tp, pp=count // tp, absorbed_copy=engine != "vllm")
-        if count % tp == 0 and is_possible(config, layout):
+        layout = Layout(tp=tp, pp=count // tp, nodes=count // node, absorbed_copy=engine != "vllm")
+        if engine == "ktransformers":
+            layout = replace(layout, pp=1, nodes=1)
+            possible = tp <= min(count, GPUS_IN_A_NODE)
+        else:
+            possible = node % tp == 0
+        if possible and is_possible(config, layout):
             found.append(layout)
     # Fewer stages first: a stage waits for the one before it.
-    found.sort(key=lambda layout: layout.pp)
+    found.sort(key=lambda layout: (layout.pp, -layout.tp))
     return found if engine != "ktransformers" else found[:1]
 
 
+def options_of(config: K26Config, count: int, engine: str) -> list[Layout]:
+    """`layouts`, each followed by those that cut its KV cache over ranks, where the engine can."""
+    found = []
+    for layout in layouts(config, count, engine):
+        found.append(layout)
+        if engine == "vllm" and layout.pp == 1:
+            found += [replace(layout, context_parallel=cut) for cut in (2, 4, 8) if layout.tp % cut == 0]
+    return found
+
+
 def choose(config: K26Config, gpu: Gpu, count: int, load: Load, engine: str) -> Fit:
-    """The first layout that fits, with the KV cache cut over ranks where the whole does not fit; else the nearest to it.
+    """The first layout that fits; else the one with the most KV cache.
 
     Raises LayoutError where no layout is possible at all.
     """
     tried: list[Fit] = []
-    for layout in layouts(config, count, engine):
-        options = [layout]
-        if engine == "vllm" and layout.pp == 1:
-            options += [replace(layout, context_parallel=cut) for cut in (2, 4, 8) if layout.tp % cut == 0]
-        for option in options:
-            found = fit(config, gpu, option, load)
-            if found.fits:
-                return found
-            tried.append(found)
+    for layout in options_of(config, count, engine):
+        found = fit(config, gpu, layout, load)
+        if found.fits:
+            return found
+        tried.append(found)
     if not tried:
-        raise LayoutError(f"{count} GPUs cannot share this model: use 1, 2, 4, 8, or a multiple of 8 for large ones.")
+        raise LayoutError(f"{count} GPUs cannot share this model: it has {config.text.num_hidden_layers} layers.")
     # Where no layout leaves a KV cache the plainest says why.
     return max(tried, key=lambda item: item.kv_tokens)
 
 
-def nearest(config: K26Config, gpu: Gpu, count: int, load: Load, engine: str, ram: int | None) -> list[str]:
-    """What would work instead, the smallest change first."""
+def nearest(
+    config: K26Config, gpu: Gpu, count: int, load: Load, engine: str, ram: int | None, request: str
+) -> list[Advice]:
+    """What would work instead, the smallest change first. Each entry is a plan that fits. request: the GPUs as given."""
+    here = ("--gpus", request, *_load_options(load))
+    if engine == "ktransformers":
+        return _nearest_hybrid(config, gpu, count, load, ram, request)
     advice = []
     now = choose(config, gpu, count, load, engine)
-    if load.kv_dtype != "fp8" and choose(config, gpu, count, replace(load, kv_dtype="fp8"), engine).fits:
-        advice.append("an fp8 KV cache: --kv-dtype fp8")
-    if WORTH_SERVING <= now.kv_tokens < load.tokens:
-        advice.append(f"a smaller load: {now.kv_tokens:,} tokens in all, such as --context {now.kv_tokens}")
-    more = next((n for n in (8, 16, 24, 32) if n > count and choose(config, gpu, n, load, "vllm").fits), None)
+    fp8 = replace(load, kv_dtype="fp8")
+    if load.kv_dtype != "fp8" and choose(config, gpu, count, fp8, engine).fits:
+        advice.append(Advice("an fp8 KV cache", (*here, "--kv-dtype", "fp8")))
+    context = min(now.kv_tokens // load.concurrency, now.max_position) - load.images * IMAGE_TOKENS
+    smaller = replace(load, context=max(context, 1))
+    if context >= WORTH_SERVING and choose(config, gpu, count, smaller, engine).fits:
+        advice.append(Advice("shorter requests", ("--gpus", request, *_load_options(smaller))))
+    fewest = _fewest(config, load, engine)
+    if fewest is not None:
+        number, other = fewest
+        advice.append(
+            Advice("the fewest GPUs that hold it", ("--gpus", f"{number}x{other.name}", *_load_options(load)))
+        )
+    more = next((n for n in COUNTS if n > count and _fits(config, gpu, n, load, engine)), None)
     if more is not None:
-        advice.append(f"more of the same: {more} × {gpu.name}")
-    larger = [
-        other
-        for other in sorted(KNOWN.values(), key=lambda item: item.memory)
-        if other.memory > gpu.memory and choose(config, other, count, load, "vllm").fits
-    ]
-    if larger:
-        advice.append(f"larger ones: {count} × {larger[0].name}")
-    if engine != "ktransformers":
-        mixed = hybrid(config, choose(config, gpu, count, load, "ktransformers"), ram)
-        if not mixed.gpu_missing and mixed.gpu_experts < mixed.num_experts:
-            advice.append(f"KTransformers on these GPUs: {mixed.why} (--engine ktransformers)")
+        kind = request.split("x", 1)[-1] if request[:1].isdigit() else request
+        advice.append(Advice("more of the same", ("--gpus", f"{more}x{kind}", *_load_options(load))))
+    mixed = hybrid(config, choose(config, gpu, count, load, "ktransformers"), ram)
+    if not mixed.gpu_missing and mixed.gpu_experts < mixed.num_experts:
+        advice.append(_hybrid_advice(mixed, here))
     return advice
+
+
+def _nearest_hybrid(config: K26Config, gpu: Gpu, count: int, load: Load, ram: int | None, request: str) -> list[Advice]:
+    found = choose(config, gpu, count, load, "ktransformers")
+    mixed = hybrid(config, found, ram)
+    if not mixed.gpu_missing:
+        return [_hybrid_advice(mixed, ("--gpus", request, *_load_options(load)))]
+    shorter = load
+    while mixed.gpu_missing and shorter.context > WORTH_SERVING:
+        shorter = replace(shorter, context=shorter.context // 2)
+        mixed = hybrid(config, choose(config, gpu, count, shorter, "ktransformers"), ram)
+    if mixed.gpu_missing:
+        return []
+    return [_hybrid_advice(mixed, ("--gpus", request, *_load_options(shorter)), "shorter requests, and ")]
+
+
+def _hybrid_advice(mixed: Hybrid, here: tuple[str, ...], before: str = "") -> Advice:
+    gigabytes = -(-max(mixed.ram_needed, mixed.ram or 0) // 10**9)
+    text = (
+        f"{before}KTransformers on these GPUs, {mixed.gpu_experts} of {mixed.num_experts} experts of each layer on them"
+    )
+    return Advice(
+        f"{text} and {mixed.ram_needed / 1e9:.0f} GB of system memory",
+        (*here, "--engine", "ktransformers", "--ram", str(gigabytes)),
+    )
+
+
+def _fewest(config: K26Config, load: Load, engine: str) -> tuple[int, Gpu] | None:
+    """The smallest number of any known GPU that holds the load, and of those the one with the least memory."""
+    for count in COUNTS[:4]:
+        for gpu in sorted(KNOWN.values(), key=lambda item: item.memory):
+            if _fits(config, gpu, count, load, engine):
+                return count, gpu
+    return None
+
+
+def _fits(config: K26Config, gpu: Gpu, count: int, load: Load, engine: str) -> bool:
+    return choose(config, gpu, count, load, engine).fits
+
+
+def _load_options(load: Load) -> tuple[str, ...]:
+    """The options of `k26 plan` that differ from its defaults."""
+    usual, options = Load(), []
+    for name, option in (
+        ("context", "--context"),
+        ("concurrency", "--concurrency"),
+        ("images", "--images"),
+        ("kv_dtype", "--kv-dtype"),
+        ("memory_fraction", "--gpu-memory-utilization"),
+    ):
+        if getattr(load, name) != getattr(usual, name):
+            options += [option, str(getattr(load, name))]
+    return tuple(options)

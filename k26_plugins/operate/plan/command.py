@@ -1,14 +1,17 @@
-"""The engine's own command for a plan."""
+"""The engine's own commands for a plan, one for each machine."""
 
 from __future__ import annotations
 
 import shlex
 
-from k26_plugins.operate.plan.fit import BATCHED_TOKENS, MEMORY_FRACTION, Fit
+from k26_plugins.operate.plan.fit import BATCHED_TOKENS, Fit
 from k26_plugins.operate.plan.hybrid import Hybrid
 
 ENGINES = ("vllm", "sglang", "ktransformers")
 PARSERS = ["--tool-call-parser", "kimi_k2", "--reasoning-parser", "kimi_k2"]
+HEAD = "HEAD_ADDRESS"
+"""To be filled in: the first machine's address, which the others reach."""
+VLLM_PORT, SGLANG_PORT, RAY_PORT = 29500, 20000, 6379
 
 
 def vllm_command(checkpoint: str, fit: Fit) -> list[str]:
@@ -24,8 +27,8 @@ def vllm_command(checkpoint: str, fit: Fit) -> list[str]:
         command += ["--mm-encoder-tp-mode", "data"]
     if fit.load.kv_dtype == "fp8":
         command += ["--kv-cache-dtype", "fp8"]
-    command += ["--max-model-len", str(_context(fit)), "--gpu-memory-utilization", f"{MEMORY_FRACTION:.2f}"]
-    command += ["--max-num-batched-tokens", str(BATCHED_TOKENS)]
+    command += ["--max-model-len", str(_context(fit)), "--gpu-memory-utilization", f"{fit.load.memory_fraction:.2f}"]
+    command += ["--max-num-batched-tokens", str(BATCHED_TOKENS), "--max-num-seqs", str(fit.load.sequences)]
     # Without parsers: the plugin chooses its own, and a flag would put vLLM's in their place.
     return command
 
@@ -56,9 +59,34 @@ def ktransformers_command(checkpoint: str, fit: Fit, plan: Hybrid, cores: int, s
         "--disable-cuda-graph",
         "--disable-shared-experts-fusion",
         "--mem-fraction-static",
-        f"{MEMORY_FRACTION:.2f}",
+        f"{fit.load.memory_fraction:.2f}",
     ]
     return [*command, "--context-length", str(_context(fit)), "--max-total-tokens", str(fit.load.tokens), *PARSERS]
+
+
+def of_each_node(engine: str, command: list[str], nodes: int) -> list[list[str]]:
+    """The command of each machine, by its rank, where the engine starts its own processes everywhere."""
+    if nodes == 1:
+        return [command]
+    if engine == "vllm":
+        together = ["--nnodes", str(nodes), "--master-addr", HEAD, "--master-port", str(VLLM_PORT)]
+        return [
+            [*command, *together, "--node-rank", str(rank), *(["--headless"] if rank else [])] for rank in range(nodes)
+        ]
+    together = ["--nnodes", str(nodes), "--dist-init-addr", f"{HEAD}:{SGLANG_PORT}"]
+    return [[*command, *together, "--node-rank", str(rank)] for rank in range(nodes)]
+
+
+def with_ray(engine: str, command: list[str], nodes: int) -> list[list[str]]:
+    """The same over a Ray cluster: the first machine's two commands, then that of every other."""
+    served = [*command, "--distributed-executor-backend", "ray"]
+    if engine != "vllm":
+        served = [*command, "--nnodes", str(nodes), "--use-ray"]
+    return [
+        ["ray", "start", "--head", "--port", str(RAY_PORT)],
+        served,
+        ["ray", "start", "--address", f"{HEAD}:{RAY_PORT}"],
+    ]
 
 
 def cpu_command(engine: str, checkpoint: str) -> list[str]:

@@ -5,19 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from k26_plugins.common.config import K26Config, TextConfig
-from k26_plugins.operate.plan.hardware import GIB, Gpu
+from k26_plugins.operate.plan.gpus import GIB, Gpu
 from k26_plugins.operate.plan.weights import Layout, per_gpu, stages
 
 KV_BYTES = {"bf16": 2, "fp8": 1}
 BATCHED_TOKENS = 8192
 """Tokens in one step, both engines' usual size for prefill."""
-SEQUENCES = 1024
-"""Requests in one step, for which logits are reserved."""
-# CUDA context, communication buffers, CUDA graphs, tables of rotations (0.1 GiB), the allocator's slack. Nobody publishes
-# them one by one. Fitted, not computed: what the one published run (vLLM, 8 × H200, 71.2 GiB of weights, 711,296 tokens at
-# 0.90 of the memory) leaves after all that is computed. Other GPUs and engines keep another amount.
-OVERHEAD = round(5.0 * GIB)
-OVERHEAD_SOURCE = "fitted to the one published run, vLLM on 8 × H200; not computed"
+SEQUENCES = 256
+"""Requests in one step, for which the sampler's memory is reserved; the command asks for no more."""
+# What engines keep besides, which nobody publishes part by part. Fitted, not computed, to all the published runs in
+# docs/hardware.md: CUDA context, communication buffers, CUDA graphs and the allocator's slack; how often the sampler holds
+# the logits of all requests while it sorts them; and what each rank of decode-context parallelism adds to the workspace.
+OVERHEAD = round(1.5 * GIB)
+LOGITS_COPIES = 6.75
+CONTEXT_PARALLEL_BYTES = round(0.10 * GIB)
+OVERHEAD_SOURCE = "fitted to the published runs in docs/hardware.md, which are met within 2 %; not computed"
 # Tokens that an image of the largest size takes (specification 4.4).
 IMAGE_TOKENS = 4225
 BLOCK = 64
@@ -36,6 +38,10 @@ class Load:
     images: int = 0
     """Images of the largest size in each request, beside `context`."""
     kv_dtype: str = "bf16"
+    memory_fraction: float = MEMORY_FRACTION
+    """Of each GPU's memory, for the engine."""
+    sequences: int = SEQUENCES
+    """Requests in one step at most."""
 
     @property
     def tokens(self) -> int:
@@ -52,7 +58,7 @@ class Fit:
     load: Load
     weights: dict[str, int] = field(default_factory=dict)
     activations: int = 0
-    overhead: int = OVERHEAD
+    overhead: int = 0
     budget: int = 0
     """Bytes that the engine may use."""
     kv_per_token: float = 0.0
@@ -102,22 +108,23 @@ def kv_bytes_per_token(text: TextConfig, kv_dtype: str, num_layers: int | None =
     return layers * (text.kv_lora_rank + text.qk_rope_head_dim) * KV_BYTES[kv_dtype]
 
 
-def activation_bytes(config: K26Config, tp: int) -> int:
-    """What a step of BATCHED_TOKENS tokens holds at once, bfloat16, and the logits of SEQUENCES requests in float32."""
+def activation_bytes(config: K26Config, tp: int, sequences: int) -> int:
+    """What a step of BATCHED_TOKENS tokens holds at once, in bfloat16, and the sampler's logits of `sequences` requests."""
     text, vision = config.text, config.vision
     hidden = 4 * BATCHED_TOKENS * text.hidden_size * 2
     routed_width = 3 * text.moe_intermediate_size // tp + text.hidden_size
     routed = BATCHED_TOKENS * text.num_experts_per_tok * routed_width * 2
     heads = text.num_attention_heads // tp
     attention = BATCHED_TOKENS * heads * (2 * text.qk_head_dim + text.v_head_dim) * 2
-    logits = 2 * SEQUENCES * text.vocab_size * 4
+    logits = round(LOGITS_COPIES * sequences * text.vocab_size * 4)
     # As many image tokens as text tokens, four patches each.
     patches = 4 * BATCHED_TOKENS * (6 * vision.hidden_size + 2 * vision.intermediate_size) * 2
     return hidden + routed + attention + logits + patches
 
 
-def fit(config: K26Config, gpu: Gpu, layout: Layout, load: Load, memory_fraction: float = MEMORY_FRACTION) -> Fit:
+def fit(config: K26Config, gpu: Gpu, layout: Layout, load: Load) -> Fit:
     """The tightest stage's GPU. Raises LayoutError."""
+    overhead = OVERHEAD + (CONTEXT_PARALLEL_BYTES * layout.context_parallel if layout.context_parallel > 1 else 0)
     found = []
     for stage, layers in enumerate(stages(config.text.num_hidden_layers, layout.pp)):
         found.append(
@@ -126,8 +133,9 @@ def fit(config: K26Config, gpu: Gpu, layout: Layout, load: Load, memory_fraction
                 gpu=gpu,
                 load=load,
                 weights=per_gpu(config, layout, stage),
-                activations=activation_bytes(config, layout.tp),
-                budget=int(gpu.memory * memory_fraction),
+                activations=activation_bytes(config, layout.tp, load.sequences),
+                overhead=overhead,
+                budget=int(gpu.memory * load.memory_fraction),
                 kv_per_token=kv_bytes_per_token(config.text, load.kv_dtype, len(layers)) / layout.context_parallel,
                 max_position=config.text.max_position_embeddings,
             )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from k26_plugins.common.checkpoint import expert_bytes
 from k26_plugins.common.config import K26Config
 from k26_plugins.operate.plan.fit import Fit
-from k26_plugins.operate.plan.hardware import GIB
+from k26_plugins.operate.plan.gpus import GIB
 from k26_plugins.operate.plan.weights import ROUTED
 
 # What the system and the engine's processes take of its memory besides. A guess: nobody measured it.

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from k26_plugins.common.config import K26Config
-from k26_plugins.operate.plan.advise import choose, nearest
-from k26_plugins.operate.plan.command import ktransformers_command, sglang_command, shown, vllm_command
+from k26_plugins.operate.machine import Machine
+from k26_plugins.operate.plan.advise import Advice, choose, nearest
+from k26_plugins.operate.plan.command import (
+    HEAD,
+    ktransformers_command,
+    of_each_node,
+    sglang_command,
+    shown,
+    vllm_command,
+    with_ray,
+)
 from k26_plugins.operate.plan.fit import OVERHEAD_SOURCE, Fit, Load
-from k26_plugins.operate.plan.hardware import GIB, Gpu
+from k26_plugins.operate.plan.gpus import GIB
 from k26_plugins.operate.plan.hybrid import Hybrid, cpu_bound, hybrid
 from k26_plugins.operate.plan.speed import decode_bound
 from k26_plugins.operate.plan.weights import PARTS
 
 OVERHEAD_ROW = "graphs, buffers, context"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
-    gpu: Gpu
-    count: int
-    ram: int | None = None
-    """Bytes of system memory."""
-    ram_bandwidth: float | None = None
-    """Bytes a second."""
-    cores: int = 64
-    sockets: int = 2
 
 
 @dataclass(slots=True)
@@ -38,15 +36,22 @@ class Plan:
     machine: Machine
     fit: Fit
     hybrid: Hybrid | None
-    command: list[str] | None
-    """None where it does not fit."""
+    commands: list[list[str]]
+    """One for each machine, by its rank; none where it does not fit."""
+    ray: list[list[str]]
+    """The same over a Ray cluster, where there are several machines."""
     bounds: dict[str, float]
     """Tokens a second, by what bounds them."""
-    advice: list[str] = field(default_factory=list)
+    advice: list[Advice] = field(default_factory=list)
 
     @property
     def fits(self) -> bool:
         return self.hybrid.fits if self.hybrid is not None else self.fit.fits
+
+    @property
+    def used(self) -> int:
+        """GPUs that the commands run on."""
+        return self.fit.layout.tp * self.fit.layout.pp
 
     @property
     def why(self) -> str:
@@ -57,14 +62,17 @@ def make_plan(config: K26Config, engine: str, machine: Machine, load: Load, chec
     """Plan one engine on one machine. Raises LayoutError."""
     chosen = choose(config, machine.gpu, machine.count, load, engine)
     mixed = hybrid(config, chosen, machine.ram) if engine == "ktransformers" else None
-    plan = Plan(engine, machine, chosen, mixed, None, {})
+    plan = Plan(engine, machine, chosen, mixed, [], [], {})
     if not plan.fits:
-        plan.advice = nearest(config, machine.gpu, machine.count, load, engine, machine.ram)
+        plan.advice = nearest(config, machine.gpu, machine.count, load, engine, machine.ram, machine.request)
         return plan
     if mixed is not None:
-        plan.command = ktransformers_command(checkpoint, chosen, mixed, machine.cores, machine.sockets)
+        command = ktransformers_command(checkpoint, chosen, mixed, machine.cores, machine.sockets)
     else:
-        plan.command = (vllm_command if engine == "vllm" else sglang_command)(checkpoint, chosen)
+        command = (vllm_command if engine == "vllm" else sglang_command)(checkpoint, chosen)
+    nodes = chosen.layout.nodes
+    plan.commands = of_each_node(engine, command, nodes)
+    plan.ray = with_ray(engine, command, nodes) if nodes > 1 else []
     share = 1.0 if mixed is None else mixed.gpu_experts / mixed.num_experts
     for sequences in dict.fromkeys((1, load.concurrency)):
         bound = decode_bound(config, chosen, sequences, load.context, gpu_experts=share)
@@ -94,7 +102,7 @@ def as_text(plan: Plan) -> str:
     cut += f", pipeline parallel {layout.pp}" if layout.pp > 1 else ""
     cut += f", KV cache over {layout.context_parallel} ranks" if layout.context_parallel > 1 else ""
     lines = [
-        f"{'fits' if plan.fits else 'does NOT fit'}: {plan.machine.count} × {plan.machine.gpu.name}, {plan.engine}, {cut}",
+        f"{'fits' if plan.fits else 'does NOT fit'}: {_machines(plan)}, {plan.engine}, {cut}",
         f"  {plan.why}",
         "",
         f"  on each GPU of {fit.gpu.memory / GIB:.1f} GiB (the fullest stage):",
@@ -108,13 +116,40 @@ def as_text(plan: Plan) -> str:
         )
     for what, bound in plan.bounds.items():
         lines.append(f"  decoding at most {bound:,.0f} tokens/s ({what}; a bound from bandwidths, not a measurement)")
-    if plan.command is not None:
-        lines += ["", shown(plan.command)]
-        if plan.hybrid is not None and not Path(plan.command[4]).is_dir():
-            lines.append("  (KTransformers reads a downloaded folder: give it with --checkpoint)")
+    lines += _commands(plan)
     if plan.advice:
-        lines += ["", "  what works:", *(f"    - {line}" for line in plan.advice)]
+        lines += [
+            "",
+            "  what works:",
+            *(f"    - {line.text}: k26 plan {shlex.join(line.options)}" for line in plan.advice),
+        ]
     return "\n".join(lines)
+
+
+def _machines(plan: Plan) -> str:
+    count, used, nodes = plan.machine.count, plan.used, plan.fit.layout.nodes
+    gpus = f"{count} × {plan.machine.gpu.name}"
+    if used < count:
+        gpus += f", of which {used} are used"
+    return gpus if nodes == 1 else f"{gpus} in {nodes} machines of {count // nodes}"
+
+
+def _commands(plan: Plan) -> list[str]:
+    if len(plan.commands) == 1:
+        lines = ["", shown(plan.commands[0])]
+        if plan.hybrid is not None and not Path(plan.commands[0][4]).is_dir():
+            lines.append("  (KTransformers reads a downloaded folder: give it with --checkpoint)")
+        return lines
+    lines = []
+    if plan.commands:
+        lines += ["", f"  on each machine, with {HEAD} the first one's address, which all others reach:"]
+    for rank, command in enumerate(plan.commands):
+        lines += ["", f"  machine {rank}:", shown(command)]
+    if plan.ray:
+        first, served, other = plan.ray
+        lines += ["", "  or over a Ray cluster, on the first machine:", shown(first), "  on each other machine:"]
+        lines += [shown(other), "  then on the first:", shown(served)]
+    return lines
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -136,6 +171,11 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "gpu_experts": None if plan.hybrid is None else plan.hybrid.gpu_experts,
         "ram_needed": None if plan.hybrid is None else plan.hybrid.ram_needed,
         "bounds_tokens_per_second": plan.bounds,
-        "command": plan.command,
-        "advice": plan.advice,
+        "nodes": fit.layout.nodes,
+        "gpus_used": plan.used,
+        "gpu_memory_source": plan.machine.gpu.source,
+        "command": plan.commands[0] if len(plan.commands) == 1 else None,
+        "commands": plan.commands,
+        "ray_commands": plan.ray,
+        "advice": [{"text": item.text, "options": list(item.options)} for item in plan.advice],
     }

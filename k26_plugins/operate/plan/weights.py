@@ -12,6 +12,7 @@ from k26_plugins.common.checkpoint import TensorSpec, tensor_table
 from k26_plugins.common.config import K26Config, TextConfig
 
 ROUTED = "routed experts"
+GPUS_IN_A_NODE = 8
 PARTS = (ROUTED, "attention", "shared experts", "dense feed-forward", "router", "embedding and head", "vision", "norms")
 
 
@@ -31,6 +32,8 @@ class Layout:
     """The vision tower on every rank, which then takes images of its own (`--mm-encoder-tp-mode data`)."""
     context_parallel: int = 1
     """Ranks over which the KV cache of one request is cut (`--decode-context-parallel-size`)."""
+    nodes: int = 1
+    """Machines with as many GPUs each."""
     absorbed_copy: bool = False
     """Whether kv_b_proj is held twice, once turned for attention in the compressed space: in SGLang. vLLM turns a view."""
 
@@ -57,6 +60,13 @@ def check_layout(config: K26Config, layout: Layout) -> None:
         raise LayoutError(
             f"decode-context parallel {layout.context_parallel} does not divide tensor parallel {layout.tp}."
         )
+
+
+def node_of(count: int) -> int:
+    """GPUs in each machine of `count` in all: all up to eight, else the largest number up to eight that divides it."""
+    return (
+        count if count <= GPUS_IN_A_NODE else next(size for size in range(GPUS_IN_A_NODE, 0, -1) if count % size == 0)
+    )
 
 
 def is_possible(config: K26Config, layout: Layout) -> bool:

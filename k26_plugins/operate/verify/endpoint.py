@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import base64
+import ipaddress
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
+from urllib.parse import urlsplit
+from urllib.request import proxy_bypass
 
 import httpx
 
@@ -135,6 +138,16 @@ def data_url(image: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
 
 
+def asks_environment(url: str) -> bool:
+    """Whether the environment's proxies are for this address: never for this machine itself, nor for what NO_PROXY names."""
+    host = urlsplit(url).hostname or ""
+    try:
+        is_here = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        is_here = host == "localhost" or host.endswith(".localhost")
+    return not is_here and not proxy_bypass(host)
+
+
 def connect(url: str, model: str | None = None, api_key: str | None = None, timeout: float = 300.0) -> Endpoint:
     """Ask the server what it is. Raises EndpointError."""
     from k26_plugins.operate.verify.openai import OpenAIEndpoint
@@ -143,11 +156,18 @@ def connect(url: str, model: str | None = None, api_key: str | None = None, time
 
     url = url.rstrip("/").removesuffix("/v1")
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    client = httpx.Client(timeout=timeout, headers=headers)
+    try:
+        client = httpx.Client(timeout=timeout, headers=headers, trust_env=asks_environment(url))
+    except (ImportError, ValueError) as error:
+        # httpx reads the proxies here; of a SOCKS proxy it says that a package is missing.
+        raise EndpointError(
+            f"the proxy in the environment (ALL_PROXY, HTTP_PROXY, HTTPS_PROXY) cannot be used: {error} Unset it, name the "
+            f"server in NO_PROXY, or install what it needs: pip install 'httpx[socks]'."
+        ) from error
     try:
         models = client.get(f"{url}/v1/models")
         served = [entry["id"] for entry in models.json()["data"]]
-    except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
         raise EndpointError(
             f"{url}/v1/models does not answer as an OpenAI-compatible server ({error or type(error).__name__}): "
             f"give the address before /v1, such as http://localhost:8000, and --api-key where it wants one."

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from contextlib import suppress
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import NamedTuple
+
+from k26_plugins.common.control_groups import cpu_quota
 
 CPUS = Path("/sys/devices/system/cpu")
 
@@ -19,7 +22,14 @@ class Core(NamedTuple):
 
 
 def cores(limit: int | None = None) -> list[Core]:
-    """The physical cores of this process, one NUMA node after the other; at most `limit`, taken evenly from the nodes."""
+    """The physical cores of this process, one NUMA node after the other; at most `limit`, taken evenly from the nodes.
+
+    No more than a control group gives time for: threads beyond it are stopped in the middle of their work, and the
+    others wait for them.
+    """
+    quota = cpu_quota()
+    if quota is not None:
+        limit = min(max(round(quota), 1), limit or sys.maxsize)
     seen: set[str] = set()
     found: dict[int, list[Core]] = {}
     for cpu in sorted(allowed_cpus()):

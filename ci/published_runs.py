@@ -1,0 +1,31 @@
+"""Every published KV cache of this architecture that was found, with the settings of its run."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Run(NamedTuple):
+    gpus: str
+    tp: int
+    context_parallel: int
+    kv_dtype: str
+    memory_fraction: float
+    sequences: int
+    """`--max-num-seqs`, or vLLM's default for these GPUs where the run set none."""
+    kv_tokens: int
+    """`GPU KV cache size` of the log."""
+    source: str
+
+
+H200, RTX = "S-gonka's log, K2.6", "voipmonitor/rtx6kpro, kimi-k26.md"
+THINKING = "vllm-project/recipes, Kimi-K2-Think.md (no vision tower)"
+RUNS = (
+    Run("8xH200", 8, 1, "bf16", 0.90, 1024, 711_296, H200),
+    Run("8xH200", 8, 1, "bf16", 0.90, 1024, 715_072, THINKING),
+    Run("8xH200", 8, 8, "bf16", 0.90, 1024, 5_721_088, THINKING),
+    Run("8xRTXPRO6000", 8, 1, "fp8", 0.94, 128, 437_264, RTX),
+    Run("8xRTXPRO6000", 8, 4, "fp8", 0.94, 128, 1_686_656, RTX),
+    Run("8xRTXPRO6000", 8, 8, "fp8", 0.94, 128, 3_267_968, RTX),
+    Run("16xRTXPRO6000", 16, 1, "fp8", 0.94, 128, 1_507_120, RTX),
+)
