@@ -10,6 +10,7 @@ CPU_THREADS_VARIABLE = "K26_CPU_THREADS"
 ENGINE = "engine"
 CONTROL_TOKENS_VARIABLE = "K26_CONTROL_TOKENS"
 PARSERS_VARIABLE = "K26_PARSERS"
+TOOL_IDS_VARIABLE = "K26_TOOL_IDS"
 STREAM_FROM_VARIABLE = "K26_STREAM_FROM"
 BATCH_INVARIANT_VARIABLE = "K26_BATCH_INVARIANT"
 
@@ -77,6 +78,17 @@ def parsers_by_default() -> bool:
     return value == "auto"
 
 
+def kimis_ids() -> bool:
+    """Whether past tool calls get ids of the form that the model writes (the default), or keep those that were sent.
+
+    Raises ValueError for any other value of K26_TOOL_IDS than `kimi` and `sent`.
+    """
+    value = os.environ.get(TOOL_IDS_VARIABLE, "kimi").strip().lower()
+    if value not in ("kimi", "sent"):
+        raise ValueError(f"{TOOL_IDS_VARIABLE} is {value!r}: choose kimi or sent, or unset it.")
+    return value == "kimi"
+
+
 def cpu_threads_setting() -> int | None:
     """How many cores the native experts take at most; None for all that the process may use.
 
@@ -125,6 +137,7 @@ def check_settings() -> None:
         stream_from_setting,
         batch_invariant_setting,
         control_tokens_as_text,
+        kimis_ids,
         parsers_by_default,
     ):
         read()

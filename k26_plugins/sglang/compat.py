@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from k26_plugins.common.data_url import data_url_bytes, is_data_url, require_url
+
 # By the distribution's name, in the order in which they are looked for.
 CHECKED_VERSIONS = {"sglang": "0.5.10 to 0.5.23", "sglang-kt": "0.7.2 to 0.7.2"}
 MODEL_TYPE = "kimi_k25"
@@ -158,14 +160,35 @@ def serves_chats() -> bool:
     return "sglang.srt.entrypoints.http_server" in sys.modules
 
 
-def hook_chat(path: str, hook: Callable[..., Any]) -> None:
+def hook_chat(path: str, hook: Callable[..., Any], module: str = "serving_chat") -> None:
     """Put `hook(original, …)` around a function or a method of SGLang's chat API; one it does not have is left out."""
-    owner: Any = importlib.import_module("sglang.srt.entrypoints.openai.serving_chat")
+    owner: Any = importlib.import_module(f"sglang.srt.entrypoints.openai.{module}")
     *classes, name = path.split(".")
     for part in classes:
         owner = getattr(owner, part)
     if hasattr(owner, name):
         _wrap(owner, name, hook)
+
+
+def hook_responses(path: str, hook: Callable[..., Any]) -> None:
+    """The same of its Responses API, without which SGLang serves where an import of it fails."""
+    with contextlib.suppress(ImportError):
+        hook_chat(path, hook, "serving_responses")
+
+
+def chat_part(part: Any) -> Any:
+    """A part of the Responses API's as the chat API has it."""
+    serving = private("sglang.srt.entrypoints.openai.serving_responses", "OpenAIServingResponses")
+    return serving._normalize_response_content_part_for_chat(part)
+
+
+def _held(source: Any) -> bytes | None:
+    """The bytes that a `data:` URL holds, None for another source: SGLang's own reading takes base64 of one kind. Raises
+    MediaError, for an empty address too."""
+    if not isinstance(source, str):
+        return None
+    require_url(source)
+    return data_url_bytes(source) if is_data_url(source) else None
 
 
 def image_bytes(data: Any) -> bytes | None:
@@ -176,6 +199,8 @@ def image_bytes(data: Any) -> bytes | None:
     source = getattr(data, "url", data)
     if not isinstance(source, str | bytes):
         return None
+    if (held := _held(source)) is not None:
+        return held
     get = private("sglang.srt.utils", "get_image_bytes")
     try:
         found: bytes = get(source)
@@ -186,9 +211,12 @@ def image_bytes(data: Any) -> bytes | None:
 
 def video_bytes(data: Any) -> bytes:
     """The bytes of a video as a request gives it. Raises ValueError where they cannot be had."""
+    source = getattr(data, "url", data)
+    if (held := _held(source)) is not None:
+        return held
     normalise = private("sglang.srt.utils.common", "_normalize_video_input")
     try:
-        source = normalise(getattr(data, "url", data))
+        source = normalise(source)
         if source is None:
             raise ValueError(f"a video was given as {type(data).__name__}: send a URL or the file's data.")
         return source if isinstance(source, bytes) else Path(source).read_bytes()

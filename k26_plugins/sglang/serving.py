@@ -24,6 +24,7 @@ def install() -> None:
     compat.hook_chat("OpenAIServingChat.handle_request", read_messages)
     compat.hook_chat("OpenAIServingChat._engine_prompt", send_token_ids)
     compat.hook_chat("OpenAIServingChat._process_messages", hide_reserved_tokens)
+    compat.hook_responses("OpenAIServingResponses._flatten_tool_output", keep_images)
 
 
 def choose_parsers(original: Callable[[Any], Any], server_args: Any) -> Any:
@@ -71,6 +72,15 @@ def _ends_the_server(request: Any, vocab_size: int) -> str | None:
 
 def keep_arguments(original: Callable[..., None], message: dict[str, Any], **kwargs: Any) -> None:
     """A past call's arguments stay the text that the model wrote; the tokenizer parses it where a template needs that."""
+
+
+def keep_images(original: Callable[..., Any], output: Any) -> Any:
+    """Of a function's output in the Responses API. SGLang would keep its text alone; its chat API takes the parts."""
+    if isinstance(output, list) and any(
+        isinstance(part, dict) and part.get("type") == "input_image" for part in output
+    ):
+        return [compat.chat_part(part) for part in output]
+    return original(output)
 
 
 def leave_last_message(

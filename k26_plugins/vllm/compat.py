@@ -148,6 +148,21 @@ def is_routed_experts(layer: object) -> bool:
     return hasattr(layer, "moe_config")
 
 
+_PREFILL = "vllm.v1.attention.backends.mla.prefill"
+
+
+def cpu_prefill_backend() -> Any:
+    return private(f"{_PREFILL}.cpu_sdpa", "CPUSDPAMLAPrefillBackend")
+
+
+def use_cpu_prefill_backend(path: str) -> None:
+    """Have the class at `path` take the place of vLLM's MLA prefill on a CPU, where this vLLM has one to replace."""
+    if find_spec(_PREFILL) is not None and find_spec(f"{_PREFILL}.cpu_sdpa") is not None:
+        registry = f"{_PREFILL}.registry"
+        backend = private(registry, "MLAPrefillBackendEnum").CPU
+        private(registry, "register_mla_prefill_backend")(backend, path)
+
+
 def media_token_id(hf_config: Any) -> int:
     """0.19.1's configuration class keeps the hub's name, transformers' has its own."""
     value = getattr(hf_config, "image_token_id", None)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-import pybase64
 from transformers import BaseImageProcessor
 from vllm import envs
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, MediaWithBytes
@@ -17,6 +16,7 @@ from vllm.multimodal.media.base import MediaIO
 from vllm.multimodal.media.image import ImageMediaIO
 
 from k26_plugins.common import metrics
+from k26_plugins.common.data_url import base64_bytes, data_url_bytes, require_url
 from k26_plugins.common.media import MAX_PIXELS, MediaConfig, MediaError, open_image
 from k26_plugins.common.video import VideoChunk, read_chunks
 
@@ -50,7 +50,7 @@ class K26VideoIO(MediaIO):
             return list(read_chunks(data, self.config, self.max_tokens, self.max_frames))
 
     def load_base64(self, media_type: str, data: str) -> list[VideoChunk]:
-        return self.load_bytes(pybase64.b64decode(data, validate=True))
+        return self.load_bytes(base64_bytes(data))
 
     def load_file(self, filepath: Path) -> list[VideoChunk]:
         return self.load_bytes(filepath.read_bytes())
@@ -79,12 +79,19 @@ class K26MediaConnector(MediaConnector):
         cls.model_config, cls.media_config = model_config, MediaConfig.from_dict(settings)
 
     def load_from_url(self, url: str, *args: Any, **kwargs: Any) -> Any:
+        require_url(url)
         with _fetching():
             return super().load_from_url(url, *args, **kwargs)
 
     async def load_from_url_async(self, url: str, *args: Any, **kwargs: Any) -> Any:
+        require_url(url)
         with _fetching():
             return await super().load_from_url_async(url, *args, **kwargs)
+
+    def _load_data_url(self, url: Any, media_io: MediaIO) -> Any:
+        """vLLM's own takes base64 of one kind: without line breaks, in one alphabet, named in small letters."""
+        # 0.19.1 gives what it has parsed.
+        return media_io.load_bytes(data_url_bytes(url if isinstance(url, str) else url.url))
 
     def fetch_image(self, image_url: str, **kwargs: Any) -> Any:
         if "image" in self.media_io_kwargs:

@@ -10,6 +10,7 @@ from uuid import uuid4
 
 from vllm.renderers.hf import HfRenderer
 
+from k26_plugins.common.data_url import is_data_url, require_url
 from k26_plugins.common.prompt.chat import keep_arguments
 from k26_plugins.common.prompt.control_tokens import escape_deep, unescape_deep
 from k26_plugins.common.settings import control_tokens_as_text
@@ -51,23 +52,32 @@ def _as_system(message: dict[str, Any]) -> dict[str, Any]:
 def _named(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Media with names, in place, where there is a video: vLLM names its chunks, and then wants every image named too.
 
-    A name is the key of vLLM's caches: media that came with their data have their data's.
+    A name is the key of vLLM's caches: media that came with their data have their data's. Raises MediaError for a medium
+    without an address: vLLM would look for its name in its cache, but has no such way for this model's media, and fails.
     """
     contents = [message["content"] for message in messages if isinstance(message.get("content"), list)]
-    media = [part for content in contents for part in content if isinstance(part, dict) and _url(part) is not None]
+    media = [part for content in contents for part in content if isinstance(part, dict) and _is_medium(part)]
+    for part in media:
+        require_url(_url(part))
     if any("video_url" in part for part in media):
         for part in media:
             url = _url(part)
-            digest = hashlib.sha256(url.encode()).hexdigest() if url and url.startswith("data:") else uuid4().hex
+            digest = hashlib.sha256(url.encode()).hexdigest() if is_data_url(url) else uuid4().hex
             if not part.get("uuid"):
                 part["uuid"] = digest
     return messages
 
 
-def _url(part: dict[str, Any]) -> str | None:
+def _is_medium(part: dict[str, Any]) -> bool:
+    kind = part.get("type")
+    if isinstance(kind, str):
+        return kind in ("image_url", "input_image", "video_url")
+    return "image_url" in part or "video_url" in part
+
+
+def _url(part: dict[str, Any]) -> Any:
     medium = part.get("video_url") or part.get("image_url")
-    url = medium.get("url") if isinstance(medium, dict) else medium
-    return url if isinstance(url, str) else None
+    return medium.get("url") if isinstance(medium, dict) else medium
 
 
 def _params(params: Any) -> Any:

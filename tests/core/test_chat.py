@@ -249,9 +249,15 @@ def test_a_changed_template_is_named(tiny_folder: Path, tmp_path: Path) -> None:
     assert differing_samples(tmp_path) == []
     own = (tiny_folder / "chat_template.jinja").read_text()
     (tmp_path / "chat_template.jinja").write_text(own.replace("## Return of ", "## Result of "))
-    assert differing_samples(tmp_path) == ["thinking and tool calls", "preserved thinking", "no answer asked for"]
+    with_results = [
+        "thinking and tool calls",
+        "instant mode and tool calls",
+        "preserved thinking",
+        "no answer asked for",
+    ]
+    assert differing_samples(tmp_path) == with_results
     (tmp_path / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
-    assert len(differing_samples(tmp_path)) == 7
+    assert len(differing_samples(tmp_path)) == 8
 
 
 def nested(levels: int) -> Any:
@@ -270,7 +276,7 @@ def test_what_is_nested_too_deeply_is_one_clear_error() -> None:
     with pytest.raises(ValueError, match="nested deeper than 100 levels"):
         render(messages, tools=[tool])
     with pytest.raises(ValueError, match="nested deeper than 100 levels"):
-        render([{"role": "user", "content": [nested(450)]}])
+        render([{"role": "user", "content": [{"type": "text", "text": "Hi", "more": nested(450)}]}])
 
 
 def test_arguments_of_a_past_call_may_be_any_text() -> None:

@@ -7,16 +7,17 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from support.experts import error, inputs, judge, make_weights, route
+from support.instruction_sets import INSTRUCTION_SET
 
 from k26_plugins.common.experts import ExpertsError, ExpertWeights, create_experts, reference_experts
 from k26_plugins.common.experts.native import NativeExperts, backend, build, cores
-from k26_plugins.common.experts.native.build import VARIANTS, BuildError, best_variant, library
+from k26_plugins.common.experts.native.build import VARIANTS, BuildError, library
 from k26_plugins.common.experts.native.cores import Core
 from k26_plugins.common.experts.native.threads import Threads, process_threads
 
@@ -24,13 +25,17 @@ REASON = NativeExperts.unsupported(make_weights(1, 128, 64))
 needs_native = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 # The goal is 4e-3. What remains above 3e-5 is the rounding of the result to bfloat16, 1.7e-3.
 TOLERANCE, FLOAT_TOLERANCE = 2.5e-3, 1e-4
+PARTS = [(0, 1), (1, 3), (3, 6), (6, 23)]
 SHAPES = [(1, 2, 8, 128, 64), (3, 4, 4, 128, 32), (17, 1, 8, 192, 96), (130, 2, 3, 128, 64), (1, 8, 8, 2048, 512)]
 
 
-def variants() -> list[str]:
-    """The instruction sets that this CPU can run: the best one, and the lesser."""
-    names = list(VARIANTS)
-    return [] if REASON else names[names.index(best_variant()) :]
+def each_variant() -> list[object]:
+    """The library's instruction sets as a test's parameter; one that this CPU lacks is skipped with that reason."""
+    usable = [] if REASON else build.variants()
+    return [
+        pytest.param(name, marks=pytest.mark.skipif(name not in usable, reason=REASON or f"this CPU has no {name}"))
+        for name in VARIANTS
+    ]
 
 
 def load(weights: ExpertWeights) -> NativeExperts:
@@ -41,8 +46,7 @@ def use(monkeypatch: pytest.MonkeyPatch, threads: Threads) -> None:
     monkeypatch.setattr(backend, "process_threads", lambda: threads)
 
 
-@needs_native
-@pytest.mark.parametrize("variant", variants())
+@pytest.mark.parametrize("variant", each_variant())
 @pytest.mark.parametrize(("num_tokens", "top_k", "num_experts", "hidden", "inner"), SHAPES, ids=str)
 def test_instruction_sets(
     variant: str,
@@ -52,8 +56,10 @@ def test_instruction_sets(
     hidden: int,
     inner: int,
     monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, str], None],
 ) -> None:
-    use(monkeypatch, Threads(library(variant)))
+    threads = Threads(library(variant))
+    use(monkeypatch, threads)
     weights = make_weights(num_experts, hidden, inner)
     ids, topk_weights = route(num_tokens, top_k, num_experts)
     x = inputs(num_tokens, hidden)
@@ -64,6 +70,24 @@ def test_instruction_sets(
     assert error(experts.apply(x, ids, topk_weights), expected) <= TOLERANCE
     assert error(experts.apply(x.float(), ids, topk_weights), expected) <= FLOAT_TOLERANCE
     assert error(experts.apply(x.half(), ids, topk_weights), expected) <= TOLERANCE
+    record_property(INSTRUCTION_SET, f"native {threads.instruction_set}")
+
+
+@needs_native
+def test_same_bits_on_every_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tokens alone, some together, and values at which rounding or the exponential could differ."""
+    weights = make_weights(4, 256, 96)
+    ids, topk_weights = route(23, 2, 4)
+    x = inputs(23, 256)
+    x[3], x[4], x[5] = x[3] * 1e-20, x[4] * 3e4, 0
+    x[6, 5] = float("inf")
+    results = []
+    for name in build.variants():
+        use(monkeypatch, Threads(library(name)))
+        experts = load(weights)
+        results.append(torch.cat([experts.apply(x[i:j].float(), ids[i:j], topk_weights[i:j]) for i, j in PARTS]))
+    assert results[0][[*range(6), *range(7, 23)]].isfinite().all()
+    assert all(torch.equal(result.view(torch.int32), results[0].view(torch.int32)) for result in results)
 
 
 @needs_native
@@ -219,7 +243,7 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
 def test_without_a_compiler(
     empty_cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(build, "best_variant", lambda: "avx512")
+    monkeypatch.setattr(build, "variants", lambda: ["avx512", "avx2"])
     monkeypatch.setenv("PATH", str(empty_cache))
     monkeypatch.delenv("CXX", raising=False)
     with caplog.at_level(logging.WARNING):
@@ -254,7 +278,7 @@ def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 @needs_native
 def test_a_library_that_cannot_be_loaded(empty_cache: Path) -> None:
-    built = build.build(best_variant())
+    built = build.build(build.variants()[0])
     built.write_bytes(b"cut off")
     assert "its library cannot be loaded" in str(NativeExperts.unsupported(make_weights(1, 128, 64)))
 
@@ -277,10 +301,41 @@ def test_compiled_once(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert compiled == [build.build("avx512")]
 
 
-def test_lesser_capability(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    with pytest.raises(BuildError, match="it needs AVX512 and torch finds AVX2"):
-        best_variant()
+def test_which_instruction_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the CPU has and torch was not told to do without."""
+    x86 = set().union(*(variant.needs for variant in VARIANTS.values())) - VARIANTS["neon_dotprod"].needs
+    arm = set(VARIANTS["neon_dotprod"].needs)
+    for capability, missing, expected in (
+        ("AVX512", set(), ["avx512_vnni", "avx512", "avx2_vnni", "avx2"]),
+        ("AVX512_BF16", {"avx_vnni"}, ["avx512_vnni", "avx512", "avx2"]),
+        ("AVX512", {"avx512_vnni", "avx_vnni"}, ["avx512", "avx2"]),
+        ("AVX2", set(), ["avx2_vnni", "avx2"]),
+        ("AVX2", {"avx512f", "avx_vnni"}, ["avx2"]),
+        ("DEFAULT", {"asimddp"}, []),
+        ("SVE256", set(), ["neon_dotprod"]),
+    ):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        flags = frozenset((x86 if capability.startswith("AVX") else arm) - missing)
+        monkeypatch.setattr(build, "cpu_flags", lambda flags=flags: flags)
+        assert build.variants() == expected
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    monkeypatch.setattr(build, "cpu_flags", frozenset)
+    with pytest.raises(BuildError, match="it needs AVX2, AVX512 or ARM's dot product and torch finds DEFAULT"):
+        build._best_library()
+
+
+def test_a_compiler_too_old_for_the_best_set(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+
+    def compile_old(target: Path, flags: tuple[str, ...]) -> None:
+        tried.append(target.name.split("-")[1])
+        raise BuildError(f"unrecognized option in {flags}")
+
+    monkeypatch.setattr(build, "_compile", compile_old)
+    monkeypatch.setattr(build, "variants", lambda: ["avx2_vnni", "avx2"])
+    with pytest.raises(BuildError, match="-mavxvnni"):
+        library()
+    assert tried == ["avx2_vnni", "avx2"]
 
 
 def test_cores(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,7 @@ from support.sglang_server import CHUNK, EAGER, serve
 def server(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """With the vision tower's interpolation compiled."""
     log = tmp_path_factory.mktemp("sglang") / "server.log"
-    arguments = ["--chunked-prefill-size", str(CHUNK), "--enable-cache-report", "--enable-metrics"]
-    with serve(tiny_folder, log, *arguments) as running:
+    with serve(tiny_folder, log, "--chunked-prefill-size", str(CHUNK), "--enable-cache-report") as running:
         yield running
 
 
@@ -26,5 +25,6 @@ def scripted_server(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory)
     log = tmp_path_factory.mktemp("scripted") / "server.log"
     command = [*documented.as_run(documented.SERVE_SGLANG, tiny_folder), "--"]
     settings = {**EAGER, "PYTHONPATH": python_path()}
-    with serve(tiny_folder, log, "--enable-custom-logit-processor", command=command, **settings) as running:
+    arguments = ["--enable-custom-logit-processor", "--enable-metrics"]
+    with serve(tiny_folder, log, *arguments, command=command, **settings) as running:
         yield running

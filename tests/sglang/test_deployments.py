@@ -23,8 +23,8 @@ REDUNDANT_EXPERTS = ["--enable-eplb", "--ep-num-redundant-experts", "4"]
 
 
 @pytest.fixture(scope="module")
-def one_rank(server: Server) -> Server:
-    return server
+def one_rank(scripted_server: Server) -> Server:
+    return scripted_server
 
 
 def test_a_swarm_is_held_among_hostile_requests(one_rank: Server, tiny_folder: Path, tmp_path: Path) -> None:

@@ -17,11 +17,14 @@ from k26_plugins.sglang.media.kimi_k26 import K26MediaProcessor
 
 
 def test_images_of_every_format_are_pils_rgb() -> None:
+    """But for levels of more than eight bits, which PIL clips: tests/core holds those."""
     parts = [part for one in conversations() for part in media_parts(one) if part["type"] == "image_url"]
     assert len(parts) > 50
     for part in parts:
         loaded = K26MediaProcessor._load_single_item(part["image_url"]["url"], Modality.IMAGE)
         with Image.open(io.BytesIO(part_bytes(part))) as image:
+            if image.mode.startswith("I"):
+                continue
             assert np.array_equal(np.asarray(getattr(loaded, "image", loaded)), np.asarray(image.convert("RGB")))
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.clients import ImageResultTests, OpenAIClientTests
 from support.prompt_path import PromptPathTests
 from support.server import Server
 from support.sglang_scripted import Scripted
@@ -18,11 +19,17 @@ def server(scripted_server: Server) -> Server:
     return scripted_server
 
 
-class TestPromptPath(PromptPathTests):
-    parsers = "reasoning parser kimi_k2, tool-call parser kimi_k2"
-    hostile_requests = 25
-
+class Ordered:
     def script(self, folder: Path, answer: str) -> dict[str, Any]:
         tokenizer = KimiTokenizer(folder)
         token_ids = [*tokenizer.encode_prompt(answer), tokenizer.named["<|im_end|>"]]
         return {"custom_logit_processor": Scripted.to_str(), "custom_params": {"script": token_ids}}
+
+
+class TestPromptPath(Ordered, PromptPathTests):
+    parsers = "reasoning parser kimi_k2, tool-call parser kimi_k2"
+    hostile_requests = 25
+
+
+class TestClients(Ordered, OpenAIClientTests, ImageResultTests):
+    """SGLang's other interfaces take no field that orders an answer."""

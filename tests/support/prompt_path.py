@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.conversations import HOSTILE, Conversation, conversations, core_token_ids, digest, recorded
+from support.data_urls import WRITERS
 from support.images import BAD_IMAGES, gif_header, image_part, png, png_header, random_image
 from support.scripted import TOKEN_CASES, parsed, streamed
 from support.server import Server
@@ -37,6 +38,11 @@ BAD_MEDIA: dict[str, dict[str, Any]] = {
     "image-jpeg-cut": image_part(_jpeg()[:400]),
     "image-no-base64": {"type": "image_url", "image_url": {"url": "data:image/png;base64,%%%"}},
     "image-nowhere": {"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/photo.png"}},
+    "image-half-of-base64": {"type": "image_url", "image_url": {"url": "data:image/png;base64,aGVsb"}},
+    "image-without-address": {"type": "image_url", "image_url": {"url": ""}},
+    "image-by-uuid": {"type": "image_url", "image_url": None, "uuid": "a"},
+    "video-without-address": {"type": "video_url", "video_url": {"url": ""}},
+    "video-by-uuid": {"type": "video_url", "video_url": None, "uuid": "a"},
     "image-file": {"type": "image_url", "image_url": {"url": "file:///etc/hostname"}},
     "video-text": video_part(b"no video"),
     "video-empty": video_part(b""),
@@ -175,6 +181,16 @@ class PromptPathTests:
         assert response.status_code in (400, 422), response.text
         assert server.alive()
         assert server.chat("Hello", max_tokens=2)["usage"]["completion_tokens"] > 0
+
+    def test_base64_is_read_as_its_writers_put_it(self, server: Server) -> None:
+        image, video = png(random_image(60, 40)), make_video(4)
+        lengths = set()
+        for write in WRITERS.values():
+            content = [image_part(image), video_part(video)]
+            content[0]["image_url"]["url"] = f"DATA:image/png;BASE64,{write(image)}"
+            content[1]["video_url"]["url"] = f"data:video/mp4;base64,{write(video)}"
+            lengths.add(server.chat(content, max_tokens=1)["usage"]["prompt_tokens"])
+        assert len(lengths) == 1
 
     @pytest.mark.parametrize("name", TOKEN_CASES)
     def test_answers_are_taken_apart(self, server: Server, tiny_folder: Path, name: str) -> None:

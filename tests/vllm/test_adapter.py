@@ -10,17 +10,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from support.data_urls import WRITERS
+from support.images import png, random_image
 from support.layouts import OTHER, PUBLISHED, make
 from support.remote_code import plant
 
 from k26_plugins.common.checkpoint import Checkpoint, expert_name, shard
 from k26_plugins.common.config import ARCHITECTURE, K26Config
 from k26_plugins.common.experts import ExpertWeights, create_experts
+from k26_plugins.common.media import MediaError
 from k26_plugins.common.serving import core_config
 from k26_plugins.vllm import compat, config, register
 from k26_plugins.vllm.experts import K26ExpertsMethod, use_core_experts
+from k26_plugins.vllm.media import K26MediaConnector
 from k26_plugins.vllm.probe import no_compiled_code_cache
 
 
@@ -189,3 +194,15 @@ def test_the_methods_weights_are_the_checkpoints(tiny_folder: Path) -> None:
 
     whole = run(0, 1)
     assert ((run(0, 2) + run(1, 2) - whole).norm() / whole.norm()).item() < 6e-3
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_data_urls_are_read_as_their_writers_put_them(writer: str) -> None:
+    """vLLM 0.19.1 gives what its parser of addresses made of them."""
+    image = random_image(60, 40)
+    found = K26MediaConnector().fetch_image(f"DATA:image/png;BASE64,{WRITERS[writer](png(image))}")
+    assert np.array_equal(np.asarray(found.media), np.asarray(image))
+    with pytest.raises(MediaError, match="no base64"):
+        K26MediaConnector().fetch_image("data:image/png;base64,aGVsb")
+    with pytest.raises(MediaError, match="no URL"):
+        K26MediaConnector().fetch_image("")

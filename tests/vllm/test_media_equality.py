@@ -74,7 +74,10 @@ def test_video_chunks(judge: object, count: int) -> None:
 
 
 def test_a_requests_images_of_every_format(judge: object, tiny_folder: Path) -> None:
-    """As they come through the media connector and the processor, against PIL's RGB in vLLM's fused processor."""
+    """As they come through the media connector and the processor, against PIL's RGB in vLLM's fused processor.
+
+    But for levels of more than eight bits, which PIL clips: tests/core holds those.
+    """
     settings = json.loads((tiny_folder / "preprocessor_config.json").read_text())
     processor = K26ImageProcessor(settings)
     parts = [part for one in conversations() for part in media_parts(one) if part["type"] == "image_url"]
@@ -83,6 +86,8 @@ def test_a_requests_images_of_every_format(judge: object, tiny_folder: Path) -> 
         data = part_bytes(part)
         found = processor.preprocess([{"type": "image", "image": K26ImageIO().load_bytes(data)}])
         with Image.open(io.BytesIO(data)) as image:
+            if image.mode.startswith("I"):
+                continue
             media = [{"type": "image", "image": image.convert("RGB")}]
         expected = judge.preprocess(media, do_rescale=True, do_normalize=True)  # type: ignore[attr-defined]
         assert found["pixel_values"].numpy().tobytes() == expected["pixel_values"].numpy().tobytes()

@@ -5,13 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from support.clients import AnthropicClientTests, ImageResultTests, OpenAIClientTests, ResponsesClientTests
 from support.prompt_path import PromptPathTests
 from support.vllm_scripted import script
 
 
-class TestPromptPath(PromptPathTests):
+class Ordered:
+    def script(self, folder: Path, answer: str) -> dict[str, Any]:
+        return script(folder, answer)
+
+
+class TestPromptPath(Ordered, PromptPathTests):
     parsers = "reasoning parser k26, tool-call parser k26"
     hostile_requests = 60
 
-    def script(self, folder: Path, answer: str) -> dict[str, Any]:
-        return script(folder, answer)
+
+class TestClients(Ordered, OpenAIClientTests, AnthropicClientTests, ResponsesClientTests, ImageResultTests):
+    """All three interfaces take the field that orders an answer."""

@@ -39,7 +39,9 @@ def rows(entries: list[dict[str, Any]]) -> torch.Tensor:
 
 
 def test_the_plugin_is_active(server: Server) -> None:
-    assert "INT4 experts run on the core" in server.log.read_text()
+    log = server.log.read_text()
+    assert "INT4 experts run on the core" in log
+    assert "Using K26_CPU_MLA MLA prefill backend" in log
 
 
 def test_models(server: Server) -> None:

@@ -16,10 +16,13 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from k26_plugins.common.prompt.control_tokens import escape, escape_deep
 from k26_plugins.common.prompt.tool_declaration import declare_tools, sorted_deep
+from k26_plugins.common.prompt.tool_ids import with_kimis_ids
 
 TEMPLATE_FILE = "chat_template.jinja"
 # Ends the text of a message that is to be continued: a character that no text holds, and no mark of control_tokens.
 _OPEN_END = "\ufdd3"
+MEDIA_PARTS = ("image", "image_url", "video", "video_url")
+"""Types of content parts in whose place the template puts a medium."""
 
 
 class VerbatimArguments(dict[str, Any]):
@@ -71,13 +74,19 @@ def prepare(
     escape_messages: bool = True,
     escape_tools: bool = True,
     parsed_arguments: bool = False,
+    kimis_ids: bool = True,
 ) -> TemplateInput:
     """Messages and tools as the chat template takes them.
 
     escape_…: text that spells a control token stays text. parsed_arguments: a template of the user's expects a past
-    call's arguments as an object; Kimi's writes the text that the model wrote.
+    call's arguments as an object; Kimi's writes the text that the model wrote. kimis_ids: past tool calls get ids of the
+    form that the model writes. Raises ValueError for a part of a message that is neither text nor an image or video.
     """
-    written = [_map_arguments(message, _keep if parsed_arguments else _verbatim) for message in messages]
+    written = [
+        _with_known_parts(_map_arguments(message, _keep if parsed_arguments else _verbatim)) for message in messages
+    ]
+    if kimis_ids:
+        written = with_kimis_ids(written)
     if not tools:
         return TemplateInput(escape_deep(written) if escape_messages else written, None, None)
     ordered = sorted_deep([_as_sent(tool) for tool in tools])
@@ -168,6 +177,29 @@ def _open(messages: list[dict[str, Any]]) -> None:
             part["text"] += _OPEN_END
             return
     raise ValueError("the last message has no text to continue.")
+
+
+def _with_known_parts(message: dict[str, Any]) -> dict[str, Any]:
+    """Thoughts among the parts of a past answer go where the template reads thoughts; another unknown part is refused."""
+    content = message.get("content")
+    if not isinstance(content, list | tuple):
+        return message
+    thoughts: list[str] = []
+    kept = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "thinking":
+            thoughts.append(str(part.get("thinking") or ""))
+            continue
+        if kind not in MEDIA_PARTS and not (isinstance(part, Mapping) and isinstance(part.get("text"), str)):
+            raise ValueError(
+                f"a message has a content part of type {kind!r}: send text, an image (image_url) or a video (video_url)."
+            )
+        kept.append(part)
+    if not thoughts:
+        return message
+    said = message.get("reasoning") or message.get("reasoning_content")
+    return {**message, "content": kept, "reasoning": said or "".join(thoughts)}
 
 
 def _as_sent(tool: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from k26_plugins.common.prompt.chat import TEMPLATE_FILE, TemplateInput, own_tem
 from k26_plugins.common.prompt.control_tokens import MARK, QUOTED_SIGN, unescape
 from k26_plugins.common.prompt.special_tokens import VIDEO_PLACEHOLDER
 from k26_plugins.common.prompt.tokenizer import RANKS_FILE, SPLIT_PATTERN, KimiTokenizer, TokenizerError
-from k26_plugins.common.settings import control_tokens_as_text
+from k26_plugins.common.settings import control_tokens_as_text, kimis_ids
 
 SETTINGS_FILE = "tokenizer_config.json"
 # Control tokens that the engines' parsers must find in decoded text.
@@ -38,6 +38,7 @@ class KimiTokenizerFast(PreTrainedTokenizerFast):
     # Adapters that mark the messages before their engine touches them switch the first off.
     escape_messages = True
     escape_tools = True
+    kimis_ids = True
     # The template that came with the tokenizer; a user may put another into `chat_template`.
     kimi_template: str | None = None
     # What stands in a video's place. Adapters that put its chunks among token ids want control tokens there.
@@ -101,6 +102,7 @@ class KimiTokenizerFast(PreTrainedTokenizerFast):
                 escape_messages=self.escape_messages,
                 escape_tools=self.escape_tools,
                 parsed_arguments=parsed_arguments,
+                kimis_ids=self.kimis_ids and not parsed_arguments,
             )
 
         if conversation and CONTINUE_KEY in conversation[-1]:
@@ -188,6 +190,7 @@ def load_hf_tokenizer(folder: str | Path, **kwargs: Any) -> KimiTokenizerFast:
     built.plain = reference
     built.kimi_template = built.chat_template
     built.escape_messages = built.escape_tools = control_tokens_as_text()
+    built.kimis_ids = kimis_ids()
     return built
 
 

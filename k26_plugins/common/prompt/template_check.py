@@ -32,6 +32,7 @@ SAMPLES: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     "tools": ([_USER], {"tools": [_TOOL]}),
     "images and videos": ([{"role": "user", "content": _MEDIA}], {}),
     "thinking and tool calls": (_STEPS, {}),
+    "instant mode and tool calls": (_STEPS, {"thinking": False}),
     "preserved thinking": (_STEPS, {"preserve_thinking": True}),
     "no answer asked for": (_STEPS, {"add_generation_prompt": False}),
 }

@@ -26,9 +26,9 @@ class _Prepared(NamedTuple):
 
 
 class NativeExperts(ExpertsBackend):
-    """INT4 weights at the memory's bandwidth on CPUs with AVX512, activations in 16 bits of their group's largest.
+    """INT4 weights at the memory's bandwidth on CPUs with a vector unit, activations in 16 bits of their group's largest.
 
-    A token's result has the same bits in any batch and with any number of threads.
+    A token's result has the same bits in any batch, with any number of threads and on every instruction set.
     """
 
     name = "native"

@@ -14,13 +14,40 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 SOURCES = Path(__file__).parent
-AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
+
+
+class Variant(NamedTuple):
+    """The library for one instruction set."""
+
+    capability: str
+    """Of torch, which can be told to do with less (ATEN_CPU_CAPABILITY); empty where it does not matter."""
+    needs: frozenset[str]
+    """Of the CPU, as Linux names them."""
+    flags: tuple[str, ...]
+    """Of the compiler."""
+
+
+def _avx(capability: str, *needs: str, also: str = "") -> Variant:
+    names = [*needs, *([also] if also else [])]
+    return Variant(capability, frozenset(names), tuple(f"-m{name.replace('_', '')}" for name in names))
+
+
+AVX2, AVX512 = ("avx2", "fma"), ("avx512f", "avx512bw", "avx512vl", "avx512dq", "fma")
 # The instruction sets that the source is written for, best first.
-VARIANTS = {"avx512_vnni": (*AVX512, "-mavx512vnni"), "avx512": AVX512}
+VARIANTS = {
+    "avx512_vnni": _avx("AVX512", *AVX512, also="avx512_vnni"),
+    "avx512": _avx("AVX512", *AVX512),
+    "avx2_vnni": _avx("AVX2", *AVX2, also="avx_vnni"),
+    "avx2": _avx("AVX2", *AVX2),
+    "neon_dotprod": Variant("", frozenset({"asimd", "asimddp"}), ("-march=armv8.2-a+dotprod",)),
+}
+# torch's names for what an x86 CPU can do, each a part of the next; on ARM they say nothing that matters here.
+CAPABILITIES = ("", "AVX2", "AVX512")
 COMPILERS = ("c++", "g++", "clang++")
 # No contraction: the same operations, whatever the compiler inlines where.
 FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
@@ -33,7 +60,9 @@ class BuildError(RuntimeError):
 @cache
 def library(variant: str | None = None) -> ctypes.CDLL:
     """The library for this CPU, or for another of VARIANTS that it can run. Raises BuildError."""
-    made = build(variant or best_variant())
+    if variant is None:
+        return _best_library()
+    made = build(variant)
     try:
         return ctypes.CDLL(str(made))
     except OSError as error:
@@ -42,12 +71,24 @@ def library(variant: str | None = None) -> ctypes.CDLL:
         ) from error
 
 
-def best_variant() -> str:
-    """The best instruction set of this CPU, unless torch was told to do with less. Raises BuildError."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    if not capability.startswith("AVX512"):
-        raise BuildError(f"it needs AVX512 and torch finds {capability}")
-    return "avx512_vnni" if "avx512_vnni" in cpu_flags() else "avx512"
+def _best_library() -> ctypes.CDLL:
+    """Of the best set for which the compiler is new enough: GCC knows AVX-VNNI from 11 on."""
+    first: BuildError | None = None
+    for name in variants():
+        try:
+            return library(name)
+        except BuildError as error:
+            first = first or error
+    found = torch.backends.cpu.get_cpu_capability()
+    raise first or BuildError(f"it needs AVX2, AVX512 or ARM's dot product and torch finds {found}")
+
+
+def variants() -> list[str]:
+    """The instruction sets that this CPU can run, best first, unless torch was told to do with less."""
+    found = torch.backends.cpu.get_cpu_capability()
+    allowed = CAPABILITIES[: 1 + max(i for i, name in enumerate(CAPABILITIES) if found.startswith(name))]
+    flags = cpu_flags()
+    return [name for name, variant in VARIANTS.items() if variant.capability in allowed and variant.needs <= flags]
 
 
 def cpu_flags() -> frozenset[str]:
@@ -56,12 +97,12 @@ def cpu_flags() -> frozenset[str]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return frozenset()
-    return frozenset(next((line.split() for line in lines if line.startswith("flags")), ()))
+    return frozenset(next((line.split() for line in lines if line.startswith(("flags", "Features"))), ()))
 
 
 def build(variant: str) -> Path:
     """The compiled library, from the cache if it is there. Raises BuildError."""
-    flags = (*FLAGS, *VARIANTS[variant])
+    flags = (*FLAGS, *VARIANTS[variant].flags)
     digest = hashlib.sha256(" ".join(flags).encode())
     for source in sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.hpp")]):
         digest.update(source.read_bytes())

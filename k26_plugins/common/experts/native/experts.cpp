@@ -1,4 +1,4 @@
-// The routed INT4 experts of a layer on a CPU with AVX512. `build.py` compiles this file, `threads.py` calls it.
+// The routed INT4 experts of a layer on a CPU. `build.py` compiles this file, `threads.py` calls it.
 //
 // A call runs in phases over all threads. Inputs are rounded to 16 bits. Gate and up: a thread takes the same rows of every
 // expert and writes silu(gate) · up. Then down: a thread owns tiles of output rows and adds up the experts of each token in
@@ -151,7 +151,7 @@ void gate_and_up(const Worker& me, const State& state, int64_t tokens) {
         }
         for (int i = 0; i < count; ++i) {
           const auto half = [&](int tile) {
-            return swiglu(_mm512_load_ps(products[tile] + i * kRows), _mm512_load_ps(products[2 + tile] + i * kRows));
+            return swiglu(load(products[tile] + i * kRows), load(products[2 + tile] + i * kRows));
           };
           const int64_t to = group * slots + slot + i;
           quantise(half(0), half(1), state.inner.as<Quantised>()[to], state.inner_terms.as<Terms>()[to]);
@@ -173,7 +173,7 @@ void down(const Worker& me, const State& state, int64_t begin, int64_t tokens) {
   const Share mine = share(me, tiles, 0);
   mine.each([&](int64_t tile) {
     for (int64_t token = 0; token < tokens; ++token)
-      _mm512_store_ps(total + token * layer.hidden + tile * kRows, _mm512_setzero_ps());
+      store(total + token * layer.hidden + tile * kRows, all(0));
   });
   for (int64_t expert = 0; expert < layer.experts; ++expert) {
     const int32_t end = routing.first[expert + 1];
@@ -185,18 +185,17 @@ void down(const Worker& me, const State& state, int64_t begin, int64_t tokens) {
         multiply(layer.w2 + at * tile_bytes, layer.w2_scale + at * tile_scales, layer.inner, x, product);
         for (int i = 0; i < count; ++i) {
           float* to = total + routing.tokens[slot + i] * layer.hidden + tile * kRows;
-          const __m512 weight = _mm512_set1_ps(routing.weights[slot + i]);
-          _mm512_store_ps(to, _mm512_fmadd_ps(_mm512_load_ps(product + i * kRows), weight, _mm512_load_ps(to)));
+          store(to, fma(load(product + i * kRows), all(routing.weights[slot + i]), load(to)));
         }
       });
     }
   }
   mine.each([&](int64_t tile) {
     for (int64_t token = 0; token < tokens; ++token) {
-      const __m512 sum = _mm512_load_ps(total + token * layer.hidden + tile * kRows);
+      const Floats sum = load(total + token * layer.hidden + tile * kRows);
       const int64_t to = (begin + token) * layer.hidden + tile * kRows;
       if (state.call.out_is_float)
-        _mm512_storeu_ps(static_cast<float*>(state.call.out) + to, sum);
+        store_unaligned(static_cast<float*>(state.call.out) + to, sum);
       else
         store_bfloat16(static_cast<uint16_t*>(state.call.out) + to, sum);
     }
@@ -326,6 +325,8 @@ extern "C" {
 
 // The calls below return one of these, or a number that is not negative.
 enum { kNoMemory = -1, kBadId = -2 };
+
+const char* k26_instruction_set() { return k26::kInstructionSet; }
 
 // A process' state. A child of fork makes its own: it has none of its parent's threads.
 k26::Process* k26_create() { return new (std::nothrow) k26::Process; }

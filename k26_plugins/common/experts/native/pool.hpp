@@ -14,8 +14,6 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include <immintrin.h>
-
 #include <atomic>
 #include <climits>
 #include <cstdint>
@@ -38,7 +36,11 @@ class Counter {
   void wait_beyond(uint32_t seen, int spins) {
     for (int i = 0; i < spins; ++i) {
       if (value() != seen) return;
-      _mm_pause();
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#else
+      asm volatile("yield");
+#endif
     }
     sleepers_.fetch_add(1, std::memory_order_seq_cst);
     while (value() == seen) syscall(SYS_futex, &value_, FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);

@@ -54,6 +54,7 @@ class Threads:
         self.native = native
         self.process = os.getpid()
         native.k26_create.restype = ctypes.c_void_p
+        native.k26_instruction_set.restype = ctypes.c_char_p
         for function in (native.k26_has_team, native.k26_start, native.k26_repack, native.k26_run, native.k26_submit):
             function.restype = ctypes.c_int64
         created = native.k26_create()
@@ -65,6 +66,12 @@ class Threads:
         self._cores = pool or cores(cpu_threads_setting())
         self._pool_started = False
         self._starting = threading.Lock()
+
+    @property
+    def instruction_set(self) -> str:
+        """What the library was compiled for, such as "AVX512 with VNNI"."""
+        name: bytes = self.native.k26_instruction_set()
+        return name.decode()
 
     @property
     def team(self) -> int:

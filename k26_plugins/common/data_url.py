@@ -1,0 +1,50 @@
+"""The bytes in a `data:` URL (RFC 2397), and in base64 as its many writers put it (RFC 4648)."""
+
+from __future__ import annotations
+
+import binascii
+import re
+from urllib.parse import unquote_to_bytes
+
+from k26_plugins.common.media import MediaError
+
+SCHEME = "data:"
+_BASE64 = ";base64"
+_WHITESPACE = re.compile(rb"[ \t\r\n]+")
+_URL_SAFE = bytes.maketrans(b"-_", b"+/")
+_SHOWN = 32
+
+
+def require_url(url: object) -> None:
+    """Raise MediaError for an address that is none."""
+    if not isinstance(url, str) or not url.strip():
+        raise MediaError("the image or video has no URL: send an http(s) address or data:…;base64, with the file.")
+
+
+def is_data_url(url: str) -> bool:
+    """Schemes have no case."""
+    return url[: len(SCHEME)].lower() == SCHEME
+
+
+def data_url_bytes(url: str) -> bytes:
+    """What a `data:` URL holds: base64 where it says so in any case, else percent-encoded. Raises MediaError."""
+    header, comma, data = url[len(SCHEME) :].partition(",")
+    if not comma:
+        raise MediaError(
+            f"the URL {url[:_SHOWN]!r} has no comma before its data: write data:image/png;base64,… with the file's base64."
+        )
+    if header.rstrip().lower().endswith(_BASE64):
+        return base64_bytes(data)
+    return unquote_to_bytes(data)
+
+
+def base64_bytes(text: str) -> bytes:
+    """Of either alphabet, in lines or in one, percent-encoded or not, with or without its padding. Raises MediaError."""
+    data = unquote_to_bytes(text) if "%" in text else text.encode("utf-8", "replace")
+    data = _WHITESPACE.sub(b"", data).translate(_URL_SAFE).rstrip(b"=")
+    try:
+        return binascii.a2b_base64(data + b"=" * (-len(data) % 4), strict_mode=True)
+    except binascii.Error as error:
+        raise MediaError(
+            f"the data is no base64 ({error}): encode the file's bytes, as `base64 FILE` does, and send all of it."
+        ) from error

@@ -1,0 +1,80 @@
+"""MLA's prefill on a CPU, in memory that grows with a prompt's length and not with its square.
+
+The in-tree backend holds heads × queries × keys scores in float32, three times: a prompt of 10,000 tokens at 64 heads takes
+26 GB each. The same arithmetic is done here for a few heads and queries at once, whose scores are at most a fixed number.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from k26_plugins.vllm import compat
+
+SCORES = 2**24
+"""That are held at once, 64 MB of float32."""
+QUERIES = 256
+"""That are taken at once: few, so that keys beyond their own tokens are not computed, which is half of them."""
+
+
+def attention(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, *, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of one request in float32.
+
+    query [new, heads, size], keys [length, heads, size], values [length, heads, value size]. causal: the queries are of the
+    keys' own tokens, new = length. Returns the output [new, heads, value size] and log-sum-exp float32 [heads, new].
+    """
+    new, heads, _ = query.shape
+    length = len(keys)
+    output = values.new_zeros(new, heads, values.shape[-1])
+    lse = torch.full((heads, new), -torch.inf, device=query.device)
+    if length == 0:
+        return output, lse
+    block = max(1, min(new, QUERIES, SCORES // length))
+    together = max(1, SCORES // (block * length))
+    for head in range(0, heads, together):
+        chosen = slice(head, head + together)
+        q, k, v = (tensor[:, chosen].transpose(0, 1).float() for tensor in (query, keys, values))
+        for start in range(0, new, block):
+            rows = slice(start, start + block)
+            stop = min(start + block, new)
+            end = stop if causal else length
+            scores = torch.matmul(q[:, rows], k[:, :end].transpose(1, 2)).mul_(scale)
+            if causal:
+                later = torch.ones(stop - start, stop - start, dtype=torch.bool, device=q.device).triu(1)
+                scores[:, :, start:].masked_fill_(later, -torch.inf)
+            highest = scores.amax(-1, keepdim=True)
+            weights = scores.sub_(highest).exp_()
+            total = weights.sum(-1, keepdim=True)
+            lse[chosen, rows] = (highest + total.log()).squeeze(-1)
+            attended = torch.matmul(weights, v[:, :end]).div_(total)
+            output[rows, chosen] = attended.transpose(0, 1).to(output.dtype)
+    return output, lse
+
+
+class K26CPUPrefillBackend(compat.cpu_prefill_backend()):  # type: ignore[misc]
+    """Keeps the in-tree backend's interface and replaces its product."""
+
+    @staticmethod
+    def get_name() -> str:
+        """For vLLM's log."""
+        return "K26_CPU_MLA"
+
+    def _ragged_sdpa(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        q_cu_seq_lens: torch.Tensor,
+        kv_cu_seq_lens: torch.Tensor,
+        causal: bool,
+        return_softmax_lse: bool,
+    ) -> Any:
+        """Tensors [tokens, heads, size] of several requests one after the other, which begin at the offsets."""
+        queries, lengths = (offsets.diff().tolist() for offsets in (q_cu_seq_lens, kv_cu_seq_lens))
+        # The tensors may be padded beyond the last request.
+        parts = zip(*(t[: sum(n)].split(n) for t, n in ((q, queries), (k, lengths), (v, lengths))), strict=True)
+        outputs, lses = zip(*(attention(*part, self.scale, causal=causal) for part in parts), strict=True)
+        return (torch.cat(outputs), torch.cat(lses, dim=1)) if return_softmax_lse else torch.cat(outputs)

@@ -1,0 +1,319 @@
+"""Agent loops as the clients' own SDKs run them, against a server whose answers are made to order.
+
+What they hold: the SDK reads every answer as it was written, streamed and not; and what it sends back, the model reads as
+the core renders it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anthropic
+import openai
+import pytest
+from openai.lib.streaming.chat import ChatCompletionStreamState
+from pydantic import BaseModel
+from support.conversations import Conversation, core_token_ids
+from support.images import image_part, png, random_image
+from support.scripted import TOOLS, call
+from support.server import Server
+from support.videos import make_video, video_part
+
+from k26_plugins.common.prompt.output import SECTION_BEGIN, SECTION_END, THINK_END
+
+IMAGE = image_part(png(random_image(60, 40)))
+ANTHROPIC_PICTURE = {
+    "type": "image",
+    "source": {"type": "base64", "media_type": "image/png", "data": IMAGE["image_url"]["url"].partition(",")[2]},
+}
+RESPONSES_PICTURE = {"type": "input_image", "image_url": IMAGE["image_url"]["url"], "detail": "auto"}
+FUNCTIONS: list[Any] = [tool["function"] for tool in TOOLS]
+QUESTION: dict[str, Any] = {"role": "user", "content": [IMAGE, {"type": "text", "text": "Is it warm in 北京?"}]}
+
+
+@dataclass(frozen=True)
+class Turn:
+    reasoning: str
+    content: str
+    calls: dict[str, tuple[str, Any]]
+    """Name and arguments by the call's id."""
+    results: tuple[Any, ...]
+    """Contents of the calls' results."""
+
+    @property
+    def answer(self) -> str:
+        """As the model writes it."""
+        written = "".join(
+            call(call_id, json.dumps(arguments, ensure_ascii=False) if arguments else "")
+            for call_id, (_, arguments) in self.calls.items()
+        )
+        return f"{self.reasoning}{THINK_END}{self.content}" + (
+            f"{SECTION_BEGIN}{written}{SECTION_END}" if written else ""
+        )
+
+
+TURNS = (
+    Turn(
+        "Two at once.",
+        "I look at both.",
+        {"functions.get_weather:0": ("get_weather", {"city": "北京"}), "functions.now:1": ("now", {})},
+        ("22 °C, 晴", "Error: the clock does not answer"),
+    ),
+    # A picture of the result, twice.
+    Turn("Again.", "", {"functions.now:2": ("now", {})}, ([{"type": "text", "text": "12:30"}, IMAGE, IMAGE],)),
+    Turn("Now I know.", "北京 is warm.", {}, ()),
+)
+
+
+class Report(BaseModel):
+    city: str
+    warm: bool
+
+
+class ScriptedTests:
+    def script(self, folder: Path, answer: str) -> dict[str, Any]:
+        """The fields of a request to a server of the checkpoint in `folder` that order `answer`, and its end."""
+        raise NotImplementedError
+
+
+class OpenAIClientTests(ScriptedTests):
+    """`/v1/chat/completions`."""
+
+    @pytest.fixture
+    def client(self, server: Server) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
+
+    @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+    def test_chat_loop(self, client: openai.OpenAI, server: Server, tiny_folder: Path, stream: bool) -> None:
+        messages: list[Any] = [QUESTION]
+        for turn in TURNS:
+            answer = _ask(client, server, messages, self.script(tiny_folder, turn.answer), stream, tools=TOOLS)
+            choice = answer.choices[0]
+            message = choice.message
+            assert _reasoning(message) == turn.reasoning
+            assert (message.content or "") == turn.content
+            found = {
+                one.id: (one.function.name, json.loads(one.function.arguments)) for one in message.tool_calls or []
+            }
+            assert found == turn.calls
+            assert choice.finish_reason == ("tool_calls" if turn.calls else "stop")
+            expected = core_token_ids(tiny_folder, Conversation("loop", messages, TOOLS))
+            assert answer.usage.prompt_tokens == len(expected)
+            # As clients send it back: all that the answer said.
+            messages = [*messages, message.model_dump(exclude_none=True)]
+            for call_id, result in zip(turn.calls, turn.results, strict=True):
+                messages.append({"role": "tool", "tool_call_id": call_id, "content": result})
+
+    @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+    def test_an_answer_cut_in_its_reasoning(
+        self, client: openai.OpenAI, server: Server, tiny_folder: Path, stream: bool
+    ) -> None:
+        script = self.script(tiny_folder, "a" * 50 + THINK_END)
+        answer = _ask(client, server, [QUESTION], script, stream, tools=TOOLS, max_tokens=20)
+        message = answer.choices[0].message
+        assert answer.choices[0].finish_reason == "length"
+        assert set(_reasoning(message)) == {"a"}
+        assert not message.content
+        assert not message.tool_calls
+        assert answer.usage.completion_tokens == 20
+
+    def test_a_schema_with_thinking(self, client: openai.OpenAI, server: Server, tiny_folder: Path) -> None:
+        report = Report(city="北京", warm=True)
+        completion = client.chat.completions.parse(
+            model=server.model,
+            messages=[QUESTION],  # type: ignore[list-item]
+            response_format=Report,
+            max_tokens=500,
+            extra_body=self.script(tiny_folder, f"Both.{THINK_END}{report.model_dump_json()}"),
+        )
+        message = completion.choices[0].message
+        assert message.parsed == report
+        assert _reasoning(message) == "Both."
+
+    def test_several_answers_about_a_video(self, client: openai.OpenAI, server: Server, tiny_folder: Path) -> None:
+        messages: Any = [{"role": "user", "content": [video_part(make_video(30)), IMAGE]}]
+        chunks = client.chat.completions.create(
+            model=server.model,
+            messages=messages,
+            n=3,
+            max_tokens=4,
+            logprobs=True,
+            top_logprobs=2,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        finished, tokens, usage = {}, [], None
+        for chunk in chunks:
+            usage = chunk.usage or usage
+            for choice in chunk.choices:
+                tokens += choice.logprobs.content or [] if choice.logprobs else []
+                if choice.finish_reason:
+                    finished[choice.index] = choice.finish_reason
+        assert set(finished) == {0, 1, 2}
+        assert all(len(token.top_logprobs) == 2 for token in tokens)
+        assert usage is not None
+        assert usage.completion_tokens == len(tokens) <= 12
+        assert usage.prompt_tokens == len(core_token_ids(tiny_folder, Conversation("video", messages)))
+
+    @pytest.mark.parametrize("choice", ["auto", "none"])
+    def test_the_choice_of_a_tool(self, client: openai.OpenAI, server: Server, tiny_folder: Path, choice: str) -> None:
+        turn = TURNS[0] if choice == "auto" else TURNS[-1]
+        script = self.script(tiny_folder, turn.answer)
+        answer = _ask(client, server, [QUESTION], script, False, tools=TOOLS, tool_choice=choice)
+        assert len(answer.choices[0].message.tool_calls or []) == len(turn.calls)
+
+    @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "now"}}], ids=str)
+    def test_a_call_that_is_asked_for(
+        self, client: openai.OpenAI, server: Server, tiny_folder: Path, choice: Any
+    ) -> None:
+        written = f"Now.{THINK_END}{SECTION_BEGIN}{call('functions.now:0', '{}')}{SECTION_END}"
+        script = self.script(tiny_folder, written)
+        answer = _ask(client, server, [QUESTION], script, False, tools=TOOLS, tool_choice=choice)
+        assert [one.function.name for one in answer.choices[0].message.tool_calls or []] == ["now"]
+
+
+def _ask(
+    client: openai.OpenAI, server: Server, messages: Any, script: dict[str, Any], stream: bool, **options: Any
+) -> Any:
+    request = {"model": server.model, "messages": messages, "max_tokens": 500, "extra_body": script, **options}
+    if not stream:
+        return client.chat.completions.create(**request)
+    state: Any = ChatCompletionStreamState()
+    for chunk in client.chat.completions.create(**request, stream=True, stream_options={"include_usage": True}):
+        state.handle_chunk(chunk)
+    try:
+        return state.get_final_completion()
+    except openai.LengthFinishReasonError as cut:
+        return cut.completion
+
+
+def _reasoning(message: Any) -> str:
+    extra = message.model_extra
+    return extra.get("reasoning") or extra.get("reasoning_content") or ""
+
+
+class AnthropicClientTests(ScriptedTests):
+    """`/v1/messages`."""
+
+    @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+    def test_messages_loop(self, server: Server, tiny_folder: Path, stream: bool) -> None:
+        client = anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0, timeout=120)
+        messages: list[Any] = [{"role": "user", "content": [ANTHROPIC_PICTURE, QUESTION["content"][1]]}]
+        for turn in TURNS:
+            request: Any = {
+                "model": server.model,
+                "messages": messages,
+                "max_tokens": 500,
+                "tools": [{"name": tool["name"], "input_schema": tool["parameters"]} for tool in FUNCTIONS],
+                "extra_body": self.script(tiny_folder, turn.answer),
+            }
+            if stream:
+                with client.messages.stream(**request) as events:
+                    answer = events.get_final_message()
+            else:
+                answer = client.messages.create(**request)
+            found = {block.id: (block.name, block.input) for block in answer.content if block.type == "tool_use"}
+            assert list(found.values()) == list(turn.calls.values())
+            assert "".join(block.text for block in answer.content if block.type == "text") == turn.content
+            assert "".join(block.thinking for block in answer.content if block.type == "thinking") == turn.reasoning
+            assert answer.stop_reason == ("tool_use" if turn.calls else "end_turn")
+            assert answer.usage.output_tokens > 0
+            messages.append({"role": "assistant", "content": [block.model_dump() for block in answer.content]})
+            messages.append(
+                {
+                    "role": "user",
+                    "content": [
+                        {
+                            "type": "tool_result",
+                            "tool_use_id": call_id,
+                            "content": result,
+                            "is_error": "Error" in result,
+                        }
+                        for call_id, result in zip(found, _with(ANTHROPIC_PICTURE, turn.results, "text"), strict=True)
+                    ],
+                }
+            )
+
+
+class ResponsesClientTests(ScriptedTests):
+    """`/v1/responses`."""
+
+    @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+    def test_responses_loop(self, server: Server, tiny_folder: Path, stream: bool) -> None:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
+        text = {"type": "input_text", "text": QUESTION["content"][1]["text"]}
+        items: list[Any] = [{"type": "message", "role": "user", "content": [RESPONSES_PICTURE, text]}]
+        for turn in TURNS:
+            request: Any = {
+                "model": server.model,
+                "input": items,
+                "max_output_tokens": 500,
+                "store": False,
+                "tools": [{"type": "function", "strict": False, **tool} for tool in FUNCTIONS],
+                "extra_body": self.script(tiny_folder, turn.answer),
+            }
+            if stream:
+                *_, last = client.responses.create(**request, stream=True)
+                assert last.type == "response.completed"
+                answer = last.response
+            else:
+                answer = client.responses.create(**request)
+            calls = [item for item in answer.output if item.type == "function_call"]
+            assert [(item.name, json.loads(item.arguments)) for item in calls] == list(turn.calls.values())
+            assert answer.output_text == turn.content
+            thoughts = [part.text for item in answer.output if item.type == "reasoning" for part in item.content or []]
+            assert "".join(thoughts) == turn.reasoning
+            items += [item.model_dump(exclude_none=True) for item in answer.output]
+            for item, result in zip(calls, _with(RESPONSES_PICTURE, turn.results, "input_text"), strict=True):
+                items.append({"type": "function_call_output", "call_id": item.call_id, "output": result})
+
+
+class ImageResultTests:
+    """Of these two APIs: what a tool returned, by the number of tokens that its images add."""
+
+    def test_images_in_a_result_reach_the_model(self, server: Server, tiny_folder: Path) -> None:
+        results = TURNS[1].results
+        without, expected = (
+            len(core_token_ids(tiny_folder, Conversation("result", [{"role": "user", "content": content}])))
+            for content in (results[0][:1], results[0])
+        )
+        for count in (_tokens_by_responses, _tokens_by_messages):
+            assert count(server, results[0]) - count(server, results[0][:1]) == expected - without
+
+
+def _tokens_by_responses(server: Server, result: list[Any]) -> int:
+    """Of a prompt that ends with this result of a call."""
+    (output,) = _with(RESPONSES_PICTURE, (result,), "input_text")
+    request: Any = [
+        {"role": "user", "content": "x"},
+        {"type": "function_call", "call_id": "functions.now:0", "name": "now", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "functions.now:0", "output": output},
+    ]
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
+        usage = client.responses.create(model=server.model, input=request, max_output_tokens=1, store=False).usage
+    assert usage is not None
+    return usage.input_tokens
+
+
+def _tokens_by_messages(server: Server, result: list[Any]) -> int:
+    (output,) = _with(ANTHROPIC_PICTURE, (result,), "text")
+    request: Any = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": [{"type": "tool_use", "id": "functions.now:0", "name": "now", "input": {}}]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "functions.now:0", "content": output}]},
+    ]
+    with anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0, timeout=120) as client:
+        return client.messages.create(model=server.model, messages=request, max_tokens=1).usage.input_tokens
+
+
+def _with(picture: dict[str, Any], results: tuple[Any, ...], text: str) -> list[Any]:
+    """Results with their parts as another API has them. text: its name for text."""
+    return [
+        [picture if part is IMAGE else {**part, "type": text} for part in result]
+        if isinstance(result, list)
+        else result
+        for result in results
+    ]
