@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 import pytest
-from PIL import Image
 from sglang.srt.managers.schedule_batch import Modality
 from support.conversations import conversations, media_parts, part_bytes
+from support.images import pil_rgb
 from support.videos import make_video
 
 from k26_plugins.common.media import MediaConfig, MediaError
@@ -21,8 +19,7 @@ def test_images_of_every_format_are_pils_rgb() -> None:
     assert len(parts) > 50
     for part in parts:
         loaded = K26MediaProcessor._load_single_item(part["image_url"]["url"], Modality.IMAGE)
-        with Image.open(io.BytesIO(part_bytes(part))) as image:
-            assert np.array_equal(np.asarray(getattr(loaded, "image", loaded)), np.asarray(image.convert("RGB")))
+        assert np.array_equal(np.asarray(getattr(loaded, "image", loaded)), np.asarray(pil_rgb(part_bytes(part))))
 
 
 def test_chunks_of_a_video_pass_as_images_with_a_digest_of_their_own() -> None:

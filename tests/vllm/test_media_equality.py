@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from support.conversations import conversations, media_parts, part_bytes
+from support.images import pil_rgb
 from support.videos import make_video
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
 
@@ -82,8 +83,7 @@ def test_a_requests_images_of_every_format(judge: object, tiny_folder: Path) -> 
     for part in parts:
         data = part_bytes(part)
         found = processor.preprocess([{"type": "image", "image": K26ImageIO().load_bytes(data)}])
-        with Image.open(io.BytesIO(data)) as image:
-            media = [{"type": "image", "image": image.convert("RGB")}]
+        media = [{"type": "image", "image": pil_rgb(data)}]
         expected = judge.preprocess(media, do_rescale=True, do_normalize=True)  # type: ignore[attr-defined]
         assert found["pixel_values"].numpy().tobytes() == expected["pixel_values"].numpy().tobytes()
 
