@@ -67,10 +67,13 @@ def _folded_table(specs: list[TensorSpec]) -> Table:
 def check(folder: Folder) -> None:
     """Hold a checkpoint against its table of tensors: names, shapes, dtypes and file sizes.
 
-    Reads headers, not weights: seconds for the published 64 files. Exits with 1 where something is wrong. Says too where the
-    folder's chat template, which is the one that is used, renders a conversation otherwise than the one that ships.
+    What is wrong with files comes first, then tensors, a line for all of a kind in a layer. A checkpoint of this
+    architecture in another layout (NVFP4, another quantisation, a draft layer) is not damaged: an engine's own code serves
+    it. Reads headers, not weights: seconds for the published 64 files. Exits with 1 where something is wrong. Says too
+    where the folder's chat template, which is the one that is used, renders a conversation otherwise than the one that
+    ships.
     """
-    from k26_plugins.common.checkpoint import CheckpointError
+    from k26_plugins.common.checkpoint import CheckpointError, folded
     from k26_plugins.common.checkpoint import check as run_check
     from k26_plugins.common.config import ConfigError
     from k26_plugins.common.prompt.template_check import differing_samples
@@ -82,9 +85,15 @@ def check(folder: Folder) -> None:
         except (CheckpointError, ConfigError) as error:
             progress.stop()
             fail(error)
-    for problem in report.problems:
-        out.print(f"{problem.fault}: {problem.name} {problem.message}", highlight=False, markup=False, soft_wrap=True)
-    typer.echo(f"{report.num_tensors:,} tensors, {report.num_bytes:,} bytes in {report.num_files} files are right.")
+    for line in folded(report.problems):
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
+    sums = f"{report.num_tensors:,} tensors, {report.num_bytes:,} bytes in {report.num_files} files"
+    if report.other_layout:
+        typer.echo(f"{sums}, this architecture in another layout, which an engine's own code serves:")
+        for reason in report.other_layout:
+            typer.echo(f"  {reason}")
+    else:
+        typer.echo(f"{sums} are right.")
     if differing := differing_samples(folder):
         typer.echo(f"chat_template.jinja renders otherwise than the one that ships: {', '.join(differing)}.")
     if report.problems:

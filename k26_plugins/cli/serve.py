@@ -51,13 +51,18 @@ def serve(
     Without a GPU there is nothing to plan, and the engine's CPU command is started (vLLM and SGLang).
     """
     from k26_plugins.operate.doctor import Level, examine
-    from k26_plugins.operate.plan.command import cpu_command, shown
+    from k26_plugins.operate.plan.command import plain_command, shown
     from k26_plugins.operate.plan.report import as_text
 
-    if gpus is None and not _has_gpu():
+    if _is_other_layout(folder):
+        if engine == Engine.KTRANSFORMERS:
+            fail("KTransformers reads the published layout only.")
+        err.print("another layout of this architecture: the engine's own code serves it, and nothing is planned.")
+        command = plain_command(engine.value, str(folder), None if gpus or _has_gpu() else "cpu")
+    elif gpus is None and not _has_gpu():
         if engine == Engine.KTRANSFORMERS:
             fail("KTransformers needs a GPU and this machine shows none: see `k26 doctor`.")
-        command = cpu_command(engine.value, str(folder))
+        command = plain_command(engine.value, str(folder), "cpu")
     else:
         load = load_of(context, concurrency, images, kv_dtype, gpu_memory_utilization)
         made = plan_for(gpus, engine, load, ram, None, cores, sockets, str(folder))
@@ -93,6 +98,16 @@ def _beside_python(program: str) -> str:
         return sys.executable
     beside = Path(sys.executable).with_name(program)
     return str(beside) if beside.exists() else program
+
+
+def _is_other_layout(folder: Path) -> bool:
+    from k26_plugins.common.checkpoint import CheckpointError, Layout, classify_folder
+    from k26_plugins.common.config import ConfigError
+
+    try:
+        return classify_folder(folder).layout is Layout.OTHER
+    except (CheckpointError, ConfigError):
+        return False  # the doctor says it, and --anyway starts
 
 
 def _has_gpu() -> bool:

@@ -3,7 +3,7 @@
 from k26_plugins.common.checkpoint.accounting import account
 from k26_plugins.common.checkpoint.check import Report, check
 from k26_plugins.common.checkpoint.classify import Classification, Layout, classify, classify_folder
-from k26_plugins.common.checkpoint.fault import Fault, Problem, compare
+from k26_plugins.common.checkpoint.fault import Fault, Problem, compare, folded
 from k26_plugins.common.checkpoint.fingerprint import fingerprint
 from k26_plugins.common.checkpoint.folder import local_folder
 from k26_plugins.common.checkpoint.header import CheckpointError
@@ -37,6 +37,7 @@ __all__ = [
     "expert_bytes",
     "expert_name",
     "fingerprint",
+    "folded",
     "local_folder",
     "shard",
     "tensor_table",

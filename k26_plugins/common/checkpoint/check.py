@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from k26_plugins.common.checkpoint.classify import examine_all
 from k26_plugins.common.checkpoint.fault import Problem, compare, missing
-from k26_plugins.common.checkpoint.inventory import take_inventory
+from k26_plugins.common.checkpoint.header import index_of, weight_files
 from k26_plugins.common.checkpoint.table import tensor_table
-from k26_plugins.common.config import K26Config
+from k26_plugins.common.config import read_config_json
 
 
 @dataclass(slots=True)
@@ -21,26 +22,46 @@ class Report:
     num_bytes: int = 0
     """Bytes of the tensors that are in place and right."""
     problems: list[Problem] = field(default_factory=list)
+    """What is wrong with files first, then tensors."""
+    other_layout: list[str] = field(default_factory=list)
+    """What is not as published; empty for the published layout. An engine's own code serves such a checkpoint."""
 
 
 def check(folder: str | Path, on_file: Callable[[int, int], None] = lambda done, total: None) -> Report:
-    """Compare the checkpoint in `folder` with the table of its own configuration, as the published layout has it.
+    """Examine the checkpoint in `folder`: against the table of its configuration where that is of the published layout.
 
     `on_file(done, total)` is called after each file. Raises ConfigError or CheckpointError where there is nothing to
-    compare: no readable config.json, no weight files. `classify` says first whether the layout is the published one.
+    examine: no readable config.json, no weight files.
     """
     folder = Path(folder)
-    table = tensor_table(K26Config.from_path(folder))
-    inventory = take_inventory(folder, on_file)
-    report = Report(num_files=len(inventory.files), problems=list(inventory.damage))
+    examined = examine_all(read_config_json(folder), folder, on_file)
+    inventory = examined.inventory
+    if inventory is None:
+        if not examined.other:
+            weight_files(folder)  # which says that there is none
+        return Report(other_layout=examined.other)
+    report = Report(num_files=len(inventory.files), problems=examined.problems, other_layout=examined.other)
+    if report.other_layout:
+        report.num_tensors = len(inventory.entries)
+        report.num_bytes = sum(entry.end - entry.start for entry in inventory.entries.values())
+        return report
+    table = tensor_table(examined.sizes)
+    report.problems = list(inventory.damage)
     broken = {problem.name for problem in inventory.damage}
     for entry in inventory.entries.values():
-        problem = compare(entry.name, entry.shape, entry.dtype, table.get(entry.name))
+        holder = inventory.holders[entry.name]
+        problem = compare(entry.name, entry.shape, entry.dtype, table.get(entry.name), holder)
         if problem:
             report.problems.append(problem)
         elif entry.name not in broken:
             report.num_tensors += 1
             report.num_bytes += entry.end - entry.start
-    report.problems += [missing(table[name]) for name in table.keys() - inventory.entries.keys()]
-    report.problems.sort(key=lambda problem: (problem.fault, problem.name))
+    # Of a file that is not there or has no header nothing is known but its name: its tensors are not listed one by one.
+    files = index_of(folder) if inventory.lost_files else {}
+    report.problems += [
+        missing(table[name])
+        for name in table.keys() - inventory.entries.keys()
+        if files.get(name) not in inventory.lost_files
+    ]
+    report.problems.sort(key=lambda problem: problem.order)
     return report

@@ -13,9 +13,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from k26_plugins.common.checkpoint.fault import listed
+from k26_plugins.common.checkpoint.fault import Problem, listed
 from k26_plugins.common.checkpoint.header import INDEX_FILE, CheckpointError, is_saved_state
-from k26_plugins.common.checkpoint.inventory import take_inventory
+from k26_plugins.common.checkpoint.inventory import Inventory, take_inventory
 from k26_plugins.common.checkpoint.other_layout import examine
 from k26_plugins.common.config import K26Config, read_config_json
 
@@ -65,7 +65,36 @@ def classify(
     file. Raises ConfigError for another model or impossible sizes, CheckpointError for weights that are damaged or
     contradict the configuration.
     """
+    examined = examine_all(config, folder, on_file)
+    if examined.problems:
+        raise CheckpointError(
+            f"the checkpoint in {folder} has {len(examined.problems)} faults:\n{listed(examined.problems)}\n"
+            f"Run `k26 check {folder}` for all of them."
+        )
+    other = tuple(examined.other)
+    return Classification(Layout.OTHER if other else Layout.PUBLISHED, examined.sizes, other)
+
+
+@dataclass(frozen=True, slots=True)
+class Examination:
+    """All that the answer is made of."""
+
+    sizes: K26Config
+    other: list[str]
+    """What is not as published."""
+    problems: list[Problem]
+    inventory: Inventory | None
+    """None where there are no weights to look at."""
+
+
+def examine_all(
+    config: Mapping[str, Any],
+    folder: Path | None,
+    on_file: Callable[[int, int], None] = lambda done, total: None,
+) -> Examination:
+    """As `classify`, with the faults listed. Raises ConfigError, and CheckpointError for a damaged index."""
     sizes, other = K26Config.read(config)
+    inventory, problems = None, list[Problem]()
     if folder is not None and (any(folder.glob("*.safetensors")) or (folder / INDEX_FILE).exists()):
         inventory = take_inventory(folder, on_file)
         problems = list(inventory.damage)
@@ -75,12 +104,6 @@ def classify(
             elsewhere = any((folder / name).exists() for name in _QUANTISATION_FILES)
             problems, found = examine(inventory.entries, config, sizes, other, quantised_elsewhere=elsewhere)
             other = [*other, *found]
-        if problems:
-            problems.sort(key=lambda problem: (problem.fault, problem.name))
-            raise CheckpointError(
-                f"the checkpoint in {folder} has {len(problems)} faults:\n{listed(problems)}\n"
-                f"Run `k26 check {folder}` for all of them."
-            )
     elif folder is not None and (weights := sorted((*folder.glob("*.gguf"), *folder.glob("*.bin")))):
         other = [*other, f"the weights are in {weights[0].name}, not in safetensors files"]
-    return Classification(Layout.OTHER if other else Layout.PUBLISHED, sizes, tuple(other))
+    return Examination(sizes, other, problems, inventory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -9,16 +10,22 @@ from enum import StrEnum
 from k26_plugins.common.checkpoint.table import TensorSpec
 
 NUM_PROBLEMS_SHOWN = 8
+_LAYER = re.compile(r".*?\b(?:layers|blocks)\.\d+")
 
 
 class Fault(StrEnum):
+    """In the order in which they are listed: what is wrong with whole files first, which explains the rest."""
+
+    MISSING_FILE = "missing file"
+    UNFINISHED = "unfinished download"
+    UNREADABLE = "unreadable"
+    NOT_ITS_END = "wrong end"
+    TRUNCATED = "truncated"
     MISSING = "missing"
     EXTRA = "extra"
     REPEATED = "repeated"
     WRONG_SHAPE = "wrong shape"
     WRONG_DTYPE = "wrong dtype"
-    TRUNCATED = "truncated"
-    UNREADABLE = "unreadable"
     CONTRADICTION = "contradiction"
 
 
@@ -30,11 +37,17 @@ class Problem:
     name: str
     message: str
 
+    @property
+    def order(self) -> tuple[int, str]:
+        return list(Fault).index(self.fault), self.name
 
-def compare(name: str, shape: Iterable[int], dtype: str, spec: TensorSpec | None) -> Problem | None:
-    """The fault of a tensor against its line in the table, or None. `dtype` is safetensors' name."""
+
+def compare(
+    name: str, shape: Iterable[int], dtype: str, spec: TensorSpec | None, file: str | None = None
+) -> Problem | None:
+    """The fault of a tensor against its line in the table, or None. `dtype` is safetensors' name, `file` holds it."""
     if spec is None:
-        return extra(name)
+        return extra(name, file)
     if tuple(shape) != spec.shape:
         message = f"has shape {list(shape)}, expected {list(spec.shape)}: config.json and weights are of two models."
         return Problem(Fault.WRONG_SHAPE, name, message)
@@ -44,8 +57,10 @@ def compare(name: str, shape: Iterable[int], dtype: str, spec: TensorSpec | None
     return None
 
 
-def extra(name: str) -> Problem:
-    return Problem(Fault.EXTRA, name, "is not part of this model: remove the file that it came with.")
+def extra(name: str, file: str | None = None) -> Problem:
+    if file is None:
+        return Problem(Fault.EXTRA, name, "is not part of this model: remove the file that it came with.")
+    return Problem(Fault.EXTRA, name, f"in {file} is not part of this model: remove that file, or download it again.")
 
 
 def missing(spec: TensorSpec) -> Problem:
@@ -53,8 +68,25 @@ def missing(spec: TensorSpec) -> Problem:
     return Problem(Fault.MISSING, spec.name, message)
 
 
+def folded(problems: Sequence[Problem]) -> list[str]:
+    """A line for each problem; one line for all of a kind in a layer."""
+    groups: dict[tuple[Fault, str], list[Problem]] = {}
+    for problem in sorted(problems, key=lambda item: item.order):
+        layer = _LAYER.match(problem.name)
+        groups.setdefault((problem.fault, layer[0] if layer else problem.name), []).append(problem)
+    lines = []
+    for (fault, place), group in groups.items():
+        first = group[0]
+        one = f"{first.name} {first.message}"
+        lines.append(
+            f"{fault}: {one}" if len(group) == 1 else f"{fault}: {len(group):,} tensors of {place}, such as {one}"
+        )
+    return lines
+
+
 def listed(problems: Sequence[Problem]) -> str:
-    """The first of the problems, a line each, and how many more there are."""
-    shown = "\n".join(f"  {item.fault}: {item.name} {item.message}" for item in problems[:NUM_PROBLEMS_SHOWN])
-    more = f"\n  and {len(problems) - NUM_PROBLEMS_SHOWN} more" if len(problems) > NUM_PROBLEMS_SHOWN else ""
+    """The first of `folded`, and how many more lines there are."""
+    lines = folded(problems)
+    shown = "\n".join(f"  {line}" for line in lines[:NUM_PROBLEMS_SHOWN])
+    more = f"\n  and {len(lines) - NUM_PROBLEMS_SHOWN} more" if len(lines) > NUM_PROBLEMS_SHOWN else ""
     return shown + more

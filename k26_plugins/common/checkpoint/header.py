@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import struct
@@ -11,6 +12,7 @@ from typing import Any
 
 INDEX_FILE = "model.safetensors.index.json"
 _SAVED_STATE = re.compile(r"model-rank-\d+-part-\d+\.safetensors")
+POINTER = b"version https://git-lfs"
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
@@ -35,9 +37,19 @@ def read_header(file: Path) -> list[HeaderEntry]:
     """The tensors that a safetensors file declares. Raises CheckpointError where the header itself is damaged."""
     damaged = f"{file.name} is no whole safetensors file"
     remedy = "Download the file again."
+    cause = {
+        errno.EACCES: "let this user read it: chmod, or start as its owner.",
+        errno.ENOENT: "download it.",
+        errno.EIO: "the disk or the mount has an error: see `dmesg`.",
+    }
     try:
         with file.open("rb") as stream:
             prefix = stream.read(8)
+            if POINTER.startswith(prefix) and len(prefix) == 8:
+                raise CheckpointError(
+                    f"{file.name} is a Git LFS pointer of {file.stat().st_size} bytes, not the file: `git lfs pull`, or "
+                    f"`hf download`."
+                )
             if len(prefix) < 8:
                 raise CheckpointError(f"{damaged}: it has {len(prefix)} bytes. {remedy}")
             (length,) = struct.unpack("<Q", prefix)
@@ -45,7 +57,8 @@ def read_header(file: Path) -> list[HeaderEntry]:
                 raise CheckpointError(f"{damaged}: its header claims {length} bytes. {remedy}")
             header = json.loads(stream.read(length))
     except OSError as error:
-        raise CheckpointError(f"{file.name} cannot be read ({error.strerror}). {remedy}") from error
+        remedy = cause.get(error.errno or 0, "see what the system says of it.")
+        raise CheckpointError(f"{file.name} cannot be read ({error.strerror}): {remedy}") from error
     except ValueError as error:
         if isinstance(error, CheckpointError):
             raise
@@ -67,15 +80,21 @@ def is_saved_state(files: list[Path]) -> bool:
     return any(_SAVED_STATE.fullmatch(file.name) for file in files)
 
 
+def index_of(folder: Path) -> dict[str, str]:
+    """The file of each tensor, as the index has it; empty without an index. Raises CheckpointError."""
+    index = folder / INDEX_FILE
+    if not index.exists():
+        return {}
+    try:
+        return {str(name): str(file) for name, file in json.loads(index.read_text("utf-8"))["weight_map"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index.name} is damaged ({error}). Download it again.") from error
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint: those that its index names, else all in the folder."""
-    index = folder / INDEX_FILE
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index.name} is damaged ({error}). Download it again.") from error
-        return [folder / name for name in names]
+    if (folder / INDEX_FILE).exists():
+        return [folder / name for name in sorted(set(index_of(folder).values()))]
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{folder} holds no safetensors file. Give the folder of a downloaded checkpoint.")

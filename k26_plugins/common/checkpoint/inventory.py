@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from k26_plugins.common.checkpoint.fault import Fault, Problem
-from k26_plugins.common.checkpoint.header import CheckpointError, HeaderEntry, read_header, weight_files
+from k26_plugins.common.checkpoint.header import CheckpointError, HeaderEntry, index_of, read_header, weight_files
 
+UNFINISHED = (".aria2", ".part", ".incomplete", ".crdownload", ".download", ".tmp", ".filepart")
 _NUMBERED = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
 
 
@@ -19,7 +21,11 @@ class Inventory:
     files: list[Path]
     entries: dict[str, HeaderEntry] = field(default_factory=dict)
     damage: list[Problem] = field(default_factory=list)
-    """Files that are missing or unreadable, tensors that are cut off or there twice."""
+    """Files that are missing, unfinished or unreadable, tensors that are cut off or there twice."""
+    holders: dict[str, str] = field(default_factory=dict)
+    """The file of each tensor."""
+    lost_files: set[str] = field(default_factory=set)
+    """Files of whose tensors nothing is known."""
 
 
 def take_inventory(folder: Path, on_file: Callable[[int, int], None] = lambda done, total: None) -> Inventory:
@@ -27,12 +33,18 @@ def take_inventory(folder: Path, on_file: Callable[[int, int], None] = lambda do
 
     Raises CheckpointError where there is no weight file or the index is damaged.
     """
-    files = weight_files(folder)
-    inventory = Inventory(files, damage=_missing_files(files))
-    holders: dict[str, str] = {}
+    named = weight_files(folder)
+    files = [file for file in named if file.is_file()]
+    damage = [*_missing_files(folder, named), *_unfinished(folder)]
+    inventory = Inventory(
+        files, damage=damage, lost_files={file.name for file in named} - {file.name for file in files}
+    )
+    holders = inventory.holders
     with ThreadPoolExecutor(max_workers=8) as pool:
         for done, (file, (entries, problems)) in enumerate(zip(files, pool.map(_read_file, files), strict=True), 1):
             inventory.damage.extend(problems)
+            if any(problem.fault is Fault.UNREADABLE for problem in problems):
+                inventory.lost_files.add(file.name)
             for entry in entries:
                 if entry.name in holders:
                     message = (
@@ -46,17 +58,42 @@ def take_inventory(folder: Path, on_file: Callable[[int, int], None] = lambda do
     return inventory
 
 
-def _missing_files(files: list[Path]) -> list[Problem]:
-    """Files that the names of the others speak of. An index names its files, and `_read_file` finds those missing."""
+def _missing_files(folder: Path, files: list[Path]) -> list[Problem]:
+    """Files that the index names, and files that the names of the others speak of."""
+    tensors = Counter(index_of(folder).values())
     found: dict[tuple[str, str, int], set[int]] = {}
+    lost = [file.name for file in files if not file.is_file()]
     for file in files:
         if match := _NUMBERED.fullmatch(file.name):
             found.setdefault((match[1], match[3], len(match[2])), set()).add(int(match[2]))
-    return [
-        Problem(Fault.MISSING, f"{name}-{number:0{width}}-of-{total}.safetensors", "is not in the folder: download it.")
+    lost += [
+        f"{name}-{number:0{width}}-of-{total}.safetensors"
         for (name, total, width), numbers in found.items()
         for number in range(1, int(total) + 1)
         if number not in numbers
+    ]
+    return [
+        Problem(
+            Fault.MISSING_FILE,
+            name,
+            f"is not in the folder{f', with {tensors[name]:,} tensors' if name in tensors else ''}: download it.",
+        )
+        for name in lost
+    ]
+
+
+def _unfinished(folder: Path) -> list[Problem]:
+    """What download programs keep beside a file until it is whole: some give the file its full size at once, with holes."""
+    left = [file for ending in UNFINISHED for file in folder.glob(f"*.safetensors{ending}")]
+    # The hub's own client keeps its parts apart; a lock stays behind a whole file too.
+    left += (folder / ".cache" / "huggingface" / "download").rglob("*.incomplete")
+    return [
+        Problem(
+            Fault.UNFINISHED,
+            str(file.relative_to(folder)),
+            "is what a download keeps until it is done: finish it, or delete this and its file, and download again.",
+        )
+        for file in sorted(left)
     ]
 
 
@@ -65,7 +102,7 @@ def _read_file(file: Path) -> tuple[list[HeaderEntry], list[Problem]]:
         entries = read_header(file)
         size = file.stat().st_size
     except CheckpointError as error:
-        return [], [Problem(Fault.UNREADABLE, file.name, str(error))]
+        return [], [Problem(Fault.UNREADABLE, file.name, str(error).removeprefix(f"{file.name} "))]
     problems = [
         Problem(
             Fault.TRUNCATED,
@@ -75,4 +112,8 @@ def _read_file(file: Path) -> tuple[list[HeaderEntry], list[Problem]]:
         for entry in entries
         if entry.end > size
     ]
+    end = max((entry.end for entry in entries), default=size)
+    if size > end:
+        message = f"has {size - end:,} bytes behind its last tensor, where a file ends: download it again."
+        problems.append(Problem(Fault.NOT_ITS_END, file.name, message))
     return entries, problems

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from k26_plugins.common.checkpoint import Checkpoint, CheckpointError
-from k26_plugins.common.config import ConfigError, TextConfig
+from k26_plugins.common.checkpoint import Checkpoint, CheckpointError, Layout, classify_folder
+from k26_plugins.common.config import ConfigError, OtherLayoutError, TextConfig
 from k26_plugins.common.experts import BACKENDS, ExpertsError, ExpertWeights, backend_names, find_backend
 from k26_plugins.common.experts.selftest import self_test_error
 from k26_plugins.common.int4 import GROUP_SIZE, PACK_FACTOR
@@ -28,6 +28,8 @@ def experts_findings(checkpoint: Path | None) -> list[Finding]:
         return [Finding(Level.BAD, "experts", str(error), f"unset {EXPERTS_VARIABLE}")]
     try:
         weights, source = _weights(checkpoint)
+    except OtherLayoutError:
+        weights, source = _weights(None)
     except (CheckpointError, ConfigError) as error:
         return [Finding(Level.BAD, "experts", f"no weights to test with: {error}", "give a whole checkpoint")]
     on_device = ExpertWeights(*(getattr(weights, name).to(device) for name in weights.__slots__))
@@ -59,6 +61,8 @@ def experts_findings(checkpoint: Path | None) -> list[Finding]:
 
 def _weights(checkpoint: Path | None) -> tuple[ExpertWeights, str]:
     if checkpoint is not None:
+        if classify_folder(checkpoint).layout is Layout.OTHER:
+            raise OtherLayoutError("not the core's to open")
         opened = Checkpoint(checkpoint)
         text = opened.config.text
         moe = MoE(text, opened.tensor, text.first_k_dense_replace)

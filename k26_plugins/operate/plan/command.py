@@ -89,11 +89,12 @@ def with_ray(engine: str, command: list[str], nodes: int) -> list[list[str]]:
     ]
 
 
-def cpu_command(engine: str, checkpoint: str) -> list[str]:
-    """The command without a GPU, where memory is what the operator gives: there is nothing to plan."""
+def plain_command(engine: str, checkpoint: str, device: str | None) -> list[str]:
+    """The command where there is nothing to plan: without a GPU, or of another layout of the weights."""
     if engine == "vllm":
         return ["vllm", "serve", checkpoint]
-    return ["python", "-m", "sglang.launch_server", "--model-path", checkpoint, "--device", "cpu"]
+    command = ["python", "-m", "sglang.launch_server", "--model-path", checkpoint]
+    return command if device is None else [*command, "--device", device]
 
 
 def shown(command: list[str]) -> str:
