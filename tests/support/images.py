@@ -22,6 +22,14 @@ def png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
+def pil_rgb(data: bytes) -> Image.Image:
+    """PIL's RGB of a file; of 16 bits, which PIL clips, the upper eight."""
+    with Image.open(io.BytesIO(data)) as image:
+        if image.mode == "I;16":
+            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        return image.convert("RGB")
+
+
 def image_part(data: bytes) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(data).decode()}"}}
 

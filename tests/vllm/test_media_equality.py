@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from support.conversations import conversations, media_parts, part_bytes
+from support.images import pil_rgb
 from support.videos import make_video
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
 
@@ -74,10 +75,7 @@ def test_video_chunks(judge: object, count: int) -> None:
 
 
 def test_a_requests_images_of_every_format(judge: object, tiny_folder: Path) -> None:
-    """As they come through the media connector and the processor, against PIL's RGB in vLLM's fused processor.
-
-    But for levels of more than eight bits, which PIL clips: tests/core holds those.
-    """
+    """As they come through the media connector and the processor, against PIL's RGB in vLLM's fused processor."""
     settings = json.loads((tiny_folder / "preprocessor_config.json").read_text())
     processor = K26ImageProcessor(settings)
     parts = [part for one in conversations() for part in media_parts(one) if part["type"] == "image_url"]
@@ -85,10 +83,7 @@ def test_a_requests_images_of_every_format(judge: object, tiny_folder: Path) -> 
     for part in parts:
         data = part_bytes(part)
         found = processor.preprocess([{"type": "image", "image": K26ImageIO().load_bytes(data)}])
-        with Image.open(io.BytesIO(data)) as image:
-            if image.mode.startswith("I"):
-                continue
-            media = [{"type": "image", "image": image.convert("RGB")}]
+        media = [{"type": "image", "image": pil_rgb(data)}]
         expected = judge.preprocess(media, do_rescale=True, do_normalize=True)  # type: ignore[attr-defined]
         assert found["pixel_values"].numpy().tobytes() == expected["pixel_values"].numpy().tobytes()
 
