@@ -198,7 +198,8 @@ def _levels(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     # In pieces: in float64 a large image would take eight times its memory.
     for start in range(0, values.size, _PIECE):
         piece = slice(start, start + _PIECE)
-        wide = values[piece].astype(np.float64)
+        with np.errstate(invalid="ignore"):  # a damaged file's NaN may be a signalling one
+            wide = values[piece].astype(np.float64)
         # What is no number is black, and infinity is as bright or as dark as the image gets.
         scaled = np.nan_to_num(np.clip((wide - low) * (255 / ((high - low) or 1.0)), 0, 255))
         levels[piece] = np.rint(scaled)

@@ -12,6 +12,7 @@ from support.scripted import CASES, TOOLS, Case, call
 from k26_plugins.common.prompt.output import SECTION_BEGIN, SECTION_END, THINK_END
 from k26_plugins.sglang import compat
 from k26_plugins.sglang.output import K26ToolDetector
+from k26_plugins.sglang.serving import keep_images
 
 BIG = '{"city":"' + 'x } \\" <| ' * 1500 + '"}'
 ALL = {
@@ -53,3 +54,22 @@ def test_it_takes_the_place_of_sglangs_own() -> None:
         assert isinstance(parser.detector, K26ToolDetector)
     finally:
         FunctionCallParser.ToolCallParserEnum["kimi_k2"] = original
+
+
+def test_a_functions_images_are_kept_by_the_responses_api() -> None:
+    serving = pytest.importorskip("sglang.srt.entrypoints.openai.serving_responses").OpenAIServingResponses
+    original = serving.__dict__["_flatten_tool_output"]
+    url = "data:image/png;base64,aGVsbG8="
+    output = [{"type": "input_text", "text": "Seen:"}, {"type": "input_image", "image_url": url}]
+    result = {"type": "function_call_output", "call_id": "now:0", "output": output}
+    try:
+        compat.hook_responses("OpenAIServingResponses._flatten_tool_output", keep_images)
+        message = serving._normalize_response_message_for_chat(result)
+        text, image = message["content"]
+        assert (message["role"], message["tool_call_id"]) == ("tool", "now:0")
+        assert text == {"type": "text", "text": "Seen:"}
+        assert (image["type"], image["image_url"]["url"]) == ("image_url", url)
+        for plain in ("Seen:", output[:1]):
+            assert serving._normalize_response_message_for_chat({**result, "output": plain})["content"] == "Seen:"
+    finally:
+        serving._flatten_tool_output = original

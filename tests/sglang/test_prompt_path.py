@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.clients import ImageResultTests, OpenAIClientTests
+from support.clients import OpenAIClientTests
 from support.prompt_path import PromptPathTests
 from support.server import Server
 from support.sglang_scripted import Scripted
@@ -31,5 +31,5 @@ class TestPromptPath(Ordered, PromptPathTests):
     hostile_requests = 25
 
 
-class TestClients(Ordered, OpenAIClientTests, ImageResultTests):
+class TestClients(Ordered, OpenAIClientTests):
     """SGLang's other interfaces take no field that orders an answer."""

@@ -20,7 +20,6 @@ from support.conversations import Conversation, core_token_ids
 from support.images import image_part, png, random_image
 from support.scripted import TOOLS, call
 from support.server import Server
-from support.videos import make_video, video_part
 
 from k26_plugins.common.prompt.output import SECTION_BEGIN, SECTION_END, THINK_END
 
@@ -133,46 +132,12 @@ class OpenAIClientTests(ScriptedTests):
         assert message.parsed == report
         assert _reasoning(message) == "Both."
 
-    def test_several_answers_about_a_video(self, client: openai.OpenAI, server: Server, tiny_folder: Path) -> None:
-        messages: Any = [{"role": "user", "content": [video_part(make_video(30)), IMAGE]}]
-        chunks = client.chat.completions.create(
-            model=server.model,
-            messages=messages,
-            n=3,
-            max_tokens=4,
-            logprobs=True,
-            top_logprobs=2,
-            stream=True,
-            stream_options={"include_usage": True},
-        )
-        finished, tokens, usage = {}, [], None
-        for chunk in chunks:
-            usage = chunk.usage or usage
-            for choice in chunk.choices:
-                tokens += choice.logprobs.content or [] if choice.logprobs else []
-                if choice.finish_reason:
-                    finished[choice.index] = choice.finish_reason
-        assert set(finished) == {0, 1, 2}
-        assert all(len(token.top_logprobs) == 2 for token in tokens)
-        assert usage is not None
-        assert usage.completion_tokens == len(tokens) <= 12
-        assert usage.prompt_tokens == len(core_token_ids(tiny_folder, Conversation("video", messages)))
-
     @pytest.mark.parametrize("choice", ["auto", "none"])
     def test_the_choice_of_a_tool(self, client: openai.OpenAI, server: Server, tiny_folder: Path, choice: str) -> None:
         turn = TURNS[0] if choice == "auto" else TURNS[-1]
         script = self.script(tiny_folder, turn.answer)
         answer = _ask(client, server, [QUESTION], script, False, tools=TOOLS, tool_choice=choice)
         assert len(answer.choices[0].message.tool_calls or []) == len(turn.calls)
-
-    @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "now"}}], ids=str)
-    def test_a_call_that_is_asked_for(
-        self, client: openai.OpenAI, server: Server, tiny_folder: Path, choice: Any
-    ) -> None:
-        written = f"Now.{THINK_END}{SECTION_BEGIN}{call('functions.now:0', '{}')}{SECTION_END}"
-        script = self.script(tiny_folder, written)
-        answer = _ask(client, server, [QUESTION], script, False, tools=TOOLS, tool_choice=choice)
-        assert [one.function.name for one in answer.choices[0].message.tool_calls or []] == ["now"]
 
 
 def _ask(
@@ -269,44 +234,6 @@ class ResponsesClientTests(ScriptedTests):
             items += [item.model_dump(exclude_none=True) for item in answer.output]
             for item, result in zip(calls, _with(RESPONSES_PICTURE, turn.results, "input_text"), strict=True):
                 items.append({"type": "function_call_output", "call_id": item.call_id, "output": result})
-
-
-class ImageResultTests:
-    """Of these two APIs: what a tool returned, by the number of tokens that its images add."""
-
-    def test_images_in_a_result_reach_the_model(self, server: Server, tiny_folder: Path) -> None:
-        results = TURNS[1].results
-        without, expected = (
-            len(core_token_ids(tiny_folder, Conversation("result", [{"role": "user", "content": content}])))
-            for content in (results[0][:1], results[0])
-        )
-        for count in (_tokens_by_responses, _tokens_by_messages):
-            assert count(server, results[0]) - count(server, results[0][:1]) == expected - without
-
-
-def _tokens_by_responses(server: Server, result: list[Any]) -> int:
-    """Of a prompt that ends with this result of a call."""
-    (output,) = _with(RESPONSES_PICTURE, (result,), "input_text")
-    request: Any = [
-        {"role": "user", "content": "x"},
-        {"type": "function_call", "call_id": "functions.now:0", "name": "now", "arguments": "{}"},
-        {"type": "function_call_output", "call_id": "functions.now:0", "output": output},
-    ]
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
-        usage = client.responses.create(model=server.model, input=request, max_output_tokens=1, store=False).usage
-    assert usage is not None
-    return usage.input_tokens
-
-
-def _tokens_by_messages(server: Server, result: list[Any]) -> int:
-    (output,) = _with(ANTHROPIC_PICTURE, (result,), "text")
-    request: Any = [
-        {"role": "user", "content": "x"},
-        {"role": "assistant", "content": [{"type": "tool_use", "id": "functions.now:0", "name": "now", "input": {}}]},
-        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "functions.now:0", "content": output}]},
-    ]
-    with anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0, timeout=120) as client:
-        return client.messages.create(model=server.model, messages=request, max_tokens=1).usage.input_tokens
 
 
 def _with(picture: dict[str, Any], results: tuple[Any, ...], text: str) -> list[Any]:

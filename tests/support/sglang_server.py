@@ -38,7 +38,8 @@ def serve(
     started = command or documented.as_run(documented.PLAIN_SGLANG, folder)
     # An idle scheduler would take a core from the tests.
     command = [*started, "--device", "cpu", "--max-total-tokens", "20000", "--mem-fraction-static", "0.2"]
-    command += ["--sleep-on-idle", *arguments]
+    # For each request that may run it keeps a place for every token of the context: 2 GB by default.
+    command += ["--sleep-on-idle", "--max-running-requests", "64", *arguments]
     settings = {"SGLANG_USE_CPU_ENGINE": "1", **environment}
     if not HAS_ENTRY_POINT:
         settings["PYTHONPATH"] = boot_folder()

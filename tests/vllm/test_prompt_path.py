@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from support.clients import AnthropicClientTests, ImageResultTests, OpenAIClientTests, ResponsesClientTests
+from support.clients import AnthropicClientTests, OpenAIClientTests, ResponsesClientTests
 from support.prompt_path import PromptPathTests
 from support.vllm_scripted import script
 
@@ -20,5 +20,5 @@ class TestPromptPath(Ordered, PromptPathTests):
     hostile_requests = 60
 
 
-class TestClients(Ordered, OpenAIClientTests, AnthropicClientTests, ResponsesClientTests, ImageResultTests):
+class TestClients(Ordered, OpenAIClientTests, AnthropicClientTests, ResponsesClientTests):
     """All three interfaces take the field that orders an answer."""
