@@ -70,12 +70,14 @@ def missing(spec: TensorSpec) -> Problem:
 
 def folded(problems: Sequence[Problem]) -> list[str]:
     """A line for each problem; one line for all of a kind in a layer."""
-    groups: dict[tuple[Fault, str], list[Problem]] = {}
+    groups: dict[tuple[Fault, str, str], list[Problem]] = {}
     for problem in sorted(problems, key=lambda item: item.order):
         layer = _LAYER.match(problem.name)
-        groups.setdefault((problem.fault, layer[0] if layer else problem.name), []).append(problem)
+        # What is said of an extra tensor does not depend on its shape: another sentence is another cause.
+        cause = problem.message if problem.fault is Fault.EXTRA else ""
+        groups.setdefault((problem.fault, layer[0] if layer else problem.name, cause), []).append(problem)
     lines = []
-    for (fault, place), group in groups.items():
+    for (fault, place, _), group in groups.items():
         first = group[0]
         one = f"{first.name} {first.message}"
         lines.append(
