@@ -131,7 +131,7 @@ def test_a_broken_driver_starts_no_cpu_server(tiny_folder: Path, monkeypatch: py
     result = CliRunner().invoke(app, ["serve", str(tiny_folder), "--dry-run"])
     assert result.exit_code == 1
     assert "version mismatch" in result.output
-    assert doctor(code=1)["GPU"]["level"] == "BAD"
+    assert doctor("--checkpoint", str(tiny_folder), code=1)["GPU"]["level"] == "BAD"
 
 
 def test_serve_takes_the_program_beside_its_python(
