@@ -50,9 +50,9 @@ class K26ToolDetector(_in_tree):  # type: ignore[misc, valid-type]
 
 
 def _parser(tools: list[Any]) -> OutputParser:
-    schemas = {tool.function.name: tool.function.parameters or {} for tool in tools}
-    names = {name: list(schema.get("properties") or ()) for name, schema in schemas.items()}
-    return OutputParser(in_reasoning=False, parameters=names)
+    return OutputParser(
+        in_reasoning=False, tools={tool.function.name: tool.function.parameters or {} for tool in tools}
+    )
 
 
 def _collect(events: list[Event]) -> tuple[str, dict[int, Any]]:
