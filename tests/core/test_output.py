@@ -295,6 +295,12 @@ def test_what_is_spelled_by_ordinary_tokens_survives(
     assert parse_ids(tokenizer, token_ids, sizes) == expected
 
 
+def test_a_model_may_open_the_block_itself(tokenizer: KimiTokenizer) -> None:
+    """As behind a template of the user's; later in the answer the tag has no meaning."""
+    token_ids = tokenizer.encode_prompt(f"{THINK_BEGIN}why{THINK_END}so{THINK_BEGIN}me")
+    assert parse_ids(tokenizer, token_ids, [1], in_reasoning=False) == ("why", "some", [])
+
+
 def test_names_of_special_tokens_that_are_shown_part_a_spelled_marker(tokenizer: KimiTokenizer) -> None:
     """As for a client that asks for special tokens: hidden, the pad token would let the halves come together."""
     halves = [tokenizer.encode("<|tool_call"), tokenizer.encode("_end|>")]

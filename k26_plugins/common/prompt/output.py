@@ -109,10 +109,6 @@ class OutputParser:
         self._content_begun = False
         self.num_calls = 0
 
-    @property
-    def in_reasoning(self) -> bool:
-        return self._state is _State.REASONING
-
     def feed(self, text: str) -> list[Event]:
         """The events of the next piece of an answer whose token ids are unknown: its markers are found by their names."""
         events: list[Event] = []
@@ -177,6 +173,9 @@ class OutputParser:
             return
         if marker in (CALL_ARGUMENTS, CALL_END) and self._state is _State.HEADER:
             self._begin_arguments()
+        # A template of the user's may leave it to the model to open the block.
+        if marker == THINK_BEGIN and self._state is _State.CONTENT and not self._content_begun:
+            self._go(_State.REASONING)
         ends_nothing = marker in (CALL_END, SECTION_END) and self._state in (_State.REASONING, _State.CONTENT)
         if ends_nothing or marker in (THINK_BEGIN, THINK_END, CALL_ARGUMENTS):
             return
