@@ -24,6 +24,7 @@ def register() -> None:
             ("k26_plugins.vllm.tokenizer", "K26Tokenizer"), ("k26_plugins.vllm.renderer", "K26Renderer")
         )
         compat.register_parsers("k26_plugins.vllm.output", "K26ToolParser", "K26ReasoningParser")
+        compat.register_composition("k26_plugins.vllm.output", "compose")
         compat.register_tokenizer_choice("k26_plugins.vllm.config", "choose_tokenizer")
         compat.register_argument_hook("k26_plugins.vllm.defaults", "from_cli_args")
         compat.register_config_hook("k26_plugins.vllm.config")

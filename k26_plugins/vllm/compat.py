@@ -110,6 +110,40 @@ def register_parsers(module: str, tool_parser: str, reasoning_parser: str) -> No
         private("vllm.reasoning", "ReasoningParserManager").register_lazy_module(PARSER, module, reasoning_parser)
 
 
+def register_composition(module: str, name: str) -> None:
+    """Have `module.name(composed, reasoning_parser, tool_parser)` make the parser of answers where vLLM composed one of the
+    parsers `k26` alone. There is no registry of composed ones."""
+    if not has_kimi_parser():
+        return
+    manager = private("vllm.parser.parser_manager", "ParserManager")
+    original = manager.get_parser
+    if getattr(original, "k26_hook", None) is not None:
+        return
+    signature = inspect.signature(original)
+
+    @functools.wraps(original.__func__)
+    def get_parser(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        composed = original(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        names = {given["tool_parser_name"] or PARSER, given["reasoning_parser_name"] or PARSER}
+        if composed is None or names != {PARSER}:
+            return composed
+        reasoning_parser = cls.get_reasoning_parser(given["reasoning_parser_name"])
+        tool_parser = cls.get_tool_parser(given["tool_parser_name"], given["enable_auto_tools"], given["model_name"])
+        return getattr(importlib.import_module(module), name)(composed, reasoning_parser, tool_parser)
+
+    get_parser.k26_hook = name  # type: ignore[attr-defined]
+    manager.get_parser = classmethod(get_parser)
+
+
+def level_of_calls(level: Any) -> Any:
+    """The strictness of tools at which vLLM's grammar of an answer has calls in it, or `level` where that is more."""
+    function = private("vllm.tool_parsers.tool_strict_level", "ToolStrictLevel").FUNCTION
+    return function if level is None else max(level, function)
+
+
 def has_kimi_parser() -> bool:
     """0.19.1 has another one, behind the same name."""
     return find_spec("vllm.parser") is not None and find_spec("vllm.parser.kimi_k2") is not None

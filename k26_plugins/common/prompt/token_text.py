@@ -27,6 +27,7 @@ class TokenText:
         self._special_shown = special_shown
         self._markers = {tokenizer.special[name] for name in MARKERS}
         self._specials = set(tokenizer.special.values())
+        self.num_tokens = 0
         self._meant: deque[bool] = deque()
         self._spelled = b""
         self._pending = ""
@@ -36,6 +37,7 @@ class TokenText:
 
         token_ids: those behind the ones that were given before; all that `text` is made of must be among both.
         """
+        self.num_tokens += len(token_ids)
         for token_id in token_ids:
             self._read(token_id)
         self._pending += text
