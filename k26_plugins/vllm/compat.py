@@ -22,6 +22,18 @@ TOKENIZER_MODE = "k26"
 PARSER = "k26"
 
 
+CHAT_PROTOCOL = "vllm.entrypoints.openai.chat_completion.protocol"
+CHAT_SERVING = "vllm.entrypoints.openai.chat_completion.serving"
+MESSAGES_SERVING = "vllm.entrypoints.anthropic.serving"
+RESPONSES_ROUTER = "vllm.entrypoints.openai.responses.api_router"
+TOKENIZE_SERVING = "vllm.entrypoints.serve.tokenize.serving"
+CHAT_REQUESTS = (
+    (CHAT_PROTOCOL, "ChatCompletionRequest"),
+    ("vllm.entrypoints.openai.responses.protocol", "ResponsesRequest"),
+    ("vllm.entrypoints.serve.tokenize.protocol", "TokenizeChatRequest"),
+)
+
+
 class UnsupportedEngineError(RuntimeError):
     """A vLLM in which something that the adapter needs is not where it was."""
 
@@ -40,10 +52,14 @@ def private(module: str, name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise UnsupportedEngineError(
-            f"vLLM {vllm_version()} has no {module}.{name}, which k26-plugins needs: it was checked on vLLM "
-            f"{CHECKED_VERSIONS}. Install one of these, or a newer k26-plugins; VLLM_PLUGINS= runs vLLM without it."
-        ) from error
+        raise _unsupported(module, name) from error
+
+
+def _unsupported(module: str, name: str) -> UnsupportedEngineError:
+    return UnsupportedEngineError(
+        f"vLLM {vllm_version()} has no {module}.{name}, which k26-plugins needs: it was checked on vLLM "
+        f"{CHECKED_VERSIONS}. Install one of these, or a newer k26-plugins; VLLM_PLUGINS= runs vLLM without it."
+    )
 
 
 def register_model(module: str) -> None:
@@ -82,6 +98,36 @@ def register_tokenizer_choice(module: str, name: str) -> None:
 
     get_model_arch_config.k26_hook = name  # type: ignore[attr-defined]
     owner.get_model_arch_config = get_model_arch_config
+
+
+def wrap(module: str, path: str, hook: Callable[..., Any]) -> None:
+    """Put `hook(original, …)` around a function of `module`, or a method of a class in it. Raises UnsupportedEngineError."""
+    *classes, name = path.split(".")
+    if find_spec(module) is None:
+        raise _unsupported(module, path)
+    owner: Any = private(module, classes[0]) if classes else importlib.import_module(module)
+    original = vars(owner).get(name) or getattr(owner, name, None)
+    if original is None:
+        raise _unsupported(module, path)
+    of_class = isinstance(original, classmethod)
+    function = original.__func__ if of_class else original
+    if getattr(function, "k26_hook", None) is hook:
+        return
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if of_class:
+            return hook(functools.partial(function, args[0]), *args[1:], **kwargs)
+        return hook(function, *args, **kwargs)
+
+    wrapped.k26_hook = hook  # type: ignore[attr-defined]
+    setattr(owner, name, classmethod(wrapped) if of_class else wrapped)
+
+
+def tokenization_class() -> str:
+    """Of the endpoint `/tokenize`: 0.19.1 has it under the older name."""
+    older = "OpenAIServingTokenization"
+    return older if hasattr(importlib.import_module(TOKENIZE_SERVING), older) else "ServingTokenization"
 
 
 def register_argument_hook(module: str, name: str) -> None:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from k26_plugins.common.prompt.call_names import Tools
+from k26_plugins.common.prompt.call_names import Tools, is_object
 from k26_plugins.common.prompt.output import (
     CALL_ARGUMENTS,
     CALL_BEGIN,
@@ -310,3 +310,8 @@ def test_names_of_special_tokens_that_are_shown_part_a_spelled_marker(tokenizer:
     assert [isinstance(piece, Marker) for piece in shown] == [False, True]
     hidden = TokenText(tokenizer).split(f"{CALL_END}{CALL_END}", token_ids)
     assert [(piece, isinstance(piece, Marker)) for piece in hidden] == [(CALL_END, False), (CALL_END, True)]
+
+
+def test_arguments_that_every_api_takes() -> None:
+    assert not any(map(is_object, ["", "{", "[]", "null", "1", "[" * 100_000]))
+    assert is_object(json.dumps({"a": 1}))

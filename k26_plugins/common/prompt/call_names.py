@@ -37,6 +37,14 @@ def tool_by_arguments(arguments: str, tools: Tools) -> str | None:
     return fitting[0] if len(fitting) == 1 else None
 
 
+def is_object(arguments: str) -> bool:
+    """Whether a call's arguments are what every API takes for them: a JSON object."""
+    try:
+        return isinstance(json.loads(arguments), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
 class CallIds:
     """Ids of one answer's calls, no two of them alike."""
 

@@ -32,6 +32,11 @@ class TokenText:
         self._spelled = b""
         self._pending = ""
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of a whole answer, where the engine gives none: of the special tokens the markers alone, or all."""
+        hidden = set() if self._special_shown else self._specials - self._markers
+        return self._tokenizer.decode([token_id for token_id in token_ids if token_id not in hidden])
+
     def split(self, text: str, token_ids: Sequence[int]) -> list[str]:
         """The next text as pieces, of which those that are control tokens are a `Marker`.
 
