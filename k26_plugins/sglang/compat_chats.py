@@ -44,6 +44,18 @@ def answer_chunks(**fields: Any) -> list[str]:
     return chunks
 
 
+def calls_or_schema(tools: list[Any], parser: str, schema: Any, parallel: bool) -> Any:
+    """A response format that allows calls of `tools`, as `parser` reads them, or an answer by a JSON schema; None where
+    SGLang has no grammar of calls for it."""
+    calls = private("sglang.srt.function_call.function_call_parser", "FunctionCallParser")(tools, parser)
+    constraint = calls.get_structure_constraint("required", parallel_tool_calls=parallel)
+    if constraint is None or constraint[0] != "structural_tag" or not hasattr(constraint[1], "format"):
+        return None
+    formats = importlib.import_module("xgrammar.structural_tag")
+    answer = formats.JSONSchemaFormat(json_schema=schema)
+    return type(constraint[1])(format=formats.OrFormat(elements=[constraint[1].format, answer]))
+
+
 def sends_increments() -> bool:
     """Whether a chunk has what is new, or everything so far (SGLang's default)."""
     return bool(private("sglang.srt.runtime_context", "get_serving")().incremental_streaming_output)

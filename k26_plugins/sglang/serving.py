@@ -141,12 +141,36 @@ def settle(original: Callable[..., Any], serving: Any, request: Any, *args: Any,
     if set(serving.tokenizer_manager.tokenizer.all_special_tokens).isdisjoint(MARKERS):
         request.skip_special_tokens = processed.skip_special_tokens = asked
     request.chat_template_kwargs = template_options(request.chat_template_kwargs)
+    allow_calls(serving, request, processed)
     return processed
+
+
+def allow_calls(serving: Any, request: Any, processed: Any) -> None:
+    """Beside a JSON schema for the answer. SGLang's grammar allows the schema alone, so that no tool can be called."""
+    schema = _schema(request.response_format)
+    if schema is None or request.tool_choice != "auto" or not _reads_ids(serving):
+        return
+    tools = serving._effective_tools(request)
+    either = tools and compat_chats.calls_or_schema(tools, PARSER, schema, request.parallel_tool_calls)
+    if either:
+        request.response_format, processed.tool_call_constraint = either, None
+
+
+def _schema(response_format: Any) -> Any:
+    kind = getattr(response_format, "type", None)
+    if kind == "json_object":
+        return {"type": "object"}
+    return response_format.json_schema.schema_ if kind == "json_schema" else None
 
 
 def read_token_ids(original: Callable[..., Any], serving: Any) -> Any:
     """What takes answers apart, where both parsers are this model's: by token ids, in which quoted markers are text."""
+    return K26Answers(serving) if _reads_ids(serving) else original(serving)
+
+
+def _reads_ids(serving: Any) -> bool:
     tokenizer = serving.tokenizer_manager.tokenizer
-    if {serving.reasoning_parser, serving.tool_call_parser} != {PARSER} or getattr(tokenizer, "plain", None) is None:
-        return original(serving)
-    return K26Answers(serving)
+    parsers = {serving.reasoning_parser, serving.tool_call_parser}
+    return (
+        hasattr(serving, "_encoding_output") and parsers == {PARSER} and getattr(tokenizer, "plain", None) is not None
+    )

@@ -14,14 +14,15 @@ from typing import Any
 import pytest
 from sglang.srt.entrypoints.openai.protocol import Tool
 from sglang.srt.function_call.function_call_parser import FunctionCallParser
-from support.scripted import CASES, TOKEN_CASES, TOOLS, Case, call
+from support.grammar import accepts
+from support.scripted import CASES, TOKEN_CASES, TOOLS, WEATHER, Case, call
 
 from k26_plugins.common.prompt.hf_tokenizer import load_hf_tokenizer
 from k26_plugins.common.prompt.output import SECTION_BEGIN, SECTION_END, THINK_END
 from k26_plugins.sglang import compat, compat_chats
 from k26_plugins.sglang.answers import K26Answers, is_thinking
 from k26_plugins.sglang.output import K26ToolDetector
-from k26_plugins.sglang.serving import hear_thinking, keep_images, read_token_ids
+from k26_plugins.sglang.serving import allow_calls, hear_thinking, keep_images, read_token_ids
 
 BIG = '{"city":"' + 'x } \\" <| ' * 1500 + '"}'
 ALL = {
@@ -185,6 +186,26 @@ def test_what_a_request_asks_of_its_reasoning(tiny_folder: Path, monkeypatch: py
     assert parsed(messages=continued, continue_final_message=True) == (None, "whyo")
     request = asked(stream_reasoning=False)
     assert streamed(answers, tokenizer, request, token_ids, [1], "stop") == ("why", "oZ", [])
+
+
+def test_with_a_schema_calls_are_possible(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    serving = Serving(tiny_folder, monkeypatch)
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    for format_, answer in (
+        ({"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}, '{"a":1}'),
+        ({"type": "json_object"}, "{}"),
+    ):
+        request, processed = asked(response_format=format_), SimpleNamespace(tool_call_constraint=None)
+        allow_calls(serving, request, processed)
+        parameters = request.to_sampling_params([], {}, processed.tool_call_constraint)
+        assert not parameters.get("json_schema")
+        tag = json.loads(parameters["structural_tag"])
+        assert accepts(tag, answer)
+        assert accepts(tag, f"{SECTION_BEGIN}{call('functions.now:0', WEATHER)}{SECTION_END}")
+        assert not accepts(tag, "text")
+        none = asked(response_format=format_, tool_choice="none")
+        allow_calls(serving, none, processed)
+        assert none.response_format.type == format_["type"]
 
 
 def test_another_parser_is_sglangs(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
