@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from k26_plugins.common.prompt.hf_tokenizer import CONTINUE_KEY, is_this_model
+from k26_plugins.common.prompt.hf_tokenizer import CONTINUE_KEY
 from k26_plugins.common.prompt.output import MARKERS
-from k26_plugins.common.settings import PARSERS_VARIABLE, parsers_by_default
-from k26_plugins.sglang import compat, logger
+from k26_plugins.sglang import compat
+from k26_plugins.sglang.arguments import PARSER
 
-PARSER = "kimi_k2"
 DROPPED = ("name", "reasoning")
 MAX_ANSWERS = 1024
 """Of one request (`n`): SGLang makes as many requests of it, before it looks at any."""
@@ -25,21 +24,6 @@ def install() -> None:
     compat.hook_chat("OpenAIServingChat._engine_prompt", send_token_ids)
     compat.hook_chat("OpenAIServingChat._process_messages", hide_reserved_tokens)
     compat.hook_responses("OpenAIServingResponses._flatten_tool_output", keep_images)
-
-
-def choose_parsers(original: Callable[[Any], Any], server_args: Any) -> Any:
-    """Before SGLang settles its arguments: the parsers that the command line leaves out."""
-    missing = [name for name in ("reasoning_parser", "tool_call_parser") if getattr(server_args, name) is None]
-    if missing and parsers_by_default() and is_this_model(server_args.model_path, server_args.revision):
-        for name in missing:
-            setattr(server_args, name, PARSER)
-        logger.info(
-            "k26-plugins: reasoning parser %s, tool-call parser %s (flags win; %s=none leaves them out).",
-            server_args.reasoning_parser,
-            server_args.tool_call_parser,
-            PARSERS_VARIABLE,
-        )
-    return original(server_args)
 
 
 async def read_messages(original: Callable[..., Any], serving: Any, request: Any, raw_request: Any = None) -> Any:
