@@ -165,9 +165,13 @@ def _install_sglang(session: nox.Session, version: str, *arguments: str) -> None
 
 @environment
 def ktransformers(session: nox.Session) -> None:
-    """kt-kernel's experts behind the core's interface. They need no GPU and not the torch that kt-kernel pins."""
+    """The C++ experts under sanitizers and for other CPUs' sets; kt-kernel's behind the core's interface.
+
+    kt-kernel needs no GPU and not the torch that it pins.
+    """
     _install_torch(session)
     install(session, "-e", ".", "pytest", "compressed-tensors")
+    session.run("pytest", "-q", "tests/native", *session.posargs)
     for version in KT_KERNELS:
         session.run("python", "ci/install_kt_kernel.py", version)
         session.run("pytest", "-q", "tests/ktransformers", *session.posargs)
