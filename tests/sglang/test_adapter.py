@@ -19,7 +19,7 @@ from support.layouts import OTHER, PUBLISHED, make
 from support.registration import assert_all_or_nothing
 from support.remote_code import plant
 from support.sameness import SIZES, TEXTS, image_of, media_line, recorded
-from support.sglang_server import boot_folder
+from support.sglang_server import HAS_ENTRY_POINT, boot_folder
 
 from k26_plugins.common.config import ARCHITECTURE, ConfigError
 from k26_plugins.common.prompt.hf_tokenizer import KimiTokenizerFast
@@ -60,6 +60,7 @@ def test_a_failing_registration_leaves_sglang_alone(
     assert "k26-plugins is not active" in caplog.text
 
 
+@pytest.mark.skipif(not HAS_ENTRY_POINT, reason="SGLang 0.5.10 has no registry of hooks, and calls the adapter otherwise")
 def test_registration_is_all_or_nothing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Without each name that it looks up, in turn: SGLang's registries, hooks and variables are as they were."""
     import transformers.dynamic_module_utils as doors
