@@ -60,7 +60,9 @@ def test_a_failing_registration_leaves_sglang_alone(
     assert "k26-plugins is not active" in caplog.text
 
 
-@pytest.mark.skipif(not HAS_ENTRY_POINT, reason="SGLang 0.5.10 has no registry of hooks, and calls the adapter otherwise")
+@pytest.mark.skipif(
+    not HAS_ENTRY_POINT, reason="SGLang 0.5.10 has no registry of hooks, and calls the adapter otherwise"
+)
 def test_registration_is_all_or_nothing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Without each name that it looks up, in turn: SGLang's registries, hooks and variables are as they were."""
     import transformers.dynamic_module_utils as doors
