@@ -33,6 +33,8 @@ KT_KERNELS = ("0.6.1", "0.6.4", "0.7.2")
 # Both engines bring a version of their own.
 CLIENTS = ("openai", "anthropic")
 
+IN_PARALLEL = ("pytest", "-q", "-n", "2", "--dist", "worksteal")
+
 NO_TESTS = 5
 """pytest's status where none was selected."""
 
@@ -40,7 +42,7 @@ NO_TESTS = 5
 TRITON_OLDEST = "3.5.1"
 
 # The longest first, so that both cores are at work to the end.
-CI = ("sglang", "vllm", "core", "kernels", "sglang_oldest", "ktransformers", "vllm_oldest", "vllm_newest")
+CI = ("sglang", "vllm", "kernels", "sglang_oldest", "core", "operate", "ktransformers", "vllm_newest", "vllm_oldest")
 nox.options.sessions = ["everything"]
 # The sessions run at the root, where the package and its tests are.
 nox.options.default_venv_backend = "venv"
@@ -91,15 +93,24 @@ def _install_torch(session: nox.Session) -> None:
 
 @environment
 def core(session: nox.Session) -> None:
-    """Lint, types, import contracts, and the tests of the core and of operation."""
+    """Lint, types, import contracts, and the tests of the core."""
     _install_torch(session)
     install(session, "-e", ".[dev]")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("lint-imports")
     session.env["OMP_NUM_THREADS"] = "1"
-    tests = ["pytest", "-q", "-n", "3", "--dist", "worksteal", "tests/core", "tests/operate", *session.posargs]
+    tests = [*IN_PARALLEL, "tests/core", *session.posargs]
     session.run("python", "ci/side_by_side.py", "mypy", shlex.join(tests))
+
+
+@environment
+def operate(session: nox.Session) -> None:
+    """The operator's commands against servers of the reference model, and the documents' commands as written."""
+    _install_torch(session)
+    install(session, "-e", ".[test]")
+    session.env["OMP_NUM_THREADS"] = "1"
+    session.run(*IN_PARALLEL, "tests/operate", *session.posargs)
 
 
 @environment
