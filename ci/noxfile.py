@@ -1,7 +1,7 @@
 """The project's environments, one for each engine because each pins its own torch, and what runs in them.
 
     nox -f ci/noxfile.py               everything that CI runs, two sessions at a time
-    nox -f ci/noxfile.py -s core       the developer's quick run: lint, types, core and kernels (add -r to reuse)
+    nox -f ci/noxfile.py -s core       the developer's quick run: lint, types, the core's tests (add -r to reuse)
     nox -f ci/noxfile.py -s demo       make the tiny checkpoint, serve it with vLLM, ask about a text and an image
     nox -f ci/noxfile.py -s demo_sglang    the same with SGLang, and as a hybrid run
     nox -f ci/noxfile.py -s long       what CI has no time for: the tests marked `long`, fuzzing for ten minutes each
@@ -33,11 +33,16 @@ KT_KERNELS = ("0.6.1", "0.6.4", "0.7.2")
 # Both engines bring a version of their own.
 CLIENTS = ("openai", "anthropic")
 
+IN_PARALLEL = ("pytest", "-q", "-n", "2", "--dist", "worksteal")
+
+NO_TESTS = 5
+"""pytest's status where none was selected."""
+
 # That of torch 2.9.
 TRITON_OLDEST = "3.5.1"
 
 # The longest first, so that both cores are at work to the end.
-CI = ("sglang", "vllm", "core", "compiled", "sglang_oldest", "ktransformers", "vllm_oldest", "vllm_newest")
+CI = ("sglang", "vllm", "kernels", "sglang_oldest", "core", "operate", "ktransformers", "vllm_newest", "vllm_oldest")
 nox.options.sessions = ["everything"]
 # The sessions run at the root, where the package and its tests are.
 nox.options.default_venv_backend = "venv"
@@ -56,7 +61,7 @@ def everything(session: nox.Session) -> None:
 def long(session: nox.Session) -> None:
     """The tests that CI leaves out: every target's compiled code under both Tritons, more of Ray, and fuzzing for long."""
     again = [sys.executable, "-m", "nox", "-f", "noxfile.py"]
-    session.run(*again, "-s", "compiled", "vllm_long", "--", "-m", "long", external=True)
+    session.run(*again, "-s", "kernels", "vllm_long", "--", "-m", "long", external=True)
 
 
 def environment(run: Callable[[nox.Session], None]) -> Callable[[nox.Session], None]:
@@ -88,23 +93,33 @@ def _install_torch(session: nox.Session) -> None:
 
 @environment
 def core(session: nox.Session) -> None:
-    """Lint, types, import contracts, and the tests of the core and the kernels."""
+    """Lint, types, import contracts, and the tests of the core."""
     _install_torch(session)
     install(session, "-e", ".[dev]")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("lint-imports")
     session.env["OMP_NUM_THREADS"] = "1"
-    # A process of its own: Triton's interpreter has to be chosen before anything imports Triton.
-    kernels = shlex.join(["pytest", "-q", "tests/kernels", *session.posargs])
-    session.run("python", "ci/side_by_side.py", "mypy", kernels)
-    session.run("pytest", "-q", "-n", "2", "--dist", "worksteal", "tests/core", "tests/operate", *session.posargs)
+    tests = [*IN_PARALLEL, "tests/core", *session.posargs]
+    session.run("python", "ci/side_by_side.py", "mypy", shlex.join(tests))
 
 
 @environment
-def compiled(session: nox.Session) -> None:
-    """What Triton makes of the kernels, the newest and the oldest that a supported engine pins. Needs no GPU."""
+def operate(session: nox.Session) -> None:
+    """The operator's commands against servers of the reference model, and the documents' commands as written."""
     _install_torch(session)
+    install(session, "-e", ".[test]")
+    session.env["OMP_NUM_THREADS"] = "1"
+    session.run(*IN_PARALLEL, "tests/operate", *session.posargs)
+
+
+@environment
+def kernels(session: nox.Session) -> None:
+    """The Triton kernels without a GPU: under the interpreter, and what the newest and the oldest Triton make of them."""
+    _install_torch(session)
+    # Triton's interpreter has to be chosen before anything imports Triton: a process of its own.
+    install(session, "-e", ".[test]")
+    session.run("pytest", "-q", "tests/kernels", *session.posargs, success_codes=[0, NO_TESTS])
     for version in ("triton", f"triton=={TRITON_OLDEST}"):
         install(session, "-e", ".[test]", version)
         session.run("pytest", "-q", "tests/compiled", *session.posargs)
@@ -165,9 +180,13 @@ def _install_sglang(session: nox.Session, version: str, *arguments: str) -> None
 
 @environment
 def ktransformers(session: nox.Session) -> None:
-    """kt-kernel's experts behind the core's interface. They need no GPU and not the torch that kt-kernel pins."""
+    """The C++ experts under sanitizers and for other CPUs' sets; kt-kernel's behind the core's interface.
+
+    kt-kernel needs no GPU and not the torch that it pins.
+    """
     _install_torch(session)
     install(session, "-e", ".", "pytest", "compressed-tensors")
+    session.run("pytest", "-q", "tests/native", *session.posargs)
     for version in KT_KERNELS:
         session.run("python", "ci/install_kt_kernel.py", version)
         session.run("pytest", "-q", "tests/ktransformers", *session.posargs)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import functools
 import importlib
-import sys
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
+
+from k26_plugins.common.registration import Registration
 
 _DOORS = "transformers.dynamic_module_utils"
 
@@ -20,10 +20,10 @@ class RemoteCodeError(ValueError):
     """Code of the checkpoint was asked for and nothing stands in for it. The message says which, and what to do."""
 
 
-def refuse_remote_code() -> None:
+def refuse_remote_code(changes: Registration) -> None:
     """Shut both doors in this process. Repeatable; other models are served as before."""
-    _put_around("resolve_trust_remote_code", _trust)
-    _put_around("get_class_from_dynamic_module", _load)
+    _put_around(changes, "resolve_trust_remote_code", _trust)
+    _put_around(changes, "get_class_from_dynamic_module", _load)
 
 
 def _trust(
@@ -64,9 +64,10 @@ def _refusal(what: str) -> RemoteCodeError:
     )
 
 
-def _put_around(name: str, hook: Callable[..., Any]) -> None:
+def _put_around(changes: Registration, name: str, hook: Callable[..., Any]) -> None:
     """`hook(original, …)` in the place of a function, in its own module and in all that have imported it by name."""
-    original = getattr(importlib.import_module(_DOORS), name)
+    doors = importlib.import_module(_DOORS)
+    original = getattr(doors, name)
     if getattr(original, "k26_hook", None) is hook:
         return
 
@@ -75,6 +76,4 @@ def _put_around(name: str, hook: Callable[..., Any]) -> None:
         return hook(original, *args, **named)
 
     guarded.k26_hook = hook  # type: ignore[attr-defined]
-    for module in list(sys.modules.values()):
-        if isinstance(module, ModuleType) and vars(module).get(name) is original:
-            setattr(module, name, guarded)
+    changes.function(doors, name, guarded)

@@ -17,15 +17,19 @@ def register() -> None:
     A failure is logged, and SGLang stays as it was. `SGLANG_PLUGINS` without `k26` in it switches the plugin off.
     """
     try:
+        from k26_plugins.common.registration import Registration
         from k26_plugins.common.remote_code import refuse_remote_code
         from k26_plugins.sglang import compat
 
-        refuse_remote_code()
-        compat.register_media("k26_plugins.sglang.media")  # first: it is the one that a user's settings may forbid
-        compat.register_config("k26_plugins.sglang.config", "KimiK25Config")
-        compat.register_processor("k26_plugins.sglang.processor", "K26Processor")
-        compat.register_tokenizer_hook("k26_plugins.sglang.tokenizer", "get_tokenizer")
-        compat.register_argument_hook("k26_plugins.sglang.serving", "choose_parsers")
-        compat.register_models("k26_plugins.sglang.models")
+        changes = Registration()
+        refuse_remote_code(changes)
+        compat.register_media(changes, "k26_plugins.sglang.media")
+        compat.register_config(changes, "k26_plugins.sglang.config", "KimiK25Config")
+        compat.register_processor(changes, "k26_plugins.sglang.processor", "K26Processor")
+        compat.register_argument_hook(changes, "k26_plugins.sglang.arguments", "before_settling")
+        compat.register_models(changes, "k26_plugins.sglang.models")
+        # Last: SGLang's own registry of hooks cannot take an applied one back.
+        compat.register_tokenizer_hook(changes, "k26_plugins.sglang.tokenizer", "get_tokenizer")
+        changes.apply()
     except Exception:
         logger.exception("k26-plugins is not active: SGLang serves Kimi-K2.6 with its own code.")

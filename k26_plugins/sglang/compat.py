@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 
+from k26_plugins.common.config import ARCHITECTURE
 from k26_plugins.common.data_url import data_url_bytes, is_data_url, require_url
+from k26_plugins.common.registration import Registration
 
 # By the distribution's name, in the order in which they are looked for.
 CHECKED_VERSIONS = {"sglang": "0.5.10 to 0.5.23", "sglang-kt": "0.7.2 to 0.7.2"}
@@ -60,15 +61,22 @@ def private(module: str, name: str) -> Any:
         ) from error
 
 
-def register_models(package: str) -> None:
+# Each `register_…` looks up what it needs and notes what it will change; `Registration.apply` changes it.
+
+
+def register_models(changes: Registration, package: str) -> None:
     """Have SGLang's registry take the model class of `package` over the in-tree one of the same name.
 
     Through the variable that SGLang reads when it builds the registry: importing the model here would import every model
     of SGLang before its arguments are parsed. Child processes inherit it.
     """
-    chosen = os.environ.setdefault(MODELS_VARIABLE, package)
+    chosen = os.environ.get(MODELS_VARIABLE, package)
+    if MODELS_VARIABLE not in os.environ:
+        changes.item(os.environ, MODELS_VARIABLE, package)
     if chosen != package or (_REGISTRY in sys.modules and not _is_being_imported(_REGISTRY)):
-        private(_REGISTRY, "ModelRegistry").register(package, overwrite=True)
+        registry = private(_REGISTRY, "ModelRegistry")
+        register = functools.partial(registry.register, package, overwrite=True)
+        changes.entry(registry.models, ARCHITECTURE, register)
 
 
 def _is_being_imported(module: str) -> bool:
@@ -86,46 +94,54 @@ def registered_config() -> type | None:
     return found
 
 
-def register_config(module: str, name: str) -> None:
+def register_config(changes: Registration, module: str, name: str) -> None:
     """Replace the configuration class of this model type by `module.name`."""
-    _config_registry()[MODEL_TYPE] = getattr(importlib.import_module(module), name)
+    changes.item(_config_registry(), MODEL_TYPE, getattr(importlib.import_module(module), name))
 
 
-def register_processor(module: str, name: str) -> None:
+def register_processor(changes: Registration, module: str, name: str) -> None:
     """Have SGLang build `module.name` as this model type's processor."""
     processors = private("sglang.srt.multimodal.customized_mm_processor_utils", "_CUSTOMIZED_MM_PROCESSOR")
-    processors[MODEL_TYPE] = getattr(importlib.import_module(module), name)
+    changes.item(processors, MODEL_TYPE, getattr(importlib.import_module(module), name))
 
 
-def register_media(package: str) -> None:
+def register_media(changes: Registration, package: str) -> None:
     """Have SGLang take the media classes of `package` over its own of the same model, as `register_models` does.
 
     Raises UnsupportedEngineError where the user gave SGLang another such package: it takes one.
     """
-    chosen = os.environ.setdefault(MEDIA_VARIABLE, package)
+    chosen = os.environ.get(MEDIA_VARIABLE, package)
     if chosen != package:
         raise UnsupportedEngineError(
             f"{MEDIA_VARIABLE} is {chosen!r}, and SGLang takes one package: unset it to have images prepared by "
             f"k26-plugins."
         )
+    changes.item(os.environ, MEDIA_VARIABLE, package)
 
 
-def register_tokenizer_hook(module: str, name: str) -> None:
+def register_tokenizer_hook(changes: Registration, module: str, name: str) -> None:
     """Put `module.name(original, *args, **kwargs)` around SGLang's `get_tokenizer`, wherever it was imported to."""
     package = "sglang.srt.utils.hf_transformers.tokenizer"
     owner = importlib.import_module(package if find_spec("sglang.srt.utils.hf_transformers") else _TRANSFORMERS)
     hook = getattr(importlib.import_module(module), name)
     if find_spec("sglang.srt.plugins") is not None:
         hooks = importlib.import_module("sglang.srt.plugins.hook_registry")
-        target = f"{owner.__name__}.get_tokenizer"
-        if not any(found is hook for _, found, _ in hooks.HookRegistry._hooks.get(target, ())):
-            hooks.HookRegistry.register(target, hook, hooks.HookType.AROUND)
-        hooks.HookRegistry.apply_hooks()
+        registry, target = hooks.HookRegistry, f"{owner.__name__}.get_tokenizer"
+        registered = registry._hooks
+
+        def register() -> Callable[[], None]:
+            before = list(registered.get(target, ()))
+            if not any(found is hook for _, found, _ in before):
+                registry.register(target, hook, hooks.HookType.AROUND)
+            registry.apply_hooks()
+            return lambda: registered.__setitem__(target, before)
+
+        changes.call(register)
     else:
-        _wrap(owner, "get_tokenizer", hook)
+        _wrap(changes, owner, "get_tokenizer", hook)
 
 
-def _wrap(owner: Any, name: str, hook: Callable[..., Any]) -> None:
+def _wrap(changes: Registration, owner: Any, name: str, hook: Callable[..., Any]) -> None:
     """What SGLang's hook registry does, for releases before it and where it would import too much: `hook(original, …)`
     around a method, or around a function in every module that imported it."""
     original = getattr(owner, name)
@@ -138,21 +154,19 @@ def _wrap(owner: Any, name: str, hook: Callable[..., Any]) -> None:
 
     wrapped.k26_hook = hook  # type: ignore[attr-defined]
     if isinstance(owner, type):
-        setattr(owner, name, wrapped)
-        return
-    for module in list(sys.modules.values()):
-        if isinstance(module, ModuleType) and vars(module).get(name) is original:
-            setattr(module, name, wrapped)
+        changes.attribute(owner, name, wrapped)
+    else:
+        changes.function(owner, name, wrapped)
 
 
-def register_argument_hook(module: str, name: str) -> None:
+def register_argument_hook(changes: Registration, module: str, name: str) -> None:
     """Have `module.name(original, server_args)` called before SGLang settles its arguments, in the launching process."""
     server_args = importlib.import_module("sglang.srt.server_args")
     if not hasattr(server_args, "ServerArgs"):
         # 0.5.10, which imports this adapter in the middle of that module: there the flags stay the user's.
         return
     method = "resolve_once" if hasattr(server_args.ServerArgs, "resolve_once") else "__post_init__"
-    _wrap(server_args.ServerArgs, method, getattr(importlib.import_module(module), name))
+    _wrap(changes, server_args.ServerArgs, method, getattr(importlib.import_module(module), name))
 
 
 def serves_chats() -> bool:
@@ -167,7 +181,9 @@ def hook_chat(path: str, hook: Callable[..., Any], module: str = "openai.serving
     for part in classes:
         owner = getattr(owner, part)
     if hasattr(owner, name):
-        _wrap(owner, name, hook)
+        changes = Registration()
+        _wrap(changes, owner, name, hook)
+        changes.apply()
 
 
 def hook_responses(path: str, hook: Callable[..., Any]) -> None:
@@ -292,8 +308,23 @@ def moe_scheme_base() -> type:
 
 
 def moe_runner_backend() -> Any:
-    """What `--moe-runner-backend` resolved to."""
+    """What `--moe-runner-backend` resolved to: the user's choice, or SGLang's for this GPU and checkpoint."""
     return private("sglang.srt.layers.moe.utils", "get_moe_runner_backend")()
+
+
+# A name with an underscore: SGLang allows notes of such names on its arguments, and sends them to its processes.
+_GIVEN_RUNNER = "_k26_moe_runner"
+
+
+def keep_given_runner(server_args: Any) -> None:
+    """Note what the user gave as `--moe-runner-backend`, before SGLang settles its arguments."""
+    if getattr(server_args, _GIVEN_RUNNER, None) is None:
+        setattr(server_args, _GIVEN_RUNNER, server_args.moe_runner_backend)
+
+
+def given_runner() -> str | None:
+    """What `keep_given_runner` noted, `auto` where the flag was not given; None where nothing was (SGLang 0.5.10)."""
+    return getattr(server_args(), _GIVEN_RUNNER, None)
 
 
 def expert_parallel_size() -> int:
@@ -336,6 +367,11 @@ def experts_scale_output() -> bool:
 
 def device_type() -> str:
     return str(private("sglang.srt.utils", "get_device")()).split(":")[0]
+
+
+def on_gpu(server_args: Any) -> bool:
+    """Whether these arguments, not settled yet, mean a GPU."""
+    return torch.cuda.is_available() and server_args.device in (None, "cuda")
 
 
 def combine_input(hidden_states: torch.Tensor) -> Any:

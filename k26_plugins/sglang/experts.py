@@ -94,28 +94,25 @@ def use_core_experts(quant_config: Any, backend_name: str, make_scheme: Callable
 def chosen_backend(*, hybrid: bool) -> str:
     """The experts that K26_EXPERTS and `--moe-runner-backend` choose: a core backend's name, or ENGINE for SGLang's own.
 
-    A hybrid run's experts are the core's on both sides. Raises ValueError where the settings contradict each other, and
-    for the runner that takes this checkpoint's format for another.
+    A runner that SGLang itself chose for this GPU and checkpoint stands unless K26_EXPERTS names others. A hybrid run's
+    experts are the core's on both sides. Raises ValueError where what the user gave contradicts itself.
     """
-    runner = compat.moe_runner_backend()
-    if runner.is_flashinfer_trtllm():
-        raise ValueError(
-            "--moe-runner-backend flashinfer_trtllm takes this INT4 checkpoint for MXINT4 and gives garbage on some GPUs "
-            "(sglang issue 24091): choose --moe-runner-backend marlin or triton."
-        )
-    setting = experts_setting()
-    if hybrid and (setting == ENGINE or not runner.is_auto()):
+    runner, given, setting = compat.moe_runner_backend(), compat.given_runner(), experts_setting()
+    flag = given if given is not None else runner.value
+    by_flag = flag != "auto"
+    if hybrid and (setting == ENGINE or by_flag):
         raise ValueError(
             f"a hybrid run's experts are the core's on both sides: leave out --moe-runner-backend and "
             f"{EXPERTS_VARIABLE}={ENGINE}, or give SGLANG_PLUGINS=none for KTransformers' own."
         )
-    if not runner.is_auto():
-        if setting not in ("auto", ENGINE):
-            raise ValueError(
-                f"{EXPERTS_VARIABLE}={setting} and --moe-runner-backend {runner.value} choose different experts: give one "
-                f"of the two."
-            )
-        logger.info("k26-plugins: SGLang's own INT4 experts are kept (--moe-runner-backend %s).", runner.value)
+    # Where the flag is not known apart from SGLang's own choice, the variable is what the user surely gave.
+    if given is not None and by_flag and setting not in ("auto", ENGINE):
+        raise ValueError(
+            f"{EXPERTS_VARIABLE}={setting} and --moe-runner-backend {flag} choose different experts: give one of the two."
+        )
+    if not hybrid and setting == "auto" and not runner.is_auto():
+        chooser = "--moe-runner-backend" if by_flag else "SGLang chooses"
+        logger.info("k26-plugins: SGLang's own INT4 experts are kept (%s %s).", chooser, runner.value)
         return ENGINE
     backend_name = setting if hybrid else experts_for_device(compat.device_type())
     if backend_name == ENGINE:

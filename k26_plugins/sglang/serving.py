@@ -6,15 +6,14 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from k26_plugins.common.prompt.hf_tokenizer import CONTINUE_KEY, is_this_model
+from k26_plugins.common.prompt.hf_tokenizer import CONTINUE_KEY
 from k26_plugins.common.prompt.output import MARKERS
 from k26_plugins.common.prompt.thinking import template_options
-from k26_plugins.common.settings import PARSERS_VARIABLE, parsers_by_default
-from k26_plugins.sglang import compat, compat_chats, logger
+from k26_plugins.sglang import compat, compat_chats
 from k26_plugins.sglang.answers import K26Answers
+from k26_plugins.sglang.arguments import PARSER
 from k26_plugins.sglang.messages import keep_history, show_cut_calls
 
-PARSER = "kimi_k2"
 DROPPED = ("name", "reasoning")
 MAX_ANSWERS = 1024
 """Of one request (`n`): SGLang makes as many requests of it, before it looks at any."""
@@ -33,21 +32,6 @@ def install() -> None:
     compat.hook_responses("OpenAIServingResponses.create_responses", read_thinking)
     compat.hook_chat("AnthropicServing._convert_to_chat_completion_request", keep_history, "anthropic.serving")
     compat.hook_chat("AnthropicServing._convert_response", show_cut_calls, "anthropic.serving")
-
-
-def choose_parsers(original: Callable[[Any], Any], server_args: Any) -> Any:
-    """Before SGLang settles its arguments: the parsers that the command line leaves out."""
-    missing = [name for name in ("reasoning_parser", "tool_call_parser") if getattr(server_args, name) is None]
-    if missing and parsers_by_default() and is_this_model(server_args.model_path, server_args.revision):
-        for name in missing:
-            setattr(server_args, name, PARSER)
-        logger.info(
-            "k26-plugins: reasoning parser %s, tool-call parser %s (flags win; %s=none leaves them out).",
-            server_args.reasoning_parser,
-            server_args.tool_call_parser,
-            PARSERS_VARIABLE,
-        )
-    return original(server_args)
 
 
 async def read_messages(original: Callable[..., Any], serving: Any, request: Any, raw_request: Any = None) -> Any:

@@ -15,18 +15,21 @@ def register() -> None:
     was. `VLLM_PLUGINS` without `k26` in it switches the plugin off.
     """
     try:
+        from k26_plugins.common.registration import Registration
         from k26_plugins.common.remote_code import refuse_remote_code
         from k26_plugins.vllm import compat
 
-        refuse_remote_code()
-        compat.register_model("k26_plugins.vllm.model")
+        changes = Registration()
+        refuse_remote_code(changes)
+        compat.register_model(changes, "k26_plugins.vllm.model")
         compat.register_tokenizer(
-            ("k26_plugins.vllm.tokenizer", "K26Tokenizer"), ("k26_plugins.vllm.renderer", "K26Renderer")
+            changes, ("k26_plugins.vllm.tokenizer", "K26Tokenizer"), ("k26_plugins.vllm.renderer", "K26Renderer")
         )
-        compat.register_parsers("k26_plugins.vllm.output", "K26ToolParser", "K26ReasoningParser")
-        compat.register_composition("k26_plugins.vllm.output", "compose")
-        compat.register_tokenizer_choice("k26_plugins.vllm.config", "choose_tokenizer")
-        compat.register_argument_hook("k26_plugins.vllm.defaults", "from_cli_args")
-        compat.register_config_hook("k26_plugins.vllm.config")
+        compat.register_parsers(changes, "k26_plugins.vllm.output", "K26ToolParser", "K26ReasoningParser")
+        compat.register_composition(changes, "k26_plugins.vllm.output", "compose")
+        compat.register_tokenizer_choice(changes, "k26_plugins.vllm.config", "choose_tokenizer")
+        compat.register_argument_hook(changes, "k26_plugins.vllm.defaults", "from_cli_args")
+        compat.register_config_hook(changes, "k26_plugins.vllm.config")
+        changes.apply()
     except Exception:
         logger.exception("k26-plugins is not active: vLLM serves Kimi-K2.6 with its own code.")

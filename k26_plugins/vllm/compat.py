@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from k26_plugins.common.config import ARCHITECTURE
+from k26_plugins.common.registration import Registration
 
 CHECKED_VERSIONS = "0.19.1 to 0.33.0"
 TOKENIZER_MODE = "k26"
@@ -62,13 +63,17 @@ def _unsupported(module: str, name: str) -> UnsupportedEngineError:
     )
 
 
-def register_model(module: str) -> None:
+# Each `register_…` looks up what it needs and notes what it will change; `Registration.apply` changes it.
+
+
+def register_model(changes: Registration, module: str) -> None:
     """Put our class in the place of the in-tree one, by name: nothing is imported until the model is wanted."""
     registry = private("vllm.model_executor.models.registry", "ModelRegistry")
-    registry.register_model(ARCHITECTURE, f"{module}:{ARCHITECTURE}")
+    register = functools.partial(registry.register_model, ARCHITECTURE, f"{module}:{ARCHITECTURE}")
+    changes.entry(registry.models, ARCHITECTURE, register)
 
 
-def register_config_hook(module: str) -> None:
+def register_config_hook(changes: Registration, module: str) -> None:
     """Have vLLM call `module`'s `prepare(model_config)` for this architecture, at the end of its configuration."""
     base = private("vllm.model_executor.models.config", "VerifyAndUpdateConfig")
 
@@ -77,10 +82,10 @@ def register_config_hook(module: str) -> None:
         def verify_and_update_model_config(model_config: Any) -> None:
             importlib.import_module(module).prepare(model_config)
 
-    private("vllm.model_executor.models.config", "MODELS_CONFIG_MAP")[ARCHITECTURE] = K26ConfigHook
+    changes.item(private("vllm.model_executor.models.config", "MODELS_CONFIG_MAP"), ARCHITECTURE, K26ConfigHook)
 
 
-def register_tokenizer_choice(module: str, name: str) -> None:
+def register_tokenizer_choice(changes: Registration, module: str, name: str) -> None:
     """Have `module.name(model_config)` called as soon as vLLM has read the checkpoint's configuration.
 
     `register_config_hook` comes too late for what is chosen here: vLLM builds a tokenizer before it, to learn what media the
@@ -97,7 +102,7 @@ def register_tokenizer_choice(module: str, name: str) -> None:
         return original(model_config, *args, **kwargs)
 
     get_model_arch_config.k26_hook = name  # type: ignore[attr-defined]
-    owner.get_model_arch_config = get_model_arch_config
+    changes.attribute(owner, "get_model_arch_config", get_model_arch_config)
 
 
 def wrap(module: str, path: str, hook: Callable[..., Any]) -> None:
@@ -130,7 +135,7 @@ def tokenization_class() -> str:
     return older if hasattr(importlib.import_module(TOKENIZE_SERVING), older) else "ServingTokenization"
 
 
-def register_argument_hook(module: str, name: str) -> None:
+def register_argument_hook(changes: Registration, module: str, name: str) -> None:
     """Have `module.name(original, args)` called where the API server makes its engine's arguments of the command line's.
 
     The parsers of a model's output are flags of the server, which no registry of models reaches.
@@ -146,17 +151,21 @@ def register_argument_hook(module: str, name: str) -> None:
         return getattr(importlib.import_module(module), name)(functools.partial(original.__func__, cls), args)
 
     from_cli_args.k26_hook = name  # type: ignore[attr-defined]
-    owner.from_cli_args = classmethod(from_cli_args)
+    changes.attribute(owner, "from_cli_args", classmethod(from_cli_args))
 
 
-def register_parsers(module: str, tool_parser: str, reasoning_parser: str) -> None:
+def register_parsers(changes: Registration, module: str, tool_parser: str, reasoning_parser: str) -> None:
     """Add the parsers `k26` of tool calls and of reasoning, where vLLM has the parser that they mend."""
     if has_kimi_parser():
-        private("vllm.tool_parsers", "ToolParserManager").register_lazy_module(PARSER, module, tool_parser)
-        private("vllm.reasoning", "ReasoningParserManager").register_lazy_module(PARSER, module, reasoning_parser)
+        for manager, parser in (
+            (private("vllm.tool_parsers", "ToolParserManager"), tool_parser),
+            (private("vllm.reasoning", "ReasoningParserManager"), reasoning_parser),
+        ):
+            register = functools.partial(manager.register_lazy_module, PARSER, module, parser)
+            changes.entry(manager.lazy_parsers, PARSER, register)
 
 
-def register_composition(module: str, name: str) -> None:
+def register_composition(changes: Registration, module: str, name: str) -> None:
     """Have `module.name(composed, reasoning_parser, tool_parser)` make the parser of answers where vLLM composed one of the
     parsers `k26` alone. There is no registry of composed ones."""
     if not has_kimi_parser():
@@ -181,7 +190,7 @@ def register_composition(module: str, name: str) -> None:
         return getattr(importlib.import_module(module), name)(composed, reasoning_parser, tool_parser)
 
     get_parser.k26_hook = name  # type: ignore[attr-defined]
-    manager.get_parser = classmethod(get_parser)
+    changes.attribute(manager, "get_parser", classmethod(get_parser))
 
 
 def level_of_calls(level: Any) -> Any:
@@ -195,14 +204,16 @@ def has_kimi_parser() -> bool:
     return find_spec("vllm.parser") is not None and find_spec("vllm.parser.kimi_k2") is not None
 
 
-def register_tokenizer(tokenizer: tuple[str, str], renderer: tuple[str, str]) -> None:
+def register_tokenizer(changes: Registration, tokenizer: tuple[str, str], renderer: tuple[str, str]) -> None:
     """Add the tokenizer mode `k26`: its tokenizer and its rendering of chats, each a module and a class in it."""
     tokenizers = private("vllm.tokenizers.registry", "TokenizerRegistry")
     renderers = private("vllm.renderers.registry", "RENDERER_REGISTRY")
-    if TOKENIZER_MODE not in tokenizers.tokenizers:
-        tokenizers.register(TOKENIZER_MODE, *tokenizer)
-    if TOKENIZER_MODE not in renderers.renderers:
-        renderers.register(TOKENIZER_MODE, *renderer)
+    for registry, names, made in (
+        (tokenizers, tokenizers.tokenizers, tokenizer),
+        (renderers, renderers.renderers, renderer),
+    ):
+        if TOKENIZER_MODE not in names:
+            changes.entry(names, TOKENIZER_MODE, functools.partial(registry.register, TOKENIZER_MODE, *made))
 
 
 def use_media_connector(module: str, name: str, model_config: Any) -> None:

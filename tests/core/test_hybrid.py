@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.experts import error, inputs, judge, make_weights, route
 
-from k26_plugins.common import host_memory
+from k26_plugins.common import control_groups, host_memory
 from k26_plugins.common.config import K26Config
 from k26_plugins.common.experts import BACKENDS, ExpertsError, ExpertWeights, create_experts, find_backend
 from k26_plugins.common.experts.cpu import CpuExperts
@@ -186,7 +186,9 @@ def test_memory_that_does_not_suffice_is_refused_with_the_numbers() -> None:
 def test_a_container_s_limit_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text("5000000\n")
     (tmp_path / "memory.current").write_text("1000000\n")
-    monkeypatch.setattr(host_memory, "_CGROUP", tmp_path)
+    (tmp_path / "cgroup").write_text("0::/\n")
+    monkeypatch.setattr(control_groups, "PROC", tmp_path)
+    monkeypatch.setattr(control_groups, "ROOT", tmp_path)
     assert host_memory.available_bytes() == 4_000_000
     assert host_memory.total_bytes() == 5_000_000
     (tmp_path / "memory.max").write_text("max\n")

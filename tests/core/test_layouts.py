@@ -162,8 +162,8 @@ DAMAGED: dict[str, tuple[Change, str]] = {
         "extra: model.rotary.inv_freq",
     ),
     "a file is cut off": (_truncated, "truncated: "),
-    "a file of the index is missing": (_index_of_more, "unreadable: model-2.safetensors"),
-    "a file of several is missing": (_one_of_three, "missing: model-00002-of-000003.safetensors"),
+    "a file of the index is missing": (_index_of_more, "missing file: model-2.safetensors"),
+    "a file of several is missing": (_one_of_three, "missing file: model-00002-of-000003.safetensors"),
     "another width": (_text(moe_intermediate_size=96), "config.json and weights are of two models"),
     "another number of experts": (_text(n_routed_experts=6), "beyond the layers or experts of config.json"),
     "more experts than there are": (_text(n_routed_experts=9), "missing: "),
@@ -180,10 +180,10 @@ DAMAGED: dict[str, tuple[Change, str]] = {
         _after(int4_attention, lambda draft: draft.quantization["ignore"].append("re:.*self_attn.*")),
         "quantization_config leaves it out",
     ),
-    "NVFP4 without an expert's weights": (_after(nvfp4, _drop(f"{INT4}.weight")), f"missing: {INT4}"),
+    "NVFP4 without an expert's weights": (_after(nvfp4, _drop(f"{INT4}.weight")), f"such as {INT4}"),
     "AWQ without an expert": (
         _after(awq, lambda draft: [draft.tensors.pop(f"{INT4}.{part}") for part in ("qweight", "qzeros", "scales")]),
-        f"missing: {INT4}",
+        f"such as {INT4}",
     ),
     "an MTP model without a layer's norm": (
         _after(mtp_layer, _drop("language_model.model.layers.1.input_layernorm.weight")),

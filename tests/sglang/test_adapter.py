@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support.layouts import OTHER, PUBLISHED, make
+from support.registration import assert_all_or_nothing
 from support.remote_code import plant
 from support.sameness import SIZES, TEXTS, image_of, media_line, recorded
-from support.sglang_server import boot_folder
+from support.sglang_server import HAS_ENTRY_POINT, boot_folder
 
 from k26_plugins.common.config import ARCHITECTURE, ConfigError
 from k26_plugins.common.prompt.hf_tokenizer import KimiTokenizerFast
+from k26_plugins.common.registration import Registration
 from k26_plugins.sglang import compat, register
 
 # Read when SGLang is imported, which nothing above does.
@@ -50,9 +55,49 @@ def test_registration_takes_the_in_tree_classes_place_and_no_others() -> None:
 def test_a_failing_registration_leaves_sglang_alone(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(compat, "register_models", lambda package: 1 / 0)
+    monkeypatch.setattr(compat, "register_models", lambda changes, package: 1 / 0)
     register()
     assert "k26-plugins is not active" in caplog.text
+
+
+@pytest.mark.skipif(
+    not HAS_ENTRY_POINT, reason="SGLang 0.5.10 has no registry of hooks, and calls the adapter otherwise"
+)
+def test_registration_is_all_or_nothing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Without each name that it looks up, in turn: SGLang's registries, hooks and variables are as they were."""
+    import transformers.dynamic_module_utils as doors
+    from sglang.srt.models.registry import ModelRegistry
+    from sglang.srt.plugins.hook_registry import HookRegistry
+    from sglang.srt.server_args import ServerArgs
+
+    configs = compat._config_registry()
+    processors = compat.private("sglang.srt.multimodal.customized_mm_processor_utils", "_CUSTOMIZED_MM_PROCESSOR")
+    target = next(iter(name for name in HookRegistry._hooks if name.endswith(".get_tokenizer")))
+    for registry, key in (
+        (ModelRegistry.models, ARCHITECTURE),
+        (configs, compat.MODEL_TYPE),
+        (processors, compat.MODEL_TYPE),
+    ):
+        monkeypatch.setitem(registry, key, "SGLang's own")
+    monkeypatch.setitem(HookRegistry._hooks, target, [])
+    monkeypatch.delenv(compat.MEDIA_VARIABLE)
+    monkeypatch.delenv(compat.MODELS_VARIABLE)
+    for name in ("resolve_trust_remote_code", "get_class_from_dynamic_module"):
+        monkeypatch.setattr(doors, name, lambda: None)
+    monkeypatch.setattr(ServerArgs, "resolve_once", lambda arguments: None)
+
+    def state() -> tuple[Any, ...]:
+        return (
+            ModelRegistry.models[ARCHITECTURE], dict(configs), dict(processors),
+            list(HookRegistry._hooks[target]), os.environ.get(compat.MEDIA_VARIABLE),
+            os.environ.get(compat.MODELS_VARIABLE), vars(ServerArgs)["resolve_once"], doors.resolve_trust_remote_code,
+            doors.get_class_from_dynamic_module,
+        )  # fmt: skip
+
+    before, looked_up = state(), assert_all_or_nothing(compat, register, state, caplog)
+    assert looked_up >= 2
+    # The last try had every name.
+    assert not any(one == other for one, other in zip(before, state(), strict=True))
 
 
 def test_a_name_that_sglang_lost_is_one_clear_error() -> None:
@@ -187,7 +232,7 @@ def test_sglangs_media_class_takes_the_core_s_pixels_on_any_device(
 def test_another_media_package_of_the_user_s_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(compat.MEDIA_VARIABLE, "theirs")
     with pytest.raises(compat.UnsupportedEngineError, match=r"SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE is 'theirs'"):
-        compat.register_media("k26_plugins.sglang.media")
+        compat.register_media(Registration(), "k26_plugins.sglang.media")
 
 
 def test_the_router_s_logits_are_float32(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,6 +274,7 @@ def test_routed_experts_get_our_scheme(tiny_folder: Path, monkeypatch: pytest.Mo
     from k26_plugins.sglang.experts import K26MoEScheme, chosen_backend, use_core_experts
 
     monkeypatch.setattr(compat, "moe_runner_backend", _Runner("auto"))
+    monkeypatch.setattr(compat, "given_runner", lambda: "auto")
     ours, untouched = quant_config(tiny_folder), quant_config(tiny_folder)
     use_core_experts(ours, chosen_backend(hybrid=False), K26MoEScheme)
     scheme = ours.get_moe_scheme(FusedMoE(), layer_name="model.layers.1.mlp.experts")
@@ -243,6 +289,7 @@ def test_sglangs_own_experts_stay_selectable(tiny_folder: Path, monkeypatch: pyt
     from k26_plugins.sglang.experts import K26MoEScheme, chosen_backend, use_core_experts
 
     monkeypatch.setattr(compat, "moe_runner_backend", _Runner(runner))
+    monkeypatch.setattr(compat, "given_runner", lambda: runner)
     config = quant_config(tiny_folder)
     use_core_experts(config, chosen_backend(hybrid=False), K26MoEScheme)
     scheme = config.get_moe_scheme(FusedMoE(), layer_name="model.layers.1.mlp.experts")
@@ -254,9 +301,59 @@ def test_sglangs_own_experts_stay_selectable(tiny_folder: Path, monkeypatch: pyt
         chosen_backend(hybrid=False)
 
 
-def test_the_checkpoint_is_never_taken_for_mxint4(monkeypatch: pytest.MonkeyPatch) -> None:
+BLACKWELL: dict[str, tuple[list[str], str | None, str, str]] = {
+    "no flag": ([], None, "flashinfer_trtllm", "engine"),
+    "the engine's by name": ([], "engine", "flashinfer_trtllm", "engine"),
+    "the core's by name": ([], "triton", "triton", "triton"),
+    "a runner": (["--moe-runner-backend", "marlin"], None, "marlin", "engine"),
+    "that runner": (["--moe-runner-backend", "flashinfer_trtllm"], None, "flashinfer_trtllm", "engine"),
+    "a hybrid run": (["--kt-weight-path", "DIR", "--kt-num-gpu-experts", "4"], None, "triton", "auto"),
+}
+"""Flags, K26_EXPERTS, the runner that SGLang settles on, and the experts that serve."""
+
+
+@pytest.mark.skipif(
+    find_spec("sglang.srt.arg_groups") is None, reason="this SGLang resolves otherwise, and has no B200 rule"
+)
+@pytest.mark.parametrize("name", BLACKWELL)
+def test_what_sglang_chooses_on_blackwell_stands(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """By SGLang's own rule on a platform that says it is one: the documented command starts there."""
+    from sglang.srt.arg_groups import overrides
+    from sglang.srt.runtime_context import override_platform
+    from sglang.srt.server_args import ServerArgs
+
+    from k26_plugins.sglang.arguments import before_settling
     from k26_plugins.sglang.experts import chosen_backend
 
-    monkeypatch.setattr(compat, "moe_runner_backend", _Runner("flashinfer_trtllm"))
-    with pytest.raises(ValueError, match=r"MXINT4.*24091.*marlin or triton"):
+    flags, experts, runner, expected = BLACKWELL[name]
+    if experts is not None:
+        monkeypatch.setenv("K26_EXPERTS", experts)
+    monkeypatch.setattr(compat, "on_gpu", lambda arguments: True)
+    monkeypatch.setattr(compat, "device_type", lambda: "cuda")
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    arguments = ServerArgs.from_cli_args(parser.parse_args(["--model-path", str(tiny_folder), *flags]))
+    before_settling(lambda given: None, arguments)
+    arguments._quantization_explicitly_unset = False  # what an earlier step notes
+    with override_platform(is_sm100=True):
+        settled = overrides._deepseek_moe_quant_resolution(overrides.resolving_view(arguments))
+    found = settled.get("moe_runner_backend", arguments.moe_runner_backend)
+    assert found == runner
+    # As in SGLang's other processes.
+    arguments = pickle.loads(pickle.dumps(arguments))
+    monkeypatch.setattr(compat, "server_args", lambda: arguments)
+    monkeypatch.setattr(compat, "moe_runner_backend", _Runner(found))
+    assert chosen_backend(hybrid="--kt-weight-path" in flags) == expected
+
+
+def test_two_choices_by_hand_contradict_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where SGLang does not tell a flag from its own choice, the variable is what was surely given."""
+    from k26_plugins.sglang.experts import chosen_backend
+
+    monkeypatch.setattr(compat, "moe_runner_backend", _Runner("marlin"))
+    monkeypatch.setenv("K26_EXPERTS", "reference")
+    monkeypatch.setattr(compat, "given_runner", lambda: "marlin")
+    with pytest.raises(ValueError, match="choose different experts"):
         chosen_backend(hybrid=False)
+    monkeypatch.setattr(compat, "given_runner", lambda: None)
+    assert chosen_backend(hybrid=False) == "reference"

@@ -20,5 +20,6 @@ def serve(
     """command: another that starts it, `vllm serve` by default."""
     started = command or documented.as_run(documented.PLAIN_VLLM, folder)
     command = [*started, "--max-model-len", "4096", "--max-logprobs", str(VOCABULARY), *arguments]
-    # 1 GB of KV cache.
-    return run_server(command, folder, log, {"VLLM_CPU_KVCACHE_SPACE": "1", **environment})
+    # 1 GB of KV cache, and a thread that may move: pinned ones would wait for the cores that another server's work on.
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    return run_server(command, folder, log, {**settings, **environment})

@@ -16,6 +16,7 @@ import torch
 from support.data_urls import WRITERS
 from support.images import png, random_image
 from support.layouts import OTHER, PUBLISHED, make
+from support.registration import assert_all_or_nothing
 from support.remote_code import plant
 
 from k26_plugins.common.checkpoint import Checkpoint, expert_name, shard
@@ -44,9 +45,48 @@ def test_registration_takes_the_in_tree_classes_place() -> None:
 def test_a_failing_registration_leaves_vllm_alone(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(compat, "register_model", lambda module: 1 / 0)
+    monkeypatch.setattr(compat, "register_model", lambda changes, module: 1 / 0)
     register()
     assert "k26-plugins is not active" in caplog.text
+
+
+def test_registration_is_all_or_nothing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Without each name that it looks up, in turn: vLLM's registries and hooks are as they were."""
+    import transformers.dynamic_module_utils as doors
+    from vllm.config import ModelConfig
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    registries = [
+        (compat.private("vllm.model_executor.models.registry", "ModelRegistry").models, ARCHITECTURE),
+        (compat.private("vllm.model_executor.models.config", "MODELS_CONFIG_MAP"), ARCHITECTURE),
+        (compat.private("vllm.tokenizers.registry", "TokenizerRegistry").tokenizers, compat.TOKENIZER_MODE),
+        (compat.private("vllm.renderers.registry", "RENDERER_REGISTRY").renderers, compat.TOKENIZER_MODE),
+    ]
+    if compat.has_kimi_parser():
+        registries += [
+            (compat.private("vllm.tool_parsers", "ToolParserManager").lazy_parsers, compat.PARSER),
+            (compat.private("vllm.reasoning", "ReasoningParserManager").lazy_parsers, compat.PARSER),
+        ]
+    for registry, key in registries:
+        monkeypatch.setitem(registry, key, "vLLM's own")
+    for registry, key in registries[2:]:
+        monkeypatch.delitem(registry, key)
+    for name in ("resolve_trust_remote_code", "get_class_from_dynamic_module"):
+        monkeypatch.setattr(doors, name, lambda: None)
+    monkeypatch.setattr(ModelConfig, "get_model_arch_config", lambda config: None)
+    monkeypatch.setattr(AsyncEngineArgs, "from_cli_args", classmethod(lambda cls, arguments: None))
+
+    def state() -> tuple[Any, ...]:
+        return (
+            *(registry.get(key) for registry, key in registries), vars(ModelConfig)["get_model_arch_config"],
+            vars(AsyncEngineArgs)["from_cli_args"], doors.resolve_trust_remote_code,
+            doors.get_class_from_dynamic_module,
+        )  # fmt: skip
+
+    before, looked_up = state(), assert_all_or_nothing(compat, register, state, caplog)
+    assert looked_up >= 5
+    # The last try had every name.
+    assert not any(one == other for one, other in zip(before, state(), strict=True))
 
 
 def test_a_name_that_vllm_lost_is_one_clear_error() -> None:

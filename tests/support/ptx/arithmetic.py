@@ -96,6 +96,8 @@ BINARY: dict[str, Callable[[Values, Values], Values]] = {
 COMPARE: dict[str, Callable[[Values, Values], Values]] = {
     "eq": lambda a, b: a == b,
     "ne": lambda a, b: (a != b) & (a == a) & (b == b),
+    "num": lambda a, b: (a == a) & (b == b),
+    "nan": lambda a, b: (a != a) | (b != b),
     "lt": lambda a, b: a < b,
     "le": lambda a, b: a <= b,
     "gt": lambda a, b: a > b,
