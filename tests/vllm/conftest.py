@@ -15,5 +15,7 @@ def server(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     """Answers are the model's, or made to order where a request says so (support/vllm_scripted.py)."""
     arguments = ["--enforce-eager", "--logits-processors", "support.vllm_scripted:Scripted"]
     log = tmp_path_factory.mktemp("vllm") / "server.log"
-    with serve(tiny_folder, log, *arguments, PYTHONPATH=python_path()) as running:
+    # With the endpoint by which a trainer calls the workers.
+    settings = {"PYTHONPATH": python_path(), "VLLM_SERVER_DEV_MODE": "1"}
+    with serve(tiny_folder, log, *arguments, **settings) as running:
         yield running

@@ -21,7 +21,6 @@ from support.remote_code import plant
 
 from k26_plugins.common.checkpoint import Checkpoint, expert_name, shard
 from k26_plugins.common.config import ARCHITECTURE, K26Config
-from k26_plugins.common.experts import ExpertWeights, create_experts
 from k26_plugins.common.media import MediaError
 from k26_plugins.common.serving import core_config
 from k26_plugins.vllm import compat, config, register
@@ -212,6 +211,7 @@ def test_the_methods_weights_are_the_checkpoints(tiny_folder: Path) -> None:
         layer = torch.nn.Module()
         inner = text.moe_intermediate_size // size
         method = K26ExpertsMethod.__new__(K26ExpertsMethod)
+        method.backend_name = "auto"
         method.create_weights(layer, text.n_routed_experts, text.hidden_size, inner, torch.bfloat16)
         for expert in range(text.n_routed_experts):
             for part in ("packed", "scale"):
@@ -222,15 +222,10 @@ def test_the_methods_weights_are_the_checkpoints(tiny_folder: Path) -> None:
                 }
                 getattr(layer, f"w13_weight_{part}").data[expert] = torch.cat((cut["gate"], cut["up"]))
                 getattr(layer, f"w2_weight_{part}").data[expert] = cut["down"]
-        experts = create_experts(
-            ExpertWeights(
-                layer.w13_weight_packed.data,
-                layer.w13_weight_scale.data,
-                layer.w2_weight_packed.data,
-                layer.w2_weight_scale.data,
-            )
-        )
-        return experts.apply(x, ids, weights).float()
+        method.experts.close()
+        out = torch.empty_like(x)
+        method.experts.apply(out, x, weights, ids)
+        return out.float()
 
     whole = run(0, 1)
     assert ((run(0, 2) + run(1, 2) - whole).norm() / whole.norm()).item() < 6e-3
