@@ -10,6 +10,8 @@ CPU_THREADS_VARIABLE = "K26_CPU_THREADS"
 ENGINE = "engine"
 CONTROL_TOKENS_VARIABLE = "K26_CONTROL_TOKENS"
 PARSERS_VARIABLE = "K26_PARSERS"
+PROMPTS_VARIABLE = "K26_PROMPTS"
+MEDIA_VARIABLE = "K26_MEDIA"
 TOOL_IDS_VARIABLE = "K26_TOOL_IDS"
 STREAM_FROM_VARIABLE = "K26_STREAM_FROM"
 BATCH_INVARIANT_VARIABLE = "K26_BATCH_INVARIANT"
@@ -67,15 +69,29 @@ def control_tokens_as_text() -> bool:
     return value == "text"
 
 
-def parsers_by_default() -> bool:
-    """Whether a server takes this model's output apart where its flags name no parser (the default).
+def parsers_setting() -> str:
+    """What takes this model's output apart where a server's flags name no parser: `auto` (the core's), `engine` (the
+    engine's own for this model) or `none`.
 
-    Raises ValueError for any other value of K26_PARSERS than `auto` and `none`.
+    Raises ValueError for any other value of K26_PARSERS.
     """
-    value = os.environ.get(PARSERS_VARIABLE, "auto").strip().lower()
-    if value not in ("auto", "none"):
-        raise ValueError(f"{PARSERS_VARIABLE} is {value!r}: choose auto or none, or unset it.")
-    return value == "auto"
+    return _choice(PARSERS_VARIABLE, ("auto", ENGINE, "none"))
+
+
+def core_prompts() -> bool:
+    """Whether the tokenizer and the rendering of chats are the core's (the default), or the engine's own.
+
+    Raises ValueError for any other value of K26_PROMPTS than `auto` and `engine`.
+    """
+    return _choice(PROMPTS_VARIABLE, ("auto", ENGINE)) == "auto"
+
+
+def core_media() -> bool:
+    """Whether images and videos are read and prepared by the core (the default), or by the engine's own code.
+
+    Raises ValueError for any other value of K26_MEDIA than `auto` and `engine`.
+    """
+    return _choice(MEDIA_VARIABLE, ("auto", ENGINE)) == "auto"
 
 
 def kimis_ids() -> bool:
@@ -138,6 +154,8 @@ def check_settings() -> None:
         batch_invariant_setting,
         control_tokens_as_text,
         kimis_ids,
-        parsers_by_default,
+        parsers_setting,
+        core_prompts,
+        core_media,
     ):
         read()

@@ -119,10 +119,19 @@ def register_media(changes: Registration, package: str) -> None:
     changes.item(os.environ, MEDIA_VARIABLE, package)
 
 
+def _tokenizer_module() -> Any:
+    package = "sglang.srt.utils.hf_transformers.tokenizer"
+    return importlib.import_module(package if find_spec("sglang.srt.utils.hf_transformers") else _TRANSFORMERS)
+
+
+def get_tokenizer(name: str, revision: str | None) -> Any:
+    """As SGLang loads one, through the hook of `register_tokenizer_hook`."""
+    return _tokenizer_module().get_tokenizer(name, tokenizer_revision=revision)
+
+
 def register_tokenizer_hook(changes: Registration, module: str, name: str) -> None:
     """Put `module.name(original, *args, **kwargs)` around SGLang's `get_tokenizer`, wherever it was imported to."""
-    package = "sglang.srt.utils.hf_transformers.tokenizer"
-    owner = importlib.import_module(package if find_spec("sglang.srt.utils.hf_transformers") else _TRANSFORMERS)
+    owner = _tokenizer_module()
     hook = getattr(importlib.import_module(module), name)
     if find_spec("sglang.srt.plugins") is not None:
         hooks = importlib.import_module("sglang.srt.plugins.hook_registry")
@@ -242,9 +251,11 @@ def video_bytes(data: Any) -> bytes:
 
 def loaded_image(image: Any, content: Any) -> Any:
     """An image with the digest of its `content`, where this SGLang's class for the model expects one."""
-    if find_spec("sglang.srt.multimodal.cache") is None:
+    # Since 0.5.23; the cache that takes the digest is older, and knows no images of Kimi's before.
+    common = "sglang.srt.multimodal.processors.kimi_common"
+    loaded = getattr(importlib.import_module(common), "KimiLoadedImage", None) if find_spec(common) else None
+    if loaded is None:
         return image
-    loaded = private("sglang.srt.multimodal.processors.kimi_common", "KimiLoadedImage")
     return loaded(image, private("sglang.srt.multimodal.cache", "snapshot_media")(content).content_digest)
 
 

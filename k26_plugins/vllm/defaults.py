@@ -6,23 +6,23 @@ from collections.abc import Callable
 from typing import Any
 
 from k26_plugins.common.prompt.hf_tokenizer import is_this_model
-from k26_plugins.common.settings import PARSERS_VARIABLE, parsers_by_default
+from k26_plugins.common.settings import PARSERS_VARIABLE, parsers_setting
 from k26_plugins.vllm import compat, logger
 
-# vLLM's own, in releases without the one that ours mends.
+# vLLM's own, where the user asks for it and in releases without the one that ours mends.
 PARSER = "kimi_k2"
 
 
 def from_cli_args(original: Callable[[Any], Any], args: Any) -> Any:
     """`AsyncEngineArgs.from_cli_args`, which every process of the API server calls before it reads the rest of `args`."""
-    if hasattr(args, "tool_call_parser") and parsers_by_default() and is_this_model(args.model, args.revision):
+    if hasattr(args, "tool_call_parser") and parsers_setting() != "none" and is_this_model(args.model, args.revision):
         choose_parsers(args)
     return original(args)
 
 
 def choose_parsers(args: Any) -> None:
     """Fill in the parsers that the command line leaves out, in place."""
-    parser = compat.PARSER if compat.has_kimi_parser() else PARSER
+    parser = compat.PARSER if parsers_setting() == "auto" and compat.has_kimi_parser() else PARSER
     if not args.tool_call_parser:
         args.tool_call_parser = parser
         args.enable_auto_tool_choice = True
