@@ -356,7 +356,12 @@ def download(requirement: str, folder: Path) -> Release:
     if not folder.exists():
         with tempfile.TemporaryDirectory() as wheels:
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-            platforms = ("manylinux_2_35_x86_64", "manylinux_2_34_x86_64", "manylinux_2_28_x86_64", "manylinux_2_24_x86_64")
+            platforms = (
+                "manylinux_2_35_x86_64",
+                "manylinux_2_34_x86_64",
+                "manylinux_2_28_x86_64",
+                "manylinux_2_24_x86_64",
+            )
             wanted = [part for platform in platforms for part in ("--platform", platform)]
             python = ["--python-version", "3.12"]
             subprocess.run([*command, *python, *wanted, "--dest", wheels, requirement], check=True)

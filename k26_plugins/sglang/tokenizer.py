@@ -12,20 +12,19 @@ from k26_plugins.common.prompt.hf_tokenizer import (
     tokenizer_folder,
 )
 from k26_plugins.common.prompt.special_tokens import CHUNK_PLACE
-from k26_plugins.sglang import compat, serving
+from k26_plugins.sglang import compat, logger, serving
 
 
 def get_tokenizer(original: Callable[..., Any], tokenizer_name: str, *args: Any, **kwargs: Any) -> Any:
     """SGLang's own for another model, or where the user or the checkpoint chose one. No file of it is executed."""
     revision = kwargs.get("revision") or kwargs.get("tokenizer_revision")
-    if (
-        kwargs.get("tokenizer_mode", "auto") != "auto"
-        or not is_this_model(tokenizer_name, revision)
-        or not core_serves_prompts(tokenizer_name, revision)
-    ):
+    if not is_this_model(tokenizer_name, revision):
         return original(tokenizer_name, *args, **kwargs)
     if compat.serves_chats():
         serving.install()
+    if kwargs.get("tokenizer_mode", "auto") != "auto" or not core_serves_prompts(tokenizer_name, revision):
+        logger.info("k26-plugins: the tokenizer is SGLang's own.")
+        return original(tokenizer_name, *args, **kwargs)
     tokenizer = load_hf_tokenizer(tokenizer_folder(tokenizer_name, revision), name_or_path=str(tokenizer_name))
     tokenizer.video_place = CHUNK_PLACE
     return compat.finish_tokenizer(tokenizer)

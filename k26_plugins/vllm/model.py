@@ -24,9 +24,7 @@ _MEDIA = (
 )
 
 
-@MULTIMODAL_REGISTRY.register_processor(
-    _MEDIA[0], info=_MEDIA[1], dummy_inputs=_in_tree.KimiK25DummyInputsBuilder
-)
+@MULTIMODAL_REGISTRY.register_processor(_MEDIA[0], info=_MEDIA[1], dummy_inputs=_in_tree.KimiK25DummyInputsBuilder)
 class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):  # type: ignore[misc, name-defined]
     """Keeps the in-tree class' name: vLLM compares names."""
 
