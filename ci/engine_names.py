@@ -44,6 +44,7 @@ class _Touched(ast.NodeVisitor):
         self.engine = engine
         self.returned = returned
         self.found: set[str] = set()
+        self.overridden: set[str] = set()
         self.values: dict[str, set[str]] = {}
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
@@ -64,7 +65,7 @@ class _Touched(ast.NodeVisitor):
             self.returned[node.name] = {name for name in names if name.split(".")[0] == self.engine}
         self.values = outside
 
-    visit_AsyncFunctionDef = visit_FunctionDef
+    visit_AsyncFunctionDef = visit_FunctionDef  # noqa: N815 - the name that ast looks for
 
     def visit_Assign(self, node: ast.Assign) -> None:
         self.generic_visit(node)
@@ -108,7 +109,7 @@ class _Touched(ast.NodeVisitor):
                 self.found.add(name)
                 if ":" in name:
                     methods = (one.name for one in node.body if isinstance(one, ast.FunctionDef | ast.AsyncFunctionDef))
-                    self.found.update(f"{name}.{method}" for method in methods)
+                    self.overridden.update(f"{name}.{method}" for method in methods)
 
     def _names(self, node: ast.expr) -> Iterator[str]:
         """What an expression may be: names of the engine's, or plain text."""
@@ -158,17 +159,24 @@ def _member(owner: str, name: str) -> str:
 
 
 @cache
-def touched(engine: str) -> frozenset[str]:
-    """Every name of `engine` in the source of its adapter, as `module:Object.member` or `module`."""
+def touched(engine: str) -> tuple[frozenset[str], frozenset[str]]:
+    """Every name of `engine` in the source of its adapter, as `module:Object.member` or `module`; and every method of a
+    class derived from one of the engine's, by the engine's class, whether that has it or not."""
     folder = ROOT / "k26_plugins" / engine
     returned: dict[str, set[str]] = {}
     found = set(BESIDES[engine])
+    overridden: set[str] = set()
     # compat.py first: the others take modules and classes from its functions.
     for file in sorted(folder.rglob("*.py"), key=lambda one: (one.name != "compat.py", one)):
         visitor = _Touched(engine, returned)
         visitor.visit(ast.parse(file.read_text(encoding="utf-8")))
         found |= visitor.found
-    own = (name for name in found if name.split(":")[0].split(".")[0] == engine and name != engine)
+        overridden |= visitor.overridden
+    return _own(found, engine), _own(overridden, engine)
+
+
+def _own(names: set[str], engine: str) -> frozenset[str]:
+    own = (name for name in names if _is_module(name.split(":")[0], engine) and name != engine)
     return frozenset(name for name in own if name.endswith("__init__") or not name.endswith("__"))
 
 
@@ -210,6 +218,7 @@ class Release:
             return module, GONE
         seen.add((module, name))
         found: tuple[str, ast.AST | str] = (module, GONE)
+        stars: list[ast.ImportFrom] = []
         for node in _statements(tree.body):
             match node:
                 case ast.FunctionDef(name=its) | ast.AsyncFunctionDef(name=its) | ast.ClassDef(name=its) if its == name:
@@ -218,12 +227,17 @@ class Release:
                     found = (module, node)
                 case ast.ImportFrom():
                     for alias in node.names:
-                        if (alias.asname or alias.name) == name:
+                        if alias.name == "*":
+                            stars.append(node)
+                        elif (alias.asname or alias.name) == name:
                             found = self._imported(module, node, alias.name, seen)
                 case ast.Import():
                     for alias in node.names:
                         if (alias.asname or alias.name.split(".")[0]) == name:
                             found = (module, f"module {alias.name}")
+        for node in stars:
+            if found[1] == GONE:
+                found = self._imported(module, node, name, seen)
         if found[1] == GONE and self._tree(f"{module}.{name}") is not None:
             return module, "module"
         return found
@@ -238,6 +252,8 @@ class Release:
             base = parts[: len(parts) - node.level + (1 if is_package else 0)]
             source = ".".join([*base, *([node.module] if node.module else [])])
         if not (self.root / source.split(".")[0]).exists():
+            if any(alias.name == "*" for alias in node.names):
+                return module, GONE
             return module, f"{name} of {source.split('.')[0]}"
         return self._object(source, name, seen)
 
@@ -340,10 +356,12 @@ def read_snapshot(engine: str) -> dict[str, dict[str, str]]:
 
 def write_snapshot(engine: str, releases: Mapping[str, Release]) -> None:
     """One entry a release, with the names that differ from the release before it."""
+    names, overridden = touched(ENGINES[engine])
+    known = {name for name in overridden if any(one.signature(name) != GONE for one in releases.values())}
     content: dict[str, dict[str, str]] = {}
     current: dict[str, str] = {}
     for version, release in releases.items():
-        found = {name: release.signature(name) for name in sorted(touched(ENGINES[engine]))}
+        found = {name: release.signature(name) for name in sorted(names | known)}
         content[version] = {name: what for name, what in found.items() if current.get(name) != what}
         current = found
     SNAPSHOTS.mkdir(exist_ok=True)
