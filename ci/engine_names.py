@@ -5,7 +5,7 @@
 
 Engines promise none of these names. The list of them is read from the adapters' source (`touched`), and what each is in a
 release from the files of that release's wheel, which is downloaded and never installed (`Release`). The snapshots lie in
-tests/engine_names; tests/core/test_engine_names.py holds them against the adapters.
+tests/releases; tests/core/test_engine_names.py holds them against the adapters.
 """
 
 from __future__ import annotations
@@ -22,15 +22,30 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-SNAPSHOTS = ROOT / "tests/engine_names"
+SNAPSHOTS = ROOT / "tests/releases"
 ENGINES = {"vllm": "vllm", "sglang": "sglang", "sglang-kt": "sglang"}
 """By the snapshot's name, the package, which is the adapter's name as well."""
 GONE = "-"
-BESIDES: dict[str, tuple[str, ...]] = {
-    "vllm": (),
-    "sglang": (),
+HOOKED = {
+    "hook_chat": "openai.serving_chat",
+    "hook_responses": "openai.serving_responses",
+    "hook_messages": "anthropic.serving",
 }
-"""Members that the adapters take from objects, whose class their source does not say."""
+"""By the function of SGLang's adapter that puts a hook around a function, the module of that function."""
+BESIDES: dict[str, tuple[str, ...]] = {
+    "vllm": (
+        "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest.build_chat_params",
+        "vllm.entrypoints.openai.responses.protocol:ResponsesRequest.build_chat_params",
+        "vllm.entrypoints.serve.tokenize.protocol:TokenizeChatRequest.build_chat_params",
+        "vllm.entrypoints.serve.tokenize.serving:OpenAIServingTokenization.create_tokenize",
+        "vllm.entrypoints.serve.tokenize.serving:ServingTokenization.create_tokenize",
+    ),
+    "sglang": (
+        "sglang.srt.layers.moe.fused_moe_triton.layer:create_kt_config_from_server_args",
+        "sglang.srt.layers.quantization.compressed_tensors.compressed_tensors:CompressedTensorsConfig.get_moe_scheme",
+    ),
+}
+"""What the adapters take from objects whose class their source does not say, and by names that it puts together."""
 
 
 # --- what the adapters touch
@@ -39,10 +54,12 @@ BESIDES: dict[str, tuple[str, ...]] = {
 class _Touched(ast.NodeVisitor):
     """Collects from one file of an adapter. A name is `module:Object.member`, or `module` alone."""
 
-    def __init__(self, engine: str, returned: dict[str, set[str]]) -> None:
-        """returned: what the functions of compat.py without arguments give, filled in as they are read."""
+    def __init__(self, engine: str, returned: dict[str, set[str]], constants: Mapping[str, set[str]]) -> None:
+        """returned: what the functions of compat.py without arguments give, filled in as they are read; constants: its
+        values."""
         self.engine = engine
         self.returned = returned
+        self.constants = constants
         self.found: set[str] = set()
         self.overridden: set[str] = set()
         self.values: dict[str, set[str]] = {}
@@ -87,15 +104,20 @@ class _Touched(ast.NodeVisitor):
         self.generic_visit(node)
         self.found.update(self._names(node))
         called = ast.unparse(node.func)
-        if called.endswith(("_wrap", "changes.attribute", "changes.function")) and len(node.args) >= 3:
-            owner, member = (node.args[1], node.args[2]) if called.endswith("_wrap") else node.args[:2]
+        if called.endswith(("wrap", "changes.attribute", "changes.function")) and len(node.args) >= 3:
+            owner, member = (node.args[1], node.args[2]) if called.endswith("wrap") else node.args[:2]
             for name in self._names(member) if isinstance(member, ast.Constant) else ():
                 self.found.update(_member(one, name) for one in self._names(owner))
-        if called.endswith(("hook_chat", "hook_responses")) and isinstance(node.args[0], ast.Constant):
-            path, *rest = (one.value for one in node.args if isinstance(one, ast.Constant))
-            default = "serving_chat" if called.endswith("hook_chat") else "serving_responses"
-            module = rest[0] if rest else f"openai.{default}"
-            self.found.add(f"sglang.srt.entrypoints.{module if '.' in module else f'openai.{module}'}:{path}")
+        kind = called.split(".")[-1]
+        if kind in HOOKED and isinstance(node.args[0], ast.Constant):
+            self.found.add(f"sglang.srt.entrypoints.{HOOKED[kind]}:{node.args[0].value}")
+
+    def visit_Tuple(self, node: ast.Tuple) -> None:
+        """A module, the path of a function in it, and what goes around that function."""
+        self.generic_visit(node)
+        if len(node.elts) > 2 and isinstance(node.elts[1], ast.Constant):
+            modules = (name for name in self._names(node.elts[0]) if _is_module(name, self.engine))
+            self.found.update(f"{module}:{node.elts[1].value}" for module in modules)
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
         self.generic_visit(node)
@@ -123,6 +145,8 @@ class _Touched(ast.NodeVisitor):
                 yield from self._names(other)
             case ast.Name(name):
                 yield from self.values.get(name, ())
+            case ast.Attribute(ast.Name("compat"), member) if member in self.constants:
+                yield from self.constants[member]
             case ast.Attribute(owner, member):
                 for name in self._names(owner):
                     if name.split(":")[0].split(".")[0] == self.engine:
@@ -141,6 +165,9 @@ class _Touched(ast.NodeVisitor):
         modules = [name for name in self._names(arguments[0]) if _is_module(name, self.engine)] if arguments else []
         if called in ("import_module", "find_spec"):
             yield from modules
+        elif called == "getattr" and len(arguments) > 1 and isinstance(arguments[1], ast.Constant):
+            owners = (name for name in self._names(arguments[0]) if _is_module(name.split(":")[0], self.engine))
+            yield from (_member(owner, str(arguments[1].value)) for owner in owners)
         elif called == "private" and len(arguments) == 2:
             yield from (f"{module}:{name}" for module in modules for name in self._names(arguments[1]))
         elif called in self.returned and not arguments:
@@ -164,14 +191,17 @@ def touched(engine: str) -> tuple[frozenset[str], frozenset[str]]:
     class derived from one of the engine's, by the engine's class, whether that has it or not."""
     folder = ROOT / "k26_plugins" / engine
     returned: dict[str, set[str]] = {}
+    constants: dict[str, set[str]] = {}
     found = set(BESIDES[engine])
     overridden: set[str] = set()
     # compat.py first: the others take modules and classes from its functions.
     for file in sorted(folder.rglob("*.py"), key=lambda one: (one.name != "compat.py", one)):
-        visitor = _Touched(engine, returned)
+        visitor = _Touched(engine, returned, constants)
         visitor.visit(ast.parse(file.read_text(encoding="utf-8")))
         found |= visitor.found
         overridden |= visitor.overridden
+        if file.name == "compat.py":
+            constants = visitor.values
     return _own(found, engine), _own(overridden, engine)
 
 
@@ -199,6 +229,8 @@ class Release:
             return "module"
         first, *members = path.split(".")
         where, node = self._object(module, first, set())
+        while node == "module" and members:
+            where, node = self._object(f"{module}.{first}", members.pop(0), set())
         for member in members:
             if isinstance(node, str):
                 return node
@@ -237,13 +269,13 @@ class Release:
                             found = (module, f"module {alias.name}")
         for node in stars:
             if found[1] == GONE:
-                found = self._imported(module, node, name, seen)
+                found = self._imported(module, node, name, seen, star=True)
         if found[1] == GONE and self._tree(f"{module}.{name}") is not None:
             return module, "module"
         return found
 
     def _imported(
-        self, module: str, node: ast.ImportFrom, name: str, seen: set[tuple[str, str]]
+        self, module: str, node: ast.ImportFrom, name: str, seen: set[tuple[str, str]], *, star: bool = False
     ) -> tuple[str, ast.AST | str]:
         source = node.module or ""
         if node.level:
@@ -252,10 +284,18 @@ class Release:
             base = parts[: len(parts) - node.level + (1 if is_package else 0)]
             source = ".".join([*base, *([node.module] if node.module else [])])
         if not (self.root / source.split(".")[0]).exists():
-            if any(alias.name == "*" for alias in node.names):
-                return module, GONE
-            return module, f"{name} of {source.split('.')[0]}"
+            return module, GONE if star else f"{name} of {source.split('.')[0]}"
+        if star and not self._exports(source, name):
+            return module, GONE
         return self._object(source, name, seen)
+
+    def _exports(self, module: str, name: str) -> bool:
+        """Whether `from module import *` brings `name`."""
+        tree = self._tree(module)
+        for node in _statements(tree.body) if tree is not None else ():
+            if isinstance(node, ast.Assign) and "__all__" in _targets(node):
+                return name in ast.unparse(node.value)
+        return not name.startswith("_")
 
     def _in_class(self, module: str, node: ast.AST, member: str) -> tuple[str, ast.AST | str]:
         if not isinstance(node, ast.ClassDef):

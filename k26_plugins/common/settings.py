@@ -15,6 +15,7 @@ MEDIA_VARIABLE = "K26_MEDIA"
 TOOL_IDS_VARIABLE = "K26_TOOL_IDS"
 STREAM_FROM_VARIABLE = "K26_STREAM_FROM"
 BATCH_INVARIANT_VARIABLE = "K26_BATCH_INVARIANT"
+STRICT_VARIABLE = "K26_STRICT"
 
 
 def experts_setting() -> str:
@@ -138,9 +139,21 @@ def batch_invariant_setting() -> bool:
 
     Raises ValueError for any other value.
     """
-    value = os.environ.get(BATCH_INVARIANT_VARIABLE, "0").strip()
+    return _switch(BATCH_INVARIANT_VARIABLE)
+
+
+def strict() -> bool:
+    """Whether a start ends where this engine lacks something that the plugin needs: K26_STRICT, `0` (default) or `1`.
+
+    Raises ValueError for any other value.
+    """
+    return _switch(STRICT_VARIABLE)
+
+
+def _switch(variable: str) -> bool:
+    value = os.environ.get(variable, "0").strip()
     if value not in ("0", "1"):
-        raise ValueError(f"{BATCH_INVARIANT_VARIABLE} is {value!r}: choose 0 or 1, or unset it.")
+        raise ValueError(f"{variable} is {value!r}: choose 0 or 1, or unset it.")
     return value == "1"
 
 
@@ -157,5 +170,6 @@ def check_settings() -> None:
         parsers_setting,
         core_prompts,
         core_media,
+        strict,
     ):
         read()

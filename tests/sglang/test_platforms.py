@@ -1,4 +1,4 @@
-"""What SGLang would run on platforms that this machine is not, by its own resolution of arguments: alone and with the plugin.
+"""What SGLang would run on platforms that this machine is not, by its own resolution of arguments, alone and with us.
 
 SGLang's arguments are settled with `override_platform` saying what the machine is, once as SGLang does it and once with the
 plugin's hook before it. Any difference beyond those that docs/platforms.md names is a fault.
@@ -59,8 +59,8 @@ def settle(tiny_folder: Path) -> Iterator[Callable[[str, str, bool], Settled | s
             return {name: getattr(view, name) for name in names if hasattr(view, name)}
 
     with (
-        mock.patch.object(common, "get_device_memory_capacity", lambda *args, **kwargs: 80 * 1024),
-        mock.patch.object(compat, "on_gpu", lambda arguments: True),
+        mock.patch.object(common, "get_device_memory_capacity", return_value=80 * 1024),
+        mock.patch.object(compat, "on_gpu", return_value=True),
     ):
         yield settled
 

@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from engine_names import read_snapshot
 from support.data_urls import WRITERS
 from support.images import png, random_image
 from support.layouts import OTHER, PUBLISHED, make
 from support.registration import assert_all_or_nothing
 from support.remote_code import plant
+from support.versions import wrong_entries
 
 from k26_plugins.common.checkpoint import Checkpoint, expert_name, shard
 from k26_plugins.common.config import ARCHITECTURE, K26Config
@@ -246,3 +248,9 @@ def test_data_urls_are_read_as_their_writers_put_them(writer: str) -> None:
         K26MediaConnector().fetch_image("data:image/png;base64,aGVsb")
     with pytest.raises(MediaError, match="no URL"):
         K26MediaConnector().fetch_image("")
+
+
+def test_the_snapshot_says_what_this_release_has() -> None:
+    """By reading its files it was made; here the engine itself is asked."""
+    snapshot = read_snapshot("vllm")[compat.vllm_version().split("+")[0]]
+    assert wrong_entries(snapshot) == {}
