@@ -29,8 +29,18 @@ VLLM_OLDEST, VLLM_SERVED, VLLM_NEWEST = "0.19.1", "0.32.0", "0.33.0"
 
 # The last of each minor that PyPI has as a CPU build, beside those that CI runs.
 VLLM_MINORS = (
-    *("0.20.2", "0.21.0", "0.22.1", "0.23.0", "0.24.0", "0.25.1"),
-    *("0.26.0", "0.27.1", "0.28.0", "0.29.0", "0.30.0", "0.31.0"),
+    "0.20.2",
+    "0.21.0",
+    "0.22.1",
+    "0.23.0",
+    "0.24.0",
+    "0.25.1",
+    "0.26.0",
+    "0.27.1",
+    "0.28.0",
+    "0.29.0",
+    "0.30.0",
+    "0.31.0",
 )
 
 SGLANG_OLDEST, SGLANG_NEWEST = "0.5.10", "0.5.23"
@@ -181,11 +191,15 @@ def vllm_newest(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("version", VLLM_MINORS)
 def vllm_release(session: nox.Session, version: str) -> None:
-    """Registration, and a served text and image, in a vLLM between those that CI runs: for docs/versions.md."""
+    """The adapter in a vLLM between those that CI runs, and a served text and image: for docs/versions.md.
+
+    Before 0.29 vLLM has no prefill for this model's attention on a CPU, with or without the plugin: nothing is served.
+    """
     _install_vllm(session, version, "--torch", "2.13.0")
     session.env["PYTHONDONTWRITEBYTECODE"] = ""
-    session.run("python", "-m", "k26_plugins.vllm.probe")
-    session.run("python", "ci/demo.py", "vllm", session.create_tmp())
+    session.run("pytest", "-q", "tests/vllm/test_adapter.py", "tests/vllm/test_output.py", "-k", "not Served")
+    if version >= "0.29":
+        session.run("python", "ci/demo.py", "vllm", session.create_tmp())
 
 
 def _install_sglang(session: nox.Session, version: str, *arguments: str) -> None:

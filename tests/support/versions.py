@@ -19,6 +19,10 @@ ABSENT = {
         "vllm.model_executor.layers.fused_moe.fused_moe_method_base:FusedMoEMethodBase.maybe_make_prepare_finalize": (
             "later releases do not ask the method for it"
         ),
+        "vllm.model_executor.layers.fused_moe:modular_kernel.FusedMoEExpertsModular.supports_expert_map": (
+            "later releases do not ask the experts for it"
+        ),
+        "vllm:envs.VLLM_MAX_IMAGE_PIXELS": "the core's own limit holds",
         "vllm.parser.": "before 0.25 there is no parser of this model's that ours could mend: vLLM's own parsers serve",
         "vllm.tool_parsers.tool_strict_level:": "before 0.31 a grammar has calls in it by other rules",
         "vllm.v1.attention.backends.mla.prefill": "before 0.29 prefill on a CPU is computed elsewhere: vLLM's own stays",
@@ -29,6 +33,7 @@ ABSENT = {
         f"{_CHAT}.serving_chat:OpenAIServingChat._engine_prompt": "before 0.5.20: said in the log",
         f"{_CHAT}.serving_chat:normalize_assistant_tool_call_arguments": "before 0.5.14: said in the log",
         f"{_CHAT}.serving_responses:OpenAIServingResponses._": "before 0.5.20: said in the log",
+        "sglang.srt.distributed:get_moe_expert_parallel_world_size": "read from `runtime_context` where there is one",
         "sglang.srt.function_call.kimik2_detector:KimiK2Detector.finish": "before 0.5.18 SGLang calls no such method",
         "sglang.srt.layers.moe.fused_moe_triton.layer:create_kt_config_from_server_args": "the fork has a switch",
         "sglang.srt.layers.moe.utils:speculative_kt_ep_disabled_context": "the fork's alone",

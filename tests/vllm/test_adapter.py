@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +27,7 @@ from k26_plugins.common.checkpoint import Checkpoint, expert_name, shard
 from k26_plugins.common.config import ARCHITECTURE, K26Config
 from k26_plugins.common.experts import ExpertWeights, create_experts
 from k26_plugins.common.media import MediaError
+from k26_plugins.common.prompt.hf_tokenizer import core_serves_prompts
 from k26_plugins.common.serving import core_config
 from k26_plugins.vllm import compat, config, register
 from k26_plugins.vllm.experts import K26ExpertsMethod, use_core_experts
@@ -254,3 +257,58 @@ def test_the_snapshot_says_what_this_release_has() -> None:
     """By reading its files it was made; here the engine itself is asked."""
     snapshot = read_snapshot("vllm")[compat.vllm_version().split("+")[0]]
     assert wrong_entries(snapshot) == {}
+
+
+def test_each_piece_can_be_left_to_vllm(tiny_folder: Path) -> None:
+    """In a process of its own, as a server reads the settings: one at a time, the others stay ours."""
+    script = f"""
+import json
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.plugins import load_general_plugins
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+load_general_plugins()
+arguments = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(["--model", {str(tiny_folder)!r}])
+arguments.tool_call_parser, arguments.enable_auto_tool_choice = None, False
+config = AsyncEngineArgs.from_cli_args(arguments).create_model_config()
+import os
+from vllm.multimodal import MULTIMODAL_REGISTRY
+processor = MULTIMODAL_REGISTRY.create_processor(config)
+pieces = {{
+    "prompts": config.tokenizer_mode, "parsers": arguments.tool_call_parser,
+    "media": [type(one).__module__ for one in (processor, processor.info)],
+    "connector": os.environ.get("VLLM_MEDIA_CONNECTOR"),
+}}
+print(json.dumps(pieces))
+"""
+    ours = {
+        "prompts": "k26",
+        "parsers": "k26" if compat.has_kimi_parser() else "kimi_k2",
+        "media": ["k26_plugins.vllm.processing"] * 2,
+        "connector": "k26",
+    }
+    theirs = {
+        "K26_PROMPTS": {"prompts": "auto"},
+        "K26_PARSERS": {"parsers": "kimi_k2"},
+        "K26_MEDIA": {"media": ["vllm.model_executor.models.kimi_k25"] * 2, "connector": None},
+    }
+    running = {
+        variable: subprocess.Popen(
+            [sys.executable, "-c", script], env={**os.environ, variable: "engine"}, stdout=subprocess.PIPE, text=True
+        )
+        for variable in theirs
+    }
+    for variable, process in running.items():
+        out, _ = process.communicate(timeout=300)
+        assert json.loads(out.splitlines()[-1]) == ours | theirs[variable], variable
+
+
+def test_a_tokenizer_json_alone_is_left_to_vllm(tiny_folder: Path, tmp_path: Path) -> None:
+    """Beside `tiktoken.model` it changes nothing."""
+    folder = tmp_path / "DIR"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "tokenizer.json").write_text("{}")
+    assert core_serves_prompts(folder)
+    (folder / "tiktoken.model").unlink()
+    assert not core_serves_prompts(folder)
+    (folder / "tokenizer.json").unlink()
+    assert core_serves_prompts(folder)  # and its absence is one clear error
