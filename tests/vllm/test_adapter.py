@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import pickle
 import shutil
 import subprocess
@@ -260,25 +259,31 @@ def test_the_snapshot_says_what_this_release_has() -> None:
 
 
 def test_each_piece_can_be_left_to_vllm(tiny_folder: Path) -> None:
-    """In a process of its own, as a server reads the settings: one at a time, the others stay ours."""
+    """One at a time, the others stay ours: each in a process in which no plugin was loaded before, as in a server."""
     script = f"""
-import json
+import json, os, sys
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.plugins import load_general_plugins
 from vllm.utils.argparse_utils import FlexibleArgumentParser
-load_general_plugins()
-arguments = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(["--model", {str(tiny_folder)!r}])
-arguments.tool_call_parser, arguments.enable_auto_tool_choice = None, False
-config = AsyncEngineArgs.from_cli_args(arguments).create_model_config()
-import os
-from vllm.multimodal import MULTIMODAL_REGISTRY
-processor = MULTIMODAL_REGISTRY.create_processor(config)
-pieces = {{
-    "prompts": config.tokenizer_mode, "parsers": arguments.tool_call_parser,
-    "media": [type(one).__module__ for one in (processor, processor.info)],
-    "connector": os.environ.get("VLLM_MEDIA_CONNECTOR"),
-}}
-print(json.dumps(pieces))
+for variable in sys.argv[1:]:
+    if os.fork():
+        os.wait()
+        continue
+    os.environ[variable] = "engine"
+    load_general_plugins()
+    arguments = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(["--model", {str(tiny_folder)!r}])
+    arguments.tool_call_parser, arguments.enable_auto_tool_choice = None, False
+    config = AsyncEngineArgs.from_cli_args(arguments).create_model_config()
+    processor = MULTIMODAL_REGISTRY.create_processor(config)
+    pieces = {{
+        "prompts": config.tokenizer_mode,
+        "parsers": arguments.tool_call_parser,
+        "media": [type(one).__module__ for one in (processor, processor.info)],
+        "connector": os.environ.get("VLLM_MEDIA_CONNECTOR"),
+    }}
+    print("FOUND", variable, json.dumps(pieces), flush=True)
+    os._exit(0)
 """
     ours = {
         "prompts": "k26",
@@ -291,15 +296,12 @@ print(json.dumps(pieces))
         "K26_PARSERS": {"parsers": "kimi_k2"},
         "K26_MEDIA": {"media": ["vllm.model_executor.models.kimi_k25"] * 2, "connector": None},
     }
-    running = {
-        variable: subprocess.Popen(
-            [sys.executable, "-c", script], env={**os.environ, variable: "engine"}, stdout=subprocess.PIPE, text=True
-        )
-        for variable in theirs
+    command = [sys.executable, "-c", script, *theirs]
+    out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=300).stdout
+    found = dict(line.split(" ", 2)[1:] for line in out.splitlines() if line.startswith("FOUND "))
+    assert {variable: json.loads(pieces) for variable, pieces in found.items()} == {
+        variable: ours | changed for variable, changed in theirs.items()
     }
-    for variable, process in running.items():
-        out, _ = process.communicate(timeout=300)
-        assert json.loads(out.splitlines()[-1]) == ours | theirs[variable], variable
 
 
 def test_a_tokenizer_json_alone_is_left_to_vllm(tiny_folder: Path, tmp_path: Path) -> None:
