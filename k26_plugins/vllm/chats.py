@@ -13,6 +13,7 @@ import pydantic
 from k26_plugins.common.prompt.call_names import is_object
 from k26_plugins.common.prompt.chat import as_error
 from k26_plugins.common.prompt.thinking import template_options
+from k26_plugins.common.registration import Registration
 from k26_plugins.vllm import compat, logger
 
 
@@ -28,11 +29,13 @@ def install() -> None:
         (compat.RESPONSES_ROUTER, "_convert_stream_to_sse_events", end_incomplete),
         (compat.TOKENIZE_SERVING, f"{compat.tokenization_class()}.create_tokenize", read_reasoning),
     ]
+    changes = Registration()
     for module, path, hook in hooks:
         try:
-            compat.wrap(module, path, hook)
+            compat.wrap(changes, module, path, hook)
         except compat.UnsupportedEngineError as error:
             logger.warning("k26-plugins: %s", error)
+    changes.apply()
 
 
 def settle_thinking(original: Callable[..., Any], request: Any, *args: Any, **kwargs: Any) -> Any:

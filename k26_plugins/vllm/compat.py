@@ -105,7 +105,7 @@ def register_tokenizer_choice(changes: Registration, module: str, name: str) -> 
     changes.attribute(owner, "get_model_arch_config", get_model_arch_config)
 
 
-def wrap(module: str, path: str, hook: Callable[..., Any]) -> None:
+def wrap(changes: Registration, module: str, path: str, hook: Callable[..., Any]) -> None:
     """Put `hook(original, …)` around a function of `module`, or a method of a class in it. Raises UnsupportedEngineError."""
     *classes, name = path.split(".")
     if find_spec(module) is None:
@@ -126,7 +126,7 @@ def wrap(module: str, path: str, hook: Callable[..., Any]) -> None:
         return hook(function, *args, **kwargs)
 
     wrapped.k26_hook = hook  # type: ignore[attr-defined]
-    setattr(owner, name, classmethod(wrapped) if of_class else wrapped)
+    changes.attribute(owner, name, classmethod(wrapped) if of_class else wrapped)
 
 
 def tokenization_class() -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from k26_plugins.common.registration import Registration
 from k26_plugins.vllm import chats, compat
 
 pytest.importorskip("vllm.parser.kimi_k2", reason="the hooks were checked where the parser is")
@@ -117,4 +118,4 @@ def test_a_vllm_without_a_place_is_told_of(monkeypatch: pytest.MonkeyPatch, capl
     chats.install()
     assert "has no vllm.nowhere._convert_stream_to_sse_events" in caplog.text
     with pytest.raises(compat.UnsupportedEngineError):
-        compat.wrap("vllm.sampling_params", "SamplingParams.nothing", chats.length_wins)
+        compat.wrap(Registration(), "vllm.sampling_params", "SamplingParams.nothing", chats.length_wins)
