@@ -154,7 +154,8 @@ def _wrap(changes: Registration, owner: Any, name: str, hook: Callable[..., Any]
 
     wrapped.k26_hook = hook  # type: ignore[attr-defined]
     if isinstance(owner, type):
-        changes.attribute(owner, name, wrapped)
+        of_nobody = isinstance(vars(owner).get(name), staticmethod)
+        changes.attribute(owner, name, staticmethod(wrapped) if of_nobody else wrapped)
     else:
         changes.function(owner, name, wrapped)
 
@@ -174,22 +175,20 @@ def serves_chats() -> bool:
     return "sglang.srt.entrypoints.http_server" in sys.modules
 
 
-def hook_chat(path: str, hook: Callable[..., Any], module: str = "openai.serving_chat") -> None:
+def hook_chat(changes: Registration, path: str, hook: Callable[..., Any], module: str = "openai.serving_chat") -> None:
     """Put `hook(original, …)` around a function or a method of SGLang's chat API; one it does not have is left out."""
     owner: Any = importlib.import_module(f"sglang.srt.entrypoints.{module}")
     *classes, name = path.split(".")
     for part in classes:
         owner = getattr(owner, part)
     if hasattr(owner, name):
-        changes = Registration()
         _wrap(changes, owner, name, hook)
-        changes.apply()
 
 
-def hook_responses(path: str, hook: Callable[..., Any]) -> None:
-    """The same of its Responses API, without which SGLang serves where an import of it fails."""
+def hook_other(changes: Registration, module: str, path: str, hook: Callable[..., Any]) -> None:
+    """The same of its Responses or Messages API, without which SGLang serves where an import of it fails."""
     with contextlib.suppress(ImportError):
-        hook_chat(path, hook, "openai.serving_responses")
+        hook_chat(changes, path, hook, module)
 
 
 def chat_part(part: Any) -> Any:
@@ -266,9 +265,9 @@ def in_tree_tool_detector() -> type:
     return found
 
 
-def replace_tool_detector(parser: str, module: str, name: str) -> None:
+def replace_tool_detector(changes: Registration, parser: str, module: str, name: str) -> None:
     parsers = private("sglang.srt.function_call.function_call_parser", "FunctionCallParser").ToolCallParserEnum
-    parsers[parser] = getattr(importlib.import_module(module), name)
+    changes.item(parsers, parser, getattr(importlib.import_module(module), name))
 
 
 def finish_tokenizer(tokenizer: Any) -> Any:

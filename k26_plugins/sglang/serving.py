@@ -9,11 +9,13 @@ from typing import Any
 from k26_plugins.common.prompt.hf_tokenizer import CONTINUE_KEY
 from k26_plugins.common.prompt.output import MARKERS
 from k26_plugins.common.prompt.thinking import template_options
+from k26_plugins.common.registration import Registration
 from k26_plugins.sglang import compat, compat_chats
 from k26_plugins.sglang.answers import K26Answers
 from k26_plugins.sglang.arguments import PARSER
 from k26_plugins.sglang.messages import keep_history, show_cut_calls
 
+RESPONSES, MESSAGES = "openai.serving_responses", "anthropic.serving"
 DROPPED = ("name", "reasoning")
 MAX_ANSWERS = 1024
 """Of one request (`n`): SGLang makes as many requests of it, before it looks at any."""
@@ -21,17 +23,29 @@ MAX_ANSWERS = 1024
 
 def install() -> None:
     """Put the hooks in place, once for each process."""
-    compat.replace_tool_detector(PARSER, "k26_plugins.sglang.output", "K26ToolDetector")
-    compat.hook_chat("normalize_assistant_tool_call_arguments", keep_arguments)
-    compat.hook_chat("OpenAIServingChat._handle_last_assistant_message", leave_last_message)
-    compat.hook_chat("OpenAIServingChat.handle_request", read_messages)
-    compat.hook_chat("OpenAIServingChat._engine_prompt", send_token_ids)
-    compat.hook_chat("OpenAIServingChat._process_messages", settle)
-    compat.hook_chat("OpenAIServingChat._encoding_output", read_token_ids)
-    compat.hook_responses("OpenAIServingResponses._flatten_tool_output", keep_images)
-    compat.hook_responses("OpenAIServingResponses.create_responses", read_thinking)
-    compat.hook_chat("AnthropicServing._convert_to_chat_completion_request", keep_history, "anthropic.serving")
-    compat.hook_chat("AnthropicServing._convert_response", show_cut_calls, "anthropic.serving")
+    changes = Registration()
+    compat.replace_tool_detector(changes, PARSER, "k26_plugins.sglang.output", "K26ToolDetector")
+    chats: list[tuple[str, Callable[..., Any]]] = [
+        ("normalize_assistant_tool_call_arguments", keep_arguments),
+        ("OpenAIServingChat._handle_last_assistant_message", leave_last_message),
+        ("OpenAIServingChat.handle_request", read_messages),
+        ("OpenAIServingChat._engine_prompt", send_token_ids),
+        ("OpenAIServingChat._process_messages", settle),
+        ("OpenAIServingChat._encoding_output", read_token_ids),
+        ("OpenAIServingChat.supports_native_reasoning_history", keep_reasoning_apart),
+    ]
+    for path, hook in chats:
+        compat.hook_chat(changes, path, hook)
+    others: list[tuple[str, str, Callable[..., Any]]] = [
+        (RESPONSES, "OpenAIServingResponses._flatten_tool_output", keep_images),
+        (RESPONSES, "OpenAIServingResponses._merge_consecutive_assistant_messages", join_turns),
+        (RESPONSES, "OpenAIServingResponses.create_responses", read_thinking),
+        (MESSAGES, "AnthropicServing._convert_to_chat_completion_request", keep_history),
+        (MESSAGES, "AnthropicServing._convert_response", show_cut_calls),
+    ]
+    for module, path, hook in others:
+        compat.hook_other(changes, module, path, hook)
+    changes.apply()
 
 
 async def read_messages(original: Callable[..., Any], serving: Any, request: Any, raw_request: Any = None) -> Any:
@@ -92,6 +106,19 @@ def keep_images(original: Callable[..., Any], output: Any) -> Any:
     return original(output)
 
 
+def join_turns(original: Callable[..., Any], messages: list[Any]) -> Any:
+    """The reasoning, the text and the calls of one answer are one message. SGLang parts them where the text names its
+    phase, which this model's template does not read: the reasoning would be that of an answer without calls, and dropped."""
+    return original(
+        [
+            {name: value for name, value in message.items() if name != "phase"}
+            if isinstance(message, dict)
+            else message
+            for message in messages
+        ]
+    )
+
+
 def leave_last_message(
     original: Callable[..., Any], serving: Any, messages: list[dict[str, Any]], request: Any
 ) -> tuple[list[dict[str, Any]], None]:
@@ -150,6 +177,12 @@ def _schema(response_format: Any) -> Any:
 def read_token_ids(original: Callable[..., Any], serving: Any) -> Any:
     """What takes answers apart, where both parsers are this model's: by token ids, in which quoted markers are text."""
     return K26Answers(serving) if _reads_ids(serving) else original(serving)
+
+
+def keep_reasoning_apart(original: Callable[..., bool], serving: Any) -> bool:
+    """Past reasoning of the Messages API goes where the template writes it. SGLang would put it into the content, between
+    tags that would be text there."""
+    return serving.template_manager.chat_template_name is None or original(serving)
 
 
 def _reads_ids(serving: Any) -> bool:

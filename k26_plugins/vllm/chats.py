@@ -24,7 +24,7 @@ def install() -> None:
         (compat.CHAT_PROTOCOL, "ChatMessage.__init__", name_reasoning_twice),
         (compat.CHAT_SERVING, "OpenAIServingChat.chat_completion_full_generator", length_wins),
         (compat.MESSAGES_SERVING, "AnthropicServingMessages._convert_tool_use_block", keep_characters),
-        (compat.MESSAGES_SERVING, "AnthropicServingMessages._convert_user_tool_result", tell_errors),
+        (compat.MESSAGES_SERVING, "AnthropicServingMessages._convert_user_tool_result", keep_results),
         (compat.MESSAGES_SERVING, "AnthropicServingMessages.messages_full_converter", show_cut_calls),
         (compat.RESPONSES_ROUTER, "_convert_stream_to_sse_events", end_incomplete),
         (compat.TOKENIZE_SERVING, f"{compat.tokenization_class()}.create_tokenize", read_reasoning),
@@ -88,13 +88,18 @@ def keep_characters(original: Callable[..., None], block: Any, tool_calls: list[
     tool_calls[-1]["function"]["arguments"] = json.dumps(block.input or {}, ensure_ascii=False)
 
 
-def tell_errors(original: Callable[..., None], block: Any, openai_messages: list[dict[str, Any]]) -> None:
-    """A chat's message has no place for `is_error`: its text says it."""
-    result = len(openai_messages)
+def keep_results(original: Callable[..., None], block: Any, openai_messages: list[dict[str, Any]]) -> None:
+    """A result with its images where they stand: vLLM would say that the user sent them, between two results too. And with
+    `is_error` in its text: a chat's message has no place for it."""
+    place = len(openai_messages)
     original(block, openai_messages)
+    result, after = openai_messages[place], openai_messages[place + 1 : place + 2]
+    if after and after[0]["role"] == "user":
+        del openai_messages[place + 1]
+        parts = [compat.message_image(part) if part.get("type") == "image" else part for part in block.content]
+        result["content"] = [part for part in parts if part and part["type"] in ("text", "image_url")]
     if block.is_error:
-        message = openai_messages[result]
-        message["content"] = as_error(message["content"])
+        result["content"] = as_error(result["content"])
 
 
 def show_cut_calls(original: Callable[..., Any], serving: Any, response: Any) -> Any:

@@ -129,6 +129,12 @@ def wrap(changes: Registration, module: str, path: str, hook: Callable[..., Any]
     changes.attribute(owner, name, classmethod(wrapped) if of_class else wrapped)
 
 
+def message_image(part: dict[str, Any]) -> dict[str, Any] | None:
+    """An image of the Messages API as the chat API has it; None where it has neither data nor an address."""
+    url = private(MESSAGES_SERVING, "AnthropicServingMessages")._convert_image_source_to_url(part.get("source", {}))
+    return {"type": "image_url", "image_url": {"url": url}} if url else None
+
+
 def tokenization_class() -> str:
     """Of the endpoint `/tokenize`: 0.19.1 has it under the older name."""
     older = "OpenAIServingTokenization"

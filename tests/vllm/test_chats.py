@@ -86,6 +86,19 @@ def test_an_error_is_said(text: Any, written: str) -> None:
     assert converted([{**result, "is_error": False}])[0]["content"] == (text or "")
 
 
+def test_images_of_a_result_stay_in_it() -> None:
+    """In their places, and no message of the user's comes between two results."""
+    source = {"type": "base64", "media_type": "image/png", "data": "aGVsbG8="}
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aGVsbG8="}}
+    parts = [{"type": "image", "source": source}, {"type": "text", "text": "no"}, {"type": "image", "source": source}]
+    results = [
+        {"type": "tool_result", "tool_use_id": "a", "content": parts, "is_error": True},
+        {"type": "tool_result", "tool_use_id": "b", "content": "12:30"},
+    ]
+    found = [(message["role"], message["content"]) for message in converted(results)]
+    assert found == [("tool", [image, {"type": "text", "text": "Error: no"}, image]), ("tool", "12:30")]
+
+
 def response(arguments: list[str], finish_reason: str) -> Any:
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
 
