@@ -26,12 +26,6 @@ SNAPSHOTS = ROOT / "tests/releases"
 ENGINES = {"vllm": "vllm", "sglang": "sglang", "sglang-kt": "sglang"}
 """By the snapshot's name, the package, which is the adapter's name as well."""
 GONE = "-"
-HOOKED = {
-    "hook_chat": "openai.serving_chat",
-    "hook_responses": "openai.serving_responses",
-    "hook_messages": "anthropic.serving",
-}
-"""By the function of SGLang's adapter that puts a hook around a function, the module of that function."""
 BESIDES: dict[str, tuple[str, ...]] = {
     "vllm": (
         "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest.build_chat_params",
@@ -70,6 +64,9 @@ class _Touched(ast.NodeVisitor):
                 name = f"{node.module}:{alias.name}"
                 self.found.add(name)
                 self.values[alias.asname or alias.name] = {name}
+        elif node.module and node.module.startswith(f"k26_plugins.{self.engine}.compat"):
+            for alias in node.names:
+                self.values[alias.asname or alias.name] = self.constants.get(alias.name, set())
 
     def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
         outside = self.values
@@ -108,9 +105,6 @@ class _Touched(ast.NodeVisitor):
             owner, member = (node.args[1], node.args[2]) if called.endswith("wrap") else node.args[:2]
             for name in self._names(member) if isinstance(member, ast.Constant) else ():
                 self.found.update(_member(one, name) for one in self._names(owner))
-        kind = called.split(".")[-1]
-        if kind in HOOKED and isinstance(node.args[0], ast.Constant):
-            self.found.add(f"sglang.srt.entrypoints.{HOOKED[kind]}:{node.args[0].value}")
 
     def visit_Tuple(self, node: ast.Tuple) -> None:
         """A module, the path of a function in it, and what goes around that function."""
@@ -194,14 +188,14 @@ def touched(engine: str) -> tuple[frozenset[str], frozenset[str]]:
     constants: dict[str, set[str]] = {}
     found = set(BESIDES[engine])
     overridden: set[str] = set()
-    # compat.py first: the others take modules and classes from its functions.
-    for file in sorted(folder.rglob("*.py"), key=lambda one: (one.name != "compat.py", one)):
+    # compat.py first, and what goes beside it: the others take modules and classes from them.
+    for file in sorted(folder.rglob("*.py"), key=lambda one: (not one.name.startswith("compat"), one)):
         visitor = _Touched(engine, returned, constants)
         visitor.visit(ast.parse(file.read_text(encoding="utf-8")))
         found |= visitor.found
         overridden |= visitor.overridden
-        if file.name == "compat.py":
-            constants = visitor.values
+        if file.name.startswith("compat"):
+            constants |= visitor.values
     return _own(found, engine), _own(overridden, engine)
 
 

@@ -47,8 +47,8 @@ SGLANG_OLDEST, SGLANG_NEWEST = "0.5.10", "0.5.23"
 # On a CPU without AMX only the newest is right; the tests hold that the others are refused.
 KT_KERNELS = ("0.6.1", "0.6.4", "0.7.2")
 
-# Both engines bring a version of their own.
-CLIENTS = ("openai", "anthropic")
+# Of these SDKs both engines bring a version of their own.
+SDKS = ("openai", "anthropic")
 
 IN_PARALLEL = ("pytest", "-q", "-n", "2", "--dist", "worksteal")
 
@@ -148,11 +148,20 @@ def _install_vllm(session: nox.Session, *arguments: str) -> None:
     install(session, "-e", ".[fuzz]", "pytest", "hypothesis", "httpx")
 
 
+def _install_clients(session: nox.Session) -> None:
+    """What asks the servers: the SDKs beside the engine, agents in an environment of their own."""
+    install(session, *SDKS)
+    folder = f"{session.virtualenv.location}/clients"
+    session.run("python", "ci/install_clients.py", folder)
+    session.env["K26_CLIENTS"] = folder
+
+
 @environment
 def vllm(session: nox.Session) -> None:
     """The adapter in the newest vLLM that has a CPU build: the real server; and what the session `demo` does."""
     _install_vllm(session, VLLM_SERVED)
-    install(session, "ray", *CLIENTS)
+    install(session, "ray")
+    _install_clients(session)
     session.run("pytest", "-q", "tests/vllm", *session.posargs)
     session.run("python", "ci/demo.py", "vllm", session.create_tmp())
     # Not in `core`, which is to be quick.
@@ -232,7 +241,7 @@ def sglang(session: nox.Session) -> None:
     """The adapter in the newest SGLang: the real server, and hybrid runs with kt-kernel beside it."""
     _install_sglang(session, SGLANG_NEWEST)
     session.run("python", "ci/install_kt_kernel.py", KT_KERNELS[-1])
-    install(session, *CLIENTS)
+    _install_clients(session)
     session.run(*SGLANG_PYTEST, "tests/sglang", *session.posargs)
     # Here because this is the only environment whose torchvision works: PyPI's is a CUDA build.
     session.run(*SGLANG_PYTEST, "tests/core/test_transformers_media.py", *session.posargs)

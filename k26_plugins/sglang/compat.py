@@ -163,7 +163,8 @@ def wrap(changes: Registration, owner: Any, name: str, hook: Callable[..., Any])
 
     wrapped.k26_hook = hook  # type: ignore[attr-defined]
     if isinstance(owner, type):
-        changes.attribute(owner, name, wrapped)
+        of_nobody = isinstance(vars(owner).get(name), staticmethod)
+        changes.attribute(owner, name, staticmethod(wrapped) if of_nobody else wrapped)
     else:
         changes.function(owner, name, wrapped)
 
@@ -255,9 +256,9 @@ def in_tree_tool_detector() -> type:
     return found
 
 
-def replace_tool_detector(parser: str, module: str, name: str) -> None:
+def replace_tool_detector(changes: Registration, parser: str, module: str, name: str) -> None:
     parsers = private("sglang.srt.function_call.function_call_parser", "FunctionCallParser").ToolCallParserEnum
-    parsers[parser] = getattr(importlib.import_module(module), name)
+    changes.item(parsers, parser, getattr(importlib.import_module(module), name))
 
 
 def finish_tokenizer(tokenizer: Any) -> Any:

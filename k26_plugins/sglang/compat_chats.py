@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -11,36 +10,27 @@ from k26_plugins.common.registration import Registration, go_without
 from k26_plugins.sglang import logger
 from k26_plugins.sglang.compat import UnsupportedEngineError, private, sglang_version, wrap
 
-
-def hook_chat(path: str, hook: Callable[..., Any], lost: str) -> None:
-    """Put `hook(original, …)` around a function or a method of SGLang's chat API. `lost`: what is said to be so in an
-    SGLang that does not have it."""
-    _hook("openai.serving_chat", path, hook, lost)
+CHAT = "sglang.srt.entrypoints.openai.serving_chat"
+RESPONSES = "sglang.srt.entrypoints.openai.serving_responses"
+MESSAGES = "sglang.srt.entrypoints.anthropic.serving"
 
 
-def hook_responses(path: str, hook: Callable[..., Any], lost: str) -> None:
-    """The same of its Responses API, without which SGLang serves where an import of it fails."""
-    with contextlib.suppress(ImportError):
-        _hook("openai.serving_responses", path, hook, lost)
+def hook(changes: Registration, module: str, path: str, around: Callable[..., Any], lost: str) -> None:
+    """Put `around(original, …)` around a function or a method of `module`, one of SGLang's APIs.
 
-
-def hook_messages(path: str, hook: Callable[..., Any], lost: str) -> None:
-    """The same of its Messages API, Anthropic's."""
-    _hook("anthropic.serving", path, hook, lost)
-
-
-def _hook(module: str, path: str, hook: Callable[..., Any], lost: str) -> None:
-    name = f"sglang.srt.entrypoints.{module}"
-    owner: Any = importlib.import_module(name)
+    lost: what is said to be so in an SGLang that does not have it. SGLang serves without an API whose import fails.
+    """
+    try:
+        owner: Any = importlib.import_module(module)
+    except ImportError:
+        return
     *classes, function = path.split(".")
     for part in classes:
         owner = getattr(owner, part, None)
     if hasattr(owner, function):
-        changes = Registration()
-        wrap(changes, owner, function, hook)
-        changes.apply()
+        wrap(changes, owner, function, around)
     else:
-        go_without(UnsupportedEngineError(f"SGLang {sglang_version()} has no {name}.{path}."), lost, logger)
+        go_without(UnsupportedEngineError(f"SGLang {sglang_version()} has no {module}.{path}."), lost, logger)
 
 
 def chat_part(part: Any) -> Any:

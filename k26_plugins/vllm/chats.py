@@ -13,7 +13,7 @@ import pydantic
 from k26_plugins.common.prompt.call_names import is_object
 from k26_plugins.common.prompt.chat import as_error
 from k26_plugins.common.prompt.thinking import template_options
-from k26_plugins.common.registration import go_without
+from k26_plugins.common.registration import Registration, go_without
 from k26_plugins.common.settings import ENGINE, core_prompts, parsers_setting
 from k26_plugins.vllm import compat, logger
 
@@ -38,8 +38,8 @@ def install() -> None:
         (
             compat.MESSAGES_SERVING,
             "AnthropicServingMessages._convert_user_tool_result",
-            tell_errors,
-            "the model is not told that a result of the Messages API is an error",
+            keep_results,
+            "the model is not told that a result of the Messages API is an error, and its images are dropped",
         ),
         (
             compat.TOKENIZE_SERVING,
@@ -74,12 +74,13 @@ def install() -> None:
             "a stream of the Responses API that the token limit cut ends as completed",
         ),
     ]
+    changes = Registration()
     for module, path, hook, lost in (
         *(requests if core_prompts() else ()),
         *(answers if parsers_setting() != ENGINE else ()),
     ):
         try:
-            compat.wrap(module, path, hook)
+            compat.wrap(changes, module, path, hook)
         except compat.UnsupportedEngineError as error:
             go_without(error, lost, logger)
 
@@ -134,13 +135,18 @@ def keep_characters(original: Callable[..., None], block: Any, tool_calls: list[
     tool_calls[-1]["function"]["arguments"] = json.dumps(block.input or {}, ensure_ascii=False)
 
 
-def tell_errors(original: Callable[..., None], block: Any, openai_messages: list[dict[str, Any]]) -> None:
-    """A chat's message has no place for `is_error`: its text says it."""
-    result = len(openai_messages)
+def keep_results(original: Callable[..., None], block: Any, openai_messages: list[dict[str, Any]]) -> None:
+    """A result with its images where they stand: vLLM would say that the user sent them, between two results too. And with
+    `is_error` in its text: a chat's message has no place for it."""
+    place = len(openai_messages)
     original(block, openai_messages)
+    result, after = openai_messages[place], openai_messages[place + 1 : place + 2]
+    if after and after[0]["role"] == "user":
+        del openai_messages[place + 1]
+        parts = [compat.message_image(part) if part.get("type") == "image" else part for part in block.content]
+        result["content"] = [part for part in parts if part and part["type"] in ("text", "image_url")]
     if block.is_error:
-        message = openai_messages[result]
-        message["content"] = as_error(message["content"])
+        result["content"] = as_error(result["content"])
 
 
 def show_cut_calls(original: Callable[..., Any], serving: Any, response: Any) -> Any:

@@ -105,7 +105,7 @@ def register_tokenizer_choice(changes: Registration, module: str, name: str) -> 
     changes.attribute(owner, "get_model_arch_config", get_model_arch_config)
 
 
-def wrap(module: str, path: str, hook: Callable[..., Any]) -> None:
+def wrap(changes: Registration, module: str, path: str, hook: Callable[..., Any]) -> None:
     """Put `hook(original, …)` around a function of `module`, or a method of a class in it. Raises UnsupportedEngineError."""
     *classes, name = path.split(".")
     if find_spec(module) is None:
@@ -126,7 +126,13 @@ def wrap(module: str, path: str, hook: Callable[..., Any]) -> None:
         return hook(function, *args, **kwargs)
 
     wrapped.k26_hook = hook  # type: ignore[attr-defined]
-    setattr(owner, name, classmethod(wrapped) if of_class else wrapped)
+    changes.attribute(owner, name, classmethod(wrapped) if of_class else wrapped)
+
+
+def message_image(part: dict[str, Any]) -> dict[str, Any] | None:
+    """An image of the Messages API as the chat API has it; None where it has neither data nor an address."""
+    url = private(MESSAGES_SERVING, "AnthropicServingMessages")._convert_image_source_to_url(part.get("source", {}))
+    return {"type": "image_url", "image_url": {"url": url}} if url else None
 
 
 def tokenization_class() -> str:
