@@ -16,7 +16,7 @@ ON_GPU = ("triton", "reference")
 
 def before_settling(original: Callable[[Any], Any], server_args: Any) -> Any:
     compat.keep_given_runner(server_args)
-    if is_this_model(server_args.model_path, server_args.revision):
+    if is_this_model(compat.fetched_folder(server_args), server_args.revision):
         _choose_parsers(server_args)
         _choose_runner(server_args)
     return original(server_args)

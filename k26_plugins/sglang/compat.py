@@ -321,6 +321,33 @@ def moe_runner_backend() -> Any:
     return private("sglang.srt.layers.moe.utils", "get_moe_runner_backend")()
 
 
+def streamed_folder(name: str) -> str:
+    """Of an object store's name the folder in which SGLang keeps the checkpoint's small files; any other as it is."""
+    runai = "sglang.srt.utils.runai_utils"
+    is_object_store = private(runai, "is_runai_obj_uri")(name)
+    return str(private(runai, "ObjectStorageModel").get_path(name)) if is_object_store else name
+
+
+def fetched_folder(server_args: Any) -> str:
+    """The model's name or folder as transformers can read its configuration, before SGLang settles its arguments.
+
+    SGLang fetches what is not on the hub later, from the same places into the same folders.
+    """
+    name: str = server_args.model_path
+    runai = "sglang.srt.utils.runai_utils"
+    if private(runai, "is_runai_obj_uri")(name):
+        return str(private(runai, "ObjectStorageModel").download_and_get_path(name))
+    if not private("sglang.srt.utils", "get_bool_env_var")("SGLANG_USE_MODELSCOPE") or Path(name).exists():
+        return name
+    modelscope = importlib.import_module("modelscope")
+    cache = importlib.import_module("modelscope.utils.file_utils").get_model_cache_root()
+    for root in (cache, server_args.download_dir):
+        if root and (Path(root) / name / "config.json").exists():
+            return str(Path(root) / name)
+    file = modelscope.model_file_download(model_id=name, file_path="config.json", revision=server_args.revision)
+    return str(Path(file).parent)
+
+
 # A name with an underscore: SGLang allows notes of such names on its arguments, and sends them to its processes.
 _GIVEN_RUNNER = "_k26_moe_runner"
 

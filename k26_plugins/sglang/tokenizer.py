@@ -13,9 +13,10 @@ from k26_plugins.sglang import compat, serving
 def get_tokenizer(original: Callable[..., Any], tokenizer_name: str, *args: Any, **kwargs: Any) -> Any:
     """SGLang's own for another model, or where the user chose a `--tokenizer-mode`. No file of it is executed."""
     revision = kwargs.get("revision") or kwargs.get("tokenizer_revision")
-    if kwargs.get("tokenizer_mode", "auto") != "auto" or not is_this_model(tokenizer_name, revision):
+    folder = compat.streamed_folder(tokenizer_name)
+    if kwargs.get("tokenizer_mode", "auto") != "auto" or not is_this_model(folder, revision):
         return original(tokenizer_name, *args, **kwargs)
-    return compat.finish_tokenizer(load_tokenizer(tokenizer_name, revision))
+    return compat.finish_tokenizer(load_tokenizer(folder, revision))
 
 
 def load_tokenizer(name: str, revision: str | None) -> Any:

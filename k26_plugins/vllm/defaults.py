@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from k26_plugins.common.prompt.hf_tokenizer import is_this_model
+from k26_plugins.common.config import ARCHITECTURE
 from k26_plugins.common.settings import PARSERS_VARIABLE, parsers_by_default
 from k26_plugins.vllm import compat, logger
 
@@ -13,24 +12,20 @@ from k26_plugins.vllm import compat, logger
 PARSER = "kimi_k2"
 
 
-def from_cli_args(original: Callable[[Any], Any], args: Any) -> Any:
-    """`AsyncEngineArgs.from_cli_args`, which every process of the API server calls before it reads the rest of `args`."""
-    if hasattr(args, "tool_call_parser") and parsers_by_default() and is_this_model(args.model, args.revision):
-        choose_parsers(args)
-    return original(args)
-
-
-def choose_parsers(args: Any) -> None:
-    """Fill in the parsers that the command line leaves out, in place."""
+def choose_parsers(model_config: Any, engine_args: Any, flags: Any) -> None:
+    """Fill in the parsers that the command line leaves out, in place: the server's and the engine's."""
+    is_this_model = ARCHITECTURE in (model_config.hf_config.architectures or [])
+    if not (is_this_model and hasattr(flags, "tool_call_parser") and parsers_by_default()):
+        return
     parser = compat.PARSER if compat.has_kimi_parser() else PARSER
-    if not args.tool_call_parser:
-        args.tool_call_parser = parser
-        args.enable_auto_tool_choice = True
-    if not args.reasoning_parser and not getattr(args.structured_outputs_config, "reasoning_parser", ""):
-        args.reasoning_parser = parser
+    if not flags.tool_call_parser:
+        flags.tool_call_parser = parser
+        flags.enable_auto_tool_choice = True
+    if not flags.reasoning_parser and not getattr(flags.structured_outputs_config, "reasoning_parser", ""):
+        flags.reasoning_parser = engine_args.reasoning_parser = parser
     logger.info(
         "k26-plugins: reasoning parser %s, tool-call parser %s (flags win; %s=none leaves them out).",
-        args.reasoning_parser or args.structured_outputs_config.reasoning_parser,
-        args.tool_call_parser,
+        flags.reasoning_parser or flags.structured_outputs_config.reasoning_parser,
+        flags.tool_call_parser,
         PARSERS_VARIABLE,
     )
