@@ -43,7 +43,7 @@ class Fault:
 
 
 @dataclass
-class _Altered:
+class Altered:
     """A checkpoint with a fault, for KimiK26."""
 
     checkpoint: Checkpoint
@@ -72,7 +72,7 @@ class Served:
         """message: the message to answer a request with tools with, and its stop reason under `finish_reason`.
         speak: what a chat is answered with, in the place of the model."""
         self.folder, self.fault, self.vendor, self.message, self.speak = folder, fault, vendor, message, speak
-        self.model = KimiK26(_Altered(Checkpoint(folder), fault))  # type: ignore[arg-type]
+        self.model = KimiK26(Altered(Checkpoint(folder), fault))  # type: ignore[arg-type]
         self.tokenizer = KimiTokenizer(folder)
         self.media = MediaConfig.from_path(folder)
 
