@@ -23,6 +23,8 @@ MIN_SCORE = 6.0
 # Of the distances over rounding's, touched positions against the others. Another rounding moves tokens of some experts more
 # than others', and with enough tokens any difference is beyond chance.
 MIN_RATIO = 1.25
+# The same where all positions are off: what is wrong in every token's path moves some experts' tokens more, and not by much.
+MIN_RATIO_EVERYWHERE = 3.0
 # Fewer positions than these say nothing.
 MIN_TOKENS = 5
 # By how much a bias may be off, in units of the router's scores, which lie between 0 and 1.
@@ -138,6 +140,8 @@ class Localiser:
     def named(self) -> Place | None:
         """The place that a fault was found in and that stands out against the next one."""
         if not self.places or not self.places[0].found:
+            return None
+        if not self.spares_most and self.places[0].ratio < MIN_RATIO_EVERYWHERE:
             return None
         rivals = [place for place in self.places[1:] if place.ratio >= 1]
         if rivals and self.places[0].score < STANDS_OUT * rivals[0].score:
