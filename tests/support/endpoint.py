@@ -183,12 +183,19 @@ def _made_up(token_ids: list[int], place: int, token: int) -> dict[int, float]:
 def streamed(answer: dict[str, Any]) -> bytes:
     """A chat completion as server-sent events: what is known of the prompt, a piece a token, then the usage."""
     choice = answer["choices"][0]
-    said, entries = choice["message"]["content"], choice["logprobs"]["content"]
+    said = choice["message"].get("content") or ""
+    entries = (choice.get("logprobs") or {"content": [None]})["content"]
     size = -(-len(said) // max(len(entries), 1))
     pieces = [
         {"delta": {"content": said[size * number : size * (number + 1)]}, "logprobs": {"content": [entry]}}
         for number, entry in enumerate(entries)
     ]
+    for index, call in enumerate(choice["message"].get("tool_calls") or []):
+        begun = {"id": call["id"], "function": {"name": call["function"]["name"], "arguments": ""}}
+        middle = len(call["function"]["arguments"]) // 2
+        rest = [call["function"]["arguments"][part] for part in (slice(middle), slice(middle, None))]
+        parts = [begun, *({"function": {"arguments": part}} for part in rest)]
+        pieces += [{"delta": {"tool_calls": [{"index": index, **part}]}} for part in parts]
     chunks: list[dict[str, Any]] = [
         {
             "choices": [{"delta": {"role": "assistant", "content": ""}}],
