@@ -1,4 +1,5 @@
-"""What `vllm serve` does for this model where its user said nothing: the parsers of its output."""
+"""What `vllm serve` does for this model before it is up: chats as the model knows them, and the parsers of its
+output where its user said nothing."""
 
 from __future__ import annotations
 
@@ -6,17 +7,22 @@ from typing import Any
 
 from k26_plugins.common.config import ARCHITECTURE
 from k26_plugins.common.settings import PARSERS_VARIABLE, parsers_by_default
-from k26_plugins.vllm import compat, logger
+from k26_plugins.vllm import chats, compat, logger
 
 # vLLM's own, in releases without the one that ours mends.
 PARSER = "kimi_k2"
 
 
-def choose_parsers(model_config: Any, engine_args: Any, flags: Any) -> None:
+def before_serving(model_config: Any, engine_args: Any, flags: Any) -> None:
+    """Where the configuration is known, and before anything else of the API server is made."""
+    if ARCHITECTURE in (model_config.hf_config.architectures or []) and hasattr(flags, "tool_call_parser"):
+        chats.install()
+        if parsers_by_default():
+            choose_parsers(engine_args, flags)
+
+
+def choose_parsers(engine_args: Any, flags: Any) -> None:
     """Fill in the parsers that the command line leaves out, in place: the server's and the engine's."""
-    is_this_model = ARCHITECTURE in (model_config.hf_config.architectures or [])
-    if not (is_this_model and hasattr(flags, "tool_call_parser") and parsers_by_default()):
-        return
     parser = compat.PARSER if compat.has_kimi_parser() else PARSER
     if not flags.tool_call_parser:
         flags.tool_call_parser = parser
