@@ -36,6 +36,8 @@ def bandwidth_findings(checkpoint: Path | None) -> list[Finding]:
             rate, how = disk_rate(checkpoint)
         except OSError as error:
             return [*findings, Finding(Level.NOTE, "disk", f"cannot be read: {error}")]
+        if not rate:
+            return findings  # empty files, of which the checkpoint's own finding speaks
         minutes = PUBLISHED_BYTES / rate / 60
         detail = f"{rate / 1e9:.2f} GB/s {how}: the published checkpoint takes at least {minutes:.1f} minutes to load"
         findings.append(Finding(Level.OK, "disk", detail))

@@ -64,7 +64,7 @@ class Verdict:
     diverged: list[str] = field(default_factory=list)
     """Of each prompt that is beyond the bounds, its first position that is."""
     places: list[Place] = field(default_factory=list)
-    """Where a fault may sit, the likeliest first; the first one's `found` says whether there is one."""
+    """Where a fault may sit, the likeliest first; there is one where any is `found`."""
     smallest: str = ""
     """The smallest fault that these prompts find."""
 
@@ -100,10 +100,10 @@ def judge(golden: Golden, measured: Measured) -> Verdict:
         f"{localiser.sensitivity()}"
     )
     if verdict.places:
-        first = verdict.places[0]
-        detail = f"the most that tokens of one expert, of one bias or late in a prompt stand out is {first.score:.1f} σ"
-        verdict.checks.append(Check("no place stands out", not first.found, f"{detail} (bound {MIN_SCORE:.0f})"))
-    if failed or (verdict.places and verdict.places[0].found):
+        score, found = verdict.places[0].score, any(place.found for place in verdict.places)
+        detail = f"the most that tokens of one expert, of one bias or late in a prompt stand out is {score:.1f} σ"
+        verdict.checks.append(Check("no place stands out", not found, f"{detail} (bound {MIN_SCORE:.0f})"))
+    if failed or any(place.found for place in verdict.places):
         verdict.causes += _locate(measured, localiser, failed, bound)
         verdict.diverged = _first_divergences(golden, measured, bound)
     return verdict

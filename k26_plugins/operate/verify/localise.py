@@ -76,7 +76,7 @@ class Localiser:
     """The rank tests over the positions of one endpoint."""
 
     def __init__(self, golden: Golden, positions: list[Position]) -> None:
-        self.golden = golden
+        self.first_layer, self.num_experts = int(golden.info["first_moe_layer"]), int(golden.info["num_experts"])
         kl, noise = (
             torch.tensor([getattr(p, name) for p in positions], dtype=torch.float64) for name in ("kl", "noise")
         )
@@ -109,17 +109,20 @@ class Localiser:
 
         `[layers, experts]`, NaN where too few are touched, or are not.
         """
-        num_experts, count = int(self.golden.info["num_experts"]), len(self.values)
-        key = self.experts + torch.arange(self.layers)[:, None] * num_experts
-        touched = self.touched(kind, error)
+        count, touched = len(self.values), self.touched(kind, error)
         ranks = self.ranks[:, None, None].expand(touched.shape)[touched]
-        inside = torch.bincount(key[touched], minlength=self.layers * num_experts).double()
-        total = torch.bincount(key[touched], weights=ranks, minlength=self.layers * num_experts)
+        inside = self._by_expert(touched)
+        total = self._by_expert(touched, ranks)
         outside = count - inside
         statistic = total - inside * (inside - 1) / 2
         scores = (statistic - inside * outside / 2) / (inside * outside * (count + 1) / 12).sqrt()
         few = (inside < MIN_TOKENS) | (outside < MIN_TOKENS)
-        return scores.masked_fill(few, torch.nan).view(self.layers, num_experts)
+        return scores.masked_fill(few, torch.nan).view(self.layers, self.num_experts)
+
+    def _by_expert(self, touched: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+        """float64 `[layers · experts]`: how many positions are touched by each, or the sum of their weights."""
+        key = (self.experts + torch.arange(self.layers)[:, None] * self.num_experts)[touched]
+        return torch.bincount(key, weights=weights, minlength=self.layers * self.num_experts).double()
 
     @cached_property
     def places(self) -> list[Place]:
@@ -139,20 +142,20 @@ class Localiser:
 
     def named(self) -> Place | None:
         """The place that a fault was found in and that stands out against the next one."""
-        if not self.places or not self.places[0].found:
+        best = next((place for place in self.places if place.found), None)
+        if best is None or (not self.spares_most and best.ratio < MIN_RATIO_EVERYWHERE):
             return None
-        if not self.spares_most and self.places[0].ratio < MIN_RATIO_EVERYWHERE:
+        if any(
+            best.score < STANDS_OUT * other.score for other in self.places if other is not best and other.ratio >= 1
+        ):
             return None
-        rivals = [place for place in self.places[1:] if place.ratio >= 1]
-        if rivals and self.places[0].score < STANDS_OUT * rivals[0].score:
-            return None
-        return self._weights_or_bias(self.places[0])
+        return self._weights_or_bias(best)
 
     def _weights_or_bias(self, place: Place) -> Place:
         """A bias that is too low touches those of an expert's tokens that were near the edge of the choice, weights all."""
         if place.kind not in (EXPERT, BIAS_LOW):
             return place
-        layer = place.layer - int(self.golden.info["first_moe_layer"])
+        layer = place.layer - self.first_layer
         hers = self.experts[:, layer] == place.expert
         everyone = (self.touched(EXPERT)[:, layer] & hers).any(-1)
         for error in BIAS_ERRORS:
@@ -176,16 +179,10 @@ class Localiser:
 
     def sensitivity(self) -> str:
         """The smallest faults of single experts that these positions would show."""
-        count, total = len(self.values), int(self.golden.info["num_experts"]) * self.layers
+        count, total = len(self.values), self.num_experts * self.layers
         if count < 2 * MIN_TOKENS or not total:
             return "too few positions to find a fault of one expert"
-        used = (
-            self.experts[self.gaps >= 0]
-            + (torch.arange(self.layers)[:, None] * int(self.golden.info["num_experts"]))[None].expand(
-                self.experts.shape
-            )[self.gaps >= 0]
-        )
-        tokens = torch.bincount(used, minlength=total).double()
+        tokens = self._by_expert(self.touched(EXPERT))
         # How often a touched position must rank above an untouched one for the score to be MIN_SCORE.
         needed = 0.5 + MIN_SCORE * ((count + 1) / (12 * tokens * (count - tokens)).clamp(min=1e-9)).sqrt()
         seen = (needed < 1) & (tokens >= MIN_TOKENS) & (count - tokens >= MIN_TOKENS)
@@ -203,10 +200,9 @@ class Localiser:
         scores = self.scores(kind, error).nan_to_num(-math.inf).flatten()
         for score, flat in zip(*(values.tolist() for values in scores.topk(min(number, len(scores)))), strict=True):
             if math.isfinite(score):
-                layer, expert = divmod(flat, int(self.golden.info["num_experts"]))
+                layer, expert = divmod(flat, self.num_experts)
                 mine = (self.touched(kind, error) & (self.experts == expert))[:, layer].any(-1)
-                first = int(self.golden.info["first_moe_layer"])
-                yield Place(kind, first + layer, expert, int(mine.sum()), score, self._ratio(mine, ~mine))
+                yield Place(kind, self.first_layer + layer, expert, int(mine.sum()), score, self._ratio(mine, ~mine))
 
     def _rotation(self) -> Place:
         """By the correlation of ranks between a position's distance and its place in the prompt."""

@@ -129,7 +129,7 @@ def _experts(golden: Golden, measured: Measured, verdict: Verdict) -> Figure:
     shown = range(0, len(scores), max(1, len(scores) // 10))
     axes.set_yticks(shown, [str(first + layer) for layer in shown])
     figure.colorbar(image, label="how far its tokens rank above others (σ)")
-    place = verdict.places[0]
-    if place.found and place.expert >= 0:
+    place = next((place for place in verdict.places if place.found and place.expert >= 0), None)
+    if place is not None:
         axes.plot(place.expert, place.layer - first, "o", mfc="none", mec="#000000", ms=14)
     return figure
