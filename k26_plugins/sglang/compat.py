@@ -73,14 +73,11 @@ def register_models(changes: Registration, package: str) -> None:
     chosen = os.environ.get(MODELS_VARIABLE, package)
     if MODELS_VARIABLE not in os.environ:
         changes.item(os.environ, MODELS_VARIABLE, package)
-    if chosen != package or (_REGISTRY in sys.modules and not _is_being_imported(_REGISTRY)):
+    # A module without it is being imported, and will read the variable.
+    if chosen != package or hasattr(sys.modules.get(_REGISTRY), "ModelRegistry"):
         registry = private(_REGISTRY, "ModelRegistry")
         register = functools.partial(registry.register, package, overwrite=True)
         changes.entry(registry.models, ARCHITECTURE, register)
-
-
-def _is_being_imported(module: str) -> bool:
-    return not hasattr(sys.modules[module], "ModelRegistry")
 
 
 def _config_registry() -> Any:
@@ -312,31 +309,12 @@ def moe_runner_backend() -> Any:
     return private("sglang.srt.layers.moe.utils", "get_moe_runner_backend")()
 
 
-def streamed_folder(name: str) -> str:
-    """Of an object store's name the folder in which SGLang keeps the checkpoint's small files; any other as it is."""
-    runai = "sglang.srt.utils.runai_utils"
-    is_object_store = private(runai, "is_runai_obj_uri")(name)
-    return str(private(runai, "ObjectStorageModel").get_path(name)) if is_object_store else name
-
-
-def fetched_folder(server_args: Any) -> str:
-    """The model's name or folder as transformers can read its configuration, before SGLang settles its arguments.
-
-    SGLang fetches what is not on the hub later, from the same places into the same folders.
-    """
-    name: str = server_args.model_path
-    runai = "sglang.srt.utils.runai_utils"
-    if private(runai, "is_runai_obj_uri")(name):
-        return str(private(runai, "ObjectStorageModel").download_and_get_path(name))
-    if not private("sglang.srt.utils", "get_bool_env_var")("SGLANG_USE_MODELSCOPE") or Path(name).exists():
+def object_store_folder(name: str, *, fetch: bool = False) -> str:
+    """Where SGLang keeps the small files of an object store's model, fetched if need be; any other name as it is."""
+    store = importlib.import_module("sglang.srt.utils.runai_utils")
+    if not store.is_runai_obj_uri(name):
         return name
-    modelscope = importlib.import_module("modelscope")
-    cache = importlib.import_module("modelscope.utils.file_utils").get_model_cache_root()
-    for root in (cache, server_args.download_dir):
-        if root and (Path(root) / name / "config.json").exists():
-            return str(Path(root) / name)
-    file = modelscope.model_file_download(model_id=name, file_path="config.json", revision=server_args.revision)
-    return str(Path(file).parent)
+    return str((store.ObjectStorageModel.download_and_get_path if fetch else store.ObjectStorageModel.get_path)(name))
 
 
 # A name with an underscore: SGLang allows notes of such names on its arguments, and sends them to its processes.

@@ -13,7 +13,7 @@ from k26_plugins.sglang import compat, serving
 def get_tokenizer(original: Callable[..., Any], tokenizer_name: str, *args: Any, **kwargs: Any) -> Any:
     """SGLang's own for another model, or where the user chose a `--tokenizer-mode`. No file of it is executed."""
     revision = kwargs.get("revision") or kwargs.get("tokenizer_revision")
-    folder = compat.streamed_folder(tokenizer_name)
+    folder = compat.object_store_folder(tokenizer_name)
     if kwargs.get("tokenizer_mode", "auto") != "auto" or not is_this_model(folder, revision):
         return original(tokenizer_name, *args, **kwargs)
     return compat.finish_tokenizer(load_tokenizer(folder, revision))
