@@ -128,8 +128,8 @@ class RoutedExperts(ABC):
         topk_weights: `[num_tokens, top_k]` float32. expert_map: `[num_global_experts]`, the local index of a global id
         or −1; without it the ids are local. workspace: uint8, at least `workspace_bytes`.
 
-        Any other number that is no expert's, in the ids or in the map, counts as −1, on every backend: padded rows of a
-        batch hold anything, and a device cannot raise an error without the host's waiting for it.
+        Any other number that is no expert's, in the ids or in the map, counts as −1, on every backend and as in vLLM's own
+        kernels: padded rows of a batch hold anything, and a device cannot raise an error without the host's waiting for it.
         """
 
     def submit(
