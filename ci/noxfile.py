@@ -5,6 +5,7 @@
     nox -f ci/noxfile.py -s demo       make the tiny checkpoint, serve it with vLLM, ask about a text and an image
     nox -f ci/noxfile.py -s demo_sglang    the same with SGLang, and as a hybrid run
     nox -f ci/noxfile.py -s long       what CI has no time for: the tests marked `long`, fuzzing for ten minutes each
+    nox -f ci/noxfile.py -s vllm_release   a served text and image in each vLLM between the oldest and the newest
     nox -f ci/noxfile.py -s sglang_kt      hybrid runs in KTransformers' fork of SGLang; CI has no time for its 10 GB
 
 torch comes as a CPU wheel: where pip does not find `torch==2.13.0` as one, point it at PyTorch's CPU wheel index
@@ -25,6 +26,22 @@ import nox
 TORCH = "torch==2.13.0"
 # Of the newest PyPI has no CPU build.
 VLLM_OLDEST, VLLM_SERVED, VLLM_NEWEST = "0.19.1", "0.32.0", "0.33.0"
+
+# The last of each minor that PyPI has as a CPU build, beside those that CI runs.
+VLLM_MINORS = (
+    "0.20.2",
+    "0.21.0",
+    "0.22.1",
+    "0.23.0",
+    "0.24.0",
+    "0.25.1",
+    "0.26.0",
+    "0.27.1",
+    "0.28.0",
+    "0.29.0",
+    "0.30.0",
+    "0.31.0",
+)
 
 SGLANG_OLDEST, SGLANG_NEWEST = "0.5.10", "0.5.23"
 # On a CPU without AMX only the newest is right; the tests hold that the others are refused.
@@ -169,6 +186,20 @@ def vllm_newest(session: nox.Session) -> None:
     _install_vllm(session, VLLM_NEWEST, "--torch", "2.13.0", "--no-operators")
     files = [f"tests/vllm/test_{name}.py" for name in ("adapter", "media_equality", "output", "sameness")]
     session.run("pytest", "-q", *files, *session.posargs)
+
+
+@nox.session
+@nox.parametrize("version", VLLM_MINORS)
+def vllm_release(session: nox.Session, version: str) -> None:
+    """The adapter in a vLLM between those that CI runs, and a served text and image: for docs/versions.md.
+
+    Before 0.29 vLLM has no prefill for this model's attention on a CPU, with or without the plugin: nothing is served.
+    """
+    _install_vllm(session, version, "--torch", "2.13.0")
+    session.env["PYTHONDONTWRITEBYTECODE"] = ""
+    session.run("pytest", "-q", "tests/vllm/test_adapter.py", "tests/vllm/test_output.py", "-k", "not Served")
+    if version >= "0.29":
+        session.run("python", "ci/demo.py", "vllm", session.create_tmp())
 
 
 def _install_sglang(session: nox.Session, version: str, *arguments: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from k26_plugins.common.prompt.hf_tokenizer import is_this_model
-from k26_plugins.common.settings import PARSERS_VARIABLE, experts_setting, parsers_by_default
+from k26_plugins.common.settings import PARSERS_VARIABLE, experts_setting, parsers_setting
 from k26_plugins.sglang import compat, logger
 
 PARSER = "kimi_k2"
@@ -46,7 +46,7 @@ def _readable_name(server_args: Any) -> str:
 def _choose_parsers(server_args: Any) -> None:
     """Those that the command line leaves out."""
     missing = [name for name in ("reasoning_parser", "tool_call_parser") if getattr(server_args, name) is None]
-    if missing and parsers_by_default():
+    if missing and parsers_setting() != "none":
         for name in missing:
             setattr(server_args, name, PARSER)
         logger.info(

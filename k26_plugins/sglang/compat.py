@@ -116,10 +116,19 @@ def register_media(changes: Registration, package: str) -> None:
     changes.item(os.environ, MEDIA_VARIABLE, package)
 
 
+def _tokenizer_module() -> Any:
+    package = "sglang.srt.utils.hf_transformers.tokenizer"
+    return importlib.import_module(package if find_spec("sglang.srt.utils.hf_transformers") else _TRANSFORMERS)
+
+
+def get_tokenizer(name: str, revision: str | None) -> Any:
+    """As SGLang loads one, through the hook of `register_tokenizer_hook`."""
+    return _tokenizer_module().get_tokenizer(name, tokenizer_revision=revision)
+
+
 def register_tokenizer_hook(changes: Registration, module: str, name: str) -> None:
     """Put `module.name(original, *args, **kwargs)` around SGLang's `get_tokenizer`, wherever it was imported to."""
-    package = "sglang.srt.utils.hf_transformers.tokenizer"
-    owner = importlib.import_module(package if find_spec("sglang.srt.utils.hf_transformers") else _TRANSFORMERS)
+    owner = _tokenizer_module()
     hook = getattr(importlib.import_module(module), name)
     if find_spec("sglang.srt.plugins") is not None:
         hooks = importlib.import_module("sglang.srt.plugins.hook_registry")
@@ -135,10 +144,10 @@ def register_tokenizer_hook(changes: Registration, module: str, name: str) -> No
 
         changes.call(register)
     else:
-        _wrap(changes, owner, "get_tokenizer", hook)
+        wrap(changes, owner, "get_tokenizer", hook)
 
 
-def _wrap(changes: Registration, owner: Any, name: str, hook: Callable[..., Any]) -> None:
+def wrap(changes: Registration, owner: Any, name: str, hook: Callable[..., Any]) -> None:
     """What SGLang's hook registry does, for releases before it and where it would import too much: `hook(original, …)`
     around a method, or around a function in every module that imported it."""
     original = getattr(owner, name)
@@ -163,36 +172,12 @@ def register_argument_hook(changes: Registration, module: str, name: str) -> Non
         # 0.5.10, which imports this adapter in the middle of that module: there the flags stay the user's.
         return
     method = "resolve_once" if hasattr(server_args.ServerArgs, "resolve_once") else "__post_init__"
-    _wrap(changes, server_args.ServerArgs, method, getattr(importlib.import_module(module), name))
+    wrap(changes, server_args.ServerArgs, method, getattr(importlib.import_module(module), name))
 
 
 def serves_chats() -> bool:
     """Whether this process is an API server: others do without the import."""
     return "sglang.srt.entrypoints.http_server" in sys.modules
-
-
-def hook_chat(path: str, hook: Callable[..., Any], module: str = "openai.serving_chat") -> None:
-    """Put `hook(original, …)` around a function or a method of SGLang's chat API; one it does not have is left out."""
-    owner: Any = importlib.import_module(f"sglang.srt.entrypoints.{module}")
-    *classes, name = path.split(".")
-    for part in classes:
-        owner = getattr(owner, part)
-    if hasattr(owner, name):
-        changes = Registration()
-        _wrap(changes, owner, name, hook)
-        changes.apply()
-
-
-def hook_responses(path: str, hook: Callable[..., Any]) -> None:
-    """The same of its Responses API, without which SGLang serves where an import of it fails."""
-    with contextlib.suppress(ImportError):
-        hook_chat(path, hook, "openai.serving_responses")
-
-
-def chat_part(part: Any) -> Any:
-    """A part of the Responses API's as the chat API has it."""
-    serving = private("sglang.srt.entrypoints.openai.serving_responses", "OpenAIServingResponses")
-    return serving._normalize_response_content_part_for_chat(part)
 
 
 def _held(source: Any) -> bytes | None:
@@ -227,7 +212,9 @@ def video_bytes(data: Any) -> bytes:
     source = getattr(data, "url", data)
     if (held := _held(source)) is not None:
         return held
-    normalise = private("sglang.srt.utils.common", "_normalize_video_input")
+    # KTransformers' fork has none: there a video is fetched as an image is.
+    utils = importlib.import_module("sglang.srt.utils.common")
+    normalise = getattr(utils, "_normalize_video_input", utils.get_image_bytes)
     try:
         source = normalise(source)
         if source is None:
@@ -239,9 +226,11 @@ def video_bytes(data: Any) -> bytes:
 
 def loaded_image(image: Any, content: Any) -> Any:
     """An image with the digest of its `content`, where this SGLang's class for the model expects one."""
-    if find_spec("sglang.srt.multimodal.cache") is None:
+    # Since 0.5.23; the cache that takes the digest is older, and knows no images of Kimi's before.
+    common = "sglang.srt.multimodal.processors.kimi_common"
+    loaded = getattr(importlib.import_module(common), "KimiLoadedImage", None) if find_spec(common) else None
+    if loaded is None:
         return image
-    loaded = private("sglang.srt.multimodal.processors.kimi_common", "KimiLoadedImage")
     return loaded(image, private("sglang.srt.multimodal.cache", "snapshot_media")(content).content_digest)
 
 

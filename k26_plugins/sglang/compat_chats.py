@@ -1,11 +1,52 @@
-"""SGLang's names that this adapter touches beside those in `compat`: what the answers of its chat API are made of."""
+"""SGLang's names that this adapter touches beside those in `compat`: its APIs for chats, and what answers are made of."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+from collections.abc import Callable
 from typing import Any
 
-from k26_plugins.sglang.compat import private
+from k26_plugins.common.registration import Registration, go_without
+from k26_plugins.sglang import logger
+from k26_plugins.sglang.compat import UnsupportedEngineError, private, sglang_version, wrap
+
+
+def hook_chat(path: str, hook: Callable[..., Any], lost: str) -> None:
+    """Put `hook(original, …)` around a function or a method of SGLang's chat API. `lost`: what is said to be so in an
+    SGLang that does not have it."""
+    _hook("openai.serving_chat", path, hook, lost)
+
+
+def hook_responses(path: str, hook: Callable[..., Any], lost: str) -> None:
+    """The same of its Responses API, without which SGLang serves where an import of it fails."""
+    with contextlib.suppress(ImportError):
+        _hook("openai.serving_responses", path, hook, lost)
+
+
+def hook_messages(path: str, hook: Callable[..., Any], lost: str) -> None:
+    """The same of its Messages API, Anthropic's."""
+    _hook("anthropic.serving", path, hook, lost)
+
+
+def _hook(module: str, path: str, hook: Callable[..., Any], lost: str) -> None:
+    name = f"sglang.srt.entrypoints.{module}"
+    owner: Any = importlib.import_module(name)
+    *classes, function = path.split(".")
+    for part in classes:
+        owner = getattr(owner, part, None)
+    if hasattr(owner, function):
+        changes = Registration()
+        wrap(changes, owner, function, hook)
+        changes.apply()
+    else:
+        go_without(UnsupportedEngineError(f"SGLang {sglang_version()} has no {name}.{path}."), lost, logger)
+
+
+def chat_part(part: Any) -> Any:
+    """A part of the Responses API's as the chat API has it."""
+    serving = private("sglang.srt.entrypoints.openai.serving_responses", "OpenAIServingResponses")
+    return serving._normalize_response_content_part_for_chat(part)
 
 
 def tool_parsing_result(normal_text: str, calls: list[Any]) -> Any:

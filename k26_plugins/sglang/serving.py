@@ -9,6 +9,7 @@ from typing import Any
 from k26_plugins.common.prompt.hf_tokenizer import CONTINUE_KEY
 from k26_plugins.common.prompt.output import MARKERS
 from k26_plugins.common.prompt.thinking import template_options
+from k26_plugins.common.settings import ENGINE, core_prompts, parsers_setting
 from k26_plugins.sglang import compat, compat_chats
 from k26_plugins.sglang.answers import K26Answers
 from k26_plugins.sglang.arguments import PARSER
@@ -20,18 +21,47 @@ MAX_ANSWERS = 1024
 
 
 def install() -> None:
-    """Put the hooks in place, once for each process."""
-    compat.replace_tool_detector(PARSER, "k26_plugins.sglang.output", "K26ToolDetector")
-    compat.hook_chat("normalize_assistant_tool_call_arguments", keep_arguments)
-    compat.hook_chat("OpenAIServingChat._handle_last_assistant_message", leave_last_message)
-    compat.hook_chat("OpenAIServingChat.handle_request", read_messages)
-    compat.hook_chat("OpenAIServingChat._engine_prompt", send_token_ids)
-    compat.hook_chat("OpenAIServingChat._process_messages", settle)
-    compat.hook_chat("OpenAIServingChat._encoding_output", read_token_ids)
-    compat.hook_responses("OpenAIServingResponses._flatten_tool_output", keep_images)
-    compat.hook_responses("OpenAIServingResponses.create_responses", read_thinking)
-    compat.hook_chat("AnthropicServing._convert_to_chat_completion_request", keep_history, "anthropic.serving")
-    compat.hook_chat("AnthropicServing._convert_response", show_cut_calls, "anthropic.serving")
+    """Put the hooks in place, once for each process: those of requests and those of answers, each unless the user leaves
+    that piece to SGLang."""
+    if core_prompts():
+        compat_chats.hook_chat(
+            "normalize_assistant_tool_call_arguments", keep_arguments, "past arguments are written anew, not as sent"
+        )
+        compat_chats.hook_chat(
+            "OpenAIServingChat._handle_last_assistant_message",
+            leave_last_message,
+            "an answer that is to go on begins as a new one",
+        )
+        compat_chats.hook_chat(
+            "OpenAIServingChat.handle_request", read_messages, "`name`, `reasoning` and `thinking` are not heard"
+        )
+        compat_chats.hook_chat(
+            "OpenAIServingChat._engine_prompt",
+            send_token_ids,
+            "a prompt with images is tokenised twice, and text that spells a control token becomes one",
+        )
+        compat_chats.hook_chat(
+            "OpenAIServingChat._process_messages", settle, "special tokens are shown wherever a request has tools"
+        )
+        compat_chats.hook_responses(
+            "OpenAIServingResponses._flatten_tool_output", keep_images, "images in results are dropped in Responses"
+        )
+        compat_chats.hook_responses(
+            "OpenAIServingResponses.create_responses", read_thinking, "`thinking` is not heard in Responses"
+        )
+        compat_chats.hook_messages(
+            "AnthropicServing._convert_to_chat_completion_request",
+            keep_history,
+            "results are not said to be errors, and past arguments are escaped to ASCII in Messages",
+        )
+    if parsers_setting() != ENGINE:
+        compat.replace_tool_detector(PARSER, "k26_plugins.sglang.output", "K26ToolDetector")
+        compat_chats.hook_chat(
+            "OpenAIServingChat._encoding_output", read_token_ids, "a marker that an answer quotes counts as a marker"
+        )
+        compat_chats.hook_messages(
+            "AnthropicServing._convert_response", show_cut_calls, "a call that was cut ends as a whole one in Messages"
+        )
 
 
 async def read_messages(original: Callable[..., Any], serving: Any, request: Any, raw_request: Any = None) -> Any:
@@ -40,7 +70,7 @@ async def read_messages(original: Callable[..., Any], serving: Any, request: Any
     refused = _ends_the_server(request, serving.tokenizer_manager.model_config.vocab_size)
     if refused is not None:
         return serving.create_error_response(refused)
-    if raw_request is not None:
+    if hasattr(raw_request, "body"):  # None inside SGLang, and no HTTP request where a gRPC server asks
         body = await raw_request.body()
         if any(f'"{name}"'.encode() in body for name in (*DROPPED, "thinking", "enable_thinking")):
             # Not `raw_request.json()`: SGLang's classes have written their reading of it into that.
@@ -57,7 +87,7 @@ async def read_messages(original: Callable[..., Any], serving: Any, request: Any
 
 async def read_thinking(original: Callable[..., Any], serving: Any, request: Any, raw_request: Any = None) -> Any:
     """The same of a request of the Responses API."""
-    if raw_request is not None:
+    if hasattr(raw_request, "body"):
         hear_thinking(request, json.loads(await raw_request.body()))
     return await original(serving, request, raw_request)
 
@@ -88,7 +118,7 @@ def keep_images(original: Callable[..., Any], output: Any) -> Any:
     if isinstance(output, list) and any(
         isinstance(part, dict) and part.get("type") == "input_image" for part in output
     ):
-        return [compat.chat_part(part) for part in output]
+        return [compat_chats.chat_part(part) for part in output]
     return original(output)
 
 

@@ -15,7 +15,8 @@ from support.doctor import doctor
 from typer.testing import CliRunner
 
 from k26_plugins.cli import app
-from k26_plugins.operate.doctor import bandwidth, engines, machine
+from k26_plugins.operate.doctor import Level, bandwidth, engines, machine
+from k26_plugins.operate.doctor.pieces import piece_findings
 
 
 @pytest.fixture
@@ -44,6 +45,20 @@ def test_an_environment_that_is_right(tiny_folder: Path, fake_engine: Any) -> No
     assert found["experts"]["detail"] in ("a server on cpu takes: native", "a server on cpu takes: cpu")
     assert "222 tensors" in found["checkpoint"]["detail"]
     assert found["experts: cpu"]["level"] == "ok"
+
+
+def test_what_is_the_engines_by_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("K26_MEDIA", "engine")
+    monkeypatch.setenv("K26_PARSERS", "none")
+    (found,) = piece_findings()
+    assert found.detail == (
+        "experts auto (K26_EXPERTS), prompts ours (K26_PROMPTS), images and videos the engine's (K26_MEDIA), "
+        "parsers none by default (K26_PARSERS)"
+    )
+    monkeypatch.setenv("K26_PROMPTS", "mine")
+    (found,) = piece_findings()
+    assert found.level is Level.BAD
+    assert found.detail == "K26_PROMPTS is 'mine': choose one of auto, engine, or unset it."
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+from engine_names import read_snapshot
 from support.layouts import OTHER, PUBLISHED, make
 from support.registration import assert_all_or_nothing
 from support.remote_code import plant
 from support.sameness import SIZES, TEXTS, image_of, media_line, recorded
 from support.sglang_server import HAS_ENTRY_POINT, boot_folder
+from support.versions import wrong_entries
 
 from k26_plugins.common.config import ARCHITECTURE, ConfigError
 from k26_plugins.common.prompt.hf_tokenizer import KimiTokenizerFast
@@ -406,3 +408,23 @@ def test_two_choices_by_hand_contradict_each_other(monkeypatch: pytest.MonkeyPat
         chosen_backend(hybrid=False)
     monkeypatch.setattr(compat, "given_runner", lambda: None)
     assert chosen_backend(hybrid=False) == "reference"
+
+
+def test_the_snapshot_says_what_this_release_has() -> None:
+    """By reading its files it was made; here the engine itself is asked."""
+    snapshot = read_snapshot(compat.distribution()[0])[compat.sglang_version()]
+    assert wrong_entries(snapshot) == {}
+
+
+@pytest.mark.skipif(find_spec("transformers.models.kimi_k25") is None, reason="this transformers has no such classes")
+def test_prompts_and_images_can_be_left_to_sglang(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One at a time, the other stays ours; no file of the checkpoint is needed for either."""
+    utils = sglang_utils()
+    monkeypatch.setenv("K26_PROMPTS", "engine")
+    assert not isinstance(utils.get_tokenizer(str(tiny_folder)), KimiTokenizerFast)
+    assert type(utils.get_processor(str(tiny_folder))).__module__ == "k26_plugins.sglang.processor"
+    monkeypatch.delenv("K26_PROMPTS")
+    monkeypatch.setenv("K26_MEDIA", "engine")
+    processor = utils.get_processor(str(tiny_folder))
+    assert type(processor).__module__.startswith("transformers.")
+    assert isinstance(processor.tokenizer, KimiTokenizerFast)

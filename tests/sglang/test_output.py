@@ -73,7 +73,7 @@ def test_a_functions_images_are_kept_by_the_responses_api() -> None:
     output = [{"type": "input_text", "text": "Seen:"}, {"type": "input_image", "image_url": url}]
     result = {"type": "function_call_output", "call_id": "now:0", "output": output}
     try:
-        compat.hook_responses("OpenAIServingResponses._flatten_tool_output", keep_images)
+        compat_chats.hook_responses("OpenAIServingResponses._flatten_tool_output", keep_images, "images are dropped")
         message = serving._normalize_response_message_for_chat(result)
         text, image = message["content"]
         assert (message["role"], message["tool_call_id"]) == ("tool", "now:0")

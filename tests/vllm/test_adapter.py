@@ -16,16 +16,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from engine_names import read_snapshot
 from support.data_urls import WRITERS
 from support.images import png, random_image
 from support.layouts import OTHER, PUBLISHED, make
 from support.registration import assert_all_or_nothing
 from support.remote_code import plant
+from support.versions import wrong_entries
 
 from k26_plugins.common.checkpoint import Checkpoint, expert_name, shard
 from k26_plugins.common.config import ARCHITECTURE, K26Config
 from k26_plugins.common.experts import ExpertWeights, create_experts
 from k26_plugins.common.media import MediaError
+from k26_plugins.common.prompt.hf_tokenizer import core_serves_prompts
 from k26_plugins.common.serving import core_config
 from k26_plugins.vllm import compat, config, register
 from k26_plugins.vllm.experts import K26ExpertsMethod, use_core_experts
@@ -293,3 +296,67 @@ def test_data_urls_are_read_as_their_writers_put_them(writer: str) -> None:
         K26MediaConnector().fetch_image("data:image/png;base64,aGVsb")
     with pytest.raises(MediaError, match="no URL"):
         K26MediaConnector().fetch_image("")
+
+
+def test_the_snapshot_says_what_this_release_has() -> None:
+    """By reading its files it was made; here the engine itself is asked."""
+    snapshot = read_snapshot("vllm")[compat.vllm_version().split("+")[0]]
+    assert wrong_entries(snapshot) == {}
+
+
+def test_each_piece_can_be_left_to_vllm(tiny_folder: Path) -> None:
+    """One at a time, the others stay ours: each in a process in which no plugin was loaded before, as in a server."""
+    script = f"""
+import json, os, sys
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.plugins import load_general_plugins
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+for variable in sys.argv[1:]:
+    if os.fork():
+        os.wait()
+        continue
+    os.environ[variable] = "engine"
+    load_general_plugins()
+    arguments = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(["--model", {str(tiny_folder)!r}])
+    arguments.tool_call_parser, arguments.enable_auto_tool_choice = None, False
+    config = AsyncEngineArgs.from_cli_args(arguments).create_model_config()
+    processor = MULTIMODAL_REGISTRY.create_processor(config)
+    pieces = {{
+        "prompts": config.tokenizer_mode,
+        "parsers": arguments.tool_call_parser,
+        "media": [type(one).__module__ for one in (processor, processor.info)],
+        "connector": os.environ.get("VLLM_MEDIA_CONNECTOR"),
+    }}
+    print("FOUND", variable, json.dumps(pieces), flush=True)
+    os._exit(0)
+"""
+    ours = {
+        "prompts": "k26",
+        "parsers": "k26" if compat.has_kimi_parser() else "kimi_k2",
+        "media": ["k26_plugins.vllm.processing"] * 2,
+        "connector": "k26",
+    }
+    theirs = {
+        "K26_PROMPTS": {"prompts": "auto"},
+        "K26_PARSERS": {"parsers": "kimi_k2"},
+        "K26_MEDIA": {"media": ["vllm.model_executor.models.kimi_k25"] * 2, "connector": None},
+    }
+    command = [sys.executable, "-c", script, *theirs]
+    out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=300).stdout
+    found = dict(line.split(" ", 2)[1:] for line in out.splitlines() if line.startswith("FOUND "))
+    assert {variable: json.loads(pieces) for variable, pieces in found.items()} == {
+        variable: ours | changed for variable, changed in theirs.items()
+    }
+
+
+def test_a_tokenizer_json_alone_is_left_to_vllm(tiny_folder: Path, tmp_path: Path) -> None:
+    """Beside `tiktoken.model` it changes nothing."""
+    folder = tmp_path / "DIR"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "tokenizer.json").write_text("{}")
+    assert core_serves_prompts(folder)
+    (folder / "tiktoken.model").unlink()
+    assert not core_serves_prompts(folder)
+    (folder / "tokenizer.json").unlink()
+    assert core_serves_prompts(folder)  # and its absence is one clear error

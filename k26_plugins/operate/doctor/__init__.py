@@ -11,6 +11,7 @@ from k26_plugins.operate.doctor.engines import ENGINES, engine_findings
 from k26_plugins.operate.doctor.experts import experts_findings
 from k26_plugins.operate.doctor.finding import Finding, Level
 from k26_plugins.operate.doctor.machine import machine_findings, version_findings
+from k26_plugins.operate.doctor.pieces import piece_findings
 
 __all__ = ["ENGINES", "Finding", "Level", "examine"]
 
@@ -32,6 +33,7 @@ def examine(
         ("machine", machine_findings),
         ("bandwidth", lambda: bandwidth_findings(checkpoint) if measure else []),
         ("engines", lambda: engine_findings(engine)),
+        ("settings", piece_findings),
         ("experts", lambda: experts_findings(checkpoint)),
     ):
         on_stage(stage)
