@@ -73,14 +73,11 @@ def register_models(changes: Registration, package: str) -> None:
     chosen = os.environ.get(MODELS_VARIABLE, package)
     if MODELS_VARIABLE not in os.environ:
         changes.item(os.environ, MODELS_VARIABLE, package)
-    if chosen != package or (_REGISTRY in sys.modules and not _is_being_imported(_REGISTRY)):
+    # A module without it is being imported, and will read the variable.
+    if chosen != package or hasattr(sys.modules.get(_REGISTRY), "ModelRegistry"):
         registry = private(_REGISTRY, "ModelRegistry")
         register = functools.partial(registry.register, package, overwrite=True)
         changes.entry(registry.models, ARCHITECTURE, register)
-
-
-def _is_being_imported(module: str) -> bool:
-    return not hasattr(sys.modules[module], "ModelRegistry")
 
 
 def _config_registry() -> Any:
@@ -300,6 +297,14 @@ def moe_scheme_base() -> type:
 def moe_runner_backend() -> Any:
     """What `--moe-runner-backend` resolved to: the user's choice, or SGLang's for this GPU and checkpoint."""
     return private("sglang.srt.layers.moe.utils", "get_moe_runner_backend")()
+
+
+def object_store_folder(name: str, *, fetch: bool = False) -> str:
+    """Where SGLang keeps the small files of an object store's model, fetched if need be; any other name as it is."""
+    store = importlib.import_module("sglang.srt.utils.runai_utils")
+    if not store.is_runai_obj_uri(name):
+        return name
+    return str((store.ObjectStorageModel.download_and_get_path if fetch else store.ObjectStorageModel.get_path)(name))
 
 
 # A name with an underscore: SGLang allows notes of such names on its arguments, and sends them to its processes.

@@ -18,13 +18,14 @@ from k26_plugins.sglang import compat, logger, serving
 def get_tokenizer(original: Callable[..., Any], tokenizer_name: str, *args: Any, **kwargs: Any) -> Any:
     """SGLang's own for another model, or where the user or the checkpoint chose one. No file of it is executed."""
     revision = kwargs.get("revision") or kwargs.get("tokenizer_revision")
-    if not is_this_model(tokenizer_name, revision):
+    folder = compat.object_store_folder(tokenizer_name)
+    if not is_this_model(folder, revision):
         return original(tokenizer_name, *args, **kwargs)
     if compat.serves_chats():
         serving.install()
-    if kwargs.get("tokenizer_mode", "auto") != "auto" or not core_serves_prompts(tokenizer_name, revision):
+    if kwargs.get("tokenizer_mode", "auto") != "auto" or not core_serves_prompts(folder, revision):
         logger.info("k26-plugins: the tokenizer is SGLang's own.")
         return original(tokenizer_name, *args, **kwargs)
-    tokenizer = load_hf_tokenizer(tokenizer_folder(tokenizer_name, revision), name_or_path=str(tokenizer_name))
+    tokenizer = load_hf_tokenizer(tokenizer_folder(folder, revision), name_or_path=str(folder))
     tokenizer.video_place = CHUNK_PLACE
     return compat.finish_tokenizer(tokenizer)

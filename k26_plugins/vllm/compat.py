@@ -142,22 +142,35 @@ def tokenization_class() -> str:
 
 
 def register_argument_hook(changes: Registration, module: str, name: str) -> None:
-    """Have `module.name(original, args)` called where the API server makes its engine's arguments of the command line's.
+    """Have `module.name(model_config, engine_args, flags)` called where an API server knows its model's configuration.
 
-    The parsers of a model's output are flags of the server, which no registry of models reaches.
+    flags: the command line's, in place. The parsers of a model's output are among them, which no registry of models reaches.
+    Each process of the server reads them after this moment; before it only vLLM can tell what a name stands for, which may
+    be ModelScope's or an object store's.
     """
     if "vllm.engine.arg_utils" not in sys.modules:
         return  # a worker: the command line is read elsewhere
     owner = private("vllm.engine.arg_utils", "AsyncEngineArgs")
-    original = owner.from_cli_args
-    if getattr(original, "k26_hook", None) is not None:
+    read, create = owner.from_cli_args, owner.create_model_config
+    if getattr(read, "k26_hook", None) is not None:
         return
 
-    def from_cli_args(cls: type, args: Any) -> Any:
-        return getattr(importlib.import_module(module), name)(functools.partial(original.__func__, cls), args)
+    def from_cli_args(cls: type, flags: Any) -> Any:
+        engine_args = read.__func__(cls, flags)
+        engine_args.k26_flags = flags
+        return engine_args
+
+    @functools.wraps(create)
+    def create_model_config(engine_args: Any) -> Any:
+        model_config = create(engine_args)
+        # Without flags it is a program's engine, not a server.
+        if hasattr(engine_args, "k26_flags"):
+            getattr(importlib.import_module(module), name)(model_config, engine_args, engine_args.k26_flags)
+        return model_config
 
     from_cli_args.k26_hook = name  # type: ignore[attr-defined]
     changes.attribute(owner, "from_cli_args", classmethod(from_cli_args))
+    changes.attribute(owner, "create_model_config", create_model_config)
 
 
 def register_parsers(changes: Registration, module: str, tool_parser: str, reasoning_parser: str) -> None:

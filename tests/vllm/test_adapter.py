@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import pickle
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +81,13 @@ def test_registration_is_all_or_nothing(monkeypatch: pytest.MonkeyPatch, caplog:
         monkeypatch.setattr(doors, name, lambda: None)
     monkeypatch.setattr(ModelConfig, "get_model_arch_config", lambda config: None)
     monkeypatch.setattr(AsyncEngineArgs, "from_cli_args", classmethod(lambda cls, arguments: None))
+    monkeypatch.setattr(AsyncEngineArgs, "create_model_config", lambda arguments: None)
 
     def state() -> tuple[Any, ...]:
         return (
             *(registry.get(key) for registry, key in registries), vars(ModelConfig)["get_model_arch_config"],
-            vars(AsyncEngineArgs)["from_cli_args"], doors.resolve_trust_remote_code,
+            vars(AsyncEngineArgs)["from_cli_args"], vars(AsyncEngineArgs)["create_model_config"],
+            doors.resolve_trust_remote_code,
             doors.get_class_from_dynamic_module,
         )  # fmt: skip
 
@@ -106,6 +110,48 @@ def test_a_cache_of_compiled_code_that_has_no_place(tmp_path: Path, monkeypatch:
     assert "set NUMBA_CACHE_DIR" in no_compiled_code_cache("/proc/version")
     (tmp_path / "module.py").touch()
     assert no_compiled_code_cache(str(tmp_path / "module.py")) == ""
+
+
+FLAGS: dict[str, tuple[list[str], str | None, str | None]] = {
+    "no flag": ([], "ours", "ours"),
+    "both by hand": (["--tool-call-parser", "hermes", "--reasoning-parser", "qwen3"], "hermes", "qwen3"),
+    "switched off": ([], None, None),
+}
+"""Of the command line, and the parsers of tool calls and of reasoning that come of it."""
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_the_parsers_for_a_model_in_an_object_store(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """vLLM fetches the small files and streams the weights: the folder that it keeps has an index and no shard."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.transformers_utils import runai_utils
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    def pull(source: str, folder: str, *patterns: Any) -> None:
+        assert source.startswith("s3://bucket/kimi")
+        for file in tiny_folder.iterdir():
+            if file.suffix != ".safetensors":
+                shutil.copy(file, folder)
+        index = {"metadata": {}, "weight_map": {"lm_head.weight": "model-1.safetensors"}}
+        (Path(folder) / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    register()
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(runai_utils, "runai_pull_files", pull)
+    flags, tool_parser, reasoning_parser = FLAGS[name]
+    if name == "switched off":
+        monkeypatch.setenv("K26_PARSERS", "none")
+    moved = find_spec("vllm.entrypoints.launchers") is not None
+    flags_of = importlib.import_module(f"vllm.entrypoints.{'launchers' if moved else 'openai'}.cli_args")
+    arguments = flags_of.make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", "s3://bucket/kimi", *flags])
+    engine_args = AsyncEngineArgs.from_cli_args(arguments)
+    engine_args.create_model_config()
+    ours = compat.PARSER if compat.has_kimi_parser() else "kimi_k2"
+    assert arguments.tool_call_parser == (ours if tool_parser == "ours" else tool_parser)
+    expected = ours if reasoning_parser == "ours" else reasoning_parser
+    assert (arguments.reasoning_parser or None) == (engine_args.reasoning_parser or None) == expected
 
 
 def hf_config(folder: Path) -> Any:

@@ -25,7 +25,7 @@ def experts_findings(checkpoint: Path | None) -> list[Finding]:
     try:
         setting = experts_for_device(device)
     except ValueError as error:
-        return [Finding(Level.BAD, "experts", str(error), f"unset {EXPERTS_VARIABLE}")]
+        return [Finding(Level.BAD, "experts", str(error), *[f"unset {EXPERTS_VARIABLE}"] * 2)]
     try:
         weights, source = _weights(checkpoint)
     except OtherLayoutError:

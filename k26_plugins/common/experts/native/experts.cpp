@@ -38,7 +38,7 @@ struct Layer {
 
 struct Call {
   const uint16_t* x;      // bfloat16 [tokens, H]
-  const int32_t* ids;     // [tokens, top_k], −1 for none
+  const int32_t* ids;     // [tokens, top_k], −1 or anything that is no expert's for none
   const float* weights;   // [tokens, top_k]
   const int32_t* map;     // [map_size] global to local, or null
   int64_t map_size;
@@ -86,8 +86,9 @@ struct Routing {
 
   void fill(const Layer& layer, const Call& call, int64_t begin, int64_t end) {
     const auto local = [&](int64_t slot) {
-      const int32_t id = call.ids[slot];
-      return id < 0 ? -1 : call.map ? call.map[id] : id;
+      int32_t id = call.ids[slot];
+      if (call.map) id = id >= 0 && id < call.map_size ? call.map[id] : -1;
+      return id < layer.experts ? id : -1;
     };
     std::fill(first.begin(), first.end(), 0);
     // Counted two places on, so that filling in moves each beginning to its place.
@@ -299,13 +300,8 @@ struct Process {
   }
 };
 
-// Prepares the state for a call. False if an expert is named that there is not: its weights would be read from anywhere.
-bool prepare(State& state, const Layer& layer, const Call& call) {
-  const int64_t limit = call.map ? call.map_size : layer.experts;
-  for (int64_t slot = 0; slot < call.tokens * call.top_k; ++slot)
-    if (call.ids[slot] >= limit) return false;
-  for (int64_t id = 0; call.map && id < call.map_size; ++id)
-    if (call.map[id] >= layer.experts) return false;
+// Prepares the state for a call.
+void prepare(State& state, const Layer& layer, const Call& call) {
   const int64_t tokens = std::min(kChunkTokens, call.tokens);
   const int64_t slots = tokens * call.top_k;
   state.layer = layer;
@@ -316,15 +312,14 @@ bool prepare(State& state, const Layer& layer, const Call& call) {
   state.inner.reserve(slots * layer.inner / kGroup * sizeof(Quantised));
   state.inner_terms.reserve(slots * layer.inner / kGroup * sizeof(Terms));
   state.total.reserve(tokens * layer.hidden * sizeof(float));
-  return true;
 }
 
 }  // namespace k26
 
 extern "C" {
 
-// The calls below return one of these, or a number that is not negative.
-enum { kNoMemory = -1, kBadId = -2 };
+// The calls below return this, or a number that is not negative.
+enum { kNoMemory = -1 };
 
 const char* k26_instruction_set() { return k26::kInstructionSet; }
 
@@ -366,7 +361,7 @@ int64_t k26_repack(k26::Process* process, const k26::Layer* layer, int64_t threa
 // A layer's work, on at most `threads` threads of the OpenMP runtime.
 int64_t k26_run(k26::Process* process, const k26::Layer* layer, const k26::Call* call, int64_t threads) try {
   const auto turn = process->turn();
-  if (!k26::prepare(process->state, *layer, *call)) return kBadId;
+  k26::prepare(process->state, *layer, *call);
   process->team.run(k26::run, &process->state, static_cast<int>(threads));
   return 0;
 } catch (const std::bad_alloc&) {
@@ -376,7 +371,7 @@ int64_t k26_run(k26::Process* process, const k26::Layer* layer, const k26::Call*
 // Starts a layer's work on the pool. The tensors must live until `k26_wait` has returned for the number returned here.
 int64_t k26_submit(k26::Process* process, const k26::Layer* layer, const k26::Call* call) try {
   const auto turn = process->turn();
-  if (!k26::prepare(process->state, *layer, *call)) return kBadId;
+  k26::prepare(process->state, *layer, *call);
   return process->pool->start(k26::run, &process->state);
 } catch (const std::bad_alloc&) {
   return kNoMemory;
