@@ -1,5 +1,4 @@
-"""The C++ of this folder as a library: the one that the wheel brings, or one that is compiled once per machine by the compiler
-found there and kept in the user's cache.
+"""The C++ of this folder as a library: of the wheel, or compiled once per machine and kept in the user's cache.
 
 No header of torch or Python is used, so the library fits every version of both and compiles in seconds.
 """
