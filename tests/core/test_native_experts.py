@@ -303,8 +303,10 @@ def test_compiled_once(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_which_instruction_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the CPU has and torch was not told to do without."""
-    x86 = set().union(*(variant.needs for variant in VARIANTS.values())) - VARIANTS["neon_dotprod"].needs
-    arm = set(VARIANTS["neon_dotprod"].needs)
+    x86, arm = (
+        set().union(*(variant.needs for variant in VARIANTS.values() if variant.machine == machine))
+        for machine in ("x86_64", "aarch64")
+    )
     for capability, missing, expected in (
         ("AVX512", set(), ["avx512_vnni", "avx512", "avx2_vnni", "avx2"]),
         ("AVX512_BF16", {"avx_vnni"}, ["avx512_vnni", "avx512", "avx2"]),
@@ -312,7 +314,8 @@ def test_which_instruction_sets(monkeypatch: pytest.MonkeyPatch) -> None:
         ("AVX2", set(), ["avx2_vnni", "avx2"]),
         ("AVX2", {"avx512f", "avx_vnni"}, ["avx2"]),
         ("DEFAULT", {"asimddp"}, []),
-        ("SVE256", set(), ["neon_dotprod"]),
+        ("SVE256", set(), ["neon_i8mm", "neon_dotprod"]),
+        ("DEFAULT", {"i8mm"}, ["neon_dotprod"]),
     ):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
         flags = frozenset((x86 if capability.startswith("AVX") else arm) - missing)

@@ -48,6 +48,7 @@ VARIANTS = {
     "avx512": _avx("AVX512", *AVX512),
     "avx2_vnni": _avx("AVX2", *AVX2, also="avx_vnni"),
     "avx2": _avx("AVX2", *AVX2),
+    "neon_i8mm": Variant("aarch64", "", frozenset({"asimd", "asimddp", "i8mm"}), ("-march=armv8.2-a+dotprod+i8mm",)),
     "neon_dotprod": Variant("aarch64", "", frozenset({"asimd", "asimddp"}), ("-march=armv8.2-a+dotprod",)),
 }
 # torch's names for what an x86 CPU can do, each a part of the next; on ARM they say nothing that matters here.
