@@ -174,9 +174,9 @@ def serves_chats() -> bool:
     return "sglang.srt.entrypoints.http_server" in sys.modules
 
 
-def hook_chat(path: str, hook: Callable[..., Any], module: str = "serving_chat") -> None:
+def hook_chat(path: str, hook: Callable[..., Any], module: str = "openai.serving_chat") -> None:
     """Put `hook(original, …)` around a function or a method of SGLang's chat API; one it does not have is left out."""
-    owner: Any = importlib.import_module(f"sglang.srt.entrypoints.openai.{module}")
+    owner: Any = importlib.import_module(f"sglang.srt.entrypoints.{module}")
     *classes, name = path.split(".")
     for part in classes:
         owner = getattr(owner, part)
@@ -189,7 +189,7 @@ def hook_chat(path: str, hook: Callable[..., Any], module: str = "serving_chat")
 def hook_responses(path: str, hook: Callable[..., Any]) -> None:
     """The same of its Responses API, without which SGLang serves where an import of it fails."""
     with contextlib.suppress(ImportError):
-        hook_chat(path, hook, "serving_responses")
+        hook_chat(path, hook, "openai.serving_responses")
 
 
 def chat_part(part: Any) -> Any:
@@ -269,15 +269,6 @@ def in_tree_tool_detector() -> type:
 def replace_tool_detector(parser: str, module: str, name: str) -> None:
     parsers = private("sglang.srt.function_call.function_call_parser", "FunctionCallParser").ToolCallParserEnum
     parsers[parser] = getattr(importlib.import_module(module), name)
-
-
-def tool_parsing_result(normal_text: str, calls: list[Any]) -> Any:
-    return private("sglang.srt.function_call.core_types", "StreamingParseResult")(normal_text=normal_text, calls=calls)
-
-
-def tool_call_item(index: int, name: str | None, parameters: str) -> Any:
-    item = private("sglang.srt.function_call.core_types", "ToolCallItem")
-    return item(tool_index=index, name=name, parameters=parameters)
 
 
 def finish_tokenizer(tokenizer: Any) -> Any:

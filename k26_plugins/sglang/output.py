@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from k26_plugins.common.prompt.output import CallArguments, CallStart, Content, Event, OutputParser
-from k26_plugins.sglang import compat
+from k26_plugins.sglang import compat, compat_chats
 
 _in_tree = compat.in_tree_tool_detector()
 
@@ -25,7 +25,7 @@ class K26ToolDetector(_in_tree):  # type: ignore[misc, valid-type]
         """A whole answer without its reasoning."""
         parser = _parser(tools)
         normal, calls = _collect(parser.feed(text) + parser.finish())
-        return compat.tool_parsing_result(normal, list(calls.values()))
+        return compat_chats.tool_parsing_result(normal, list(calls.values()))
 
     def parse_streaming_increment(self, new_text: str, tools: list[Any]) -> Any:
         """The next piece of an answer without its reasoning."""
@@ -46,13 +46,13 @@ class K26ToolDetector(_in_tree):  # type: ignore[misc, valid-type]
                 self.streamed_args_for_tool.append("")
             self.streamed_args_for_tool[index] += call.parameters
             self.prev_tool_call_arr[index]["arguments"] = self.streamed_args_for_tool[index]
-        return compat.tool_parsing_result(normal, list(calls.values()))
+        return compat_chats.tool_parsing_result(normal, list(calls.values()))
 
 
 def _parser(tools: list[Any]) -> OutputParser:
-    schemas = {tool.function.name: tool.function.parameters or {} for tool in tools}
-    names = {name: list(schema.get("properties") or ()) for name, schema in schemas.items()}
-    return OutputParser(in_reasoning=False, parameters=names)
+    return OutputParser(
+        in_reasoning=False, tools={tool.function.name: tool.function.parameters or {} for tool in tools}
+    )
 
 
 def _collect(events: list[Event]) -> tuple[str, dict[int, Any]]:
@@ -64,8 +64,8 @@ def _collect(events: list[Event]) -> tuple[str, dict[int, Any]]:
             case Content(text):
                 normal += text
             case CallStart(index, _, name):
-                calls[index] = compat.tool_call_item(index, name, "")
+                calls[index] = compat_chats.tool_call_item(index, name, "")
             case CallArguments(index, text):
-                call = calls.setdefault(index, compat.tool_call_item(index, None, ""))
+                call = calls.setdefault(index, compat_chats.tool_call_item(index, None, ""))
                 call.parameters += text
     return normal, calls

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
 from k26_plugins.common.prompt.hf_tokenizer import CONTINUE_KEY
 from k26_plugins.common.prompt.output import MARKERS
-from k26_plugins.sglang import compat
+from k26_plugins.common.prompt.thinking import template_options
+from k26_plugins.sglang import compat, compat_chats
+from k26_plugins.sglang.answers import K26Answers
 from k26_plugins.sglang.arguments import PARSER
+from k26_plugins.sglang.messages import keep_history, show_cut_calls
 
 DROPPED = ("name", "reasoning")
 MAX_ANSWERS = 1024
@@ -22,27 +26,48 @@ def install() -> None:
     compat.hook_chat("OpenAIServingChat._handle_last_assistant_message", leave_last_message)
     compat.hook_chat("OpenAIServingChat.handle_request", read_messages)
     compat.hook_chat("OpenAIServingChat._engine_prompt", send_token_ids)
-    compat.hook_chat("OpenAIServingChat._process_messages", hide_reserved_tokens)
+    compat.hook_chat("OpenAIServingChat._process_messages", settle)
+    compat.hook_chat("OpenAIServingChat._encoding_output", read_token_ids)
     compat.hook_responses("OpenAIServingResponses._flatten_tool_output", keep_images)
+    compat.hook_responses("OpenAIServingResponses.create_responses", read_thinking)
+    compat.hook_chat("AnthropicServing._convert_to_chat_completion_request", keep_history, "anthropic.serving")
+    compat.hook_chat("AnthropicServing._convert_response", show_cut_calls, "anthropic.serving")
 
 
 async def read_messages(original: Callable[..., Any], serving: Any, request: Any, raw_request: Any = None) -> Any:
-    """What the template reads of a message and SGLang's classes drop: a user's `name`, and `reasoning`, as Kimi's own API
-    calls what SGLang knows as `reasoning_content`. What would end the server is refused."""
+    """What is read of a request and SGLang's classes drop: a user's `name`, `reasoning`, as vLLM calls what SGLang knows as
+    `reasoning_content`, and `thinking`. What would end the server is refused."""
     refused = _ends_the_server(request, serving.tokenizer_manager.model_config.vocab_size)
     if refused is not None:
         return serving.create_error_response(refused)
     if raw_request is not None:
         body = await raw_request.body()
-        if any(f'"{name}"'.encode() in body for name in DROPPED):
-            sent = (await raw_request.json()).get("messages") or []
+        if any(f'"{name}"'.encode() in body for name in (*DROPPED, "thinking", "enable_thinking")):
+            # Not `raw_request.json()`: SGLang's classes have written their reading of it into that.
+            sent = json.loads(body)
             request.messages = [
                 compat.with_fields(
                     message, {name: fields[name] for name in DROPPED if isinstance(fields.get(name), str)}
                 )
-                for message, fields in zip(request.messages, sent, strict=True)
+                for message, fields in zip(request.messages, sent.get("messages") or [], strict=True)
             ]
+            hear_thinking(request, sent)
+    return compat_chats.reasoning_named_twice(await original(serving, request, raw_request))
+
+
+async def read_thinking(original: Callable[..., Any], serving: Any, request: Any, raw_request: Any = None) -> Any:
+    """The same of a request of the Responses API."""
+    if raw_request is not None:
+        hear_thinking(request, json.loads(await raw_request.body()))
     return await original(serving, request, raw_request)
+
+
+def hear_thinking(request: Any, sent: dict[str, Any]) -> None:
+    """What a client says of thinking itself counts, in all forms; SGLang's reading of an effort comes behind it."""
+    options = sent.get("chat_template_kwargs")
+    settled = template_options(options if isinstance(options, dict) else None, thinking=sent.get("thinking"))
+    if "thinking" in settled:
+        request.chat_template_kwargs = settled
 
 
 def _ends_the_server(request: Any, vocab_size: int) -> str | None:
@@ -89,11 +114,47 @@ def send_token_ids(
     return original(serving, processed, is_multimodal)
 
 
-def hide_reserved_tokens(original: Callable[..., Any], serving: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-    """In an answer, as the client asks. SGLang shows every special token where there are tools, so that its parser sees the
-    markers; our tokenizer counts those among the ordinary tokens."""
+def settle(original: Callable[..., Any], serving: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+    """Two things that SGLang decides again behind the rendering of a chat, by other rules.
+
+    Special tokens are shown as the client asks. SGLang shows all where there are tools, so that its parser sees the markers;
+    our tokenizer counts those among the ordinary tokens. And `thinking` is the bool that the template was rendered with.
+    """
     asked = request.skip_special_tokens
     processed = original(serving, request, *args, **kwargs)
     if set(serving.tokenizer_manager.tokenizer.all_special_tokens).isdisjoint(MARKERS):
         request.skip_special_tokens = processed.skip_special_tokens = asked
+    request.chat_template_kwargs = template_options(request.chat_template_kwargs)
+    allow_calls(serving, request, processed)
     return processed
+
+
+def allow_calls(serving: Any, request: Any, processed: Any) -> None:
+    """Beside a JSON schema for the answer. SGLang's grammar allows the schema alone, so that no tool can be called."""
+    schema = _schema(request.response_format)
+    if schema is None or request.tool_choice != "auto" or not _reads_ids(serving):
+        return
+    tools = serving._effective_tools(request)
+    either = tools and compat_chats.calls_or_schema(tools, PARSER, schema, request.parallel_tool_calls)
+    if either:
+        request.response_format, processed.tool_call_constraint = either, None
+
+
+def _schema(response_format: Any) -> Any:
+    kind = getattr(response_format, "type", None)
+    if kind == "json_object":
+        return {"type": "object"}
+    return response_format.json_schema.schema_ if kind == "json_schema" else None
+
+
+def read_token_ids(original: Callable[..., Any], serving: Any) -> Any:
+    """What takes answers apart, where both parsers are this model's: by token ids, in which quoted markers are text."""
+    return K26Answers(serving) if _reads_ids(serving) else original(serving)
+
+
+def _reads_ids(serving: Any) -> bool:
+    tokenizer = serving.tokenizer_manager.tokenizer
+    parsers = {serving.reasoning_parser, serving.tool_call_parser}
+    return (
+        hasattr(serving, "_encoding_output") and parsers == {PARSER} and getattr(tokenizer, "plain", None) is not None
+    )

@@ -26,6 +26,7 @@ def register() -> None:
             changes, ("k26_plugins.vllm.tokenizer", "K26Tokenizer"), ("k26_plugins.vllm.renderer", "K26Renderer")
         )
         compat.register_parsers(changes, "k26_plugins.vllm.output", "K26ToolParser", "K26ReasoningParser")
+        compat.register_composition(changes, "k26_plugins.vllm.output", "compose")
         compat.register_tokenizer_choice(changes, "k26_plugins.vllm.config", "choose_tokenizer")
         compat.register_argument_hook(changes, "k26_plugins.vllm.defaults", "from_cli_args")
         compat.register_config_hook(changes, "k26_plugins.vllm.config")

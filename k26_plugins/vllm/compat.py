@@ -23,6 +23,18 @@ TOKENIZER_MODE = "k26"
 PARSER = "k26"
 
 
+CHAT_PROTOCOL = "vllm.entrypoints.openai.chat_completion.protocol"
+CHAT_SERVING = "vllm.entrypoints.openai.chat_completion.serving"
+MESSAGES_SERVING = "vllm.entrypoints.anthropic.serving"
+RESPONSES_ROUTER = "vllm.entrypoints.openai.responses.api_router"
+TOKENIZE_SERVING = "vllm.entrypoints.serve.tokenize.serving"
+CHAT_REQUESTS = (
+    (CHAT_PROTOCOL, "ChatCompletionRequest"),
+    ("vllm.entrypoints.openai.responses.protocol", "ResponsesRequest"),
+    ("vllm.entrypoints.serve.tokenize.protocol", "TokenizeChatRequest"),
+)
+
+
 class UnsupportedEngineError(RuntimeError):
     """A vLLM in which something that the adapter needs is not where it was."""
 
@@ -41,10 +53,14 @@ def private(module: str, name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise UnsupportedEngineError(
-            f"vLLM {vllm_version()} has no {module}.{name}, which k26-plugins needs: it was checked on vLLM "
-            f"{CHECKED_VERSIONS}. Install one of these, or a newer k26-plugins; VLLM_PLUGINS= runs vLLM without it."
-        ) from error
+        raise _unsupported(module, name) from error
+
+
+def _unsupported(module: str, name: str) -> UnsupportedEngineError:
+    return UnsupportedEngineError(
+        f"vLLM {vllm_version()} has no {module}.{name}, which k26-plugins needs: it was checked on vLLM "
+        f"{CHECKED_VERSIONS}. Install one of these, or a newer k26-plugins; VLLM_PLUGINS= runs vLLM without it."
+    )
 
 
 # Each `register_…` looks up what it needs and notes what it will change; `Registration.apply` changes it.
@@ -89,6 +105,36 @@ def register_tokenizer_choice(changes: Registration, module: str, name: str) -> 
     changes.attribute(owner, "get_model_arch_config", get_model_arch_config)
 
 
+def wrap(module: str, path: str, hook: Callable[..., Any]) -> None:
+    """Put `hook(original, …)` around a function of `module`, or a method of a class in it. Raises UnsupportedEngineError."""
+    *classes, name = path.split(".")
+    if find_spec(module) is None:
+        raise _unsupported(module, path)
+    owner: Any = private(module, classes[0]) if classes else importlib.import_module(module)
+    original = vars(owner).get(name) or getattr(owner, name, None)
+    if original is None:
+        raise _unsupported(module, path)
+    of_class = isinstance(original, classmethod)
+    function = original.__func__ if of_class else original
+    if getattr(function, "k26_hook", None) is hook:
+        return
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if of_class:
+            return hook(functools.partial(function, args[0]), *args[1:], **kwargs)
+        return hook(function, *args, **kwargs)
+
+    wrapped.k26_hook = hook  # type: ignore[attr-defined]
+    setattr(owner, name, classmethod(wrapped) if of_class else wrapped)
+
+
+def tokenization_class() -> str:
+    """Of the endpoint `/tokenize`: 0.19.1 has it under the older name."""
+    older = "OpenAIServingTokenization"
+    return older if hasattr(importlib.import_module(TOKENIZE_SERVING), older) else "ServingTokenization"
+
+
 def register_argument_hook(changes: Registration, module: str, name: str) -> None:
     """Have `module.name(original, args)` called where the API server makes its engine's arguments of the command line's.
 
@@ -117,6 +163,40 @@ def register_parsers(changes: Registration, module: str, tool_parser: str, reaso
         ):
             register = functools.partial(manager.register_lazy_module, PARSER, module, parser)
             changes.entry(manager.lazy_parsers, PARSER, register)
+
+
+def register_composition(changes: Registration, module: str, name: str) -> None:
+    """Have `module.name(composed, reasoning_parser, tool_parser)` make the parser of answers where vLLM composed one of the
+    parsers `k26` alone. There is no registry of composed ones."""
+    if not has_kimi_parser():
+        return
+    manager = private("vllm.parser.parser_manager", "ParserManager")
+    original = manager.get_parser
+    if getattr(original, "k26_hook", None) is not None:
+        return
+    signature = inspect.signature(original)
+
+    @functools.wraps(original.__func__)
+    def get_parser(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        composed = original(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        names = {given["tool_parser_name"] or PARSER, given["reasoning_parser_name"] or PARSER}
+        if composed is None or names != {PARSER}:
+            return composed
+        reasoning_parser = cls.get_reasoning_parser(given["reasoning_parser_name"])
+        tool_parser = cls.get_tool_parser(given["tool_parser_name"], given["enable_auto_tools"], given["model_name"])
+        return getattr(importlib.import_module(module), name)(composed, reasoning_parser, tool_parser)
+
+    get_parser.k26_hook = name  # type: ignore[attr-defined]
+    changes.attribute(manager, "get_parser", classmethod(get_parser))
+
+
+def level_of_calls(level: Any) -> Any:
+    """The strictness of tools at which vLLM's grammar of an answer has calls in it, or `level` where that is more."""
+    function = private("vllm.tool_parsers.tool_strict_level", "ToolStrictLevel").FUNCTION
+    return function if level is None else max(level, function)
 
 
 def has_kimi_parser() -> bool:

@@ -1,4 +1,5 @@
-"""What `vllm serve` does for this model where its user said nothing: the parsers of its output."""
+"""What `vllm serve` does for this model before it reads its arguments: chats as the model knows them, and the parsers of its
+output where its user said nothing."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from typing import Any
 
 from k26_plugins.common.prompt.hf_tokenizer import is_this_model
 from k26_plugins.common.settings import PARSERS_VARIABLE, parsers_by_default
-from k26_plugins.vllm import compat, logger
+from k26_plugins.vllm import chats, compat, logger
 
 # vLLM's own, in releases without the one that ours mends.
 PARSER = "kimi_k2"
@@ -15,8 +16,10 @@ PARSER = "kimi_k2"
 
 def from_cli_args(original: Callable[[Any], Any], args: Any) -> Any:
     """`AsyncEngineArgs.from_cli_args`, which every process of the API server calls before it reads the rest of `args`."""
-    if hasattr(args, "tool_call_parser") and parsers_by_default() and is_this_model(args.model, args.revision):
-        choose_parsers(args)
+    if hasattr(args, "tool_call_parser") and is_this_model(args.model, args.revision):
+        chats.install()
+        if parsers_by_default():
+            choose_parsers(args)
     return original(args)
 
 

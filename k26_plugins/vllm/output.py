@@ -1,51 +1,179 @@
-"""vLLM's own parser of this model's answers, with three faults mended.
+"""The model's answers in vLLM by the core's state machine, streamed or not.
 
-Streamed, a call without arguments ended with none at all, which is no JSON; and a call that the token limit cut before its
-arguments was named after whatever was there of its id. To see the markers it had every special token shown, reserved ones in
-the answer's text too: our tokenizer counts the markers among the ordinary tokens.
+vLLM composes a parser of answers from one of reasoning and one of tool calls. Its own for this model take a whole answer
+apart by its text, in which a marker that the model quotes looks like one that it means. Where both are `k26`, or one is and
+the other is left out, the composed one is `K26Parser`, which reads the token ids.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from vllm.entrypoints.generate.base.protocol import DeltaFunctionCall, DeltaToolCall
-from vllm.parser.kimi_k2 import KimiK2Parser
+from vllm.parser.abstract_parser import DelegatingParser, DeltaMessage, FunctionCall
+from vllm.parser.kimi_k2 import DeltaFunctionCall, DeltaToolCall
+from vllm.parser.metrics import record_tool_parser_invocation
 from vllm.reasoning.kimi_k2_reasoning_parser import KimiK2ReasoningParser
 from vllm.tool_parsers.kimi_k2_tool_parser import KimiK2ToolParser
 
-from k26_plugins.common.prompt.output import MARKERS
+from k26_plugins.common.prompt.call_names import Tools
+from k26_plugins.common.prompt.output import (
+    CALL_BEGIN,
+    MARKERS,
+    SECTION_BEGIN,
+    THINK_END,
+    CallArguments,
+    CallStart,
+    Content,
+    Event,
+    OutputParser,
+    Reasoning,
+)
+from k26_plugins.common.prompt.thinking import begins_in_reasoning, template_options
+from k26_plugins.common.prompt.token_text import TokenText
+from k26_plugins.vllm import compat
 
-
-class K26Parser(KimiK2Parser):
-    def _handle_tool_end(self, event: Any, deltas: list[Any]) -> None:
-        index = event.tool_index
-        if index >= len(self._tool_slots):
-            return
-        slot = self._tool_slots[index]
-        if not slot.name_sent and self._extract_tool_id_and_name(slot.name)[1] is None:
-            slot.name = ""
-            return
-        super()._handle_tool_end(event, deltas)
-        if slot.name_sent and not slot.args.strip():
-            slot.append_args("{}")
-            deltas.append(DeltaToolCall(index=index, function=DeltaFunctionCall(arguments="{}")))
-
-    def adjust_request(self, request: Any) -> Any:
-        hidden = set(self.model_tokenizer.all_special_tokens)
-        return request if hidden.isdisjoint(MARKERS) else super().adjust_request(request)
+# vLLM's name and the one of Moonshot's own API, which its clients read.
+REASONING_NAMES = ("reasoning", "reasoning_content")
 
 
 class K26ToolParser(KimiK2ToolParser):
-    """What the tool-call parser `k26` is."""
-
-    _parser_engine_cls = K26Parser
+    """What the tool-call parser `k26` is beside another's parser of reasoning, and for structural tags."""
 
     def adjust_request(self, request: Any) -> Any:
-        return self._parser_engine.adjust_request(request)
+        return request if _sees_markers(self.model_tokenizer) else super().adjust_request(request)
 
 
 class K26ReasoningParser(KimiK2ReasoningParser):
-    """What the reasoning parser `k26` is."""
+    """What the reasoning parser `k26` is beside another's parser of tool calls, and in the engine's process."""
 
-    _parser_engine_cls = K26Parser
+    def adjust_request(self, request: Any) -> Any:
+        return request if _sees_markers(self.model_tokenizer) else super().adjust_request(request)
+
+
+class K26Parser(DelegatingParser):
+    """One answer's, whole or streamed."""
+
+    def __init__(self, tokenizer: Any, tools: Any = None, *args: Any, **kwargs: Any) -> None:
+        super().__init__(tokenizer, tools, *args, **kwargs)
+        options = template_options(kwargs.get("chat_template_kwargs"))
+        self._in_reasoning = self.reasoning_parser_cls is not None and options.get("thinking", True)
+        self._prompt_seen = False
+        self._text: TokenText | None = None
+        self._output: OutputParser | None = None
+
+    def set_prompt_token_ids(self, prompt_token_ids: Sequence[int]) -> None:
+        """What the prompt ends with is what the answer begins with, whatever the request said."""
+        self._prompt_seen = True
+        if self.reasoning_parser_cls is not None:
+            self._in_reasoning = begins_in_reasoning(self.model_tokenizer.plain, prompt_token_ids)
+
+    def parse(
+        self,
+        model_output: str,
+        request: Any,
+        enable_auto_tools: bool = False,
+        model_output_token_ids: Sequence[int] = (),
+    ) -> tuple[str | None, str | None, list[FunctionCall] | None]:
+        """Reasoning, content and calls of a whole answer."""
+        delta = self._message(self._feed(model_output, model_output_token_ids, request, finished=True))
+        calls = [
+            FunctionCall(id=call.id, name=call.function.name, arguments=call.function.arguments)
+            for call in delta.tool_calls
+        ]
+        self._count(bool(calls), request, is_streaming=False)
+        return delta.reasoning, delta.content, calls
+
+    def parse_delta(
+        self,
+        delta_text: str,
+        delta_token_ids: list[int],
+        request: Any,
+        prompt_token_ids: list[int] | None = None,
+        *,
+        finished: bool,
+    ) -> DeltaMessage | None:
+        """What a client gets of the next tokens; None where that is nothing."""
+        if not self._prompt_seen and prompt_token_ids is not None:
+            self.set_prompt_token_ids(prompt_token_ids)
+        events = self._feed(delta_text, delta_token_ids, request, finished)
+        if not getattr(request, "include_reasoning", True):
+            events = [event for event in events if not isinstance(event, Reasoning)]
+        delta = self._message(events)
+        self._count(bool(delta.tool_calls), request, is_streaming=True)
+        return delta if events else None
+
+    def count_reasoning_tokens(self, token_ids: Sequence[int]) -> int:
+        """Those in front of the first marker that ends the think block."""
+        if not self._in_reasoning:
+            return 0
+        ends = {self.model_tokenizer.plain.special[name] for name in (THINK_END, SECTION_BEGIN, CALL_BEGIN)}
+        return next((place for place, token_id in enumerate(token_ids) if token_id in ends), len(token_ids))
+
+    def _apply_structural_tag(self, request: Any) -> Any:
+        """With a schema for the answer its grammar allows calls too, as vLLM by default has it for strict tools only."""
+        if hasattr(self, "tool_strict_level") and request.extract_structured_outputs() is not None:
+            self.tool_strict_level = compat.level_of_calls(self.tool_strict_level)
+        return super()._apply_structural_tag(request)
+
+    def _feed(self, text: str, token_ids: Sequence[int], request: Any, finished: bool) -> list[Event]:
+        if self._output is None or self._text is None:
+            self._output = OutputParser(in_reasoning=self._in_reasoning, tools=self._tools(request))
+            self._text = TokenText(self.model_tokenizer.plain, special_shown=request.skip_special_tokens is False)
+        if not token_ids and finished and not self._text.num_tokens:
+            return self._output.feed(text) + self._output.finish()
+        events = self._output.feed_pieces(self._text.split(text, token_ids))
+        if finished:
+            events += self._output.feed_pieces(self._text.finish()) + self._output.finish()
+        return events
+
+    def _tools(self, request: Any) -> Tools | None:
+        """None where the request allows no calls: vLLM drops them, and the parser must not take them for text."""
+        if self.tool_parser_cls is None or not request.tools or request.tool_choice == "none":
+            return None
+        functions = [getattr(tool, "function", tool) for tool in request.tools]
+        return {
+            function.name: getattr(function, "parameters", None) or {}
+            for function in functions
+            if isinstance(getattr(function, "name", None), str)
+        }
+
+    def _message(self, events: list[Event]) -> DeltaMessage:
+        reasoning = "".join(event.text for event in events if isinstance(event, Reasoning))
+        content = "".join(event.text for event in events if isinstance(event, Content))
+        calls: dict[int, DeltaToolCall] = {}
+        for event in events:
+            if isinstance(event, CallStart):
+                function = DeltaFunctionCall(name=event.name, arguments="")
+                calls[event.index] = DeltaToolCall(
+                    index=event.index, id=event.call_id, type="function", function=function
+                )
+            elif isinstance(event, CallArguments):
+                more = DeltaToolCall(index=event.index, function=DeltaFunctionCall(arguments=""))
+                found = calls.setdefault(event.index, more)
+                found.function.arguments += event.text
+        message: dict[str, Any] = {}
+        if reasoning:
+            message |= dict.fromkeys(REASONING_NAMES, reasoning)
+        if content:
+            message["content"] = content
+        if calls:
+            message["tool_calls"] = list(calls.values())
+        return DeltaMessage(**message)
+
+    def _count(self, called: bool, request: Any, *, is_streaming: bool) -> None:
+        if self.tool_parser_cls is not None:
+            record_tool_parser_invocation(is_tool_called=called, is_streaming=is_streaming, request=request)
+
+
+def compose(composed: type, reasoning_parser: type | None, tool_parser: type | None) -> type:
+    """The parser in the place of the one that vLLM composed of the parsers `k26`, with what its command line says."""
+    chosen = {"reasoning_parser_cls": reasoning_parser, "tool_parser_cls": tool_parser}
+    if hasattr(composed, "tool_strict_level"):
+        chosen["tool_strict_level"] = composed.tool_strict_level
+    return type("K26Parser", (K26Parser,), chosen)
+
+
+def _sees_markers(tokenizer: Any) -> bool:
+    """Our tokenizer counts the markers among the ordinary tokens: no special token needs to be shown for their sake."""
+    return set(tokenizer.all_special_tokens).isdisjoint(MARKERS)

@@ -13,6 +13,7 @@ from vllm.renderers.hf import HfRenderer
 from k26_plugins.common.data_url import is_data_url, require_url
 from k26_plugins.common.prompt.chat import keep_arguments
 from k26_plugins.common.prompt.control_tokens import escape_deep, unescape_deep
+from k26_plugins.common.prompt.thinking import template_options
 from k26_plugins.common.settings import control_tokens_as_text
 
 
@@ -81,11 +82,9 @@ def _url(part: dict[str, Any]) -> Any:
 
 
 def _params(params: Any) -> Any:
-    """`thinking` under its other name too; and, unless the user chose a template or a format, media as parts of the
+    """One value of `thinking`; and, unless the user chose a template or a format, media as parts of the
     content, so that each is rendered where it stands."""
-    options = dict(params.chat_template_kwargs)
-    if "enable_thinking" in options:
-        options.setdefault("thinking", options["enable_thinking"])
+    options = template_options(params.chat_template_kwargs)
     chosen = params.chat_template is not None or params.chat_template_content_format != "auto"
     content_format = params.chat_template_content_format if chosen else "openai"
     return dataclasses.replace(params, chat_template_kwargs=options, chat_template_content_format=content_format)

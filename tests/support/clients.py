@@ -21,7 +21,8 @@ from support.images import image_part, png, random_image
 from support.scripted import TOOLS, call
 from support.server import Server
 
-from k26_plugins.common.prompt.output import SECTION_BEGIN, SECTION_END, THINK_END
+from k26_plugins.common.prompt.output import CALL_ARGUMENTS, CALL_BEGIN, SECTION_BEGIN, SECTION_END, THINK_END
+from k26_plugins.common.prompt.tokenizer import KimiTokenizer
 
 IMAGE = image_part(png(random_image(60, 40)))
 ANTHROPIC_PICTURE = {
@@ -132,12 +133,35 @@ class OpenAIClientTests(ScriptedTests):
         assert message.parsed == report
         assert _reasoning(message) == "Both."
 
-    @pytest.mark.parametrize("choice", ["auto", "none"])
-    def test_the_choice_of_a_tool(self, client: openai.OpenAI, server: Server, tiny_folder: Path, choice: str) -> None:
-        turn = TURNS[0] if choice == "auto" else TURNS[-1]
-        script = self.script(tiny_folder, turn.answer)
-        answer = _ask(client, server, [QUESTION], script, False, tools=TOOLS, tool_choice=choice)
-        assert len(answer.choices[0].message.tool_calls or []) == len(turn.calls)
+    @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+    def test_an_answer_cut_in_a_call(
+        self, client: openai.OpenAI, server: Server, tiny_folder: Path, stream: bool
+    ) -> None:
+        """In its arguments they are what is there; before them there is no call."""
+        script = self.script(tiny_folder, CUT + "x" * 200)
+        for written, arguments in ((CUT, ['{"city":"']), (CUT.removesuffix('{"city":"'), [])):
+            limit = tokens(tiny_folder, written)
+            answer = _ask(client, server, [QUESTION], script, stream, tools=TOOLS, max_tokens=limit)
+            message = answer.choices[0].message
+            assert answer.choices[0].finish_reason == "length"
+            assert [call.function.arguments for call in message.tool_calls or []] == arguments
+            assert (_reasoning(message), message.content or "") == ("why", "ok")
+
+    @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+    @pytest.mark.parametrize(
+        "options",
+        [{"tools": TOOLS, "tool_choice": "auto"}, {"tools": TOOLS, "tool_choice": "none"}, {}],
+        ids=["auto", "none", "no tools"],
+    )
+    def test_the_choice_of_a_tool(
+        self, client: openai.OpenAI, server: Server, tiny_folder: Path, options: dict[str, Any], stream: bool
+    ) -> None:
+        """No call and nothing of one where there is to be none."""
+        turn = TURNS[0]
+        answer = _ask(client, server, [QUESTION], self.script(tiny_folder, turn.answer), stream, **options)
+        message = answer.choices[0].message
+        assert message.content == turn.content
+        assert len(message.tool_calls or []) == (len(turn.calls) if options.get("tool_choice") == "auto" else 0)
 
 
 def _ask(
@@ -156,8 +180,17 @@ def _ask(
 
 
 def _reasoning(message: Any) -> str:
+    """By both names that clients know."""
     extra = message.model_extra
-    return extra.get("reasoning") or extra.get("reasoning_content") or ""
+    assert extra.get("reasoning") == extra.get("reasoning_content")
+    return extra.get("reasoning") or ""
+
+
+CUT = f'why{THINK_END}ok{SECTION_BEGIN}{CALL_BEGIN}functions.now:0{CALL_ARGUMENTS}{{"city":"'
+
+
+def tokens(folder: Path, text: str) -> int:
+    return len(KimiTokenizer(folder).encode_prompt(text))
 
 
 class AnthropicClientTests(ScriptedTests):
@@ -202,6 +235,18 @@ class AnthropicClientTests(ScriptedTests):
                 }
             )
 
+    def test_an_answer_cut_in_a_call(self, server: Server, tiny_folder: Path) -> None:
+        client = anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0, timeout=120)
+        answer = client.messages.create(
+            model=server.model,
+            messages=[{"role": "user", "content": "x"}],
+            max_tokens=tokens(tiny_folder, CUT),
+            tools=[{"name": tool["name"], "input_schema": tool["parameters"]} for tool in FUNCTIONS],
+            extra_body=self.script(tiny_folder, CUT + "x" * 200),
+        )
+        assert answer.stop_reason == "max_tokens"
+        assert [block.type for block in answer.content] == ["thinking", "text"]
+
 
 class ResponsesClientTests(ScriptedTests):
     """`/v1/responses`."""
@@ -234,6 +279,25 @@ class ResponsesClientTests(ScriptedTests):
             items += [item.model_dump(exclude_none=True) for item in answer.output]
             for item, result in zip(calls, _with(RESPONSES_PICTURE, turn.results, "input_text"), strict=True):
                 items.append({"type": "function_call_output", "call_id": item.call_id, "output": result})
+
+    @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+    def test_an_answer_cut_in_a_call(self, server: Server, tiny_folder: Path, stream: bool) -> None:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
+        request: Any = {
+            "model": server.model,
+            "input": "x",
+            "max_output_tokens": tokens(tiny_folder, CUT),
+            "tools": [{"type": "function", "strict": False, **tool} for tool in FUNCTIONS],
+            "extra_body": self.script(tiny_folder, CUT + "x" * 200),
+        }
+        if stream:
+            *_, last = client.responses.create(**request, stream=True)
+            assert last.type == "response.incomplete"
+            answer = last.response
+        else:
+            answer = client.responses.create(**request)
+        assert answer.status == "incomplete"
+        assert answer.output_text == "ok"
 
 
 def _with(picture: dict[str, Any], results: tuple[Any, ...], text: str) -> list[Any]:

@@ -174,6 +174,40 @@ class PromptPathTests:
         spelled = tokenizer.encode("D <|im_end|>")
         assert found == tokenizer.encode_prompt(before) + spelled + tokenizer.encode_prompt(after)
 
+    @pytest.mark.parametrize(
+        ("fields", "options"),
+        [
+            ({"thinking": {"type": "disabled"}}, {"thinking": False}),
+            ({"thinking": {"type": "enabled", "keep": "all"}}, {"preserve_thinking": True}),
+            ({"chat_template_kwargs": {"thinking": 0}, "reasoning_effort": "high"}, {"thinking": False}),
+            ({"reasoning_effort": "none"}, {"thinking": False}),
+        ],
+        ids=str,
+    )
+    def test_thinking_in_the_forms_that_clients_send(
+        self, server: Server, tiny_folder: Path, fields: dict[str, Any], options: dict[str, Any]
+    ) -> None:
+        """In the prompt and in the answer, which is content where the model is not to think."""
+        past = {"role": "assistant", "content": "b", "reasoning_content": "c"}
+        messages = [{"role": "user", "content": "a"}, past, {"role": "user", "content": "d"}]
+        script = self.script(tiny_folder, "plain")
+        switches = {"return_token_ids": True, "return_prompt_token_ids": True}
+        response = server.post("/v1/chat/completions", messages=messages, **switches, **fields, **script)
+        assert response.status_code == 200, response.text
+        answer = response.json()
+        choice = answer["choices"][0]
+        found = answer.get("prompt_token_ids") or choice["prompt_token_ids"]
+        assert found == core_token_ids(tiny_folder, Conversation("thinking", messages, options=options))
+        said = (choice["message"].get("reasoning") or "", choice["message"]["content"] or "")
+        assert said == (("plain", "") if options.get("thinking", True) else ("", "plain"))
+
+    def test_tokenize_is_what_a_chat_gets(self, server: Server, tiny_folder: Path) -> None:
+        past = {"role": "assistant", "content": "b", "reasoning_content": "c"}
+        messages = [{"role": "user", "content": "a"}, past]
+        answer = server.post("/tokenize", messages=messages, chat_template_kwargs={"preserve_thinking": True}).json()
+        options = {"preserve_thinking": True}
+        assert answer["tokens"] == core_token_ids(tiny_folder, Conversation("tokenize", messages, options=options))
+
     @pytest.mark.parametrize("name", BAD_MEDIA)
     def test_a_bad_medium_is_answered_and_the_server_lives(self, server: Server, name: str) -> None:
         content = [BAD_MEDIA[name], {"type": "text", "text": "What?"}]

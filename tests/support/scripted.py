@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 from support.server import Server
 
+from k26_plugins.common.prompt.control_tokens import escape
 from k26_plugins.common.prompt.output import (
     CALL_ARGUMENTS,
     CALL_BEGIN,
@@ -34,13 +35,18 @@ def call(call_id: str, arguments: str) -> str:
     return f"{CALL_BEGIN}{call_id}{CALL_ARGUMENTS}{arguments}{CALL_END}"
 
 
-def _tools_of(names: list[str]) -> list[dict[str, object]]:
-    parameters = {"type": "object", "properties": {"city": {"type": "string"}}}
-    return [{"type": "function", "function": {"name": name, "parameters": parameters}} for name in names]
+def _tool(name: str, *properties: str, required: tuple[str, ...] = ()) -> dict[str, object]:
+    schemas = {one: {"type": "string"} for one in properties}
+    parameters = {"type": "object", "properties": schemas, "required": list(required)}
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
 
 
-TOOLS = _tools_of(["get_weather", "search.web-v2", "now"])
+TOOLS = [
+    *(_tool(name, "city") for name in ("get_weather", "search.web-v2", "now")),
+    _tool("srv:read", "path", required=("path",)),
+]
 WEATHER = '{"city":"Bern"}'
+PATH = '{"path":"/"}'
 LONG = '{"city":"' + 'x } \\" <| ' * 6 + '"}'
 CASES = {
     "content": Case("why</think>hello", "why", "hello", []),
@@ -67,11 +73,30 @@ CASES = {
         f'a</think>{SECTION_BEGIN}{CALL_BEGIN}functions.get_weather:0{CALL_ARGUMENTS}{{"city":"Be',
         "a", "", [("get_weather", '{"city":"Be')],
     ),
+    "cut-before-arguments": Case(
+        f"a</think>b{SECTION_BEGIN}{CALL_BEGIN}functions.get_weather:0{CALL_ARGUMENTS}", "a", "b", []
+    ),
+    "no-section": Case(f"a</think>b{call('functions.now:0', '{}')}", "a", "b", [("now", "{}")]),
+    "orphan-end-of-section": Case(f"a</think>b{SECTION_END}", "a", "b", []),
+    "without-index": Case(f"a</think>{SECTION_BEGIN}{call('functions.now', '')}{SECTION_END}", "a", "", [("now", "{}")]),
+    "another-kind-of-id": Case(
+        f"a</think>{SECTION_BEGIN}{call('call_6b', PATH)}{call('call_7', WEATHER)}{SECTION_END}",
+        "a", f"call_7 {WEATHER}", [("srv:read", PATH)],
+    ),
+    "colon-and-no-end-of-call": Case(
+        f"a</think>{SECTION_BEGIN}{CALL_BEGIN}functions.srv:read:0{CALL_ARGUMENTS}{PATH}{call('functions.now:1', '{}')}",
+        "a", "", [("srv:read", PATH), ("now", "{}")],
+    ),
+    "one-id-twice": Case(
+        f"a</think>{SECTION_BEGIN}{2 * call('functions.now:0', '{}')}{SECTION_END}", "a", "", [("now", "{}"), ("now", "{}")]
+    ),
     "cut-header": Case(f"a</think>b{SECTION_BEGIN}{CALL_BEGIN}functions.get_wea", "a", "b", []),
     # Spelled by ordinary tokens: it is what the model wrote.
     "half-a-marker": Case("a</think>b <|tool_calls_sec", "a", "b <|tool_calls_sec", []),
 }  # fmt: skip
-# Where there is a tokenizer: reserved tokens, of which an answer shows nothing.
+SPELLED = f"[PAD]<think></think>{SECTION_BEGIN}{call('functions.now:0', '{}')}{SECTION_END}<|im_end|>"
+"""What a model writes that quotes its own format, with ordinary tokens."""
+# Where there are token ids: reserved tokens, of which an answer shows nothing, and names of tokens in text, which stay.
 TOKEN_CASES = {
     **CASES,
     "reserved": Case(
@@ -82,6 +107,10 @@ TOKEN_CASES = {
         f"why<|reserved_token_300|></think>ok{SECTION_BEGIN}<|reserved_token_301|>"
         f"{call('functions.get_weather:0', WEATHER)}{SECTION_END}<|reserved_token_302|>",
         "why", "ok", [("get_weather", WEATHER)],
+    ),
+    "spelled": Case(
+        f"a{escape(SPELLED)}</think>b{escape(SPELLED)}{SECTION_BEGIN}{call('functions.now:0', escape(SPELLED))}",
+        f"a{SPELLED}", f"b{SPELLED}", [("now", SPELLED)],
     ),
 }  # fmt: skip
 

@@ -131,6 +131,11 @@ def render(
     return text[: text.rindex(_OPEN_END)] if continue_final_message else text
 
 
+def as_error(text: str) -> str:
+    """The text of a tool's result that is an error, where the message has no other place to say so."""
+    return text if text.lower().startswith(("error", "<tool_use_error>")) else f"Error: {text}"
+
+
 def expand_media_placeholders(
     token_ids: Sequence[int], tokens_per_medium: Sequence[int], placeholder_id: int
 ) -> list[int]:

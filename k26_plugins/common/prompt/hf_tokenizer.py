@@ -22,6 +22,7 @@ from k26_plugins.common.config import ARCHITECTURE
 from k26_plugins.common.prompt.chat import TEMPLATE_FILE, TemplateInput, own_template, prepare
 from k26_plugins.common.prompt.control_tokens import MARK, QUOTED_SIGN, unescape
 from k26_plugins.common.prompt.special_tokens import VIDEO_PLACEHOLDER
+from k26_plugins.common.prompt.thinking import template_options
 from k26_plugins.common.prompt.tokenizer import RANKS_FILE, SPLIT_PATTERN, KimiTokenizer, TokenizerError
 from k26_plugins.common.settings import control_tokens_as_text, kimis_ids
 
@@ -82,14 +83,13 @@ class KimiTokenizerFast(PreTrainedTokenizerFast):
         conversation: Any,
         tools: Any = None,
         chat_template: str | None = None,
-        thinking: bool | None = None,
-        enable_thinking: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """As transformers', with the tools declared as the model expects them and the messages' text kept text.
 
-        enable_thinking: another name of `thinking`, which other models' users send.
+        `thinking` may have the forms and names that `thinking.template_options` takes.
         """
+        kwargs = template_options(kwargs)
         chat_template = chat_template or self.chat_template
         parsed_arguments = chat_template != self.kimi_template
         if isinstance(chat_template, str):
@@ -113,10 +113,6 @@ class KimiTokenizerFast(PreTrainedTokenizerFast):
         else:
             given = ready(conversation)
             batch = given.messages
-        if thinking is None:
-            thinking = enable_thinking
-        if thinking is not None:
-            kwargs["thinking"] = thinking
         if given.tools_ts_str is not None:
             kwargs.setdefault("tools_ts_str", given.tools_ts_str)
         return super().apply_chat_template(batch, tools=given.tools, chat_template=chat_template, **kwargs)

@@ -1,0 +1,69 @@
+"""Which tool a call is of, and under which id a client sees it, where the model did not write `functions.NAME:INDEX`."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+# Names may hold dots, hyphens and colons; the last colon is the index'.
+_KIMIS_ID = re.compile(r"(?:functions\.)?(?P<name>\S+):(?P<index>\d+)")
+
+Tools = Mapping[str, Mapping[str, Any]]
+"""Of each declared tool, by its name, the JSON schema of its parameters."""
+
+
+def tool_name(header: str, tools: Tools) -> str | None:
+    """The tool that a call's header names: as Kimi writes it, or by a declared name alone. None for any other header."""
+    found = _KIMIS_ID.fullmatch(header)
+    named = found["name"] if found else None
+    bare = header.removeprefix("functions.")
+    if named not in tools and bare in tools:
+        return bare
+    return named
+
+
+def tool_by_arguments(arguments: str, tools: Tools) -> str | None:
+    """The only tool that takes these arguments, JSON as the model wrote it; None where none does, or several do."""
+    try:
+        passed = json.loads(arguments or "{}")
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(passed, dict):
+        return None
+    fitting = [name for name, schema in tools.items() if _takes(schema, set(passed))]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def is_object(arguments: str) -> bool:
+    """Whether a call's arguments are what every API takes for them: a JSON object."""
+    try:
+        return isinstance(json.loads(arguments), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+class CallIds:
+    """Ids of one answer's calls, no two of them alike."""
+
+    def __init__(self) -> None:
+        self._used: set[str] = set()
+
+    def take(self, header: str, name: str) -> str:
+        """What the model wrote, where it has Kimi's form and is free; else `functions.NAME:INDEX` by the next free index."""
+        found = _KIMIS_ID.fullmatch(header)
+        written = header if found and found["name"] == name else None
+        index = found["index"] if found and written else header if header.isdecimal() else len(self._used)
+        numbered = (f"functions.{name}:{number}" for number in itertools.count(int(index)))
+        chosen = next(one for one in itertools.chain([written] if written else [], numbered) if one not in self._used)
+        self._used.add(chosen)
+        return chosen
+
+
+def _takes(schema: Mapping[str, Any], passed: set[str]) -> bool:
+    known, required = schema.get("properties"), schema.get("required")
+    names = set(known) if isinstance(known, Mapping) else set()
+    needed = {name for name in required if isinstance(name, str)} if isinstance(required, list) else set()
+    return needed <= passed <= names

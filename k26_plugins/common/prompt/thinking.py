@@ -1,0 +1,49 @@
+"""Whether the model is to think: one value of the many that clients send, for the prompt and for the answer's parser."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from k26_plugins.common.prompt.output import THINK_BEGIN, THINK_END
+from k26_plugins.common.prompt.tokenizer import KimiTokenizer
+
+_OFF = ("", "false", "off", "no", "none", "disabled", "0")
+
+
+def template_options(
+    options: Mapping[str, Any] | None, *, thinking: Any = None, reasoning_effort: str | None = None
+) -> dict[str, Any]:
+    """The chat template's options with `thinking` as a bool, or without it where nobody said anything of it.
+
+    options: as sent in `chat_template_kwargs`, where `enable_thinking` is another name. thinking: the request's own field,
+    as Moonshot's API has it, `{"type": "disabled"}` or `{"type": "enabled", "keep": "all"}`. What is said first in this
+    order counts: `thinking` of the options, of the request, `enable_thinking`, a reasoning effort of `none`.
+    """
+    given = dict(options or {})
+    said = [given.pop("thinking", None), thinking, given.pop("enable_thinking", None)]
+    for value in said:
+        if isinstance(value, Mapping) and value.get("keep") == "all":
+            given.setdefault("preserve_thinking", True)
+    first = next((value for value in said if value is not None), None)
+    if first is not None:
+        given["thinking"] = _is_on(first)
+    elif reasoning_effort == "none":
+        given["thinking"] = False
+    return given
+
+
+def begins_in_reasoning(tokenizer: KimiTokenizer, prompt_token_ids: Sequence[int]) -> bool:
+    """Whether a prompt leaves the think block open, so that the answer begins with reasoning."""
+    begin, end = tokenizer.special[THINK_BEGIN], tokenizer.special[THINK_END]
+    closed = {end, tokenizer.special["<|im_middle|>"], tokenizer.special["<|im_end|>"]}
+    for token_id in reversed(prompt_token_ids):
+        if token_id == begin or token_id in closed:
+            return token_id == begin
+    return False
+
+
+def _is_on(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        value = value.get("type", True)
+    return value.strip().lower() not in _OFF if isinstance(value, str) else bool(value)

@@ -1,0 +1,80 @@
+"""An answer's text beside its token ids: which of the markers in it the model wrote as control tokens.
+
+A model that quotes this format writes a marker's name with ordinary tokens. In the text of an answer both look alike. The
+text is the engine's: it may lag behind the ids, be cut at a stop string, and hold replacements for bytes that are no UTF-8.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Sequence
+
+from k26_plugins.common.prompt.output import MARKERS, Marker, beginning_of_a_marker
+from k26_plugins.common.prompt.tokenizer import KimiTokenizer
+
+_NAMES = re.compile("|".join(map(re.escape, MARKERS)))
+_NAME_BYTES = re.compile(_NAMES.pattern.encode())
+_LONGEST = max(map(len, MARKERS))
+
+
+class TokenText:
+    """One answer's. Markers come in the same order in the text and in the ids, so the n-th is the n-th."""
+
+    def __init__(self, tokenizer: KimiTokenizer, *, special_shown: bool = False) -> None:
+        """special_shown: the text has the names of the other special tokens too."""
+        self._tokenizer = tokenizer
+        self._special_shown = special_shown
+        self._markers = {tokenizer.special[name] for name in MARKERS}
+        self._specials = set(tokenizer.special.values())
+        self.num_tokens = 0
+        self._meant: deque[bool] = deque()
+        self._spelled = b""
+        self._pending = ""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of a whole answer, where the engine gives none: of the special tokens the markers alone, or all."""
+        hidden = set() if self._special_shown else self._specials - self._markers
+        return self._tokenizer.decode([token_id for token_id in token_ids if token_id not in hidden])
+
+    def split(self, text: str, token_ids: Sequence[int]) -> list[str]:
+        """The next text as pieces, of which those that are control tokens are a `Marker`.
+
+        token_ids: those behind the ones that were given before; all that `text` is made of must be among both.
+        """
+        self.num_tokens += len(token_ids)
+        for token_id in token_ids:
+            self._read(token_id)
+        self._pending += text
+        pieces: list[str] = []
+        spelled = 0
+        while match := _NAMES.search(self._pending, spelled):
+            # A text without ids of its own is nobody's control token.
+            if self._meant and self._meant.popleft():
+                pieces += [self._pending[: match.start()], Marker(match.group())]
+                self._pending, spelled = self._pending[match.end() :], 0
+            else:
+                spelled = match.end()
+        ready = len(self._pending) - beginning_of_a_marker(self._pending[spelled:])
+        pieces.append(self._pending[:ready])
+        self._pending = self._pending[ready:]
+        return [piece for piece in pieces if piece]
+
+    def finish(self) -> list[str]:
+        """The text that was held back because a marker might have come of it."""
+        rest, self._pending = self._pending, ""
+        return [rest] if rest else []
+
+    def _read(self, token_id: int) -> None:
+        if token_id in self._markers:
+            self._meant.append(True)
+            self._spelled = b""
+        elif token_id not in self._specials:
+            self._spelled += self._tokenizer.token_bytes(token_id)
+            end = 0
+            for match in _NAME_BYTES.finditer(self._spelled):
+                self._meant.append(False)
+                end = match.end()
+            self._spelled = self._spelled[max(end, len(self._spelled) - _LONGEST + 1) :]
+        elif self._special_shown:
+            self._spelled = b""

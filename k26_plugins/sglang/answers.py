@@ -1,0 +1,224 @@
+"""The model's answers in SGLang by the core's state machine and their token ids: chats, Messages and Responses.
+
+SGLang asks what encodes a model's chats for this, where it has such a thing. Releases before 0.5.23 have none and go by the
+text alone (`output`).
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from k26_plugins.common.prompt.call_names import Tools
+from k26_plugins.common.prompt.output import (
+    THINK_END,
+    CallArguments,
+    CallStart,
+    Content,
+    Event,
+    OutputParser,
+    Reasoning,
+)
+from k26_plugins.common.prompt.thinking import template_options
+from k26_plugins.common.prompt.token_text import TokenText
+from k26_plugins.sglang import compat_chats
+
+
+class K26Answers:
+    """SGLang's `ChatEncodingOutputAdapter`, bound to one server of chats or of Responses."""
+
+    def __init__(self, serving: Any) -> None:
+        self._serving = serving
+        self._tokenizer = serving.tokenizer_manager.tokenizer.plain
+
+    def parse_chat_response(
+        self, *, request: Any, output_ids: list[int], finish_reason: dict[str, Any]
+    ) -> tuple[str | None, str, list[Any] | None, dict[str, Any]]:
+        """Reasoning, content, calls and finish reason of a whole answer."""
+        answer = self._of_chat(request)
+        reasoning, content, items = answer.whole(output_ids, finish_reason, request.no_stop_trim)
+        if items and finish_reason["type"] == "stop":
+            finish_reason = {**finish_reason, "type": "tool_calls", "matched": None}
+        return reasoning or None, content, self._calls(request, items) or None, finish_reason
+
+    def stream_chat_chunks(
+        self,
+        *,
+        content: dict[str, Any],
+        index: int,
+        request: Any,
+        created: int,
+        parser_dict: dict[int, Any],
+        has_tool_calls: dict[int, bool],
+        choice_logprobs: dict[str, Any] | None,
+        finish_reason_type: str | None,
+        usage: dict[str, Any] | None,
+    ) -> list[str]:
+        """Server-sent events of the next tokens of one choice."""
+        if index not in parser_dict:
+            parser_dict[index] = self._of_chat(request)
+        reasoning, text, items = parser_dict[index].next(content, finish_reason_type)
+        if items:
+            has_tool_calls[index] = True
+        chunks = compat_chats.answer_chunks(
+            chunk_id=content["meta_info"]["id"],
+            created=created,
+            model=request.model,
+            index=index,
+            usage=usage,
+            logprobs=choice_logprobs,
+            reasoning=reasoning,
+            content=text,
+            tool_calls=self._calls(request, items),
+        )
+        return [name_reasoning_twice(chunk) for chunk in chunks] if reasoning else chunks
+
+    def parse_responses_output(
+        self,
+        *,
+        request: Any,
+        require_reasoning: bool,
+        output_ids: list[int],
+        finish_reason: dict[str, Any] | None,
+        separate_reasoning: bool,
+        parse_tool_calls: bool,
+    ) -> tuple[str, str, list[Any]]:
+        """Reasoning, content and calls of a whole answer of the Responses API."""
+        return self._of_response(request, parse_tool_calls).whole(output_ids, finish_reason or {}, keep_stop=False)
+
+    def new_responses_stream(
+        self, *, request: Any, require_reasoning: bool, separate_reasoning: bool, parse_tool_calls: bool
+    ) -> _Step:
+        """What takes a streamed answer of the Responses API apart."""
+        return _Step(self._of_response(request, parse_tool_calls))
+
+    def _of_chat(self, request: Any) -> _Answer:
+        last = request.messages[-1] if request.messages else None
+        continued = request.continue_final_message and getattr(last, "role", None) == "assistant"
+        parsing = self._serving._tool_call_parsing_active(request)
+        tools = self._serving._effective_tools(request) if parsing else None
+        return _Answer(
+            self._tokenizer,
+            thinking=is_thinking(request) and not continued,
+            tools=tools,
+            shown=not request.skip_special_tokens,
+            separate=request.separate_reasoning,
+            wait=not request.stream_reasoning,
+        )
+
+    def _of_response(self, request: Any, parse_tool_calls: bool) -> _Answer:
+        tools = self._serving._response_tools_to_chat_tools(request) if parse_tool_calls else None
+        return _Answer(self._tokenizer, thinking=is_thinking(request), tools=tools)
+
+    def _calls(self, request: Any, items: list[Any]) -> list[Any]:
+        """SGLang counts a call's id over the conversation, and names it with its first piece."""
+        before = self._serving._get_history_tool_calls_cnt(request)
+        return [
+            compat_chats.tool_call(item, self._serving._process_tool_call_id(item, before) if item.name else None)
+            for item in items
+        ]
+
+
+class _Step:
+    """SGLang's `ResponsesOutputStream`."""
+
+    def __init__(self, answer: _Answer) -> None:
+        self._answer = answer
+
+    def step(self, chunk: dict[str, Any], finish_reason: dict[str, Any] | None) -> tuple[str, str, list[Any]]:
+        return self._answer.next(chunk, finish_reason["type"] if finish_reason else None)
+
+
+class _Answer:
+    """One choice of an answer, whole or streamed."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        thinking: bool,
+        tools: list[Any] | None,
+        shown: bool = False,
+        separate: bool = True,
+        wait: bool = False,
+    ) -> None:
+        """shown: special tokens are in the text. separate: reasoning is no content. wait: it is given out whole."""
+        self._tokenizer, self._shown = tokenizer, shown
+        self._separate, self._wait, self._waiting = separate, wait, ""
+        self._in_reasoning = False
+        self._output = OutputParser(in_reasoning=thinking, tools=_schemas(tools))
+        self._text = TokenText(tokenizer, special_shown=shown)
+        self._given_out = 0
+
+    def whole(
+        self, output_ids: list[int], finish_reason: dict[str, Any], keep_stop: bool
+    ) -> tuple[str, str, list[Any]]:
+        """Reasoning, content and calls. The text is cut at what stopped it, as SGLang cuts a streamed one."""
+        matched = finish_reason.get("matched")
+        if isinstance(matched, int) and not keep_stop and output_ids and output_ids[-1] == matched:
+            output_ids = output_ids[:-1]
+        text = self._text.decode(output_ids)
+        if isinstance(matched, str) and (found := text.find(matched)) >= 0:
+            text = text[: found + (len(matched) if keep_stop else 0)]
+        return self._collect(self._feed(text, output_ids, finished=True), finished=True)
+
+    def next(self, chunk: dict[str, Any], finish_reason: str | None) -> tuple[str, str, list[Any]]:
+        """Reasoning, content and pieces of calls that SGLang's next chunk brings."""
+        new = compat_chats.new_output_ids(chunk, self._text.num_tokens, finish_reason)
+        text = chunk["text"]
+        if not compat_chats.sends_increments():
+            text, self._given_out = text[self._given_out :], len(text)
+        finished = finish_reason is not None
+        return self._collect(self._feed(text, new, finished), finished)
+
+    def _feed(self, text: str, token_ids: list[int], finished: bool) -> list[Event]:
+        events = self._output.feed_pieces(self._text.split(text, token_ids))
+        if finished:
+            events += self._output.feed_pieces(self._text.finish()) + self._output.finish()
+        return events
+
+    def _collect(self, events: list[Event], finished: bool) -> tuple[str, str, list[Any]]:
+        reasoning, content = "", ""
+        items: dict[int, Any] = {}
+        for event in events:
+            if isinstance(event, Reasoning):
+                self._in_reasoning = True
+                reasoning += event.text
+                continue
+            if self._in_reasoning and not self._separate:
+                content += reasoning + THINK_END
+                reasoning = ""
+            self._in_reasoning = False
+            match event:
+                case Content(text):
+                    content += text
+                case CallStart(index, _, name):
+                    items[index] = compat_chats.tool_call_item(index, name, "")
+                case CallArguments(index, text):
+                    items.setdefault(index, compat_chats.tool_call_item(index, None, "")).parameters += text
+        if not self._separate:
+            return "", content + reasoning, list(items.values())
+        if self._wait:
+            self._waiting += reasoning
+            reasoning = "" if self._in_reasoning and not finished else self._waiting
+            self._waiting = self._waiting if self._in_reasoning and not finished else ""
+        return reasoning, content, list(items.values())
+
+
+def is_thinking(request: Any) -> bool:
+    """As the template was rendered, which opens the think block unless it is told not to."""
+    thinking: bool = template_options(request.chat_template_kwargs).get("thinking", True)
+    return thinking
+
+
+def name_reasoning_twice(event: str) -> str:
+    """A server-sent event of a chat with reasoning as vLLM calls it beside the name of Moonshot's API and SGLang's."""
+    data = json.loads(event.removeprefix("data: "))
+    for choice in data["choices"]:
+        if choice["delta"].get("reasoning_content") is not None:
+            choice["delta"]["reasoning"] = choice["delta"]["reasoning_content"]
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+
+
+def _schemas(tools: list[Any] | None) -> Tools | None:
+    return None if not tools else {tool.function.name: tool.function.parameters or {} for tool in tools}

@@ -1,0 +1,73 @@
+"""SGLang's names that this adapter touches beside those in `compat`: what the answers of its chat API are made of."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from k26_plugins.sglang.compat import private
+
+
+def tool_parsing_result(normal_text: str, calls: list[Any]) -> Any:
+    return private("sglang.srt.function_call.core_types", "StreamingParseResult")(normal_text=normal_text, calls=calls)
+
+
+def tool_call_item(index: int, name: str | None, parameters: str) -> Any:
+    item = private("sglang.srt.function_call.core_types", "ToolCallItem")
+    return item(tool_index=index, name=name, parameters=parameters)
+
+
+_ADAPTERS = "sglang.srt.entrypoints.openai.chat_encoding_adapters"
+_PROTOCOL = "sglang.srt.entrypoints.openai.protocol"
+
+
+def tool_call(item: Any, call_id: str | None) -> Any:
+    """A call, or a piece of one, as a client gets it."""
+    function = private(_PROTOCOL, "FunctionResponse")(name=item.name, arguments=item.parameters)
+    return private(_PROTOCOL, "ToolCall")(id=call_id, index=item.tool_index, function=function)
+
+
+def reasoning_named_twice(response: Any) -> Any:
+    """A whole answer to a chat, with its reasoning as vLLM calls it beside the name of Moonshot's API and SGLang's."""
+    if not isinstance(response, private(_PROTOCOL, "ChatCompletionResponse")):
+        return response
+    data = response.model_dump(mode="json", by_alias=True)
+    for choice in data["choices"]:
+        if choice["message"].get("reasoning_content") is not None:
+            choice["message"]["reasoning"] = choice["message"]["reasoning_content"]
+    return importlib.import_module("fastapi.responses").JSONResponse(data)
+
+
+def answer_chunks(**fields: Any) -> list[str]:
+    """Server-sent events of one step of an answer."""
+    chunks: list[str] = private(_ADAPTERS, "token_output_sse_chunks")(**fields)
+    return chunks
+
+
+def calls_or_schema(tools: list[Any], parser: str, schema: Any, parallel: bool) -> Any:
+    """A response format that allows calls of `tools`, as `parser` reads them, or an answer by a JSON schema; None where
+    SGLang has no grammar of calls for it."""
+    calls = private("sglang.srt.function_call.function_call_parser", "FunctionCallParser")(tools, parser)
+    constraint = calls.get_structure_constraint("required", parallel_tool_calls=parallel)
+    if constraint is None or constraint[0] != "structural_tag" or not hasattr(constraint[1], "format"):
+        return None
+    formats = importlib.import_module("xgrammar.structural_tag")
+    answer = formats.JSONSchemaFormat(json_schema=schema)
+    return type(constraint[1])(format=formats.OrFormat(elements=[constraint[1].format, answer]))
+
+
+def sends_increments() -> bool:
+    """Whether a chunk has what is new, or everything so far (SGLang's default)."""
+    return bool(private("sglang.srt.runtime_context", "get_serving")().incremental_streaming_output)
+
+
+def new_output_ids(chunk: dict[str, Any], consumed: int, finish_reason: str | None) -> list[int]:
+    """The token ids of a chunk behind the `consumed` that earlier ones brought."""
+    found: list[int] = private(_ADAPTERS, "select_new_output_ids")(
+        output_ids=chunk.get("output_ids") or [],
+        num_consumed_tokens=consumed,
+        completion_tokens=chunk["meta_info"]["completion_tokens"],
+        finish_reason_type=finish_reason,
+        incremental=sends_increments(),
+    )
+    return found

@@ -1,0 +1,142 @@
+"""What vLLM's API server does to chats beside rendering and parsing them, mended in the processes that serve this model."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Literal
+
+import pydantic
+
+from k26_plugins.common.prompt.call_names import is_object
+from k26_plugins.common.prompt.chat import as_error
+from k26_plugins.common.prompt.thinking import template_options
+from k26_plugins.vllm import compat, logger
+
+
+def install() -> None:
+    """Put the hooks in place, once for each process. A vLLM without the place of one serves without it."""
+    hooks: list[tuple[str, str, Callable[..., Any]]] = [
+        *((module, f"{name}.build_chat_params", settle_thinking) for module, name in compat.CHAT_REQUESTS),
+        (compat.CHAT_PROTOCOL, "ChatMessage.__init__", name_reasoning_twice),
+        (compat.CHAT_SERVING, "OpenAIServingChat.chat_completion_full_generator", length_wins),
+        (compat.MESSAGES_SERVING, "AnthropicServingMessages._convert_tool_use_block", keep_characters),
+        (compat.MESSAGES_SERVING, "AnthropicServingMessages._convert_user_tool_result", tell_errors),
+        (compat.MESSAGES_SERVING, "AnthropicServingMessages.messages_full_converter", show_cut_calls),
+        (compat.RESPONSES_ROUTER, "_convert_stream_to_sse_events", end_incomplete),
+        (compat.TOKENIZE_SERVING, f"{compat.tokenization_class()}.create_tokenize", read_reasoning),
+    ]
+    for module, path, hook in hooks:
+        try:
+            compat.wrap(module, path, hook)
+        except compat.UnsupportedEngineError as error:
+            logger.warning("k26-plugins: %s", error)
+
+
+def settle_thinking(original: Callable[..., Any], request: Any, *args: Any, **kwargs: Any) -> Any:
+    """One value of `thinking` for the template, the parsers and the engine, from all that the request says of it.
+
+    vLLM turns an effort of reasoning into `enable_thinking`, which its parser heard beside a `thinking` that the template
+    heard, and drops a field `thinking`, by which Moonshot's clients say it.
+    """
+    params = original(request, *args, **kwargs)
+    options = params.chat_template_kwargs
+    said = (request.model_extra or {}).get("thinking")
+    settled = template_options(options, thinking=said, reasoning_effort=options.get("reasoning_effort"))
+    return dataclasses.replace(params, chat_template_kwargs=settled)
+
+
+def name_reasoning_twice(original: Callable[..., None], message: Any, **fields: Any) -> None:
+    """As vLLM calls it and as Moonshot's API and its clients do."""
+    if fields.get("reasoning") is not None:
+        fields.setdefault("reasoning_content", fields["reasoning"])
+    original(message, **fields)
+
+
+async def length_wins(
+    original: Callable[..., Any],
+    serving: Any,
+    request: Any,
+    result_generator: AsyncIterator[Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """An answer that the token limit cut says so, with calls in it too, as it does where it is streamed."""
+    last: list[Any] = []
+
+    async def watched() -> AsyncIterator[Any]:
+        async for result in result_generator:
+            last[:] = [result]
+            yield result
+
+    response = await original(serving, request, watched(), *args, **kwargs)
+    cut = {output.index for result in last for output in result.outputs if output.finish_reason == "length"}
+    for choice in getattr(response, "choices", ()):
+        if choice.index in cut:
+            choice.finish_reason = "length"
+    return response
+
+
+def keep_characters(original: Callable[..., None], block: Any, tool_calls: list[dict[str, Any]]) -> None:
+    """Arguments of a past call as the model wrote them: vLLM would spell Chinese by numbers."""
+    original(block, tool_calls)
+    tool_calls[-1]["function"]["arguments"] = json.dumps(block.input or {}, ensure_ascii=False)
+
+
+def tell_errors(original: Callable[..., None], block: Any, openai_messages: list[dict[str, Any]]) -> None:
+    """A chat's message has no place for `is_error`: its text says it."""
+    result = len(openai_messages)
+    original(block, openai_messages)
+    if block.is_error:
+        message = openai_messages[result]
+        message["content"] = as_error(message["content"])
+
+
+def show_cut_calls(original: Callable[..., Any], serving: Any, response: Any) -> Any:
+    """A call's input is an object here. Arguments that are none, as where the token limit cut them, are text, where vLLM
+    would refuse the whole answer."""
+    message = response.choices[0].message
+    cut = [call for call in message.tool_calls or () if not is_object(call.function.arguments)]
+    if cut:
+        message.tool_calls = [call for call in message.tool_calls if call not in cut]
+        message.content = "\n".join(filter(None, [message.content, *(call.function.arguments for call in cut)]))
+    return original(serving, response)
+
+
+async def end_incomplete(original: Callable[..., Any], generator: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    """The last event of an answer that the token limit cut, by its name."""
+
+    async def renamed() -> AsyncIterator[Any]:
+        async for event in generator:
+            yield _incomplete(event) if getattr(event, "type", None) == "response.completed" else event
+
+    async for line in original(renamed()):
+        yield line
+
+
+async def read_reasoning(original: Callable[..., Any], serving: Any, request: Any, raw_request: Any = None) -> Any:
+    """`reasoning_content`, which a chat takes and vLLM's class of this request drops."""
+    messages = getattr(request, "messages", None)
+    if messages and raw_request is not None:
+        sent = (await raw_request.json()).get("messages") or []
+        for message, fields in zip(messages, sent, strict=True):
+            if fields.get("reasoning_content") is not None and message.get("reasoning") is None:
+                message["reasoning"] = fields["reasoning_content"]
+    return await original(serving, request, raw_request)
+
+
+def _incomplete(event: Any) -> Any:
+    response = event.response
+    status = response.get("status") if isinstance(response, dict) else response.status
+    if status != "incomplete":
+        return event
+    return _incomplete_event(type(event)).model_construct(**{**dict(event), "type": "response.incomplete"})
+
+
+@functools.cache
+def _incomplete_event(completed: type) -> Any:
+    return pydantic.create_model(
+        "ResponseIncompleteEvent", __base__=completed, type=(Literal["response.incomplete"], "response.incomplete")
+    )
