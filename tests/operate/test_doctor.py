@@ -15,7 +15,8 @@ from support.doctor import doctor
 from typer.testing import CliRunner
 
 from k26_plugins.cli import app
-from k26_plugins.operate.doctor import Level, bandwidth, engines, machine
+from k26_plugins.common.experts.native.build import BuildError
+from k26_plugins.operate.doctor import Level, bandwidth, engines, experts, machine
 from k26_plugins.operate.doctor.pieces import piece_findings
 
 
@@ -45,6 +46,27 @@ def test_an_environment_that_is_right(tiny_folder: Path, fake_engine: Any) -> No
     assert found["experts"]["detail"] in ("a server on cpu takes: native", "a server on cpu takes: cpu")
     assert "222 tensors" in found["checkpoint"]["detail"]
     assert found["experts: cpu"]["level"] == "ok"
+    assert "this CPU has " in found["experts: instruction sets"]["detail"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("sse2 avx2 fma", "this CPU has AVX2; "),
+        ("avx2 avx_vnni avx512f avx512_vnni amx_int8", "AVX2, AVX-VNNI, AVX512, AVX512-VNNI, AMX; "),
+        ("asimd asimddp i8mm sve", "this CPU has ARM's dot product, i8mm, SVE; "),
+        ("", "none that is known; "),
+    ],
+)
+def test_what_the_cpu_has_for_the_experts(flags: str, named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts, "cpu_flags", lambda: frozenset(flags.split()))
+    assert named in experts.instruction_set().detail
+
+    def none() -> None:
+        raise BuildError("no C++ compiler is found")
+
+    monkeypatch.setattr(experts, "process_threads", none)
+    assert experts.instruction_set().detail.endswith("; native takes none")
 
 
 def test_what_is_the_engines_by_choice(monkeypatch: pytest.MonkeyPatch) -> None:
