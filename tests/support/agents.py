@@ -71,6 +71,7 @@ class AgentTests(ScriptedTests):
             settings = {
                 "KIMI_CODE_HOME": str(tmp_path / "home"),
                 "KIMI_CODE_NO_AUTO_UPDATE": "1",
+                "KIMI_DISABLE_TELEMETRY": "1",
                 "KIMI_MODEL_PROVIDER_TYPE": "kimi",
                 "KIMI_MODEL_NAME": server.model,
                 "KIMI_MODEL_BASE_URL": f"{running.url}/v1",
