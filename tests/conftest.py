@@ -14,6 +14,9 @@ from typer.testing import CliRunner
 from k26_plugins.cli import app
 from k26_plugins.common.tiny import make_tiny
 
+# Tests that both engines derive: what they assert is told as that of other tests.
+pytest.register_assert_rewrite("support.agents", "support.clients", "support.prompt_path")
+
 PROMPTS = [
     {"id": "hello", "messages": [{"role": "user", "content": "Hello, world! How are you today?"}]},
     {"id": "raw", "text": "The quick brown fox jumps over the lazy dog. " * 3},

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 
 from k26_plugins.cli.console import err, out
 from k26_plugins.cli.plan import Engine
@@ -22,8 +23,13 @@ def doctor(
     checkpoint: Annotated[Path | None, typer.Option(help="A checkpoint's folder, to be looked at too.")] = None,
     engine: Annotated[Engine | None, typer.Option(help="One that must be installed here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    fix: Annotated[
+        bool, typer.Option(help="Print the commands that mend what was found, and run none; the rest as errors are.")
+    ] = False,
 ) -> None:
     """Look at this environment: versions, GPUs, whether the plugin is active in each engine, and the experts' self-test.
+
+    Measures how fast weights move: read from memory, copied to each GPU, and with a checkpoint read from its disk.
 
     Each engine is asked in a process of its own that loads plugins as a server does. The self-test is the one that a
     server makes when it loads the model: each experts backend against the plain dequantised product, on this device.
@@ -37,15 +43,20 @@ def doctor(
         findings = examine(checkpoint, chosen, lambda stage: status.update(f"looking at {stage}"))
     if as_json:
         typer.echo(json.dumps([asdict(finding) for finding in findings], indent=1))
+    elif fix:
+        show(findings, err)
+        # One command for what is found twice.
+        for command in dict.fromkeys(finding.fix for finding in findings if finding.fix):
+            typer.echo(command)
     else:
         show(findings)
     if any(finding.level == Level.BAD for finding in findings):
         raise typer.Exit(1)
 
 
-def show(findings: list[Finding]) -> None:
+def show(findings: list[Finding], console: Console = out) -> None:
     for finding in findings:
-        out.print(f"{finding.level:>4}", end="  ", style=COLOURS[finding.level])
-        out.print(f"{finding.what}: {finding.detail}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{finding.level:>4}", end="  ", style=COLOURS[finding.level])
+        console.print(f"{finding.what}: {finding.detail}", highlight=False, markup=False, soft_wrap=True)
         if finding.remedy:
-            out.print(f"      remedy: {finding.remedy}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"      remedy: {finding.remedy}", highlight=False, markup=False, soft_wrap=True)

@@ -12,7 +12,10 @@ from k26_plugins.cli.console import Folder, err, fail, progress_bar
 from k26_plugins.cli.reports import require_writable
 
 if TYPE_CHECKING:
-    from k26_plugins.operate.golden import GoldenJob
+    from k26_plugins.operate.golden import Golden, GoldenJob
+
+# A rank test over this many tokens can reach the score that a fault needs: 6 = sqrt(3 · 12).
+ENOUGH_TOKENS = 12
 
 
 def golden(
@@ -57,12 +60,25 @@ def golden(
             begin = time.perf_counter()
             with progress_bar() as progress:
                 task = progress.add_task("layers", total=job.steps)
-                job.run(lambda done: progress.update(task, completed=done))
+                made = job.run(lambda done: progress.update(task, completed=done))
             seconds = time.perf_counter() - begin
     except expected as error:
         fail(error)
     rate = checkpoint.bytes_read / seconds / 1e9
+    typer.echo(_what_experts_saw(made))
     typer.echo(f"{out}: {checkpoint.bytes_read / 1e9:.2f} GB read in {seconds:.0f} s ({rate:.2f} GB/s).")
+
+
+def _what_experts_saw(made: Golden) -> str:
+    tokens = made.tokens_by_expert().flatten()
+    if not tokens.numel():
+        return "no routed experts"
+    few = int((tokens < ENOUGH_TOKENS).sum())
+    remedy = ": a fault of theirs stays unseen, longer or more prompts show it" if few else ""
+    return (
+        f"each of {len(tokens):,} experts saw {tokens.min():,} to {tokens.max():,} tokens, half of them at least "
+        f"{tokens.median():,}; {few:,} saw fewer than {ENOUGH_TOKENS}{remedy}"
+    )
 
 
 def _what_it_takes(job: GoldenJob) -> str:

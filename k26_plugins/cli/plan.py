@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +14,8 @@ import typer
 from k26_plugins.cli.console import fail
 
 if TYPE_CHECKING:
+    from k26_plugins.common.config import K26Config
+    from k26_plugins.operate.machine import Machine
     from k26_plugins.operate.plan.fit import Load
     from k26_plugins.operate.plan.report import Plan
 
@@ -65,6 +68,9 @@ def plan(
     cores: Cores = None,
     sockets: Sockets = None,
     checkpoint: Annotated[str, typer.Option(help="A folder, or a name on the hub for the published sizes.")] = HUB_NAME,
+    compare: Annotated[
+        bool, typer.Option(help="A table of all engines and layouts of this machine, no command.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say whether Kimi-K2.6 fits on a machine, why, what is left for the KV cache, and the exact launch command.
@@ -72,7 +78,8 @@ def plan(
     Without --gpus it plans for this machine. Computed from the table of tensors: weights by part on each rank, activations,
     what engines keep for themselves (fitted to the published runs of vLLM in docs/hardware.md), and KV cache of 70,272
     bytes a token, which plain tensor parallelism repeats on every GPU. Where the load does not fit, what does is named,
-    each as options of this command. GPUs of several machines get a command for each.
+    each as options of this command. GPUs of several machines get a command for each. --compare puts all engines and layouts
+    into one table.
 
     Speeds are bounds from published bandwidths; nobody measured them.
 
@@ -80,10 +87,25 @@ def plan(
     """
     from k26_plugins.operate.plan import report
 
+    if compare:
+        _compare(
+            gpus, load_of(context, concurrency, images, kv_dtype, gpu_memory_utilization), ram, checkpoint, as_json
+        )
+        return
     load = load_of(context, concurrency, images, kv_dtype, gpu_memory_utilization)
     made = plan_for(gpus, engine, load, ram, ram_bandwidth, cores, sockets, checkpoint)
     typer.echo(json.dumps(report.as_json(made), indent=1) if as_json else report.as_text(made))
     if not made.fits:
+        raise typer.Exit(1)
+
+
+def _compare(gpus: str | None, load: Load, ram: float | None, checkpoint: str, as_json: bool) -> None:
+    from k26_plugins.operate.plan.compare import as_table, compare
+
+    config, machine = _of(gpus, ram, None, None, None, checkpoint, load)
+    rows = compare(config, machine, load)
+    typer.echo(json.dumps([asdict(row) for row in rows], indent=1) if as_json else as_table(rows))
+    if not any(row.fits for row in rows):
         raise typer.Exit(1)
 
 
@@ -112,12 +134,30 @@ def plan_for(
     checkpoint: str,
 ) -> Plan:
     """The plan of these options; ends the command on one that cannot be."""
+    from k26_plugins.operate.plan.report import make_plan
+    from k26_plugins.operate.plan.weights import LayoutError
+
+    config, machine = _of(gpus, ram, ram_bandwidth, cores, sockets, checkpoint, load)
+    try:
+        return make_plan(config, engine.value, machine, load, checkpoint)
+    except LayoutError as error:
+        fail(error)
+
+
+def _of(
+    gpus: str | None,
+    ram: float | None,
+    ram_bandwidth: float | None,
+    cores: int | None,
+    sockets: int | None,
+    checkpoint: str,
+    load: Load,
+) -> tuple[K26Config, Machine]:
+    """The model and the machine of these options; ends the command where they, or the load, cannot be."""
     from k26_plugins.common.config import ConfigError, K26Config
     from k26_plugins.operate.accelerators import AcceleratorError
     from k26_plugins.operate.machine import machine_of
     from k26_plugins.operate.plan.hardware import HardwareError
-    from k26_plugins.operate.plan.report import make_plan
-    from k26_plugins.operate.plan.weights import LayoutError
 
     try:
         config = K26Config() if _is_hub_name(checkpoint) else K26Config.from_path(checkpoint)
@@ -125,8 +165,8 @@ def plan_for(
         longest = load.tokens // load.concurrency
         if longest > config.text.max_position_embeddings:
             fail(f"a request of {longest:,} tokens is longer than the model's {config.text.max_position_embeddings:,}.")
-        return make_plan(config, engine.value, machine, load, checkpoint)
-    except (AcceleratorError, ConfigError, HardwareError, LayoutError) as error:
+        return config, machine
+    except (AcceleratorError, ConfigError, HardwareError) as error:
         fail(error)
 
 

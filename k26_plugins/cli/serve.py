@@ -73,7 +73,7 @@ def serve(
             fail(f"this plan is for {len(made.commands)} machines: start the commands above, one on each.")
         command = made.commands[0]
     with err.status("looking at this environment"):
-        bad = [finding for finding in examine(folder, engine.value) if finding.level == Level.BAD]
+        bad = [finding for finding in examine(folder, engine.value, measure=False) if finding.level == Level.BAD]
     if bad:
         show(bad)
         if not anyway:

@@ -23,6 +23,9 @@ def verify(
     model: Annotated[str | None, typer.Option(help="Which model, where the server has several.")] = None,
     api_key: ApiKey = None,
     tools: Annotated[bool, typer.Option(help="Ask for tool calls too. The server needs its kimi_k2 parsers.")] = False,
+    needle: Annotated[
+        bool, typer.Option(help="Ask for one line of prompts of 8,000, 70,000 and 200,000 tokens too, where they fit.")
+    ] = False,
     json_out: JsonOut = None,
     html_out: HtmlOut = None,
 ) -> None:
@@ -41,6 +44,7 @@ def verify(
     from k26_plugins.operate.verify.endpoint import EndpointError, connect
     from k26_plugins.operate.verify.judge import Check, judge
     from k26_plugins.operate.verify.measure import measure
+    from k26_plugins.operate.verify.needle import DEPTHS, LENGTHS, find_needles
     from k26_plugins.operate.verify.report import as_html, as_json, as_text
     from k26_plugins.operate.verify.tools import REQUESTS, check_tools
 
@@ -59,6 +63,15 @@ def verify(
                 wrong = report.faults + report.refused
                 detail = f"{report.calls} calls in {report.requests} answers, {len(wrong)} faults"
                 verdict.checks.append(Check("tool calls", not wrong, "; ".join([detail, *wrong])))
+            if needle:
+                task = progress.add_task("needles", total=len(LENGTHS) * len(DEPTHS))
+                needles = find_needles(endpoint, lambda done: progress.update(task, completed=done))
+                asked = [found for found in needles if not found.note]
+                lost = [f"{found.tokens:,} tokens at {found.depth:.0%}" for found in asked if not found.right]
+                detail = f"{len(asked) - len(lost)} of {len(asked)} found"
+                verdict.checks.append(Check("needles", not lost, "; lost in ".join([detail, *lost])))
+                notes = dict.fromkeys(f"a needle in {f.tokens:,} tokens: {f.note}" for f in needles if f.note)
+                measured.not_shown += notes
     except (GoldenError, EndpointError, OSError) as error:
         fail(error, NOT_ASKED)
     typer.echo(as_text(measured, verdict))

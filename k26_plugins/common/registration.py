@@ -6,12 +6,25 @@ first look up every name that they need, and note what they are going to change;
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, MutableMapping
 from types import ModuleType
 from typing import Any
 
+from k26_plugins.common.settings import STRICT_VARIABLE, strict
+
 _ABSENT = object()
+
+
+def go_without(error: Exception, lost: str, logger: logging.Logger) -> None:
+    """Say that a name of the engine's is not where it was, and what is lost by it. With K26_STRICT=1 the start ends here.
+
+    Raises SystemExit: engines log any other exception of a plugin and go on.
+    """
+    if strict():
+        raise SystemExit(f"k26-plugins: {error} Without it {lost}, and {STRICT_VARIABLE}=1 stops the start.") from error
+    logger.warning("k26-plugins: %s Without it %s.", error, lost)
 
 
 class Registration:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from k26_plugins.common.checkpoint import Layout, classify, local_folder
+from k26_plugins.common.checkpoint import Layout, classify, weights_folder
 from k26_plugins.common.config import K26Config
 
 
@@ -17,7 +17,7 @@ def core_config(
     `warn` is told once why. name: a folder or a name on the hub. Raises ConfigError or CheckpointError for a checkpoint
     that is damaged, contradicts itself or is of another model.
     """
-    answer = classify(hf_config.to_dict(), local_folder(name, revision, cache_dir))
+    answer = classify(hf_config.to_dict(), weights_folder(name, revision, cache_dir))
     if answer.layout is Layout.PUBLISHED:
         return answer.config
     warn(

@@ -10,9 +10,12 @@ CPU_THREADS_VARIABLE = "K26_CPU_THREADS"
 ENGINE = "engine"
 CONTROL_TOKENS_VARIABLE = "K26_CONTROL_TOKENS"
 PARSERS_VARIABLE = "K26_PARSERS"
+PROMPTS_VARIABLE = "K26_PROMPTS"
+MEDIA_VARIABLE = "K26_MEDIA"
 TOOL_IDS_VARIABLE = "K26_TOOL_IDS"
 STREAM_FROM_VARIABLE = "K26_STREAM_FROM"
 BATCH_INVARIANT_VARIABLE = "K26_BATCH_INVARIANT"
+STRICT_VARIABLE = "K26_STRICT"
 
 
 def experts_setting() -> str:
@@ -67,15 +70,29 @@ def control_tokens_as_text() -> bool:
     return value == "text"
 
 
-def parsers_by_default() -> bool:
-    """Whether a server takes this model's output apart where its flags name no parser (the default).
+def parsers_setting() -> str:
+    """What takes this model's output apart where a server's flags name no parser: `auto` (the core's), `engine` (the
+    engine's own for this model) or `none`.
 
-    Raises ValueError for any other value of K26_PARSERS than `auto` and `none`.
+    Raises ValueError for any other value of K26_PARSERS.
     """
-    value = os.environ.get(PARSERS_VARIABLE, "auto").strip().lower()
-    if value not in ("auto", "none"):
-        raise ValueError(f"{PARSERS_VARIABLE} is {value!r}: choose auto or none, or unset it.")
-    return value == "auto"
+    return _choice(PARSERS_VARIABLE, ("auto", ENGINE, "none"))
+
+
+def core_prompts() -> bool:
+    """Whether the tokenizer and the rendering of chats are the core's (the default), or the engine's own.
+
+    Raises ValueError for any other value of K26_PROMPTS than `auto` and `engine`.
+    """
+    return _choice(PROMPTS_VARIABLE, ("auto", ENGINE)) == "auto"
+
+
+def core_media() -> bool:
+    """Whether images and videos are read and prepared by the core (the default), or by the engine's own code.
+
+    Raises ValueError for any other value of K26_MEDIA than `auto` and `engine`.
+    """
+    return _choice(MEDIA_VARIABLE, ("auto", ENGINE)) == "auto"
 
 
 def kimis_ids() -> bool:
@@ -122,9 +139,21 @@ def batch_invariant_setting() -> bool:
 
     Raises ValueError for any other value.
     """
-    value = os.environ.get(BATCH_INVARIANT_VARIABLE, "0").strip()
+    return _switch(BATCH_INVARIANT_VARIABLE)
+
+
+def strict() -> bool:
+    """Whether a start ends where this engine lacks something that the plugin needs: K26_STRICT, `0` (default) or `1`.
+
+    Raises ValueError for any other value.
+    """
+    return _switch(STRICT_VARIABLE)
+
+
+def _switch(variable: str) -> bool:
+    value = os.environ.get(variable, "0").strip()
     if value not in ("0", "1"):
-        raise ValueError(f"{BATCH_INVARIANT_VARIABLE} is {value!r}: choose 0 or 1, or unset it.")
+        raise ValueError(f"{variable} is {value!r}: choose 0 or 1, or unset it.")
     return value == "1"
 
 
@@ -138,6 +167,9 @@ def check_settings() -> None:
         batch_invariant_setting,
         control_tokens_as_text,
         kimis_ids,
-        parsers_by_default,
+        parsers_setting,
+        core_prompts,
+        core_media,
+        strict,
     ):
         read()

@@ -36,10 +36,11 @@ class KtExperts(ExpertsBackend):
     # 8-bit activations: 1.2 to 1.5 % was measured on a right kernel.
     tolerance: ClassVar[float] = 3e-2
 
-    def __init__(self, moe: Any, pool: Any, kept: tuple[torch.Tensor, ...]) -> None:
+    def __init__(self, moe: Any, pool: Any, num_experts: int, kept: tuple[torch.Tensor, ...]) -> None:
         """kept: tensors whose addresses kt-kernel remembers."""
         self.moe = moe
         self.pool = pool
+        self.num_experts = num_experts
         self.kept = kept
 
     @classmethod
@@ -97,7 +98,7 @@ class KtExperts(ExpertsBackend):
         pool.submit(moe.load_weights_task(order.data_ptr()))
         pool.sync()
         kept = () if compat.copies_weights(raw_int4) else (weights.w13_packed, weights.w2_packed)
-        return cls(moe, pool, (on_device, order, *kept))
+        return cls(moe, pool, weights.num_experts, (on_device, order, *kept))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """None: kt-kernel keeps its copies to itself, so EPLB cannot move them."""
@@ -126,7 +127,7 @@ class KtExperts(ExpertsBackend):
                 f"core's experts with K26_CPU_EXPERTS=auto."
             )
         x = hidden_states.to(torch.bfloat16).contiguous()
-        ids = local_ids(topk_ids, expert_map).contiguous()
+        ids = local_ids(topk_ids, expert_map, self.num_experts).contiguous()
         weights = topk_weights.float().contiguous()
         result = torch.empty_like(x)
         for start in range(0, len(x), MAX_TOKENS):

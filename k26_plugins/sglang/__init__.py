@@ -6,15 +6,17 @@
 from __future__ import annotations
 
 import logging
+import os
 
 # Under SGLang's own logger, so that its level and format apply.
 logger = logging.getLogger("sglang.k26_plugins")
 
 
 def register() -> None:
-    """Put Kimi-K2.6's classes into SGLang's registries. Repeatable, and never raises.
+    """Put Kimi-K2.6's classes into SGLang's registries. Repeatable.
 
-    A failure is logged, and SGLang stays as it was. `SGLANG_PLUGINS` without `k26` in it switches the plugin off.
+    A failure is logged, and SGLang stays as it was; with K26_STRICT=1 it is a SystemExit, which ends the start.
+    `SGLANG_PLUGINS` without `k26` in it switches the plugin off.
     """
     try:
         from k26_plugins.common.registration import Registration
@@ -31,5 +33,7 @@ def register() -> None:
         # Last: SGLang's own registry of hooks cannot take an applied one back.
         compat.register_tokenizer_hook(changes, "k26_plugins.sglang.tokenizer", "get_tokenizer")
         changes.apply()
-    except Exception:
+    except Exception as error:
+        if os.environ.get("K26_STRICT", "").strip() == "1":
+            raise SystemExit(f"k26-plugins is not active, and K26_STRICT=1 stops the start: {error}") from error
         logger.exception("k26-plugins is not active: SGLang serves Kimi-K2.6 with its own code.")

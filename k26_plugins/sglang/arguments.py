@@ -2,30 +2,51 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from k26_plugins.common.prompt.hf_tokenizer import is_this_model
-from k26_plugins.common.settings import PARSERS_VARIABLE, experts_setting, parsers_by_default
+from k26_plugins.common.settings import PARSERS_VARIABLE, experts_setting, parsers_setting
 from k26_plugins.sglang import compat, logger
 
 PARSER = "kimi_k2"
+MODELSCOPE_VARIABLE = "SGLANG_USE_MODELSCOPE"
 # The core's experts that run on a GPU.
 ON_GPU = ("triton", "reference")
 
 
 def before_settling(original: Callable[[Any], Any], server_args: Any) -> Any:
     compat.keep_given_runner(server_args)
-    if is_this_model(server_args.model_path, server_args.revision):
+    if is_this_model(_readable_name(server_args), server_args.revision):
         _choose_parsers(server_args)
         _choose_runner(server_args)
     return original(server_args)
 
 
+def _readable_name(server_args: Any) -> str:
+    """The model's name or folder as transformers can read its configuration.
+
+    SGLang fetches what is not on the hub later, from the same places into the same folders.
+    """
+    name = compat.object_store_folder(server_args.model_path, fetch=True)
+    if os.environ.get(MODELSCOPE_VARIABLE, "").lower() not in ("true", "1") or Path(name).exists():
+        return name
+    modelscope = importlib.import_module("modelscope")
+    cache = importlib.import_module("modelscope.utils.file_utils").get_model_cache_root()
+    for root in (cache, server_args.download_dir):
+        if root and (Path(root) / name / "config.json").exists():
+            return str(Path(root) / name)
+    file = modelscope.model_file_download(model_id=name, file_path="config.json", revision=server_args.revision)
+    return str(Path(file).parent)
+
+
 def _choose_parsers(server_args: Any) -> None:
     """Those that the command line leaves out."""
     missing = [name for name in ("reasoning_parser", "tool_call_parser") if getattr(server_args, name) is None]
-    if missing and parsers_by_default():
+    if missing and parsers_setting() != "none":
         for name in missing:
             setattr(server_args, name, PARSER)
         logger.info(

@@ -73,14 +73,11 @@ def register_models(changes: Registration, package: str) -> None:
     chosen = os.environ.get(MODELS_VARIABLE, package)
     if MODELS_VARIABLE not in os.environ:
         changes.item(os.environ, MODELS_VARIABLE, package)
-    if chosen != package or (_REGISTRY in sys.modules and not _is_being_imported(_REGISTRY)):
+    # A module without it is being imported, and will read the variable.
+    if chosen != package or hasattr(sys.modules.get(_REGISTRY), "ModelRegistry"):
         registry = private(_REGISTRY, "ModelRegistry")
         register = functools.partial(registry.register, package, overwrite=True)
         changes.entry(registry.models, ARCHITECTURE, register)
-
-
-def _is_being_imported(module: str) -> bool:
-    return not hasattr(sys.modules[module], "ModelRegistry")
 
 
 def _config_registry() -> Any:
@@ -119,10 +116,19 @@ def register_media(changes: Registration, package: str) -> None:
     changes.item(os.environ, MEDIA_VARIABLE, package)
 
 
+def _tokenizer_module() -> Any:
+    package = "sglang.srt.utils.hf_transformers.tokenizer"
+    return importlib.import_module(package if find_spec("sglang.srt.utils.hf_transformers") else _TRANSFORMERS)
+
+
+def get_tokenizer(name: str, revision: str | None) -> Any:
+    """As SGLang loads one, through the hook of `register_tokenizer_hook`."""
+    return _tokenizer_module().get_tokenizer(name, tokenizer_revision=revision)
+
+
 def register_tokenizer_hook(changes: Registration, module: str, name: str) -> None:
     """Put `module.name(original, *args, **kwargs)` around SGLang's `get_tokenizer`, wherever it was imported to."""
-    package = "sglang.srt.utils.hf_transformers.tokenizer"
-    owner = importlib.import_module(package if find_spec("sglang.srt.utils.hf_transformers") else _TRANSFORMERS)
+    owner = _tokenizer_module()
     hook = getattr(importlib.import_module(module), name)
     if find_spec("sglang.srt.plugins") is not None:
         hooks = importlib.import_module("sglang.srt.plugins.hook_registry")
@@ -138,10 +144,10 @@ def register_tokenizer_hook(changes: Registration, module: str, name: str) -> No
 
         changes.call(register)
     else:
-        _wrap(changes, owner, "get_tokenizer", hook)
+        wrap(changes, owner, "get_tokenizer", hook)
 
 
-def _wrap(changes: Registration, owner: Any, name: str, hook: Callable[..., Any]) -> None:
+def wrap(changes: Registration, owner: Any, name: str, hook: Callable[..., Any]) -> None:
     """What SGLang's hook registry does, for releases before it and where it would import too much: `hook(original, …)`
     around a method, or around a function in every module that imported it."""
     original = getattr(owner, name)
@@ -154,7 +160,8 @@ def _wrap(changes: Registration, owner: Any, name: str, hook: Callable[..., Any]
 
     wrapped.k26_hook = hook  # type: ignore[attr-defined]
     if isinstance(owner, type):
-        changes.attribute(owner, name, wrapped)
+        of_nobody = isinstance(vars(owner).get(name), staticmethod)
+        changes.attribute(owner, name, staticmethod(wrapped) if of_nobody else wrapped)
     else:
         changes.function(owner, name, wrapped)
 
@@ -166,36 +173,12 @@ def register_argument_hook(changes: Registration, module: str, name: str) -> Non
         # 0.5.10, which imports this adapter in the middle of that module: there the flags stay the user's.
         return
     method = "resolve_once" if hasattr(server_args.ServerArgs, "resolve_once") else "__post_init__"
-    _wrap(changes, server_args.ServerArgs, method, getattr(importlib.import_module(module), name))
+    wrap(changes, server_args.ServerArgs, method, getattr(importlib.import_module(module), name))
 
 
 def serves_chats() -> bool:
     """Whether this process is an API server: others do without the import."""
     return "sglang.srt.entrypoints.http_server" in sys.modules
-
-
-def hook_chat(path: str, hook: Callable[..., Any], module: str = "openai.serving_chat") -> None:
-    """Put `hook(original, …)` around a function or a method of SGLang's chat API; one it does not have is left out."""
-    owner: Any = importlib.import_module(f"sglang.srt.entrypoints.{module}")
-    *classes, name = path.split(".")
-    for part in classes:
-        owner = getattr(owner, part)
-    if hasattr(owner, name):
-        changes = Registration()
-        _wrap(changes, owner, name, hook)
-        changes.apply()
-
-
-def hook_responses(path: str, hook: Callable[..., Any]) -> None:
-    """The same of its Responses API, without which SGLang serves where an import of it fails."""
-    with contextlib.suppress(ImportError):
-        hook_chat(path, hook, "openai.serving_responses")
-
-
-def chat_part(part: Any) -> Any:
-    """A part of the Responses API's as the chat API has it."""
-    serving = private("sglang.srt.entrypoints.openai.serving_responses", "OpenAIServingResponses")
-    return serving._normalize_response_content_part_for_chat(part)
 
 
 def _held(source: Any) -> bytes | None:
@@ -230,7 +213,9 @@ def video_bytes(data: Any) -> bytes:
     source = getattr(data, "url", data)
     if (held := _held(source)) is not None:
         return held
-    normalise = private("sglang.srt.utils.common", "_normalize_video_input")
+    # KTransformers' fork has none: there a video is fetched as an image is.
+    utils = importlib.import_module("sglang.srt.utils.common")
+    normalise = getattr(utils, "_normalize_video_input", utils.get_image_bytes)
     try:
         source = normalise(source)
         if source is None:
@@ -242,9 +227,11 @@ def video_bytes(data: Any) -> bytes:
 
 def loaded_image(image: Any, content: Any) -> Any:
     """An image with the digest of its `content`, where this SGLang's class for the model expects one."""
-    if find_spec("sglang.srt.multimodal.cache") is None:
+    # Since 0.5.23; the cache that takes the digest is older, and knows no images of Kimi's before.
+    common = "sglang.srt.multimodal.processors.kimi_common"
+    loaded = getattr(importlib.import_module(common), "KimiLoadedImage", None) if find_spec(common) else None
+    if loaded is None:
         return image
-    loaded = private("sglang.srt.multimodal.processors.kimi_common", "KimiLoadedImage")
     return loaded(image, private("sglang.srt.multimodal.cache", "snapshot_media")(content).content_digest)
 
 
@@ -266,9 +253,9 @@ def in_tree_tool_detector() -> type:
     return found
 
 
-def replace_tool_detector(parser: str, module: str, name: str) -> None:
+def replace_tool_detector(changes: Registration, parser: str, module: str, name: str) -> None:
     parsers = private("sglang.srt.function_call.function_call_parser", "FunctionCallParser").ToolCallParserEnum
-    parsers[parser] = getattr(importlib.import_module(module), name)
+    changes.item(parsers, parser, getattr(importlib.import_module(module), name))
 
 
 def finish_tokenizer(tokenizer: Any) -> Any:
@@ -310,6 +297,14 @@ def moe_scheme_base() -> type:
 def moe_runner_backend() -> Any:
     """What `--moe-runner-backend` resolved to: the user's choice, or SGLang's for this GPU and checkpoint."""
     return private("sglang.srt.layers.moe.utils", "get_moe_runner_backend")()
+
+
+def object_store_folder(name: str, *, fetch: bool = False) -> str:
+    """Where SGLang keeps the small files of an object store's model, fetched if need be; any other name as it is."""
+    store = importlib.import_module("sglang.srt.utils.runai_utils")
+    if not store.is_runai_obj_uri(name):
+        return name
+    return str((store.ObjectStorageModel.download_and_get_path if fetch else store.ObjectStorageModel.get_path)(name))
 
 
 # A name with an underscore: SGLang allows notes of such names on its arguments, and sends them to its processes.

@@ -1,11 +1,42 @@
-"""SGLang's names that this adapter touches beside those in `compat`: what the answers of its chat API are made of."""
+"""SGLang's names that this adapter touches beside those in `compat`: its APIs for chats, and what answers are made of."""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
-from k26_plugins.sglang.compat import private
+from k26_plugins.common.registration import Registration, go_without
+from k26_plugins.sglang import logger
+from k26_plugins.sglang.compat import UnsupportedEngineError, private, sglang_version, wrap
+
+CHAT = "sglang.srt.entrypoints.openai.serving_chat"
+RESPONSES = "sglang.srt.entrypoints.openai.serving_responses"
+MESSAGES = "sglang.srt.entrypoints.anthropic.serving"
+
+
+def hook(changes: Registration, module: str, path: str, around: Callable[..., Any], lost: str) -> None:
+    """Put `around(original, …)` around a function or a method of `module`, one of SGLang's APIs.
+
+    lost: what is said to be so in an SGLang that does not have it. SGLang serves without an API whose import fails.
+    """
+    try:
+        owner: Any = importlib.import_module(module)
+    except ImportError:
+        return
+    *classes, function = path.split(".")
+    for part in classes:
+        owner = getattr(owner, part, None)
+    if hasattr(owner, function):
+        wrap(changes, owner, function, around)
+    else:
+        go_without(UnsupportedEngineError(f"SGLang {sglang_version()} has no {module}.{path}."), lost, logger)
+
+
+def chat_part(part: Any) -> Any:
+    """A part of the Responses API's as the chat API has it."""
+    serving = private("sglang.srt.entrypoints.openai.serving_responses", "OpenAIServingResponses")
+    return serving._normalize_response_content_part_for_chat(part)
 
 
 def tool_parsing_result(normal_text: str, calls: list[Any]) -> Any:

@@ -39,13 +39,4 @@ def show_cut_calls(original: Callable[..., Any], serving: Any, response: Any) ->
 def _told(block: Any) -> Any:
     """A result that is an error, with that in its text. Clients set this again in the next request: it is said once."""
     fields = block.model_dump()
-    content = fields["content"] or ""
-    if isinstance(content, list):
-        first = next((part for part in content if part["type"] == "text"), None)
-        if first is None:
-            content.insert(0, {"type": "text", "text": "Error:"})
-        else:
-            first["text"] = as_error(first["text"])
-    else:
-        content = as_error(content)
-    return type(block).model_validate({**fields, "content": content})
+    return type(block).model_validate({**fields, "content": as_error(fields["content"] or "")})

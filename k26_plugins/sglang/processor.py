@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import BaseImageProcessor, BatchFeature
+from transformers import AutoProcessor, BaseImageProcessor, BatchFeature
 
 from k26_plugins.common.media_processor import MediaProcessor
-from k26_plugins.sglang.tokenizer import load_tokenizer
+from k26_plugins.common.settings import core_media
+from k26_plugins.sglang import compat
 
 
 class K26Processor:
@@ -20,10 +21,19 @@ class K26Processor:
         self.image_processor = media_processor
 
     @classmethod
-    def from_pretrained(cls, name: str, *args: Any, revision: str | None = None, **kwargs: Any) -> K26Processor:
-        """The processor of a folder or of a name on the hub. No file of it is executed, whatever `kwargs` allow."""
-        settings, _ = BaseImageProcessor.get_image_processor_dict(name, revision=revision)
-        return cls(load_tokenizer(name, revision), MediaProcessor(settings))
+    def from_pretrained(cls, name: str, *args: Any, revision: str | None = None, **kwargs: Any) -> Any:
+        """The processor of a folder or of a name on the hub; transformers' own where images are left to the engine.
+
+        Its tokenizer is the one that SGLang's `get_tokenizer` gives. No file of the checkpoint is executed, whatever
+        `kwargs` allow.
+        """
+        tokenizer = compat.get_tokenizer(name, revision)
+        if core_media():
+            settings, _ = BaseImageProcessor.get_image_processor_dict(name, revision=revision)
+            return cls(tokenizer, MediaProcessor(settings))
+        processor = AutoProcessor.from_pretrained(name, *args, revision=revision, **kwargs)
+        processor.tokenizer = tokenizer
+        return processor
 
     def __call__(
         self,

@@ -9,29 +9,34 @@ from typing import Any
 from k26_plugins.common.prompt.hf_tokenizer import CONTINUE_KEY
 from k26_plugins.common.prompt.output import MARKERS
 from k26_plugins.common.prompt.thinking import template_options
+from k26_plugins.common.registration import Registration
+from k26_plugins.common.settings import ENGINE, core_prompts, parsers_setting
 from k26_plugins.sglang import compat, compat_chats
 from k26_plugins.sglang.answers import K26Answers
 from k26_plugins.sglang.arguments import PARSER
+from k26_plugins.sglang.compat_chats import CHAT, MESSAGES, RESPONSES
 from k26_plugins.sglang.messages import keep_history, show_cut_calls
 
 DROPPED = ("name", "reasoning")
 MAX_ANSWERS = 1024
 """Of one request (`n`): SGLang makes as many requests of it, before it looks at any."""
 
+Hook = tuple[str, str, Callable[..., Any], str]
+"""The API, the path of a function in its module, what goes around that function, and what is lost where it is not there."""
+
 
 def install() -> None:
-    """Put the hooks in place, once for each process."""
-    compat.replace_tool_detector(PARSER, "k26_plugins.sglang.output", "K26ToolDetector")
-    compat.hook_chat("normalize_assistant_tool_call_arguments", keep_arguments)
-    compat.hook_chat("OpenAIServingChat._handle_last_assistant_message", leave_last_message)
-    compat.hook_chat("OpenAIServingChat.handle_request", read_messages)
-    compat.hook_chat("OpenAIServingChat._engine_prompt", send_token_ids)
-    compat.hook_chat("OpenAIServingChat._process_messages", settle)
-    compat.hook_chat("OpenAIServingChat._encoding_output", read_token_ids)
-    compat.hook_responses("OpenAIServingResponses._flatten_tool_output", keep_images)
-    compat.hook_responses("OpenAIServingResponses.create_responses", read_thinking)
-    compat.hook_chat("AnthropicServing._convert_to_chat_completion_request", keep_history, "anthropic.serving")
-    compat.hook_chat("AnthropicServing._convert_response", show_cut_calls, "anthropic.serving")
+    """Put the hooks in place, once for each process: those of requests and those of answers, each unless the user leaves
+    that piece to SGLang. An SGLang without the place of one serves without it, and says so."""
+    changes = Registration()
+    if parsers_setting() != ENGINE:
+        compat.replace_tool_detector(changes, PARSER, "k26_plugins.sglang.output", "K26ToolDetector")
+    for module, path, around, lost in (
+        *(REQUESTS if core_prompts() else ()),
+        *(ANSWERS if parsers_setting() != ENGINE else ()),
+    ):
+        compat_chats.hook(changes, module, path, around, lost)
+    changes.apply()
 
 
 async def read_messages(original: Callable[..., Any], serving: Any, request: Any, raw_request: Any = None) -> Any:
@@ -40,7 +45,7 @@ async def read_messages(original: Callable[..., Any], serving: Any, request: Any
     refused = _ends_the_server(request, serving.tokenizer_manager.model_config.vocab_size)
     if refused is not None:
         return serving.create_error_response(refused)
-    if raw_request is not None:
+    if hasattr(raw_request, "body"):  # None inside SGLang, and no HTTP request where a gRPC server asks
         body = await raw_request.body()
         if any(f'"{name}"'.encode() in body for name in (*DROPPED, "thinking", "enable_thinking")):
             # Not `raw_request.json()`: SGLang's classes have written their reading of it into that.
@@ -57,7 +62,7 @@ async def read_messages(original: Callable[..., Any], serving: Any, request: Any
 
 async def read_thinking(original: Callable[..., Any], serving: Any, request: Any, raw_request: Any = None) -> Any:
     """The same of a request of the Responses API."""
-    if raw_request is not None:
+    if hasattr(raw_request, "body"):
         hear_thinking(request, json.loads(await raw_request.body()))
     return await original(serving, request, raw_request)
 
@@ -88,8 +93,21 @@ def keep_images(original: Callable[..., Any], output: Any) -> Any:
     if isinstance(output, list) and any(
         isinstance(part, dict) and part.get("type") == "input_image" for part in output
     ):
-        return [compat.chat_part(part) for part in output]
+        return [compat_chats.chat_part(part) for part in output]
     return original(output)
+
+
+def join_turns(original: Callable[..., Any], messages: list[Any]) -> Any:
+    """The reasoning, the text and the calls of one answer are one message. SGLang parts them where the text names its
+    phase, which this model's template does not read: the reasoning would be that of an answer without calls, and dropped."""
+    return original(
+        [
+            {name: value for name, value in message.items() if name != "phase"}
+            if isinstance(message, dict)
+            else message
+            for message in messages
+        ]
+    )
 
 
 def leave_last_message(
@@ -152,9 +170,93 @@ def read_token_ids(original: Callable[..., Any], serving: Any) -> Any:
     return K26Answers(serving) if _reads_ids(serving) else original(serving)
 
 
+def keep_reasoning_apart(original: Callable[..., bool], serving: Any) -> bool:
+    """Past reasoning of the Messages API goes where the template writes it. SGLang would put it into the content, between
+    tags that would be text there."""
+    return serving.template_manager.chat_template_name is None or original(serving)
+
+
 def _reads_ids(serving: Any) -> bool:
     tokenizer = serving.tokenizer_manager.tokenizer
     parsers = {serving.reasoning_parser, serving.tool_call_parser}
     return (
         hasattr(serving, "_encoding_output") and parsers == {PARSER} and getattr(tokenizer, "plain", None) is not None
     )
+
+
+REQUESTS: list[Hook] = [
+    (
+        CHAT,
+        "normalize_assistant_tool_call_arguments",
+        keep_arguments,
+        "past arguments are written anew, not as they were sent",
+    ),
+    (
+        CHAT,
+        "OpenAIServingChat._handle_last_assistant_message",
+        leave_last_message,
+        "an answer that is to go on begins as a new one",
+    ),
+    (
+        CHAT,
+        "OpenAIServingChat.handle_request",
+        read_messages,
+        "`name`, `reasoning` and `thinking` are not heard",
+    ),
+    (
+        CHAT,
+        "OpenAIServingChat._engine_prompt",
+        send_token_ids,
+        "a prompt with images is tokenised twice, and text that spells a control token becomes one",
+    ),
+    (
+        CHAT,
+        "OpenAIServingChat._process_messages",
+        settle,
+        "special tokens are shown wherever a request has tools",
+    ),
+    (
+        CHAT,
+        "OpenAIServingChat.supports_native_reasoning_history",
+        keep_reasoning_apart,
+        "past reasoning comes in one piece with the text in Responses and Messages",
+    ),
+    (
+        RESPONSES,
+        "OpenAIServingResponses._flatten_tool_output",
+        keep_images,
+        "images in results are dropped in Responses",
+    ),
+    (
+        RESPONSES,
+        "OpenAIServingResponses._merge_consecutive_assistant_messages",
+        join_turns,
+        "the parts of a past turn are apart in Responses",
+    ),
+    (
+        RESPONSES,
+        "OpenAIServingResponses.create_responses",
+        read_thinking,
+        "`thinking` is not heard in Responses",
+    ),
+    (
+        MESSAGES,
+        "AnthropicServing._convert_to_chat_completion_request",
+        keep_history,
+        "results are not said to be errors, and past arguments are escaped to ASCII in Messages",
+    ),
+]
+ANSWERS: list[Hook] = [
+    (
+        CHAT,
+        "OpenAIServingChat._encoding_output",
+        read_token_ids,
+        "a marker that an answer quotes counts as a marker",
+    ),
+    (
+        MESSAGES,
+        "AnthropicServing._convert_response",
+        show_cut_calls,
+        "a call that was cut ends as a whole one in Messages",
+    ),
+]

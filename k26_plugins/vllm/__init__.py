@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+import os
 
 # Under vLLM's own logger, so that its level and format apply.
 logger = logging.getLogger("vllm.k26_plugins")
 
 
 def register() -> None:
-    """Put Kimi-K2.6's classes into vLLM's registries. Cheap, repeatable, and never raises.
+    """Put Kimi-K2.6's classes into vLLM's registries. Cheap, and repeatable.
 
     vLLM does not catch what a plugin raises, and runs it for every model: a failure here is logged, and vLLM stays as it
-    was. `VLLM_PLUGINS` without `k26` in it switches the plugin off.
+    was. With K26_STRICT=1 it is a SystemExit, which ends the start. `VLLM_PLUGINS` without `k26` in it switches the plugin
+    off.
     """
     try:
         from k26_plugins.common.registration import Registration
@@ -28,8 +30,10 @@ def register() -> None:
         compat.register_parsers(changes, "k26_plugins.vllm.output", "K26ToolParser", "K26ReasoningParser")
         compat.register_composition(changes, "k26_plugins.vllm.output", "compose")
         compat.register_tokenizer_choice(changes, "k26_plugins.vllm.config", "choose_tokenizer")
-        compat.register_argument_hook(changes, "k26_plugins.vllm.defaults", "from_cli_args")
+        compat.register_argument_hook(changes, "k26_plugins.vllm.defaults", "before_serving")
         compat.register_config_hook(changes, "k26_plugins.vllm.config")
         changes.apply()
-    except Exception:
+    except Exception as error:
+        if os.environ.get("K26_STRICT", "").strip() == "1":
+            raise SystemExit(f"k26-plugins is not active, and K26_STRICT=1 stops the start: {error}") from error
         logger.exception("k26-plugins is not active: vLLM serves Kimi-K2.6 with its own code.")

@@ -13,26 +13,76 @@ import pydantic
 from k26_plugins.common.prompt.call_names import is_object
 from k26_plugins.common.prompt.chat import as_error
 from k26_plugins.common.prompt.thinking import template_options
+from k26_plugins.common.registration import Registration, go_without
+from k26_plugins.common.settings import ENGINE, core_prompts, parsers_setting
 from k26_plugins.vllm import compat, logger
+
+Hook = tuple[str, str, Callable[..., Any], str]
+"""The module, the path of a function in it, what goes around that function, and what is lost where it is not there."""
 
 
 def install() -> None:
-    """Put the hooks in place, once for each process. A vLLM without the place of one serves without it."""
-    hooks: list[tuple[str, str, Callable[..., Any]]] = [
-        *((module, f"{name}.build_chat_params", settle_thinking) for module, name in compat.CHAT_REQUESTS),
-        (compat.CHAT_PROTOCOL, "ChatMessage.__init__", name_reasoning_twice),
-        (compat.CHAT_SERVING, "OpenAIServingChat.chat_completion_full_generator", length_wins),
-        (compat.MESSAGES_SERVING, "AnthropicServingMessages._convert_tool_use_block", keep_characters),
-        (compat.MESSAGES_SERVING, "AnthropicServingMessages._convert_user_tool_result", tell_errors),
-        (compat.MESSAGES_SERVING, "AnthropicServingMessages.messages_full_converter", show_cut_calls),
-        (compat.RESPONSES_ROUTER, "_convert_stream_to_sse_events", end_incomplete),
-        (compat.TOKENIZE_SERVING, f"{compat.tokenization_class()}.create_tokenize", read_reasoning),
+    """Put the hooks in place, once for each process: those of requests and those of answers, each unless the user leaves
+    that piece to vLLM. A vLLM without the place of one serves without it, and says so."""
+    requests: list[Hook] = [
+        *(
+            (module, f"{name}.build_chat_params", settle_thinking, "`thinking` is not heard in every form")
+            for module, name in compat.CHAT_REQUESTS
+        ),
+        (
+            compat.MESSAGES_SERVING,
+            "AnthropicServingMessages._convert_tool_use_block",
+            keep_characters,
+            "past arguments are escaped to ASCII in the Messages API",
+        ),
+        (
+            compat.MESSAGES_SERVING,
+            "AnthropicServingMessages._convert_user_tool_result",
+            keep_results,
+            "the model is not told that a result of the Messages API is an error, and its images are dropped",
+        ),
+        (
+            compat.TOKENIZE_SERVING,
+            f"{compat.tokenization_class()}.create_tokenize",
+            read_reasoning,
+            "/tokenize leaves out `reasoning_content`",
+        ),
     ]
-    for module, path, hook in hooks:
+    answers: list[Hook] = [
+        (
+            compat.CHAT_PROTOCOL,
+            "ChatMessage.__init__",
+            name_reasoning_twice,
+            "an answer has its reasoning under vLLM's name alone",
+        ),
+        (
+            compat.CHAT_SERVING,
+            "OpenAIServingChat.chat_completion_full_generator",
+            length_wins,
+            "an answer that the token limit cut within a call ends as if the call were whole",
+        ),
+        (
+            compat.MESSAGES_SERVING,
+            "AnthropicServingMessages.messages_full_converter",
+            show_cut_calls,
+            "a call that the token limit cut is an error in the Messages API",
+        ),
+        (
+            compat.RESPONSES_ROUTER,
+            "_convert_stream_to_sse_events",
+            end_incomplete,
+            "a stream of the Responses API that the token limit cut ends as completed",
+        ),
+    ]
+    changes = Registration()
+    for module, path, hook, lost in (
+        *(requests if core_prompts() else ()),
+        *(answers if parsers_setting() != ENGINE else ()),
+    ):
         try:
-            compat.wrap(module, path, hook)
+            compat.wrap(changes, module, path, hook)
         except compat.UnsupportedEngineError as error:
-            logger.warning("k26-plugins: %s", error)
+            go_without(error, lost, logger)
 
 
 def settle_thinking(original: Callable[..., Any], request: Any, *args: Any, **kwargs: Any) -> Any:
@@ -85,13 +135,18 @@ def keep_characters(original: Callable[..., None], block: Any, tool_calls: list[
     tool_calls[-1]["function"]["arguments"] = json.dumps(block.input or {}, ensure_ascii=False)
 
 
-def tell_errors(original: Callable[..., None], block: Any, openai_messages: list[dict[str, Any]]) -> None:
-    """A chat's message has no place for `is_error`: its text says it."""
-    result = len(openai_messages)
+def keep_results(original: Callable[..., None], block: Any, openai_messages: list[dict[str, Any]]) -> None:
+    """A result with its images where they stand: vLLM would say that the user sent them, between two results too. And with
+    `is_error` in its text: a chat's message has no place for it."""
+    place = len(openai_messages)
     original(block, openai_messages)
+    result, after = openai_messages[place], openai_messages[place + 1 : place + 2]
+    if after and after[0]["role"] == "user":
+        del openai_messages[place + 1]
+        parts = [compat.message_image(part) if part.get("type") == "image" else part for part in block.content]
+        result["content"] = [part for part in parts if part and part["type"] in ("text", "image_url")]
     if block.is_error:
-        message = openai_messages[result]
-        message["content"] = as_error(message["content"])
+        result["content"] = as_error(result["content"])
 
 
 def show_cut_calls(original: Callable[..., Any], serving: Any, response: Any) -> Any:

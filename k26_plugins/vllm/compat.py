@@ -105,7 +105,7 @@ def register_tokenizer_choice(changes: Registration, module: str, name: str) -> 
     changes.attribute(owner, "get_model_arch_config", get_model_arch_config)
 
 
-def wrap(module: str, path: str, hook: Callable[..., Any]) -> None:
+def wrap(changes: Registration, module: str, path: str, hook: Callable[..., Any]) -> None:
     """Put `hook(original, …)` around a function of `module`, or a method of a class in it. Raises UnsupportedEngineError."""
     *classes, name = path.split(".")
     if find_spec(module) is None:
@@ -126,7 +126,13 @@ def wrap(module: str, path: str, hook: Callable[..., Any]) -> None:
         return hook(function, *args, **kwargs)
 
     wrapped.k26_hook = hook  # type: ignore[attr-defined]
-    setattr(owner, name, classmethod(wrapped) if of_class else wrapped)
+    changes.attribute(owner, name, classmethod(wrapped) if of_class else wrapped)
+
+
+def message_image(part: dict[str, Any]) -> dict[str, Any] | None:
+    """An image of the Messages API as the chat API has it; None where it has neither data nor an address."""
+    url = private(MESSAGES_SERVING, "AnthropicServingMessages")._convert_image_source_to_url(part.get("source", {}))
+    return {"type": "image_url", "image_url": {"url": url}} if url else None
 
 
 def tokenization_class() -> str:
@@ -136,22 +142,35 @@ def tokenization_class() -> str:
 
 
 def register_argument_hook(changes: Registration, module: str, name: str) -> None:
-    """Have `module.name(original, args)` called where the API server makes its engine's arguments of the command line's.
+    """Have `module.name(model_config, engine_args, flags)` called where an API server knows its model's configuration.
 
-    The parsers of a model's output are flags of the server, which no registry of models reaches.
+    flags: the command line's, in place. The parsers of a model's output are among them, which no registry of models reaches.
+    Each process of the server reads them after this moment; before it only vLLM can tell what a name stands for, which may
+    be ModelScope's or an object store's.
     """
     if "vllm.engine.arg_utils" not in sys.modules:
         return  # a worker: the command line is read elsewhere
     owner = private("vllm.engine.arg_utils", "AsyncEngineArgs")
-    original = owner.from_cli_args
-    if getattr(original, "k26_hook", None) is not None:
+    read, create = owner.from_cli_args, owner.create_model_config
+    if getattr(read, "k26_hook", None) is not None:
         return
 
-    def from_cli_args(cls: type, args: Any) -> Any:
-        return getattr(importlib.import_module(module), name)(functools.partial(original.__func__, cls), args)
+    def from_cli_args(cls: type, flags: Any) -> Any:
+        engine_args = read.__func__(cls, flags)
+        engine_args.k26_flags = flags
+        return engine_args
+
+    @functools.wraps(create)
+    def create_model_config(engine_args: Any) -> Any:
+        model_config = create(engine_args)
+        # Without flags it is a program's engine, not a server.
+        if hasattr(engine_args, "k26_flags"):
+            getattr(importlib.import_module(module), name)(model_config, engine_args, engine_args.k26_flags)
+        return model_config
 
     from_cli_args.k26_hook = name  # type: ignore[attr-defined]
     changes.attribute(owner, "from_cli_args", classmethod(from_cli_args))
+    changes.attribute(owner, "create_model_config", create_model_config)
 
 
 def register_parsers(changes: Registration, module: str, tool_parser: str, reasoning_parser: str) -> None:

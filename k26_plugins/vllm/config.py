@@ -7,8 +7,9 @@ from typing import Any
 
 from k26_plugins.common import metrics
 from k26_plugins.common.config import ARCHITECTURE, K26Config
+from k26_plugins.common.prompt.hf_tokenizer import core_serves_prompts
 from k26_plugins.common.serving import core_config, write_vision
-from k26_plugins.common.settings import check_settings
+from k26_plugins.common.settings import check_settings, core_media
 from k26_plugins.vllm import compat, logger
 
 
@@ -22,9 +23,13 @@ class Answer:
 
 
 def choose_tokenizer(model_config: Any) -> None:
-    """The core's tokenizer for this architecture, unless the user chose one."""
-    if model_config.tokenizer_mode == "auto" and ARCHITECTURE in (model_config.hf_config.architectures or []):
+    """The core's tokenizer for this architecture, unless the user chose one, or the checkpoint brings another."""
+    if model_config.tokenizer_mode != "auto" or ARCHITECTURE not in (model_config.hf_config.architectures or []):
+        return
+    if core_serves_prompts(model_config.tokenizer, model_config.tokenizer_revision):
         model_config.tokenizer_mode = compat.TOKENIZER_MODE
+    else:
+        logger.info("k26-plugins: the tokenizer and the prompts are vLLM's own.")
 
 
 def prepare(model_config: Any) -> None:
@@ -39,7 +44,8 @@ def prepare(model_config: Any) -> None:
         _write_back(config, model_config.hf_config)
     model_config.k26_plugins = Answer(config)
     metrics.collect_from_workers()
-    compat.use_media_connector("k26_plugins.vllm.media", "K26MediaConnector", model_config)
+    if core_media():
+        compat.use_media_connector("k26_plugins.vllm.media", "K26MediaConnector", model_config)
 
 
 def _write_back(config: K26Config, hf_config: Any) -> None:

@@ -13,17 +13,20 @@ from vllm.platforms import current_platform
 from k26_plugins.common.checkpoint import TensorSpec, account
 from k26_plugins.common.experts.loading import expert_places, load_experts
 from k26_plugins.common.ranks import require_everywhere
-from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, experts_for_device
+from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, core_media, experts_for_device
 from k26_plugins.vllm import compat, logger
 from k26_plugins.vllm.experts import experts_of, use_core_experts
 from k26_plugins.vllm.processing import K26MultiModalProcessor, K26ProcessingInfo
 
 _in_tree = compat.in_tree_model()
-
-
-@MULTIMODAL_REGISTRY.register_processor(
-    K26MultiModalProcessor, info=K26ProcessingInfo, dummy_inputs=_in_tree.KimiK25DummyInputsBuilder
+_MEDIA = (
+    (K26MultiModalProcessor, K26ProcessingInfo)
+    if core_media()
+    else (_in_tree.KimiK25MultiModalProcessor, _in_tree.KimiK25ProcessingInfo)
 )
+
+
+@MULTIMODAL_REGISTRY.register_processor(_MEDIA[0], info=_MEDIA[1], dummy_inputs=_in_tree.KimiK25DummyInputsBuilder)
 class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):  # type: ignore[misc, name-defined]
     """Keeps the in-tree class' name: vLLM compares names."""
 

@@ -70,12 +70,12 @@ class Facts:
 
 
 KERNELS = {
-    "product": (product_kernel, "*bf16 *i32 *bf16 {out} *i32 *i32 *fp32 *i32 *i32 i32 i32"),
-    "align": (align_kernel, "*i32 *i32 *i32 *i32 i32 i32"),
+    "product": (product_kernel, "*bf16 *i32 *bf16 {out} *i32 *i32 *fp32 *i32 *i32 i32 i32 i32"),
+    "align": (align_kernel, "*i32 *i32 *i32 *i32 i32 i32 i32"),
     "activate": (activate_kernel, "*fp32 *bf16 i32"),
     "dequantise": (dequantise_kernel, "*i32 *bf16 *i32 *bf16"),
     "router": (router_kernel, "*fp32 *fp32 *fp32 *i32 fp32"),
-    "reduce": (reduce_kernel, "*bf16 *i32 *i32 *bf16 i32 i32"),
+    "reduce": (reduce_kernel, "*bf16 *i32 *i32 *bf16 i32 i32 i32"),
 }
 
 

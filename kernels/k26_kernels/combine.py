@@ -29,10 +29,10 @@ def activate_kernel(
     tl.store(out + slot * I + i, rounded(gate * tl.sigmoid(gate) * up, tl.bfloat16), mask=i < I)
 
 
-@triton.jit(do_not_specialize=["num_slots", "num_experts"])
+@triton.jit(do_not_specialize=["num_slots", "num_experts", "num_global"])
 def reduce_kernel(
     y: tl.tensor, topk_ids: tl.tensor, expert_map: tl.tensor, out: tl.tensor,
-    num_slots: tl.tensor, num_experts: tl.tensor,
+    num_slots: tl.tensor, num_experts: tl.tensor, num_global: tl.tensor,
     H: tl.constexpr, TOP_K: tl.constexpr, SPLIT_K: tl.constexpr, HAS_MAP: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     """The sum over a token's slots and the parts of each, in their order. Program (token, block of the hidden size).
@@ -45,7 +45,7 @@ def reduce_kernel(
     total = tl.zeros([BLOCK], tl.float32)
     for k in range(TOP_K):
         slot = token * TOP_K + k
-        expert = local_expert(topk_ids, expert_map, slot, num_slots, num_experts, HAS_MAP)
+        expert = local_expert(topk_ids, expert_map, slot, num_slots, num_experts, num_global, HAS_MAP)
         end = tl.where(expert >= 0, H, 0)
         for part in range(SPLIT_K):
             place = (part * num_slots + slot).to(tl.int64) * H

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 import triton
 
-from k26_kernels.align import COLUMNS, align, max_blocks
+from k26_kernels.align import COLUMNS, align, global_experts, max_blocks
 from k26_kernels.combine import activate_kernel, reduce_kernel
 from k26_kernels.config import SINGLE, SINGLE_TOKENS, Regime, Shape, Tile, choose, regimes
 from k26_kernels.layout import repack
@@ -182,11 +182,9 @@ def fused_experts(
     elif out.shape != hidden_states.shape or not out.is_contiguous():
         raise ValueError(f"out is {list(out.shape)}, expected a contiguous {list(hidden_states.shape)}.")
     x, ids, weights = hidden_states.contiguous(), topk_ids.contiguous(), topk_weights.contiguous()
-    global_experts = experts.shape.num_experts if expert_map is None else expert_map.shape[0]
+    num_global = global_experts(expert_map, experts.shape.num_experts)
     counts = [min(TOKENS_AT_ONCE, num_tokens - start) for start in range(0, num_tokens, TOKENS_AT_ONCE)]
-    plans = [
-        make_plan(experts.device, experts.shape, count, top_k, global_experts, batch_invariant) for count in counts
-    ]
+    plans = [make_plan(experts.device, experts.shape, count, top_k, num_global, batch_invariant) for count in counts]
     needed = max((plan.bytes for plan in plans), default=0)
     if workspace is None:
         workspace = torch.empty(needed, dtype=torch.uint8, device=x.device)
@@ -217,6 +215,7 @@ class Launcher:
         self.parts = {name: workspace[at : at + size] for name, (at, size) in plan.sections.items()}
         self.has_map = expert_map is not None
         self.map = topk_ids if expert_map is None else expert_map
+        self.num_global = global_experts(expert_map, experts.shape.num_experts)
 
     def section(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         return self.parts[name].view(dtype)
@@ -250,7 +249,7 @@ class Launcher:
         w2 = self.experts.w2_packed, self.experts.w2_scale
         self.product(activated, *w2, weighted, plan.regime.w2, hidden, inner, 1, "weighted", plan.split_w2)
         reduce_kernel[(len(x), triton.cdiv(hidden, _REDUCE_BLOCK))](
-            weighted, self.topk_ids, self.map, out, num_slots, shape.num_experts,
+            weighted, self.topk_ids, self.map, out, num_slots, shape.num_experts, self.num_global,
             H=hidden, TOP_K=top_k, SPLIT_K=plan.split_w2, HAS_MAP=self.has_map, BLOCK=_REDUCE_BLOCK,
         )  # fmt: skip
 
@@ -275,7 +274,7 @@ class Launcher:
         )
         product_kernel[(grid,)](
             x, packed, scale, out, self.topk_ids, self.map, self.topk_weights, slots, blocks,
-            plan.num_slots, self.experts.shape.num_experts,
+            plan.num_slots, self.experts.shape.num_experts, self.num_global,
             N=rows, K=inputs, SLOTS_PER_X=slots_per_x, EPILOGUE=epilogue,
             SORTED=plan.sorted, HAS_MAP=self.has_map, SPLIT_K=parts,
             BLOCK_TOKENS=plan.regime.block_tokens, BLOCK_ROWS=tile.block_rows, BLOCK_K=tile.block_k,

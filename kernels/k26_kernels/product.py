@@ -9,11 +9,11 @@ from k26_kernels.align import COLUMNS, local_expert
 from k26_kernels.unpack import dot_operand, load_scales, load_words, rounded, settled, weights_tile
 
 
-@triton.jit(do_not_specialize=["num_slots", "num_experts"])
+@triton.jit(do_not_specialize=["num_slots", "num_experts", "num_global"])
 def product_kernel(
     x: tl.tensor, packed: tl.tensor, scale: tl.tensor, out: tl.tensor,
     topk_ids: tl.tensor, expert_map: tl.tensor, topk_weights: tl.tensor, slots: tl.tensor, blocks: tl.tensor,
-    num_slots: tl.tensor, num_experts: tl.tensor,
+    num_slots: tl.tensor, num_experts: tl.tensor, num_global: tl.tensor,
     N: tl.constexpr, K: tl.constexpr, SLOTS_PER_X: tl.constexpr, EPILOGUE: tl.constexpr,
     SORTED: tl.constexpr, HAS_MAP: tl.constexpr, SPLIT_K: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -53,7 +53,7 @@ def product_kernel(
             rows_first = pair % ROW_BLOCKS * BLOCK_ROWS
             count = 1
             slot = pair // ROW_BLOCKS + tl.zeros_like(column)
-            expert = local_expert(topk_ids, expert_map, pair // ROW_BLOCKS, num_slots, num_experts, HAS_MAP)
+            expert = local_expert(topk_ids, expert_map, pair // ROW_BLOCKS, num_slots, num_experts, num_global, HAS_MAP)
         if expert >= 0:
             words = packed + expert.to(tl.int64) * (N * K // 8)
             scales = scale + expert.to(tl.int64) * (N * K // 32)

@@ -24,8 +24,9 @@ def fused_experts_reference(
     x, out = hidden_states.float(), torch.zeros_like(hidden_states, dtype=torch.float32)
     for token, slots in enumerate(topk_ids.tolist()):
         for k, expert in enumerate(slots):
-            local = expert if expert_map is None or expert < 0 else int(expert_map[expert])
-            if local >= 0:
-                gate, up = (w13[local] @ x[token]).chunk(2)
-                out[token] += topk_weights[token, k] * (w2[local] @ (F.silu(gate) * up))
+            if expert_map is not None:
+                expert = int(expert_map[expert]) if 0 <= expert < len(expert_map) else -1
+            if 0 <= expert < experts.shape.num_experts:
+                gate, up = (w13[expert] @ x[token]).chunk(2)
+                out[token] += topk_weights[token, k] * (w2[expert] @ (F.silu(gate) * up))
     return out

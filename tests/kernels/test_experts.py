@@ -112,6 +112,23 @@ def test_slots_without_an_expert_here(device: torch.device, num_tokens: int) -> 
     assert error(total, expected) <= TOLERANCE
 
 
+@pytest.mark.parametrize(("num_tokens", "dtype"), [(7, torch.int64), (10, torch.int32), (20, torch.int64)], ids=str)
+def test_what_is_no_experts_id_counts_as_none(device: torch.device, num_tokens: int, dtype: torch.dtype) -> None:
+    """In the ids and in the map, which is read nowhere else."""
+    weights = make_weights(4, 128, 128)
+    x, topk_weights = inputs(num_tokens, 128), route(num_tokens, 2, 4)[1]
+    around = torch.arange(12, dtype=torch.int32) % 4  # to read beyond the map's end would give an expert
+    around[2:10] = torch.tensor([2, 0, -1, 1, 3, 4, -3, 2**30])
+    strange = [8, 9, -2, 384, *([2**32, 2**32 + 1] if dtype == torch.int64 else [])]
+    for expert_map, wrong in ((None, [4, *strange]), (around.to(device)[2:10], [2, 5, 6, 7, *strange])):
+        slots = [((0, 1, 3)[token % 3], wrong[token % len(wrong)]) for token in range(num_tokens)]
+        results = [
+            result_of(device, weights, x, torch.tensor(chosen, dtype=dtype), topk_weights, expert_map=expert_map)
+            for chosen in (slots, [(right, -1) for right, _ in slots])
+        ]
+        assert torch.equal(*results)
+
+
 def test_tensor_parallel_ranks_add_up(device: torch.device) -> None:
     """Down to 128 inputs of w2 on a rank."""
     weights = make_weights(3, 128, 256)

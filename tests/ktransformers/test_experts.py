@@ -99,6 +99,18 @@ def test_no_tokens() -> None:
 
 
 @runs_here
+def test_what_is_no_experts_id_counts_as_none() -> None:
+    """Not even as one of those that the experts are padded with."""
+    experts = create_experts(make_weights(5, 256, 128), "kt")
+    slots = [(0, 5), (1, 7), (2, 384), (3, -2), (4, 2**40)]
+    x, topk_weights = inputs(5, 256), torch.ones(5, 2)
+    result, none = (
+        experts.apply(x, torch.tensor(chosen), topk_weights) for chosen in (slots, [(right, -1) for right, _ in slots])
+    )
+    assert torch.equal(result, none)
+
+
+@runs_here
 def test_two_ranks_shards_sum_to_the_whole() -> None:
     """What KTransformers' own tensor parallelism gets wrong (issue 2076): here each rank has its part of every expert."""
     weights = make_weights(4, 256, 256)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -18,7 +20,12 @@ from k26_plugins.common.experts.native.build import COMPILERS, FLAGS, SOURCES, V
 
 DRIVER = Path(__file__).parent.parent / "support" / "native"
 COMPILER = next(filter(None, map(shutil.which, COMPILERS)), None)
-TOKENS, TOP_K, EXPERTS, HIDDEN, INNER = 23, 2, 4, 256, 96
+ARM_COMPILER = "aarch64-linux-gnu-g++"
+# The mnemonic in a line of objdump: the address, the bytes, the instruction.
+INSTRUCTION = re.compile(r"^ +[0-9a-f]+:\t[0-9a-f ]+\t([\w.]+)", re.MULTILINE)
+BRANCH = {"jne", "je", "jmp", "b", "b.ne", "b.eq", "cbz", "cbnz"}
+# 17 groups of inputs, one more than several tokens pass over at once.
+TOKENS, TOP_K, EXPERTS, HIDDEN, INNER = 23, 2, 4, 544, 96
 
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason=f"no C++ compiler ({', '.join(COMPILERS)})")
 
@@ -110,21 +117,54 @@ def test_avx512_lane_by_lane(
     record_property(INSTRUCTION_SET, f"native {name} (emulated)")
 
 
+@pytest.mark.parametrize(
+    ("variant", "named"), [("neon_dotprod", "NEON with dot product"), ("neon_i8mm", "NEON with i8mm")]
+)
 @pytest.mark.skipif(
-    not (shutil.which("aarch64-linux-gnu-g++") and shutil.which("qemu-aarch64")) or not variants(),
+    not (shutil.which(ARM_COMPILER) and shutil.which("qemu-aarch64")) or not variants(),
     reason="needs an x86 CPU, aarch64-linux-gnu-g++ and qemu-aarch64 (Debian: g++-aarch64-linux-gnu and qemu-user)",
 )
 def test_arm_under_an_emulator(
-    sample: Sample, here: torch.Tensor, tmp_path: Path, record_property: Callable[[str, str], None]
+    variant: str,
+    named: str,
+    sample: Sample,
+    here: torch.Tensor,
+    tmp_path: Path,
+    record_property: Callable[[str, str], None],
 ) -> None:
-    result, name = run(
-        sample,
-        tmp_path,
-        "aarch64-linux-gnu-g++",
-        "-static",
-        *VARIANTS["neon_dotprod"].flags,
-        emulator=("qemu-aarch64",),
-    )
-    assert name == "NEON with dot product"
+    flags = ("-static", *VARIANTS[variant].flags)
+    result, name = run(sample, tmp_path, ARM_COMPILER, *flags, emulator=("qemu-aarch64", "-cpu", "max"))
+    assert name == named
     assert torch.equal(result, here)
     record_property(INSTRUCTION_SET, f"native {name} (qemu)")
+
+
+@pytest.mark.skipif(
+    not (COMPILER and platform.machine() == "x86_64" and shutil.which(ARM_COMPILER) and shutil.which("objdump")),
+    reason="needs an x86 compiler, aarch64-linux-gnu-g++ and binutils",
+)
+def test_instructions_on_arm_against_avx2(tmp_path: Path) -> None:
+    """For a group of a tile, 512 weights: nothing branches, so that each instruction runs once for it."""
+    assert COMPILER is not None
+
+    def count(variant: str) -> tuple[int, int]:
+        """For one token, weights unpacked in passing, and for four whose weights are unpacked already."""
+        arm = VARIANTS[variant].machine == "aarch64"
+        compiler, objdump = (ARM_COMPILER, "aarch64-linux-gnu-objdump") if arm else (COMPILER, "objdump")
+        made = tmp_path / f"{variant}.o"
+        flags = [flag for flag in (*FLAGS, *VARIANTS[variant].flags) if flag != "-shared"]
+        subprocess.run([compiler, *flags, f"-I{SOURCES}", "-c", str(DRIVER / "group.cpp"), "-o", str(made)], check=True)
+        found = []
+        for function in ("one", "four"):
+            shown = subprocess.check_output([objdump, f"--disassemble={function}", str(made)], text=True)
+            listed = INSTRUCTION.findall(shown)
+            assert not BRANCH.intersection(listed)
+            found.append(len(listed))
+        return found[0], found[1]
+
+    avx2, dotprod, i8mm = count("avx2"), count("neon_dotprod"), count("neon_i8mm")
+    # GCC 12: 145 and 498 on AVX2, 151 and 505 by the dot product, 151 and 342 by i8mm.
+    assert avx2[0] <= 160, avx2
+    assert max(dotprod[0], i8mm[0]) <= 1.1 * avx2[0], (avx2, dotprod, i8mm)
+    assert dotprod[1] <= 1.1 * avx2[1], (avx2, dotprod)
+    assert i8mm[1] <= 0.75 * avx2[1], (avx2, i8mm)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from support.checkpoints import DAMAGES
 from support.doctor import doctor
 from typer.testing import CliRunner
 
 from k26_plugins.cli import app
-from k26_plugins.operate.doctor import engines, machine
+from k26_plugins.common.experts.native.build import BuildError
+from k26_plugins.operate.doctor import Level, bandwidth, engines, experts, machine
+from k26_plugins.operate.doctor.pieces import piece_findings
 
 
 @pytest.fixture
@@ -41,6 +46,41 @@ def test_an_environment_that_is_right(tiny_folder: Path, fake_engine: Any) -> No
     assert found["experts"]["detail"] in ("a server on cpu takes: native", "a server on cpu takes: cpu")
     assert "222 tensors" in found["checkpoint"]["detail"]
     assert found["experts: cpu"]["level"] == "ok"
+    assert "this CPU has " in found["experts: instruction sets"]["detail"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("sse2 avx2 fma", "this CPU has AVX2; "),
+        ("avx2 avx_vnni avx512f avx512_vnni amx_int8", "AVX2, AVX-VNNI, AVX512, AVX512-VNNI, AMX; "),
+        ("asimd asimddp i8mm sve", "this CPU has ARM's dot product, i8mm, SVE; "),
+        ("", "none that is known; "),
+    ],
+)
+def test_what_the_cpu_has_for_the_experts(flags: str, named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts, "cpu_flags", lambda: frozenset(flags.split()))
+    assert named in experts.instruction_set().detail
+
+    def none() -> None:
+        raise BuildError("no C++ compiler is found")
+
+    monkeypatch.setattr(experts, "process_threads", none)
+    assert experts.instruction_set().detail.endswith("; native takes none")
+
+
+def test_what_is_the_engines_by_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("K26_MEDIA", "engine")
+    monkeypatch.setenv("K26_PARSERS", "none")
+    (found,) = piece_findings()
+    assert found.detail == (
+        "experts auto (K26_EXPERTS), prompts ours (K26_PROMPTS), images and videos the engine's (K26_MEDIA), "
+        "parsers none by default (K26_PARSERS)"
+    )
+    monkeypatch.setenv("K26_PROMPTS", "mine")
+    (found,) = piece_findings()
+    assert found.level is Level.BAD
+    assert found.detail == "K26_PROMPTS is 'mine': choose one of auto, engine, or unset it."
 
 
 @pytest.mark.parametrize(
@@ -91,6 +131,76 @@ def test_transformers_that_shift_special_tokens(monkeypatch: pytest.MonkeyPatch,
 def test_a_setting_that_names_no_backend(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("K26_EXPERTS", "marlin")
     assert "marlin" in doctor("--checkpoint", str(tiny_folder), code=1)["experts"]["detail"]
+
+
+def fixes(*options: str) -> list[list[str]]:
+    result = CliRunner().invoke(app, ["doctor", "--fix", *options])
+    return [shlex.split(line) for line in result.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("damage", ["missing shard", "aria2", "cut", "bytes behind the end", "tokenizer"])
+def test_the_commands_that_mend_a_checkpoint(tiny_folder: Path, tmp_path: Path, damage: str) -> None:
+    """Run with the published repository in the tiny checkpoint's place, they do."""
+    folder = tmp_path / "a folder"
+    shutil.copytree(tiny_folder, folder)
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    if damage == "missing shard":
+        shard.unlink()
+    elif damage == "aria2":
+        Path(f"{shard}.aria2").touch()
+    elif damage == "cut":
+        shard.write_bytes(shard.read_bytes()[:-100])
+    elif damage == "bytes behind the end":
+        shard.write_bytes(shard.read_bytes() + b"1234")
+    else:
+        (folder / "tiktoken.model").unlink()
+    commands = fixes("--checkpoint", str(folder))
+    expected = ["tiktoken.model", "tokenizer_config.json"] if damage == "tokenizer" else [shard.name]
+    (mending,) = [command for command in commands if command[0] == "hf"]
+    assert mending == [
+        "hf", "download", "moonshotai/Kimi-K2.6", *expected, "--local-dir", str(folder), "--force-download",
+    ]  # fmt: skip
+    for name in expected:
+        if (tiny_folder / name).exists():
+            shutil.copy(tiny_folder / name, folder / name)
+    Path(f"{shard}.aria2").unlink(missing_ok=True)
+    assert not any(command[0] == "hf" for command in fixes("--checkpoint", str(folder)))
+
+
+def test_the_commands_that_mend_an_environment(
+    tiny_folder: Path, fake_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_engine(state(active=False, why_not="left out", no_start="no place for a cache"))
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    monkeypatch.setenv("K26_EXPERTS", "marlin")
+    assert fixes()[:2] == [["unset", "VLLM_PLUGINS"], ["export", "NUMBA_CACHE_DIR=$(mktemp -d)"]]
+    assert fixes()[2] == ["unset", "K26_EXPERTS"]
+    monkeypatch.setattr(engines, "is_installed", lambda engine: False)
+    assert ["pip", "install", "k26-plugins[sglang]"] in fixes("--engine", "sglang")
+
+
+def test_bandwidths(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the order that other means find: numpy's copy, and a file read as files are."""
+    rate = bandwidth.memory_rate()
+    numbers = np.ones(2**25)
+    begin = time.perf_counter()
+    numbers.copy()
+    copied = 2 * numbers.nbytes / (time.perf_counter() - begin)
+    assert copied / 10 < rate < 100 * copied
+    monkeypatch.setattr(bandwidth, "READ_SECONDS", 0.2)
+    found, _ = bandwidth.disk_rate(tiny_folder)
+    size = sum(file.stat().st_size for file in tiny_folder.glob("*.safetensors"))
+    assert size / 60 < found < 1e12
+
+
+def test_caches_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for cpu, shared in enumerate(["0-1", "0-1", "2-3", "2-3"]):
+        cache = tmp_path / f"cpu{cpu}" / "cache" / "index3"
+        cache.mkdir(parents=True)
+        (cache / "size").write_text("32768K\n")
+        (cache / "shared_cpu_list").write_text(f"{shared}\n")
+    monkeypatch.setattr(bandwidth, "CACHES", tmp_path)
+    assert bandwidth.last_level_caches() == 2 * 32 * 2**20
 
 
 def serve(*options: str) -> tuple[int, str]:

@@ -63,7 +63,11 @@ def test_experts_are_those_that_the_router_chose(tiny_folder: Path, golden_file:
     """A prompt's first token sees nothing but itself, so its routing in the first MoE layer follows by hand."""
     model = KimiK26(Checkpoint(tiny_folder), torch.float32)
     for found in Golden.load(golden_file).prompts:
-        assert found.experts.shape == (len(found.top_ids), 2, 2)
+        # Two layers; the two that are chosen and the next four.
+        assert found.experts.shape == found.gaps.shape == (len(found.top_ids), 2, 6)
+        assert torch.equal(
+            found.gaps >= 0, torch.tensor([True, True, False, False, False, False]).expand(found.gaps.shape)
+        )
         token = torch.tensor(found.token_ids[:1])
         chosen = []
         choose = type(model.text.layers[1].mlp).choose
@@ -76,7 +80,7 @@ def test_experts_are_those_that_the_router_chose(tiny_folder: Path, golden_file:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(type(model.text.layers[1].mlp), "choose", spy)
             model.logprobs(token)
-        assert [set(ids[0].tolist()) for ids in chosen] == [set(row.tolist()) for row in found.experts[0]]
+        assert [set(ids[0].tolist()) for ids in chosen] == [set(row[:2].tolist()) for row in found.experts[0]]
 
 
 def test_the_file_names_weights_and_holds_images(tiny_folder: Path, prompts_file: Path, golden_file: Path) -> None:
@@ -193,6 +197,7 @@ def test_the_published_model_needs_little_memory() -> None:
     carried = memory.Carried(tokens=8000, suspect_tokens=6000, longest=1000, patches=0)
     stages = memory.peak(K26Config(), carried, 64)
     weights = 396_361_728 * (2 + 4)
-    state = 7168 * (8000 * 6 + 6000 * 4)
+    # The state, and 8 chosen experts and 4 near ones of 61 layers with their gaps, each twice.
+    state = 7168 * (8000 * 6 + 6000 * 4) + 8000 * 61 * 12 * 6
     assert max(stages, key=stages.__getitem__) == "dense feed-forward"
     assert weights + 2 * state < stages["dense feed-forward"] < weights + 2 * state + 0.5e9

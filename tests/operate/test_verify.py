@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from k26_plugins.cli import app
 from k26_plugins.common.checkpoint.table import expert_name
 from k26_plugins.common.config import K26Config
 from k26_plugins.operate.verify.distance import kl_of_reported
+from k26_plugins.operate.verify.needle import find_needles
 from k26_plugins.operate.verify.tools import BOOK, WEATHER, faults_of
 
 FAULTY = expert_name(FAULTY_LAYER, FAULTY_EXPERT, "down", "scale")
@@ -155,7 +158,48 @@ def test_tool_calls_of_a_server(tiny_folder: Path, golden_file: Path) -> None:
         with serve_reference(tiny_folder, message=answer) as url:
             found, output = verify(url, golden_file, "--tools")
         assert found == code, output
-        assert "4 calls in 4 answers" in output
+        assert "8 calls in 8 answers" in output
+
+
+def reads_the_boxes(messages: list[dict[str, Any]]) -> str:
+    text = messages[0]["content"]
+    asked = re.search(r"What number does box (\d+) hold", text)
+    assert asked
+    return re.findall(rf"^Box {asked[1]} is \w+ and holds (\d+)\.$", text, re.MULTILINE)[0]
+
+
+class Talker:
+    """An endpoint that answers chats only, with a context of some length."""
+
+    def __init__(self, speak: Callable[[list[dict[str, Any]]], str], limit: int | None) -> None:
+        self.speak, self.limit = speak, limit
+
+    def context_length(self) -> int | None:
+        return self.limit
+
+    def chat(self, messages: list[dict[str, Any]], **body: Any) -> dict[str, Any]:
+        return {"choices": [{"message": {"content": self.speak(messages)}}]}
+
+
+@pytest.mark.parametrize(("limit", "asked"), [(None, 9), (262_144, 9), (131_072, 6), (8192, 0)])
+def test_needles_where_the_context_allows(limit: int | None, asked: int) -> None:
+    found = find_needles(Talker(reads_the_boxes, limit))  # type: ignore[arg-type]
+    assert [needle.right for needle in found] == [True] * asked + [False] * (9 - asked)
+    assert all(str(limit)[:1] in needle.note for needle in found[asked:])
+    # The line before is no answer, nor is the first.
+    wrong = find_needles(Talker(lambda messages: messages[0]["content"].split("holds ")[1][:6], limit))  # type: ignore[arg-type]
+    assert not any(needle.right for needle in wrong)
+
+
+def test_needles_of_a_server(tiny_folder: Path, golden_file: Path) -> None:
+    """The reference server answers by its random weights, and the tiny vocabulary counts bytes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("k26_plugins.operate.verify.needle.LENGTHS", (20,))
+        with serve_reference(tiny_folder, speak=reads_the_boxes) as url:
+            output = verify(url, golden_file, "--needle")[1]
+        assert "pass  needles: 3 of 3 found" in output
+        with serve_reference(tiny_folder, speak=lambda messages: "42") as url:
+            assert "FAIL  needles: 0 of 3 found; lost in" in verify(url, golden_file, "--needle")[1]
 
 
 def test_the_seeded_config_is_another(tiny_folder: Path) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import documented
-from support.server import Server, python_path
+from support import documented, sglang_orders
+from support.server import Server
 from support.sglang_server import CHUNK, EAGER, serve
 
 
@@ -24,7 +24,8 @@ def scripted_server(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory)
     """Answers are made to order, and tests are let into its process."""
     log = tmp_path_factory.mktemp("scripted") / "server.log"
     command = [*documented.as_run(documented.SERVE_SGLANG, tiny_folder), "--"]
-    settings = {**EAGER, "PYTHONPATH": python_path()}
-    arguments = ["--enable-custom-logit-processor", "--enable-metrics"]
+    settings = {**EAGER, **sglang_orders.settings(tmp_path_factory.mktemp("orders") / "plugin")}
+    # A prompt in one piece: what writes the ordered answer is called for each piece, and would begin too early.
+    arguments = ["--enable-custom-logit-processor", "--enable-metrics", "--chunked-prefill-size", "-1"]
     with serve(tiny_folder, log, *arguments, command=command, **settings) as running:
         yield running

@@ -11,16 +11,19 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from engine_names import read_snapshot
 from support.experts import error, inputs, judge, route
 from support.layouts import OTHER, PUBLISHED, make
 from support.registration import assert_all_or_nothing
 from support.remote_code import plant
 from support.sameness import SIZES, TEXTS, image_of, media_line, recorded
 from support.sglang_server import HAS_ENTRY_POINT, boot_folder
+from support.versions import wrong_entries
 
 from k26_plugins.common.checkpoint import Checkpoint, expert_name
 from k26_plugins.common.config import ARCHITECTURE, ConfigError
@@ -351,6 +354,54 @@ def test_what_sglang_chooses_on_blackwell_stands(tiny_folder: Path, monkeypatch:
     assert chosen_backend(hybrid="--kt-weight-path" in flags) == expected
 
 
+@pytest.mark.skipif(
+    not HAS_ENTRY_POINT, reason="0.5.10 settles its arguments while it is imported: flags are the user's"
+)
+@pytest.mark.parametrize("name", ["s3://bucket/kimi", "moonshotai/Kimi-K2.6", "downloaded/before"])
+def test_the_parsers_and_the_tokenizer_of_a_model_that_is_not_on_the_hub(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Of an object store and of ModelScope, by the libraries of theirs that SGLang asks."""
+    from sglang.srt.server_args import ServerArgs
+
+    from k26_plugins.sglang.arguments import before_settling
+
+    cache = tmp_path / "modelscope"
+    (cache / "downloaded").mkdir(parents=True)
+    (cache / "downloaded/before").symlink_to(tiny_folder)
+
+    class ObjectStorage:
+        def __init__(self, model_path: str, dst: str) -> None:
+            assert model_path == name
+            self.folder = dst
+
+        def pull_files(self, allowed: Any, ignored: Any) -> None:
+            assert "*.safetensors" in ignored
+            shutil.copytree(tiny_folder, self.folder, ignore=shutil.ignore_patterns(*ignored))
+
+        def __exit__(self, *error: Any) -> None: ...
+
+    def download(model_id: str, file_path: str, revision: str | None) -> str:
+        assert model_id == "moonshotai/Kimi-K2.6"
+        return str(tiny_folder / file_path)
+
+    for module, members in {
+        "runai_model_streamer": {"ObjectStorageModel": ObjectStorage},
+        "modelscope": {"model_file_download": download},
+        "modelscope.utils.file_utils": {"get_model_cache_root": lambda: str(cache)},
+    }.items():
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(**members))
+    monkeypatch.setenv("SGLANG_CACHE_DIR", str(tmp_path))
+    if "://" not in name:
+        monkeypatch.setenv("SGLANG_USE_MODELSCOPE", "true")
+    arguments = ServerArgs(model_path=name)
+    before_settling(lambda given: None, arguments)
+    assert arguments.tool_call_parser == arguments.reasoning_parser == "kimi_k2"
+    if "://" in name:
+        tokenizer = sglang_utils().get_tokenizer(name)
+        assert isinstance(tokenizer, KimiTokenizerFast)
+
+
 def test_two_choices_by_hand_contradict_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where SGLang does not tell a flag from its own choice, the variable is what was surely given."""
     from k26_plugins.sglang.experts import chosen_backend
@@ -429,3 +480,23 @@ def weights_of(checkpoint: Checkpoint, layer: int) -> ExpertWeights:
     return ExpertWeights(
         *(stacked(names, part) for names in (("gate", "up"), ("down",)) for part in ("packed", "scale"))
     )
+
+
+def test_the_snapshot_says_what_this_release_has() -> None:
+    """By reading its files it was made; here the engine itself is asked."""
+    snapshot = read_snapshot(compat.distribution()[0])[compat.sglang_version()]
+    assert wrong_entries(snapshot) == {}
+
+
+@pytest.mark.skipif(find_spec("transformers.models.kimi_k25") is None, reason="this transformers has no such classes")
+def test_prompts_and_images_can_be_left_to_sglang(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One at a time, the other stays ours; no file of the checkpoint is needed for either."""
+    utils = sglang_utils()
+    monkeypatch.setenv("K26_PROMPTS", "engine")
+    assert not isinstance(utils.get_tokenizer(str(tiny_folder)), KimiTokenizerFast)
+    assert type(utils.get_processor(str(tiny_folder))).__module__ == "k26_plugins.sglang.processor"
+    monkeypatch.delenv("K26_PROMPTS")
+    monkeypatch.setenv("K26_MEDIA", "engine")
+    processor = utils.get_processor(str(tiny_folder))
+    assert type(processor).__module__.startswith("transformers.")
+    assert isinstance(processor.tokenizer, KimiTokenizerFast)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from k26_plugins.sglang.messages import keep_history, show_cut_calls
+from k26_plugins.sglang.serving import keep_reasoning_apart
 
 protocol = pytest.importorskip("sglang.srt.entrypoints.anthropic.protocol")
 AnthropicServing = pytest.importorskip("sglang.srt.entrypoints.anthropic.serving").AnthropicServing
@@ -45,6 +46,12 @@ def test_an_error_is_said(serving: Any, content: Any, written: str) -> None:
     (message,) = converted(serving, [result])
     assert message.content == written
     assert "Error:" not in str(converted(serving, [{**result, "content": "x", "is_error": False}])[0].content)
+
+
+@pytest.mark.parametrize(("template", "apart"), [(None, True), ("the user's", False)])
+def test_past_reasoning_goes_where_the_template_writes_it(template: str | None, apart: bool) -> None:
+    manager = SimpleNamespace(chat_template_name=template)
+    assert keep_reasoning_apart(lambda serving: False, SimpleNamespace(template_manager=manager)) is apart
 
 
 def test_a_message_with_a_cut_call_is_answered(serving: Any) -> None:

@@ -19,10 +19,11 @@ from support.scripted import CASES, TOKEN_CASES, TOOLS, WEATHER, Case, call
 
 from k26_plugins.common.prompt.hf_tokenizer import load_hf_tokenizer
 from k26_plugins.common.prompt.output import SECTION_BEGIN, SECTION_END, THINK_END
+from k26_plugins.common.registration import Registration
 from k26_plugins.sglang import compat, compat_chats
 from k26_plugins.sglang.answers import K26Answers, is_thinking
 from k26_plugins.sglang.output import K26ToolDetector
-from k26_plugins.sglang.serving import allow_calls, hear_thinking, keep_images, read_token_ids
+from k26_plugins.sglang.serving import RESPONSES, allow_calls, hear_thinking, join_turns, keep_images, read_token_ids
 
 BIG = '{"city":"' + 'x } \\" <| ' * 1500 + '"}'
 ALL = {
@@ -58,8 +59,10 @@ def test_whole_and_streamed(name: str) -> None:
 
 def test_it_takes_the_place_of_sglangs_own() -> None:
     original = FunctionCallParser.ToolCallParserEnum["kimi_k2"]
+    changes = Registration()
+    compat.replace_tool_detector(changes, "kimi_k2", "k26_plugins.sglang.output", "K26ToolDetector")
     try:
-        compat.replace_tool_detector("kimi_k2", "k26_plugins.sglang.output", "K26ToolDetector")
+        changes.apply()
         parser = FunctionCallParser([Tool(**tool) for tool in TOOLS], "kimi_k2")
         assert isinstance(parser.detector, K26ToolDetector)
     finally:
@@ -72,8 +75,12 @@ def test_a_functions_images_are_kept_by_the_responses_api() -> None:
     url = "data:image/png;base64,aGVsbG8="
     output = [{"type": "input_text", "text": "Seen:"}, {"type": "input_image", "image_url": url}]
     result = {"type": "function_call_output", "call_id": "now:0", "output": output}
+    changes = Registration()
+    compat_chats.hook(
+        changes, RESPONSES, "OpenAIServingResponses._flatten_tool_output", keep_images, "images are dropped"
+    )
     try:
-        compat.hook_responses("OpenAIServingResponses._flatten_tool_output", keep_images)
+        changes.apply()
         message = serving._normalize_response_message_for_chat(result)
         text, image = message["content"]
         assert (message["role"], message["tool_call_id"]) == ("tool", "now:0")
@@ -83,6 +90,25 @@ def test_a_functions_images_are_kept_by_the_responses_api() -> None:
             assert serving._normalize_response_message_for_chat({**result, "output": plain})["content"] == "Seen:"
     finally:
         serving._flatten_tool_output = original
+
+
+def test_an_answer_of_the_responses_api_stays_one_message() -> None:
+    """Whatever phase its text is of: parted from its calls, it would lose its reasoning."""
+    serving = pytest.importorskip("sglang.srt.entrypoints.openai.serving_responses").OpenAIServingResponses
+    name = "_merge_consecutive_assistant_messages"
+    original, changes = serving.__dict__.get(name), Registration()
+    compat_chats.hook(changes, RESPONSES, f"OpenAIServingResponses.{name}", join_turns, "turns stay apart")
+    if original is None:
+        pytest.skip("this SGLang joins nothing")
+    call_ = {"id": "now:0", "type": "function", "function": {"name": "now", "arguments": "{}"}}
+    parts = [{"reasoning_content": "why"}, {"content": "ok", "phase": "commentary"}, {"tool_calls": [call_]}]
+    try:
+        changes.apply()
+        for owner in (serving, object.__new__(serving)):
+            (message,) = getattr(owner, name)([{"role": "assistant", **part} for part in parts])
+            assert message == {"role": "assistant", "reasoning_content": "why", "content": "ok", "tool_calls": [call_]}
+    finally:
+        setattr(serving, name, original)
 
 
 class Serving:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.clients import OpenAIClientTests
+from support.agents import AgentTests
+from support.clients import AnthropicClientTests, OpenAIClientTests, ResponsesClientTests
 from support.prompt_path import PromptPathTests
 from support.server import Server
 from support.sglang_scripted import Scripted
@@ -31,5 +32,9 @@ class TestPromptPath(Ordered, PromptPathTests):
     hostile_requests = 25
 
 
-class TestClients(Ordered, OpenAIClientTests):
-    """SGLang's other interfaces take no field that orders an answer."""
+class TestClients(Ordered, OpenAIClientTests, AnthropicClientTests, ResponsesClientTests):
+    """All three interfaces take the fields that order an answer, two of them by a plugin of the tests'."""
+
+
+class TestAgents(Ordered, AgentTests):
+    pass

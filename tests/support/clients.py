@@ -20,6 +20,7 @@ from support.conversations import Conversation, core_token_ids
 from support.images import image_part, png, random_image
 from support.scripted import TOOLS, call
 from support.server import Server
+from support.videos import make_video, video_part
 
 from k26_plugins.common.prompt.output import CALL_ARGUMENTS, CALL_BEGIN, SECTION_BEGIN, SECTION_END, THINK_END
 from k26_plugins.common.prompt.tokenizer import KimiTokenizer
@@ -32,6 +33,7 @@ ANTHROPIC_PICTURE = {
 RESPONSES_PICTURE = {"type": "input_image", "image_url": IMAGE["image_url"]["url"], "detail": "auto"}
 FUNCTIONS: list[Any] = [tool["function"] for tool in TOOLS]
 QUESTION: dict[str, Any] = {"role": "user", "content": [IMAGE, {"type": "text", "text": "Is it warm in 北京?"}]}
+ERROR = "Error: the clock does not answer"
 
 
 @dataclass(frozen=True)
@@ -42,17 +44,36 @@ class Turn:
     """Name and arguments by the call's id."""
     results: tuple[Any, ...]
     """Contents of the calls' results."""
+    nothing: str = ""
+    """How empty arguments are written."""
 
     @property
     def answer(self) -> str:
         """As the model writes it."""
         written = "".join(
-            call(call_id, json.dumps(arguments, ensure_ascii=False) if arguments else "")
+            call(call_id, json.dumps(arguments, ensure_ascii=False) if arguments else self.nothing)
             for call_id, (_, arguments) in self.calls.items()
         )
         return f"{self.reasoning}{THINK_END}{self.content}" + (
             f"{SECTION_BEGIN}{written}{SECTION_END}" if written else ""
         )
+
+    def in_chat(self) -> list[dict[str, Any]]:
+        """The answer and its results as a chat's messages."""
+        calls = [
+            {
+                "id": call_id,
+                "type": "function",
+                "function": {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)},
+            }
+            for call_id, (name, arguments) in self.calls.items()
+        ]
+        answer = {"role": "assistant", "content": self.content, "reasoning": self.reasoning, "tool_calls": calls}
+        results = zip(self.calls, self.results, strict=True)
+        return [
+            answer,
+            *({"role": "tool", "tool_call_id": call_id, "content": result} for call_id, result in results),
+        ]
 
 
 TURNS = (
@@ -60,7 +81,7 @@ TURNS = (
         "Two at once.",
         "I look at both.",
         {"functions.get_weather:0": ("get_weather", {"city": "北京"}), "functions.now:1": ("now", {})},
-        ("22 °C, 晴", "Error: the clock does not answer"),
+        ("22 °C, 晴", ERROR),
     ),
     # A picture of the result, twice.
     Turn("Again.", "", {"functions.now:2": ("now", {})}, ([{"type": "text", "text": "12:30"}, IMAGE, IMAGE],)),
@@ -163,6 +184,36 @@ class OpenAIClientTests(ScriptedTests):
         assert message.content == turn.content
         assert len(message.tool_calls or []) == (len(turn.calls) if options.get("tool_choice") == "auto" else 0)
 
+    @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+    @pytest.mark.parametrize(
+        "choice", ["required", {"type": "function", "function": {"name": "get_weather"}}], ids=["required", "named"]
+    )
+    def test_a_tool_that_must_be_called(
+        self, client: openai.OpenAI, server: Server, tiny_folder: Path, choice: Any, stream: bool
+    ) -> None:
+        """After the reasoning, and in the form that the model knows: a grammar allows nothing else."""
+        script = self.script(tiny_folder, FORCED.answer)
+        answer = _ask(client, server, [QUESTION], script, stream, tools=TOOLS, tool_choice=choice)
+        message = answer.choices[0].message
+        assert (_reasoning(message), message.content or "") == (FORCED.reasoning, "")
+        found = {one.id: (one.function.name, json.loads(one.function.arguments)) for one in message.tool_calls or []}
+        assert found == FORCED.calls
+
+    def test_a_video_and_several_answers_with_logprobs(
+        self, client: openai.OpenAI, server: Server, tiny_folder: Path
+    ) -> None:
+        content = [video_part(make_video(8)), {"type": "text", "text": "What happens?"}]
+        messages = [{"role": "user", "content": content}]
+        script = self.script(tiny_folder, f"a{THINK_END}He fell.")
+        answer = _ask(client, server, messages, script, False, n=2, logprobs=True, top_logprobs=2)
+        assert answer.usage.prompt_tokens == len(core_token_ids(tiny_folder, Conversation("video", messages)))
+        assert [one.index for one in answer.choices] == [0, 1]
+        for choice in answer.choices:
+            assert (_reasoning(choice.message), choice.message.content) == ("a", "He fell.")
+            found = choice.logprobs.content
+            assert "He fell." in "".join(one.token for one in found)
+            assert {len(one.top_logprobs) for one in found} == {2}
+
 
 def _ask(
     client: openai.OpenAI, server: Server, messages: Any, script: dict[str, Any], stream: bool, **options: Any
@@ -186,6 +237,7 @@ def _reasoning(message: Any) -> str:
     return extra.get("reasoning") or ""
 
 
+FORCED = Turn("One.", "", {"functions.get_weather:0": ("get_weather", {"city": "北京"})}, ())
 CUT = f'why{THINK_END}ok{SECTION_BEGIN}{CALL_BEGIN}functions.now:0{CALL_ARGUMENTS}{{"city":"'
 
 
@@ -200,6 +252,7 @@ class AnthropicClientTests(ScriptedTests):
     def test_messages_loop(self, server: Server, tiny_folder: Path, stream: bool) -> None:
         client = anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0, timeout=120)
         messages: list[Any] = [{"role": "user", "content": [ANTHROPIC_PICTURE, QUESTION["content"][1]]}]
+        chat = [QUESTION]
         for turn in TURNS:
             request: Any = {
                 "model": server.model,
@@ -219,6 +272,9 @@ class AnthropicClientTests(ScriptedTests):
             assert "".join(block.thinking for block in answer.content if block.type == "thinking") == turn.reasoning
             assert answer.stop_reason == ("tool_use" if turn.calls else "end_turn")
             assert answer.usage.output_tokens > 0
+            prompt = core_token_ids(tiny_folder, Conversation("messages", chat, TOOLS))
+            assert answer.usage.input_tokens + (answer.usage.cache_read_input_tokens or 0) == len(prompt)
+            chat += turn.in_chat()
             messages.append({"role": "assistant", "content": [block.model_dump() for block in answer.content]})
             messages.append(
                 {
@@ -227,8 +283,8 @@ class AnthropicClientTests(ScriptedTests):
                         {
                             "type": "tool_result",
                             "tool_use_id": call_id,
-                            "content": result,
-                            "is_error": "Error" in result,
+                            "content": result.removeprefix("Error: ") if isinstance(result, str) else result,
+                            "is_error": result == ERROR,
                         }
                         for call_id, result in zip(found, _with(ANTHROPIC_PICTURE, turn.results, "text"), strict=True)
                     ],
@@ -256,6 +312,7 @@ class ResponsesClientTests(ScriptedTests):
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
         text = {"type": "input_text", "text": QUESTION["content"][1]["text"]}
         items: list[Any] = [{"type": "message", "role": "user", "content": [RESPONSES_PICTURE, text]}]
+        chat = [QUESTION]
         for turn in TURNS:
             request: Any = {
                 "model": server.model,
@@ -276,6 +333,9 @@ class ResponsesClientTests(ScriptedTests):
             assert answer.output_text == turn.content
             thoughts = [part.text for item in answer.output if item.type == "reasoning" for part in item.content or []]
             assert "".join(thoughts) == turn.reasoning
+            prompt = core_token_ids(tiny_folder, Conversation("responses", chat, TOOLS))
+            assert answer.usage.input_tokens == len(prompt)
+            chat += turn.in_chat()
             items += [item.model_dump(exclude_none=True) for item in answer.output]
             for item, result in zip(calls, _with(RESPONSES_PICTURE, turn.results, "input_text"), strict=True):
                 items.append({"type": "function_call_output", "call_id": item.call_id, "output": result})

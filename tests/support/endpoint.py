@@ -43,7 +43,7 @@ class Fault:
 
 
 @dataclass
-class _Altered:
+class Altered:
     """A checkpoint with a fault, for KimiK26."""
 
     checkpoint: Checkpoint
@@ -72,7 +72,7 @@ class Served:
         """message: the message to answer a request with tools with, and its stop reason under `finish_reason`.
         speak: what a chat is answered with, in the place of the model."""
         self.folder, self.fault, self.vendor, self.message, self.speak = folder, fault, vendor, message, speak
-        self.model = KimiK26(_Altered(Checkpoint(folder), fault))  # type: ignore[arg-type]
+        self.model = KimiK26(Altered(Checkpoint(folder), fault))  # type: ignore[arg-type]
         self.tokenizer = KimiTokenizer(folder)
         self.media = MediaConfig.from_path(folder)
 
@@ -183,12 +183,19 @@ def _made_up(token_ids: list[int], place: int, token: int) -> dict[int, float]:
 def streamed(answer: dict[str, Any]) -> bytes:
     """A chat completion as server-sent events: what is known of the prompt, a piece a token, then the usage."""
     choice = answer["choices"][0]
-    said, entries = choice["message"]["content"], choice["logprobs"]["content"]
+    said = choice["message"].get("content") or ""
+    entries = (choice.get("logprobs") or {"content": [None]})["content"]
     size = -(-len(said) // max(len(entries), 1))
     pieces = [
         {"delta": {"content": said[size * number : size * (number + 1)]}, "logprobs": {"content": [entry]}}
         for number, entry in enumerate(entries)
     ]
+    for index, call in enumerate(choice["message"].get("tool_calls") or []):
+        begun = {"id": call["id"], "function": {"name": call["function"]["name"], "arguments": ""}}
+        middle = len(call["function"]["arguments"]) // 2
+        rest = [call["function"]["arguments"][part] for part in (slice(middle), slice(middle, None))]
+        parts = [begun, *({"function": {"arguments": part}} for part in rest)]
+        pieces += [{"delta": {"tool_calls": [{"index": index, **part}]}} for part in parts]
     chunks: list[dict[str, Any]] = [
         {
             "choices": [{"delta": {"role": "assistant", "content": ""}}],

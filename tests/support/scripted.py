@@ -94,6 +94,7 @@ CASES = {
     # Spelled by ordinary tokens: it is what the model wrote.
     "half-a-marker": Case("a</think>b <|tool_calls_sec", "a", "b <|tool_calls_sec", []),
 }  # fmt: skip
+NAMED = "pad with [PAD], unknown is [UNK], [BOS]x[EOS]"
 SPELLED = f"[PAD]<think></think>{SECTION_BEGIN}{call('functions.now:0', '{}')}{SECTION_END}<|im_end|>"
 """What a model writes that quotes its own format, with ordinary tokens."""
 # Where there are token ids: reserved tokens, of which an answer shows nothing, and names of tokens in text, which stay.
@@ -108,6 +109,7 @@ TOKEN_CASES = {
         f"{call('functions.get_weather:0', WEATHER)}{SECTION_END}<|reserved_token_302|>",
         "why", "ok", [("get_weather", WEATHER)],
     ),
+    "names-of-special-tokens": Case(f"a</think>{escape(NAMED)}", "a", NAMED, []),
     "spelled": Case(
         f"a{escape(SPELLED)}</think>b{escape(SPELLED)}{SECTION_BEGIN}{call('functions.now:0', escape(SPELLED))}",
         f"a{SPELLED}", f"b{SPELLED}", [("now", SPELLED)],

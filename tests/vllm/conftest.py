@@ -14,6 +14,8 @@ from support.vllm_server import serve
 def server(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Answers are the model's, or made to order where a request says so (support/vllm_scripted.py)."""
     arguments = ["--enforce-eager", "--logits-processors", "support.vllm_scripted:Scripted"]
+    # An agent's tools are long to the tiny tokenizer.
+    arguments += ["--max-model-len", "16384"]
     log = tmp_path_factory.mktemp("vllm") / "server.log"
     # With the endpoint by which a trainer calls the workers.
     settings = {"PYTHONPATH": python_path(), "VLLM_SERVER_DEV_MODE": "1"}

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import pickle
+import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from engine_names import read_snapshot
 from support.data_urls import WRITERS
 from support.images import png, random_image
 from support.layouts import OTHER, PUBLISHED, make
 from support.registration import assert_all_or_nothing
 from support.remote_code import plant
+from support.versions import wrong_entries
 
 from k26_plugins.common.checkpoint import Checkpoint, CheckpointError, expert_name, shard
 from k26_plugins.common.config import ARCHITECTURE, K26Config
 from k26_plugins.common.media import MediaError
+from k26_plugins.common.prompt.hf_tokenizer import core_serves_prompts
 from k26_plugins.common.serving import core_config
 from k26_plugins.vllm import compat, config, register
 from k26_plugins.vllm.experts import K26ExpertsMethod, use_core_experts
@@ -74,11 +80,13 @@ def test_registration_is_all_or_nothing(monkeypatch: pytest.MonkeyPatch, caplog:
         monkeypatch.setattr(doors, name, lambda: None)
     monkeypatch.setattr(ModelConfig, "get_model_arch_config", lambda config: None)
     monkeypatch.setattr(AsyncEngineArgs, "from_cli_args", classmethod(lambda cls, arguments: None))
+    monkeypatch.setattr(AsyncEngineArgs, "create_model_config", lambda arguments: None)
 
     def state() -> tuple[Any, ...]:
         return (
             *(registry.get(key) for registry, key in registries), vars(ModelConfig)["get_model_arch_config"],
-            vars(AsyncEngineArgs)["from_cli_args"], doors.resolve_trust_remote_code,
+            vars(AsyncEngineArgs)["from_cli_args"], vars(AsyncEngineArgs)["create_model_config"],
+            doors.resolve_trust_remote_code,
             doors.get_class_from_dynamic_module,
         )  # fmt: skip
 
@@ -101,6 +109,48 @@ def test_a_cache_of_compiled_code_that_has_no_place(tmp_path: Path, monkeypatch:
     assert "set NUMBA_CACHE_DIR" in no_compiled_code_cache("/proc/version")
     (tmp_path / "module.py").touch()
     assert no_compiled_code_cache(str(tmp_path / "module.py")) == ""
+
+
+FLAGS: dict[str, tuple[list[str], str | None, str | None]] = {
+    "no flag": ([], "ours", "ours"),
+    "both by hand": (["--tool-call-parser", "hermes", "--reasoning-parser", "qwen3"], "hermes", "qwen3"),
+    "switched off": ([], None, None),
+}
+"""Of the command line, and the parsers of tool calls and of reasoning that come of it."""
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_the_parsers_for_a_model_in_an_object_store(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """vLLM fetches the small files and streams the weights: the folder that it keeps has an index and no shard."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.transformers_utils import runai_utils
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    def pull(source: str, folder: str, *patterns: Any) -> None:
+        assert source.startswith("s3://bucket/kimi")
+        for file in tiny_folder.iterdir():
+            if file.suffix != ".safetensors":
+                shutil.copy(file, folder)
+        index = {"metadata": {}, "weight_map": {"lm_head.weight": "model-1.safetensors"}}
+        (Path(folder) / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    register()
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(runai_utils, "runai_pull_files", pull)
+    flags, tool_parser, reasoning_parser = FLAGS[name]
+    if name == "switched off":
+        monkeypatch.setenv("K26_PARSERS", "none")
+    moved = find_spec("vllm.entrypoints.launchers") is not None
+    flags_of = importlib.import_module(f"vllm.entrypoints.{'launchers' if moved else 'openai'}.cli_args")
+    arguments = flags_of.make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", "s3://bucket/kimi", *flags])
+    engine_args = AsyncEngineArgs.from_cli_args(arguments)
+    engine_args.create_model_config()
+    ours = compat.PARSER if compat.has_kimi_parser() else "kimi_k2"
+    assert arguments.tool_call_parser == (ours if tool_parser == "ours" else tool_parser)
+    expected = ours if reasoning_parser == "ours" else reasoning_parser
+    assert (arguments.reasoning_parser or None) == (engine_args.reasoning_parser or None) == expected
 
 
 def hf_config(folder: Path) -> Any:
@@ -278,3 +328,67 @@ def test_data_urls_are_read_as_their_writers_put_them(writer: str) -> None:
         K26MediaConnector().fetch_image("data:image/png;base64,aGVsb")
     with pytest.raises(MediaError, match="no URL"):
         K26MediaConnector().fetch_image("")
+
+
+def test_the_snapshot_says_what_this_release_has() -> None:
+    """By reading its files it was made; here the engine itself is asked."""
+    snapshot = read_snapshot("vllm")[compat.vllm_version().split("+")[0]]
+    assert wrong_entries(snapshot) == {}
+
+
+def test_each_piece_can_be_left_to_vllm(tiny_folder: Path) -> None:
+    """One at a time, the others stay ours: each in a process in which no plugin was loaded before, as in a server."""
+    script = f"""
+import json, os, sys
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.plugins import load_general_plugins
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+for variable in sys.argv[1:]:
+    if os.fork():
+        os.wait()
+        continue
+    os.environ[variable] = "engine"
+    load_general_plugins()
+    arguments = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(["--model", {str(tiny_folder)!r}])
+    arguments.tool_call_parser, arguments.enable_auto_tool_choice = None, False
+    config = AsyncEngineArgs.from_cli_args(arguments).create_model_config()
+    processor = MULTIMODAL_REGISTRY.create_processor(config)
+    pieces = {{
+        "prompts": config.tokenizer_mode,
+        "parsers": arguments.tool_call_parser,
+        "media": [type(one).__module__ for one in (processor, processor.info)],
+        "connector": os.environ.get("VLLM_MEDIA_CONNECTOR"),
+    }}
+    print("FOUND", variable, json.dumps(pieces), flush=True)
+    os._exit(0)
+"""
+    ours = {
+        "prompts": "k26",
+        "parsers": "k26" if compat.has_kimi_parser() else "kimi_k2",
+        "media": ["k26_plugins.vllm.processing"] * 2,
+        "connector": "k26",
+    }
+    theirs = {
+        "K26_PROMPTS": {"prompts": "auto"},
+        "K26_PARSERS": {"parsers": "kimi_k2"},
+        "K26_MEDIA": {"media": ["vllm.model_executor.models.kimi_k25"] * 2, "connector": None},
+    }
+    command = [sys.executable, "-c", script, *theirs]
+    out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=300).stdout
+    found = dict(line.split(" ", 2)[1:] for line in out.splitlines() if line.startswith("FOUND "))
+    assert {variable: json.loads(pieces) for variable, pieces in found.items()} == {
+        variable: ours | changed for variable, changed in theirs.items()
+    }
+
+
+def test_a_tokenizer_json_alone_is_left_to_vllm(tiny_folder: Path, tmp_path: Path) -> None:
+    """Beside `tiktoken.model` it changes nothing."""
+    folder = tmp_path / "DIR"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "tokenizer.json").write_text("{}")
+    assert core_serves_prompts(folder)
+    (folder / "tiktoken.model").unlink()
+    assert not core_serves_prompts(folder)
+    (folder / "tokenizer.json").unlink()
+    assert core_serves_prompts(folder)  # and its absence is one clear error

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from k26_plugins.common.registration import Registration
 from k26_plugins.vllm import chats, compat
 
 pytest.importorskip("vllm.parser.kimi_k2", reason="the hooks were checked where the parser is")
@@ -85,6 +86,19 @@ def test_an_error_is_said(text: Any, written: str) -> None:
     assert converted([{**result, "is_error": False}])[0]["content"] == (text or "")
 
 
+def test_images_of_a_result_stay_in_it() -> None:
+    """In their places, and no message of the user's comes between two results."""
+    source = {"type": "base64", "media_type": "image/png", "data": "aGVsbG8="}
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aGVsbG8="}}
+    parts = [{"type": "image", "source": source}, {"type": "text", "text": "no"}, {"type": "image", "source": source}]
+    results = [
+        {"type": "tool_result", "tool_use_id": "a", "content": parts, "is_error": True},
+        {"type": "tool_result", "tool_use_id": "b", "content": "12:30"},
+    ]
+    found = [(message["role"], message["content"]) for message in converted(results)]
+    assert found == [("tool", [image, {"type": "text", "text": "Error: no"}, image]), ("tool", "12:30")]
+
+
 def response(arguments: list[str], finish_reason: str) -> Any:
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
 
@@ -117,4 +131,4 @@ def test_a_vllm_without_a_place_is_told_of(monkeypatch: pytest.MonkeyPatch, capl
     chats.install()
     assert "has no vllm.nowhere._convert_stream_to_sse_events" in caplog.text
     with pytest.raises(compat.UnsupportedEngineError):
-        compat.wrap("vllm.sampling_params", "SamplingParams.nothing", chats.length_wins)
+        compat.wrap(Registration(), "vllm.sampling_params", "SamplingParams.nothing", chats.length_wins)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -109,12 +109,13 @@ def test_tool_calls(
     """Random weights call no tool: what the model says is given to it, all else is the server's."""
     fault, arguments, found = CALLS[name]
     answer = f"why</think>{SECTION_BEGIN}{call('functions.get_weather:0', arguments)}{SECTION_END}"
-    said, chat = script(tiny_folder, answer), Endpoint.chat
+    said = script(tiny_folder, answer)
 
-    def chat_by_script(endpoint: Endpoint, messages: list[dict[str, Any]], **body: Any) -> dict[str, Any]:
-        return chat(endpoint, messages, **body, **(said if "tools" in body else {}))
+    def by_script(chat: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda endpoint, messages, **body: chat(endpoint, messages, **body, **(said if "tools" in body else {}))
 
-    monkeypatch.setattr(Endpoint, "chat", chat_by_script)
+    for method in ("chat", "streamed_chat"):
+        monkeypatch.setattr(Endpoint, method, by_script(getattr(Endpoint, method)))
     if fault:
         order(two_ranks.url, fault)
     try:
@@ -125,7 +126,7 @@ def test_tool_calls(
     assert result.exit_code == (1 if found else 0), result.output
     assert found in result.output
     # vLLM answers a `required` call that is no JSON with an error, which is a fault too.
-    assert f"{3 if name == 'no JSON' else 4} calls in 4 answers" in result.output
+    assert f"{7 if name == 'no JSON' else 8} calls in 8 answers" in result.output
 
 
 def test_the_doctor_sees_the_plugin(tiny_folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from support.agents import AgentTests
 from support.clients import AnthropicClientTests, OpenAIClientTests, ResponsesClientTests
 from support.prompt_path import PromptPathTests
 from support.vllm_scripted import script
@@ -22,3 +23,7 @@ class TestPromptPath(Ordered, PromptPathTests):
 
 class TestClients(Ordered, OpenAIClientTests, AnthropicClientTests, ResponsesClientTests):
     """All three interfaces take the field that orders an answer."""
+
+
+class TestAgents(Ordered, AgentTests):
+    pass

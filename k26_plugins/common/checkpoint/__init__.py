@@ -5,7 +5,7 @@ from k26_plugins.common.checkpoint.check import Report, check
 from k26_plugins.common.checkpoint.classify import Classification, Layout, classify, classify_folder
 from k26_plugins.common.checkpoint.fault import Fault, Problem, compare, folded
 from k26_plugins.common.checkpoint.fingerprint import fingerprint
-from k26_plugins.common.checkpoint.folder import local_folder
+from k26_plugins.common.checkpoint.folder import local_folder, weights_folder
 from k26_plugins.common.checkpoint.header import CheckpointError
 from k26_plugins.common.checkpoint.reader import Checkpoint
 from k26_plugins.common.checkpoint.stream import StreamedCheckpoint
@@ -41,4 +41,5 @@ __all__ = [
     "local_folder",
     "shard",
     "tensor_table",
+    "weights_folder",
 ]

@@ -30,3 +30,19 @@ def local_folder(name: str | Path, revision: str | None = None, cache_dir: str |
     except CheckpointError:
         return None
     return snapshot if here else None
+
+
+def weights_folder(name: str | Path, revision: str | None = None, cache_dir: str | None = None) -> Path | None:
+    """As `local_folder`, and None where the folder has an index and none of its files.
+
+    Engines keep the small files of an object store's checkpoint in such a folder and stream the weights; others load dummy
+    weights. Where real ones are wanted and missing, the engine says so.
+    """
+    folder = local_folder(name, revision, cache_dir)
+    if (
+        folder is not None
+        and (folder / INDEX_FILE).exists()
+        and not any(file.exists() for file in weight_files(folder))
+    ):
+        return None
+    return folder

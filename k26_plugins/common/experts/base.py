@@ -127,6 +127,9 @@ class RoutedExperts(ABC):
         hidden_states: `[num_tokens, hidden_size]`. topk_ids: `[num_tokens, top_k]` integers, −1 for no expert.
         topk_weights: `[num_tokens, top_k]` float32. expert_map: `[num_global_experts]`, the local index of a global id
         or −1; without it the ids are local. workspace: uint8, at least `workspace_bytes`.
+
+        Any other number that is no expert's, in the ids or in the map, counts as −1, on every backend and as in vLLM's own
+        kernels: padded rows of a batch hold anything, and a device cannot raise an error without the host's waiting for it.
         """
 
     def submit(
@@ -192,19 +195,21 @@ class ExpertsBackend(RoutedExperts):
         """
 
 
-def local_ids(topk_ids: torch.Tensor, expert_map: torch.Tensor | None) -> torch.Tensor:
-    """int64 ids into the experts that live here, −1 for no expert or one that lives elsewhere."""
+def local_ids(topk_ids: torch.Tensor, expert_map: torch.Tensor | None, num_experts: int) -> torch.Tensor:
+    """int64 ids into the `num_experts` that live here, −1 for no expert or one that lives elsewhere."""
     local = topk_ids.long()
-    if expert_map is None:
-        return local
-    return torch.where(local >= 0, expert_map.long()[local.clamp(min=0)], local)
+    if expert_map is not None:
+        # The last entry is that of every id that the map does not have.
+        table = torch.cat((expert_map.long(), expert_map.new_full((1,), -1, dtype=torch.int64)))
+        local = table[torch.where((local >= 0) & (local < len(expert_map)), local, len(expert_map))]
+    return torch.where((local >= 0) & (local < num_experts), local, -1)
 
 
 def tokens_by_expert(
     topk_ids: torch.Tensor, expert_map: torch.Tensor | None, num_experts: int
 ) -> list[tuple[int, torch.Tensor]]:
     """For each local expert with tokens, in order: its index and the flat slots (token · top_k + k) that chose it."""
-    local = local_ids(topk_ids, expert_map).flatten()
+    local = local_ids(topk_ids, expert_map, num_experts).flatten()
     order = torch.argsort(local, stable=True)
     # Slots of −1 sort first and are dropped.
     counts = torch.bincount(local + 1, minlength=num_experts + 1).tolist()

@@ -79,6 +79,6 @@ class HybridExperts(RoutedExperts):
         """Places of the host's experts that this batch is streamed for."""
         if self.streaming is None or self.stream is None:
             return []
-        local = local_ids(topk_ids, self.host_map).flatten()
+        local = local_ids(topk_ids, self.host_map, self.num_host_experts).flatten()
         counts = torch.bincount(local + 1, minlength=self.num_host_experts + 1)[1:]
         return self.streaming.choose(counts.tolist(), len(topk_ids))

@@ -131,9 +131,15 @@ def render(
     return text[: text.rindex(_OPEN_END)] if continue_final_message else text
 
 
-def as_error(text: str) -> str:
-    """The text of a tool's result that is an error, where the message has no other place to say so."""
-    return text if text.lower().startswith(("error", "<tool_use_error>")) else f"Error: {text}"
+def as_error(content: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+    """A tool's result that is an error, text or parts, with that in its text: a chat's message has no other place for it."""
+    if isinstance(content, str):
+        return content if content.lower().startswith(("error", "<tool_use_error>")) else f"Error: {content}"
+    first = next((place for place, part in enumerate(content) if part["type"] == "text"), None)
+    if first is None:
+        return [{"type": "text", "text": "Error:"}, *content]
+    told = {**content[first], "text": as_error(content[first]["text"])}
+    return [*content[:first], told, *content[first + 1 :]]
 
 
 def expand_media_placeholders(

@@ -24,7 +24,7 @@ from k26_plugins.common.prompt.control_tokens import MARK, QUOTED_SIGN, unescape
 from k26_plugins.common.prompt.special_tokens import VIDEO_PLACEHOLDER
 from k26_plugins.common.prompt.thinking import template_options
 from k26_plugins.common.prompt.tokenizer import RANKS_FILE, SPLIT_PATTERN, KimiTokenizer, TokenizerError
-from k26_plugins.common.settings import control_tokens_as_text, kimis_ids
+from k26_plugins.common.settings import control_tokens_as_text, core_prompts, kimis_ids
 
 SETTINGS_FILE = "tokenizer_config.json"
 # Control tokens that the engines' parsers must find in decoded text.
@@ -153,6 +153,16 @@ def is_this_model(path_or_name: str | Path, revision: str | None = None) -> bool
     except (OSError, ValueError):
         return False
     return ARCHITECTURE in (config.get("architectures") or [])
+
+
+def core_serves_prompts(path_or_name: str | Path, revision: str | None = None) -> bool:
+    """Whether the tokenizer and the prompts of a checkpoint of this model are the core's, as far as the user and its files
+    say: one that brings `tokenizer.json` in the place of `tiktoken.model` is transformers' to read."""
+    if not core_prompts():
+        return False
+    where: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+    has = {name: cached_file(str(path_or_name), name, **where) is not None for name in (RANKS_FILE, "tokenizer.json")}
+    return has[RANKS_FILE] or not has["tokenizer.json"]
 
 
 def load_hf_tokenizer(folder: str | Path, **kwargs: Any) -> KimiTokenizerFast:

@@ -6,6 +6,7 @@ Asked in a process of its own, which loads plugins as the engine does: what a se
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -14,6 +15,7 @@ from k26_plugins.operate.doctor.finding import Finding, Level
 from k26_plugins.operate.doctor.machine import installed, numbers
 
 PROBES = {"vllm": "k26_plugins.vllm.probe", "sglang": "k26_plugins.sglang.probe"}
+PLUGIN_LISTS = {"vllm": "VLLM_PLUGINS", "sglang": "SGLANG_PLUGINS"}
 ENGINES = (*PROBES, "ktransformers")
 PROBE_SECONDS = 300
 
@@ -35,8 +37,9 @@ def engine_findings(required: str | None) -> list[Finding]:
         findings.append(Finding(Level.NOTE, "ktransformers", detail))
     names = {finding.what for finding in findings}
     if required is not None and required not in names:
-        remedy = f"pip install 'k26-plugins[{required}]' in an environment of its own"
-        findings.append(Finding(Level.BAD, required, "not installed here", remedy))
+        fix = f"pip install 'k26-plugins[{required}]'"
+        remedy = f"{fix} in an environment of its own"
+        findings.append(Finding(Level.BAD, required, "not installed here", remedy, fix))
     elif not findings:
         findings.append(Finding(Level.NOTE, "engines", "none is installed here"))
     return findings
@@ -62,9 +65,15 @@ def _probe(engine: str, module: str) -> list[Finding]:
         findings.append(Finding(Level.OK, engine, f"{name}: the plugin is active"))
     else:
         remedy = "without it the engine's own code serves Kimi-K2.6"
-        findings.append(Finding(Level.BAD, engine, f"{name}: the plugin is NOT active: {state['why_not']}", remedy))
+        detail = f"{name}: the plugin is NOT active: {state['why_not']}"
+        # An engine's list of plugins that leaves this one out.
+        variable = PLUGIN_LISTS[engine]
+        findings.append(
+            Finding(Level.BAD, engine, detail, remedy, f"unset {variable}" if variable in os.environ else "")
+        )
     if state.get("no_start"):
-        findings.append(Finding(Level.BAD, f"{engine}: cache", state["no_start"], "export NUMBA_CACHE_DIR=/tmp/numba"))
+        fix = 'export NUMBA_CACHE_DIR="$(mktemp -d)"'
+        findings.append(Finding(Level.BAD, f"{engine}: cache", state["no_start"], fix, fix))
     if not oldest <= numbers(state["version"]) <= newest:
         detail = f"{name} is none of the versions checked, {state['checked']}"
         findings.append(Finding(Level.NOTE, engine, detail, "verify the running server: `k26 verify`"))

@@ -10,6 +10,8 @@ import torch
 from k26_plugins.common.checkpoint import Checkpoint, CheckpointError, Layout, classify_folder
 from k26_plugins.common.config import ConfigError, OtherLayoutError, TextConfig
 from k26_plugins.common.experts import BACKENDS, ExpertsError, ExpertWeights, backend_names, find_backend
+from k26_plugins.common.experts.native.build import BuildError, cpu_flags
+from k26_plugins.common.experts.native.threads import process_threads
 from k26_plugins.common.experts.selftest import self_test_error
 from k26_plugins.common.int4 import GROUP_SIZE, PACK_FACTOR
 from k26_plugins.common.model import MoE
@@ -17,6 +19,17 @@ from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, experts_for_de
 from k26_plugins.operate.doctor.finding import Finding, Level
 
 NUM_EXPERTS = 2
+# What decides how fast integers are multiplied, by Linux' name for it.
+CPU_FEATURES = {
+    "avx2": "AVX2",
+    "avx_vnni": "AVX-VNNI",
+    "avx512f": "AVX512",
+    "avx512_vnni": "AVX512-VNNI",
+    "amx_int8": "AMX",
+    "asimddp": "ARM's dot product",
+    "i8mm": "i8mm",
+    "sve": "SVE",
+}
 
 
 def experts_findings(checkpoint: Path | None) -> list[Finding]:
@@ -25,7 +38,7 @@ def experts_findings(checkpoint: Path | None) -> list[Finding]:
     try:
         setting = experts_for_device(device)
     except ValueError as error:
-        return [Finding(Level.BAD, "experts", str(error), f"unset {EXPERTS_VARIABLE}")]
+        return [Finding(Level.BAD, "experts", str(error), *[f"unset {EXPERTS_VARIABLE}"] * 2)]
     try:
         weights, source = _weights(checkpoint)
     except OtherLayoutError:
@@ -33,7 +46,7 @@ def experts_findings(checkpoint: Path | None) -> list[Finding]:
     except (CheckpointError, ConfigError) as error:
         return [Finding(Level.BAD, "experts", f"no weights to test with: {error}", "give a whole checkpoint")]
     on_device = ExpertWeights(*(getattr(weights, name).to(device) for name in weights.__slots__))
-    findings, chosen = [], None
+    findings, chosen = [instruction_set()], None
     for name in backend_names():
         title = f"experts: {name}"
         try:
@@ -57,6 +70,17 @@ def experts_findings(checkpoint: Path | None) -> list[Finding]:
     if taken is None:
         return [*findings, Finding(Level.BAD, "experts", "no backend can be used", "do not serve on this machine")]
     return [*findings, Finding(Level.OK, "experts", f"a server on {device} takes: {taken}")]
+
+
+def instruction_set() -> Finding:
+    """What the CPU has for products of integers, and what of it the native experts take."""
+    flags = cpu_flags()
+    has = ", ".join(shown for name, shown in CPU_FEATURES.items() if name in flags) or "none that is known"
+    try:
+        taken = process_threads().instruction_set
+    except BuildError:
+        taken = "none"
+    return Finding(Level.NOTE, "experts: instruction sets", f"this CPU has {has}; native takes {taken}")
 
 
 def _weights(checkpoint: Path | None) -> tuple[ExpertWeights, str]:

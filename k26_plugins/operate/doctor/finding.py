@@ -19,3 +19,5 @@ class Finding:
     what: str
     detail: str
     remedy: str = ""
+    fix: str = ""
+    """A shell command that mends it, where one does."""

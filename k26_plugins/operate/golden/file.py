@@ -13,7 +13,7 @@ from k26_plugins.common.tensor_file import save_tensors
 from k26_plugins.operate.golden.prompts import Prompt
 from k26_plugins.operate.golden.state import StateError, read
 
-FORMAT = "k26-golden-1"
+FORMAT = "k26-golden-2"
 KEY = "k26_golden"
 
 
@@ -47,7 +47,9 @@ class GoldenPrompt:
     twin_kl: torch.Tensor
     """float32 `[R]`: KL of that over the whole vocabulary, which is what rounding does."""
     experts: torch.Tensor
-    """int16 `[R, MoE layers, top_k]`: where each token was routed."""
+    """int16 `[R, MoE layers, K + N]`: where each token was routed, then the experts that came next."""
+    gaps: torch.Tensor
+    """float32, likewise: how far each is inside (above zero) or outside of the choice, in the router's scores."""
     suspects: dict[str, torch.Tensor] = field(default_factory=dict)
     """float32 `[n, K]`: the same tokens' log-probabilities at the first n positions, under a model with a known mistake."""
     images: list[bytes] = field(default_factory=list)
@@ -60,7 +62,7 @@ class GoldenPrompt:
         return Prompt(name=self.name, request=self.request, text=self.text, token_ids=token_ids, images=self.images)
 
 
-_TENSORS = ("top_ids", "top_logprobs", "next_logprobs", "twin_logprobs", "twin_kl", "experts")
+_TENSORS = ("top_ids", "top_logprobs", "next_logprobs", "twin_logprobs", "twin_kl", "experts", "gaps")
 
 
 @dataclass(slots=True)
@@ -70,6 +72,14 @@ class Golden:
     info: dict[str, Any]
     """`fingerprint` of the weights, `special_tokens` by name, `token_bytes` (hex) of the ids that answers hold, and more."""
     prompts: list[GoldenPrompt]
+
+    def tokens_by_expert(self) -> torch.Tensor:
+        """int64 `[MoE layers, experts]`: how many tokens of the prompts and answers each expert saw."""
+        num_experts = int(self.info["num_experts"])
+        experts, gaps = (torch.cat([getattr(prompt, name) for prompt in self.prompts]) for name in ("experts", "gaps"))
+        layers = experts.shape[1]
+        key = experts.long() + torch.arange(layers)[:, None] * num_experts
+        return torch.bincount(key[gaps >= 0], minlength=layers * num_experts).view(layers, num_experts)
 
     def save(self, file: Path) -> None:
         tensors: dict[str, torch.Tensor] = {}

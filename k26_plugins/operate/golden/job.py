@@ -17,7 +17,7 @@ from k26_plugins.operate.golden import memory
 from k26_plugins.operate.golden.embed import embed_prompts, embed_tokens, largest_number_of_patches
 from k26_plugins.operate.golden.file import Golden, GoldenPrompt
 from k26_plugins.operate.golden.head import Answers, Other, answers
-from k26_plugins.operate.golden.layers import Keys, Layer, Stream
+from k26_plugins.operate.golden.layers import Choice, Keys, Layer, Stream
 from k26_plugins.operate.golden.prompts import Prompt
 from k26_plugins.operate.golden.state import State
 from k26_plugins.operate.golden.variants import (
@@ -105,11 +105,13 @@ class GoldenJob:
     ) -> dict[str, torch.Tensor]:
         """Every layer once: over the prompts in pass 0, over one token of each after."""
         streams = self._streams(number, active, tokens)
-        experts: list[torch.Tensor] = []
+        choices: list[Choice] = []
         if resumed is not None:
             for stream in streams:
                 stream.hidden = resumed[stream.variant.name]
-            experts = list(resumed["experts"].unbind(1)) if "experts" in resumed else []
+            if "experts" in resumed:
+                kept = (resumed[name].unbind(1) for name in ("experts", "gaps"))
+                choices = [Choice(*both) for both in zip(*kept, strict=True)]
         elif number == 0:
             embed_prompts(self.checkpoint, self.prompts, streams)
         else:
@@ -127,9 +129,9 @@ class GoldenJob:
                 state.keep_keys(number, index, named)
             chosen = layer.feed_forward(streams)
             if chosen is not None:
-                experts.append(chosen)
+                choices.append(chosen)
             hidden = {stream.variant.name: stream.hidden for stream in streams}
-            state.keep(number, index + 1, {**hidden, **({"experts": torch.stack(experts, 1)} if experts else {})})
+            state.keep(number, index + 1, {**hidden, **_stacked(choices)})
             on_step(number * layers + index + 1)
         found = self._answers(streams, tokens, number)
         ends = torch.tensor(streams[0].lengths).cumsum(0) - 1
@@ -141,7 +143,7 @@ class GoldenJob:
             "top_logprobs": found.top_logprobs,
             "target_logprobs": found.target_logprobs,
             "twin_kl": found.kl[0],
-            "experts": torch.stack(experts, 1) if experts else torch.empty(len(found.top_ids), 0, 0, dtype=torch.int16),
+            **(_stacked(choices) or {name: torch.empty(len(found.top_ids), 0, 0) for name in ("experts", "gaps")}),
         }
         for stream, values in zip(streams[1:], found.others, strict=True):
             named[f"other.{stream.variant.name}"] = values
@@ -200,7 +202,7 @@ class GoldenJob:
             found = state.answers(number)
             assert found is not None, "every pass has ended"
             lengths = found["lengths"].tolist()
-            whole = ("top_ids", "top_logprobs", "target_logprobs", "twin_kl", "experts", f"other.{TWIN}")
+            whole = ("top_ids", "top_logprobs", "target_logprobs", "twin_kl", "experts", "gaps", f"other.{TWIN}")
             for name in whole:
                 for index, value in zip(found["active"].tolist(), found[name].split(lengths), strict=True):
                     parts[index].setdefault(name, []).append(value)
@@ -227,7 +229,8 @@ class GoldenJob:
                     next_logprobs=following,
                     twin_logprobs=joined[f"other.{TWIN}"],
                     twin_kl=joined["twin_kl"],
-                    experts=joined["experts"],
+                    experts=joined["experts"].to(torch.int16),
+                    gaps=joined["gaps"],
                     suspects={name: value for name, value in joined.items() if name in BY_NAME and name != MODEL},
                     images=prompt.images,
                 )
@@ -244,6 +247,7 @@ class GoldenJob:
                 str(token): tokenizer.token_bytes(token).hex() for token in torch.cat(answered).unique().tolist()
             },
             "first_moe_layer": text.first_k_dense_replace,
+            "num_experts": text.n_routed_experts,
             "eos_token_id": self.config.eos_token_id,
             "media_placeholder_token_id": self.config.media_placeholder_token_id,
         }
@@ -268,6 +272,16 @@ class GoldenJob:
             ],
         }
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def _stacked(choices: list[Choice]) -> dict[str, torch.Tensor]:
+    """The layers' choices as `[T, layers, K + N]`; nothing where no layer has made one."""
+    if not choices:
+        return {}
+    return {
+        "experts": torch.stack([choice.experts for choice in choices], 1),
+        "gaps": torch.stack([choice.gaps for choice in choices], 1),
+    }
 
 
 def _joined(passes: list[dict[str, torch.Tensor]]) -> Keys:

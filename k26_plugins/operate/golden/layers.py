@@ -15,7 +15,8 @@ from k26_plugins.common.config import TextConfig
 from k26_plugins.common.experts.base import tokens_by_expert
 from k26_plugins.common.int4 import product_tiled
 from k26_plugins.common.model import Attention, KVCache, MoE, SwiGLU, Weights, rms_norm
-from k26_plugins.operate.golden.memory import EXPERT_TOKENS, FEED_TOKENS, READ_AHEAD, compute_threads, query_chunk
+from k26_plugins.common.router import router_logits
+from k26_plugins.operate.golden.memory import EXPERT_TOKENS, FEED_TOKENS, NEAR, READ_AHEAD, compute_threads, query_chunk
 from k26_plugins.operate.golden.variants import Variant
 
 PROJECTIONS = ("gate", "up", "down")
@@ -45,6 +46,16 @@ class Routing(NamedTuple):
     """`[T, hidden_size]`, normed."""
     topk_weights: torch.Tensor
     topk_ids: torch.Tensor
+
+
+class Choice(NamedTuple):
+    """The router's choice for the model's tokens. `K` chosen experts and `N` that come next."""
+
+    experts: torch.Tensor
+    """int16 `[T, K + N]`: the chosen ones, then the next in order."""
+    gaps: torch.Tensor
+    """float32 `[T, K + N]`: by how much a chosen one's biased score is above the best that was not chosen; of the others
+    by how much it is below the last chosen one's, a negative number."""
 
 
 Keys = dict[tuple[str, int], torch.Tensor]
@@ -93,21 +104,22 @@ class Layer:
             latents[:length], k_ropes[:length] = latent, k_rope
         return cache
 
-    def feed_forward(self, streams: list[Stream]) -> torch.Tensor | None:
+    def feed_forward(self, streams: list[Stream]) -> Choice | None:
         """Add the feed-forward to every stream's hidden states.
 
-        Returns the experts that each token of the first stream went to, int16 `[T, top_k]`, None in a dense layer.
+        Returns where the tokens of the first stream went and almost went, None in a dense layer.
         """
-        routing = self._feed_plain(streams)
+        routing, choice = self._feed_plain(streams)
         if not routing:
             return None
         for stream, routed in zip(streams, self._routed(streams, routing), strict=True):
             stream.hidden = stream.hidden + routed.to(stream.hidden.dtype)
-        return routing[streams[0].variant.name].topk_ids.to(torch.int16)
+        return choice
 
-    def _feed_plain(self, streams: list[Stream]) -> dict[str, Routing]:
+    def _feed_plain(self, streams: list[Stream]) -> tuple[dict[str, Routing], Choice | None]:
         """Add what is not routed, the dense feed-forward or the shared expert, and say where tokens are routed to."""
         routing: dict[str, Routing] = {}
+        choice: Choice | None = None
         read: dict[str, torch.Tensor] = {}
         for dtype, group in _by_dtype(streams):
             weights = self._weights(read, dtype)
@@ -118,12 +130,14 @@ class Layer:
                 if self.config.is_moe_layer(self.layer):
                     moe = MoE(stream.config, changed, self.layer)
                     routing[stream.variant.name] = Routing(x, *moe.choose(x))
+                    if stream is streams[0]:
+                        choice = _choice(moe, routing[stream.variant.name])
                     plain = moe.shared_experts
                 else:
                     plain = SwiGLU(changed, f"{self.prefix}.mlp")
                 pieces = zip(stream.hidden.split(FEED_TOKENS), x.split(FEED_TOKENS), strict=True)
                 stream.hidden = torch.cat([hidden + plain.forward(piece) for hidden, piece in pieces])
-        return routing
+        return routing, choice
 
     def _routed(self, streams: list[Stream], routing: dict[str, Routing]) -> list[torch.Tensor]:
         """The routed sum of each stream, float32: as `reference_experts`, with each expert read for all at once."""
@@ -190,6 +204,15 @@ class Layer:
             return cast[name]
 
         return weights
+
+
+def _choice(moe: MoE, routing: Routing) -> Choice:
+    scores = router_logits(routing.x, moe.gate).sigmoid() + moe.e_score_correction_bias
+    chosen = scores.gather(-1, routing.topk_ids)
+    others = scores.scatter(-1, routing.topk_ids, -torch.inf)
+    near, ids = others.topk(min(NEAR, scores.shape[-1] - chosen.shape[-1]), dim=-1)
+    gaps = torch.cat((chosen - others.amax(-1, keepdim=True), near - chosen.amin(-1, keepdim=True)), -1)
+    return Choice(torch.cat((routing.topk_ids, ids), -1).to(torch.int16), gaps)
 
 
 class _Piece(NamedTuple):

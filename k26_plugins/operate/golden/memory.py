@@ -19,6 +19,8 @@ SCRATCH = 256 * 2**20
 HEAD_ROWS = 4096
 """Rows of lm_head at a time, at most."""
 READ_AHEAD = 2
+# Experts that were almost chosen, kept of each token: what a wrong bias of the router would bring in.
+NEAR = 4
 """Experts that are read while one is computed."""
 FEED_TOKENS = 1024
 """Tokens at a time in a dense feed-forward."""
@@ -101,7 +103,7 @@ def peak(config: K26Config, carried: Carried, top_k: int) -> dict[str, int]:
     hidden = text.hidden_size
     state = carried.tokens * hidden * (FLOAT32 + BFLOAT16) + carried.suspect_tokens * hidden * FLOAT32
     # Every stage keeps the state, and makes its next one beside it.
-    base = 2 * state + SLACK
+    base = 2 * state + carried.tokens * text.num_hidden_layers * _choice_bytes(text) + SLACK
     table = tensor_table(config)
     heads = text.num_attention_heads * (2 * text.qk_head_dim + 2 * text.v_head_dim)
     stages = {
@@ -125,6 +127,11 @@ def peak(config: K26Config, carried: Carried, top_k: int) -> dict[str, int]:
         width = 8 * vision.hidden_size + 2 * vision.intermediate_size + 3 * 3 * vision.patch_size**2
         stages["vision tower"] = 3 * stored + carried.patches * width * FLOAT32
     return {stage: base + size for stage, size in stages.items()}
+
+
+def _choice_bytes(text: TextConfig) -> int:
+    """Of one token in one layer, kept twice: the experts' ids in 16 bits and their gaps in 32."""
+    return 2 * (text.num_experts_per_tok + NEAR) * (2 + FLOAT32)
 
 
 def _stored(table: Mapping[str, TensorSpec], part: str) -> int:

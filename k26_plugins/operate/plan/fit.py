@@ -124,6 +124,11 @@ def activation_bytes(config: K26Config, tp: int, sequences: int) -> int:
 
 def fit(config: K26Config, gpu: Gpu, layout: Layout, load: Load) -> Fit:
     """The tightest stage's GPU. Raises LayoutError."""
+    return min(fit_stages(config, gpu, layout, load), key=lambda item: item.kv_bytes / item.kv_per_token)
+
+
+def fit_stages(config: K26Config, gpu: Gpu, layout: Layout, load: Load) -> list[Fit]:
+    """A GPU of each pipeline stage. Raises LayoutError."""
     overhead = OVERHEAD + (CONTEXT_PARALLEL_BYTES * layout.context_parallel if layout.context_parallel > 1 else 0)
     found = []
     for stage, layers in enumerate(stages(config.text.num_hidden_layers, layout.pp)):
@@ -140,4 +145,4 @@ def fit(config: K26Config, gpu: Gpu, layout: Layout, load: Load) -> Fit:
                 max_position=config.text.max_position_embeddings,
             )
         )
-    return min(found, key=lambda item: item.kv_bytes / item.kv_per_token)
+    return found

@@ -19,6 +19,7 @@ from k26_plugins.operate.plan.command import (
     vllm_command,
     with_ray,
 )
+from k26_plugins.operate.plan.draw import bars, memory_by_gpu
 from k26_plugins.operate.plan.fit import OVERHEAD_SOURCE, Fit, Load
 from k26_plugins.operate.plan.gpus import GIB
 from k26_plugins.operate.plan.hybrid import Hybrid, cpu_bound, hybrid
@@ -42,6 +43,7 @@ class Plan:
     """The same over a Ray cluster, where there are several machines."""
     bounds: dict[str, float]
     """Tokens a second, by what bounds them."""
+    config: K26Config
     advice: list[Advice] = field(default_factory=list)
 
     @property
@@ -62,7 +64,7 @@ def make_plan(config: K26Config, engine: str, machine: Machine, load: Load, chec
     """Plan one engine on one machine. Raises LayoutError."""
     chosen = choose(config, machine.gpu, machine.count, load, engine)
     mixed = hybrid(config, chosen, machine.ram) if engine == "ktransformers" else None
-    plan = Plan(engine, machine, chosen, mixed, [], [], {})
+    plan = Plan(engine, machine, chosen, mixed, [], [], {}, config)
     if not plan.fits:
         plan.advice = nearest(config, machine.gpu, machine.count, load, engine, machine.ram, machine.request)
         return plan
@@ -109,6 +111,7 @@ def as_text(plan: Plan) -> str:
     ]
     notes = {OVERHEAD_ROW: f"  ({OVERHEAD_SOURCE})"}
     lines += [f"    {name:<26}{size / GIB:8.2f} GiB{notes.get(name, '')}" for name, size in rows(plan)]
+    lines += bars(plan.config, fit, plan.hybrid)
     if plan.hybrid is None and fit.kv_tokens:
         lines.append(f"  KV cache: {fit.kv_tokens:,} tokens of {fit.kv_per_token:,.0f} bytes on each GPU")
         lines.append(
@@ -164,6 +167,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "pipeline_parallel": fit.layout.pp,
         "context_parallel": fit.layout.context_parallel,
         "bytes_per_gpu": dict(rows(plan)),
+        "memory_by_gpu": memory_by_gpu(plan.config, fit, plan.hybrid),
         "overhead_source": OVERHEAD_SOURCE,
         "kv_tokens": fit.kv_tokens if plan.hybrid is None else fit.load.tokens,
         "largest_context": fit.largest_context,

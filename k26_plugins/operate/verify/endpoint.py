@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import ipaddress
+import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -89,6 +90,35 @@ class Endpoint(ABC):
             for entry in entries
         ]
 
+    def context_length(self) -> int | None:
+        """Tokens of one request that the server takes, None where it does not say."""
+        entries = _get(self.client, f"{self.url}/v1/models").get("data") or []
+        mine = [entry.get("max_model_len") for entry in entries if entry.get("id") == self.model]
+        return int(mine[0]) if mine and mine[0] else None
+
+    def streamed_chat(self, messages: list[dict[str, Any]], **body: Any) -> dict[str, Any]:
+        """A chat's first choice as its stream gives it, put together as a client does: message and stop reason."""
+        message: dict[str, Any] = {}
+        calls: dict[int, dict[str, Any]] = {}
+        reason = None
+        request = {"model": self.model, "messages": messages, "stream": True, **body}
+        try:
+            with self.client.stream("POST", f"{self.url}/v1/chat/completions", json=request) as response:
+                if response.status_code != 200:
+                    answer = response.read().decode(errors="replace")[:500]
+                    raise EndpointError(f"{self.url} answered {response.status_code} to a streamed chat: {answer}")
+                for line in response.iter_lines():
+                    if not line.startswith("data: {"):
+                        continue
+                    for choice in json.loads(line.removeprefix("data: ")).get("choices") or []:
+                        _take_in(choice.get("delta") or {}, message, calls)
+                        reason = choice.get("finish_reason") or reason
+        except (httpx.HTTPError, ValueError) as error:
+            raise EndpointError(f"{self.url}: the stream of a chat cannot be read: {error}") from error
+        if calls:
+            message["tool_calls"] = [calls[index] for index in sorted(calls)]
+        return {"message": message, "finish_reason": reason}
+
     def post(self, path: str, **body: Any) -> dict[str, Any]:
         try:
             response = self.client.post(f"{self.url}{path}", json=body)
@@ -109,6 +139,17 @@ class Endpoint(ABC):
         if not prompt.request.get("thinking", True):
             request["chat_template_kwargs"] = {"thinking": False}
         return request
+
+
+def _take_in(delta: dict[str, Any], message: dict[str, Any], calls: dict[int, dict[str, Any]]) -> None:
+    for name in ("content", "reasoning", "reasoning_content"):
+        if delta.get(name):
+            message[name] = message.get(name, "") + delta[name]
+    for part in delta.get("tool_calls") or []:
+        call = calls.setdefault(part["index"], {"id": None, "function": {"name": "", "arguments": ""}})
+        call["id"] = call["id"] or part.get("id")
+        for name in ("name", "arguments"):
+            call["function"][name] += (part.get("function") or {}).get(name) or ""
 
 
 def _bytes(item: dict[str, Any]) -> bytes:

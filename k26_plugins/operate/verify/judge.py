@@ -13,7 +13,16 @@ from statistics import median
 from k26_plugins.operate.golden import Golden
 from k26_plugins.operate.golden.variants import BY_NAME
 from k26_plugins.operate.verify.distance import allowed_share, share_above
-from k26_plugins.operate.verify.experts import ExpertFinding, suspicious_expert
+from k26_plugins.operate.verify.localise import (
+    BIAS_HIGH,
+    BIAS_LOW,
+    EITHER,
+    EXPERT,
+    MIN_SCORE,
+    ROTATION,
+    Localiser,
+    Place,
+)
 from k26_plugins.operate.verify.measure import ANSWER, IMAGE, TEXT, Measured, Position
 
 # Times the twin's median. On CPUs and the tiny checkpoint vLLM 0.32.0 is at 0.9 (text), 1.5 (images) and 1.0 (answers),
@@ -27,6 +36,8 @@ LARGE_SHARE_FACTOR = 3.0
 LARGE_SHARE_ALLOWANCE = 0.04
 # A suspect explains an endpoint that is this much nearer to it than to the model.
 NEARER = 0.3
+# Of a sign test's standard deviations, by which it is nearer to that than to the next suspect.
+SUSPECT_STANDS_OUT = 3.0
 MIN_POSITIONS = 4
 
 
@@ -52,7 +63,10 @@ class Verdict:
     causes: list[Cause] = field(default_factory=list)
     diverged: list[str] = field(default_factory=list)
     """Of each prompt that is beyond the bounds, its first position that is."""
-    expert: ExpertFinding | None = None
+    places: list[Place] = field(default_factory=list)
+    """Where a fault may sit, the likeliest first; there is one where any is `found`."""
+    smallest: str = ""
+    """The smallest fault that these prompts find."""
 
     @property
     def passed(self) -> bool:
@@ -79,22 +93,29 @@ def judge(golden: Golden, measured: Measured) -> Verdict:
             verdict.checks.append(check)
             if not check.passed:
                 failed.append(kind)
-    verdict.expert = suspicious_expert(golden, measured.positions)
-    if verdict.expert is not None:
-        found = verdict.expert
-        detail = (
-            f"tokens of layer {found.layer}, expert {found.expert} are {found.ratio:.0f} times as far off as others"
-        )
-        verdict.checks.append(Check("experts", False, detail))
-    if failed or verdict.expert is not None:
-        verdict.causes += _locate(measured, verdict.expert, failed, bound)
+    localiser = Localiser(golden, measured.positions)
+    verdict.places = localiser.places
+    verdict.smallest = (
+        f"every position {bound / typical_noise(measured.positions):.0f} times as far off as rounding makes it; "
+        f"{localiser.sensitivity()}"
+    )
+    if verdict.places:
+        score, found = verdict.places[0].score, any(place.found for place in verdict.places)
+        detail = f"the most that tokens of one expert, of one bias or late in a prompt stand out is {score:.1f} σ"
+        verdict.checks.append(Check("no place stands out", not found, f"{detail} (bound {MIN_SCORE:.0f})"))
+    if failed or any(place.found for place in verdict.places):
+        verdict.causes += _locate(measured, localiser, failed, bound)
         verdict.diverged = _first_divergences(golden, measured, bound)
     return verdict
 
 
+def typical_noise(positions: list[Position]) -> float:
+    return max(median(position.noise for position in positions), 1e-12)
+
+
 def typical_bound(positions: list[Position]) -> float:
     """The largest median KL that rounding accounts for."""
-    return max(TYPICAL_FACTOR * median(position.noise for position in positions), TYPICAL_FLOOR)
+    return max(TYPICAL_FACTOR * typical_noise(positions), TYPICAL_FLOOR)
 
 
 def large(bound: float) -> float:
@@ -115,19 +136,19 @@ def _distributions(name: str, group: list[Position], bound: float) -> Check:
     return Check(name, typical <= bound and share <= allowed, detail)
 
 
-def _locate(measured: Measured, expert: ExpertFinding | None, failed: list[str], bound: float) -> list[Cause]:
+def _locate(measured: Measured, localiser: Localiser, failed: list[str], bound: float) -> list[Cause]:
+    """One cause, or several that explain it about equally well."""
     suspect = _nearest_suspect(measured)
     if suspect is not None:
         return [suspect]
-    if expert is not None:
-        return [
-            Cause(
-                f"routed expert {expert.expert} of layer {expert.layer}",
-                f"{expert.tokens} positions whose token went there are {expert.ratio:.0f} times as far from the reference "
-                f"as the others (rank test, {expert.score:.0f} standard deviations)",
-                "check that expert's weights and scales: `k26 check`, then the file that holds it against its checksum",
-            )
-        ]
+    place = localiser.named()
+    if place is not None:
+        return [Cause(place.what, _evidence(place), _PLACE_REMEDIES[place.kind])]
+    found = [place for place in localiser.places if place.found]
+    if found and (localiser.spares_most or not failed):
+        evidence = "; ".join(f"{place.what}: {place.score:.1f} σ" for place in localiser.places[:3])
+        remedy = "more and longer prompts tell them apart; `k26 check` and K26_EXPERTS=reference rule some of them out"
+        return [Cause("cannot tell", f"several places explain it about equally well: {evidence}", remedy)]
     if failed == [IMAGE]:
         what, remedy = "the image path", "check that the engine's image processor is the plugin's: `k26 doctor`"
         return [Cause(what, "text agrees, positions of images do not", remedy)]
@@ -143,27 +164,68 @@ def _locate(measured: Measured, expert: ExpertFinding | None, failed: list[str],
     return [Cause("weights of every token's path", "all positions are off, the first of each prompt too", remedy)]
 
 
+_PLACE_REMEDIES = {
+    EXPERT: "check that expert's weights and scales: `k26 check`, then the file that holds it against its checksum",
+    EITHER: "check that expert's weights and scales, and e_score_correction_bias: `k26 check`, then the file's checksum",
+    BIAS_HIGH: "check that e_score_correction_bias is loaded as it is stored, and in float32",
+    BIAS_LOW: "check that e_score_correction_bias is loaded as it is stored, and in float32",
+    ROTATION: "check rope_theta and rope_scaling in config.json, and the attention backend",
+}
+
+
+def _evidence(place: Place) -> str:
+    whose = {
+        EXPERT: "whose token went there",
+        EITHER: "whose token went there",
+        BIAS_HIGH: "whose token almost went there",
+        BIAS_LOW: "whose token almost did not go there",
+        ROTATION: "in the later half of a prompt",
+    }[place.kind]
+    return (
+        f"{place.tokens} positions {whose} are {place.ratio:.1f} times as far off as the others, beside what rounding makes "
+        f"there (rank test, {place.score:.0f} standard deviations)"
+    )
+
+
 def _nearest_suspect(measured: Measured) -> Cause | None:
-    best: tuple[float, str, float] | None = None
+    """The known mistake that the endpoint answers by, where it is nearer to that than to the model; None for no such.
+
+    Where a second one is about as near, neither is named alone.
+    """
+    found: list[tuple[float, str, float]] = []
     for name in {name for position in measured.positions for name in position.suspects}:
-        both = [
-            (position.suspects[name], position.kl)
-            for position in measured.positions
-            if not math.isnan(position.suspects.get(name, math.nan))
-            # Where the mistake changes nothing there is nothing to tell apart.
-            and (position.kind != TEXT or not BY_NAME[name].on_images_only)
-        ]
-        if len(both) < MIN_POSITIONS:
-            continue
-        near, far = median(pair[0] for pair in both), median(pair[1] for pair in both)
-        if near <= NEARER * far and (best is None or near / far < best[0]):
-            best = (near / far, name, near)
-    if best is None:
+        both = [(position.suspects[name], position.kl) for position in _told_apart(measured, name)]
+        if len(both) >= MIN_POSITIONS:
+            near, far = median(pair[0] for pair in both), median(pair[1] for pair in both)
+            if near <= NEARER * far:
+                found.append((near / far, name, near))
+    if not found:
         return None
-    ratio, name, near = best
+    found.sort()
+    ratio, name, near = found[0]
     suspect = BY_NAME[name]
     evidence = f"it answers as such a model does: median KL {near:.1e} from that, {near / ratio:.1e} from the right one"
+    rivals = [BY_NAME[other].meaning for _, other, _ in found[1:] if not _is_nearer(measured, name, other)]
+    if rivals:
+        return Cause("cannot tell", f"{evidence}: {' or '.join([suspect.meaning, *rivals])}", suspect.remedy)
     return Cause(suspect.meaning, evidence, suspect.remedy)
+
+
+def _told_apart(measured: Measured, name: str) -> list[Position]:
+    """Positions at which a suspect differs from the model."""
+    return [
+        position
+        for position in measured.positions
+        if not math.isnan(position.suspects.get(name, math.nan))
+        and (position.kind != TEXT or not BY_NAME[name].on_images_only)
+    ]
+
+
+def _is_nearer(measured: Measured, name: str, other: str) -> bool:
+    """Whether the endpoint is nearer to the first suspect at more positions than chance would have it."""
+    both = [position.suspects for position in _told_apart(measured, name) if other in position.suspects]
+    nearer = sum(suspects[name] < suspects[other] for suspects in both)
+    return 2 * nearer - len(both) > SUSPECT_STANDS_OUT * math.sqrt(len(both))
 
 
 def _first_divergences(golden: Golden, measured: Measured, bound: float) -> list[str]:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from k26_plugins import __version__
 from k26_plugins.operate.golden import Golden
-from k26_plugins.operate.verify.experts import expert_scores
 from k26_plugins.operate.verify.judge import Verdict, large, typical_bound
+from k26_plugins.operate.verify.localise import EXPERT, Localiser
 from k26_plugins.operate.verify.measure import ANSWER, IMAGE, TEXT, Measured
 from k26_plugins.operate.verify.page import (
     SMALLEST,
@@ -36,6 +36,7 @@ def as_text(measured: Measured, verdict: Verdict) -> str:
         lines += [f"  probably: {cause.what}", f"    because {cause.evidence}", f"    remedy: {cause.remedy}"]
     lines += [f"  first divergence in {entry}" for entry in verdict.diverged]
     lines += [f"  not shown: {entry}" for entry in measured.not_shown]
+    lines.append(f"  smallest fault that these prompts find: {verdict.smallest}")
     lines.append(f"verdict: {'the endpoint answers as the reference does' if verdict.passed else 'it does NOT'}")
     return "\n".join(lines)
 
@@ -49,6 +50,8 @@ def as_json(golden: Golden, measured: Measured, verdict: Verdict) -> dict[str, A
         "passed": verdict.passed,
         "checks": [asdict(check) for check in verdict.checks],
         "causes": [asdict(cause) for cause in verdict.causes],
+        "places": [{**asdict(place), "what": place.what} for place in verdict.places[:10]],
+        "smallest_fault_found": verdict.smallest,
         "first_divergences": verdict.diverged,
         "not_shown": measured.not_shown,
         "mismatches": [asdict(mismatch) for mismatch in measured.mismatches],
@@ -119,13 +122,14 @@ def _over_positions(golden: Golden, measured: Measured) -> Figure:
 def _experts(golden: Golden, measured: Measured, verdict: Verdict) -> Figure:
     """Each expert's score: a single dark cell is a faulty expert."""
     figure, axes = empty_figure(3)
-    scores = expert_scores(golden, measured.positions).numpy()
+    scores = Localiser(golden, measured.positions).scores(EXPERT).numpy()
     image = axes.imshow(scores, aspect="auto", cmap="RdGy_r", vmin=-8, vmax=8, interpolation="nearest")
     axes.set(xlabel="expert", ylabel="MoE layer")
     first = golden.info["first_moe_layer"]
     shown = range(0, len(scores), max(1, len(scores) // 10))
     axes.set_yticks(shown, [str(first + layer) for layer in shown])
     figure.colorbar(image, label="how far its tokens rank above others (σ)")
-    if verdict.expert is not None:
-        axes.plot(verdict.expert.expert, verdict.expert.layer - first, "o", mfc="none", mec="#000000", ms=14)
+    place = next((place for place in verdict.places if place.found and place.expert >= 0), None)
+    if place is not None:
+        axes.plot(place.expert, place.layer - first, "o", mfc="none", mec="#000000", ms=14)
     return figure

@@ -62,19 +62,23 @@ class ToolReport:
 def check_tools(
     endpoint: Endpoint, on_request: Callable[[int], None] = lambda done: None, *, max_tokens: int = 256
 ) -> ToolReport:
-    """Send every request once, greedy, and look at what comes back."""
+    """Send every request, greedy, whole and streamed, and look at what comes back."""
     report = ToolReport()
     for number, (question, tools, choice) in enumerate(REQUESTS, 1):
         messages = [{"role": "user", "content": question}]
-        report.requests += 1
-        try:
-            body = endpoint.chat(messages, tools=tools, tool_choice=choice, temperature=0, max_tokens=max_tokens)
-        except EndpointError as error:
-            report.refused.append(f"{question!r} with tool_choice {choice}: {error}")
-        else:
-            answer = body["choices"][0]
+        asked = {"tools": tools, "tool_choice": choice, "temperature": 0, "max_tokens": max_tokens}
+        for how in ("whole", "streamed"):
+            report.requests += 1
+            try:
+                if how == "whole":
+                    answer = endpoint.chat(messages, **asked)["choices"][0]
+                else:
+                    answer = endpoint.streamed_chat(messages, **asked)
+            except EndpointError as error:
+                report.refused.append(f"{question!r} with tool_choice {choice}, {how}: {error}")
+                continue
             report.calls += len(answer["message"].get("tool_calls") or [])
-            report.faults += [f"{question!r}: {fault}" for fault in faults_of(answer, tools)]
+            report.faults += [f"{question!r}, {how}: {fault}" for fault in faults_of(answer, tools)]
         on_request(number)
     return report
 

@@ -8,6 +8,7 @@ from typing import Any
 from k26_plugins.common import metrics
 from k26_plugins.common.media import open_image
 from k26_plugins.common.prompt.places import media_kinds, place_videos
+from k26_plugins.common.settings import core_media
 from k26_plugins.common.video import MAX_TOKENS, VideoChunk, read_chunks
 from k26_plugins.sglang import compat
 from k26_plugins.sglang.models.kimi_k26 import KimiK25ForConditionalGeneration
@@ -15,7 +16,7 @@ from k26_plugins.sglang.models.kimi_k26 import KimiK25ForConditionalGeneration
 _in_tree = compat.in_tree_media()
 
 # 0.5.10 prepares images nowhere but in the processor, which is the core's.
-if hasattr(_in_tree, "KimiGPUProcessorWrapper"):
+if core_media() and hasattr(_in_tree, "KimiGPUProcessorWrapper"):
 
     class CoreWrapper(_in_tree.KimiGPUProcessorWrapper):  # type: ignore[misc, name-defined]
         """Where there is a GPU the in-tree class resizes on it, by other arithmetic: pixels a few levels apart."""
@@ -30,7 +31,8 @@ if hasattr(_in_tree, "KimiGPUProcessorWrapper"):
 class K26MediaProcessor(_in_tree.KimiK2_5VLImageProcessor):  # type: ignore[misc, name-defined]
     """The in-tree class knows images. A video comes to it as images: one for each chunk, with more than one frame."""
 
-    models = (KimiK25ForConditionalGeneration,)
+    # SGLang takes the class for these models: for none where the user leaves images to SGLang.
+    models = (KimiK25ForConditionalGeneration,) if core_media() else ()
     # A GPU's JPEG decoder gives other pixels than PIL, and a tensor where the core takes an image.
     gpu_image_decode = False
 

@@ -131,9 +131,9 @@ class NativeExperts(ExpertsBackend):
                     f"hidden size {self.weights.hidden_size}."
                 )
         x = hidden_states.to("cpu", torch.bfloat16).contiguous()
-        ids = topk_ids.to("cpu", torch.int32).contiguous()
+        ids = _as_int32(topk_ids)
         weights = topk_weights.to("cpu", torch.float32).contiguous()
-        local = None if expert_map is None else expert_map.to("cpu", torch.int32).contiguous()
+        local = None if expert_map is None else _as_int32(expert_map)
         result = torch.empty_like(hidden_states, memory_format=torch.contiguous_format) if out is None else out
         # Written directly where the library can, and converted from float32 otherwise.
         direct = result.is_cpu and result.is_contiguous() and result.dtype in (torch.bfloat16, torch.float32)
@@ -150,3 +150,10 @@ class NativeExperts(ExpertsBackend):
             written.dtype == torch.float32,
         )
         return _Prepared(call, (x, ids, weights, local, written), written, result)
+
+
+def _as_int32(ids: torch.Tensor) -> torch.Tensor:
+    """On the CPU. A wider number that is no expert's stays none: cut to 32 bits it could become one."""
+    if ids.dtype != torch.int32:
+        ids = ids.clamp(-1, torch.iinfo(torch.int32).max)
+    return ids.to("cpu", torch.int32).contiguous()

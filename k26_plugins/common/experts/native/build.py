@@ -1,4 +1,4 @@
-"""The C++ of this folder as a library: compiled once per machine by the compiler found there, and kept in the user's cache.
+"""The C++ of this folder as a library: of the wheel, or compiled once per machine and kept in the user's cache.
 
 No header of torch or Python is used, so the library fits every version of both and compiles in seconds.
 """
@@ -19,11 +19,15 @@ from typing import NamedTuple
 import torch
 
 SOURCES = Path(__file__).parent
+# What a wheel for one architecture brings; nothing in a checkout.
+COMPILED = SOURCES / "compiled"
 
 
 class Variant(NamedTuple):
     """The library for one instruction set."""
 
+    machine: str
+    """As `uname -m` names it."""
     capability: str
     """Of torch, which can be told to do with less (ATEN_CPU_CAPABILITY); empty where it does not matter."""
     needs: frozenset[str]
@@ -34,7 +38,7 @@ class Variant(NamedTuple):
 
 def _avx(capability: str, *needs: str, also: str = "") -> Variant:
     names = [*needs, *([also] if also else [])]
-    return Variant(capability, frozenset(names), tuple(f"-m{name.replace('_', '')}" for name in names))
+    return Variant("x86_64", capability, frozenset(names), tuple(f"-m{name.replace('_', '')}" for name in names))
 
 
 AVX2, AVX512 = ("avx2", "fma"), ("avx512f", "avx512bw", "avx512vl", "avx512dq", "fma")
@@ -44,7 +48,8 @@ VARIANTS = {
     "avx512": _avx("AVX512", *AVX512),
     "avx2_vnni": _avx("AVX2", *AVX2, also="avx_vnni"),
     "avx2": _avx("AVX2", *AVX2),
-    "neon_dotprod": Variant("", frozenset({"asimd", "asimddp"}), ("-march=armv8.2-a+dotprod",)),
+    "neon_i8mm": Variant("aarch64", "", frozenset({"asimd", "asimddp", "i8mm"}), ("-march=armv8.2-a+dotprod+i8mm",)),
+    "neon_dotprod": Variant("aarch64", "", frozenset({"asimd", "asimddp"}), ("-march=armv8.2-a+dotprod",)),
 }
 # torch's names for what an x86 CPU can do, each a part of the next; on ARM they say nothing that matters here.
 CAPABILITIES = ("", "AVX2", "AVX512")
@@ -100,16 +105,28 @@ def cpu_flags() -> frozenset[str]:
     return frozenset(next((line.split() for line in lines if line.startswith(("flags", "Features"))), ()))
 
 
-def build(variant: str) -> Path:
-    """The compiled library, from the cache if it is there. Raises BuildError."""
-    flags = (*FLAGS, *VARIANTS[variant].flags)
-    digest = hashlib.sha256(" ".join(flags).encode())
+def file_name(variant: str) -> str:
+    """Of the compiled library. It changes with the source and with the compiler's flags."""
+    digest = hashlib.sha256(" ".join(flags(variant)).encode())
     for source in sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.hpp")]):
         digest.update(source.read_bytes())
+    return f"experts-{variant}-{digest.hexdigest()[:16]}.so"
+
+
+def flags(variant: str) -> tuple[str, ...]:
+    """Of the compiler."""
+    return (*FLAGS, *VARIANTS[variant].flags)
+
+
+def build(variant: str) -> Path:
+    """The compiled library, from the wheel or the cache if it is there. Raises BuildError."""
+    name = file_name(variant)
+    if (COMPILED / name).exists():
+        return COMPILED / name
     # A home that is not known is left as `~`: the message below then names it.
     cache_home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111
     folder = Path(cache_home) / "k26-plugins"
-    target = folder / f"experts-{variant}-{digest.hexdigest()[:16]}.so"
+    target = folder / name
     if target.exists():
         return target
     try:
@@ -118,7 +135,7 @@ def build(variant: str) -> Path:
         with target.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not target.exists():
-                _compile(target, flags)
+                _compile(target, flags(variant))
     except OSError as error:
         raise BuildError(f"its library cannot be kept in {folder} ({error}): set XDG_CACHE_HOME to a folder") from error
     return target

@@ -1,4 +1,5 @@
-// ARM's NEON with the dot product of ARMv8.2 (every server since Neoverse N1). The names are those of `simd.hpp`.
+// ARM's NEON with the dot product of ARMv8.2 (every server since Neoverse N1), with and without i8mm's product of matrices
+// (Neoverse V1 and N2, Grace). The names are those of `simd.hpp`.
 
 #pragma once
 
@@ -9,7 +10,11 @@
 
 namespace k26 {
 
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+constexpr char kInstructionSet[] = "NEON with i8mm";
+#else
 constexpr char kInstructionSet[] = "NEON with dot product";
+#endif
 
 struct Floats {
   float32x4_t part[4];
@@ -104,11 +109,18 @@ inline void store_bfloat16(uint16_t* to, Floats values) {
   }
 }
 
-// The product takes four signed bytes of each of four rows: u, and the activations as a high and a low byte,
-// value = 256 · high + low.
+// Both products take signed bytes: u, and the activations as a high and a low byte, value = 256 · high + low.
+//
+// The dot product takes four inputs of each of four rows, as a line has them, and four of a token. That of matrices takes eight
+// inputs of each of two rows, and of two columns: here the high and the low bytes of one token, so that a token alone fills it.
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+constexpr int kSpan = 8;  // inputs of which the high bytes lie together, then the low ones
+#else
+constexpr int kSpan = 32;
+#endif
+
 struct Quantised {
-  int8_t high[32];
-  int8_t low[32];
+  int8_t value[32 / kSpan][2][kSpan];  // [][0]: high
 };
 
 inline int32_t store_rounded(Quantised& to, Floats first, Floats second) {
@@ -123,57 +135,113 @@ inline int32_t store_rounded(Quantised& to, Floats first, Floats second) {
         const int32_t bytes = vget_lane_s32(vreinterpret_s32_s8(vmovn_s16(vcombine_s16(shorts, shorts))), 0);
         std::memcpy(to, &bytes, sizeof(bytes));
       };
-      four_bytes(to.high + 16 * half + 4 * i, high);
-      four_bytes(to.low + 16 * half + 4 * i, low);
+      const int input = 16 * half + 4 * i;
+      four_bytes(to.value[input / kSpan][0] + input % kSpan, high);
+      four_bytes(to.value[input / kSpan][1] + input % kSpan, low);
       sum = vaddq_s32(sum, value);
     }
   return vaddvq_s32(sum);
 }
 
+// Four rows of a line as the product takes them: inputs 0 to 3 of each and 4 to 7, or all eight of the first two rows and of
+// the others.
+struct Halves {
+  int8x16_t first, second;
+};
+
+inline Halves unpack(const uint8_t* from) {
+  const uint8x16_t nibbles = vld1q_u8(from), low = vandq_u8(nibbles, vdupq_n_u8(0x0F)), high = vshrq_n_u8(nibbles, 4);
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+  const uint32x4_t first = vreinterpretq_u32_u8(low), second = vreinterpretq_u32_u8(high);
+  return {vreinterpretq_s8_u32(vzip1q_u32(first, second)), vreinterpretq_s8_u32(vzip2q_u32(first, second))};
+#else
+  return {vreinterpretq_s8_u8(low), vreinterpretq_s8_u8(high)};
+#endif
+}
+
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+
+// Sums of a token, [row][high, low] of two rows in each.
+struct Sums {
+  int32x4_t two_rows[8];
+
+  explicit Sums(int32_t start) {
+    const int32x4_t both = vzip1q_s32(vdupq_n_s32(0), vdupq_n_s32(start));
+    for (int i = 0; i < 8; ++i) two_rows[i] = both;
+  }
+
+  void add_line(int line, const Halves (&w)[4], const Quantised& x) {
+    const int8x16_t values = vld1q_s8(x.value[line][0]);
+    for (int i = 0; i < 4; ++i) {
+      two_rows[2 * i] = vmmlaq_s32(two_rows[2 * i], w[i].first, values);
+      two_rows[2 * i + 1] = vmmlaq_s32(two_rows[2 * i + 1], w[i].second, values);
+    }
+  }
+
+  Ints total() const {
+    return each_part<Ints>([&](int i) {
+      const int32x4_t high = vuzp1q_s32(two_rows[2 * i], two_rows[2 * i + 1]);
+      return vaddq_s32(vshlq_n_s32(high, 8), vuzp2q_s32(two_rows[2 * i], two_rows[2 * i + 1]));
+    });
+  }
+};
+
+#else
+
+struct Sums {
+  int32x4_t high[4], low[4];
+
+  explicit Sums(int32_t start) {
+    for (int i = 0; i < 4; ++i) high[i] = vdupq_n_s32(0), low[i] = vdupq_n_s32(start);
+  }
+
+  void add_line(int line, const Halves (&w)[4], const Quantised& x) {
+    const int8x8_t high_bytes = vld1_s8(x.value[0][0] + 8 * line), low_bytes = vld1_s8(x.value[0][1] + 8 * line);
+    for (int i = 0; i < 4; ++i) {
+      high[i] = vdotq_lane_s32(vdotq_lane_s32(high[i], w[i].first, high_bytes, 0), w[i].second, high_bytes, 1);
+      low[i] = vdotq_lane_s32(vdotq_lane_s32(low[i], w[i].first, low_bytes, 0), w[i].second, low_bytes, 1);
+    }
+  }
+
+  Ints total() const {
+    return each_part<Ints>([&](int i) { return vaddq_s32(vshlq_n_s32(high[i], 8), low[i]); });
+  }
+};
+
+#endif
+
 class Weights {
  public:
   explicit Weights(const uint8_t* lines) {
     for (int line = 0; line < 4; ++line)
-      for (int i = 0; i < 4; ++i) {
-        const uint8x16_t nibbles = vld1q_u8(lines + 64 * line + 16 * i);
-        w_[2 * line][i] = vreinterpretq_s8_u8(vandq_u8(nibbles, vdupq_n_u8(0x0F)));
-        w_[2 * line + 1][i] = vreinterpretq_s8_u8(vshrq_n_u8(nibbles, 4));
-      }
+      for (int i = 0; i < 4; ++i) w_[line][i] = unpack(lines + 64 * line + 16 * i);
   }
 
   template <int kTokens>
   void sums(const Quantised* const (&x)[kTokens], const int32_t (&start)[kTokens], Ints (&to)[kTokens]) const {
+#pragma GCC unroll 4
     for (int token = 0; token < kTokens; ++token) {
-      const Ints high = dot(0, x[token]->high), low = dot(start[token], x[token]->low);
-      to[token] = each_part<Ints>([&](int i) { return vaddq_s32(vshlq_n_s32(high.part[i], 8), low.part[i]); });
+      Sums sums(start[token]);
+#pragma GCC unroll 4
+      for (int line = 0; line < 4; ++line) sums.add_line(line, w_[line], *x[token]);
+      to[token] = sums.total();
     }
   }
 
  private:
-  Ints dot(int32_t start, const int8_t* x) const {
-    Ints sum = each_part<Ints>([&](int) { return vdupq_n_s32(start); });
-    const int8x16_t first = vld1q_s8(x), second = vld1q_s8(x + 16);
-#define K26_FOUR_INPUTS(index, from, lane) \
-  for (int i = 0; i < 4; ++i) sum.part[i] = vdotq_laneq_s32(sum.part[i], w_[index][i], from, lane)
-    K26_FOUR_INPUTS(0, first, 0);
-    K26_FOUR_INPUTS(1, first, 1);
-    K26_FOUR_INPUTS(2, first, 2);
-    K26_FOUR_INPUTS(3, first, 3);
-    K26_FOUR_INPUTS(4, second, 0);
-    K26_FOUR_INPUTS(5, second, 1);
-    K26_FOUR_INPUTS(6, second, 2);
-    K26_FOUR_INPUTS(7, second, 3);
-#undef K26_FOUR_INPUTS
-    return sum;
-  }
-
-  int8x16_t w_[8][4];
+  Halves w_[4][4];
 };
 
+// A line at a time: all of a group's weights would not fit the registers.
 inline Ints sums_of_one(const uint8_t* lines, const Quantised& x, int32_t start) {
-  Ints to[1];
-  Weights(lines).sums<1>({&x}, {start}, to);
-  return to[0];
+  Sums sums(start);
+#pragma GCC unroll 4
+  for (int line = 0; line < 4; ++line) {
+    const uint8_t* rows = lines + 64 * line;
+    const Halves w[4] = {unpack(rows), unpack(rows + 16), unpack(rows + 32), unpack(rows + 48)};
+    sums.add_line(line, w, x);
+  }
+  return sums.total();
 }
 
 }  // namespace k26

@@ -10,7 +10,6 @@ from typing import ClassVar
 
 import torch
 
-from k26_plugins.common.experts.base import ExpertsError
 from k26_plugins.common.experts.native.build import library
 from k26_plugins.common.experts.native.cores import Core, cores
 from k26_plugins.common.settings import cpu_threads_setting
@@ -36,7 +35,7 @@ class Call(ctypes.Structure):
     ]
 
 
-NO_MEMORY, BAD_ID = -1, -2  # as experts.cpp returns them
+NO_MEMORY = -1  # as experts.cpp returns it
 
 # Its OpenMP threads do not survive a fork, and neither do torch's own operators.
 _imported_in = os.getpid()
@@ -109,7 +108,7 @@ class Threads:
         _checked(self.native.k26_repack(self._process, ctypes.byref(layer), ctypes.c_int64(team)))
 
     def run(self, layer: Layer, call: Call) -> None:
-        """Do a layer's work. Raises ExpertsError, MemoryError."""
+        """Do a layer's work. Raises MemoryError."""
         team = self.team
         if team:
             _checked(self.native.k26_run(self._process, ctypes.byref(layer), ctypes.byref(call), ctypes.c_int64(team)))
@@ -117,7 +116,7 @@ class Threads:
             self.submit(layer, call, ()).wait()
 
     def submit(self, layer: Layer, call: Call, tensors: tuple[torch.Tensor | None, ...]) -> Running:
-        """Start a layer's work. `tensors` are kept until it is done. Raises ExpertsError, MemoryError, RuntimeError."""
+        """Start a layer's work. `tensors` are kept until it is done. Raises MemoryError, RuntimeError."""
         self.start_pool()
         job = _checked(self.native.k26_submit(self._process, ctypes.byref(layer), ctypes.byref(call)))
         return Running(self, job, tensors)
@@ -144,8 +143,6 @@ class Running:
 def _checked(result: int) -> int:
     if result == NO_MEMORY:
         raise MemoryError("no memory for the native experts' scratch.")
-    if result == BAD_ID:
-        raise ExpertsError("topk_ids or expert_map name an expert that the layer does not have.")
     return result
 
 

@@ -1,0 +1,122 @@
+"""How fast this machine moves weights: out of its memory, to its GPUs, from the checkpoint's disk. Takes seconds."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from queue import Empty, SimpleQueue
+
+import torch
+
+from k26_plugins.common.control_groups import usable_cpus
+from k26_plugins.common.host_memory import available_bytes
+from k26_plugins.operate.doctor.finding import Finding, Level
+
+ROUNDS = 3
+MIN_BUFFER, COPIED = 2**28, 2**28
+CACHES = Path("/sys/devices/system/cpu")
+BLOCK, READERS, READ_SECONDS = 2**24, 8, 2.0
+# The published checkpoint, for what a rate means.
+PUBLISHED_BYTES = 595_148_192_736
+
+
+def bandwidth_findings(checkpoint: Path | None) -> list[Finding]:
+    """Memory, each GPU's link, and with a checkpoint its disk."""
+    findings = [Finding(Level.OK, "memory bandwidth", f"{memory_rate() / 1e9:.0f} GB/s read, {usable_cpus()} threads")]
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        rate = copy_rate(index)
+        findings.append(Finding(Level.OK, f"GPU {index} link", f"{rate / 1e9:.1f} GB/s from pinned host memory"))
+    if checkpoint is not None and any(checkpoint.glob("*.safetensors")):
+        try:
+            rate, how = disk_rate(checkpoint)
+        except OSError as error:
+            return [*findings, Finding(Level.NOTE, "disk", f"cannot be read: {error}")]
+        if not rate:
+            return findings  # empty files, of which the checkpoint's own finding speaks
+        minutes = PUBLISHED_BYTES / rate / 60
+        detail = f"{rate / 1e9:.2f} GB/s {how}: the published checkpoint takes at least {minutes:.1f} minutes to load"
+        findings.append(Finding(Level.OK, "disk", detail))
+    return findings
+
+
+def memory_rate() -> float:
+    """Bytes a second that all threads of this process read together, the best of a few rounds."""
+    size = max(MIN_BUFFER, 4 * last_level_caches())
+    words = torch.ones(min(size, available_bytes() // 4) // 8, dtype=torch.int64)
+    parts = words.chunk(max(usable_cpus(), 1))
+    with ThreadPoolExecutor(len(parts)) as pool:
+        return words.nbytes / min(_timed(lambda: list(pool.map(_read, parts))) for _ in range(ROUNDS + 1))
+
+
+def last_level_caches() -> int:
+    """Bytes of all caches of the third level, each counted once; what fits there is not read from memory."""
+    found = {}
+    for cache in CACHES.glob("cpu[0-9]*/cache/index3"):
+        try:
+            size = (cache / "size").read_text().strip()
+            found[(cache / "shared_cpu_list").read_text()] = int(size.removesuffix("K")) * 1024
+        except (OSError, ValueError):
+            continue
+    return sum(found.values())
+
+
+def copy_rate(index: int) -> float:
+    """Bytes a second from pinned host memory to a GPU."""
+    device = torch.device("cuda", index)
+    source = torch.ones(COPIED, dtype=torch.uint8).pin_memory()
+    target = torch.empty_like(source, device=device)
+
+    def copy() -> None:
+        target.copy_(source, non_blocking=True)
+        torch.cuda.synchronize(device)
+
+    return COPIED / min(_timed(copy) for _ in range(ROUNDS + 1))
+
+
+def disk_rate(folder: Path) -> tuple[float, str]:
+    """Bytes a second of the checkpoint's files past the system's cache, and how they were read. Raises OSError."""
+    files = sorted(folder.glob("*.safetensors"), key=lambda file: file.stat().st_size, reverse=True)
+    try:
+        return _disk_rate(files, os.O_DIRECT), "past the cache"
+    except OSError:
+        return _disk_rate(files, 0), "(this file system does not read past the cache: some may have been in it)"
+
+
+def _disk_rate(files: list[Path], flags: int) -> float:
+    pieces = SimpleQueue[tuple[Path, int]]()
+    for file in files:
+        for start in range(0, file.stat().st_size, BLOCK):
+            pieces.put((file, start))
+    end = time.perf_counter() + READ_SECONDS
+
+    def read() -> int:
+        done, buffer = 0, mmap.mmap(-1, BLOCK)  # aligned as a read past the cache wants it
+        with suppress(Empty):
+            while time.perf_counter() < end:
+                file, start = pieces.get_nowait()
+                descriptor = os.open(file, os.O_RDONLY | flags)
+                try:
+                    done += os.preadv(descriptor, [buffer], start)
+                finally:
+                    os.close(descriptor)
+        return done
+
+    begin = time.perf_counter()
+    with ThreadPoolExecutor(READERS) as pool:
+        done = sum(future.result() for future in [pool.submit(read) for _ in range(READERS)])
+    return done / (time.perf_counter() - begin)
+
+
+def _read(part: torch.Tensor) -> None:
+    part.sum()
+
+
+def _timed(work: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin

@@ -1,0 +1,22 @@
+"""Which pieces are the plugin's here and which were left to the engine, by the settings of this environment."""
+
+from __future__ import annotations
+
+from k26_plugins.common import settings
+from k26_plugins.operate.doctor.finding import Finding, Level
+
+
+def piece_findings() -> list[Finding]:
+    try:
+        settings.check_settings()
+    except ValueError as error:
+        return [Finding(Level.BAD, "settings", str(error), "a server would not start")]
+    parsers = {"auto": "ours", "none": "none by default"}.get(settings.parsers_setting(), "the engine's")
+    pieces = {
+        "experts": (settings.experts_setting(), settings.EXPERTS_VARIABLE),
+        "prompts": ("ours" if settings.core_prompts() else "the engine's", settings.PROMPTS_VARIABLE),
+        "images and videos": ("ours" if settings.core_media() else "the engine's", settings.MEDIA_VARIABLE),
+        "parsers": (parsers, settings.PARSERS_VARIABLE),
+    }
+    detail = ", ".join(f"{piece} {whose} ({variable})" for piece, (whose, variable) in pieces.items())
+    return [Finding(Level.NOTE, "pieces", detail)]

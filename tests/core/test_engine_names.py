@@ -1,0 +1,54 @@
+"""What the adapters touch of the engines, held against the files of every release in the checked ranges.
+
+The snapshots are made by ci/engine_names.py. That it reads a release rightly is held where an engine is installed, by asking
+the engine itself: tests/vllm/test_adapter.py and tests/sglang/test_adapter.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+from engine_names import ENGINES, GONE, changes, read_snapshot, touched
+from support.versions import ABSENT, documented_rows, release_rows
+
+CHECKED = {"vllm": ("0.19.1", "0.33.0"), "sglang": ("0.5.10", "0.5.23"), "sglang-kt": ("0.7.2", "0.7.2")}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_snapshot_has_every_name_and_release(engine: str) -> None:
+    """Where it does not: `python ci/engine_names.py` with the releases of docs/versions.md."""
+    snapshot = read_snapshot(engine)
+    assert (next(iter(snapshot)), next(reversed(snapshot))) == CHECKED[engine]
+    names, _ = touched(ENGINES[engine])
+    assert names <= snapshot[CHECKED[engine][1]].keys()
+
+
+@pytest.mark.parametrize("package", ABSENT)
+def test_a_name_that_a_release_lacks_has_something_in_its_place(package: str) -> None:
+    """Named in `ABSENT`, where the adapter's author says what happens; and nothing is named there without need."""
+    absent = {name for found in _releases(package) for name, what in found.items() if what == GONE}
+    assert {name for name in absent if not name.startswith(tuple(ABSENT[package]))} == set()
+    assert {one for one in ABSENT[package] if not any(name.startswith(one) for name in absent)} == set()
+
+
+@pytest.mark.parametrize("package", ABSENT)
+def test_every_name_is_somewhere(package: str) -> None:
+    """A name in no release at all is a mistake of ours: a hook that is never put anywhere."""
+    releases = _releases(package)
+    found = {name for release in releases for name, what in release.items() if what != GONE}
+    assert {name for release in releases for name in release} == found
+
+
+def _releases(package: str) -> list[dict[str, str]]:
+    snapshots = [read_snapshot(engine) for engine, its in ENGINES.items() if its == package]
+    return [release for snapshot in snapshots for release in snapshot.values()]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_documents_list_the_releases(engine: str) -> None:
+    assert documented_rows(engine) == release_rows(engine)
+
+
+def test_changes_are_told_release_by_release() -> None:
+    told = list(changes("vllm"))
+    assert told[0] == "0.19.1: 0 changes"
+    assert any(line.startswith("  vllm.parser.kimi_k2: -  ->  module") for line in told)

@@ -1,0 +1,101 @@
+"""What SGLang would run on platforms that this machine is not, by its own resolution of arguments, alone and with us.
+
+SGLang's arguments are settled with `override_platform` saying what the machine is, once as SGLang does it and once with the
+plugin's hook before it. Any difference beyond those that docs/platforms.md names is a fault.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+from support.platforms import SGLANG_FLAGS as FLAGS
+from support.platforms import SGLANG_PLATFORMS as PLATFORMS
+from support.platforms import documented_table, table
+
+from k26_plugins.sglang import compat
+
+pytestmark = pytest.mark.skipif(
+    find_spec("sglang.srt.arg_groups") is None, reason="this SGLang settles its arguments without a platform to pretend"
+)
+
+PARSERS = {"reasoning_parser": "kimi_k2", "tool_call_parser": "kimi_k2"}
+"""What the plugin fills in on every platform, where the command line says nothing."""
+
+Settled = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def settle(tiny_folder: Path) -> Iterator[Callable[[str, str, bool], Settled | str]]:
+    """By platform, flags and whether the plugin's hook runs: every argument as SGLang settles it, or why it refuses."""
+    from sglang.srt.arg_groups.overrides import resolving_view
+    from sglang.srt.runtime_context import override_platform
+    from sglang.srt.server_args import ServerArgs
+    from sglang.srt.utils import common
+
+    from k26_plugins.sglang.arguments import before_settling
+
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    names = [action.dest for action in parser._actions if action.dest != "help"]
+    # Registration may have put its hook around it.
+    resolve = getattr(ServerArgs.resolve_once, "__wrapped__", ServerArgs.resolve_once)
+
+    def settled(platform: str, flags: str, plugin: bool) -> Settled | str:
+        words = FLAGS[flags].replace("DIR", str(tiny_folder)).split()
+        given = ["--model-path", str(tiny_folder), "--device", "cuda", "--random-seed", "1", *words]
+        arguments = ServerArgs.from_cli_args(parser.parse_args(given))
+        with override_platform(**PLATFORMS[platform]):
+            try:
+                before_settling(resolve, arguments) if plugin else resolve(arguments)
+            except (ValueError, AssertionError, ImportError) as error:
+                return f"{type(error).__name__}: {error}"
+            view = resolving_view(arguments)
+            return {name: getattr(view, name) for name in names if hasattr(view, name)}
+
+    with (
+        mock.patch.object(common, "get_device_memory_capacity", return_value=80 * 1024),
+        mock.patch.object(compat, "on_gpu", return_value=True),
+    ):
+        yield settled
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("experts", ["auto", "engine", "triton"])
+def test_sglang_settles_as_it_does_alone(
+    settle: Callable[[str, str, bool], Settled | str], monkeypatch: pytest.MonkeyPatch, platform: str, experts: str
+) -> None:
+    """But for the parsers, and for the runner where the core's experts compute: in a hybrid run, or by name."""
+    monkeypatch.setenv("K26_EXPERTS", experts)
+    started = 0
+    for flags in FLAGS:
+        alone, ours = settle(platform, flags, False), settle(platform, flags, True)
+        if isinstance(alone, str):
+            assert ours == alone
+            continue
+        assert isinstance(ours, dict), (flags, ours)
+        started += 1
+        expected = {} if flags == "parsers" else dict(PARSERS)
+        if flags == "hybrid" or (experts == "triton" and not flags.startswith("runner")):
+            expected |= {"moe_runner_backend": "triton", "speculative_moe_runner_backend": "triton"}
+            if alone["moe_runner_backend"] == "flashinfer_trtllm":
+                # What SGLang settles along with that runner.
+                expected["disable_shared_experts_fusion"] = False
+        assert {name: value for name, value in ours.items() if alone[name] != value} == expected, flags
+    assert started >= len(FLAGS) // 2
+
+
+def test_the_documented_table_is_what_sglang_settles(settle: Callable[[str, str, bool], Settled | str]) -> None:
+    def cell(platform: str, flags: str) -> str:
+        alone, ours = settle(platform, flags, False), settle(platform, flags, True)
+        if isinstance(alone, str) or isinstance(ours, str):
+            return "refused"
+        found = [one["moe_runner_backend"] for one in (alone, ours)]
+        return found[0] if found[0] == found[1] else f"{found[0]} → {found[1]}"
+
+    assert documented_table("SGLang") == table(list(PLATFORMS), FLAGS, cell)

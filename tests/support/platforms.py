@@ -1,0 +1,75 @@
+"""Platforms that no machine of the tests is, the flags that people give on them, and the tables of docs/platforms.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+_NVIDIA: dict[str, Any] = {
+    "is_cuda": True,
+    "is_hip": False,
+    "has_flashinfer": True,
+    "has_amx": False,
+    "is_sm90": False,
+    "is_sm100": False,
+    "is_sm100_or_sm110": False,
+    "is_sm110": False,
+    "is_sm120": False,
+    "is_blackwell": False,
+    "is_hopper_with_cuda_12_3": False,
+}
+_AMD = {**_NVIDIA, "is_cuda": False, "is_hip": True, "has_flashinfer": False}
+_DATACENTRE_BLACKWELL = {**_NVIDIA, "is_sm100": True, "is_sm100_or_sm110": True, "is_blackwell": True}
+_SMALL_BLACKWELL = {**_NVIDIA, "is_sm120": True, "is_blackwell": True}
+
+
+def _capability(facts: Mapping[str, Any], major: int, minor: int) -> dict[str, Any]:
+    return {**facts, "device_sm": 10 * major + minor, "device_capability": (major, minor)}
+
+
+SGLANG_PLATFORMS = {
+    "sm_80": _capability(_NVIDIA, 8, 0),
+    "sm_89": _capability(_NVIDIA, 8, 9),
+    "sm_90": _capability({**_NVIDIA, "is_sm90": True, "is_hopper_with_cuda_12_3": True}, 9, 0),
+    "sm_100": _capability(_DATACENTRE_BLACKWELL, 10, 0),
+    "sm_103": _capability(_DATACENTRE_BLACKWELL, 10, 3),
+    "sm_120": _capability(_SMALL_BLACKWELL, 12, 0),
+    "sm_121": _capability(_SMALL_BLACKWELL, 12, 1),
+    "gfx942": _capability(_AMD, 9, 4),
+    "gfx950": _capability(_AMD, 9, 5),
+}
+"""What SGLang's `override_platform` is told of each."""
+
+SGLANG_FLAGS = {
+    "none": "",
+    "runner triton": "--moe-runner-backend triton",
+    "runner marlin": "--moe-runner-backend marlin",
+    "runner flashinfer_trtllm": "--moe-runner-backend flashinfer_trtllm",
+    "TP": "--tp 8",
+    "EP": "--tp 8 --ep 8",
+    "DP attention": "--tp 8 --dp 8 --enable-dp-attention",
+    "DeepEP normal": "--tp 8 --moe-a2a-backend deepep --deepep-mode normal",
+    "DeepEP low latency": "--tp 8 --moe-a2a-backend deepep --deepep-mode low_latency",
+    "EPLB": "--tp 8 --ep 8 --enable-eplb",
+    "Eagle3": "--speculative-algorithm EAGLE3 --speculative-draft-model-path DIR",
+    "DCP": "--tp 8 --dcp-size 8",
+    "encoder only": "--encoder-only",
+    "fp8 KV": "--kv-cache-dtype fp8_e4m3",
+    "parsers": "--reasoning-parser kimi_k2 --tool-call-parser kimi_k2",
+    "hybrid": "--kt-weight-path DIR --kt-num-gpu-experts 4",
+}
+
+
+def table(platforms: Iterable[str], flags: Iterable[str], cell: Callable[[str, str], str]) -> list[str]:
+    """The lines of a Markdown table with a row for each of `flags`."""
+    platforms = list(platforms)
+    lines = ["| | " + " | ".join(platforms) + " |", "|---" * (len(platforms) + 1) + "|"]
+    return [*lines, *("| " + " | ".join([name, *(cell(one, name) for one in platforms)]) + " |" for name in flags)]
+
+
+def documented_table(section: str) -> list[str]:
+    """Of a section of docs/platforms.md."""
+    text = (Path(__file__).parents[2] / "docs/platforms.md").read_text(encoding="utf-8")
+    (part,) = (one for one in text.split("\n## ") if one.startswith(f"{section}\n"))
+    return [line for line in part.splitlines() if line.startswith("|")]

@@ -1,0 +1,64 @@
+"""Between a client and a server: orders an answer with each request of a client that cannot order one, and keeps both."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import httpx
+from support.server import Server
+
+_PROMPT_TOKENS = re.compile(rb'"(?:prompt|input)_tokens": ?(\d+)')
+
+
+@dataclass
+class Relay:
+    url: str
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    """As the client sent them."""
+    answers: list[bytes] = field(default_factory=list)
+    """As the server sent them, with headers left out."""
+
+    def prompt_tokens(self) -> list[int]:
+        """Of each answer, as its usage says."""
+        return [int(_PROMPT_TOKENS.findall(answer)[-1]) for answer in self.answers]
+
+
+@contextmanager
+def relay(server: Server, orders: list[dict[str, Any]]) -> Iterator[Relay]:
+    """Run one until the block ends. orders: the fields that are added to the first request, to the second, and so on."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            order = orders[len(running.requests)]
+            running.requests.append(body)
+            received = b""
+            with httpx.stream("POST", server.url + self.path, json={**body, **order}, timeout=300) as response:
+                self.send_response(response.status_code)
+                self.send_header("Content-Type", response.headers["Content-Type"])
+                self.end_headers()
+                for piece in response.iter_bytes():
+                    received += piece
+                    self.wfile.write(piece)
+            running.answers.append(received)
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    running = Relay(f"http://127.0.0.1:{http.server_port}")
+    thread = threading.Thread(target=http.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield running
+    finally:
+        http.shutdown()
+        http.server_close()
+        thread.join()

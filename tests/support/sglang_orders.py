@@ -1,0 +1,43 @@
+"""Ordered answers from SGLang's Messages and Responses APIs, whose classes drop the fields that order one.
+
+A plugin of the tests' own in the API server, through SGLang's entry point: it reads the request as it was sent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+from support.server import python_path
+
+_TARGET = "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request"
+
+
+def register() -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry.register(_TARGET, order, HookType.AROUND)
+
+
+async def order(
+    original: Callable[..., AsyncIterator[Any]], manager: Any, obj: Any, request: Any = None
+) -> AsyncIterator[Any]:
+    """What SGLang's own chat API does with these two fields."""
+    sent = json.loads(await request.body() or b"{}") if request is not None else {}
+    if "custom_params" in sent and obj.custom_logit_processor is None:
+        obj.custom_logit_processor = sent["custom_logit_processor"]
+        obj.sampling_params["custom_params"] = sent["custom_params"]
+    async for chunk in original(manager, obj, request):
+        yield chunk
+
+
+def settings(folder: Path) -> dict[str, str]:
+    """What to set for the server. folder: an empty one, for the plugin's metadata."""
+    info = folder / "k26_orders-0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: k26-orders\nVersion: 0\n")
+    (info / "entry_points.txt").write_text("[sglang.srt.plugins]\nk26_orders = support.sglang_orders:register\n")
+    return {"PYTHONPATH": os.pathsep.join([str(folder), python_path()])}

@@ -1,0 +1,106 @@
+"""Names of the engines that some release of the checked range lacks, and the table of releases in docs/versions.md."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import FunctionType
+
+from engine_names import GONE, read_snapshot
+
+ROOT = Path(__file__).parents[2]
+_CHAT = "sglang.srt.entrypoints.openai"
+ABSENT = {
+    "vllm": {
+        "vllm.entrypoints.serve.tokenize.serving:": "the class has one of two names",
+        "vllm.model_executor.layers.fused_moe.fused_moe_method_base:FusedMoEMethodBase.maybe_make_prepare_finalize": (
+            "later releases do not ask the method for it"
+        ),
+        "vllm.model_executor.layers.fused_moe:modular_kernel.FusedMoEExpertsModular.supports_expert_map": (
+            "later releases do not ask the experts for it"
+        ),
+        "vllm:envs.VLLM_MAX_IMAGE_PIXELS": "the core's own limit holds",
+        "vllm.parser.": "before 0.25 there is no parser of this model's that ours could mend: vLLM's own parsers serve",
+        "vllm.tool_parsers.tool_strict_level:": "before 0.31 a grammar has calls in it by other rules",
+        "vllm.v1.attention.backends.mla.prefill": "before 0.29 prefill on a CPU is computed elsewhere: vLLM's own stays",
+    },
+    "sglang": {
+        f"{_CHAT}.chat_encoding_adapters:": "before 0.5.23 answers are read as text: a quoted marker counts as a marker",
+        f"{_CHAT}.serving_chat:OpenAIServingChat._encoding_output": "as above",
+        f"{_CHAT}.serving_chat:OpenAIServingChat._engine_prompt": "before 0.5.20: said in the log",
+        f"{_CHAT}.serving_chat:normalize_assistant_tool_call_arguments": "before 0.5.14: said in the log",
+        f"{_CHAT}.serving_chat:OpenAIServingChat.supports_native_reasoning_history": "said in the log",
+        f"{_CHAT}.serving_responses:OpenAIServingResponses._": "before 0.5.20: said in the log",
+        "sglang.srt.distributed:get_moe_expert_parallel_world_size": "read from `runtime_context` where there is one",
+        "sglang.srt.function_call.kimik2_detector:KimiK2Detector.finish": "before 0.5.18 SGLang calls no such method",
+        "sglang.srt.layers.moe.fused_moe_triton.layer:create_kt_config_from_server_args": "the fork has a switch",
+        "sglang.srt.layers.moe.utils:speculative_kt_ep_disabled_context": "the fork's alone",
+        "sglang.srt.multimodal.": "images are read by an older interface",
+        "sglang.srt.plugins": "0.5.10 and the fork have no plugins: see `boot`",
+        "sglang.srt.runtime_context": "settings are read where they were before",
+        "sglang.srt.utils.common:_normalize_video_input": "the fork fetches a video as it does an image",
+        "sglang.srt.utils.hf_transformers": "one module before 0.5.11, a package since",
+    },
+}
+"""By the beginning of a name: what happens in a release without it."""
+
+
+def wrong_entries(snapshot: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """What a snapshot says of the engine that is installed and what Python finds there, where the two are not the same.
+
+    Existence is compared of everything, parameters where both know them: Python knows those of a function, and the snapshot
+    those of what its release defines as one.
+    """
+    wrong = {}
+    for name, what in snapshot.items():
+        found, said = _asked(name), _read(what)
+        if (found == GONE) != (said == GONE) or ("?" not in (found, said) and found != said):
+            wrong[name] = (what, found)
+    return wrong
+
+
+def _asked(name: str) -> str:
+    module, _, path = name.partition(":")
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError:
+        return GONE
+    for part in path.split(".") if path else ():
+        if not hasattr(found, part):
+            return GONE
+        found = getattr(found, part)
+    function = inspect.unwrap(getattr(found, "__func__", found))
+    # What an earlier test has put in the place of the engine's own says nothing of the engine.
+    if not isinstance(function, FunctionType) or function.__module__.startswith("k26_plugins."):
+        return "?"
+    return ", ".join(inspect.signature(function).parameters)
+
+
+def _read(what: str) -> str:
+    parameters = re.fullmatch(r"(?:classmethod |staticmethod )?(?:async )?\((.*)\)", what)
+    if parameters is None:
+        return GONE if what == GONE else "?"
+    names = (part.strip("*=/ ") for part in parameters[1].split(", "))
+    return ", ".join(name for name in names if name)
+
+
+def release_rows(engine: str) -> list[tuple[str, int, int]]:
+    """Of each release: its version, how many names differ from the release before it, how many are not there."""
+    rows = []
+    before: dict[str, str] = {}
+    for version, found in read_snapshot(engine).items():
+        changed = sum(before.get(name) != what for name, what in found.items()) if before else 0
+        rows.append((version, changed, sum(what == GONE for what in found.values())))
+        before = found
+    return rows
+
+
+def documented_rows(engine: str) -> list[tuple[str, int, int]]:
+    """The first three columns of the engine's table in docs/versions.md."""
+    text = (ROOT / "docs/versions.md").read_text(encoding="utf-8")
+    (part,) = (one for one in text.split("\n### ") if one.startswith(f"{engine}\n"))
+    cells = [[cell.strip() for cell in line.split("|")[1:4]] for line in part.splitlines() if line.startswith("| ")]
+    return [(version, int(changed), int(gone)) for version, changed, gone in cells[1:]]
