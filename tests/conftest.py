@@ -54,8 +54,19 @@ def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def golden_file(tiny_folder: Path, prompts_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny checkpoint's golden file."""
-    out = tmp_path_factory.mktemp("golden") / "golden.safetensors"
-    command = ["golden", str(tiny_folder), "--prompts", str(prompts_file), "--out", str(out), "--answer-tokens", "4"]
+    return golden(tiny_folder, prompts_file, tmp_path_factory.mktemp("golden") / "golden.safetensors")
+
+
+@pytest.fixture(scope="session")
+def updated(prompts_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The tiny checkpoint with other weights, and its golden file: what a server is updated with."""
+    folder = tmp_path_factory.mktemp("updated") / "tiny"
+    make_tiny(folder, seed=1)
+    return folder, golden(folder, prompts_file, folder.with_name("golden.safetensors"))
+
+
+def golden(folder: Path, prompts: Path, out: Path) -> Path:
+    command = ["golden", str(folder), "--prompts", str(prompts), "--out", str(out), "--answer-tokens", "4"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     return out

@@ -52,10 +52,10 @@ class _Experts:
 _loaded: dict[str, _Experts] = {}
 
 
-def experts_loaded(backend: str, self_test_error: float, self_test_seconds: float) -> None:
-    """A layer's experts passed their self-test and are in place."""
+def experts_loaded(backend: str, self_test_error: float, self_test_seconds: float, *, update: bool = False) -> None:
+    """A layer's experts passed their self-test and are in place. update: in that of earlier ones."""
     found = _loaded.setdefault(backend, _Experts())
-    found.layers += 1
+    found.layers += not update
     found.self_test_error = max(found.self_test_error, self_test_error)
     found.self_test_seconds += self_test_seconds
     folder = os.environ.get(FOLDER_VARIABLE)

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from k26_plugins.common.checkpoint.header import INDEX_FILE
-from k26_plugins.common.checkpoint.table import TORCH_DTYPES, TensorSpec, tensor_table
+from k26_plugins.common.checkpoint.table import TORCH_DTYPES, TensorSpec, expert_name, tensor_table
 from k26_plugins.common.config import ARCHITECTURE, K26Config
-from k26_plugins.common.int4 import quantise
+from k26_plugins.common.int4 import PACK_FACTOR, quantise
 from k26_plugins.common.prompt.special_tokens import NUM_SPECIAL_TOKENS, special_token_ids
 from k26_plugins.common.tensor_file import save_tensors
 
@@ -48,6 +48,8 @@ class TinySizes:
 
 
 VISION_HEAD_DIM = 72
+# Weights of experts that are quantised at a time.
+WEIGHTS_AT_ONCE = 2**22
 
 
 def make_tiny(folder: str | Path, sizes: TinySizes | None = None, *, seed: int = 0) -> K26Config:
@@ -291,7 +293,7 @@ def _write_weights(folder: Path, config: K26Config, shards: int, seed: int) -> N
     total = sum(spec.num_bytes for spec in table.values())
     weight_map: dict[str, str] = {}
     pending: dict[str, torch.Tensor] = {}
-    scales: dict[str, torch.Tensor] = {}
+    experts: dict[str, torch.Tensor] = {}
     written, shard_number = 0, 1
 
     def flush() -> None:
@@ -301,7 +303,9 @@ def _write_weights(folder: Path, config: K26Config, shards: int, seed: int) -> N
         pending.clear()
 
     for spec in table.values():
-        pending[spec.name] = _make_tensor(spec, scales, table, seed)
+        if spec.expert is not None and spec.name not in experts:
+            experts = _make_experts(spec, table, seed)
+        pending[spec.name] = experts[spec.name] if spec.expert is not None else _make_tensor(spec, seed)
         written += spec.num_bytes
         if written >= total * shard_number / shards and shard_number < shards:
             flush()
@@ -311,23 +315,39 @@ def _write_weights(folder: Path, config: K26Config, shards: int, seed: int) -> N
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _make_tensor(
-    spec: TensorSpec, scales: dict[str, torch.Tensor], table: dict[str, TensorSpec], seed: int
-) -> torch.Tensor:
+def _random(spec: TensorSpec, shape: tuple[int, ...], seed: int) -> torch.Tensor:
     # A seed of its own for each name: the bytes do not depend on the order. torch uses the low 32 bits only.
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {spec.name}".encode()))
-    owner, _, part = spec.name.rpartition(".")
-    if part == "weight_packed":
-        n, k = spec.shape[0], spec.shape[1] * 8
-        packed, scales[owner] = quantise(torch.randn(n, k, generator=generator) * (_update_gain(spec) / math.sqrt(k)))
-        return packed
-    if part == "weight_scale":
-        return scales.pop(owner)
-    if part == "weight_shape":
-        rows, words = table[f"{owner}.weight_packed"].shape
-        return torch.tensor([rows, words * 8], dtype=torch.int32)
-    values = torch.randn(spec.shape, generator=generator)
-    return (values * _spread(spec) + _centre(spec)).to(TORCH_DTYPES[spec.dtype])
+    return torch.randn(shape, generator=generator)
+
+
+def _make_tensor(spec: TensorSpec, seed: int) -> torch.Tensor:
+    return (_random(spec, spec.shape, seed) * _spread(spec) + _centre(spec)).to(TORCH_DTYPES[spec.dtype])
+
+
+def _make_experts(first: TensorSpec, table: dict[str, TensorSpec], seed: int) -> dict[str, torch.Tensor]:
+    """All tensors of some experts of a layer, from that of `first` on: quantised together, one by one takes far longer."""
+    assert first.layer is not None, "experts are part of a layer"
+    assert first.expert is not None, "the caller asks for an expert"
+    found: dict[str, torch.Tensor] = {}
+    for projection in ("gate", "up", "down"):
+        packed_spec = table[expert_name(first.layer, first.expert, projection, "packed")]
+        rows, inputs = packed_spec.shape[0], packed_spec.shape[1] * PACK_FACTOR
+        experts = range(first.expert, first.expert + max(1, WEIGHTS_AT_ONCE // (rows * inputs)))
+        specs = [
+            spec
+            for expert in experts
+            if (spec := table.get(expert_name(first.layer, expert, projection, "packed"))) is not None
+        ]
+        values = torch.stack([_random(spec, (rows, inputs), seed) for spec in specs])
+        packed, scale = quantise(values * (_update_gain(packed_spec) / math.sqrt(inputs)))
+        shape = torch.tensor([rows, inputs], dtype=torch.int32)
+        for index, spec in enumerate(specs):
+            owner = spec.name.removesuffix("_packed")
+            found |= {
+                spec.name: packed[index], f"{owner}_scale": scale[index], f"{owner}_shape": shape.clone(),
+            }  # fmt: skip
+    return found
 
 
 def _centre(spec: TensorSpec) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import torch
@@ -20,6 +21,7 @@ MAX_TOP_K = 8
 TILE = 128
 # Numbers of experts that are no multiple of 4 end the process too at small sizes: its buffers are then out of line.
 EXPERTS_MULTIPLE = 8
+KEEPS_WEIGHTS = "kt-kernel keeps its weights to itself: choose the core's experts with K26_CPU_EXPERTS=auto."
 
 
 class KtExperts(ExpertsBackend):
@@ -102,10 +104,12 @@ class KtExperts(ExpertsBackend):
         """None: kt-kernel keeps its copies to itself, so EPLB cannot move them."""
         return {}
 
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> Self:
+        raise ExpertsError(KEEPS_WEIGHTS)
+
     def restore(self, tensors: dict[str, torch.Tensor]) -> ExpertWeights:
-        raise ExpertsError(
-            "kt-kernel keeps its weights to itself: choose the core's experts with K26_CPU_EXPERTS=auto."
-        )
+        raise ExpertsError(KEEPS_WEIGHTS)
 
     def apply(
         self,

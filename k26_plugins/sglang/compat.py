@@ -322,10 +322,22 @@ def given_runner() -> str | None:
     return getattr(server_args(), _GIVEN_RUNNER, None)
 
 
-def expert_parallel_size() -> int:
-    if find_spec("sglang.srt.runtime_context") is not None:
-        return int(private("sglang.srt.runtime_context", "get_parallel")().moe_ep_size)
-    return int(private("sglang.srt.distributed", "get_moe_expert_parallel_world_size")())
+def hook_checkpoint_loader(hook: Callable[[Any, Any], Any]) -> None:
+    """Have `hook(weights, model)` return what SGLang's loader of checkpoints then gives the model, always a whole one.
+
+    The loader alone knows that: a model's `load_weights` gets parts of one too, in updates from tensors.
+    """
+    loader = private("sglang.srt.model_loader.loader", "DefaultModelLoader")
+    original = loader.load_weights_and_postprocess
+    if hasattr(original, "k26_hook"):
+        return
+
+    @functools.wraps(original)
+    def load_weights_and_postprocess(model: Any, weights: Any, target_device: Any) -> Any:
+        return original(model, hook(weights, model), target_device)
+
+    load_weights_and_postprocess.k26_hook = hook  # type: ignore[attr-defined]
+    loader.load_weights_and_postprocess = staticmethod(load_weights_and_postprocess)
 
 
 def server_args() -> Any:

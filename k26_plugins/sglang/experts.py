@@ -7,20 +7,19 @@ from typing import Any
 
 import torch
 
-from k26_plugins.common.experts import RoutedExperts, create_experts
-from k26_plugins.common.experts.op import number_of, routed_experts
-from k26_plugins.common.experts.parameters import create_packed_parameters, take_packed_parameters
+from k26_plugins.common.experts.loading import ExpertsOfLayer
+from k26_plugins.common.experts.parameters import LayerExperts
 from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, experts_for_device, experts_setting
 from k26_plugins.sglang import compat, logger
 
 
 class K26MoEScheme(compat.moe_scheme_base()):  # type: ignore[misc]
-    """Creates the packed weights as the checkpoint has them; after loading, a core backend takes them over."""
+    """Creates the packed weights as the checkpoint has them; after loading, a core backend repacks them in place."""
+
+    experts: LayerExperts
 
     def __init__(self, backend_name: str) -> None:
         self.backend_name = backend_name
-        self.backend: RoutedExperts | None = None
-        self.number = -1
 
     @classmethod
     def get_min_capability(cls) -> int:
@@ -35,8 +34,8 @@ class K26MoEScheme(compat.moe_scheme_base()):  # type: ignore[misc]
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        on_parameter = self.loader_attributes(extra_weight_attrs)
-        create_packed_parameters(layer, num_experts, hidden_size, intermediate_size_per_partition, on_parameter)
+        sizes = (num_experts, hidden_size, intermediate_size_per_partition)
+        self.experts = LayerExperts(layer, *sizes, self.backend_name, self.loader_attributes(extra_weight_attrs))
 
     @staticmethod
     def loader_attributes(extra_weight_attrs: dict[str, Any]) -> Callable[[torch.nn.Parameter], None]:
@@ -54,19 +53,44 @@ class K26MoEScheme(compat.moe_scheme_base()):  # type: ignore[misc]
         self.output_scale = moe_runner_config.routed_scaling_factor if compat.experts_scale_output() else None
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        backend = create_experts(take_packed_parameters(layer), self.backend_name)
-        self.backend = backend
-        self.number = number_of(backend)
-        # Registered again, so that EPLB finds and moves what the backend computes with.
-        for name, tensor in backend.tensors().items():
-            layer.register_parameter(f"k26_{name}", torch.nn.Parameter(tensor, requires_grad=False))
+        self.close()
+
+    def restore_weights_before_loading(self, layer: torch.nn.Module) -> None:
+        """Called by SGLang before an update of the weights; `process_weights_after_loading` ends it."""
+        self.open()
+
+    def open(self) -> bool:
+        """Make the parameters as the checkpoint packs them; whether they were not."""
+        return self.experts.open()
+
+    def close(self) -> None:
+        """Make them as the backend repacks them."""
+        self.experts.close()
 
     def apply_weights(self, layer: torch.nn.Module, dispatch_output: Any) -> Any:
+        hidden_states = dispatch_output.hidden_states
         topk_weights, topk_ids, _ = dispatch_output.topk_output
-        output = routed_experts(dispatch_output.hidden_states, topk_weights, topk_ids, None, self.number)
         if self.output_scale is not None:
-            output = output * self.output_scale
+            topk_weights = topk_weights * self.output_scale
+        output = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+        self.compute(output, hidden_states, topk_weights, topk_ids)
         return compat.combine_input(output)
+
+    def compute(
+        self, out: torch.Tensor, hidden_states: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
+    ) -> None:
+        """Write the routed sum to `out`."""
+        self.experts.apply(out, hidden_states, topk_weights, topk_ids)
+
+
+def experts_of(model: torch.nn.Module) -> dict[int, ExpertsOfLayer]:
+    """The layers of a model whose experts our scheme loads, by their number."""
+    # SGLang's loader of a parameter takes the checkpoint's ids, and knows the copies of EPLB itself.
+    return {
+        module.layer_id: ExpertsOfLayer(module, module.scheme.open, module.scheme.close, lambda expert: (expert,))
+        for module in model.modules()
+        if isinstance(getattr(module, "scheme", None), K26MoEScheme)
+    }
 
 
 def use_core_experts(quant_config: Any, backend_name: str, make_scheme: Callable[[str], K26MoEScheme]) -> None:

@@ -12,10 +12,9 @@ import torch
 
 from k26_plugins.common.checkpoint import expert_bytes
 from k26_plugins.common.config import K26Config
-from k26_plugins.common.experts import create_experts
 from k26_plugins.common.experts.hybrid import HybridExperts
-from k26_plugins.common.experts.op import number_of
-from k26_plugins.common.experts.parameters import create_packed_parameters, take_packed_parameters
+from k26_plugins.common.experts.op import held_experts, number_of
+from k26_plugins.common.experts.parameters import LayerExperts
 from k26_plugins.common.experts.placement import PROFILE_FILE, LayerPlacement, Profile, place
 from k26_plugins.common.experts.streaming import Streaming
 from k26_plugins.common.host_memory import require_host_memory
@@ -142,31 +141,53 @@ class K26HybridScheme(K26MoEScheme):
         sizes = (hidden_size, intermediate_size_per_partition)
         set_attributes = self.loader_attributes(extra_weight_attrs)
         host_ids, device_ids = self.placement.host_ids, self.placement.device_ids
-        create_packed_parameters(self.host, len(host_ids), *sizes, set_attributes, device=torch.device("cpu"))
-        create_packed_parameters(layer, len(device_ids), *sizes, set_attributes)
-        for name, on_host in self.host.named_parameters():
-            on_device = layer.get_parameter(name)
-            on_device.weight_loader = self._loader(on_device.weight_loader, on_host)
+        host = (self.host, len(host_ids), *sizes, self.settings.host_backend, set_attributes)
+        self.on_host = LayerExperts(*host, device=torch.device("cpu"))
+        self.experts = LayerExperts(layer, len(device_ids), *sizes, self.backend_name, self._spread(set_attributes))
 
-    def _loader(self, load: Callable[..., Any], on_host: torch.nn.Parameter) -> Callable[..., Any]:
-        """SGLang's loader of one parameter, given an expert's place in that set instead of its id."""
-        device_slots = {expert: slot for slot, expert in enumerate(self.placement.device_ids)}
-        host_slots = {expert: slot for slot, expert in enumerate(self.placement.host_ids)}
+    def _spread(self, set_attributes: Callable[[torch.nn.Parameter], None]) -> Callable[[torch.nn.Parameter], None]:
+        """Has each parameter of SGLang's layer load the host's experts too, each by its place in its set."""
+        slots = {
+            expert: (on_host, slot)
+            for on_host, ids in ((True, self.placement.host_ids), (False, self.placement.device_ids))
+            for slot, expert in enumerate(ids)
+        }
 
-        def weight_loader(
-            param: torch.nn.Parameter, loaded_weight: torch.Tensor, weight_name: str, shard_id: str, expert_id: int
-        ) -> None:
-            if expert_id in device_slots:
-                load(param, loaded_weight, weight_name, shard_id=shard_id, expert_id=device_slots[expert_id])
-            else:
-                load(on_host, loaded_weight, weight_name, shard_id=shard_id, expert_id=host_slots[expert_id])
+        def on_parameter(parameter: Any) -> None:
+            set_attributes(parameter)
+            load = parameter.weight_loader
 
-        return weight_loader
+            def weight_loader(
+                param: torch.nn.Parameter, loaded_weight: torch.Tensor, weight_name: str, shard_id: str, expert_id: int
+            ) -> None:
+                in_host, slot = slots[expert_id]
+                if not in_host:
+                    load(param, loaded_weight, weight_name, shard_id=shard_id, expert_id=slot)
+                else:
+                    name = weight_name.rpartition(".")[2]
+                    on_host: Any = self.host.get_parameter(name)
+                    on_host.weight_loader(on_host, loaded_weight, weight_name, shard_id=shard_id, expert_id=slot)
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        device = layer.get_parameter("w13_weight_packed").device
-        weights = take_packed_parameters(layer)
-        on_device = create_experts(weights, self.backend_name) if weights.num_experts else None
-        on_host = create_experts(take_packed_parameters(self.host), self.settings.host_backend)
-        self.backend = HybridExperts(on_device, on_host, self.placement, device, self.settings.streaming)
+            parameter.weight_loader = weight_loader
+
+        return on_parameter
+
+    def open(self) -> bool:
+        return any([self.on_host.open(), self.experts.open()])
+
+    def close(self) -> None:
+        if not self.on_host.close():
+            return
+        device = self.experts.device
+        on_device = None
+        if self.placement.device_ids:
+            self.experts.close()
+            on_device = self.experts.backend()
+        host = self.on_host.backend()
+        self.backend = HybridExperts(on_device, host, self.placement, device, self.settings.streaming)
         self.number = number_of(self.backend)
+
+    def compute(
+        self, out: torch.Tensor, hidden_states: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
+    ) -> None:
+        held_experts(out, hidden_states, topk_weights, topk_ids, None, self.number)

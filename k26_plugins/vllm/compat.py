@@ -10,7 +10,7 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
@@ -277,6 +277,37 @@ def media_token_id(hf_config: Any) -> int:
     """0.19.1's configuration class keeps the hub's name, transformers' has its own."""
     value = getattr(hf_config, "image_token_id", None)
     return int(hf_config.media_placeholder_token_id if value is None else value)
+
+
+def physical_ids(layer: Any) -> Callable[[int], Iterable[int]]:
+    """Under which ids a layer's loader of weights knows an expert of the checkpoint: more than one where EPLB has copies.
+
+    As vLLM lays them out at the start, and its own loading of weights has them at any time.
+    """
+    total: int = layer.global_num_experts
+    # Before, the layer itself had the number.
+    logical: int = getattr(layer.moe_config, "num_logical_experts", None) or layer.logical_num_experts
+    return lambda expert: range(expert, total, logical)
+
+
+def hook_checkpoint_loader(hook: Callable[..., Any]) -> None:
+    """Have `hook(weights, model, experts, left_out)` return what vLLM's loader of checkpoints then gives the model.
+
+    The loader alone knows that it gives the whole, and what it filters: `experts`, the ids that it reads, and `left_out`,
+    the beginnings of the names that `--mm-encoder-only` lets it leave out.
+    """
+    loader = private("vllm.model_executor.model_loader.default_loader", "DefaultModelLoader")
+    original = loader.get_all_weights
+    if hasattr(original, "k26_hook"):
+        return
+
+    @functools.wraps(original)
+    def get_all_weights(self: Any, model_config: Any, model: Any) -> Any:
+        left_out = tuple(getattr(self, "_encoder_only_lm_prefixes", None) or ())
+        return hook(original(self, model_config, model), model, getattr(self, "local_expert_ids", None), left_out)
+
+    get_all_weights.k26_hook = hook  # type: ignore[attr-defined]
+    loader.get_all_weights = get_all_weights
 
 
 def kernel_takes_experts_only() -> bool:

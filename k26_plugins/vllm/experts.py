@@ -11,20 +11,19 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
 from vllm.model_executor.utils import set_weight_attrs
 
-from k26_plugins.common.experts import ExpertsBackend, create_experts
-from k26_plugins.common.experts.op import number_of, routed_experts
-from k26_plugins.common.experts.parameters import create_packed_parameters, take_packed_parameters
+from k26_plugins.common.experts.loading import ExpertsOfLayer
+from k26_plugins.common.experts.parameters import LayerExperts
 from k26_plugins.vllm import compat, logger
 
 
 class K26ExpertsMethod(FusedMoEMethodBase):
-    """Creates the packed weights as the checkpoint has them; after loading, a core backend takes them over."""
+    """Creates the packed weights as the checkpoint has them; after loading, a core backend repacks them in place."""
+
+    experts: LayerExperts
 
     def __init__(self, moe: FusedMoEConfig, backend_name: str) -> None:
         super().__init__(moe)
         self.backend_name = backend_name
-        self.backend: ExpertsBackend | None = None
-        self.number = -1
 
     def create_weights(
         self,
@@ -37,26 +36,24 @@ class K26ExpertsMethod(FusedMoEMethodBase):
     ) -> None:
         # vLLM's loader reads these to cut for tensor parallelism and to place an expert.
         extra_weight_attrs.update({"is_transposed": False, "quant_method": "group"})
-        create_packed_parameters(
+        self.experts = LayerExperts(
             layer,
             num_experts,
             hidden_size,
             intermediate_size_per_partition,
+            self.backend_name,
             lambda parameter: set_weight_attrs(parameter, extra_weight_attrs),
         )
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        self.backend = create_experts(take_packed_parameters(layer), self.backend_name)
-        self.number = number_of(self.backend)
-        # Registered again, so that EPLB finds and moves what the backend computes with.
-        for name, tensor in self.backend.tensors().items():
-            layer.register_parameter(f"k26_{name}", torch.nn.Parameter(tensor, requires_grad=False))
-        self.moe_quant_config = self.get_fused_moe_quant_config(layer)
-        if compat.kernel_takes_experts_only():
-            self.moe_kernel = compat.make_kernel(self, layer, self._make_experts)
+        self.experts.close()
+        if self.moe_kernel is None:
+            self.moe_quant_config = self.get_fused_moe_quant_config(layer)
+            if compat.kernel_takes_experts_only():
+                self.moe_kernel = compat.make_kernel(self, layer, self._make_experts)
 
     def _make_experts(self, moe: FusedMoEConfig, quant_config: Any) -> K26Experts:
-        return K26Experts(moe, quant_config, self.number)
+        return K26Experts(moe, quant_config, self.experts)
 
     def get_fused_moe_quant_config(self, layer: torch.nn.Module) -> Any:
         return FUSED_MOE_UNQUANTIZED_CONFIG  # the activations are not quantised, and the weights are ours
@@ -79,12 +76,14 @@ class K26ExpertsMethod(FusedMoEMethodBase):
         shared_experts_input: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if self.moe_kernel is None:
-            result: torch.Tensor = routed_experts(x, topk_weights, topk_ids, layer.expert_map, self.number)
+            result = torch.empty_like(x, memory_format=torch.contiguous_format)
+            self.experts.apply(result, x, topk_weights, topk_ids, layer.expert_map)
             return result
+        w1, w2 = self.experts.matrices()
         output: torch.Tensor = self.moe_kernel.apply(
             x,
-            layer.k26_w13_packed,
-            layer.k26_w2_packed,
+            w1,
+            w2,
             topk_weights=topk_weights,
             topk_ids=topk_ids,
             activation=layer.activation,
@@ -100,9 +99,9 @@ class K26ExpertsMethod(FusedMoEMethodBase):
 class K26Experts(mk.FusedMoEExpertsModular):
     """The experts' part of vLLM's modular kernel; weighting and the sum over the chosen experts are ours."""
 
-    def __init__(self, moe_config: FusedMoEConfig, quant_config: Any, number: int) -> None:
+    def __init__(self, moe_config: FusedMoEConfig, quant_config: Any, experts: LayerExperts) -> None:
         super().__init__(moe_config, quant_config)
-        self.number = number
+        self.experts = experts
 
     @staticmethod
     def activation_format() -> mk.FusedMoEActivationFormat:
@@ -145,9 +144,12 @@ class K26Experts(mk.FusedMoEExpertsModular):
         N: int,
         K: int,
         topk: int,
+        global_num_experts: int,
         *args: Any,
     ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        return (0,), (0,), (M, K)
+        # The second one is our scratch, the first becomes the output.
+        num_bytes = self.experts.workspace_bytes(M, topk, global_num_experts)
+        return (0,), (-(-num_bytes // self.moe_config.in_dtype.itemsize),), (M, K)
 
     def finalize_weight_and_reduce_impl(self) -> Any:
         return TopKWeightAndReduceNoOP()
@@ -164,9 +166,25 @@ class K26Experts(mk.FusedMoEExpertsModular):
         global_num_experts: int,
         expert_map: torch.Tensor | None,
         *args: Any,
+        workspace2: torch.Tensor,
         **kwargs: Any,
     ) -> None:
-        output.copy_(routed_experts(hidden_states, topk_weights, topk_ids, expert_map, self.number))
+        # The scales lie beside w1 and w2, in the layer's parameters too.
+        workspace = workspace2.view(torch.uint8) if workspace2.numel() else None
+        self.experts.apply(output, hidden_states, topk_weights, topk_ids, expert_map, workspace)
+
+
+def experts_of(model: torch.nn.Module) -> dict[int, ExpertsOfLayer]:
+    """The layers of a model whose experts our method loads, by their number."""
+    found = {}
+    for name, module in model.named_modules():
+        method = getattr(module, "quant_method", None)
+        if isinstance(method, K26ExpertsMethod) and method.experts.layer is module:
+            number = int(name.partition("layers.")[2].partition(".")[0])
+            found[number] = ExpertsOfLayer(
+                module, method.experts.open, method.experts.close, compat.physical_ids(module)
+            )
+    return found
 
 
 def use_core_experts(vllm_config: Any, backend_name: str) -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import closing
 from typing import Any
 
 import torch
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.platforms import current_platform
 
-from k26_plugins.common.checkpoint import account
+from k26_plugins.common.checkpoint import TensorSpec, account
+from k26_plugins.common.experts.loading import expert_places, load_experts
 from k26_plugins.common.ranks import require_everywhere
 from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, core_media, experts_for_device
 from k26_plugins.vllm import compat, logger
-from k26_plugins.vllm.experts import use_core_experts
+from k26_plugins.vllm.experts import experts_of, use_core_experts
 from k26_plugins.vllm.processing import K26MultiModalProcessor, K26ProcessingInfo
 
 _in_tree = compat.in_tree_model()
@@ -31,8 +33,6 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
     def __init__(self, vllm_config: Any, prefix: str = "") -> None:
         require_everywhere("VLLM_PLUGINS")
         self.core_config = vllm_config.model_config.k26_plugins.core_config
-        self.expert_parallel = vllm_config.parallel_config.enable_expert_parallel
-        self.weights_loaded = False
         backend = experts_for_device(current_platform.device_type)
         if self.core_config is not None and backend == ENGINE:
             logger.info("k26-plugins: vLLM's own INT4 experts are kept (%s chooses).", EXPERTS_VARIABLE)
@@ -40,12 +40,31 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
             use_core_experts(vllm_config, backend)
         if current_platform.is_cpu():
             compat.use_cpu_prefill_backend("k26_plugins.vllm.attention.K26CPUPrefillBackend")
+        compat.hook_checkpoint_loader(whole_checkpoint)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        # Later calls update some of the weights of a running server (RLHF); only the first must be whole.
-        if self.core_config is not None and not self.weights_loaded:
-            weights = account(weights, self.core_config, all_experts=not self.expert_parallel)
-        loaded: set[str] = super().load_weights(weights)
-        self.weights_loaded = True
-        return loaded
+        """All of the checkpoint, or any part of it: what is loaded later updates a running server (RLHF)."""
+        layers = experts_of(self)
+        if not layers:
+            return super().load_weights(weights)  # type: ignore[no-any-return]
+        assert self.core_config is not None, "the core's experts are of the published layout"
+        with closing(load_experts(weights, expert_places(self.core_config), layers)) as others:
+            return super().load_weights(others)  # type: ignore[no-any-return]
+
+
+def whole_checkpoint(
+    weights: Iterable[tuple[str, torch.Tensor]], model: Any, experts: set[int] | None, left_out: tuple[str, ...]
+) -> Iterable[tuple[str, torch.Tensor]]:
+    """What vLLM's loader of checkpoints gives a model, accounted for: it promises the whole, but for its own filters.
+
+    experts: those that it reads, None for all. left_out: beginnings of names whose files it may leave out.
+    """
+    config = getattr(model, "core_config", None)
+    if not isinstance(model, KimiK25ForConditionalGeneration) or config is None:
+        return weights
+
+    def is_expected(spec: TensorSpec) -> bool:
+        return (experts is None or spec.expert is None or spec.expert in experts) and not spec.name.startswith(left_out)
+
+    return account(weights, config, is_expected)

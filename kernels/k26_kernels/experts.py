@@ -46,11 +46,18 @@ class KernelExperts:
         cls, w13_packed: torch.Tensor, w13_scale: torch.Tensor, w2_packed: torch.Tensor, w2_scale: torch.Tensor
     ) -> KernelExperts:
         """Take the checkpoint's tensors over. Raises ValueError for a device or sizes that the kernels do not have."""
-        device = device_of(w13_packed.device)
+        experts = cls.from_repacked(w13_packed, w13_scale, w2_packed, w2_scale)
+        repack(w13_packed, w13_scale, experts.device.target.fragment, gated=True)
+        repack(w2_packed, w2_scale, experts.device.target.fragment, gated=False)
+        return experts
+
+    @classmethod
+    def from_repacked(
+        cls, w13_packed: torch.Tensor, w13_scale: torch.Tensor, w2_packed: torch.Tensor, w2_scale: torch.Tensor
+    ) -> KernelExperts:
+        """The same tensors once they are in the kernels' layout. Raises ValueError as `from_checkpoint`."""
         shape = Shape(w2_packed.shape[1], w2_packed.shape[2] * 8, w13_packed.shape[0])
-        repack(w13_packed, w13_scale, device.target.fragment, gated=True)
-        repack(w2_packed, w2_scale, device.target.fragment, gated=False)
-        return cls(w13_packed, w13_scale, w2_packed, w2_scale, device, shape)
+        return cls(w13_packed, w13_scale, w2_packed, w2_scale, device_of(w13_packed.device), shape)
 
 
 @dataclass(frozen=True, slots=True)

@@ -182,7 +182,7 @@ def test_repacking_is_torchs_own() -> None:
     assert layout is not None
     packed, scale = quantise(torch.randn(1, 128, 256))
     u = unpack_from_int32(packed[0], 4, torch.Size((128, 256))).to(torch.int32) + 8
-    matrix = Int4Matrix(packed.clone(), scale, layout)
+    matrix = Int4Matrix.repack(packed.clone(), scale, layout)
     expected = torch._convert_weight_to_int4pack_for_cpu(u, 1)
     assert torch.equal(matrix.packed[0].view(torch.uint8).flatten(), expected.flatten())
 

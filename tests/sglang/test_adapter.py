@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from engine_names import read_snapshot
+from support.experts import error, inputs, judge, route
 from support.layouts import OTHER, PUBLISHED, make
 from support.registration import assert_all_or_nothing
 from support.remote_code import plant
@@ -24,9 +25,13 @@ from support.sameness import SIZES, TEXTS, image_of, media_line, recorded
 from support.sglang_server import HAS_ENTRY_POINT, boot_folder
 from support.versions import wrong_entries
 
+from k26_plugins.common.checkpoint import Checkpoint, expert_name
 from k26_plugins.common.config import ARCHITECTURE, ConfigError
+from k26_plugins.common.experts import ExpertWeights
+from k26_plugins.common.experts.loading import expert_places, load_experts
 from k26_plugins.common.prompt.hf_tokenizer import KimiTokenizerFast
 from k26_plugins.common.registration import Registration
+from k26_plugins.common.tiny import make_tiny
 from k26_plugins.sglang import compat, register
 
 # Read when SGLang is imported, which nothing above does.
@@ -428,3 +433,70 @@ def test_prompts_and_images_can_be_left_to_sglang(tiny_folder: Path, monkeypatch
     processor = utils.get_processor(str(tiny_folder))
     assert type(processor).__module__.startswith("transformers.")
     assert isinstance(processor.tokenizer, KimiTokenizerFast)
+
+
+@pytest.mark.parametrize("on_device", [None, 0, 3])
+def test_a_layer_s_experts_are_loaded_and_updated(tiny_folder: Path, tmp_path: Path, on_device: int | None) -> None:
+    """By the names of the checkpoint, on one side or on both of a hybrid run; an update comes in two halves."""
+    from k26_plugins.sglang.experts import K26MoEScheme, experts_of
+    from k26_plugins.sglang.hybrid import HybridSettings, K26HybridScheme
+
+    make_tiny(tmp_path / "other", seed=1)
+    old, new = Checkpoint(tiny_folder), Checkpoint(tmp_path / "other")
+    text = old.config.text
+    experts = text.n_routed_experts
+    if on_device is None:
+        scheme = K26MoEScheme("cpu")
+    else:
+        scheme = K26HybridScheme("cpu", HybridSettings(experts, on_device, None, "native", None))
+    layer = FusedMoE()
+    layer.layer_id = 1
+    layer.scheme = scheme
+    sizes = (experts, text.hidden_size, text.moe_intermediate_size)
+    scheme.create_weights(layer, *sizes, torch.bfloat16, weight_loader=load_whole)
+
+    def load(checkpoint: Checkpoint, names: list[str]) -> None:
+        weights = ((name, checkpoint.tensor(name)) for name in names)
+        assert not list(load_experts(weights, expert_places(old.config), experts_of(layer)))
+
+    x, (ids, topk_weights) = inputs(20, text.hidden_size), route(20, 2, experts)
+
+    def assert_computed(checkpoint: Checkpoint) -> None:
+        out = torch.empty_like(x)
+        scheme.compute(out, x, topk_weights, ids)
+        assert error(out, judge(weights_of(checkpoint, 1), x, ids, topk_weights)) <= 6e-3
+
+    names = [name for name, spec in old.table.items() if spec.expert is not None and spec.layer == 1]
+    load(old, names)
+    scheme.process_weights_after_loading(layer)
+    assert_computed(old)
+    load(new, names[: len(names) // 2])
+    load(new, names[len(names) // 2 :])
+    scheme.process_weights_after_loading(layer)  # 0.5.10 ends each update with it
+    assert_computed(new)
+    scheme.restore_weights_before_loading(layer)  # and later releases begin with this
+    load(old, names)
+    scheme.process_weights_after_loading(layer)
+    assert_computed(old)
+
+
+def load_whole(param: Any, weight: torch.Tensor, name: str, shard_id: str, expert_id: int) -> None:
+    """SGLang's loader of a parameter, on one rank."""
+    target = param.data[expert_id]
+    if shard_id != "w2":
+        target = target.chunk(2)[shard_id == "w3"]
+    target.copy_(weight)
+
+
+def weights_of(checkpoint: Checkpoint, layer: int) -> ExpertWeights:
+    def stacked(projections: tuple[str, ...], part: str) -> torch.Tensor:
+        return torch.stack(
+            [
+                torch.cat([checkpoint.tensor(expert_name(layer, expert, name, part)) for name in projections])
+                for expert in range(checkpoint.config.text.n_routed_experts)
+            ]
+        )
+
+    return ExpertWeights(
+        *(stacked(names, part) for names in (("gate", "up"), ("down",)) for part in ("packed", "scale"))
+    )

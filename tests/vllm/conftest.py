@@ -17,5 +17,7 @@ def server(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     # An agent's tools are long to the tiny tokenizer.
     arguments += ["--max-model-len", "16384"]
     log = tmp_path_factory.mktemp("vllm") / "server.log"
-    with serve(tiny_folder, log, *arguments, PYTHONPATH=python_path()) as running:
+    # With the endpoint by which a trainer calls the workers.
+    settings = {"PYTHONPATH": python_path(), "VLLM_SERVER_DEV_MODE": "1"}
+    with serve(tiny_folder, log, *arguments, **settings) as running:
         yield running

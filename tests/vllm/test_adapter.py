@@ -24,9 +24,8 @@ from support.registration import assert_all_or_nothing
 from support.remote_code import plant
 from support.versions import wrong_entries
 
-from k26_plugins.common.checkpoint import Checkpoint, expert_name, shard
+from k26_plugins.common.checkpoint import Checkpoint, CheckpointError, expert_name, shard
 from k26_plugins.common.config import ARCHITECTURE, K26Config
-from k26_plugins.common.experts import ExpertWeights, create_experts
 from k26_plugins.common.media import MediaError
 from k26_plugins.common.prompt.hf_tokenizer import core_serves_prompts
 from k26_plugins.common.serving import core_config
@@ -262,6 +261,7 @@ def test_the_methods_weights_are_the_checkpoints(tiny_folder: Path) -> None:
         layer = torch.nn.Module()
         inner = text.moe_intermediate_size // size
         method = K26ExpertsMethod.__new__(K26ExpertsMethod)
+        method.backend_name = "auto"
         method.create_weights(layer, text.n_routed_experts, text.hidden_size, inner, torch.bfloat16)
         for expert in range(text.n_routed_experts):
             for part in ("packed", "scale"):
@@ -272,18 +272,50 @@ def test_the_methods_weights_are_the_checkpoints(tiny_folder: Path) -> None:
                 }
                 getattr(layer, f"w13_weight_{part}").data[expert] = torch.cat((cut["gate"], cut["up"]))
                 getattr(layer, f"w2_weight_{part}").data[expert] = cut["down"]
-        experts = create_experts(
-            ExpertWeights(
-                layer.w13_weight_packed.data,
-                layer.w13_weight_scale.data,
-                layer.w2_weight_packed.data,
-                layer.w2_weight_scale.data,
-            )
-        )
-        return experts.apply(x, ids, weights).float()
+        method.experts.close()
+        out = torch.empty_like(x)
+        method.experts.apply(out, x, weights, ids)
+        return out.float()
 
     whole = run(0, 1)
     assert ((run(0, 2) + run(1, 2) - whole).norm() / whole.norm()).item() < 6e-3
+
+
+def test_what_must_be_loaded_is_what_vllms_loader_promises(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of a checkpoint, but for what its own filters leave out: experts of other ranks, a language model's files."""
+    from vllm.config.load import LoadConfig
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    from k26_plugins.vllm.model import KimiK25ForConditionalGeneration, whole_checkpoint
+
+    checkpoint = Checkpoint(tiny_folder)
+    read = list(checkpoint.table)
+    monkeypatch.setattr(DefaultModelLoader, "get_all_weights", DefaultModelLoader.get_all_weights)
+    compat.hook_checkpoint_loader(whole_checkpoint)
+    monkeypatch.setattr(
+        DefaultModelLoader, "_get_weights_iterator", lambda self, source: ((n, checkpoint.tensor(n)) for n in read)
+    )
+    model = KimiK25ForConditionalGeneration.__new__(KimiK25ForConditionalGeneration)
+    model.core_config = checkpoint.config
+    loader = DefaultModelLoader(LoadConfig())
+
+    class ModelConfig:
+        model, revision = str(tiny_folder), None
+
+    def loaded() -> list[str]:
+        return [name for name, _ in loader.get_all_weights(ModelConfig, model)]
+
+    assert loaded() == read
+    read = [name for name, spec in checkpoint.table.items() if spec.expert in (None, 0, 1)]
+    with pytest.raises(CheckpointError, match=r"missing from the checkpoint: .*experts\.2\."):
+        loaded()
+    loader.local_expert_ids = {0, 1}
+    assert loaded() == read
+    read = [name for name in read if not name.startswith("language_model.")]
+    with pytest.raises(CheckpointError, match=r"missing from the checkpoint: language_model\."):
+        loaded()
+    loader._encoder_only_lm_prefixes = ("language_model.",)
+    assert loaded() == read
 
 
 @pytest.mark.parametrize("writer", WRITERS)

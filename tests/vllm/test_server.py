@@ -89,6 +89,20 @@ def test_verify_passes(server: Server, golden_file: Path) -> None:
     assert "vLLM" in result.output
 
 
+def test_updates_of_the_weights_while_serving(
+    server: Server, tiny_folder: Path, golden_file: Path, updated: tuple[Path, Path]
+) -> None:
+    """Another seed's, and back: each time the answers are those of a server that was started with them."""
+    for folder, golden in (updated, (tiny_folder, golden_file)):
+        call = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}, "timeout": 300}
+        httpx.post(f"{server.url}/collective_rpc", json=call, timeout=300).raise_for_status()
+        # Its workers drop what they cached of the old weights; vLLM has the caller tell the scheduler.
+        for cache in ("mm", "encoder"):
+            httpx.post(f"{server.url}/reset_{cache}_cache", timeout=60).raise_for_status()
+        result = CliRunner().invoke(app, ["verify", "--url", server.url, "--golden", str(golden)])
+        assert result.exit_code == 0, result.output
+
+
 def test_the_planned_kv_cache_is_the_servers(server: Server, tiny_folder: Path) -> None:
     """Of 1 GB, which the tests give it: vLLM logs how many tokens it made of that."""
     found = re.search(r"KV cache size: ([\d,]+) tokens", server.log.read_text())

@@ -59,11 +59,12 @@ def find_backend(name: str) -> type[ExpertsBackend]:
     raise ExpertsError(f"no experts backend {name!r}: choose auto or one of {', '.join(backend_names())}.")
 
 
-def create_experts(weights: ExpertWeights, backend: str = "auto") -> ExpertsBackend:
+def create_experts(weights: ExpertWeights, backend: str = "auto", *, update: bool = False) -> ExpertsBackend:
     """Choose a backend for these weights and give them to it.
 
     `auto` takes the first that supports the weights on their device and passes the self-test with them; a backend that
-    fails is named in a warning. A backend given by name is taken or refused, never replaced. Raises ExpertsError.
+    fails is named in a warning. A backend given by name is taken or refused, never replaced. update: these are new weights
+    of a layer that is there. Raises ExpertsError.
     """
     refused: list[str] = []
     fitting = (one for one in BACKENDS.values() if one.device_type in (None, weights.device.type))
@@ -73,7 +74,7 @@ def create_experts(weights: ExpertWeights, backend: str = "auto") -> ExpertsBack
             began = time.perf_counter()
             error, reason = _self_test(candidate, weights)
             if reason is None:
-                metrics.experts_loaded(candidate.name, error, time.perf_counter() - began)
+                metrics.experts_loaded(candidate.name, error, time.perf_counter() - began, update=update)
                 if refused:
                     _warn_once(f"experts backend {candidate.name} is used: {'; '.join(refused)}")
                 return candidate.load(weights)

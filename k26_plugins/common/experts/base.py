@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Self
 
@@ -177,6 +177,14 @@ class ExpertsBackend(RoutedExperts):
 
         An engine may register them as parameters and move an expert's rows between ranks (EPLB): what is computed
         follows the rows. Empty for a backend that keeps its weights to itself.
+        """
+
+    @classmethod
+    @abstractmethod
+    def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> Self:
+        """Experts over what `tensors()` of others gave, as it is: nothing is copied or repacked.
+
+        Raises ExpertsError where `tensors()` is empty.
         """
 
     @abstractmethod

@@ -7,6 +7,7 @@ dequantised, from the same packed bytes and a cache-sized tile at a time, and mu
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Self
@@ -84,17 +85,21 @@ def packed_layout() -> PackedLayout | None:
 class Int4Matrix:
     """One projection of every expert, `[E, N, K]`, in torch's packed layout."""
 
-    def __init__(self, packed: torch.Tensor, scale: torch.Tensor, layout: PackedLayout) -> None:
+    def __init__(self, packed: torch.Tensor, scale_and_zero: torch.Tensor, layout: PackedLayout) -> None:
+        """packed: repacked, in the checkpoint's shape. scale_and_zero: bfloat16 `[E, K / 32, N, 2]`."""
+        self.rows, self.inputs = packed.shape[1], packed.shape[2] * PACK_FACTOR
+        self.packed, self.scale_and_zero, self.layout = packed, scale_and_zero, layout
+
+    @classmethod
+    def repack(cls, packed: torch.Tensor, scale: torch.Tensor, layout: PackedLayout) -> Self:
         """`packed` int32 `[E, N, K / 8]` is repacked in its own storage, `scale` bfloat16 `[E, N, K / 32]` is copied."""
-        num_experts, self.rows, words = packed.shape
-        self.inputs = words * PACK_FACTOR
-        self.layout = layout
-        for expert in range(num_experts):
-            packed[expert].view(torch.uint8).view(-1).copy_(layout.pack(packed[expert]).view(-1))
-        self.packed = packed
+        for matrix in packed:
+            matrix.view(torch.uint8).view(-1).copy_(layout.pack(matrix).view(-1))
         # torch wants a zero point beside each scale; its convention is (u − 8) · scale + zero.
-        self.scale_and_zero = torch.zeros(num_experts, self.inputs // GROUP_SIZE, self.rows, 2, dtype=torch.bfloat16)
-        self.scale_and_zero[..., 0] = scale.transpose(1, 2)
+        num_experts, rows, groups = scale.shape
+        scale_and_zero = torch.zeros(num_experts, groups, rows, 2, dtype=torch.bfloat16)
+        scale_and_zero[..., 0] = scale.transpose(1, 2)
+        return cls(packed, scale_and_zero, layout)
 
     def restore(self, packed: torch.Tensor, scale_and_zero: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The checkpoint's tensors of some experts' `packed` and `scale_and_zero`."""
@@ -149,8 +154,17 @@ class CpuExperts(ExpertsBackend):
         layout = packed_layout()
         assert layout is not None, "load follows unsupported"
         return cls(
-            Int4Matrix(weights.w13_packed, weights.w13_scale, layout),
-            Int4Matrix(weights.w2_packed, weights.w2_scale, layout),
+            Int4Matrix.repack(weights.w13_packed, weights.w13_scale, layout),
+            Int4Matrix.repack(weights.w2_packed, weights.w2_scale, layout),
+        )
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> Self:
+        layout = packed_layout()
+        assert layout is not None, "they were repacked in this layout"
+        return cls(
+            Int4Matrix(tensors["w13_packed"], tensors["w13_scale"], layout),
+            Int4Matrix(tensors["w2_packed"], tensors["w2_scale"], layout),
         )
 
     def tensors(self) -> dict[str, torch.Tensor]:

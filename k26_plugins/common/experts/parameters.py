@@ -1,59 +1,206 @@
-"""The experts of a layer as parameters of an engine's module: created as the checkpoint packs them, taken after loading."""
+"""The experts of a layer as parameters of an engine's module, which owns them: the one copy of the weights.
+
+While weights are loaded the parameters are as the checkpoint packs them; while the layer serves they are as its backend
+repacked them, in the same storage. An update opens the layer, which restores the first form, and closes it again.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from k26_plugins.common.experts.base import ExpertsError, ExpertWeights
+from k26_plugins.common.experts import create_experts, find_backend
+from k26_plugins.common.experts.base import Expert, ExpertsBackend, ExpertsError, ExpertWeights
+from k26_plugins.common.experts.op import held_experts, number_of, routed_experts
 from k26_plugins.common.int4 import GROUP_SIZE, PACK_FACTOR
 
+# As the engines' loaders know them, in the order of `Expert`.
+PACKED_NAMES = ("w13_weight_packed", "w13_weight_scale", "w2_weight_packed", "w2_weight_scale")
+# The projections in each.
+_PROJECTIONS = (2, 2, 1, 1)
 
-def create_packed_parameters(
-    layer: torch.nn.Module,
-    num_experts: int,
-    hidden_size: int,
-    intermediate_size: int,
-    on_parameter: Callable[[torch.nn.Parameter], None],
-    *,
-    device: torch.device | None = None,
-) -> None:
-    """Register `w13_weight_packed`, `w2_weight_packed`, their `_scale` and `_shape`, N first, `[E, …]`.
 
-    intermediate_size: this rank's part. `on_parameter` gives each what the engine's loader reads from it. device: where they
-    are created, the default device if not given. The `_shape` tensors of the checkpoint say nothing that the configuration
-    does not; they exist so that the loader finds a place. Raises ExpertsError where tensor parallelism cuts through an
-    INT4 group.
-    """
-    inner = intermediate_size
-    if inner % GROUP_SIZE:
-        raise ExpertsError(
-            f"tensor parallelism leaves {inner} of moe_intermediate_size on a rank, which is no multiple of the INT4 "
-            f"group of {GROUP_SIZE}: choose a smaller tensor parallel size, or add expert parallelism."
+class LayerExperts:
+    """A layer's experts on this rank, in the parameters of `layer`."""
+
+    def __init__(
+        self,
+        layer: torch.nn.Module,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        backend_name: str,
+        on_parameter: Callable[[torch.nn.Parameter], None],
+        *,
+        device: torch.device | None = None,
+    ) -> None:
+        """Register `w13_weight_packed`, `w2_weight_packed` and their `_scale`, N first, `[E, …]`: the layer is open.
+
+        intermediate_size: this rank's part. backend_name: as `create_experts` takes it. `on_parameter` gives each
+        parameter what the engine's loader reads from it. device: where they are created, the default device if not given.
+        The checkpoint's `_shape` tensors have no place: they say nothing that the configuration does not. Raises
+        ExpertsError where tensor parallelism cuts through an INT4 group.
+        """
+        inner = intermediate_size
+        if inner % GROUP_SIZE:
+            raise ExpertsError(
+                f"tensor parallelism leaves {inner} of moe_intermediate_size on a rank, which is no multiple of the INT4 "
+                f"group of {GROUP_SIZE}: choose a smaller tensor parallel size, or add expert parallelism."
+            )
+        self.layer = layer
+        self.num_experts = num_experts
+        self.backend_name = backend_name
+        self._on_parameter = on_parameter
+        shapes = (
+            (num_experts, 2 * inner, hidden_size // PACK_FACTOR),
+            (num_experts, 2 * inner, hidden_size // GROUP_SIZE),
+            (num_experts, hidden_size, inner // PACK_FACTOR),
+            (num_experts, hidden_size, inner // GROUP_SIZE),
         )
-    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-        "w13_weight_packed": ((num_experts, 2 * inner, hidden_size // PACK_FACTOR), torch.int32),
-        "w13_weight_scale": ((num_experts, 2 * inner, hidden_size // GROUP_SIZE), torch.bfloat16),
-        "w13_weight_shape": ((num_experts, 2), torch.int32),
-        "w2_weight_packed": ((num_experts, hidden_size, inner // PACK_FACTOR), torch.int32),
-        "w2_weight_scale": ((num_experts, hidden_size, inner // GROUP_SIZE), torch.bfloat16),
-        "w2_weight_shape": ((num_experts, 2), torch.int32),
-    }
-    for name, (shape, dtype) in shapes.items():
-        parameter = torch.nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
-        layer.register_parameter(name, parameter)
-        on_parameter(parameter)
+        self._shapes = dict(zip(PACKED_NAMES, shapes, strict=True))
+        # What the layer serves with while it is open, so that graphs and pinned memory find it where it was.
+        self._serving: dict[str, torch.nn.Parameter] = {}
+        self._held: ExpertsBackend | None = None
+        self._number = -1
+        self._awaited: dict[str, int] = {}
+        self._was_closed = False
+        self.device = torch.get_default_device() if device is None else device
+        self._create()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the parameters are as the checkpoint packs them, ready to be loaded."""
+        return PACKED_NAMES[0] in self.layer._parameters
 
-def take_packed_parameters(layer: torch.nn.Module) -> ExpertWeights:
-    """The loaded experts, removed from the layer: whoever takes them may repack their storage."""
-    weights = ExpertWeights(
-        *(
-            layer.get_parameter(name).data
-            for name in ("w13_weight_packed", "w13_weight_scale", "w2_weight_packed", "w2_weight_scale")
-        )
-    )
-    for name in [name for name, _ in layer.named_parameters(recurse=False) if name.startswith(("w13_w", "w2_w"))]:
-        delattr(layer, name)
-    return weights
+    def open(self) -> bool:
+        """Restore the checkpoint's form in the storage of the other, expert by expert.
+
+        A backend that keeps its weights to itself has nothing to restore: then all of them must be loaded before the layer
+        is closed. Returns False, and does nothing, where the layer is open.
+        """
+        if self.is_open:
+            return False
+        if self._held is not None:
+            self._create()
+            self._awaited = {
+                name: self.num_experts * count for name, count in zip(PACKED_NAMES, _PROJECTIONS, strict=True)
+            }
+            for name in PACKED_NAMES:
+                self._count_loads(name)
+            return True
+        tensors = self.tensors()
+        backend = self.backend()
+        packed = {
+            name: tensor.data if tensor.shape == shape else tensor.new_empty(shape)
+            for (name, shape), tensor in zip(self._shapes.items(), tensors.values(), strict=True)
+        }
+        for expert in range(self.num_experts):
+            restored = backend.restore({name: rows[expert : expert + 1].clone() for name, rows in tensors.items()})
+            for target, field in zip(packed.values(), Expert._fields, strict=True):
+                target[expert].copy_(getattr(restored, field)[0])
+        self._serving = {name: self.layer._parameters[f"k26_{name}"] for name in tensors}  # type: ignore[misc]
+        for name in tensors:
+            delattr(self.layer, f"k26_{name}")
+        for name, tensor in packed.items():
+            self._register(name, tensor)
+        return True
+
+    def close(self) -> bool:
+        """Give the loaded weights to the backend, after its self-test with them. Returns False where the layer was closed.
+
+        Raises ExpertsError where no backend may serve them, or where an update did not bring all that it had to.
+        """
+        if not self.is_open:
+            return False
+        if missing := sum(self._awaited.values()):
+            raise ExpertsError(
+                f"the update lacks {missing} tensors of a layer's experts, and {self.backend_name} keeps its weights to "
+                f"itself: send whole layers, or choose the core's experts (K26_EXPERTS=auto, K26_CPU_EXPERTS=auto)."
+            )
+        weights = ExpertWeights(*(self.layer.get_parameter(name).data for name in PACKED_NAMES))
+        backend = create_experts(weights, self.backend_name, update=self._was_closed)
+        # An update keeps to what `auto` chose.
+        self.backend_name, self._was_closed = backend.name, True
+        for name in PACKED_NAMES:
+            delattr(self.layer, name)
+        self._held = None
+        if not backend.tensors():
+            self._held, self._number = backend, number_of(backend)
+        for name, tensor in backend.tensors().items():
+            parameter = self._serving.get(name)
+            if parameter is None:
+                parameter = torch.nn.Parameter(tensor, requires_grad=False)
+            elif parameter.data_ptr() != tensor.data_ptr():
+                parameter.data.copy_(tensor)
+            # Registered, so that an engine finds and moves what is computed with (EPLB).
+            self.layer.register_parameter(f"k26_{name}", parameter)
+        self._serving = {}
+        return True
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What the layer serves with, by the names of `ExpertsBackend.tensors()`; empty where that is. It is closed."""
+        if self.is_open:
+            raise ExpertsError("a layer's experts were asked while its weights are loaded: end the update first.")
+        if self._held is not None:
+            return {}
+        return {name: getattr(self.layer, f"k26_{name}") for name in Expert._fields}
+
+    def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The repacked w13 and w2, for an engine that passes them on; empty ones of a backend that keeps its weights."""
+        tensors = self.tensors()
+        if not tensors:
+            none = torch.empty(self.num_experts, 0, device=self.device)
+            return none, none
+        return tensors["w13_packed"], tensors["w2_packed"]
+
+    def workspace_bytes(self, num_tokens: int, top_k: int, num_global_experts: int | None = None) -> int:
+        """Bytes of scratch that `apply` takes; 0 for a backend that needs none or has its own."""
+        return self.backend().workspace_bytes(num_tokens, top_k, num_global_experts)
+
+    def backend(self) -> ExpertsBackend:
+        """The experts over what the layer's parameters are now."""
+        if self._held is not None:
+            return self._held
+        backend: type[ExpertsBackend] = find_backend(self.backend_name)
+        return backend.from_tensors(self.tensors())
+
+    def apply(
+        self,
+        out: torch.Tensor,
+        hidden_states: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        expert_map: torch.Tensor | None = None,
+        workspace: torch.Tensor | None = None,
+    ) -> None:
+        """Write the routed sum to `out`. Shapes are those of `RoutedExperts.apply`."""
+        tensors = self.tensors()
+        if not tensors:
+            held_experts(out, hidden_states, topk_weights, topk_ids, expert_map, self._number)
+        else:
+            inputs = (hidden_states, topk_weights, topk_ids, expert_map)
+            routed_experts(out, *inputs, *tensors.values(), workspace, self.backend_name)
+
+    def _create(self) -> None:
+        for name, shape in self._shapes.items():
+            dtype = torch.int32 if name.endswith("_packed") else torch.bfloat16
+            self._register(name, torch.empty(shape, dtype=dtype, device=self.device))
+
+    def _register(self, name: str, tensor: torch.Tensor) -> None:
+        parameter = torch.nn.Parameter(tensor, requires_grad=False)
+        self.layer.register_parameter(name, parameter)
+        self._on_parameter(parameter)
+
+    def _count_loads(self, name: str) -> None:
+        parameter: Any = self.layer.get_parameter(name)
+        load, loaded = parameter.weight_loader, set[tuple[Any, ...]]()
+
+        def weight_loader(param: Any, weight: torch.Tensor, weight_name: str, shard_id: str, expert_id: int) -> None:
+            load(param, weight, weight_name, shard_id=shard_id, expert_id=expert_id)
+            if (shard_id, expert_id) not in loaded:
+                loaded.add((shard_id, expert_id))
+                self._awaited[name] = max(0, self._awaited[name] - 1)
+
+        parameter.weight_loader = weight_loader

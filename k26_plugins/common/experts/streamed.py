@@ -12,6 +12,8 @@ from k26_plugins.common.experts.base import ExpertsBackend
 # Weights that are copied at a time. Two such buffers, and what the device's backend needs to repack them, are all that
 # the device holds.
 CHUNK_BYTES = 128 * 2**20
+# cudaErrorHostMemoryAlreadyRegistered
+ALREADY_REGISTERED = 712
 
 
 class ExpertStream:
@@ -95,8 +97,10 @@ def pin(host: ExpertsBackend, device: torch.device) -> bool:
     if device.type != "cuda":
         return True
     runtime = torch.cuda.cudart()
-    if all(int(runtime.cudaHostRegister(t.data_ptr(), t.nbytes, 0)) == 0 for t in host.tensors().values()):
+    codes = {int(runtime.cudaHostRegister(t.data_ptr(), t.nbytes, 0)) for t in host.tensors().values()}
+    if codes <= {0}:
         return True
     with suppress(RuntimeError):
         torch.zeros(1, device=device)  # takes up the error, which the next launch would report as its own
-    return False
+    # After an update the weights lie where they lay.
+    return codes <= {0, ALREADY_REGISTERED}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -79,6 +80,12 @@ class TritonExperts(ExpertsBackend):
             "w2_packed": self.experts.w2_packed,
             "w2_scale": self.experts.w2_scale,
         }
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> Self:
+        from k26_kernels import KernelExperts
+
+        return cls(KernelExperts.from_repacked(**tensors), batch_invariant_setting())
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> ExpertWeights:
         from k26_kernels.layout import restore

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 
 from k26_plugins.common.checkpoint import account
 from k26_plugins.common.config import K26Config
+from k26_plugins.common.experts.loading import expert_places, load_experts
 from k26_plugins.common.ranks import require_everywhere
 from k26_plugins.sglang import compat
-from k26_plugins.sglang.experts import K26MoEScheme, chosen_backend, use_core_experts
+from k26_plugins.sglang.experts import K26MoEScheme, chosen_backend, experts_of, use_core_experts
 from k26_plugins.sglang.hybrid import K26HybridScheme, hybrid_settings
 from k26_plugins.sglang.router import use_float32_logits
 
@@ -25,11 +27,11 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
     def __init__(self, config: Any, quant_config: Any = None, prefix: str = "", **kwargs: Any) -> None:
         require_everywhere("SGLANG_PLUGINS")
         self.core_config = K26Config.from_dict(config.to_dict()) if config.k26_published_layout else None
-        self.weights_loaded = False
         if compat.device_type() == "cpu":
             from k26_plugins.sglang.attention import K26TorchNativeAttnBackend
 
             compat.use_absorbed_mla_on_torch_native(K26TorchNativeAttnBackend)
+        compat.hook_checkpoint_loader(whole_checkpoint)
         if self.core_config is None:
             super().__init__(config, quant_config, prefix, **kwargs)
         else:
@@ -44,12 +46,21 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
         position.time_weight = position.time_weight.to(position.weight.dtype)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
-        # Later calls update some of the weights of a running server (RLHF); only the first must be whole.
-        if self.core_config is not None and not self.weights_loaded:
-            weights = account(weights, self.core_config, all_experts=compat.expert_parallel_size() == 1)
-        loaded = super().load_weights(weights)
-        self.weights_loaded = True
-        return loaded
+        """All of the checkpoint, or any part of it: what is loaded later updates a running server (RLHF)."""
+        layers = experts_of(self)
+        if not layers:
+            return super().load_weights(weights)
+        assert self.core_config is not None, "the core's experts are of the published layout"
+        with closing(load_experts(weights, expert_places(self.core_config), layers)) as others:
+            return super().load_weights(others)
+
+
+def whole_checkpoint(weights: Iterable[tuple[str, torch.Tensor]], model: Any) -> Iterable[tuple[str, torch.Tensor]]:
+    """What SGLang's loader of checkpoints gives a model, accounted for: it promises the whole, at a start or an update."""
+    config = getattr(model, "core_config", None)
+    if not isinstance(model, KimiK25ForConditionalGeneration) or config is None:
+        return weights
+    return account(weights, config)
 
 
 EntryClass = [KimiK25ForConditionalGeneration]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Self
 
 import torch
@@ -67,6 +67,10 @@ class NativeExperts(ExpertsBackend):
             "w2_packed": self.weights.w2_packed,
             "w2_scale": self.weights.w2_scale,
         }
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> Self:
+        return cls(ExpertWeights(**tensors))
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> ExpertWeights:
         return ExpertWeights(

@@ -1,0 +1,194 @@
+"""The weights of a layer's experts in an engine's parameters: loaded, served, updated in whole and in part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.experts import backends, error, inputs, judge, make_weights, route
+
+from k26_plugins.common.checkpoint import Checkpoint, expert_name
+from k26_plugins.common.experts import BACKENDS, ExpertsBackend, ExpertsError, ExpertWeights
+from k26_plugins.common.experts.base import Expert
+from k26_plugins.common.experts.loading import ExpertsOfLayer, expert_places, load_experts
+from k26_plugins.common.experts.parameters import PACKED_NAMES, LayerExperts
+from k26_plugins.common.experts.reference import ReferenceExperts
+
+TOLERANCE = 6e-3
+SIZES = EXPERTS, HIDDEN, INNER = 4, 128, 64
+X, (IDS, TOPK_WEIGHTS) = inputs(20, HIDDEN), route(20, 2, EXPERTS)
+
+
+def attach_loader(parameter: Any) -> None:
+    """An engine's loader of one parameter, without tensor parallelism."""
+
+    def weight_loader(param: Any, weight: torch.Tensor, name: str, shard_id: str, expert_id: int) -> None:
+        target = param.data[expert_id]
+        if shard_id != "w2":
+            target = target.chunk(2)[shard_id == "w3"]
+        target.copy_(weight)
+
+    parameter.weight_loader = weight_loader
+
+
+def make_layer(backend: str) -> LayerExperts:
+    return LayerExperts(torch.nn.Module(), *SIZES, backend, attach_loader)
+
+
+def load(experts: LayerExperts, weights: ExpertWeights, chosen: range = range(EXPERTS)) -> None:
+    """As an engine's loader does it, one expert's projection at a time."""
+    for name, field in zip(PACKED_NAMES, Expert._fields, strict=True):
+        for expert in chosen:
+            whole = getattr(weights, field)[expert]
+            parts = {"w2": whole} if name.startswith("w2") else dict(zip(("w1", "w3"), whole.chunk(2), strict=True))
+            for shard_id, part in parts.items():
+                parameter: Any = experts.layer.get_parameter(name)
+                parameter.weight_loader(parameter, part, name, shard_id=shard_id, expert_id=expert)
+
+
+def computed(experts: LayerExperts) -> torch.Tensor:
+    out = torch.empty_like(X)
+    experts.apply(out, X, TOPK_WEIGHTS, IDS)
+    return out
+
+
+def served(experts: LayerExperts) -> dict[str, int]:
+    return {name: parameter.data_ptr() for name, parameter in experts.layer.named_parameters()}
+
+
+@pytest.mark.parametrize("backend", backends())
+def test_updates_are_computed_with_where_the_old_weights_were(backend: str) -> None:
+    """Of all experts, of one, and of none; the parameters stay where they are, as a graph that was captured wants it."""
+    experts = make_layer(backend)
+    old, new = (make_weights(*SIZES, seed=seed) for seed in (0, 1))
+    load(experts, old)
+    assert experts.close()
+    assert not experts.close()
+    assert error(computed(experts), judge(old, X, IDS, TOPK_WEIGHTS)) <= TOLERANCE
+    places = served(experts)
+    assert len(places) == 4
+
+    assert experts.open()
+    assert not experts.open()
+    for name, field in zip(PACKED_NAMES, Expert._fields, strict=True):
+        assert torch.equal(experts.layer.get_parameter(name), getattr(old, field)), name
+    load(experts, new, range(1, 2))
+    with pytest.raises(ExpertsError, match="while its weights are loaded"):
+        computed(experts)
+    experts.close()
+    mixed = ExpertWeights(
+        *(
+            torch.cat((getattr(old, f)[:1], getattr(new, f)[1:2], getattr(old, f)[2:]))
+            for f in Expert._fields
+        )
+    )  # fmt: skip
+    assert error(computed(experts), judge(mixed, X, IDS, TOPK_WEIGHTS)) <= TOLERANCE
+
+    for _ in range(2):
+        experts.open()
+        load(experts, new)
+        experts.close()
+    assert error(computed(experts), judge(new, X, IDS, TOPK_WEIGHTS)) <= TOLERANCE
+    assert served(experts) == places
+    before = computed(experts)
+    experts.open()
+    experts.close()
+    assert torch.equal(computed(experts), before)
+
+
+@pytest.mark.parametrize("backend", backends())
+def test_the_parameters_are_the_only_weights(backend: str) -> None:
+    """What an engine writes there is computed with: EPLB moves rows, a reload puts other parameters in their place."""
+    experts = make_layer(backend)
+    load(experts, make_weights(*SIZES))
+    experts.close()
+    layer = experts.layer
+    for name, parameter in list(layer.named_parameters()):
+        moved = parameter.data.clone()
+        moved.view(EXPERTS, -1)[3] = moved.view(EXPERTS, -1)[1]
+        parameter.data.fill_(0)
+        layer.register_parameter(name, torch.nn.Parameter(moved, requires_grad=False))
+    ones, out = torch.ones(len(X), 1), [torch.empty_like(X) for _ in range(2)]
+    for result, expert in zip(out, (3, 1), strict=True):
+        experts.apply(result, X, ones, torch.full((len(X), 1), expert, dtype=torch.int32))
+    assert torch.equal(*out)
+    assert out[0].float().norm() > 0
+
+
+class Keeps(ReferenceExperts):
+    """Stands for kt-kernel: it copies the weights and gives none of them out."""
+
+    name = "keeps"
+
+    @classmethod
+    def load(cls, weights: ExpertWeights) -> Keeps:
+        return cls(weights.copy_of(list(range(weights.num_experts))))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {}
+
+
+@pytest.fixture
+def keeps(monkeypatch: pytest.MonkeyPatch) -> type[ExpertsBackend]:
+    monkeypatch.setitem(BACKENDS, "keeps", Keeps)
+    return Keeps
+
+
+@pytest.mark.usefixtures("keeps")
+def test_a_backend_that_keeps_its_weights_takes_whole_updates() -> None:
+    experts = make_layer("keeps")
+    old, new = (make_weights(*SIZES, seed=seed) for seed in (0, 1))
+    load(experts, old)
+    experts.close()
+    assert error(computed(experts), judge(old, X, IDS, TOPK_WEIGHTS)) <= TOLERANCE
+    experts.open()
+    load(experts, new)
+    experts.close()
+    assert error(computed(experts), judge(new, X, IDS, TOPK_WEIGHTS)) <= TOLERANCE
+    experts.open()
+    load(experts, new, range(3))
+    with pytest.raises(
+        ExpertsError, match="the update lacks 6 tensors of a layer's experts, and keeps keeps its weights"
+    ):
+        experts.close()
+
+
+def test_tensors_reach_their_places_by_name(tiny_folder: Path) -> None:
+    """A layer that serves is opened and closed again, and not where the engine opened it; all others are passed on."""
+    checkpoint = Checkpoint(tiny_folder)
+    text = checkpoint.config.text
+    sizes = (text.n_routed_experts, text.hidden_size, text.moe_intermediate_size)
+    layers = {number: LayerExperts(torch.nn.Module(), *sizes, "reference", attach_loader) for number in (1, 2)}
+    found = {
+        number: ExpertsOfLayer(experts.layer, experts.open, experts.close, lambda expert: (expert,))
+        for number, experts in layers.items()
+    }
+    names = list(checkpoint.table)
+    weights = ((name, checkpoint.tensor(name)) for name in names)
+    others = [name for name, _ in load_experts(weights, expert_places(checkpoint.config), found)]
+    assert others == [name for name in names if ".experts." not in name]
+    for number, experts in layers.items():
+        assert experts.is_open
+        experts.close()
+        for expert in (0, text.n_routed_experts - 1):
+            gate, up, down = (
+                checkpoint.tensor(expert_name(number, expert, projection, "packed"))
+                for projection in ("gate", "up", "down")
+            )
+            assert torch.equal(experts.tensors()["w13_packed"][expert], torch.cat((gate, up)))
+            assert torch.equal(experts.tensors()["w2_packed"][expert], down)
+
+    name = expert_name(1, 3, "up", "packed")
+
+    def update() -> Iterator[tuple[str, torch.Tensor]]:
+        yield name, torch.zeros_like(checkpoint.tensor(name))
+        assert layers[1].is_open
+        yield "model.another", torch.zeros(1)
+
+    assert [name for name, _ in load_experts(update(), expert_places(checkpoint.config), found)] == ["model.another"]
+    assert not layers[1].is_open
+    assert not layers[1].tensors()["w13_packed"][3].chunk(2)[1].any()
+    assert layers[1].tensors()["w13_packed"][3].chunk(2)[0].any()
