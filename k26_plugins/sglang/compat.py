@@ -301,6 +301,8 @@ def moe_runner_backend() -> Any:
 
 def object_store_folder(name: str, *, fetch: bool = False) -> str:
     """Where SGLang keeps the small files of an object store's model, fetched if need be; any other name as it is."""
+    if find_spec("sglang.srt.utils.runai_utils") is None:
+        return name  # KTransformers' fork reads no object stores
     store = importlib.import_module("sglang.srt.utils.runai_utils")
     if not store.is_runai_obj_uri(name):
         return name

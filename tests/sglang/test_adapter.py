@@ -415,6 +415,26 @@ def test_two_choices_by_hand_contradict_each_other(monkeypatch: pytest.MonkeyPat
     assert chosen_backend(hybrid=False) == "reference"
 
 
+def test_the_snapshot_says_what_this_release_has() -> None:
+    """By reading its files it was made; here the engine itself is asked."""
+    snapshot = read_snapshot(compat.distribution()[0])[compat.sglang_version()]
+    assert wrong_entries(snapshot) == {}
+
+
+@pytest.mark.skipif(find_spec("transformers.models.kimi_k25") is None, reason="this transformers has no such classes")
+def test_prompts_and_images_can_be_left_to_sglang(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One at a time, the other stays ours; no file of the checkpoint is needed for either."""
+    utils = sglang_utils()
+    monkeypatch.setenv("K26_PROMPTS", "engine")
+    assert not isinstance(utils.get_tokenizer(str(tiny_folder)), KimiTokenizerFast)
+    assert type(utils.get_processor(str(tiny_folder))).__module__ == "k26_plugins.sglang.processor"
+    monkeypatch.delenv("K26_PROMPTS")
+    monkeypatch.setenv("K26_MEDIA", "engine")
+    processor = utils.get_processor(str(tiny_folder))
+    assert type(processor).__module__.startswith("transformers.")
+    assert isinstance(processor.tokenizer, KimiTokenizerFast)
+
+
 @pytest.mark.parametrize("on_device", [None, 0, 3])
 def test_a_layer_s_experts_are_loaded_and_updated(tiny_folder: Path, tmp_path: Path, on_device: int | None) -> None:
     """By the names of the checkpoint, on one side or on both of a hybrid run; an update comes in two halves."""
@@ -480,23 +500,3 @@ def weights_of(checkpoint: Checkpoint, layer: int) -> ExpertWeights:
     return ExpertWeights(
         *(stacked(names, part) for names in (("gate", "up"), ("down",)) for part in ("packed", "scale"))
     )
-
-
-def test_the_snapshot_says_what_this_release_has() -> None:
-    """By reading its files it was made; here the engine itself is asked."""
-    snapshot = read_snapshot(compat.distribution()[0])[compat.sglang_version()]
-    assert wrong_entries(snapshot) == {}
-
-
-@pytest.mark.skipif(find_spec("transformers.models.kimi_k25") is None, reason="this transformers has no such classes")
-def test_prompts_and_images_can_be_left_to_sglang(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One at a time, the other stays ours; no file of the checkpoint is needed for either."""
-    utils = sglang_utils()
-    monkeypatch.setenv("K26_PROMPTS", "engine")
-    assert not isinstance(utils.get_tokenizer(str(tiny_folder)), KimiTokenizerFast)
-    assert type(utils.get_processor(str(tiny_folder))).__module__ == "k26_plugins.sglang.processor"
-    monkeypatch.delenv("K26_PROMPTS")
-    monkeypatch.setenv("K26_MEDIA", "engine")
-    processor = utils.get_processor(str(tiny_folder))
-    assert type(processor).__module__.startswith("transformers.")
-    assert isinstance(processor.tokenizer, KimiTokenizerFast)
