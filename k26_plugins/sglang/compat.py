@@ -342,6 +342,14 @@ def hook_checkpoint_loader(hook: Callable[[Any, Any], Any]) -> None:
     loader.load_weights_and_postprocess = staticmethod(load_weights_and_postprocess)
 
 
+def forget_media_embeddings() -> None:
+    """Drop what the vision tower made of images: SGLang's flush after an update of the weights leaves it out."""
+    name = "sglang.srt.managers.mm_schedule"
+    cache = importlib.import_module(name if find_spec(name) else "sglang.srt.managers.mm_utils").embedding_cache
+    if cache is not None:
+        cache.clear()
+
+
 def server_args() -> Any:
     """What the user started SGLang with."""
     if find_spec("sglang.srt.runtime_context") is not None:

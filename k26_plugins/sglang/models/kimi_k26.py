@@ -47,6 +47,7 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
         """All of the checkpoint, or any part of it: what is loaded later updates a running server (RLHF)."""
+        compat.forget_media_embeddings()
         layers = experts_of(self)
         if not layers:
             return super().load_weights(weights)
