@@ -37,6 +37,8 @@ ABSENT = {
         "sglang.srt.function_call.kimik2_detector:KimiK2Detector.finish": "before 0.5.18 SGLang calls no such method",
         "sglang.srt.layers.moe.fused_moe_triton.layer:create_kt_config_from_server_args": "the fork has a switch",
         "sglang.srt.layers.moe.utils:speculative_kt_ep_disabled_context": "the fork's alone",
+        "sglang.srt.managers.mm_schedule": "the cache of images is in `mm_utils` before 0.5.18",
+        "sglang.srt.managers.mm_utils:embedding_cache": "it is in `mm_schedule` since",
         "sglang.srt.multimodal.": "images are read by an older interface",
         "sglang.srt.plugins": "0.5.10 and the fork have no plugins: see `boot`",
         "sglang.srt.runtime_context": "settings are read where they were before",
