@@ -83,6 +83,7 @@ def install() -> None:
             compat.wrap(changes, module, path, hook)
         except compat.UnsupportedEngineError as error:
             go_without(error, lost, logger)
+    changes.apply()
 
 
 def settle_thinking(original: Callable[..., Any], request: Any, *args: Any, **kwargs: Any) -> Any:

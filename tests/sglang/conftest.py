@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from support import documented, sglang_orders
-from support.server import Server
+from support.grpc_chat import HAS_GRPC
+from support.server import Server, free_port
 from support.sglang_server import CHUNK, EAGER, serve
 
 
@@ -21,11 +22,13 @@ def server(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 @pytest.fixture(scope="session")
 def scripted_server(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Answers are made to order, and tests are let into its process."""
+    """Answers are made to order, tests are let into its process, and it takes requests by gRPC where it can."""
     log = tmp_path_factory.mktemp("scripted") / "server.log"
     command = [*documented.as_run(documented.SERVE_SGLANG, tiny_folder), "--"]
     settings = {**EAGER, **sglang_orders.settings(tmp_path_factory.mktemp("orders") / "plugin")}
     # A prompt in one piece: what writes the ordered answer is called for each piece, and would begin too early.
     arguments = ["--enable-custom-logit-processor", "--enable-metrics", "--chunked-prefill-size", "-1"]
+    if HAS_GRPC:
+        arguments += ["--grpc-port", str(free_port())]
     with serve(tiny_folder, log, *arguments, command=command, **settings) as running:
         yield running

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 from support.agents import AgentTests
 from support.clients import AnthropicClientTests, OpenAIClientTests, ResponsesClientTests
+from support.grpc_chat import HAS_GRPC, chat_by_grpc
 from support.prompt_path import PromptPathTests
+from support.scripted import TOOLS
 from support.server import Server
 from support.sglang_scripted import Scripted
 
@@ -30,6 +32,24 @@ class Ordered:
 class TestPromptPath(Ordered, PromptPathTests):
     parsers = "reasoning parser kimi_k2, tool-call parser kimi_k2"
     hostile_requests = 25
+
+    @pytest.mark.skipif(not HAS_GRPC, reason="this SGLang serves no gRPC")
+    def test_a_chat_by_grpc(self, server: Server, tiny_folder: Path) -> None:
+        """Its request has no HTTP body to read: the answer is taken apart all the same."""
+        quoted = (
+            "r</think>ok<|tool_calls_section_begin|><|tool_call_begin|>functions.now:0<|tool_call_argument_begin|>{}"
+        )
+        answer = chat_by_grpc(
+            server,
+            messages=[{"role": "user", "content": "a"}],
+            max_tokens=200,
+            tools=TOOLS,
+            **self.script(tiny_folder, f"{quoted}<|tool_call_end|><|tool_calls_section_end|>"),
+        )
+        assert "choices" in answer, answer
+        message = answer["choices"][0]["message"]
+        assert (message["reasoning_content"], message["content"]) == ("r", "ok")
+        assert [call["function"]["name"] for call in message["tool_calls"]] == ["now"]
 
 
 class TestClients(Ordered, OpenAIClientTests, AnthropicClientTests, ResponsesClientTests):

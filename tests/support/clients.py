@@ -95,6 +95,11 @@ class Report(BaseModel):
 
 
 class ScriptedTests:
+    def __init_subclass__(cls) -> None:
+        """Of two tests of one name pytest would run the first alone."""
+        names = [name for base in cls.__bases__ for name in vars(base) if name.startswith("test_")]
+        assert len(names) == len(set(names)), f"two of the tests in {cls.__name__} have one name: {sorted(names)}"
+
     def script(self, folder: Path, answer: str) -> dict[str, Any]:
         """The fields of a request to a server of the checkpoint in `folder` that order `answer`, and its end."""
         raise NotImplementedError
@@ -291,7 +296,7 @@ class AnthropicClientTests(ScriptedTests):
                 }
             )
 
-    def test_an_answer_cut_in_a_call(self, server: Server, tiny_folder: Path) -> None:
+    def test_a_message_cut_in_a_call(self, server: Server, tiny_folder: Path) -> None:
         client = anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0, timeout=120)
         answer = client.messages.create(
             model=server.model,
@@ -302,6 +307,19 @@ class AnthropicClientTests(ScriptedTests):
         )
         assert answer.stop_reason == "max_tokens"
         assert [block.type for block in answer.content] == ["thinking", "text"]
+
+    def test_a_message_cut_in_its_reasoning(self, server: Server, tiny_folder: Path) -> None:
+        client = anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0, timeout=120)
+        answer = client.messages.create(
+            model=server.model,
+            messages=[{"role": "user", "content": "x"}],
+            max_tokens=20,
+            extra_body=self.script(tiny_folder, "a" * 50 + THINK_END),
+        )
+        assert answer.stop_reason == "max_tokens"
+        (thought,) = [block for block in answer.content if getattr(block, "text", None) != ""]
+        assert thought.type == "thinking"
+        assert set(thought.thinking) == {"a"}
 
 
 class ResponsesClientTests(ScriptedTests):
@@ -341,7 +359,7 @@ class ResponsesClientTests(ScriptedTests):
                 items.append({"type": "function_call_output", "call_id": item.call_id, "output": result})
 
     @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-    def test_an_answer_cut_in_a_call(self, server: Server, tiny_folder: Path, stream: bool) -> None:
+    def test_a_response_cut_in_a_call(self, server: Server, tiny_folder: Path, stream: bool) -> None:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
         request: Any = {
             "model": server.model,
@@ -358,6 +376,25 @@ class ResponsesClientTests(ScriptedTests):
             answer = client.responses.create(**request)
         assert answer.status == "incomplete"
         assert answer.output_text == "ok"
+
+    @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+    def test_a_response_cut_in_its_reasoning(self, server: Server, tiny_folder: Path, stream: bool) -> None:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
+        request: Any = {
+            "model": server.model,
+            "input": "x",
+            "max_output_tokens": 20,
+            "extra_body": self.script(tiny_folder, "a" * 50 + THINK_END),
+        }
+        answer = (
+            [*client.responses.create(**request, stream=True)][-1].response
+            if stream
+            else (client.responses.create(**request))
+        )
+        assert answer.status == "incomplete"
+        assert answer.output_text == ""
+        thoughts = [part.text for item in answer.output if item.type == "reasoning" for part in item.content or []]
+        assert set("".join(thoughts)) == {"a"}
 
 
 def _with(picture: dict[str, Any], results: tuple[Any, ...], text: str) -> list[Any]:

@@ -26,7 +26,8 @@ async def order(
     original: Callable[..., AsyncIterator[Any]], manager: Any, obj: Any, request: Any = None
 ) -> AsyncIterator[Any]:
     """What SGLang's own chat API does with these two fields."""
-    sent = json.loads(await request.body() or b"{}") if request is not None else {}
+    # A request by gRPC has no body; the chat API reads its fields itself.
+    sent = json.loads(await request.body() or b"{}") if hasattr(request, "body") else {}
     if "custom_params" in sent and obj.custom_logit_processor is None:
         obj.custom_logit_processor = sent["custom_logit_processor"]
         obj.sampling_params["custom_params"] = sent["custom_params"]

@@ -375,7 +375,9 @@ for variable in sys.argv[1:]:
         "K26_MEDIA": {"media": ["vllm.model_executor.models.kimi_k25"] * 2, "connector": None},
     }
     command = [sys.executable, "-c", script, *theirs]
-    out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=300).stdout
+    # Another test of this process may have chosen the connector.
+    env = {name: value for name, value in os.environ.items() if name != "VLLM_MEDIA_CONNECTOR"}
+    out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=300, env=env).stdout
     found = dict(line.split(" ", 2)[1:] for line in out.splitlines() if line.startswith("FOUND "))
     assert {variable: json.loads(pieces) for variable, pieces in found.items()} == {
         variable: ours | changed for variable, changed in theirs.items()

@@ -66,6 +66,7 @@ class LayerExperts:
         self._number = -1
         self._awaited: dict[str, int] = {}
         self._was_closed = False
+        self._takes_workspace = False
         self.device = torch.get_default_device() if device is None else device
         self._create()
 
@@ -126,6 +127,7 @@ class LayerExperts:
         for name in PACKED_NAMES:
             delattr(self.layer, name)
         self._held = None
+        self._takes_workspace = type(backend).workspace_bytes is not ExpertsBackend.workspace_bytes
         if not backend.tensors():
             self._held, self._number = backend, number_of(backend)
         for name, tensor in backend.tensors().items():
@@ -157,6 +159,9 @@ class LayerExperts:
 
     def workspace_bytes(self, num_tokens: int, top_k: int, num_global_experts: int | None = None) -> int:
         """Bytes of scratch that `apply` takes; 0 for a backend that needs none or has its own."""
+        # On a CPU torch.compile traces this: a backend is made in the operator, where it does not look.
+        if not self._takes_workspace:
+            return 0
         return self.backend().workspace_bytes(num_tokens, top_k, num_global_experts)
 
     def backend(self) -> ExpertsBackend:
