@@ -144,7 +144,7 @@ def test_serve_takes_the_program_beside_its_python(
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", "/usr/bin")
     monkeypatch.setattr("k26_plugins.operate.accelerators.accelerators", lambda: [])
-    monkeypatch.setattr("k26_plugins.operate.doctor.examine", lambda *args: [])
+    monkeypatch.setattr("k26_plugins.operate.doctor.examine", lambda *args, **options: [])
     started: list[list[str]] = []
     monkeypatch.setattr("os.execvp", lambda file, command: started.append([file, os.environ["PATH"], *command]))
     assert CliRunner().invoke(app, ["serve", str(tiny_folder)]).exit_code == 0
