@@ -324,22 +324,16 @@ def given_runner() -> str | None:
     return getattr(server_args(), _GIVEN_RUNNER, None)
 
 
-def hook_checkpoint_loader(hook: Callable[[Any, Any], Any]) -> None:
-    """Have `hook(weights, model)` return what SGLang's loader of checkpoints then gives the model, always a whole one.
+def hook_checkpoint_loader(hook: Callable[..., Any]) -> None:
+    """Put `hook(original, model, weights, target_device)` around what gives a model the weights of SGLang's loader of
+    checkpoints, always a whole one.
 
     The loader alone knows that: a model's `load_weights` gets parts of one too, in updates from tensors.
     """
+    changes = Registration()
     loader = private("sglang.srt.model_loader.loader", "DefaultModelLoader")
-    original = loader.load_weights_and_postprocess
-    if hasattr(original, "k26_hook"):
-        return
-
-    @functools.wraps(original)
-    def load_weights_and_postprocess(model: Any, weights: Any, target_device: Any) -> Any:
-        return original(model, hook(weights, model), target_device)
-
-    load_weights_and_postprocess.k26_hook = hook  # type: ignore[attr-defined]
-    loader.load_weights_and_postprocess = staticmethod(load_weights_and_postprocess)
+    wrap(changes, loader, "load_weights_and_postprocess", hook)
+    changes.apply()
 
 
 def forget_media_embeddings() -> None:

@@ -291,23 +291,18 @@ def physical_ids(layer: Any) -> Callable[[int], Iterable[int]]:
 
 
 def hook_checkpoint_loader(hook: Callable[..., Any]) -> None:
-    """Have `hook(weights, model, experts, left_out)` return what vLLM's loader of checkpoints then gives the model.
+    """Put `hook(original, loader, model_config, model)` around what gives a model the weights of vLLM's loader of
+    checkpoints: the loader alone knows that they are the whole, and what it filters."""
+    changes = Registration()
+    wrap(changes, "vllm.model_executor.model_loader.default_loader", "DefaultModelLoader.get_all_weights", hook)
+    changes.apply()
 
-    The loader alone knows that it gives the whole, and what it filters: `experts`, the ids that it reads, and `left_out`,
-    the beginnings of the names that `--mm-encoder-only` lets it leave out.
-    """
-    loader = private("vllm.model_executor.model_loader.default_loader", "DefaultModelLoader")
-    original = loader.get_all_weights
-    if hasattr(original, "k26_hook"):
-        return
 
-    @functools.wraps(original)
-    def get_all_weights(self: Any, model_config: Any, model: Any) -> Any:
-        left_out = tuple(getattr(self, "_encoder_only_lm_prefixes", None) or ())
-        return hook(original(self, model_config, model), model, getattr(self, "local_expert_ids", None), left_out)
-
-    get_all_weights.k26_hook = hook  # type: ignore[attr-defined]
-    loader.get_all_weights = get_all_weights
+def loader_filters(loader: Any) -> tuple[set[int] | None, tuple[str, ...]]:
+    """The ids of the experts that a loader of checkpoints reads, None for all; and the beginnings of the names that
+    `--mm-encoder-only` lets it leave out."""
+    left_out = getattr(loader, "_encoder_only_lm_prefixes", None) or ()
+    return getattr(loader, "local_expert_ids", None), tuple(left_out)
 
 
 def kernel_takes_experts_only() -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from typing import Any
 
@@ -54,15 +54,14 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
 
 
 def whole_checkpoint(
-    weights: Iterable[tuple[str, torch.Tensor]], model: Any, experts: set[int] | None, left_out: tuple[str, ...]
+    original: Callable[..., Iterable[tuple[str, torch.Tensor]]], loader: Any, model_config: Any, model: Any
 ) -> Iterable[tuple[str, torch.Tensor]]:
-    """What vLLM's loader of checkpoints gives a model, accounted for: it promises the whole, but for its own filters.
-
-    experts: those that it reads, None for all. left_out: beginnings of names whose files it may leave out.
-    """
+    """What vLLM's loader of checkpoints gives a model, accounted for: it promises the whole, but for its own filters."""
+    weights = original(loader, model_config, model)
     config = getattr(model, "core_config", None)
     if not isinstance(model, KimiK25ForConditionalGeneration) or config is None:
         return weights
+    experts, left_out = compat.loader_filters(loader)
 
     def is_expected(spec: TensorSpec) -> bool:
         return (experts is None or spec.expert is None or spec.expert in experts) and not spec.name.startswith(left_out)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from functools import partial
 from typing import Any
@@ -56,12 +56,14 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
             return super().load_weights(others)
 
 
-def whole_checkpoint(weights: Iterable[tuple[str, torch.Tensor]], model: Any) -> Iterable[tuple[str, torch.Tensor]]:
+def whole_checkpoint(
+    original: Callable[..., Any], model: Any, weights: Iterable[tuple[str, torch.Tensor]], target_device: Any
+) -> Any:
     """What SGLang's loader of checkpoints gives a model, accounted for: it promises the whole, at a start or an update."""
     config = getattr(model, "core_config", None)
-    if not isinstance(model, KimiK25ForConditionalGeneration) or config is None:
-        return weights
-    return account(weights, config)
+    if isinstance(model, KimiK25ForConditionalGeneration) and config is not None:
+        weights = account(weights, config)
+    return original(model, weights, target_device)
 
 
 EntryClass = [KimiK25ForConditionalGeneration]
