@@ -8,13 +8,23 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from types import ModuleType
 from typing import Any
 
-from k26_plugins.common.settings import STRICT_VARIABLE, strict
+from k26_plugins.common.settings import ENGINE, STRICT_VARIABLE, core_prompts, parsers_setting, strict
 
 _ABSENT = object()
+
+Hook = tuple[str, str, Callable[..., Any], str]
+"""The engine's module, the path of a function in it, what goes around that function, and what is lost where it is not
+there."""
+
+
+def wanted_hooks(requests: Sequence[Hook], answers: Sequence[Hook]) -> list[Hook]:
+    """The hooks of an API server's chats, those of requests and those of answers, each unless the user leaves that piece to
+    the engine."""
+    return [*(requests if core_prompts() else ()), *(answers if parsers_setting() != ENGINE else ())]
 
 
 def go_without(error: Exception, lost: str, logger: logging.Logger) -> None:

@@ -35,7 +35,7 @@ def hook(changes: Registration, module: str, path: str, around: Callable[..., An
 
 def chat_part(part: Any) -> Any:
     """A part of the Responses API's as the chat API has it."""
-    serving = private("sglang.srt.entrypoints.openai.serving_responses", "OpenAIServingResponses")
+    serving = private(RESPONSES, "OpenAIServingResponses")
     return serving._normalize_response_content_part_for_chat(part)
 
 

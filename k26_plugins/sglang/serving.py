@@ -9,8 +9,8 @@ from typing import Any
 from k26_plugins.common.prompt.hf_tokenizer import CONTINUE_KEY
 from k26_plugins.common.prompt.output import MARKERS
 from k26_plugins.common.prompt.thinking import template_options
-from k26_plugins.common.registration import Registration
-from k26_plugins.common.settings import ENGINE, core_prompts, parsers_setting
+from k26_plugins.common.registration import Hook, Registration, wanted_hooks
+from k26_plugins.common.settings import ENGINE, parsers_setting
 from k26_plugins.sglang import compat, compat_chats
 from k26_plugins.sglang.answers import K26Answers
 from k26_plugins.sglang.arguments import PARSER
@@ -21,20 +21,13 @@ DROPPED = ("name", "reasoning")
 MAX_ANSWERS = 1024
 """Of one request (`n`): SGLang makes as many requests of it, before it looks at any."""
 
-Hook = tuple[str, str, Callable[..., Any], str]
-"""The API, the path of a function in its module, what goes around that function, and what is lost where it is not there."""
-
 
 def install() -> None:
-    """Put the hooks in place, once for each process: those of requests and those of answers, each unless the user leaves
-    that piece to SGLang. An SGLang without the place of one serves without it, and says so."""
+    """Put the hooks in place, once for each process. An SGLang without the place of one serves without it, and says so."""
     changes = Registration()
     if parsers_setting() != ENGINE:
         compat.replace_tool_detector(changes, PARSER, "k26_plugins.sglang.output", "K26ToolDetector")
-    for module, path, around, lost in (
-        *(REQUESTS if core_prompts() else ()),
-        *(ANSWERS if parsers_setting() != ENGINE else ()),
-    ):
+    for module, path, around, lost in wanted_hooks(REQUESTS, ANSWERS):
         compat_chats.hook(changes, module, path, around, lost)
     changes.apply()
 

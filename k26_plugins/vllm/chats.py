@@ -13,17 +13,12 @@ import pydantic
 from k26_plugins.common.prompt.call_names import is_object
 from k26_plugins.common.prompt.chat import as_error
 from k26_plugins.common.prompt.thinking import template_options
-from k26_plugins.common.registration import Registration, go_without
-from k26_plugins.common.settings import ENGINE, core_prompts, parsers_setting
+from k26_plugins.common.registration import Hook, Registration, go_without, wanted_hooks
 from k26_plugins.vllm import compat, logger
-
-Hook = tuple[str, str, Callable[..., Any], str]
-"""The module, the path of a function in it, what goes around that function, and what is lost where it is not there."""
 
 
 def install() -> None:
-    """Put the hooks in place, once for each process: those of requests and those of answers, each unless the user leaves
-    that piece to vLLM. A vLLM without the place of one serves without it, and says so."""
+    """Put the hooks in place, once for each process. A vLLM without the place of one serves without it, and says so."""
     requests: list[Hook] = [
         *(
             (module, f"{name}.build_chat_params", settle_thinking, "`thinking` is not heard in every form")
@@ -75,10 +70,7 @@ def install() -> None:
         ),
     ]
     changes = Registration()
-    for module, path, hook, lost in (
-        *(requests if core_prompts() else ()),
-        *(answers if parsers_setting() != ENGINE else ()),
-    ):
+    for module, path, hook, lost in wanted_hooks(requests, answers):
         try:
             compat.wrap(changes, module, path, hook)
         except compat.UnsupportedEngineError as error:
