@@ -161,8 +161,11 @@ def core_serves_prompts(path_or_name: str | Path, revision: str | None = None) -
     if not core_prompts():
         return False
     where: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
-    has = {name: cached_file(str(path_or_name), name, **where) is not None for name in (RANKS_FILE, "tokenizer.json")}
-    return has[RANKS_FILE] or not has["tokenizer.json"]
+
+    def has(name: str) -> bool:
+        return cached_file(str(path_or_name), name, **where) is not None
+
+    return has(RANKS_FILE) or not has("tokenizer.json")
 
 
 def load_hf_tokenizer(folder: str | Path, **kwargs: Any) -> KimiTokenizerFast:
