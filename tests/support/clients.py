@@ -110,7 +110,7 @@ class OpenAIClientTests(ScriptedTests):
 
     @pytest.fixture
     def client(self, server: Server) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
+        return _openai(server)
 
     @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
     def test_chat_loop(self, client: openai.OpenAI, server: Server, tiny_folder: Path, stream: bool) -> None:
@@ -255,7 +255,7 @@ class AnthropicClientTests(ScriptedTests):
 
     @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
     def test_messages_loop(self, server: Server, tiny_folder: Path, stream: bool) -> None:
-        client = anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0, timeout=120)
+        client = _anthropic(server)
         messages: list[Any] = [{"role": "user", "content": [ANTHROPIC_PICTURE, QUESTION["content"][1]]}]
         chat = [QUESTION]
         for turn in TURNS:
@@ -297,7 +297,7 @@ class AnthropicClientTests(ScriptedTests):
             )
 
     def test_a_message_cut_in_a_call(self, server: Server, tiny_folder: Path) -> None:
-        client = anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0, timeout=120)
+        client = _anthropic(server)
         answer = client.messages.create(
             model=server.model,
             messages=[{"role": "user", "content": "x"}],
@@ -309,7 +309,7 @@ class AnthropicClientTests(ScriptedTests):
         assert [block.type for block in answer.content] == ["thinking", "text"]
 
     def test_a_message_cut_in_its_reasoning(self, server: Server, tiny_folder: Path) -> None:
-        client = anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0, timeout=120)
+        client = _anthropic(server)
         answer = client.messages.create(
             model=server.model,
             messages=[{"role": "user", "content": "x"}],
@@ -327,7 +327,7 @@ class ResponsesClientTests(ScriptedTests):
 
     @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
     def test_responses_loop(self, server: Server, tiny_folder: Path, stream: bool) -> None:
-        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
+        client = _openai(server)
         text = {"type": "input_text", "text": QUESTION["content"][1]["text"]}
         items: list[Any] = [{"type": "message", "role": "user", "content": [RESPONSES_PICTURE, text]}]
         chat = [QUESTION]
@@ -340,17 +340,11 @@ class ResponsesClientTests(ScriptedTests):
                 "tools": [{"type": "function", "strict": False, **tool} for tool in FUNCTIONS],
                 "extra_body": self.script(tiny_folder, turn.answer),
             }
-            if stream:
-                *_, last = client.responses.create(**request, stream=True)
-                assert last.type == "response.completed"
-                answer = last.response
-            else:
-                answer = client.responses.create(**request)
+            answer = _response(client, request, stream, "response.completed")
             calls = [item for item in answer.output if item.type == "function_call"]
             assert [(item.name, json.loads(item.arguments)) for item in calls] == list(turn.calls.values())
             assert answer.output_text == turn.content
-            thoughts = [part.text for item in answer.output if item.type == "reasoning" for part in item.content or []]
-            assert "".join(thoughts) == turn.reasoning
+            assert _thoughts(answer) == turn.reasoning
             prompt = core_token_ids(tiny_folder, Conversation("responses", chat, TOOLS))
             assert answer.usage.input_tokens == len(prompt)
             chat += turn.in_chat()
@@ -360,7 +354,7 @@ class ResponsesClientTests(ScriptedTests):
 
     @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
     def test_a_response_cut_in_a_call(self, server: Server, tiny_folder: Path, stream: bool) -> None:
-        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
+        client = _openai(server)
         request: Any = {
             "model": server.model,
             "input": "x",
@@ -368,33 +362,44 @@ class ResponsesClientTests(ScriptedTests):
             "tools": [{"type": "function", "strict": False, **tool} for tool in FUNCTIONS],
             "extra_body": self.script(tiny_folder, CUT + "x" * 200),
         }
-        if stream:
-            *_, last = client.responses.create(**request, stream=True)
-            assert last.type == "response.incomplete"
-            answer = last.response
-        else:
-            answer = client.responses.create(**request)
+        answer = _response(client, request, stream, "response.incomplete")
         assert answer.status == "incomplete"
         assert answer.output_text == "ok"
 
     @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
     def test_a_response_cut_in_its_reasoning(self, server: Server, tiny_folder: Path, stream: bool) -> None:
-        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
+        client = _openai(server)
         request: Any = {
             "model": server.model,
             "input": "x",
             "max_output_tokens": 20,
             "extra_body": self.script(tiny_folder, "a" * 50 + THINK_END),
         }
-        answer = (
-            [*client.responses.create(**request, stream=True)][-1].response
-            if stream
-            else (client.responses.create(**request))
-        )
+        answer = _response(client, request, stream, "response.incomplete")
         assert answer.status == "incomplete"
         assert answer.output_text == ""
-        thoughts = [part.text for item in answer.output if item.type == "reasoning" for part in item.content or []]
-        assert set("".join(thoughts)) == {"a"}
+        assert set(_thoughts(answer)) == {"a"}
+
+
+def _openai(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
+
+
+def _anthropic(server: Server) -> anthropic.Anthropic:
+    return anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0, timeout=120)
+
+
+def _response(client: openai.OpenAI, request: dict[str, Any], stream: bool, last_event: str) -> Any:
+    """The answer of the Responses API, whole or as the last event of its stream has it."""
+    if not stream:
+        return client.responses.create(**request)
+    *_, last = client.responses.create(**request, stream=True)
+    assert last.type == last_event
+    return last.response
+
+
+def _thoughts(answer: Any) -> str:
+    return "".join(part.text for item in answer.output if item.type == "reasoning" for part in item.content or [])
 
 
 def _with(picture: dict[str, Any], results: tuple[Any, ...], text: str) -> list[Any]:
