@@ -206,7 +206,7 @@ def vllm_release(session: nox.Session, version: str) -> None:
     """
     _install_vllm(session, version, "--torch", "2.13.0")
     session.env["PYTHONDONTWRITEBYTECODE"] = ""
-    session.run("pytest", "-q", "tests/vllm/test_adapter.py", "tests/vllm/test_output.py", "-k", "not Served")
+    session.run("pytest", "-q", "tests/vllm/test_adapter.py", "tests/vllm/test_output.py")
     if version >= "0.29":
         session.run("python", "ci/demo.py", "vllm", session.create_tmp())
 

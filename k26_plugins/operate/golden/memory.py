@@ -19,9 +19,9 @@ SCRATCH = 256 * 2**20
 HEAD_ROWS = 4096
 """Rows of lm_head at a time, at most."""
 READ_AHEAD = 2
-# Experts that were almost chosen, kept of each token: what a wrong bias of the router would bring in.
-NEAR = 4
 """Experts that are read while one is computed."""
+NEAR = 4
+"""Experts that were almost chosen, kept of each token: what a wrong bias of the router would bring in."""
 FEED_TOKENS = 1024
 """Tokens at a time in a dense feed-forward."""
 EXPERT_TOKENS = 256
