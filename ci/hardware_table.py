@@ -81,9 +81,10 @@ def runs_table() -> str:
     ]
     for run in RUNS:
         tokens = planned(run).kv_tokens
+        source = f"[{run.source}]({run.link})" if run.link else run.source
         lines.append(
             f"| {run.gpus.replace('x', ' × ', 1)} | {run.kv_dtype} | {run.memory_fraction:.2f} | {run.sequences} | "
-            f"{run.context_parallel} | {run.kv_tokens:,} | {tokens:,} | {tokens / run.kv_tokens - 1:+.1%} | {run.source} |"
+            f"{run.context_parallel} | {run.kv_tokens:,} | {tokens:,} | {tokens / run.kv_tokens - 1:+.1%} | {source} |"
         )
     return "\n".join(lines)
 
