@@ -70,10 +70,14 @@ def shard(tensor: torch.Tensor, spec: TensorSpec, rank: int, size: int) -> torch
     return flat
 
 
-def tensor_table(config: K26Config) -> dict[str, TensorSpec]:
-    """Every tensor of a checkpoint with this configuration, by name."""
+def tensor_table(config: K26Config, *, experts: int | None = None) -> dict[str, TensorSpec]:
+    """Every tensor of a checkpoint with this configuration, by name.
+
+    experts: how many routed experts of a layer are listed, all if not given. They are alike, and 99 of 100 tensors theirs.
+    """
+    experts = config.text.n_routed_experts if experts is None else experts
     with paused():
-        specs = (_text(config.text), _vision_tower(config.vision), _projector(config.vision))
+        specs = (_text(config.text, experts), _vision_tower(config.vision), _projector(config.vision))
         return {spec.name: spec for spec in chain(*specs)}
 
 
@@ -87,12 +91,12 @@ def expert_bytes(text: TextConfig) -> int:
     return sum(math.prod(shape) * ITEM_BYTES[dtype] for _, _, shape, dtype, _ in _expert_parts(text))
 
 
-def _text(text: TextConfig) -> Iterator[TensorSpec]:
+def _text(text: TextConfig, experts: int) -> Iterator[TensorSpec]:
     yield TensorSpec(f"{LANGUAGE_MODEL}model.embed_tokens.weight", (text.vocab_size, text.hidden_size), shard_dim=0)
     for layer in range(text.num_hidden_layers):
         yield from _attention(text, layer)
         if text.is_moe_layer(layer):
-            yield from _moe(text, layer)
+            yield from _moe(text, layer, experts)
         else:
             yield from _swiglu(f"{_prefix(layer)}.mlp", text.hidden_size, text.intermediate_size, layer)
     yield TensorSpec(f"{LANGUAGE_MODEL}model.norm.weight", (text.hidden_size,))
@@ -126,11 +130,11 @@ def _swiglu(prefix: str, hidden_size: int, intermediate_size: int, layer: int) -
     yield TensorSpec(f"{prefix}.down_proj.weight", (hidden_size, intermediate_size), shard_dim=1, layer=layer)
 
 
-def _moe(text: TextConfig, layer: int) -> Iterator[TensorSpec]:
+def _moe(text: TextConfig, layer: int, experts: int) -> Iterator[TensorSpec]:
     prefix = f"{_prefix(layer)}.mlp"
-    experts = text.n_routed_experts
-    yield TensorSpec(f"{prefix}.gate.weight", (experts, text.hidden_size), layer=layer)
-    yield TensorSpec(f"{prefix}.gate.e_score_correction_bias", (experts,), "F32", layer=layer)
+    routes = text.n_routed_experts
+    yield TensorSpec(f"{prefix}.gate.weight", (routes, text.hidden_size), layer=layer)
+    yield TensorSpec(f"{prefix}.gate.e_score_correction_bias", (routes,), "F32", layer=layer)
     shared_size = text.moe_intermediate_size * text.n_shared_experts
     yield from _swiglu(f"{prefix}.shared_experts", text.hidden_size, shared_size, layer)
     parts = list(_expert_parts(text))

@@ -101,9 +101,10 @@ class _Group(NamedTuple):
 def _groups(config: K26Config) -> Mapping[_Group, int]:
     """Bytes of every group."""
     sizes: Counter[_Group] = Counter()
-    for spec in tensor_table(config).values():
+    for spec in tensor_table(config, experts=1).values():
+        count = 1 if spec.expert is None else config.text.n_routed_experts
         at_end = spec.name.startswith(("language_model.lm_head.", "language_model.model.norm."))
-        sizes[_Group(part_of(spec), spec.layer, spec.shard_dim is not None, at_end)] += spec.num_bytes
+        sizes[_Group(part_of(spec), spec.layer, spec.shard_dim is not None, at_end)] += count * spec.num_bytes
     return sizes
 
 
