@@ -1,4 +1,4 @@
-"""Write the tables in docs/hardware.md: what `k26 plan` says of common machines, and of the published runs.
+"""Write the tables in docs/hardware.md: what `k26 plan` says of common machines and of the published runs, and its GPUs.
 
     python ci/hardware_table.py
 
@@ -14,7 +14,7 @@ from published_runs import RUNS, Run
 from k26_plugins.common.config import K26Config
 from k26_plugins.operate.plan.advise import choose
 from k26_plugins.operate.plan.fit import Fit, Load, fit
-from k26_plugins.operate.plan.gpus import GIB
+from k26_plugins.operate.plan.gpus import GIB, GPUS, MIB, SECONDARY
 from k26_plugins.operate.plan.hardware import parse
 from k26_plugins.operate.plan.hybrid import hybrid
 from k26_plugins.operate.plan.weights import Layout
@@ -81,16 +81,28 @@ def runs_table() -> str:
     ]
     for run in RUNS:
         tokens = planned(run).kv_tokens
+        source = f"[{run.source}]({run.link})" if run.link else run.source
         lines.append(
             f"| {run.gpus.replace('x', ' × ', 1)} | {run.kv_dtype} | {run.memory_fraction:.2f} | {run.sequences} | "
-            f"{run.context_parallel} | {run.kv_tokens:,} | {tokens:,} | {tokens / run.kv_tokens - 1:+.1%} | {run.source} |"
+            f"{run.context_parallel} | {run.kv_tokens:,} | {tokens:,} | {tokens / run.kv_tokens - 1:+.1%} | {source} |"
         )
+    return "\n".join(lines)
+
+
+def gpus_table() -> str:
+    """Every GPU that `k26 plan` knows, with where its figures are published."""
+    lines = ["| GPU | memory | from the | bandwidth | published at |", "|---|---|---|---|---|"]
+    for gpu in GPUS:
+        bandwidth = "–" if gpu.bandwidth is None else f"{gpu.bandwidth / 1e9:,.0f} GB/s"
+        publisher = SECONDARY.get(gpu.link, "NVIDIA" if gpu.vendor == "nvidia" else "AMD")
+        shown = f"{gpu.name} | {gpu.memory / MIB:,.0f} MiB | {gpu.source} | {bandwidth} | [{publisher}]({gpu.link})"
+        lines.append(f"| {shown} |")
     return "\n".join(lines)
 
 
 def written(text: str) -> str:
     """The page with the tables in their places."""
-    for name, made in (("machines", table()), ("runs", runs_table())):
+    for name, made in (("machines", table()), ("runs", runs_table()), ("gpus", gpus_table())):
         begin = BEGIN.format(name)
         start = text.index(begin) + len(begin)
         text = f"{text[:start]}\n{made}\n{text[text.index(END, start) :]}"

@@ -23,6 +23,10 @@ def verify(
     model: Annotated[str | None, typer.Option(help="Which model, where the server has several.")] = None,
     api_key: ApiKey = None,
     tools: Annotated[bool, typer.Option(help="Ask for tool calls too. The server needs its kimi_k2 parsers.")] = False,
+    conformance: Annotated[
+        bool,
+        typer.Option(help="Ask what published suites ask too: image token counts, parameters, tool calls by schema."),
+    ] = False,
     needle: Annotated[
         bool, typer.Option(help="Ask for one line of prompts of 8,000, 70,000 and 200,000 tokens too, where they fit.")
     ] = False,
@@ -41,6 +45,7 @@ def verify(
     Exits with 0 where the server is right, with 1 where it is not, and with 2 where it could not be asked.
     """
     from k26_plugins.operate.golden import Golden, GoldenError
+    from k26_plugins.operate.verify.conformance import CASES, FAIL, PASS, check_conformance
     from k26_plugins.operate.verify.endpoint import EndpointError, connect
     from k26_plugins.operate.verify.judge import Check, judge
     from k26_plugins.operate.verify.measure import measure
@@ -63,6 +68,13 @@ def verify(
                 wrong = report.faults + report.refused
                 detail = f"{report.calls} calls in {report.requests} answers, {len(wrong)} faults"
                 verdict.checks.append(Check("tool calls", not wrong, "; ".join([detail, *wrong])))
+            if conformance:
+                task = progress.add_task("conformance", total=len(CASES))
+                for outcome in check_conformance(endpoint, lambda done: progress.update(task, completed=done)):
+                    if outcome.verdict in (PASS, FAIL):
+                        verdict.checks.append(Check(outcome.name, outcome.verdict == PASS, outcome.detail))
+                    else:
+                        measured.not_shown.append(f"{outcome.name}: {outcome.detail}")
             if needle:
                 task = progress.add_task("needles", total=len(LENGTHS) * len(DEPTHS))
                 needles = find_needles(endpoint, lambda done: progress.update(task, completed=done))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from k26_plugins.common.control_groups import usable_cpus
-from k26_plugins.common.experts.native.cores import cores
+from k26_plugins.common.cores import cores
 from k26_plugins.common.host_memory import total_bytes
 from k26_plugins.operate.accelerators import accelerators
 from k26_plugins.operate.plan.gpus import GIB, Gpu
@@ -36,7 +36,7 @@ def this_machine() -> Machine | None:
     if not found:
         return None
     smallest = min(found, key=lambda item: item.memory)
-    known = named(smallest.name) or Gpu(smallest.name, smallest.memory, None, smallest.vendor)
+    known = named(smallest.name) or Gpu(smallest.name, smallest.memory, None, link="", vendor=smallest.vendor)
     # What the driver shows of this very GPU, whatever is known of its kind.
     gpu = replace(known, memory=smallest.memory)
     request = f"{len(found)}x{smallest.memory / GIB:.1f}"

@@ -16,10 +16,11 @@ import torch
 from support.experts import error, inputs, judge, make_weights, route
 from support.instruction_sets import INSTRUCTION_SET
 
+from k26_plugins.common import cores
+from k26_plugins.common.cores import Core
 from k26_plugins.common.experts import ExpertsError, ExpertWeights, create_experts, reference_experts
-from k26_plugins.common.experts.native import NativeExperts, backend, build, cores
+from k26_plugins.common.experts.native import NativeExperts, backend, build
 from k26_plugins.common.experts.native.build import VARIANTS, BuildError, library
-from k26_plugins.common.experts.native.cores import Core
 from k26_plugins.common.experts.native.threads import Threads, process_threads
 
 REASON = NativeExperts.unsupported(make_weights(1, 128, 64))

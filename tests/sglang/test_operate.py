@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+from support.conformance import call_to_order, holds_to_all
 from support.doctor import doctor
 from support.faults import LOCATED, causes
 from support.server import Server
-from support.sglang_scripted import FAULTS, order
+from support.sglang_scripted import FAULTS, Scripted, order
 from typer.testing import CliRunner, Result
 
 from k26_plugins.cli import app
 from k26_plugins.common.config import K26Config
+from k26_plugins.common.prompt.tokenizer import KimiTokenizer
 from k26_plugins.operate.plan.fit import kv_bytes_per_token
 from k26_plugins.operate.plan.weights import Layout, per_gpu
 
@@ -67,6 +70,17 @@ def test_the_planned_weights_and_kv_cache_are_the_servers(scripted_server: Serve
     planned = sum(per_gpu(config, Layout(absorbed_copy=True), 0).values())
     assert weights == pytest.approx(planned, rel=0.03)
     assert cache == pytest.approx(tokens * kv_bytes_per_token(config.text, "bf16"), rel=0.03)
+
+
+def test_conformance(scripted_server: Server, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = KimiTokenizer(tiny_folder)
+
+    def script(answer: str) -> dict[str, Any]:
+        token_ids = [*tokenizer.encode_prompt(answer), tokenizer.named["<|im_end|>"]]
+        return {"custom_logit_processor": Scripted.to_str(), "custom_params": {"script": token_ids}}
+
+    call_to_order(monkeypatch, script)
+    holds_to_all(scripted_server.url)
 
 
 def test_the_doctor_sees_the_plugin(tiny_folder: Path) -> None:

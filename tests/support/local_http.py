@@ -29,7 +29,8 @@ class QuietHandler(BaseHTTPRequestHandler):
 def serving(handler: type[QuietHandler]) -> Iterator[str]:
     """Its URL, while it runs."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    # It looks for its end so often: half a second, the default, would be most of a short test.
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}"
     finally:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from support import documented
+from support.conformance import call_to_order, holds_to_all
 from support.doctor import doctor
 from support.faults import LOCATED, causes
 from support.scripted import call
@@ -127,6 +128,11 @@ def test_tool_calls(
     assert found in result.output
     # vLLM answers a `required` call that is no JSON with an error, which is a fault too.
     assert f"{7 if name == 'no JSON' else 8} calls in 8 answers" in result.output
+
+
+def test_conformance(two_ranks: Server, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    call_to_order(monkeypatch, lambda answer: script(tiny_folder, answer))
+    holds_to_all(two_ranks.url)
 
 
 def test_the_doctor_sees_the_plugin(tiny_folder: Path) -> None:

@@ -37,7 +37,7 @@ def parse(request: str) -> tuple[int, Gpu]:
     size = _MEMORY.fullmatch(kind)
     is_size = size is not None and PLAUSIBLE_GIB[0] <= float(size[1]) <= PLAUSIBLE_GIB[1]
     if is_size and size is not None:
-        found: Gpu | None = Gpu(f"{size[1]} GiB", round(float(size[1]) * GIB), None)
+        found: Gpu | None = Gpu(f"{size[1]} GiB", round(float(size[1]) * GIB), None, link="")
     else:
         found = named(kind)
     if found is None or count < 1:

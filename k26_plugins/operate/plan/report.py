@@ -178,6 +178,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "nodes": fit.layout.nodes,
         "gpus_used": plan.used,
         "gpu_memory_source": plan.machine.gpu.source,
+        "gpu_link": plan.machine.gpu.link,
         "command": plan.commands[0] if len(plan.commands) == 1 else None,
         "commands": plan.commands,
         "ray_commands": plan.ray,

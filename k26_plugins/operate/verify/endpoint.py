@@ -22,6 +22,16 @@ Distribution = dict[int, float]
 class EndpointError(RuntimeError):
     """An endpoint that cannot be asked. The message holds what it answered and the remedy."""
 
+    def __init__(self, message: str, status: int | None = None) -> None:
+        """status: of its HTTP answer, where there was one."""
+        super().__init__(message)
+        self.status = status
+
+    @property
+    def is_refusal(self) -> bool:
+        """Whether the endpoint found fault with the request, and none with itself."""
+        return self.status is not None and 400 <= self.status < 500
+
 
 @dataclass(slots=True)
 class Rendered:
@@ -97,27 +107,33 @@ class Endpoint(ABC):
         return int(mine[0]) if mine and mine[0] else None
 
     def streamed_chat(self, messages: list[dict[str, Any]], **body: Any) -> dict[str, Any]:
-        """A chat's first choice as its stream gives it, put together as a client does: message and stop reason."""
+        """A chat's first choice as its stream gives it, put together as a client does: message, stop reason and usage."""
         message: dict[str, Any] = {}
         calls: dict[int, dict[str, Any]] = {}
-        reason = None
+        reason, usage = None, None
         request = {"model": self.model, "messages": messages, "stream": True, **body}
         try:
             with self.client.stream("POST", f"{self.url}/v1/chat/completions", json=request) as response:
                 if response.status_code != 200:
                     answer = response.read().decode(errors="replace")[:500]
-                    raise EndpointError(f"{self.url} answered {response.status_code} to a streamed chat: {answer}")
+                    raise EndpointError(
+                        f"{self.url} answered {response.status_code} to a streamed chat: {answer}", response.status_code
+                    )
                 for line in response.iter_lines():
                     if not line.startswith("data: {"):
                         continue
-                    for choice in json.loads(line.removeprefix("data: ")).get("choices") or []:
+                    chunk = json.loads(line.removeprefix("data: "))
+                    usage = chunk.get("usage") or usage
+                    for choice in chunk.get("choices") or []:
                         _take_in(choice.get("delta") or {}, message, calls)
                         reason = choice.get("finish_reason") or reason
+                        # Where Moonshot's API has it.
+                        usage = choice.get("usage") or usage
         except (httpx.HTTPError, ValueError) as error:
             raise EndpointError(f"{self.url}: the stream of a chat cannot be read: {error}") from error
         if calls:
             message["tool_calls"] = [calls[index] for index in sorted(calls)]
-        return {"message": message, "finish_reason": reason}
+        return {"message": message, "finish_reason": reason, "usage": usage}
 
     def post(self, path: str, **body: Any) -> dict[str, Any]:
         try:
@@ -127,7 +143,8 @@ class Endpoint(ABC):
                 f"{self.url}{path}: {error or type(error).__name__}. Is the server still up?"
             ) from error
         if response.status_code != 200:
-            raise EndpointError(f"{self.url}{path} answered {response.status_code}: {response.text[:500]}")
+            message = f"{self.url}{path} answered {response.status_code}: {response.text[:500]}"
+            raise EndpointError(message, response.status_code)
         content: dict[str, Any] = response.json()
         return content
 

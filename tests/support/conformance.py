@@ -1,0 +1,55 @@
+"""What the cases of conformance need of a model with random weights: calls of the tools that they offer, made to order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from support.scripted import call
+
+from k26_plugins.common.prompt.output import SECTION_BEGIN, SECTION_END
+from k26_plugins.operate.verify.conformance import CASES, FAIL, NOT_ASKED, check_conformance
+from k26_plugins.operate.verify.endpoint import Endpoint, connect
+
+ARGUMENTS = {
+    "use_nothing": "{}",
+    "use_enum": '{"colour":"green"}',
+    "use_range": '{"level":7}',
+    "use_nested": '{"points":[{"x":0,"y":1},{"x":2,"y":3}]}',
+    "use_defs": '{"at":{"x":4,"y":5}}',
+    "use_anyOf": '{"order":12}',
+}
+
+
+# Attention over 16,384 patches takes a CPU a minute; images that are shrunk are counted by the tests of media.
+SLOW = "image of 2560 × 1920"
+UNDECIDED = {"seed", "response_format json_schema"}
+"""Of random weights: they may be sampled in another order, and fill JSON with blanks until the limit."""
+
+
+def holds_to_all(url: str) -> None:
+    """A server that answers to order holds to every case, and leaves none undecided without a reason."""
+    found = check_conformance(connect(url), cases=[case for case in CASES if case.name != SLOW], max_tokens=160)
+    assert [outcome for outcome in found if outcome.verdict == FAIL] == []
+    assert {outcome.name for outcome in found if outcome.verdict == NOT_ASKED} <= UNDECIDED
+
+
+def call_to_order(monkeypatch: pytest.MonkeyPatch, script: Callable[[str], dict[str, Any]]) -> None:
+    """Have every request that requires one of those tools answered by its call; all else is the server's.
+
+    script: the fields of a request that order an answer.
+    """
+
+    def by_script(chat: Callable[..., Any]) -> Callable[..., Any]:
+        def asked(endpoint: Endpoint, messages: list[dict[str, Any]], **body: Any) -> Any:
+            name = body["tools"][0]["function"]["name"] if "tools" in body else ""
+            if name in ARGUMENTS:
+                answer = f"{SECTION_BEGIN}{call(f'functions.{name}:0', ARGUMENTS[name])}{SECTION_END}"
+                body |= script(answer)
+            return chat(endpoint, messages, **body)
+
+        return asked
+
+    for method in ("chat", "streamed_chat"):
+        monkeypatch.setattr(Endpoint, method, by_script(getattr(Endpoint, method)))
