@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Column, Table
 
-from k26_plugins.cli.console import Folder, fail, out, progress_bar
+from k26_plugins.cli.console import Folder, bytes_bar, fail, out, progress_bar
 
 if TYPE_CHECKING:
-    from k26_plugins.common.checkpoint import TensorSpec
+    from k26_plugins.common.checkpoint import Problem, TensorSpec
 
 
 def tensors(
@@ -64,7 +64,21 @@ def _folded_table(specs: list[TensorSpec]) -> Table:
     return table
 
 
-def check(folder: Folder) -> None:
+def check(
+    folder: Folder,
+    hashes: Annotated[
+        bool, typer.Option("--hash", help="Read every byte too, and hold each file against the hub's hash of it.")
+    ] = False,
+    manifest: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="The hashes, as `sha256sum` writes them; implies --hash.", show_default=False
+        ),
+    ] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Print the commands that download just the bad files; implies --hash.")
+    ] = False,
+) -> None:
     """Hold a checkpoint against its table of tensors: names, shapes, dtypes and file sizes.
 
     What is wrong with files comes first, then tensors, a line for all of a kind in a layer. A checkpoint of this
@@ -72,19 +86,31 @@ def check(folder: Folder) -> None:
     it. Reads headers, not weights: seconds for the published 64 files. Exits with 1 where something is wrong. Says too
     where the folder's chat template, which is the one that is used, renders a conversation otherwise than the one that
     ships.
+
+    --hash finds what headers cannot show, a flipped bit or a hole that a download left. The hashes are those that the hub's
+    cache or `hf download --local-dir` keeps beside the files, or a manifest's. Several files are read at a time; an
+    interrupted run goes on where it was, since what was right is remembered in ~/.cache/k26-plugins/verified.json while
+    the file keeps its size, time and inode. --repair prints commands, and runs none.
     """
     from k26_plugins.common.checkpoint import CheckpointError, folded
     from k26_plugins.common.checkpoint import check as run_check
     from k26_plugins.common.config import ConfigError
     from k26_plugins.common.prompt.template_check import differing_samples
 
+    contents = _contents(folder, manifest) if hashes or repair or manifest else []
+    for line in folded(contents):
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
     with progress_bar() as progress:
         task = progress.add_task("reading headers")
         try:
             report = run_check(folder, lambda done, total: progress.update(task, completed=done, total=total))
         except (CheckpointError, ConfigError) as error:
             progress.stop()
+            if repair:
+                _print_repair(folder, contents)
             fail(error)
+    said = {(problem.fault, problem.name) for problem in contents}
+    report.problems = [problem for problem in report.problems if (problem.fault, problem.name) not in said]
     for line in folded(report.problems):
         out.print(line, highlight=False, markup=False, soft_wrap=True)
     sums = f"{report.num_tensors:,} tensors, {report.num_bytes:,} bytes in {report.num_files} files"
@@ -96,8 +122,46 @@ def check(folder: Folder) -> None:
         typer.echo(f"{sums} are right.")
     if differing := differing_samples(folder):
         typer.echo(f"chat_template.jinja renders otherwise than the one that ships: {', '.join(differing)}.")
-    if report.problems:
-        fail(f"{len(report.problems):,} faults.")
+    problems = [*contents, *report.problems]
+    if repair:
+        _print_repair(folder, problems)
+    if problems:
+        fail(f"{len(problems):,} faults.")
+
+
+def _contents(folder: Path, manifest: Path | None) -> list[Problem]:
+    """What the hashes say, with a bar while files are read."""
+    from k26_plugins.common.checkpoint import CheckpointError
+    from k26_plugins.common.checkpoint.content import expected_contents, verify_contents
+    from k26_plugins.common.checkpoint.verified import Verified
+
+    verified = Verified()
+    try:
+        expected = expected_contents(folder, manifest)
+    except CheckpointError as error:
+        fail(error)
+    files = [folder / one.name for one in expected]
+    with bytes_bar() as progress:
+        task = progress.add_task("hashing", total=sum(file.stat().st_size for file in files if file.is_file()))
+        problems = verify_contents(folder, expected, verified, lambda count: progress.advance(task, count))
+    known = f", {verified.num_known} of them in an earlier run ({verified.file})" if verified.num_known else ""
+    typer.echo(f"{len(expected) - len(problems)} of {len(expected)} files hold what they should{known}.")
+    hashed = {one.name for one in expected}
+    for file in sorted(folder.glob("*.safetensors")):
+        if file.name not in hashed:
+            typer.echo(f"{file.name} has no hash to hold it against.")
+    return problems
+
+
+def _print_repair(folder: Path, problems: list[Problem]) -> None:
+    from k26_plugins.cli.plan import HUB_NAME
+    from k26_plugins.common.checkpoint import Fault
+    from k26_plugins.common.checkpoint.content import repair_commands
+
+    bad = (Fault.MISSING_FILE, Fault.UNREADABLE, Fault.WRONG_CONTENT)
+    names = sorted({problem.name for problem in problems if problem.fault in bad})
+    for command in repair_commands(folder, names, HUB_NAME):
+        typer.echo(command)
 
 
 def tiny(

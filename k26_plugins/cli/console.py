@@ -7,7 +7,16 @@ from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 out = Console()
 err = Console(stderr=True)
@@ -25,4 +34,10 @@ def fail(error: Exception | str, code: int = 1) -> NoReturn:
 def progress_bar() -> Progress:
     """A bar on the error stream with counts, the time it took and an estimate of what is left."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=err, transient=True)
+
+
+def bytes_bar() -> Progress:
+    """As `progress_bar`, for bytes, with their rate."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     return Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=err, transient=True)

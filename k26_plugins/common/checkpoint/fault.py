@@ -19,6 +19,7 @@ class Fault(StrEnum):
     MISSING_FILE = "missing file"
     UNFINISHED = "unfinished download"
     UNREADABLE = "unreadable"
+    WRONG_CONTENT = "wrong content"
     NOT_ITS_END = "wrong end"
     TRUNCATED = "truncated"
     MISSING = "missing"

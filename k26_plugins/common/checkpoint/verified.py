@@ -1,0 +1,54 @@
+"""Which files were read and found right, kept between runs: hashing 595 GB is not begun again at the first byte."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+
+class Verified:
+    """Hashes of files by path, size, time of modification and inode, in the user's cache folder.
+
+    Where that cannot be written nothing is remembered, which only costs time.
+    """
+
+    def __init__(self, file: Path | None = None) -> None:
+        """file: where it is kept, `k26-plugins/verified.json` in `$XDG_CACHE_HOME` or `~/.cache` if not given."""
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 a home may be unknown
+        self.file = file or Path(home) / "k26-plugins" / "verified.json"
+        self._lock = threading.Lock()
+        self.num_known = 0
+        """Files that were not read again."""
+
+    def is_known(self, file: Path, status: os.stat_result, digest: str) -> bool:
+        with self._lock:
+            known = self._read().get(str(file.resolve())) == [*_mark(status), digest]
+            self.num_known += known
+        return known
+
+    def remember(self, file: Path, status: os.stat_result, digest: str) -> None:
+        with self._lock:
+            # Read again: another run may have written meanwhile.
+            known = self._read() | {str(file.resolve()): [*_mark(status), digest]}
+            scratch = self.file.with_name(f".{self.file.name}.{os.getpid()}")
+            try:
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+                scratch.write_text(json.dumps(known, indent=1) + "\n", "utf-8")
+                scratch.replace(self.file)
+            except OSError:
+                with suppress(OSError):
+                    scratch.unlink(missing_ok=True)
+
+    def _read(self) -> dict[str, list[int | str]]:
+        try:
+            known = json.loads(self.file.read_text("utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return known if isinstance(known, dict) else {}
+
+
+def _mark(status: os.stat_result) -> list[int]:
+    return [status.st_size, status.st_mtime_ns, status.st_ino]
