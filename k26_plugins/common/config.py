@@ -21,6 +21,8 @@ from k26_plugins.common.departures import departures, is_yarn
 ARCHITECTURE = "KimiK25ForConditionalGeneration"
 MODEL_TYPES = ("kimi_k25",)
 TEXT_MODEL_TYPES = ("kimi_k2", "deepseek_v3")
+PACK_FACTOR = 8
+"""INT4 values in an int32."""
 
 
 class ConfigError(ValueError):

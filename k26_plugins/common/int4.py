@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import torch
 
+from k26_plugins.common.config import PACK_FACTOR as PACK_FACTOR
+
 GROUP_SIZE = 32
-PACK_FACTOR = 8  # values in an int32
 OFFSET = 8  # u = q + OFFSET
 TILE_ROWS = 128
 """Of a product at a time: 3.7 MB at 7168 inputs."""

@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
+from k26_plugins.common.checkpoint.dtypes import TORCH_DTYPES
 from k26_plugins.common.checkpoint.header import INDEX_FILE
-from k26_plugins.common.checkpoint.table import TORCH_DTYPES, TensorSpec, expert_name, tensor_table
+from k26_plugins.common.checkpoint.table import TensorSpec, expert_name, tensor_table
 from k26_plugins.common.config import ARCHITECTURE, K26Config
 from k26_plugins.common.int4 import PACK_FACTOR, quantise
 from k26_plugins.common.prompt.special_tokens import NUM_SPECIAL_TOKENS, special_token_ids
@@ -345,7 +346,7 @@ def _make_experts(first: TensorSpec, table: dict[str, TensorSpec], seed: int) ->
         for index, spec in enumerate(specs):
             owner = spec.name.removesuffix("_packed")
             found |= {
-                spec.name: packed[index], f"{owner}_scale": scale[index], f"{owner}_shape": shape.clone(),
+                spec.name: packed[index], f"{owner}_scale": scale[index], f"{owner}_shape": shape,
             }  # fmt: skip
     return found
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from k26_plugins.common import control_groups, host_memory
-from k26_plugins.common.experts.native import cores
+from k26_plugins.common import control_groups, cores, host_memory
 
 GIB = 2**30
 Groups = Callable[..., None]

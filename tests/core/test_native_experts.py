@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -15,10 +16,11 @@ import torch
 from support.experts import error, inputs, judge, make_weights, route
 from support.instruction_sets import INSTRUCTION_SET
 
+from k26_plugins.common import cores
+from k26_plugins.common.cores import Core
 from k26_plugins.common.experts import ExpertsError, ExpertWeights, create_experts, reference_experts
-from k26_plugins.common.experts.native import NativeExperts, backend, build, cores
+from k26_plugins.common.experts.native import NativeExperts, backend, build
 from k26_plugins.common.experts.native.build import VARIANTS, BuildError, library
-from k26_plugins.common.experts.native.cores import Core
 from k26_plugins.common.experts.native.threads import Threads, process_threads
 
 REASON = NativeExperts.unsupported(make_weights(1, 128, 64))
@@ -310,8 +312,9 @@ def test_which_instruction_sets(monkeypatch: pytest.MonkeyPatch) -> None:
         for machine in ("x86_64", "aarch64")
     )
     for capability, missing, expected in (
-        ("AVX512", set(), ["avx512_vnni", "avx512", "avx2_vnni", "avx2"]),
-        ("AVX512_BF16", {"avx_vnni"}, ["avx512_vnni", "avx512", "avx2"]),
+        ("AVX512", set(), ["amx", "avx512_vnni", "avx512", "avx2_vnni", "avx2"]),
+        ("AVX512", {"amx_tile"}, ["avx512_vnni", "avx512", "avx2_vnni", "avx2"]),
+        ("AVX512_BF16", {"avx_vnni", "amx_int8"}, ["avx512_vnni", "avx512", "avx2"]),
         ("AVX512", {"avx512_vnni", "avx_vnni"}, ["avx512", "avx2"]),
         ("AVX2", set(), ["avx2_vnni", "avx2"]),
         ("AVX2", {"avx512f", "avx_vnni"}, ["avx2"]),
@@ -341,6 +344,20 @@ def test_a_compiler_too_old_for_the_best_set(empty_cache: Path, monkeypatch: pyt
     with pytest.raises(BuildError, match="-mavxvnni"):
         library()
     assert tried == ["avx2_vnni", "avx2"]
+
+
+@needs_native
+@pytest.mark.skipif("amx_tile" in build.cpu_flags(), reason="this system gives AMX's registers")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="AMX is x86-64's")
+def test_a_system_that_refuses_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for in truth: the next set is taken."""
+    best = build.variants()[0]
+    library.cache_clear()
+    monkeypatch.setattr(build, "variants", lambda: ["amx", best])
+    with pytest.raises(BuildError, match="the system refuses the registers of amx"):
+        library("amx")
+    assert Threads(library()).instruction_set == Threads(library(best)).instruction_set
+    library.cache_clear()
 
 
 def test_cores(monkeypatch: pytest.MonkeyPatch) -> None:

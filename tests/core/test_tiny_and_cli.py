@@ -8,13 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 from support.videos import make_video
 from typer.testing import CliRunner
 
 from k26_plugins.cli import app
 from k26_plugins.common.checkpoint import check
 from k26_plugins.common.config import ConfigError
+from k26_plugins.common.tensor_file import save_tensors
 from k26_plugins.common.tiny import TinySizes, make_tiny
 
 
@@ -97,3 +100,30 @@ def test_importing_the_package_is_light() -> None:
     code = f"import sys, k26_plugins, k26_plugins.vllm; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("command", [["--help"], ["plan", "--gpus", "8xH200"], ["check", "FOLDER"]])
+def test_what_does_not_compute_does_not_import_torch(command: list[str], tiny_folder: Path) -> None:
+    """It takes two seconds, and each of these should answer at once."""
+    arguments = [str(tiny_folder) if argument == "FOLDER" else argument for argument in command]
+    imported = "[name for name in ('torch', 'transformers') if name in sys.modules]"
+    code = (
+        f"import sys\nfrom k26_plugins.cli import app\ntry: app({arguments})\nfinally: print('imported:', {imported})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().splitlines()[-1] == "imported: []"
+
+
+def test_written_files_are_safetensors_own(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "b.ü": torch.randn(3, 5, generator=generator).to(torch.bfloat16),
+        "a": torch.randint(-9, 9, (7, 2), generator=generator, dtype=torch.int32).t(),
+        "c": torch.randn(4, generator=generator, dtype=torch.float64),
+        "empty": torch.empty(0, 3),
+        "none": torch.tensor(True),
+        "d": torch.arange(3, dtype=torch.uint8),
+    }
+    save_tensors(tensors, tmp_path / "ours", {"format": "pt"})
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "theirs", {"format": "pt"})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()

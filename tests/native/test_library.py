@@ -40,6 +40,7 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
     """A layer and a batch, with values at which rounding or the exponential of two instruction sets could differ."""
     weights = make_weights(EXPERTS, HIDDEN, INNER)
     ids, topk_weights = route(TOKENS, TOP_K, EXPERTS)
+    ids[:, 0], ids[:, 1] = 0, ids[:, 1].clamp(min=1)  # an expert with tokens for a tile of AMX, and more
     ids[9, 1] = -1
     x = inputs(TOKENS, HIDDEN)
     x[3], x[4], x[5] = x[3] * 1e-20, x[4] * 3e4, 0
@@ -106,13 +107,19 @@ def test_thread_sanitizer(sample: Sample, here: torch.Tensor, tmp_path: Path) ->
 
 @needs_compiler
 @needs_set
-def test_avx512_lane_by_lane(
-    sample: Sample, here: torch.Tensor, tmp_path: Path, record_property: Callable[[str, str], None]
+@pytest.mark.parametrize(("macros", "named"), [((), "AVX512"), (("-D__AMX_INT8__",), "AMX with AVX512")])
+def test_avx512_and_amx_lane_by_lane(
+    macros: tuple[str, ...],
+    named: str,
+    sample: Sample,
+    here: torch.Tensor,
+    tmp_path: Path,
+    record_property: Callable[[str, str], None],
 ) -> None:
-    """Its intrinsics in plain C++: the same bits. VNNI's product is written as an instruction, which this does not run."""
+    """Their intrinsics in plain C++: the same bits. VNNI's product is written as an instruction, which this does not run."""
     assert COMPILER is not None
-    result, name = run(sample, tmp_path, COMPILER, "-D__AVX512F__", f"-I{DRIVER / 'avx512'}")
-    assert name == "AVX512"
+    result, name = run(sample, tmp_path, COMPILER, "-D__AVX512F__", *macros, f"-I{DRIVER / 'avx512'}")
+    assert name == named
     assert torch.equal(result, here)
     record_property(INSTRUCTION_SET, f"native {name} (emulated)")
 

@@ -1,14 +1,18 @@
-"""The checkpoint: its table of tensors, reading them, and checking a folder against the table."""
+"""The checkpoint: its table of tensors, reading them, and checking a folder against the table.
 
-from k26_plugins.common.checkpoint.accounting import account
+What reads tensors needs torch, which takes seconds to import; it is imported when it is first asked for.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from k26_plugins.common.checkpoint.check import Report, check
 from k26_plugins.common.checkpoint.classify import Classification, Layout, classify, classify_folder
 from k26_plugins.common.checkpoint.fault import Fault, Problem, compare, folded
-from k26_plugins.common.checkpoint.fingerprint import fingerprint
 from k26_plugins.common.checkpoint.folder import local_folder, weights_folder
 from k26_plugins.common.checkpoint.header import CheckpointError
-from k26_plugins.common.checkpoint.reader import Checkpoint
-from k26_plugins.common.checkpoint.stream import StreamedCheckpoint
 from k26_plugins.common.checkpoint.table import (
     ShardError,
     TensorSpec,
@@ -17,6 +21,19 @@ from k26_plugins.common.checkpoint.table import (
     shard,
     tensor_table,
 )
+
+if TYPE_CHECKING:
+    from k26_plugins.common.checkpoint.accounting import account
+    from k26_plugins.common.checkpoint.fingerprint import fingerprint
+    from k26_plugins.common.checkpoint.reader import Checkpoint
+    from k26_plugins.common.checkpoint.stream import StreamedCheckpoint
+
+_READING = {
+    "account": "accounting",
+    "fingerprint": "fingerprint",
+    "Checkpoint": "reader",
+    "StreamedCheckpoint": "stream",
+}
 
 __all__ = [
     "Checkpoint",
@@ -43,3 +60,10 @@ __all__ = [
     "tensor_table",
     "weights_folder",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _READING:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_READING[name]}"), name)
+    return value

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
+from k26_plugins.common.checkpoint.dtypes import TORCH_DTYPES
 from k26_plugins.common.checkpoint.fault import compare
 from k26_plugins.common.checkpoint.header import CheckpointError
-from k26_plugins.common.checkpoint.table import TORCH_DTYPES, TensorSpec, tensor_table
+from k26_plugins.common.checkpoint.table import TensorSpec, tensor_table
 from k26_plugins.common.config import K26Config
 
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()} | {torch.float16: "F16"}

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from k26_plugins.common.checkpoint.classify import examine_all
+from k26_plugins.common.checkpoint.classify import Examination, examine_all
 from k26_plugins.common.checkpoint.fault import Problem, compare, missing
-from k26_plugins.common.checkpoint.header import index_of, weight_files
+from k26_plugins.common.checkpoint.header import weight_files
 from k26_plugins.common.checkpoint.table import tensor_table
+from k26_plugins.common.collector import paused
 from k26_plugins.common.config import read_config_json
 
 
@@ -34,18 +35,22 @@ def check(folder: str | Path, on_file: Callable[[int, int], None] = lambda done,
     examine: no readable config.json, no weight files.
     """
     folder = Path(folder)
-    examined = examine_all(read_config_json(folder), folder, on_file)
+    with paused():
+        return _report(folder, examine_all(read_config_json(folder), folder, on_file))
+
+
+def _report(folder: Path, examined: Examination) -> Report:
     inventory = examined.inventory
     if inventory is None:
         if not examined.other:
             weight_files(folder)  # which says that there is none
         return Report(other_layout=examined.other)
     report = Report(num_files=len(inventory.files), problems=examined.problems, other_layout=examined.other)
-    if report.other_layout:
+    if report.other_layout or not report.problems:
         report.num_tensors = len(inventory.entries)
         report.num_bytes = sum(entry.end - entry.start for entry in inventory.entries.values())
         return report
-    table = tensor_table(examined.sizes)
+    table = examined.table or tensor_table(examined.sizes)
     report.problems = list(inventory.damage)
     broken = {problem.name for problem in inventory.damage}
     for entry in inventory.entries.values():
@@ -57,11 +62,10 @@ def check(folder: str | Path, on_file: Callable[[int, int], None] = lambda done,
             report.num_tensors += 1
             report.num_bytes += entry.end - entry.start
     # Of a file that is not there or has no header nothing is known but its name: its tensors are not listed one by one.
-    files = index_of(folder) if inventory.lost_files else {}
     report.problems += [
         missing(table[name])
         for name in table.keys() - inventory.entries.keys()
-        if files.get(name) not in inventory.lost_files
+        if inventory.index.get(name) not in inventory.lost_files
     ]
     report.problems.sort(key=lambda problem: problem.order)
     return report

@@ -17,6 +17,7 @@ from k26_plugins.common.checkpoint.fault import Problem, listed
 from k26_plugins.common.checkpoint.header import INDEX_FILE, CheckpointError, is_saved_state
 from k26_plugins.common.checkpoint.inventory import Inventory, take_inventory
 from k26_plugins.common.checkpoint.other_layout import examine
+from k26_plugins.common.checkpoint.table import TensorSpec, tensor_table
 from k26_plugins.common.config import K26Config, read_config_json
 
 # Where quantisers say it that leave config.json as it was: ModelOpt, AutoAWQ, AutoGPTQ.
@@ -85,6 +86,8 @@ class Examination:
     problems: list[Problem]
     inventory: Inventory | None
     """None where there are no weights to look at."""
+    table: dict[str, TensorSpec]
+    """That of these sizes; empty where no tensor was held against it."""
 
 
 def examine_all(
@@ -94,7 +97,7 @@ def examine_all(
 ) -> Examination:
     """As `classify`, with the faults listed. Raises ConfigError, and CheckpointError for a damaged index."""
     sizes, other = K26Config.read(config)
-    inventory, problems = None, list[Problem]()
+    inventory, problems, table = None, list[Problem](), dict[str, TensorSpec]()
     if folder is not None and (any(folder.glob("*.safetensors")) or (folder / INDEX_FILE).exists()):
         inventory = take_inventory(folder, on_file)
         problems = list(inventory.damage)
@@ -102,8 +105,9 @@ def examine_all(
             other = [*other, f"{inventory.files[0].name} is part of a state that an engine saved"]
         elif not problems:
             elsewhere = any((folder / name).exists() for name in _QUANTISATION_FILES)
-            problems, found = examine(inventory.entries, config, sizes, other, quantised_elsewhere=elsewhere)
+            table = tensor_table(sizes)
+            problems, found = examine(inventory.entries, config, sizes, table, other, quantised_elsewhere=elsewhere)
             other = [*other, *found]
     elif folder is not None and (weights := sorted((*folder.glob("*.gguf"), *folder.glob("*.bin")))):
         other = [*other, f"the weights are in {weights[0].name}, not in safetensors files"]
-    return Examination(sizes, other, problems, inventory)
+    return Examination(sizes, other, problems, inventory, table)

@@ -6,9 +6,8 @@ import errno
 import json
 import re
 import struct
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 INDEX_FILE = "model.safetensors.index.json"
 _SAVED_STATE = re.compile(r"model-rank-\d+-part-\d+\.safetensors")
@@ -20,8 +19,7 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be read. The message names the file or the tensor, and the remedy."""
 
 
-@dataclass(frozen=True, slots=True)
-class HeaderEntry:
+class HeaderEntry(NamedTuple):
     """One tensor as a file's header declares it."""
 
     name: str
@@ -70,9 +68,9 @@ def read_header(file: Path) -> list[HeaderEntry]:
 
 
 def _entry(name: str, fields: dict[str, Any], data_start: int) -> HeaderEntry:
-    shape = tuple(int(size) for size in fields["shape"])
-    start, end = (data_start + int(offset) for offset in fields["data_offsets"])
-    return HeaderEntry(name, shape, str(fields["dtype"]), start, end)
+    start, end = fields["data_offsets"]
+    shape = tuple(map(int, fields["shape"]))
+    return HeaderEntry(name, shape, str(fields["dtype"]), data_start + int(start), data_start + int(end))
 
 
 def is_saved_state(files: list[Path]) -> bool:
@@ -91,10 +89,13 @@ def index_of(folder: Path) -> dict[str, str]:
         raise CheckpointError(f"{index.name} is damaged ({error}). Download it again.") from error
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: those that its index names, else all in the folder."""
+def weight_files(folder: Path, index: dict[str, str] | None = None) -> list[Path]:
+    """The safetensors files of a checkpoint: those that its index names, else all in the folder.
+
+    index: what `index_of` gave, where it was read.
+    """
     if (folder / INDEX_FILE).exists():
-        return [folder / name for name in sorted(set(index_of(folder).values()))]
+        return [folder / name for name in sorted(set((index_of(folder) if index is None else index).values()))]
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{folder} holds no safetensors file. Give the folder of a downloaded checkpoint.")

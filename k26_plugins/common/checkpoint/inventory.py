@@ -19,6 +19,8 @@ _NUMBERED = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
 @dataclass(slots=True)
 class Inventory:
     files: list[Path]
+    index: dict[str, str] = field(default_factory=dict)
+    """The file of each tensor, as the index has it."""
     entries: dict[str, HeaderEntry] = field(default_factory=dict)
     damage: list[Problem] = field(default_factory=list)
     """Files that are missing, unfinished or unreadable, tensors that are cut off or there twice."""
@@ -33,34 +35,33 @@ def take_inventory(folder: Path, on_file: Callable[[int, int], None] = lambda do
 
     Raises CheckpointError where there is no weight file or the index is damaged.
     """
-    named = weight_files(folder)
+    index = index_of(folder)
+    named = weight_files(folder, index)
     files = [file for file in named if file.is_file()]
-    damage = [*_missing_files(folder, named), *_unfinished(folder)]
-    inventory = Inventory(
-        files, damage=damage, lost_files={file.name for file in named} - {file.name for file in files}
-    )
+    damage = [*_missing_files(index, named), *_unfinished(folder)]
+    lost_files = {file.name for file in named} - {file.name for file in files}
+    inventory = Inventory(files, index, damage=damage, lost_files=lost_files)
     holders = inventory.holders
     with ThreadPoolExecutor(max_workers=8) as pool:
         for done, (file, (entries, problems)) in enumerate(zip(files, pool.map(_read_file, files), strict=True), 1):
             inventory.damage.extend(problems)
             if any(problem.fault is Fault.UNREADABLE for problem in problems):
                 inventory.lost_files.add(file.name)
+            holder = file.name
             for entry in entries:
                 if entry.name in holders:
-                    message = (
-                        f"is in {holders[entry.name]} and in {file.name}: delete the file that is not of this model."
-                    )
+                    message = f"is in {holders[entry.name]} and in {holder}: delete the file that is not of this model."
                     inventory.damage.append(Problem(Fault.REPEATED, entry.name, message))
                 else:
-                    holders[entry.name] = file.name
+                    holders[entry.name] = holder
                     inventory.entries[entry.name] = entry
             on_file(done, len(files))
     return inventory
 
 
-def _missing_files(folder: Path, files: list[Path]) -> list[Problem]:
+def _missing_files(index: dict[str, str], files: list[Path]) -> list[Problem]:
     """Files that the index names, and files that the names of the others speak of."""
-    tensors = Counter(index_of(folder).values())
+    tensors = Counter(index.values())
     found: dict[tuple[str, str, int], set[int]] = {}
     lost = [file.name for file in files if not file.is_file()]
     for file in files:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from k26_plugins.common.checkpoint.dtypes import TORCH_DTYPES
 from k26_plugins.common.checkpoint.fault import compare
 from k26_plugins.common.checkpoint.header import CheckpointError, weight_files
-from k26_plugins.common.checkpoint.table import TORCH_DTYPES, TensorSpec, tensor_table
+from k26_plugins.common.checkpoint.table import TensorSpec, tensor_table
 from k26_plugins.common.config import K26Config
 
 _SAFETENSORS_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}

@@ -13,9 +13,10 @@ from typing import NamedTuple, Self
 
 import torch
 
+from k26_plugins.common.checkpoint.dtypes import TORCH_DTYPES
 from k26_plugins.common.checkpoint.fault import compare
 from k26_plugins.common.checkpoint.header import CheckpointError, read_header, weight_files
-from k26_plugins.common.checkpoint.table import TORCH_DTYPES, TensorSpec, tensor_table
+from k26_plugins.common.checkpoint.table import TensorSpec, tensor_table
 from k26_plugins.common.config import K26Config
 
 

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
+from k26_plugins.common.collector import paused
+from k26_plugins.common.config import PACK_FACTOR, K26Config, TextConfig, VisionConfig
 
-from k26_plugins.common.config import K26Config, TextConfig, VisionConfig
-from k26_plugins.common.int4 import PACK_FACTOR
+if TYPE_CHECKING:
+    import torch
 
 LANGUAGE_MODEL = "language_model."
-# safetensors' names of the dtypes that occur.
-TORCH_DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "I32": torch.int32, "I64": torch.int64}
+# By safetensors' names of the dtypes that occur.
+ITEM_BYTES = {"BF16": 2, "F32": 4, "I32": 4, "I64": 8}
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
+class TensorSpec(NamedTuple):
     """One tensor of the checkpoint, as stored: `[out_features, in_features]` for a matrix."""
 
     name: str
@@ -43,7 +44,7 @@ class TensorSpec:
 
     @property
     def num_bytes(self) -> int:
-        return math.prod(self.shape) * TORCH_DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
 class ShardError(ValueError):
@@ -71,8 +72,9 @@ def shard(tensor: torch.Tensor, spec: TensorSpec, rank: int, size: int) -> torch
 
 def tensor_table(config: K26Config) -> dict[str, TensorSpec]:
     """Every tensor of a checkpoint with this configuration, by name."""
-    specs = [*_text(config.text), *_vision_tower(config.vision), *_projector(config.vision)]
-    return {spec.name: spec for spec in specs}
+    with paused():
+        specs = (_text(config.text), _vision_tower(config.vision), _projector(config.vision))
+        return {spec.name: spec for spec in chain(*specs)}
 
 
 def expert_name(layer: int, expert: int, projection: str, part: str) -> str:
@@ -82,7 +84,7 @@ def expert_name(layer: int, expert: int, projection: str, part: str) -> str:
 
 def expert_bytes(text: TextConfig) -> int:
     """One routed expert of one layer as stored, 24,772,632 bytes for the published model."""
-    return sum(spec.num_bytes for spec in _expert(text, text.first_k_dense_replace, 0))
+    return sum(math.prod(shape) * ITEM_BYTES[dtype] for _, _, shape, dtype, _ in _expert_parts(text))
 
 
 def _text(text: TextConfig) -> Iterator[TensorSpec]:
@@ -131,11 +133,14 @@ def _moe(text: TextConfig, layer: int) -> Iterator[TensorSpec]:
     yield TensorSpec(f"{prefix}.gate.e_score_correction_bias", (experts,), "F32", layer=layer)
     shared_size = text.moe_intermediate_size * text.n_shared_experts
     yield from _swiglu(f"{prefix}.shared_experts", text.hidden_size, shared_size, layer)
+    parts = list(_expert_parts(text))
     for expert in range(experts):
-        yield from _expert(text, layer, expert)
+        for projection, part, shape, dtype, dim in parts:
+            yield TensorSpec(expert_name(layer, expert, projection, part), shape, dtype, dim, 1, layer, expert)
 
 
-def _expert(text: TextConfig, layer: int, expert: int) -> Iterator[TensorSpec]:
+def _expert_parts(text: TextConfig) -> Iterator[tuple[str, str, tuple[int, ...], str, int | None]]:
+    """Of each tensor of an expert: projection, part, shape, dtype and the dimension that is cut."""
     wide = (text.moe_intermediate_size, text.hidden_size)
     group = text.quantization.group_size
     for projection, (n, k), shard_dim in (("gate", wide, 0), ("up", wide, 0), ("down", wide[::-1], 1)):
@@ -145,8 +150,7 @@ def _expert(text: TextConfig, layer: int, expert: int) -> Iterator[TensorSpec]:
             "shape": ((2,), "I32", None),
         }
         for part, (shape, dtype, dim) in parts.items():
-            name = expert_name(layer, expert, projection, part)
-            yield TensorSpec(name, shape, dtype, shard_dim=dim, layer=layer, expert=expert)
+            yield projection, part, shape, dtype, dim
 
 
 def _vision_tower(vision: VisionConfig) -> Iterator[TensorSpec]:

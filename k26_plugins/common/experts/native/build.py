@@ -36,17 +36,18 @@ class Variant(NamedTuple):
     """Of the compiler."""
 
 
-def _avx(capability: str, *needs: str, also: str = "") -> Variant:
-    names = [*needs, *([also] if also else [])]
-    return Variant("x86_64", capability, frozenset(names), tuple(f"-m{name.replace('_', '')}" for name in names))
+def _avx(capability: str, *needs: str) -> Variant:
+    flags = (f"-m{name.replace('_', '-' if name.startswith('amx') else '')}" for name in needs)
+    return Variant("x86_64", capability, frozenset(needs), tuple(flags))
 
 
 AVX2, AVX512 = ("avx2", "fma"), ("avx512f", "avx512bw", "avx512vl", "avx512dq", "fma")
 # The instruction sets that the source is written for, best first.
 VARIANTS = {
-    "avx512_vnni": _avx("AVX512", *AVX512, also="avx512_vnni"),
+    "amx": _avx("AVX512", *AVX512, "avx512_vnni", "amx_tile", "amx_int8"),
+    "avx512_vnni": _avx("AVX512", *AVX512, "avx512_vnni"),
     "avx512": _avx("AVX512", *AVX512),
-    "avx2_vnni": _avx("AVX2", *AVX2, also="avx_vnni"),
+    "avx2_vnni": _avx("AVX2", *AVX2, "avx_vnni"),
     "avx2": _avx("AVX2", *AVX2),
     "neon_i8mm": Variant("aarch64", "", frozenset({"asimd", "asimddp", "i8mm"}), ("-march=armv8.2-a+dotprod+i8mm",)),
     "neon_dotprod": Variant("aarch64", "", frozenset({"asimd", "asimddp"}), ("-march=armv8.2-a+dotprod",)),
@@ -69,15 +70,20 @@ def library(variant: str | None = None) -> ctypes.CDLL:
         return _best_library()
     made = build(variant)
     try:
-        return ctypes.CDLL(str(made))
+        loaded = ctypes.CDLL(str(made))
     except OSError as error:
         raise BuildError(
             f"its library cannot be loaded ({error}): delete it, or set XDG_CACHE_HOME to a folder"
         ) from error
+    loaded.k26_permitted.restype = ctypes.c_int64
+    if not loaded.k26_permitted():
+        raise BuildError(f"the system refuses the registers of {variant}: a newer Linux may give them")
+    return loaded
 
 
 def _best_library() -> ctypes.CDLL:
-    """Of the best set for which the compiler is new enough: GCC knows AVX-VNNI from 11 on."""
+    """Of the best set for which compiler and kernel are new enough: GCC knows AVX-VNNI and AMX from 11 on, Linux AMX's
+    registers from 5.16 on."""
     first: BuildError | None = None
     for name in variants():
         try:

@@ -212,6 +212,7 @@ void down(const Worker& me, const State& state, int64_t begin, int64_t tokens) {
 
 void run(const Worker& me, void* argument) {
   State& state = *static_cast<State*>(argument);
+  const ThreadState mine;
   for (int64_t begin = 0; begin < state.call.tokens; begin += kChunkTokens) {
     const int64_t tokens = std::min(kChunkTokens, state.call.tokens - begin);
     if (begin > 0) me.meet();
@@ -329,6 +330,9 @@ extern "C" {
 enum { kNoMemory = -1 };
 
 const char* k26_instruction_set() { return k26::kInstructionSet; }
+
+// Whether the system lets this process use the instruction set: nothing else may be called where it does not.
+int64_t k26_permitted() { return k26::permitted(); }
 
 // A process' state. A child of fork makes its own: it has none of its parent's threads.
 k26::Process* k26_create() { return new (std::nothrow) k26::Process; }

@@ -94,7 +94,8 @@ inline void multiply(const uint8_t* tile, const uint16_t* scales, int64_t begin,
     }
     const Weights weights(lines);
     int n = 0;
-    for (; n + 4 <= x.count; n += 4) add_groups<4>(weights, scale, x, group, n, totals);
+    for (; n + kTogether <= x.count; n += kTogether) add_groups<kTogether>(weights, scale, x, group, n, totals);
+    for (; kTogether > 4 && n + 4 <= x.count; n += 4) add_groups<4>(weights, scale, x, group, n, totals);
     for (; n < x.count; ++n) add_groups<1>(weights, scale, x, group, n, totals);
   }
   if (x.count == 1) store(totals, only);

@@ -9,12 +9,17 @@
 //   Weights                  a group of a tile, unpacked: u of 16 rows × 32 inputs
 //   Weights::sums            start + Σ u · activation of each row, for some tokens at once: exact, in any order
 //   sums_of_one              the same of packed weights for one token
+//   kTogether                tokens for which `Weights::sums` is at its best
+//   ThreadState              what a thread holds while it computes
+//   permitted                whether the system lets this process use the set, asked once before anything is computed
 //
 // A set adds no rounding of its own, so the results have the same bits on each of them.
 
 #pragma once
 
-#if defined(__AVX512F__)
+#if defined(__AMX_INT8__)
+#include "simd_amx.hpp"
+#elif defined(__AVX512F__)
 #include "simd_avx512.hpp"
 #elif defined(__AVX2__)
 #include "simd_avx2.hpp"
@@ -22,4 +27,14 @@
 #include "simd_neon.hpp"
 #else
 #error "no instruction set that the experts are written for"
+#endif
+
+#if !defined(__AMX_INT8__)
+namespace k26 {
+
+constexpr int kTogether = 4;
+struct ThreadState {};
+inline bool permitted() { return true; }
+
+}  // namespace k26
 #endif

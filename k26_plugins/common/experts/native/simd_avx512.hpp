@@ -9,7 +9,9 @@
 
 namespace k26 {
 
-#if defined(__AVX512VNNI__)
+#if defined(__AMX_INT8__)
+constexpr char kInstructionSet[] = "AMX with AVX512";
+#elif defined(__AVX512VNNI__)
 constexpr char kInstructionSet[] = "AVX512 with VNNI";
 #else
 constexpr char kInstructionSet[] = "AVX512";

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "amx.hpp"
+
 template <class Lane, int kLanes>
 struct Vector {
   Lane lane[kLanes];

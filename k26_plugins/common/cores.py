@@ -1,4 +1,4 @@
-"""Which cores the threads of the native experts run on."""
+"""Which cores the threads of the experts run on."""
 
 from __future__ import annotations
 
