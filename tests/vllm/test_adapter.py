@@ -12,6 +12,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -120,6 +121,13 @@ FLAGS: dict[str, tuple[list[str], str | None, str | None]] = {
 """Of the command line, and the parsers of tool calls and of reasoning that come of it."""
 
 
+def flags_of_a_server() -> Any:
+    """The module of vLLM that has them, which moved."""
+    places = (f"vllm.entrypoints.{place}" for place in ("common", "launchers", "openai"))
+    place = next(one for one in places if find_spec(one) is not None and find_spec(f"{one}.cli_args") is not None)
+    return importlib.import_module(f"{place}.cli_args")
+
+
 @pytest.mark.parametrize("name", FLAGS)
 def test_the_parsers_for_a_model_in_an_object_store(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -143,16 +151,65 @@ def test_the_parsers_for_a_model_in_an_object_store(
     flags, tool_parser, reasoning_parser = FLAGS[name]
     if name == "switched off":
         monkeypatch.setenv("K26_PARSERS", "none")
-    places = (f"vllm.entrypoints.{place}" for place in ("common", "launchers", "openai"))
-    place = next(one for one in places if find_spec(one) is not None and find_spec(f"{one}.cli_args") is not None)
-    flags_of = importlib.import_module(f"{place}.cli_args")
-    arguments = flags_of.make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", "s3://bucket/kimi", *flags])
+    arguments = (
+        flags_of_a_server()
+        .make_arg_parser(FlexibleArgumentParser())
+        .parse_args(["--model", "s3://bucket/kimi", *flags])
+    )
     engine_args = AsyncEngineArgs.from_cli_args(arguments)
     engine_args.create_model_config()
     ours = compat.PARSER if compat.has_kimi_parser() else "kimi_k2"
     assert arguments.tool_call_parser == (ours if tool_parser == "ours" else tool_parser)
     expected = ours if reasoning_parser == "ours" else reasoning_parser
     assert (arguments.reasoning_parser or None) == (engine_args.reasoning_parser or None) == expected
+
+
+def test_the_parsers_for_a_model_of_modelscope(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name, which only ModelScope's library knows: what vLLM asks of it, and what it changes in transformers as it is
+    imported, stands here for it; all that decides is vLLM's and the plugin's."""
+    from transformers import PretrainedConfig
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    name = "moonshotai/Kimi-K2.6"
+
+    def fetched(model_id: str, **_: Any) -> str:
+        return str(tiny_folder) if str(model_id) == name else str(model_id)
+
+    class HubApi:
+        def login(self, token: str | None) -> None: ...
+
+        def get_model_files(self, model_id: str, **_: Any) -> list[dict[str, str]]:
+            assert model_id == name
+            return [{"Path": file.name, "Type": "blob"} for file in tiny_folder.iterdir()]
+
+    for module, members in {
+        "modelscope": {"__version__": "1.30.0"},
+        "modelscope.hub": {},
+        "modelscope.hub.api": {"HubApi": HubApi},
+        "modelscope.hub.snapshot_download": {"snapshot_download": fetched},
+        "modelscope.utils": {},
+        "modelscope.utils.file_utils": {"get_model_cache_root": lambda: str(tmp_path)},
+    }.items():
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(**members))
+    get_config_dict = PretrainedConfig.get_config_dict
+    monkeypatch.setattr(
+        PretrainedConfig,
+        "get_config_dict",
+        classmethod(lambda cls, model, **given: get_config_dict(fetched(model), **given)),
+    )
+    register()
+    monkeypatch.setenv("VLLM_USE_MODELSCOPE", "True")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    arguments = flags_of_a_server().make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", name])
+    engine_args = AsyncEngineArgs.from_cli_args(arguments)
+    found = engine_args.create_model_config()
+    assert found.model == name
+    ours = compat.PARSER if compat.has_kimi_parser() else "kimi_k2"
+    assert arguments.tool_call_parser == ours
+    assert arguments.reasoning_parser == engine_args.reasoning_parser == ours
 
 
 def hf_config(folder: Path) -> Any:

@@ -41,7 +41,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """With one instruction set for each machine: the best of this CPU, and ARM's."""
     if not variants():
         pytest.skip("this CPU has no instruction set of the native experts")
-    spec = importlib.util.spec_from_file_location("wheel_script", ROOT / "ci/wheel.py")
+    spec = importlib.util.spec_from_file_location("wheels_script", ROOT / "ci/wheels.py")
     assert spec is not None
     assert spec.loader is not None
     script = importlib.util.module_from_spec(spec)
@@ -88,7 +88,7 @@ def test_a_wheel_is_of_one_architecture(wheels: dict[str, Path], machine: str) -
 
 @pytest.mark.long
 def test_a_release_has_every_instruction_set(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, str(ROOT / "ci/wheel.py"), str(tmp_path)], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, str(ROOT / "ci/wheels.py"), str(tmp_path)], cwd=ROOT, check=True)
     found = by_machine(tmp_path)
     for machine in set(MACHINES) & set(found):
         expected = {file_name(name) for name, variant in VARIANTS.items() if variant.machine == machine}

@@ -1,6 +1,6 @@
 """The wheels of a release, with the C++ experts compiled: for x86-64, for aarch64, and without for everything else.
 
-    python ci/wheel.py dist
+    python ci/wheels.py dist
 
 Needs the package and `wheel` in the environment, and of Debian g++ and g++-aarch64-linux-gnu; an architecture without its
 compiler is left out, with a line that says so. A wheel's platform tag is the C library that its files ask for.
