@@ -12,7 +12,6 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -162,54 +161,6 @@ def test_the_parsers_for_a_model_in_an_object_store(
     assert arguments.tool_call_parser == (ours if tool_parser == "ours" else tool_parser)
     expected = ours if reasoning_parser == "ours" else reasoning_parser
     assert (arguments.reasoning_parser or None) == (engine_args.reasoning_parser or None) == expected
-
-
-def test_the_parsers_for_a_model_of_modelscope(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A name, which only ModelScope's library knows: what vLLM asks of it, and what it changes in transformers as it is
-    imported, stands here for it; all that decides is vLLM's and the plugin's."""
-    from transformers import PretrainedConfig
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    name = "moonshotai/Kimi-K2.6"
-
-    def fetched(model_id: str, **_: Any) -> str:
-        return str(tiny_folder) if str(model_id) == name else str(model_id)
-
-    class HubApi:
-        def login(self, token: str | None) -> None: ...
-
-        def get_model_files(self, model_id: str, **_: Any) -> list[dict[str, str]]:
-            assert model_id == name
-            return [{"Path": file.name, "Type": "blob"} for file in tiny_folder.iterdir()]
-
-    for module, members in {
-        "modelscope": {"__version__": "1.30.0"},
-        "modelscope.hub": {},
-        "modelscope.hub.api": {"HubApi": HubApi},
-        "modelscope.hub.snapshot_download": {"snapshot_download": fetched},
-        "modelscope.utils": {},
-        "modelscope.utils.file_utils": {"get_model_cache_root": lambda: str(tmp_path)},
-    }.items():
-        monkeypatch.setitem(sys.modules, module, SimpleNamespace(**members))
-    get_config_dict = PretrainedConfig.get_config_dict
-    monkeypatch.setattr(
-        PretrainedConfig,
-        "get_config_dict",
-        classmethod(lambda cls, model, **given: get_config_dict(fetched(model), **given)),
-    )
-    register()
-    monkeypatch.setenv("VLLM_USE_MODELSCOPE", "True")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    arguments = flags_of_a_server().make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", name])
-    engine_args = AsyncEngineArgs.from_cli_args(arguments)
-    found = engine_args.create_model_config()
-    assert found.model == name
-    ours = compat.PARSER if compat.has_kimi_parser() else "kimi_k2"
-    assert arguments.tool_call_parser == ours
-    assert arguments.reasoning_parser == engine_args.reasoning_parser == ours
 
 
 def hf_config(folder: Path) -> Any:
