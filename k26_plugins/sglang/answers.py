@@ -165,9 +165,7 @@ class _Answer:
     def next(self, chunk: dict[str, Any], finish_reason: str | None) -> tuple[str, str, list[Any]]:
         """Reasoning, content and pieces of calls that SGLang's next chunk brings."""
         new = compat_chats.new_output_ids(chunk, self._text.num_tokens, finish_reason)
-        text = chunk["text"]
-        if not compat_chats.sends_increments():
-            text, self._given_out = text[self._given_out :], len(text)
+        text, self._given_out = compat_chats.new_text(chunk, self._given_out)
         finished = finish_reason is not None
         return self._collect(self._feed(text, new, finished), finished)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 from k26_plugins.common.registration import Registration, go_without
@@ -11,6 +12,8 @@ from k26_plugins.sglang import logger
 from k26_plugins.sglang.compat import UnsupportedEngineError, private, sglang_version, wrap
 
 CHAT = "sglang.srt.entrypoints.openai.serving_chat"
+COMPLETIONS = "sglang.srt.entrypoints.openai.serving_completions"
+OLLAMA = "sglang.srt.entrypoints.ollama.serving"
 RESPONSES = "sglang.srt.entrypoints.openai.serving_responses"
 MESSAGES = "sglang.srt.entrypoints.anthropic.serving"
 
@@ -90,6 +93,17 @@ def calls_or_schema(tools: list[Any], parser: str, schema: Any, parallel: bool) 
 def sends_increments() -> bool:
     """Whether a chunk has what is new, or everything so far (SGLang's default)."""
     return bool(private("sglang.srt.runtime_context", "get_serving")().incremental_streaming_output)
+
+
+def counts_output_ids() -> bool:
+    """Whether this SGLang says which token ids a chunk brings: 0.5.23 does."""
+    return find_spec(_ADAPTERS) is not None
+
+
+def new_text(chunk: dict[str, Any], given_out: int) -> tuple[str, int]:
+    """The text of a chunk behind the `given_out` characters of earlier ones, and how many there are now."""
+    text: str = chunk["text"]
+    return (text, given_out) if sends_increments() else (text[given_out:], len(text))
 
 
 def new_output_ids(chunk: dict[str, Any], consumed: int, finish_reason: str | None) -> list[int]:

@@ -14,7 +14,8 @@ from k26_plugins.common.settings import ENGINE, parsers_setting
 from k26_plugins.sglang import compat, compat_chats
 from k26_plugins.sglang.answers import K26Answers
 from k26_plugins.sglang.arguments import PARSER
-from k26_plugins.sglang.compat_chats import CHAT, MESSAGES, RESPONSES
+from k26_plugins.sglang.compat_chats import CHAT, COMPLETIONS, MESSAGES, OLLAMA, RESPONSES
+from k26_plugins.sglang.completions import hide_markers
 from k26_plugins.sglang.messages import keep_history, show_cut_calls
 
 DROPPED = ("name", "reasoning")
@@ -246,6 +247,8 @@ ANSWERS: list[Hook] = [
         read_token_ids,
         "a marker that an answer quotes counts as a marker",
     ),
+    (COMPLETIONS, "OpenAIServingCompletion.__init__", hide_markers, "markers are shown in completions"),
+    (OLLAMA, "OllamaServing.__init__", hide_markers, "markers are shown in answers to Ollama's clients"),
     (
         MESSAGES,
         "AnthropicServing._convert_response",

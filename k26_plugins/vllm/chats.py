@@ -15,6 +15,7 @@ from k26_plugins.common.prompt.chat import as_error
 from k26_plugins.common.prompt.thinking import template_options
 from k26_plugins.common.registration import Hook, Registration, go_without, wanted_hooks
 from k26_plugins.vllm import compat, logger
+from k26_plugins.vllm.completions import hide_streamed, hide_whole
 
 
 def install() -> None:
@@ -55,6 +56,18 @@ def install() -> None:
             "OpenAIServingChat.chat_completion_full_generator",
             length_wins,
             "an answer that the token limit cut within a call ends as if the call were whole",
+        ),
+        (
+            compat.COMPLETION_SERVING,
+            "OpenAIServingCompletion.completion_stream_generator",
+            hide_streamed,
+            "markers are shown in streamed completions",
+        ),
+        (
+            compat.COMPLETION_SERVING,
+            "OpenAIServingCompletion.request_output_to_completion_response",
+            hide_whole,
+            "markers are shown in completions",
         ),
         (
             compat.MESSAGES_SERVING,

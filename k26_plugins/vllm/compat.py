@@ -25,6 +25,7 @@ PARSER = "k26"
 
 CHAT_PROTOCOL = "vllm.entrypoints.openai.chat_completion.protocol"
 CHAT_SERVING = "vllm.entrypoints.openai.chat_completion.serving"
+COMPLETION_SERVING = "vllm.entrypoints.openai.completion.serving"
 MESSAGES_SERVING = "vllm.entrypoints.anthropic.serving"
 RESPONSES_ROUTER = "vllm.entrypoints.openai.responses.api_router"
 TOKENIZE_SERVING = "vllm.entrypoints.serve.tokenize.serving"

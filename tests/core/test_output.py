@@ -295,6 +295,29 @@ def test_what_is_spelled_by_ordinary_tokens_survives(
     assert parse_ids(tokenizer, token_ids, sizes) == expected
 
 
+@given(st.lists(st.one_of(st.sampled_from(MARKERS), PLAIN), max_size=12), st.data(), SIZES, st.integers(0, 30))
+@settings(deadline=None, max_examples=200)
+def test_raw_text_shows_no_marker_and_all_that_spells_one(
+    tokenizer: KimiTokenizer, parts: list[str], data: st.DataObject, sizes: list[int], lag: int
+) -> None:
+    """As at `/v1/completions`; streamed in any way it is the whole. Each marker is meant or spelled."""
+    meant = [part in MARKERS and data.draw(st.booleans()) for part in parts]
+    token_ids = [
+        token_id
+        for part, one in zip(parts, meant, strict=True)
+        for token_id in (tokenizer.encode_prompt(part) if one else tokenizer.encode(part))
+    ]
+    said = "".join(part for part, one in zip(parts, meant, strict=True) if not one)
+    assert TokenText(tokenizer).shown(tokenizer.decode(token_ids), token_ids, finished=True) == said
+    text_of, decoder, waiting, shown = TokenText(tokenizer), codecs.getincrementaldecoder("utf-8")(), "", ""
+    for piece in cut(token_ids, sizes):
+        waiting += "".join(decoder.decode(tokenizer.token_bytes(one)) for one in piece)
+        ready = max(0, len(waiting) - lag)
+        shown += text_of.shown(waiting[:ready], piece, finished=False)
+        waiting = waiting[ready:]
+    assert shown + text_of.shown(waiting, [], finished=True) == said
+
+
 def test_a_model_may_open_the_block_itself(tokenizer: KimiTokenizer) -> None:
     """As behind a template of the user's; later in the answer the tag has no meaning."""
     token_ids = tokenizer.encode_prompt(f"{THINK_BEGIN}why{THINK_END}so{THINK_BEGIN}me")

@@ -6,6 +6,7 @@ Each engine's file derives `PromptPathTests`, says how an answer is ordered, and
 from __future__ import annotations
 
 import io
+import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from hypothesis import strategies as st
 from support.conversations import HOSTILE, Conversation, conversations, core_token_ids, digest, recorded
 from support.data_urls import WRITERS
 from support.images import BAD_IMAGES, gif_header, image_part, png, png_header, random_image
-from support.scripted import TOKEN_CASES, parsed, streamed
+from support.scripted import TOKEN_CASES, completed, parsed, streamed
 from support.server import Server
 from support.videos import make_video, video_part
 
+from k26_plugins.common.prompt.control_tokens import escape, unescape
+from k26_plugins.common.prompt.output import MARKERS
 from k26_plugins.common.prompt.tokenizer import KimiTokenizer
 
 
@@ -134,6 +137,8 @@ class PromptPathTests:
     # Of both parsers, as the log names them.
     parsers: str
     hostile_requests: int
+    # Whether the engine says where in a completion's text a token stands.
+    places_of_tokens: bool
 
     def script(self, folder: Path, answer: str) -> dict[str, Any]:
         """The fields of a request to a server of the checkpoint in `folder` that order `answer`, and its end."""
@@ -235,6 +240,25 @@ class PromptPathTests:
         assert tuple(found) == expected
         assert finish == ("tool_calls" if case.calls else "stop")
         assert streamed(server, case, script) == expected
+
+    @pytest.mark.parametrize("seed", range(3))
+    def test_a_raw_completion_shows_no_marker(self, server: Server, tiny_folder: Path, seed: int) -> None:
+        """In any order with text, streamed or not; what spells one with ordinary tokens stays."""
+        rng = random.Random(seed)
+        kinds = [*MARKERS, "<|reserved_token_300|>", *map(escape, MARKERS), "text ", "<"]
+        parts = rng.choices(kinds, k=20)
+        script = self.script(tiny_folder, "".join(parts))
+        said = "".join(unescape(part) for part in parts if part in kinds[len(MARKERS) + 1 :])
+        prompt = core_token_ids(tiny_folder, Conversation("raw", [{"role": "user", "content": "a"}]))
+        for stream in (False, True):
+            text, names, places = completed(server, prompt, stream=stream, logprobs=1, **script)
+            assert text == "".join(names) == said
+            if self.places_of_tokens:
+                assert places == [len("".join(names[:place])) for place in range(len(names))]
+            echoed, *_ = completed(server, "<|im_user|>a</think>", stream=stream, echo=True, **script)
+            assert echoed == f"<|im_user|>a</think>{said}"
+            asked, *_ = completed(server, prompt, stream=stream, skip_special_tokens=False, **script)
+            assert asked == "".join(map(unescape, parts))
 
     def test_no_request_breaks_the_server(self, server: Server) -> None:
         @given(HOSTILE_BODIES)

@@ -152,6 +152,21 @@ def streamed(server: Server, case: Case, script: dict[str, Any]) -> tuple[str, s
     return reasoning, content, [calls[index] for index in sorted(calls)]
 
 
+def completed(server: Server, prompt: Any, *, stream: bool, **body: Any) -> tuple[str, list[str], list[int]]:
+    """Text of a raw completion, the names of the tokens that have a log probability, and their places in the text."""
+    body = {"model": server.model, "prompt": prompt, "max_tokens": 2000, "temperature": 0, "stream": stream, **body}
+    if stream:
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=120) as response:
+            answers = [json.loads(line[6:]) for line in response.iter_lines() if line.startswith("data: {")]
+    else:
+        answers = [server.complete(**body)]
+    choices = [choice for answer in answers for choice in answer["choices"]]
+    logprobs = [choice["logprobs"] for choice in choices if choice.get("logprobs")]
+    names = [name for one in logprobs for name in one["tokens"]]
+    places = [place for one in logprobs for place in one["text_offset"]]
+    return "".join(choice["text"] for choice in choices), names, places
+
+
 def _body(case: Case, script: dict[str, Any]) -> dict[str, Any]:
     messages = [{"role": "user", "content": "Weather?"}]
     return {"messages": messages, "tools": TOOLS, "max_tokens": 2000, "temperature": 0, **script}

@@ -28,7 +28,7 @@ ABSENT = {
         "vllm.v1.attention.backends.mla.prefill": "before 0.29 prefill on a CPU is computed elsewhere: vLLM's own stays",
     },
     "sglang": {
-        f"{_CHAT}.chat_encoding_adapters:": "before 0.5.23 answers are read as text: a quoted marker counts as a marker",
+        f"{_CHAT}.chat_encoding_adapters": "before 0.5.23 answers are read as text: a quoted marker counts as one",
         f"{_CHAT}.serving_chat:OpenAIServingChat._encoding_output": "as above",
         f"{_CHAT}.serving_chat:OpenAIServingChat._engine_prompt": "before 0.5.20: said in the log",
         f"{_CHAT}.serving_chat:normalize_assistant_tool_call_arguments": "before 0.5.14: said in the log",

@@ -60,6 +60,13 @@ class TokenText:
         self._pending = self._pending[ready:]
         return [piece for piece in pieces if piece]
 
+    def shown(self, text: str, token_ids: Sequence[int], *, finished: bool) -> str:
+        """What a client of raw text gets of the next text: all but the markers. Arguments as of `split`."""
+        pieces = self.split(text, token_ids)
+        if finished:
+            pieces += self.finish()
+        return "".join(piece for piece in pieces if not isinstance(piece, Marker))
+
     def finish(self) -> list[str]:
         """The text that was held back because a marker might have come of it."""
         rest, self._pending = self._pending, ""

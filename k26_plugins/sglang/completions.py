@@ -1,0 +1,90 @@
+"""Raw completions in SGLang: their text without the markers that the model wrote as control tokens, as chats have it.
+
+SGLang hides what a tokenizer calls special. The markers are not called so: its parsers of chats must find them in the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from k26_plugins.common.prompt.token_text import TokenText
+from k26_plugins.common.prompt.tokenizer import KimiTokenizer
+from k26_plugins.sglang import compat_chats
+
+
+def hide_markers(original: Callable[..., None], serving: Any, *args: Any, **kwargs: Any) -> None:
+    """Of a server of completions, which passes on the texts of SGLang's tokenizer manager, and no one else's."""
+    original(serving, *args, **kwargs)
+    if compat_chats.counts_output_ids():
+        serving.tokenizer_manager = _Manager(serving.tokenizer_manager)
+
+
+class _Manager:
+    """SGLang's `TokenizerManager`, but for what its answers show."""
+
+    def __init__(self, manager: Any) -> None:
+        self._manager = manager
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._manager, name)
+
+    def generate_request(self, request: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        """Answers, or the next pieces of them; as they are where the client asks for special tokens."""
+        answers: AsyncIterator[Any] = self._manager.generate_request(request, *args, **kwargs)
+        tokenizer = getattr(self._manager.tokenizer, "plain", None)
+        if tokenizer is None or not request.sampling_params.get("skip_special_tokens", True):
+            return answers
+        return _streamed(tokenizer, answers) if request.stream else _whole(tokenizer, answers)
+
+
+async def _whole(tokenizer: KimiTokenizer, answers: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for answer in answers:
+        if isinstance(answer, list):
+            yield [_hidden(one, _text(tokenizer, one), tokenizer) for one in answer]
+        else:
+            yield _hidden(answer, _text(tokenizer, answer), tokenizer)
+
+
+def _text(tokenizer: KimiTokenizer, answer: dict[str, Any]) -> str:
+    return TokenText(tokenizer).shown(answer["text"], answer["output_ids"], finished=True)
+
+
+async def _streamed(tokenizer: KimiTokenizer, chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
+    choices: dict[int, _Choice] = {}
+    async for chunk in chunks:
+        choice = choices.setdefault(chunk.get("index", 0), _Choice(tokenizer))
+        yield _hidden(chunk, choice.next(chunk), tokenizer)
+
+
+class _Choice:
+    """One streamed answer of a request."""
+
+    def __init__(self, tokenizer: KimiTokenizer) -> None:
+        self._text = TokenText(tokenizer)
+        self._given_out = 0
+        self._shown = ""
+
+    def next(self, chunk: dict[str, Any]) -> str:
+        """What SGLang's next chunk shows: what is new, or everything so far, as in the chunk."""
+        reason = chunk["meta_info"].get("finish_reason")
+        new = compat_chats.new_output_ids(chunk, self._text.num_tokens, reason["type"] if reason else None)
+        text, self._given_out = compat_chats.new_text(chunk, self._given_out)
+        shown = self._text.shown(text, new, finished=reason is not None)
+        if compat_chats.sends_increments():
+            return shown
+        self._shown += shown
+        return self._shown
+
+
+def _hidden(answer: dict[str, Any], text: str, tokenizer: KimiTokenizer) -> dict[str, Any]:
+    """An answer with another text. Beside its log probability a token that is not shown has an empty name."""
+    meta = answer["meta_info"]
+    if meta.get("output_token_logprobs"):
+        special = set(tokenizer.special.values())
+        named = [
+            (value, token_id, "" if token_id in special else name)
+            for value, token_id, name in meta["output_token_logprobs"]
+        ]
+        meta = {**meta, "output_token_logprobs": named}
+    return {**answer, "text": text, "meta_info": meta}
