@@ -241,12 +241,11 @@ class PromptPathTests:
         assert finish == ("tool_calls" if case.calls else "stop")
         assert streamed(server, case, script) == expected
 
-    @pytest.mark.parametrize("seed", range(3))
-    def test_a_raw_completion_shows_no_marker(self, server: Server, tiny_folder: Path, seed: int) -> None:
-        """In any order with text, streamed or not; what spells one with ordinary tokens stays."""
-        rng = random.Random(seed)
+    def test_a_raw_completion_shows_no_marker(self, server: Server, tiny_folder: Path) -> None:
+        """Each among text, streamed or not; what spells one with ordinary tokens stays."""
         kinds = [*MARKERS, "<|reserved_token_300|>", *map(escape, MARKERS), "text ", "<"]
-        parts = rng.choices(kinds, k=20)
+        # Each once: every order is the core's test.
+        parts = random.Random(0).sample(kinds, k=len(kinds))
         script = self.script(tiny_folder, "".join(parts))
         said = "".join(unescape(part) for part in parts if part in kinds[len(MARKERS) + 1 :])
         prompt = core_token_ids(tiny_folder, Conversation("raw", [{"role": "user", "content": "a"}]))
