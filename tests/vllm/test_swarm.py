@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from support.server import Server
 from support.swarm import assert_a_mixed_swarm_is_found, assert_a_swarm_is_held, assert_the_metrics_are_there
 
@@ -13,5 +14,7 @@ def test_a_swarm_is_held_among_hostile_requests(server: Server, tiny_folder: Pat
     assert_the_metrics_are_there(server, ranks=1, layers=2)
 
 
+# CI holds it on the scripted server, tests/operate/test_swarm.py.
+@pytest.mark.long
 def test_a_mixed_swarm_is_found(server: Server) -> None:
     assert_a_mixed_swarm_is_found(server)
