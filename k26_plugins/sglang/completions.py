@@ -81,9 +81,8 @@ def _hidden(answer: dict[str, Any], text: str, tokenizer: KimiTokenizer) -> dict
     """An answer with another text. Beside its log probability a token that is not shown has an empty name."""
     meta = answer["meta_info"]
     if meta.get("output_token_logprobs"):
-        special = set(tokenizer.special.values())
         named = [
-            (value, token_id, "" if token_id in special else name)
+            (value, token_id, "" if token_id in tokenizer.special_ids else name)
             for value, token_id, name in meta["output_token_logprobs"]
         ]
         meta = {**meta, "output_token_logprobs": named}

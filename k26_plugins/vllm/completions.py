@@ -55,9 +55,8 @@ async def _without_markers(
 def _hide(output: Any, text: TokenText, tokenizer: KimiTokenizer, *, finished: bool) -> None:
     """In place. A token that is not shown gets an empty name: vLLM counts places in the text by the names before them."""
     output.text = text.shown(output.text, output.token_ids, finished=finished)
-    hidden = set(tokenizer.special.values())
     for token_id, candidates in zip(output.token_ids, output.logprobs or (), strict=False):
-        if token_id in hidden:
+        if token_id in tokenizer.special_ids:
             candidates[token_id] = dataclasses.replace(candidates[token_id], decoded_token="")
 
 

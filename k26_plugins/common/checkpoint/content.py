@@ -93,7 +93,7 @@ def verify_contents(
     and not read again while the file stays as it is. `on_bytes(count)` is called with bytes that are done, from any thread.
     """
     stop = threading.Event()
-    with ThreadPoolExecutor(min(MAX_THREADS, max(1, usable_cpus()))) as pool:
+    with ThreadPoolExecutor(min(MAX_THREADS, usable_cpus())) as pool:
         try:
             found = pool.map(lambda one: _verify(folder / one.name, one, verified, on_bytes, stop), expected)
             return [problem for problem in found if problem is not None]

@@ -8,6 +8,8 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
+from k26_plugins.common.cache_folder import cache_folder
+
 
 class Verified:
     """Hashes of files by path, size, time of modification and inode, in the user's cache folder.
@@ -17,8 +19,7 @@ class Verified:
 
     def __init__(self, file: Path | None = None) -> None:
         """file: where it is kept, `k26-plugins/verified.json` in `$XDG_CACHE_HOME` or `~/.cache` if not given."""
-        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 a home may be unknown
-        self.file = file or Path(home) / "k26-plugins" / "verified.json"
+        self.file = file or cache_folder() / "verified.json"
         self._lock = threading.Lock()
         self.num_known = 0
         """Files that were not read again."""

@@ -26,7 +26,6 @@ class TokenText:
         self._tokenizer = tokenizer
         self._special_shown = special_shown
         self._markers = {tokenizer.special[name] for name in MARKERS}
-        self._specials = set(tokenizer.special.values())
         self.num_tokens = 0
         self._meant: deque[bool] = deque()
         self._spelled = b""
@@ -34,7 +33,7 @@ class TokenText:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of a whole answer, where the engine gives none: of the special tokens the markers alone, or all."""
-        hidden = set() if self._special_shown else self._specials - self._markers
+        hidden = set() if self._special_shown else self._tokenizer.special_ids - self._markers
         return self._tokenizer.decode([token_id for token_id in token_ids if token_id not in hidden])
 
     def split(self, text: str, token_ids: Sequence[int]) -> list[str]:
@@ -76,7 +75,7 @@ class TokenText:
         if token_id in self._markers:
             self._meant.append(True)
             self._spelled = b""
-        elif token_id not in self._specials:
+        elif token_id not in self._tokenizer.special_ids:
             self._spelled += self._tokenizer.token_bytes(token_id)
             end = 0
             for match in _NAME_BYTES.finditer(self._spelled):

@@ -55,6 +55,7 @@ class KimiTokenizer:
         names = {token_id: name for name, token_id in self.named.items()}
         slots = range(first, first + NUM_SPECIAL_TOKENS)
         self.special = {names.get(token_id, f"<|reserved_token_{token_id}|>"): token_id for token_id in slots}
+        self.special_ids = frozenset(self.special.values())
         self.vocab_size = first + NUM_SPECIAL_TOKENS
         self._special_pattern = re.compile(f"({'|'.join(map(re.escape, self.special))})")
         self._encoding = tiktoken.Encoding(

@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 import torch
 
+from k26_plugins.common.cache_folder import cache_folder
+
 SOURCES = Path(__file__).parent
 # What a wheel for one architecture brings; nothing in a checkout.
 COMPILED = SOURCES / "compiled"
@@ -129,9 +131,7 @@ def build(variant: str) -> Path:
     name = file_name(variant)
     if (COMPILED / name).exists():
         return COMPILED / name
-    # A home that is not known is left as `~`: the message below then names it.
-    cache_home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111
-    folder = Path(cache_home) / "k26-plugins"
+    folder = cache_folder()
     target = folder / name
     if target.exists():
         return target
