@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from k26_plugins.common import tiny
-from k26_plugins.common.checkpoint.table import TORCH_DTYPES, TensorSpec
+from k26_plugins.common.checkpoint.dtypes import TORCH_DTYPES
+from k26_plugins.common.checkpoint.table import TensorSpec
 
 
 def make_quick(folder: Path, sizes: tiny.TinySizes) -> None:
