@@ -37,17 +37,18 @@ def relay(server: Server, orders: list[dict[str, Any]]) -> Iterator[Relay]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            order = orders[len(running.requests)]
+            number = len(running.requests)
             running.requests.append(body)
-            received = b""
-            with httpx.stream("POST", server.url + self.path, json={**body, **order}, timeout=300) as response:
+            # A client that streams sends its next request as soon as it has read the end of this answer.
+            running.answers.append(b"")
+            sent = {**body, **orders[number]}
+            with httpx.stream("POST", server.url + self.path, json=sent, timeout=300) as response:
                 self.send_response(response.status_code)
                 self.send_header("Content-Type", response.headers["Content-Type"])
                 self.end_headers()
                 for piece in response.iter_bytes():
-                    received += piece
+                    running.answers[number] += piece
                     self.wfile.write(piece)
-            running.answers.append(received)
 
         def log_message(self, *args: Any) -> None:
             pass
