@@ -160,7 +160,7 @@ def _install_clients(session: nox.Session) -> None:
 def vllm(session: nox.Session) -> None:
     """The adapter in the newest vLLM that has a CPU build: the real server; and what the session `demo` does."""
     _install_vllm(session, VLLM_SERVED)
-    install(session, "ray")
+    install(session, "ray", "modelscope")
     _install_clients(session)
     session.run("pytest", "-q", "tests/vllm", *session.posargs)
     session.run("python", "ci/demo.py", "vllm", session.create_tmp())

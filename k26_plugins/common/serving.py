@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from k26_plugins.common.checkpoint import Layout, classify, weights_folder
+from k26_plugins.common.checkpoint import Layout, classify
 from k26_plugins.common.config import K26Config
 
 
-def core_config(
-    hf_config: Any, name: str, revision: str | None, warn: Callable[[str], None], cache_dir: str | None = None
-) -> K26Config | None:
+def core_config(hf_config: Any, folder: Path | None, warn: Callable[[str], None]) -> K26Config | None:
     """The core's configuration of a checkpoint in the published layout; None for another layout, which is the engine's.
 
-    `warn` is told once why. name: a folder or a name on the hub. Raises ConfigError or CheckpointError for a checkpoint
-    that is damaged, contradicts itself or is of another model.
+    `warn` is told once why. folder: whose headers are checked; None where the weights are not here. Raises ConfigError or
+    CheckpointError for a checkpoint that is damaged, contradicts itself or is of another model.
     """
-    answer = classify(hf_config.to_dict(), weights_folder(name, revision, cache_dir))
+    answer = classify(hf_config.to_dict(), folder)
     if answer.layout is Layout.PUBLISHED:
         return answer.config
     warn(

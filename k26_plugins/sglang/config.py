@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from typing import Any
 
+from k26_plugins.common.checkpoint import weights_folder
 from k26_plugins.common.serving import core_config, write_vision
 from k26_plugins.common.settings import check_settings
 from k26_plugins.sglang import compat, logger
@@ -28,7 +29,8 @@ class KimiK25Config(compat.in_tree_config()):  # type: ignore[misc]
         if is_parent:
             check_settings()
         warn = logger.warning if is_parent else logger.debug
-        config = core_config(found, str(pretrained_model_name_or_path), kwargs.get("revision"), warn)
+        folder = weights_folder(pretrained_model_name_or_path, kwargs.get("revision"))
+        config = core_config(found, folder, warn)
         # Read where the model is built, in this process.
         found.k26_published_layout = config is not None
         if config is None:

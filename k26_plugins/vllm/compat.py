@@ -142,6 +142,14 @@ def tokenization_class() -> str:
     return older if hasattr(importlib.import_module(TOKENIZE_SERVING), older) else "ServingTokenization"
 
 
+@functools.cache
+def modelscope_folder(name: str, revision: str | None) -> str | None:
+    """Where vLLM takes names for ModelScope's: the folder with the model's small files, fetched if need be."""
+    download = private("vllm.model_executor.model_loader.weight_utils", "maybe_download_from_modelscope")
+    folder: str | None = download(name, revision, ignore_patterns=[".*.safetensors", ".*.bin", ".*.pt"])
+    return folder
+
+
 def register_argument_hook(changes: Registration, module: str, name: str) -> None:
     """Have `module.name(model_config, engine_args, flags)` called where an API server knows its model's configuration.
 

@@ -10,7 +10,7 @@ from k26_plugins.common.config import ARCHITECTURE, K26Config
 from k26_plugins.common.prompt.hf_tokenizer import core_serves_prompts
 from k26_plugins.common.serving import core_config, write_vision
 from k26_plugins.common.settings import check_settings, core_media
-from k26_plugins.vllm import compat, logger
+from k26_plugins.vllm import compat, files, logger
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ def choose_tokenizer(model_config: Any) -> None:
     """The core's tokenizer for this architecture, unless the user chose one, or the checkpoint brings another."""
     if model_config.tokenizer_mode != "auto" or ARCHITECTURE not in (model_config.hf_config.architectures or []):
         return
-    if core_serves_prompts(model_config.tokenizer, model_config.tokenizer_revision):
+    revision = model_config.tokenizer_revision
+    if core_serves_prompts(files.readable_name(model_config.tokenizer, revision), revision):
         model_config.tokenizer_mode = compat.TOKENIZER_MODE
     else:
         logger.info("k26-plugins: the tokenizer and the prompts are vLLM's own.")
@@ -39,7 +40,7 @@ def prepare(model_config: Any) -> None:
     looks at.
     """
     check_settings()
-    config = core_config(model_config.hf_config, model_config.model, model_config.revision, logger.warning)
+    config = core_config(model_config.hf_config, files.checked_folder(model_config), logger.warning)
     if config is not None:
         _write_back(config, model_config.hf_config)
     model_config.k26_plugins = Answer(config)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-from transformers import BaseImageProcessor
 from vllm import envs
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, MediaWithBytes
 from vllm.multimodal.media.base import MediaIO
@@ -19,6 +18,7 @@ from k26_plugins.common import metrics
 from k26_plugins.common.data_url import base64_bytes, data_url_bytes, require_url
 from k26_plugins.common.media import MAX_PIXELS, MediaConfig, MediaError, open_image
 from k26_plugins.common.video import VideoChunk, read_chunks
+from k26_plugins.vllm.files import image_settings
 
 CONNECTOR = "k26"
 
@@ -75,8 +75,7 @@ class K26MediaConnector(MediaConnector):
 
     @classmethod
     def serve(cls, model_config: Any) -> None:
-        settings, _ = BaseImageProcessor.get_image_processor_dict(model_config.model, revision=model_config.revision)
-        cls.model_config, cls.media_config = model_config, MediaConfig.from_dict(settings)
+        cls.model_config, cls.media_config = model_config, MediaConfig.from_dict(image_settings(model_config))
 
     def load_from_url(self, url: str, *args: Any, **kwargs: Any) -> Any:
         require_url(url)

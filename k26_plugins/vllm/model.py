@@ -16,6 +16,7 @@ from k26_plugins.common.ranks import require_everywhere
 from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, core_media, experts_for_device
 from k26_plugins.vllm import compat, logger
 from k26_plugins.vllm.experts import experts_of, use_core_experts
+from k26_plugins.vllm.files import readable_by_vllm
 from k26_plugins.vllm.processing import K26MultiModalProcessor, K26ProcessingInfo
 
 _in_tree = compat.in_tree_model()
@@ -41,7 +42,8 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
         if current_platform.is_cpu():
             compat.use_cpu_prefill_backend("k26_plugins.vllm.attention.K26CPUPrefillBackend")
         compat.hook_checkpoint_loader(whole_checkpoint)
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        with readable_by_vllm(vllm_config.model_config):
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """All of the checkpoint, or any part of it: what is loaded later updates a running server (RLHF)."""

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL import Image
-from transformers import BaseImageProcessor, BatchFeature
+from transformers import BatchFeature
 from vllm.multimodal.processing import BaseProcessingInfo
 from vllm.transformers_utils.processors.kimi_k25 import KimiK25Processor
 
 from k26_plugins.common.media_processor import MediaProcessor
 from k26_plugins.common.video import VideoChunk
 from k26_plugins.vllm import compat
+from k26_plugins.vllm.files import image_settings
 
 _in_tree = compat.in_tree_model()
 
@@ -50,13 +51,11 @@ class K26ProcessingInfo(_in_tree.KimiK25ProcessingInfo):  # type: ignore[misc, n
 
     def __init__(self, ctx: Any) -> None:
         BaseProcessingInfo.__init__(self, ctx)
-        model_config = ctx.model_config
         self.hf_config = self.get_hf_config()
         self.media_token_id = compat.media_token_id(self.hf_config)
         tokenizer = self.get_tokenizer()
         self.media_token = tokenizer.decode(self.media_token_id)
-        settings, _ = BaseImageProcessor.get_image_processor_dict(model_config.model, revision=model_config.revision)
-        self.image_processor = K26ImageProcessor(settings)
+        self.image_processor = K26ImageProcessor(image_settings(ctx.model_config))
         self.media_tokens_calculator = self.image_processor.media_tokens_calculator
         self.hf_processor = KimiK25Processor(
             tokenizer=tokenizer, image_processor=self.image_processor, media_token_id=self.media_token_id

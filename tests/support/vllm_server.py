@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from importlib.util import find_spec
 from pathlib import Path
 
 from support import documented
@@ -23,3 +24,10 @@ def serve(
     # 1 GB of KV cache, and a thread that may move: pinned ones would wait for the cores that another server's work on.
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     return run_server(command, folder, log, {**settings, **environment})
+
+
+def cli_args_module() -> str:
+    """The module of vLLM that has a server's flags, which moved."""
+    places = (f"vllm.entrypoints.{place}" for place in ("common", "launchers", "openai"))
+    place = next(one for one in places if find_spec(one) is not None and find_spec(f"{one}.cli_args") is not None)
+    return f"{place}.cli_args"

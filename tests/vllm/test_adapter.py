@@ -24,6 +24,7 @@ from support.layouts import OTHER, PUBLISHED, make
 from support.registration import assert_all_or_nothing
 from support.remote_code import plant
 from support.versions import wrong_entries
+from support.vllm_server import cli_args_module
 
 from k26_plugins.common.checkpoint import Checkpoint, CheckpointError, expert_name, shard
 from k26_plugins.common.config import ARCHITECTURE, K26Config
@@ -120,13 +121,6 @@ FLAGS: dict[str, tuple[list[str], str | None, str | None]] = {
 """Of the command line, and the parsers of tool calls and of reasoning that come of it."""
 
 
-def flags_of_a_server() -> Any:
-    """The module of vLLM that has them, which moved."""
-    places = (f"vllm.entrypoints.{place}" for place in ("common", "launchers", "openai"))
-    place = next(one for one in places if find_spec(one) is not None and find_spec(f"{one}.cli_args") is not None)
-    return importlib.import_module(f"{place}.cli_args")
-
-
 @pytest.mark.parametrize("name", FLAGS)
 def test_the_parsers_for_a_model_in_an_object_store(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -150,11 +144,8 @@ def test_the_parsers_for_a_model_in_an_object_store(
     flags, tool_parser, reasoning_parser = FLAGS[name]
     if name == "switched off":
         monkeypatch.setenv("K26_PARSERS", "none")
-    arguments = (
-        flags_of_a_server()
-        .make_arg_parser(FlexibleArgumentParser())
-        .parse_args(["--model", "s3://bucket/kimi", *flags])
-    )
+    parser = importlib.import_module(cli_args_module()).make_arg_parser(FlexibleArgumentParser())
+    arguments = parser.parse_args(["--model", "s3://bucket/kimi", *flags])
     engine_args = AsyncEngineArgs.from_cli_args(arguments)
     engine_args.create_model_config()
     ours = compat.PARSER if compat.has_kimi_parser() else "kimi_k2"
@@ -226,7 +217,7 @@ def test_another_layout_is_left_to_vllm(tiny_folder: Path, tmp_path: Path, name:
     """By vLLM's own reading of the configuration, with the reason in one line."""
     folder = make(OTHER[name][0], tiny_folder, tmp_path / "made")
     warnings: list[str] = []
-    assert core_config(hf_config(folder), str(folder), None, warnings.append) is None
+    assert core_config(hf_config(folder), folder, warnings.append) is None
     assert len(warnings) == 1
     assert "the engine's own code serves it" in warnings[0]
 
@@ -234,7 +225,7 @@ def test_another_layout_is_left_to_vllm(tiny_folder: Path, tmp_path: Path, name:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_layout_is_the_cores(tiny_folder: Path, tmp_path: Path, name: str) -> None:
     folder = make(PUBLISHED[name], tiny_folder, tmp_path / "made")
-    assert core_config(hf_config(folder), str(folder), None, pytest.fail) == K26Config.from_path(folder)
+    assert core_config(hf_config(folder), folder, pytest.fail) == K26Config.from_path(folder)
 
 
 def quant_config(folder: Path) -> Any:

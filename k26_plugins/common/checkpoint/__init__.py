@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from k26_plugins.common.checkpoint.check import Report, check
 from k26_plugins.common.checkpoint.classify import Classification, Layout, classify, classify_folder
 from k26_plugins.common.checkpoint.fault import Fault, Problem, compare, folded
-from k26_plugins.common.checkpoint.folder import local_folder, weights_folder
+from k26_plugins.common.checkpoint.folder import local_folder, weights_folder, whole_folder
 from k26_plugins.common.checkpoint.header import CheckpointError
 from k26_plugins.common.checkpoint.table import (
     ShardError,
@@ -59,6 +59,7 @@ __all__ = [
     "shard",
     "tensor_table",
     "weights_folder",
+    "whole_folder",
 ]
 
 

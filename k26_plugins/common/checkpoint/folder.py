@@ -24,12 +24,16 @@ def local_folder(name: str | Path, revision: str | None = None, cache_dir: str |
         return None
     if not isinstance(index, str):
         return None
-    snapshot = Path(index).parent
+    return whole_folder(Path(index).parent)
+
+
+def whole_folder(folder: Path) -> Path | None:
+    """The folder, and None where a file that its index names is not here: a download that an engine goes on with."""
     try:
-        here = all(file.exists() for file in weight_files(snapshot))
+        here = all(file.exists() for file in weight_files(folder))
     except CheckpointError:
         return None
-    return snapshot if here else None
+    return folder if here else None
 
 
 def weights_folder(name: str | Path, revision: str | None = None, cache_dir: str | None = None) -> Path | None:
