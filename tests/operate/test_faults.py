@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from support.endpoint import Fault
 from support.seeded import Seeded, bias_off, draw, expert_scaled, make_golden, theta_off, verdict_of
 
 from k26_plugins.common.config import K26Config
-from k26_plugins.common.tiny import make_tiny
+from k26_plugins.common.tiny import TinySizes, make_tiny
 from k26_plugins.operate.golden import Golden
 from k26_plugins.operate.verify.judge import Verdict
 
@@ -67,6 +68,15 @@ def test_the_tokens_that_each_expert_saw(golden: Golden) -> None:
     assert tokens.sum(1).tolist() == [2 * positions] * 2
     expert = torch.cat([prompt.experts[:, 1, :2] for prompt in golden.prompts]).eq(5).any(-1).sum()
     assert tokens[1, 5] == expert
+
+
+def test_twenty_prompts_take_seconds(tmp_path: Path) -> None:
+    """Of a model of the size and prompts of the number that once were not done after 166 s of a core."""
+    make_tiny(tmp_path / "tiny", TinySizes(layers=12))
+    assert sum(file.stat().st_size for file in (tmp_path / "tiny").iterdir()) > 22e6
+    started = time.process_time()
+    make_golden(tmp_path / "tiny", tmp_path, prompts=20, tokens=100, seed=5)
+    assert time.process_time() - started < 60
 
 
 @pytest.fixture(scope="module")
