@@ -21,7 +21,7 @@ from k26_plugins.common.multimodal import KimiK26
 
 # What trainers call the language model: after the hub's class, transformers' own, and a class of the language model alone.
 SPELLINGS = {"hub": "language_model.model.", "transformers": "model.language_model.", "text": "model."}
-PROMPT = torch.randint(0, 256, (300,), generator=torch.Generator().manual_seed(7))
+PROMPT = torch.randint(0, 256, (200,), generator=torch.Generator().manual_seed(7))
 
 
 @pytest.fixture(scope="module")
