@@ -11,7 +11,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.platforms import current_platform
 
 from k26_plugins.common.checkpoint import TensorSpec, account
-from k26_plugins.common.experts.loading import expert_places, load_experts
+from k26_plugins.common.experts.loading import load_experts
 from k26_plugins.common.ranks import require_everywhere
 from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, core_media, experts_for_device
 from k26_plugins.vllm import compat, logger
@@ -55,7 +55,7 @@ class KimiK25ForConditionalGeneration(TakesAdapters, _in_tree.KimiK25ForConditio
         if not layers:
             return super().load_weights(weights)  # type: ignore[no-any-return]
         assert self.core_config is not None, "the core's experts are of the published layout"
-        with closing(load_experts(weights, expert_places(self.core_config), layers)) as others:
+        with closing(load_experts(weights, self.core_config, layers)) as others:
             return super().load_weights(others)  # type: ignore[no-any-return]
 
 
