@@ -2,7 +2,8 @@
 
     python kernels/bench/cpu_experts.py            a table, about three minutes, 4 GB of memory
     python kernels/bench/cpu_experts.py --save     and a JSON file in kernels/bench/results
-    ATEN_CPU_CAPABILITY=avx2 python …              AVX2 on a CPU with AVX512
+    ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 python …
+                                                   AVX2 on a CPU with AVX512, for torch's products too
 
 The core's backends and, where it is installed, kt-kernel's RAWINT4, in turn and on the same weights. Each figure is the
 best of several turns. `of read` is the bytes of the touched experts, each counted once, over the time, as a share of the
