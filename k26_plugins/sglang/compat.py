@@ -299,6 +299,11 @@ def moe_runner_backend() -> Any:
     return private("sglang.srt.layers.moe.utils", "get_moe_runner_backend")()
 
 
+def moe_all_to_all() -> Any:
+    """What `--moe-a2a-backend` resolved to."""
+    return private("sglang.srt.layers.moe.utils", "get_moe_a2a_backend")()
+
+
 def object_store_folder(name: str, *, fetch: bool = False) -> str:
     """Where SGLang keeps the small files of an object store's model, fetched if need be; any other name as it is."""
     if find_spec("sglang.srt.utils.runai_utils") is None:

@@ -278,14 +278,52 @@ def quant_config(folder: Path) -> Any:
     return compat.compressed_tensors_config().from_config(settings)  # type: ignore[attr-defined]
 
 
+def layer_of(intermediate_size: int = 64) -> FusedMoE:
+    """A layer with the sizes that SGLang gives it before it asks for its scheme."""
+    layer = FusedMoE()
+    layer.num_local_experts, layer.hidden_size, layer.intermediate_size_per_partition = 8, 128, intermediate_size
+    return layer
+
+
+CANNOT = {
+    "DeepEP": (64, "deepep", "cpu", "--moe-a2a-backend deepep hands over tokens sorted by expert"),
+    "a device": (
+        64,
+        "none",
+        "triton",
+        "triton is not, because the Triton kernels run on CUDA and ROCm GPUs, not on cpu",
+    ),
+    "sizes": (48, "none", "cpu", "tensor parallelism leaves 48 of moe_intermediate_size"),
+}
+"""A layer's size, the all-to-all, which of the core's experts cannot serve it, and what is said."""
+
+
+@pytest.mark.parametrize("name", CANNOT)
+def test_what_the_core_cannot_serve_is_asked_before_weights_are_created(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    """By name it is one error; otherwise the layer is SGLang's."""
+    from sglang.srt.layers.moe.utils import MoeA2ABackend
+
+    from k26_plugins.common.experts import ExpertsError
+    from k26_plugins.sglang.experts import core_serves
+
+    size, all_to_all, backend, said = CANNOT[name]
+    monkeypatch.setattr(compat, "moe_all_to_all", lambda: MoeA2ABackend(all_to_all))
+    with pytest.raises(ExpertsError, match=rf"experts \({backend}\) cannot serve here: {said}.*unset K26_EXPERTS"):
+        core_serves(layer_of(size), backend, by_name=True)
+    assert not core_serves(layer_of(size), backend, by_name=False)
+    assert f"SGLang's own INT4 experts are kept; the core's cannot serve here: {said}" in caplog.text
+
+
 def test_routed_experts_get_our_scheme(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from k26_plugins.sglang.experts import K26MoEScheme, chosen_backend, use_core_experts
 
     monkeypatch.setattr(compat, "moe_runner_backend", _Runner("auto"))
     monkeypatch.setattr(compat, "given_runner", lambda: "auto")
     ours, untouched = quant_config(tiny_folder), quant_config(tiny_folder)
-    use_core_experts(ours, chosen_backend(hybrid=False), K26MoEScheme)
-    scheme = ours.get_moe_scheme(FusedMoE(), layer_name="model.layers.1.mlp.experts")
+    use_core_experts(ours, chosen_backend(hybrid=False), K26MoEScheme, by_name=False)
+    scheme = ours.get_moe_scheme(layer_of(), layer_name="model.layers.1.mlp.experts")
     assert isinstance(scheme, K26MoEScheme)
     assert isinstance(ours, compat.compressed_tensors_config())
     assert type(untouched) is compat.compressed_tensors_config()
@@ -299,7 +337,7 @@ def test_sglangs_own_experts_stay_selectable(tiny_folder: Path, monkeypatch: pyt
     monkeypatch.setattr(compat, "moe_runner_backend", _Runner(runner))
     monkeypatch.setattr(compat, "given_runner", lambda: runner)
     config = quant_config(tiny_folder)
-    use_core_experts(config, chosen_backend(hybrid=False), K26MoEScheme)
+    use_core_experts(config, chosen_backend(hybrid=False), K26MoEScheme, by_name=False)
     scheme = config.get_moe_scheme(FusedMoE(), layer_name="model.layers.1.mlp.experts")
     assert type(scheme).__module__.startswith("sglang.")
     with pytest.raises(ValueError, match=r"hybrid run.*leave out --moe-runner-backend"):

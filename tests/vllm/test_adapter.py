@@ -32,7 +32,7 @@ from k26_plugins.common.media import MediaError
 from k26_plugins.common.prompt.hf_tokenizer import core_serves_prompts
 from k26_plugins.common.serving import core_config
 from k26_plugins.vllm import compat, config, register
-from k26_plugins.vllm.experts import K26ExpertsMethod, use_core_experts
+from k26_plugins.vllm.experts import K26ExpertsMethod
 from k26_plugins.vllm.media import K26MediaConnector
 from k26_plugins.vllm.probe import no_compiled_code_cache
 
@@ -226,27 +226,6 @@ def test_another_layout_is_left_to_vllm(tiny_folder: Path, tmp_path: Path, name:
 def test_the_published_layout_is_the_cores(tiny_folder: Path, tmp_path: Path, name: str) -> None:
     folder = make(PUBLISHED[name], tiny_folder, tmp_path / "made")
     assert core_config(hf_config(folder), folder, pytest.fail) == K26Config.from_path(folder)
-
-
-def quant_config(folder: Path) -> Any:
-    """vLLM's own reading of the checkpoint's quantisation."""
-    settings = json.loads((folder / "config.json").read_text())["text_config"]["quantization_config"]
-    return compat.compressed_tensors_config().from_config(settings)
-
-
-def test_only_routed_experts_get_our_method(tiny_folder: Path) -> None:
-    class VllmConfig:
-        quant_config: Any = None
-
-    VllmConfig.quant_config = quant_config(tiny_folder)
-    untouched = quant_config(tiny_folder)
-    use_core_experts(VllmConfig, "cpu")
-    layer = torch.nn.Module()
-    layer.moe_config = object()
-    method = VllmConfig.quant_config.get_quant_method(layer, "model.layers.1.mlp.experts")
-    assert isinstance(method, K26ExpertsMethod)
-    assert isinstance(VllmConfig.quant_config, compat.compressed_tensors_config())
-    assert type(untouched) is compat.compressed_tensors_config()
 
 
 def test_the_methods_weights_are_the_checkpoints(tiny_folder: Path) -> None:
