@@ -376,9 +376,14 @@ def without_kt_wrapper() -> Iterator[None]:
             yield
 
 
+def is_cuda() -> bool:
+    """Whether SGLang runs on NVIDIA GPUs: ROCm is another platform to it."""
+    return bool(private("sglang.srt.utils", "is_cuda")())
+
+
 def experts_scale_output() -> bool:
     """Whether the routed scaling factor is the experts' to apply: on CUDA SGLang's kernels do, elsewhere the layer does."""
-    return bool(private("sglang.srt.utils", "is_cuda")())
+    return is_cuda()
 
 
 def device_type() -> str:

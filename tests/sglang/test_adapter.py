@@ -19,11 +19,13 @@ import torch
 from engine_names import read_snapshot
 from support.experts import error, inputs, judge, route
 from support.layouts import OTHER, PUBLISHED, make
+from support.platforms import SGLANG_PLATFORMS
 from support.registration import assert_all_or_nothing
 from support.remote_code import plant
 from support.sameness import SIZES, TEXTS, image_of, media_line, recorded
 from support.sglang_server import HAS_ENTRY_POINT, boot_folder
 from support.versions import wrong_entries
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from k26_plugins.common.checkpoint import Checkpoint, expert_name
 from k26_plugins.common.config import ARCHITECTURE, ConfigError
@@ -258,6 +260,38 @@ def test_the_router_s_logits_are_float32(monkeypatch: pytest.MonkeyPatch) -> Non
     expected = hidden_states.double() @ gate.weight.double().T
     torch.testing.assert_close(gate(hidden_states).double(), expected, rtol=1e-5, atol=1e-5)
     assert not hasattr(gate, "quant_method")
+
+
+class CountedProducts(TorchDispatchMode):
+    """How many matrix products torch is asked for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (torch.ops.aten.mm.default, torch.ops.aten.mm.dtype, torch.ops.aten.addmm.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(find_spec("sglang.srt.arg_groups") is None, reason="this SGLang has no platform to pretend")
+def test_on_rocm_the_router_computes_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device that is no CPU, and without data: what SGLang's own gate gives there is bfloat16."""
+    from sglang.srt.runtime_context import override_platform
+
+    from k26_plugins.sglang.router import K26Gate
+
+    gate = K26Gate.__new__(K26Gate)
+    torch.nn.Module.__init__(gate)
+    gate.weight = torch.nn.Parameter(torch.empty(8, 64, dtype=torch.bfloat16, device="meta"), requires_grad=False)
+    gate.tiny_router_gemm_max_tokens = -1
+    settings = SimpleNamespace(deterministic=SimpleNamespace(enable_deterministic_inference=False))
+    monkeypatch.setattr("sglang.srt.models.deepseek_v2.get_exec", lambda: settings)
+    hidden_states = torch.empty(3, 64, dtype=torch.bfloat16, device="meta")
+    with override_platform(**SGLANG_PLATFORMS["gfx942"]):
+        with CountedProducts() as in_tree:
+            assert compat.router_gate().forward(gate, hidden_states).dtype == torch.bfloat16  # type: ignore[attr-defined]
+        with CountedProducts() as ours:
+            assert gate(hidden_states).dtype == torch.float32
+    assert ours.count == in_tree.count == 1
 
 
 class _Runner:
