@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -96,6 +97,32 @@ def test_registration_is_all_or_nothing(monkeypatch: pytest.MonkeyPatch, caplog:
     assert looked_up >= 5
     # The last try had every name.
     assert not any(one == other for one, other in zip(before, state(), strict=True))
+
+
+def test_vllms_own_class_serves_where_ours_lacks_a_name(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Only the import of our class needs it, which registration does not do; with K26_STRICT=1 the start ends."""
+    import vllm.multimodal
+
+    register()
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    registered = ModelRegistry.models[ARCHITECTURE]
+    in_tree = compat.in_tree_model().KimiK25ForConditionalGeneration
+    assert registered.load_model_cls() is not in_tree
+    monkeypatch.delattr(vllm.multimodal, "MULTIMODAL_REGISTRY")
+    for name in ("entry", "model"):
+        monkeypatch.delitem(sys.modules, f"k26_plugins.vllm.{name}")
+    monkeypatch.setattr("k26_plugins.vllm.logger.propagate", True)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    assert registered.load_model_cls() is in_tree
+    assert "cannot import name 'MULTIMODAL_REGISTRY'" in caplog.text
+    assert "vLLM's own model class serves" in caplog.text
+    monkeypatch.delitem(sys.modules, "k26_plugins.vllm.entry")
+    monkeypatch.setenv("K26_STRICT", "1")
+    with pytest.raises(SystemExit, match="MULTIMODAL_REGISTRY"):
+        registered.load_model_cls()
 
 
 def test_a_name_that_vllm_lost_is_one_clear_error() -> None:
