@@ -329,15 +329,18 @@ def given_runner() -> str | None:
     return getattr(server_args(), _GIVEN_RUNNER, None)
 
 
-def hook_checkpoint_loader(hook: Callable[..., Any]) -> None:
-    """Put `hook(original, model, weights, target_device)` around what gives a model the weights of SGLang's loader of
-    checkpoints, always a whole one.
+def hook_checkpoint_loader(whole: Callable[..., Any], files: Callable[..., Any]) -> None:
+    """Put `whole(original, model, weights, target_device)` around what gives a model the weights of SGLang's loader of
+    checkpoints, always a whole one; and `files(original, files, …)` around what gives it the tensors of safetensors files.
 
     The loader alone knows that: a model's `load_weights` gets parts of one too, in updates from tensors.
     """
     changes = Registration()
     loader = private("sglang.srt.model_loader.loader", "DefaultModelLoader")
-    wrap(changes, loader, "load_weights_and_postprocess", hook)
+    wrap(changes, loader, "load_weights_and_postprocess", whole)
+    iterators = importlib.import_module("sglang.srt.model_loader.weight_utils")
+    wrap(changes, iterators, "safetensors_weights_iterator", files)
+    wrap(changes, iterators, "buffered_multi_thread_safetensors_weights_iterator", files)
     changes.apply()
 
 

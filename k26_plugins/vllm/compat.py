@@ -299,11 +299,13 @@ def physical_ids(layer: Any) -> Callable[[int], Iterable[int]]:
     return lambda expert: range(expert, total, logical)
 
 
-def hook_checkpoint_loader(hook: Callable[..., Any]) -> None:
-    """Put `hook(original, loader, model_config, model)` around what gives a model the weights of vLLM's loader of
-    checkpoints: the loader alone knows that they are the whole, and what it filters."""
+def hook_checkpoint_loader(whole: Callable[..., Any], files: Callable[..., Any]) -> None:
+    """Put `whole(original, loader, model_config, model)` around what gives a model the weights of vLLM's loader of
+    checkpoints: the loader alone knows that they are the whole, and what it filters. And `files(original, files, use_tqdm,
+    strategy, local_expert_ids, …)` around what gives it the tensors of safetensors files."""
     changes = Registration()
-    wrap(changes, "vllm.model_executor.model_loader.default_loader", "DefaultModelLoader.get_all_weights", hook)
+    wrap(changes, "vllm.model_executor.model_loader.default_loader", "DefaultModelLoader.get_all_weights", whole)
+    wrap(changes, "vllm.model_executor.model_loader.default_loader", "safetensors_weights_iterator", files)
     changes.apply()
 
 

@@ -11,6 +11,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.platforms import current_platform
 
 from k26_plugins.common.checkpoint import TensorSpec, account
+from k26_plugins.common.checkpoint.engine_files import engine_files, is_under_way, with_mapped_files
 from k26_plugins.common.experts.loading import load_experts
 from k26_plugins.common.ranks import require_everywhere
 from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, core_media, experts_for_device
@@ -45,7 +46,7 @@ class KimiK25ForConditionalGeneration(TakesAdapters, _in_tree.KimiK25ForConditio
         if current_platform.is_cpu():
             compat.use_cpu_prefill_backend("k26_plugins.vllm.attention.K26CPUPrefillBackend")
         prepare_adapters(vllm_config)
-        compat.hook_checkpoint_loader(whole_checkpoint)
+        compat.hook_checkpoint_loader(whole_checkpoint, files_of_checkpoint)
         with readable_by_vllm(vllm_config.model_config):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
 
@@ -67,9 +68,25 @@ def whole_checkpoint(
     config = getattr(model, "core_config", None)
     if not isinstance(model, KimiK25ForConditionalGeneration) or config is None:
         return weights
+    if layers := experts_of(model):
+        weights = with_mapped_files(weights, config, layers)
     experts, left_out = compat.loader_filters(loader)
 
     def is_expected(spec: TensorSpec) -> bool:
         return (experts is None or spec.expert is None or spec.expert in experts) and not spec.name.startswith(left_out)
 
     return account(weights, config, is_expected)
+
+
+def files_of_checkpoint(
+    original: Callable[..., Iterable[tuple[str, torch.Tensor]]],
+    files: list[str],
+    use_tqdm: bool,
+    strategy: str | None = None,
+    local_expert_ids: set[int] | None = None,
+    **prefetch: Any,
+) -> Iterable[tuple[str, torch.Tensor]]:
+    """The tensors of safetensors files; a way to read them that the user chose stays vLLM's."""
+    if not is_under_way() or strategy not in (None, "lazy"):
+        return original(files, use_tqdm, strategy, local_expert_ids, **prefetch)
+    return engine_files(sorted(files), logger, local_expert_ids)

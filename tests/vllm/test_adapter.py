@@ -293,16 +293,17 @@ def test_what_must_be_loaded_is_what_vllms_loader_promises(tiny_folder: Path, mo
     from vllm.config.load import LoadConfig
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-    from k26_plugins.vllm.model import KimiK25ForConditionalGeneration, whole_checkpoint
+    from k26_plugins.vllm.model import KimiK25ForConditionalGeneration, files_of_checkpoint, whole_checkpoint
 
     checkpoint = Checkpoint(tiny_folder)
     read = list(checkpoint.table)
     monkeypatch.setattr(DefaultModelLoader, "get_all_weights", DefaultModelLoader.get_all_weights)
-    compat.hook_checkpoint_loader(whole_checkpoint)
+    compat.hook_checkpoint_loader(whole_checkpoint, files_of_checkpoint)
     monkeypatch.setattr(
         DefaultModelLoader, "_get_weights_iterator", lambda self, source: ((n, checkpoint.tensor(n)) for n in read)
     )
     model = KimiK25ForConditionalGeneration.__new__(KimiK25ForConditionalGeneration)
+    torch.nn.Module.__init__(model)
     model.core_config = checkpoint.config
     loader = DefaultModelLoader(LoadConfig())
 

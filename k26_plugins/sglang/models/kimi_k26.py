@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from k26_plugins.common.checkpoint import account
+from k26_plugins.common.checkpoint.engine_files import engine_files, is_under_way, with_mapped_files
 from k26_plugins.common.config import K26Config
 from k26_plugins.common.experts.loading import load_experts
 from k26_plugins.common.ranks import require_everywhere
 from k26_plugins.common.settings import experts_setting
-from k26_plugins.sglang import compat
+from k26_plugins.sglang import compat, logger
 from k26_plugins.sglang.experts import K26MoEScheme, chosen_backend, experts_of, use_core_experts
 from k26_plugins.sglang.hybrid import K26HybridScheme, hybrid_settings
 from k26_plugins.sglang.router import use_float32_logits
@@ -32,7 +33,7 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
             from k26_plugins.sglang.attention import K26TorchNativeAttnBackend
 
             compat.use_absorbed_mla_on_torch_native(K26TorchNativeAttnBackend)
-        compat.hook_checkpoint_loader(whole_checkpoint)
+        compat.hook_checkpoint_loader(whole_checkpoint, files_of_checkpoint)
         if self.core_config is None:
             super().__init__(config, quant_config, prefix, **kwargs)
         else:
@@ -64,8 +65,20 @@ def whole_checkpoint(
     """What SGLang's loader of checkpoints gives a model, accounted for: it promises the whole, at a start or an update."""
     config = getattr(model, "core_config", None)
     if isinstance(model, KimiK25ForConditionalGeneration) and config is not None:
+        if layers := experts_of(model):
+            weights = with_mapped_files(weights, config, layers)
         weights = account(weights, config)
     return original(model, weights, target_device)
+
+
+def files_of_checkpoint(
+    original: Callable[..., Any], files: list[str], *args: Any, disable_mmap: bool = False, **kwargs: Any
+) -> Any:
+    """The tensors of safetensors files; a way to read them that the user chose stays SGLang's."""
+    chosen = disable_mmap or kwargs.get("prefetch") or kwargs.get("drop_cache_after_load")
+    if chosen or not is_under_way():
+        return original(files, *args, disable_mmap=disable_mmap, **kwargs)
+    return engine_files(files, logger)
 
 
 EntryClass = [KimiK25ForConditionalGeneration]

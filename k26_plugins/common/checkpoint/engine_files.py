@@ -1,0 +1,108 @@
+"""The files that an engine's loader of checkpoints has chosen, mapped in the place of the engine's own iterator.
+
+An engine finds, downloads and filters the files; one function of its gives their tensors, for every model. Ours takes its
+place while a model of ours is loaded, and says once, not by rank, how far it is.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from k26_plugins.common.checkpoint.expert_names import ExpertNames, expert_names
+from k26_plugins.common.checkpoint.mapped import mapped_tensors
+from k26_plugins.common.config import K26Config
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Progress:
+    """Says in a log how many bytes were loaded, how fast, and what time is left."""
+
+    def __init__(
+        self, num_bytes: int, say: Callable[[str], object], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.num_bytes, self.done = num_bytes, 0
+        self._say, self._clock = say, clock
+        self._start = self._said = clock()
+
+    def advance(self, count: int) -> None:
+        self.done += count
+        now = self._clock()
+        if now - self._said >= SECONDS_BETWEEN_LINES:
+            self._said = now
+            left = (self.num_bytes - self.done) * (now - self._start) / self.done
+            self._say(f"weights: {_gb(self.done)} of {_gb(self.num_bytes)} GB, {self._rate(now)}, {left:.0f} s left")
+
+    def end(self) -> None:
+        now = self._clock()
+        self._say(f"weights: {_gb(self.done)} GB in {now - self._start:.1f} s, {self._rate(now)}")
+
+    def _rate(self, now: float) -> str:
+        return f"{self.done / 1e9 / max(now - self._start, 1e-9):.2f} GB/s"
+
+
+class _Load:
+    """A load of one of our models that is under way."""
+
+    def __init__(self, config: K26Config, layers: Mapping[int, object]) -> None:
+        self.names: ExpertNames = expert_names(config)
+        self.layers = layers
+
+
+_under_way: list[_Load] = []
+
+
+def with_mapped_files(
+    weights: Iterable[tuple[str, torch.Tensor]], config: K26Config, layers: Mapping[int, object]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Pass the engine's weights on; files that it opens meanwhile are mapped by us.
+
+    layers: those with routed experts on this rank, by number. What others have is not read ahead.
+    """
+    load = _Load(config, layers)
+    _under_way.append(load)
+    try:
+        yield from weights
+    finally:
+        _under_way.remove(load)
+
+
+def is_under_way() -> bool:
+    return bool(_under_way)
+
+
+def engine_files(
+    files: Sequence[str], logger: logging.Logger, experts: Iterable[int] | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of the files, for the load that is under way.
+
+    experts: those of the checkpoint's experts that the engine wants, all if not given; others are left out.
+    """
+    load = _under_way[-1]
+    chosen = None if experts is None else set(experts)
+
+    def is_wanted(name: str) -> bool:
+        found = load.names.expert_tensor(name)
+        return chosen is None or found is None or found.expert in chosen
+
+    def is_read(name: str) -> bool:
+        found = load.names.expert_tensor(name)
+        return found is None or (found.layer in load.layers and is_wanted(name))
+
+    paths = [Path(file) for file in files]
+    first = not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0
+    say = logger.info if first else logger.debug
+    progress = Progress(sum(path.stat().st_size for path in paths if path.exists()), say)
+    tensors = mapped_tensors(paths, is_read, progress.advance)
+    yield from tensors if chosen is None else ((name, tensor) for name, tensor in tensors if is_wanted(name))
+    progress.end()
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.1f}"

@@ -1,0 +1,156 @@
+"""A checkpoint's files mapped one by one, in the order of their bytes, and read ahead of what is made of them.
+
+A rank touches just the rows that it keeps, so nothing is copied that it does not need. What comes next is asked of the
+disk while a window of neighbouring tensors is loaded or repacked. A mapped file that gets shorter would end the process
+without a word (SIGBUS), so each is looked at again before every window.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from k26_plugins.common.checkpoint.dtypes import TORCH_DTYPES
+from k26_plugins.common.checkpoint.header import CheckpointError, HeaderEntry, read_header
+
+WINDOW_BYTES = 64 * 2**20
+AHEAD_BYTES = 512 * 2**20
+_DTYPES = TORCH_DTYPES | {"F16": torch.float16}
+
+
+class _File:
+    """A file as it was when it was opened. Raises CheckpointError where it cannot be, or is not whole."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries = sorted(read_header(path), key=lambda entry: entry.start)
+        self._descriptor = os.open(path, os.O_RDONLY)
+        found = os.fstat(self._descriptor)
+        self._state = _state(found)
+        self.size = found.st_size
+        for entry in self.entries:
+            if entry.dtype not in _DTYPES:
+                raise CheckpointError(f"{entry.name} in {path} has dtype {entry.dtype}, which this model has nowhere.")
+            if math.prod(entry.shape) * _DTYPES[entry.dtype].itemsize != entry.end - entry.start:
+                raise CheckpointError(f"{entry.name} in {path} is not as long as its shape says: download it again.")
+        if self.entries and self.entries[-1].end > self.size:
+            raise CheckpointError(f"{self.entries[-1].name} ends after {path} does: download that file again.")
+
+    def map(self) -> mmap.mmap:
+        # A private mapping may be written to as torch demands; nobody does.
+        return mmap.mmap(self._descriptor, self.size, access=mmap.ACCESS_COPY)
+
+    def ask_for(self, start: int, end: int) -> None:
+        """Have the system read these bytes, without waiting for them."""
+        os.posix_fadvise(self._descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
+
+    def require_unchanged(self) -> None:
+        try:
+            now = _state(self.path.stat())
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path} vanished while it was loaded ({error.strerror}): start again when it is back."
+            ) from error
+        if now != self._state:
+            raise CheckpointError(f"{self.path} was changed while it was loaded: start again when it is whole.")
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+class _Window(NamedTuple):
+    """Neighbouring tensors of a file."""
+
+    entries: Sequence[HeaderEntry]
+
+    @property
+    def start(self) -> int:
+        return self.entries[0].start
+
+    @property
+    def end(self) -> int:
+        return self.entries[-1].end
+
+
+def mapped_tensors(
+    files: Sequence[Path],
+    is_read: Callable[[str], bool] = lambda name: True,
+    on_bytes: Callable[[int], None] = lambda count: None,
+    window_bytes: int = WINDOW_BYTES,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of the files by name, views of the mapped files.
+
+    is_read: whether the tensor's bytes will be touched, else they are not read ahead. on_bytes: told the length of each
+    window when all of it was taken. Raises CheckpointError with the file's name where a file is damaged, vanishes, or is
+    changed before its last tensor was taken.
+    """
+    for path in files:
+        file = _File(path)
+        try:
+            if file.entries:
+                yield from _tensors(file, is_read, on_bytes, window_bytes)
+        finally:
+            file.close()
+
+
+def _tensors(
+    file: _File, is_read: Callable[[str], bool], on_bytes: Callable[[int], None], window_bytes: int
+) -> Iterator[tuple[str, torch.Tensor]]:
+    mapping = file.map()
+    whole = torch.frombuffer(mapping, dtype=torch.uint8)
+    by_dtype: dict[str, torch.Tensor] = {}
+    windows = _windows(file.entries, window_bytes)
+    ahead = 0
+    for window in windows:
+        file.require_unchanged()
+        while ahead < len(windows) and windows[ahead].start < window.end + AHEAD_BYTES:
+            if any(is_read(entry.name) for entry in windows[ahead].entries):
+                file.ask_for(windows[ahead].start, windows[ahead].end)
+            ahead += 1
+        for name, shape, dtype, start, end in window.entries:
+            item = _DTYPES[dtype].itemsize
+            if start % item:
+                yield name, whole[start:end].clone().view(_DTYPES[dtype]).view(shape)
+                continue
+            if dtype not in by_dtype:
+                by_dtype[dtype] = whole[: len(whole) // item * item].view(_DTYPES[dtype])
+            yield name, by_dtype[dtype].as_strided(shape, _strides(shape), start // item)
+        _let_go(mapping, window)
+        on_bytes(window.end - window.start)
+    file.require_unchanged()
+
+
+def _strides(shape: Sequence[int]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= size
+    return tuple(reversed(strides))
+
+
+def _let_go(mapping: mmap.mmap, window: _Window) -> None:
+    """Take the window's pages out of the process's memory; a view that is kept finds them again."""
+    start = -(-window.start // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = window.end - start
+    if length > 0:
+        mapping.madvise(mmap.MADV_DONTNEED, start, length)
+
+
+def _windows(entries: Sequence[HeaderEntry], window_bytes: int) -> list[_Window]:
+    windows: list[_Window] = []
+    first = 0
+    for index, entry in enumerate(entries):
+        if index > first and entry.end - entries[first].start > window_bytes:
+            windows.append(_Window(entries[first:index]))
+            first = index
+    return [*windows, _Window(entries[first:])]
+
+
+def _state(found: os.stat_result) -> tuple[int, int, int, int]:
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
