@@ -309,6 +309,16 @@ def hook_checkpoint_loader(whole: Callable[..., Any], files: Callable[..., Any])
     changes.apply()
 
 
+def reads_ahead_itself(files: list[str]) -> bool:
+    """Whether the files lie on a network, of which vLLM reads all ahead with several threads at once."""
+    module = importlib.import_module("vllm.model_executor.model_loader.weight_utils")
+    kind = getattr(module, "_get_fs_type", None)
+    if kind is None:
+        # 0.19 knows NFS alone.
+        return bool(module._is_nfs_path(files))
+    return kind(files) in ("nfs", "nfs4", "lustre")
+
+
 def hook_lora_modules(hook: Callable[..., Any]) -> None:
     """Put `hook(original, model)` around what says which modules of a model may have adapters."""
     changes = Registration()

@@ -87,6 +87,6 @@ def files_of_checkpoint(
     **prefetch: Any,
 ) -> Iterable[tuple[str, torch.Tensor]]:
     """The tensors of safetensors files; a way to read them that the user chose stays vLLM's."""
-    if not is_under_way() or strategy not in (None, "lazy"):
+    if not is_under_way() or strategy not in (None, "lazy") or compat.reads_ahead_itself(files):
         return original(files, use_tqdm, strategy, local_expert_ids, **prefetch)
     return engine_files(sorted(files), logger, local_expert_ids)

@@ -23,6 +23,8 @@ ABSENT = {
             "later releases do not ask the experts for it"
         ),
         "vllm:envs.VLLM_MAX_IMAGE_PIXELS": "the core's own limit holds",
+        "vllm.model_executor.model_loader.weight_utils:_get_fs_type": "0.19 has `_is_nfs_path`",
+        "vllm.model_executor.model_loader.weight_utils:_is_nfs_path": "`_get_fs_type` since 0.20",
         "vllm.parser.": "before 0.25 there is no parser of this model's that ours could mend: vLLM's own parsers serve",
         "vllm.tool_parsers.tool_strict_level:": "before 0.31 a grammar has calls in it by other rules",
         "vllm.v1.attention.backends.mla.prefill": "before 0.29 prefill on a CPU is computed elsewhere: vLLM's own stays",
