@@ -33,6 +33,7 @@ BESIDES: dict[str, tuple[str, ...]] = {
         "vllm.entrypoints.serve.tokenize.protocol:TokenizeChatRequest.build_chat_params",
         "vllm.entrypoints.serve.tokenize.serving:OpenAIServingTokenization.create_tokenize",
         "vllm.entrypoints.serve.tokenize.serving:ServingTokenization.create_tokenize",
+        "vllm.model_executor.layers.fused_moe.config:FusedMoEParallelConfig.use_batched_activation_format",
     ),
     "sglang": (
         "sglang.srt.layers.moe.fused_moe_triton.layer:create_kt_config_from_server_args",

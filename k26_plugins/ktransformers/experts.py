@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 import torch
 
 from k26_plugins.common.cores import Core, cores
-from k26_plugins.common.experts.base import ExpertsBackend, ExpertsError, ExpertWeights, local_ids
+from k26_plugins.common.experts.base import ExpertsBackend, ExpertsError, ExpertWeights, Sizes, local_ids
 from k26_plugins.common.int4 import GROUP_SIZE
 from k26_plugins.common.settings import cpu_threads_setting
 from k26_plugins.ktransformers import compat
@@ -44,7 +44,7 @@ class KtExperts(ExpertsBackend):
         self.kept = kept
 
     @classmethod
-    def unsupported(cls, weights: ExpertWeights) -> str | None:
+    def unsupported(cls, weights: Sizes) -> str | None:
         if weights.device.type != "cpu":
             return f"the weights are on {weights.device}"
         if (reason := compat.ends_the_process()) is not None:

@@ -299,6 +299,11 @@ def moe_runner_backend() -> Any:
     return private("sglang.srt.layers.moe.utils", "get_moe_runner_backend")()
 
 
+def moe_all_to_all() -> Any:
+    """What `--moe-a2a-backend` resolved to."""
+    return private("sglang.srt.layers.moe.utils", "get_moe_a2a_backend")()
+
+
 def object_store_folder(name: str, *, fetch: bool = False) -> str:
     """Where SGLang keeps the small files of an object store's model, fetched if need be; any other name as it is."""
     if find_spec("sglang.srt.utils.runai_utils") is None:
@@ -374,9 +379,14 @@ def without_kt_wrapper() -> Iterator[None]:
             yield
 
 
+def is_cuda() -> bool:
+    """Whether SGLang runs on NVIDIA GPUs: ROCm is another platform to it."""
+    return bool(private("sglang.srt.utils", "is_cuda")())
+
+
 def experts_scale_output() -> bool:
     """Whether the routed scaling factor is the experts' to apply: on CUDA SGLang's kernels do, elsewhere the layer does."""
-    return bool(private("sglang.srt.utils", "is_cuda")())
+    return is_cuda()
 
 
 def device_type() -> str:

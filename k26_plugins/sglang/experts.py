@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 
+from k26_plugins.common.experts import ExpertsError, why_unsupported
+from k26_plugins.common.experts.base import LayerSizes
 from k26_plugins.common.experts.loading import ExpertsOfLayer
 from k26_plugins.common.experts.parameters import LayerExperts
 from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, experts_for_device, experts_setting
@@ -93,10 +97,13 @@ def experts_of(model: torch.nn.Module) -> dict[int, ExpertsOfLayer]:
     }
 
 
-def use_core_experts(quant_config: Any, backend_name: str, make_scheme: Callable[[str], K26MoEScheme]) -> None:
+def use_core_experts(
+    quant_config: Any, backend_name: str, make_scheme: Callable[[str], K26MoEScheme], *, by_name: bool
+) -> None:
     """Give this model's quantisation configuration our scheme for routed experts, and leave the rest of it alone.
 
-    make_scheme: from a backend's name, one for each layer; not called for the name of SGLang's own experts. The object's
+    make_scheme: from a backend's name, one for each layer; not called for the name of SGLang's own experts. by_name: no
+    other experts may take the place of the core's. The object's
     class is replaced by a subclass of its own: the one of another model in the process keeps its.
     """
     base = compat.compressed_tensors_config()
@@ -108,11 +115,44 @@ def use_core_experts(quant_config: Any, backend_name: str, make_scheme: Callable
 
     class K26QuantConfig(type(quant_config)):  # type: ignore[misc]
         def get_moe_scheme(self, layer: torch.nn.Module, layer_name: str | None = None) -> Any:
-            if backend_name == ENGINE:
+            if backend_name == ENGINE or not core_serves(layer, backend_name, by_name=by_name):
                 return super().get_moe_scheme(layer=layer, layer_name=layer_name)
             return make_scheme(backend_name)
 
     quant_config.__class__ = K26QuantConfig
+
+
+@cache
+def _say_once(level: int, message: str) -> None:
+    """Every layer of a model has the same to say."""
+    logger.log(level, message)
+
+
+def core_serves(layer: Any, backend_name: str, *, by_name: bool) -> bool:
+    """Whether the core's experts can serve a fused-MoE layer as SGLang runs it here; asked before its weights are created.
+
+    Raises ExpertsError where they cannot and nothing else may, `by_name`; otherwise the layer is left to SGLang.
+    """
+    sizes = (layer.num_local_experts, layer.hidden_size, layer.intermediate_size_per_partition)
+    reason = why_unsupported(LayerSizes(*sizes, torch.get_default_device()), backend_name)
+    all_to_all = compat.moe_all_to_all()
+    if not all_to_all.is_none():
+        reason = (
+            f"--moe-a2a-backend {all_to_all.value} hands over tokens sorted by expert, and they take tokens with their "
+            f"routing: leave that flag out"
+        )
+    if reason is None:
+        _say_once(logging.INFO, f"k26-plugins: INT4 experts run on the core ({backend_name}).")
+        return True
+    if by_name:
+        raise ExpertsError(
+            f"the core's experts ({backend_name}) cannot serve here: {reason}. Or unset {EXPERTS_VARIABLE} and the --kt "
+            f"flags for SGLang's own."
+        )
+    _say_once(
+        logging.WARNING, f"k26-plugins: SGLang's own INT4 experts are kept; the core's cannot serve here: {reason}."
+    )
+    return False
 
 
 def chosen_backend(*, hybrid: bool) -> str:
@@ -141,6 +181,4 @@ def chosen_backend(*, hybrid: bool) -> str:
     backend_name = setting if hybrid else experts_for_device(compat.device_type())
     if backend_name == ENGINE:
         logger.info("k26-plugins: SGLang's own INT4 experts are kept (%s chooses).", EXPERTS_VARIABLE)
-    else:
-        logger.info("k26-plugins: INT4 experts run on the core (%s).", backend_name)
     return backend_name

@@ -11,11 +11,11 @@ from k26_plugins.sglang import compat
 
 
 class K26Gate(compat.router_gate()):  # type: ignore[misc]
-    """SGLang's gate, whose own kernels give float32 on some GPUs and numbers of tokens, and bfloat16 on the others."""
+    """SGLang's gate, whose own kernels give float32 on most NVIDIA GPUs and numbers of tokens, and bfloat16 elsewhere."""
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if hidden_states.device.type == "cpu":
-            # sglang-kt would compile a CUDA kernel.
+        if hidden_states.device.type == "cpu" or not compat.is_cuda():
+            # AITER and CPUs give bfloat16: the in-tree product would be thrown away. sglang-kt would compile a CUDA kernel.
             return router_logits(hidden_states, self.weight)
         logits: torch.Tensor = super().forward(hidden_states, *args, **kwargs)
         return logits if logits.dtype == torch.float32 else router_logits(hidden_states, self.weight)

@@ -23,7 +23,7 @@ def register() -> None:
 
         changes = Registration()
         refuse_remote_code(changes)
-        compat.register_model(changes, "k26_plugins.vllm.model")
+        compat.register_model(changes, "k26_plugins.vllm.entry")
         compat.register_tokenizer(
             changes, ("k26_plugins.vllm.tokenizer", "K26Tokenizer"), ("k26_plugins.vllm.renderer", "K26Renderer")
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,8 +13,11 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
 from vllm.model_executor.utils import set_weight_attrs
 
+from k26_plugins.common.experts import ExpertsError, why_unsupported
+from k26_plugins.common.experts.base import LayerSizes
 from k26_plugins.common.experts.loading import ExpertsOfLayer
 from k26_plugins.common.experts.parameters import LayerExperts
+from k26_plugins.common.settings import EXPERTS_VARIABLE, experts_setting
 from k26_plugins.vllm import compat, logger
 
 
@@ -202,9 +207,46 @@ def use_core_experts(vllm_config: Any, backend_name: str) -> None:
 
     class K26QuantConfig(type(quant_config)):  # type: ignore[misc]
         def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-            if compat.is_routed_experts(layer):
+            if compat.is_routed_experts(layer) and core_serves(layer.moe_config, backend_name):
                 return K26ExpertsMethod(layer.moe_config, backend_name)
             return super().get_quant_method(layer, prefix)
 
     quant_config.__class__ = K26QuantConfig
-    logger.info("k26-plugins: INT4 experts run on the core (%s).", backend_name)
+
+
+@cache
+def _say_once(level: int, message: str) -> None:
+    """Every layer of a model has the same to say."""
+    logger.log(level, message)
+
+
+def core_serves(moe: FusedMoEConfig, backend_name: str) -> bool:
+    """Whether the core's experts can serve a layer as vLLM runs it here; asked before its weights are created.
+
+    Raises ExpertsError where they cannot and the user named them; otherwise the layer is left to vLLM.
+    """
+    reason = why_unsupported(
+        LayerSizes(
+            moe.num_local_experts,
+            moe.hidden_dim,
+            moe.intermediate_size_per_partition,
+            torch.get_default_device(),
+        ),
+        backend_name,
+    )
+    if moe.moe_parallel_config.use_batched_activation_format:
+        reason = (
+            f"--all2all-backend {moe.moe_parallel_config.all2all_backend} hands each expert its tokens in a buffer of its "
+            f"own, and they take tokens with their routing: choose another all-to-all"
+        )
+    if reason is None:
+        _say_once(logging.INFO, f"k26-plugins: INT4 experts run on the core ({backend_name}).")
+        return True
+    if experts_setting() != "auto":
+        raise ExpertsError(
+            f"{EXPERTS_VARIABLE}={backend_name} cannot serve here: {reason}. Or unset {EXPERTS_VARIABLE} for vLLM's own."
+        )
+    _say_once(
+        logging.WARNING, f"k26-plugins: vLLM's own INT4 experts are kept; the core's cannot serve here: {reason}."
+    )
+    return False

@@ -18,6 +18,7 @@ from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, core_media, ex
 from k26_plugins.vllm import compat, logger
 from k26_plugins.vllm.experts import experts_of, use_core_experts
 from k26_plugins.vllm.files import readable_by_vllm
+from k26_plugins.vllm.lora import SPELLINGS, TakesAdapters, prepare_adapters
 from k26_plugins.vllm.processing import K26MultiModalProcessor, K26ProcessingInfo
 
 _in_tree = compat.in_tree_model()
@@ -29,8 +30,10 @@ _MEDIA = (
 
 
 @MULTIMODAL_REGISTRY.register_processor(_MEDIA[0], info=_MEDIA[1], dummy_inputs=_in_tree.KimiK25DummyInputsBuilder)
-class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):  # type: ignore[misc, name-defined]
+class KimiK25ForConditionalGeneration(TakesAdapters, _in_tree.KimiK25ForConditionalGeneration):  # type: ignore[misc, name-defined]
     """Keeps the in-tree class' name: vLLM compares names."""
+
+    hf_to_vllm_mapper = _in_tree.KimiK25ForConditionalGeneration.hf_to_vllm_mapper | SPELLINGS
 
     def __init__(self, vllm_config: Any, prefix: str = "") -> None:
         require_everywhere("VLLM_PLUGINS")
@@ -42,6 +45,7 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
             use_core_experts(vllm_config, backend)
         if current_platform.is_cpu():
             compat.use_cpu_prefill_backend("k26_plugins.vllm.attention.K26CPUPrefillBackend")
+        prepare_adapters(vllm_config)
         compat.hook_checkpoint_loader(whole_checkpoint, files_of_checkpoint)
         with readable_by_vllm(vllm_config.model_config):
             super().__init__(vllm_config=vllm_config, prefix=prefix)

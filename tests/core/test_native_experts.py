@@ -349,14 +349,16 @@ def test_a_compiler_too_old_for_the_best_set(empty_cache: Path, monkeypatch: pyt
 @needs_native
 @pytest.mark.skipif("amx_tile" in build.cpu_flags(), reason="this system gives AMX's registers")
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="AMX is x86-64's")
-def test_a_system_that_refuses_amx(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asked for in truth: the next set is taken."""
+def test_a_system_that_refuses_amx(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Asked for in truth: the next set is taken, and the log says so."""
     best = build.variants()[0]
     library.cache_clear()
     monkeypatch.setattr(build, "variants", lambda: ["amx", best])
     with pytest.raises(BuildError, match="the system refuses the registers of amx"):
         library("amx")
-    assert Threads(library()).instruction_set == Threads(library(best)).instruction_set
+    with caplog.at_level(logging.WARNING):
+        assert Threads(library()).instruction_set == Threads(library(best)).instruction_set
+    assert f"run on {best} and not on the faster amx: the system refuses the registers" in caplog.text
     library.cache_clear()
 
 

@@ -19,11 +19,13 @@ import torch
 from engine_names import read_snapshot
 from support.experts import error, inputs, judge, route
 from support.layouts import OTHER, PUBLISHED, make
+from support.platforms import SGLANG_PLATFORMS
 from support.registration import assert_all_or_nothing
 from support.remote_code import plant
 from support.sameness import SIZES, TEXTS, image_of, media_line, recorded
 from support.sglang_server import HAS_ENTRY_POINT, boot_folder
 from support.versions import wrong_entries
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from k26_plugins.common.checkpoint import Checkpoint, expert_name
 from k26_plugins.common.config import ARCHITECTURE, ConfigError
@@ -260,6 +262,38 @@ def test_the_router_s_logits_are_float32(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not hasattr(gate, "quant_method")
 
 
+class CountedProducts(TorchDispatchMode):
+    """How many matrix products torch is asked for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (torch.ops.aten.mm.default, torch.ops.aten.mm.dtype, torch.ops.aten.addmm.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(find_spec("sglang.srt.arg_groups") is None, reason="this SGLang has no platform to pretend")
+def test_on_rocm_the_router_computes_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device that is no CPU, and without data: what SGLang's own gate gives there is bfloat16."""
+    from sglang.srt.runtime_context import override_platform
+
+    from k26_plugins.sglang.router import K26Gate
+
+    gate = K26Gate.__new__(K26Gate)
+    torch.nn.Module.__init__(gate)
+    gate.weight = torch.nn.Parameter(torch.empty(8, 64, dtype=torch.bfloat16, device="meta"), requires_grad=False)
+    gate.tiny_router_gemm_max_tokens = -1
+    settings = SimpleNamespace(deterministic=SimpleNamespace(enable_deterministic_inference=False))
+    monkeypatch.setattr("sglang.srt.models.deepseek_v2.get_exec", lambda: settings)
+    hidden_states = torch.empty(3, 64, dtype=torch.bfloat16, device="meta")
+    with override_platform(**SGLANG_PLATFORMS["gfx942"]):
+        with CountedProducts() as in_tree:
+            assert compat.router_gate().forward(gate, hidden_states).dtype == torch.bfloat16  # type: ignore[attr-defined]
+        with CountedProducts() as ours:
+            assert gate(hidden_states).dtype == torch.float32
+    assert ours.count == in_tree.count == 1
+
+
 class _Runner:
     """A value of `--moe-runner-backend`, as SGLang resolves it."""
 
@@ -278,14 +312,52 @@ def quant_config(folder: Path) -> Any:
     return compat.compressed_tensors_config().from_config(settings)  # type: ignore[attr-defined]
 
 
+def layer_of(intermediate_size: int = 64) -> FusedMoE:
+    """A layer with the sizes that SGLang gives it before it asks for its scheme."""
+    layer = FusedMoE()
+    layer.num_local_experts, layer.hidden_size, layer.intermediate_size_per_partition = 8, 128, intermediate_size
+    return layer
+
+
+CANNOT = {
+    "DeepEP": (64, "deepep", "cpu", "--moe-a2a-backend deepep hands over tokens sorted by expert"),
+    "a device": (
+        64,
+        "none",
+        "triton",
+        "triton is not, because the Triton kernels run on CUDA and ROCm GPUs, not on cpu",
+    ),
+    "sizes": (48, "none", "cpu", "tensor parallelism leaves 48 of moe_intermediate_size"),
+}
+"""A layer's size, the all-to-all, which of the core's experts cannot serve it, and what is said."""
+
+
+@pytest.mark.parametrize("name", CANNOT)
+def test_what_the_core_cannot_serve_is_asked_before_weights_are_created(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    """By name it is one error; otherwise the layer is SGLang's."""
+    from sglang.srt.layers.moe.utils import MoeA2ABackend
+
+    from k26_plugins.common.experts import ExpertsError
+    from k26_plugins.sglang.experts import core_serves
+
+    size, all_to_all, backend, said = CANNOT[name]
+    monkeypatch.setattr(compat, "moe_all_to_all", lambda: MoeA2ABackend(all_to_all))
+    with pytest.raises(ExpertsError, match=rf"experts \({backend}\) cannot serve here: {said}.*unset K26_EXPERTS"):
+        core_serves(layer_of(size), backend, by_name=True)
+    assert not core_serves(layer_of(size), backend, by_name=False)
+    assert f"SGLang's own INT4 experts are kept; the core's cannot serve here: {said}" in caplog.text
+
+
 def test_routed_experts_get_our_scheme(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from k26_plugins.sglang.experts import K26MoEScheme, chosen_backend, use_core_experts
 
     monkeypatch.setattr(compat, "moe_runner_backend", _Runner("auto"))
     monkeypatch.setattr(compat, "given_runner", lambda: "auto")
     ours, untouched = quant_config(tiny_folder), quant_config(tiny_folder)
-    use_core_experts(ours, chosen_backend(hybrid=False), K26MoEScheme)
-    scheme = ours.get_moe_scheme(FusedMoE(), layer_name="model.layers.1.mlp.experts")
+    use_core_experts(ours, chosen_backend(hybrid=False), K26MoEScheme, by_name=False)
+    scheme = ours.get_moe_scheme(layer_of(), layer_name="model.layers.1.mlp.experts")
     assert isinstance(scheme, K26MoEScheme)
     assert isinstance(ours, compat.compressed_tensors_config())
     assert type(untouched) is compat.compressed_tensors_config()
@@ -299,7 +371,7 @@ def test_sglangs_own_experts_stay_selectable(tiny_folder: Path, monkeypatch: pyt
     monkeypatch.setattr(compat, "moe_runner_backend", _Runner(runner))
     monkeypatch.setattr(compat, "given_runner", lambda: runner)
     config = quant_config(tiny_folder)
-    use_core_experts(config, chosen_backend(hybrid=False), K26MoEScheme)
+    use_core_experts(config, chosen_backend(hybrid=False), K26MoEScheme, by_name=False)
     scheme = config.get_moe_scheme(FusedMoE(), layer_name="model.layers.1.mlp.experts")
     assert type(scheme).__module__.startswith("sglang.")
     with pytest.raises(ValueError, match=r"hybrid run.*leave out --moe-runner-backend"):

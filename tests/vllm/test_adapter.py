@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -32,7 +33,7 @@ from k26_plugins.common.media import MediaError
 from k26_plugins.common.prompt.hf_tokenizer import core_serves_prompts
 from k26_plugins.common.serving import core_config
 from k26_plugins.vllm import compat, config, register
-from k26_plugins.vllm.experts import K26ExpertsMethod, use_core_experts
+from k26_plugins.vllm.experts import K26ExpertsMethod
 from k26_plugins.vllm.media import K26MediaConnector
 from k26_plugins.vllm.probe import no_compiled_code_cache
 
@@ -96,6 +97,32 @@ def test_registration_is_all_or_nothing(monkeypatch: pytest.MonkeyPatch, caplog:
     assert looked_up >= 5
     # The last try had every name.
     assert not any(one == other for one, other in zip(before, state(), strict=True))
+
+
+def test_vllms_own_class_serves_where_ours_lacks_a_name(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Only the import of our class needs it, which registration does not do; with K26_STRICT=1 the start ends."""
+    import vllm.multimodal
+
+    register()
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    registered = ModelRegistry.models[ARCHITECTURE]
+    in_tree = compat.in_tree_model().KimiK25ForConditionalGeneration
+    assert registered.load_model_cls() is not in_tree
+    monkeypatch.delattr(vllm.multimodal, "MULTIMODAL_REGISTRY")
+    for name in ("entry", "model"):
+        monkeypatch.delitem(sys.modules, f"k26_plugins.vllm.{name}")
+    monkeypatch.setattr("k26_plugins.vllm.logger.propagate", True)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    assert registered.load_model_cls() is in_tree
+    assert "cannot import name 'MULTIMODAL_REGISTRY'" in caplog.text
+    assert "vLLM's own model class serves" in caplog.text
+    monkeypatch.delitem(sys.modules, "k26_plugins.vllm.entry")
+    monkeypatch.setenv("K26_STRICT", "1")
+    with pytest.raises(SystemExit, match="MULTIMODAL_REGISTRY"):
+        registered.load_model_cls()
 
 
 def test_a_name_that_vllm_lost_is_one_clear_error() -> None:
@@ -226,27 +253,6 @@ def test_another_layout_is_left_to_vllm(tiny_folder: Path, tmp_path: Path, name:
 def test_the_published_layout_is_the_cores(tiny_folder: Path, tmp_path: Path, name: str) -> None:
     folder = make(PUBLISHED[name], tiny_folder, tmp_path / "made")
     assert core_config(hf_config(folder), folder, pytest.fail) == K26Config.from_path(folder)
-
-
-def quant_config(folder: Path) -> Any:
-    """vLLM's own reading of the checkpoint's quantisation."""
-    settings = json.loads((folder / "config.json").read_text())["text_config"]["quantization_config"]
-    return compat.compressed_tensors_config().from_config(settings)
-
-
-def test_only_routed_experts_get_our_method(tiny_folder: Path) -> None:
-    class VllmConfig:
-        quant_config: Any = None
-
-    VllmConfig.quant_config = quant_config(tiny_folder)
-    untouched = quant_config(tiny_folder)
-    use_core_experts(VllmConfig, "cpu")
-    layer = torch.nn.Module()
-    layer.moe_config = object()
-    method = VllmConfig.quant_config.get_quant_method(layer, "model.layers.1.mlp.experts")
-    assert isinstance(method, K26ExpertsMethod)
-    assert isinstance(VllmConfig.quant_config, compat.compressed_tensors_config())
-    assert type(untouched) is compat.compressed_tensors_config()
 
 
 def test_the_methods_weights_are_the_checkpoints(tiny_folder: Path) -> None:

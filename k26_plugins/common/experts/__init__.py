@@ -8,12 +8,13 @@ from functools import cache
 from importlib.metadata import entry_points
 
 from k26_plugins.common import metrics
-from k26_plugins.common.experts.base import Expert, ExpertsBackend, ExpertsError, ExpertWeights, RoutedExperts
+from k26_plugins.common.experts.base import Expert, ExpertsBackend, ExpertsError, ExpertWeights, RoutedExperts, Sizes
 from k26_plugins.common.experts.cpu import CpuExperts
 from k26_plugins.common.experts.native import NativeExperts
 from k26_plugins.common.experts.reference import ReferenceExperts, reference_experts
 from k26_plugins.common.experts.selftest import self_test_error
 from k26_plugins.common.experts.triton import TritonExperts
+from k26_plugins.common.int4 import GROUP_SIZE
 
 __all__ = [
     "BACKENDS",
@@ -26,6 +27,7 @@ __all__ = [
     "create_experts",
     "find_backend",
     "reference_experts",
+    "why_unsupported",
 ]
 
 logger = logging.getLogger(__name__)
@@ -59,6 +61,35 @@ def find_backend(name: str) -> type[ExpertsBackend]:
     raise ExpertsError(f"no experts backend {name!r}: choose auto or one of {', '.join(backend_names())}.")
 
 
+def why_unsupported(sizes: Sizes, backend: str = "auto") -> str | None:
+    """Why no backend that `create_experts` may take supports experts of these sizes, or None: before they are loaded.
+
+    Raises ExpertsError for a name that no backend has.
+    """
+    if sizes.intermediate_size % GROUP_SIZE:
+        return (
+            f"tensor parallelism leaves {sizes.intermediate_size} of moe_intermediate_size on a rank, which is no multiple "
+            f"of the INT4 group of {GROUP_SIZE}: choose a smaller tensor parallel size, or add expert parallelism"
+        )
+    refused: list[str] = []
+    for candidate in _candidates(sizes, backend):
+        reason = candidate.unsupported(sizes)
+        if reason is None:
+            return None
+        refused.append(_refusal(candidate, reason))
+    return "; ".join(refused) or f"there are none for {sizes.device}"
+
+
+def _candidates(sizes: Sizes, backend: str) -> list[type[ExpertsBackend]]:
+    if backend != "auto":
+        return [find_backend(backend)]
+    return [one for one in BACKENDS.values() if one.device_type in (None, sizes.device.type)]
+
+
+def _refusal(candidate: type[ExpertsBackend], reason: str) -> str:
+    return f"{candidate.name} is not, because {reason.rstrip('.')}"
+
+
 def create_experts(weights: ExpertWeights, backend: str = "auto", *, update: bool = False) -> ExpertsBackend:
     """Choose a backend for these weights and give them to it.
 
@@ -67,8 +98,7 @@ def create_experts(weights: ExpertWeights, backend: str = "auto", *, update: boo
     of a layer that is there. Raises ExpertsError.
     """
     refused: list[str] = []
-    fitting = (one for one in BACKENDS.values() if one.device_type in (None, weights.device.type))
-    for candidate in fitting if backend == "auto" else (find_backend(backend),):
+    for candidate in _candidates(weights, backend):
         reason = candidate.unsupported(weights)
         if reason is None:
             began = time.perf_counter()
@@ -78,7 +108,7 @@ def create_experts(weights: ExpertWeights, backend: str = "auto", *, update: boo
                 if refused:
                     _warn_once(f"experts backend {candidate.name} is used: {'; '.join(refused)}")
                 return candidate.load(weights)
-        refused.append(f"{candidate.name} is not, because {reason}")
+        refused.append(_refusal(candidate, reason))
     raise ExpertsError(
         f"no experts backend can be used on {weights.device}: {'; '.join(refused)}. Serving would give garbage. "
         f"Check the checkpoint with `k26 check`, and report this with the device's name."

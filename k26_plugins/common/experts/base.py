@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Self
+from typing import ClassVar, NamedTuple, Protocol, Self
 
 import torch
 
@@ -27,6 +27,28 @@ class Expert(NamedTuple):
     """int32 `[H, I / 8]`."""
     w2_scale: torch.Tensor
     """bfloat16 `[H, I / 32]`."""
+
+
+class Sizes(Protocol):
+    """What a backend must know of a layer's experts on this rank to say whether it can run them."""
+
+    @property
+    def num_experts(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+
+
+class LayerSizes(NamedTuple):
+    """`Sizes` of weights that do not exist yet."""
+
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+    device: torch.device
 
 
 @dataclass(slots=True)
@@ -163,8 +185,8 @@ class ExpertsBackend(RoutedExperts):
 
     @classmethod
     @abstractmethod
-    def unsupported(cls, weights: ExpertWeights) -> str | None:
-        """Why this backend cannot run these weights on their device, or None."""
+    def unsupported(cls, weights: Sizes) -> str | None:
+        """Why this backend cannot run weights of these sizes on their device, or None. Asked before they are created."""
 
     @classmethod
     @abstractmethod

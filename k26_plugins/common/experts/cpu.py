@@ -15,7 +15,7 @@ from typing import Self
 import torch
 import torch.nn.functional as F
 
-from k26_plugins.common.experts.base import ExpertsBackend, ExpertWeights, tokens_by_expert
+from k26_plugins.common.experts.base import ExpertsBackend, ExpertWeights, Sizes, tokens_by_expert
 from k26_plugins.common.int4 import GROUP_SIZE, PACK_FACTOR
 from k26_plugins.common.linear import multiplies_bfloat16
 
@@ -138,7 +138,7 @@ class CpuExperts(ExpertsBackend):
         self.w2 = w2
 
     @classmethod
-    def unsupported(cls, weights: ExpertWeights) -> str | None:
+    def unsupported(cls, weights: Sizes) -> str | None:
         if weights.device.type != "cpu":
             return f"the weights are on {weights.device}"
         layout = packed_layout()

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from k26_plugins.common.experts import create_experts, find_backend
-from k26_plugins.common.experts.base import Expert, ExpertsBackend, ExpertsError, ExpertWeights
+from k26_plugins.common.experts import create_experts, find_backend, why_unsupported
+from k26_plugins.common.experts.base import Expert, ExpertsBackend, ExpertsError, ExpertWeights, LayerSizes
 from k26_plugins.common.experts.op import held_experts, number_of, routed_experts
 from k26_plugins.common.int4 import GROUP_SIZE, PACK_FACTOR
 
@@ -41,14 +41,14 @@ class LayerExperts:
         intermediate_size: this rank's part. backend_name: as `create_experts` takes it. `on_parameter` gives each
         parameter what the engine's loader reads from it. device: where they are created, the default device if not given.
         The checkpoint's `_shape` tensors have no place: they say nothing that the configuration does not. Raises
-        ExpertsError where tensor parallelism cuts through an INT4 group.
+        ExpertsError, before anything is created, where no such backend takes these sizes on this device.
         """
         inner = intermediate_size
-        if inner % GROUP_SIZE:
-            raise ExpertsError(
-                f"tensor parallelism leaves {inner} of moe_intermediate_size on a rank, which is no multiple of the INT4 "
-                f"group of {GROUP_SIZE}: choose a smaller tensor parallel size, or add expert parallelism."
-            )
+        self.device = torch.get_default_device() if device is None else device
+        sizes = LayerSizes(num_experts, hidden_size, inner, self.device)
+        # A hybrid run may have no expert of a layer on its device.
+        if num_experts and (reason := why_unsupported(sizes, backend_name)) is not None:
+            raise ExpertsError(f"no experts backend can be used on {self.device}: {reason}.")
         self.layer = layer
         self.num_experts = num_experts
         self.backend_name = backend_name
@@ -67,7 +67,6 @@ class LayerExperts:
         self._awaited: dict[str, int] = {}
         self._was_closed = False
         self._takes_workspace = False
-        self.device = torch.get_default_device() if device is None else device
         self._create()
 
     @property

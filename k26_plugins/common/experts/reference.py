@@ -8,7 +8,7 @@ from typing import Self
 import torch
 import torch.nn.functional as F
 
-from k26_plugins.common.experts.base import Expert, ExpertsBackend, ExpertWeights, tokens_by_expert
+from k26_plugins.common.experts.base import Expert, ExpertsBackend, ExpertWeights, Sizes, tokens_by_expert
 from k26_plugins.common.int4 import dequantise
 
 
@@ -48,7 +48,7 @@ class ReferenceExperts(ExpertsBackend):
         self.weights = weights
 
     @classmethod
-    def unsupported(cls, weights: ExpertWeights) -> str | None:
+    def unsupported(cls, weights: Sizes) -> str | None:
         return None
 
     @classmethod

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 
-from k26_plugins.common.experts.base import ExpertsBackend, ExpertWeights
+from k26_plugins.common.experts.base import ExpertsBackend, ExpertWeights, Sizes
 from k26_plugins.common.settings import batch_invariant_setting
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class TritonExperts(ExpertsBackend):
         self.batch_invariant = batch_invariant
 
     @classmethod
-    def unsupported(cls, weights: ExpertWeights) -> str | None:
+    def unsupported(cls, weights: Sizes) -> str | None:
         reason = unusable_on(weights.device)
         if reason is not None:
             return reason

@@ -14,6 +14,7 @@ from k26_plugins.common.checkpoint.engine_files import engine_files, is_under_wa
 from k26_plugins.common.config import K26Config
 from k26_plugins.common.experts.loading import load_experts
 from k26_plugins.common.ranks import require_everywhere
+from k26_plugins.common.settings import experts_setting
 from k26_plugins.sglang import compat, logger
 from k26_plugins.sglang.experts import K26MoEScheme, chosen_backend, experts_of, use_core_experts
 from k26_plugins.sglang.hybrid import K26HybridScheme, hybrid_settings
@@ -38,7 +39,8 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
         else:
             hybrid = hybrid_settings(self.core_config)
             make_scheme = K26MoEScheme if hybrid is None else partial(K26HybridScheme, settings=hybrid)
-            use_core_experts(quant_config, chosen_backend(hybrid=hybrid is not None), make_scheme)
+            by_name = hybrid is not None or experts_setting() != "auto"
+            use_core_experts(quant_config, chosen_backend(hybrid=hybrid is not None), make_scheme, by_name=by_name)
             with compat.without_kt_wrapper():
                 super().__init__(config, quant_config, prefix, **kwargs)
             use_float32_logits(self)

@@ -7,7 +7,7 @@ from typing import NamedTuple, Self
 
 import torch
 
-from k26_plugins.common.experts.base import ExpertsBackend, ExpertsError, ExpertWeights
+from k26_plugins.common.experts.base import ExpertsBackend, ExpertsError, ExpertWeights, Sizes
 from k26_plugins.common.experts.native.build import BuildError, library
 from k26_plugins.common.experts.native.layout import restore_rows
 from k26_plugins.common.experts.native.threads import Call, Layer, process_threads
@@ -44,7 +44,7 @@ class NativeExperts(ExpertsBackend):
         )
 
     @classmethod
-    def unsupported(cls, weights: ExpertWeights) -> str | None:
+    def unsupported(cls, weights: Sizes) -> str | None:
         if weights.device.type != "cpu":
             return f"the weights are on {weights.device}"
         try:

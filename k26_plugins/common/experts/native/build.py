@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import hashlib
+import logging
 import os
 import shutil
 import subprocess
@@ -19,6 +20,8 @@ from typing import NamedTuple
 import torch
 
 from k26_plugins.common.cache_folder import cache_folder
+
+logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent
 # What a wheel for one architecture brings; nothing in a checkout.
@@ -89,11 +92,15 @@ def _best_library() -> ctypes.CDLL:
     first: BuildError | None = None
     for name in variants():
         try:
-            return library(name)
+            found = library(name)
         except BuildError as error:
             first = first or error
-    found = torch.backends.cpu.get_cpu_capability()
-    raise first or BuildError(f"it needs AVX2, AVX512 or ARM's dot product and torch finds {found}")
+            continue
+        if first:
+            logger.warning("The CPU experts run on %s and not on the faster %s: %s", name, variants()[0], first)
+        return found
+    capability = torch.backends.cpu.get_cpu_capability()
+    raise first or BuildError(f"it needs AVX2, AVX512 or ARM's dot product and torch finds {capability}")
 
 
 def variants() -> list[str]:

@@ -1,0 +1,14 @@
+"""The class that vLLM's registry loads: ours, or vLLM's own where this vLLM lacks a name that ours is made from."""
+
+from __future__ import annotations
+
+from k26_plugins.common.registration import go_without
+from k26_plugins.vllm import compat, logger
+
+try:
+    from k26_plugins.vllm.model import KimiK25ForConditionalGeneration
+except (ImportError, AttributeError, compat.UnsupportedEngineError) as error:
+    go_without(error, "vLLM's own model class serves, with its own experts and media", logger)
+    KimiK25ForConditionalGeneration = compat.in_tree_model().KimiK25ForConditionalGeneration
+
+__all__ = ["KimiK25ForConditionalGeneration"]

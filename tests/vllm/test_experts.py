@@ -1,0 +1,94 @@
+"""Which layers the core's experts take, and what happens to those that they cannot serve."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEParallelConfig, RoutingMethodType
+
+from k26_plugins.common.experts import ExpertsError
+from k26_plugins.vllm import compat
+from k26_plugins.vllm.experts import K26ExpertsMethod, core_serves, use_core_experts
+
+
+def quant_config(folder: Path) -> Any:
+    """vLLM's own reading of the checkpoint's quantisation."""
+    settings = json.loads((folder / "config.json").read_text())["text_config"]["quantization_config"]
+    return compat.compressed_tensors_config().from_config(settings)
+
+
+def moe_config(intermediate_size: int = 64, **parallel: Any) -> FusedMoEConfig:
+    """Of a small layer on one rank, but for what `parallel` says."""
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+
+    values: dict[str, Any] = {
+        "num_experts": 8,
+        "experts_per_token": 2,
+        "hidden_dim": 128,
+        "num_local_experts": 8,
+        "num_logical_experts": 8,
+        "activation": MoEActivation.SILU,
+        "device": "cpu",
+        "routing_method": RoutingMethodType.DeepSeekV3,
+        "moe_parallel_config": dataclasses.replace(FusedMoEParallelConfig.make_no_parallel(), **parallel),
+        "in_dtype": torch.bfloat16,
+        "intermediate_size": intermediate_size,
+        # 0.19.1 takes the part of a rank instead.
+        "intermediate_size_per_partition": intermediate_size,
+    }
+    names = {field.name for field in dataclasses.fields(FusedMoEConfig) if field.init}
+    if "intermediate_size" in names:
+        del values["intermediate_size_per_partition"]
+    return FusedMoEConfig(**{name: value for name, value in values.items() if name in names})
+
+
+def test_only_routed_experts_get_our_method(tiny_folder: Path) -> None:
+    class VllmConfig:
+        quant_config: Any = None
+
+    VllmConfig.quant_config = quant_config(tiny_folder)
+    untouched = quant_config(tiny_folder)
+    use_core_experts(VllmConfig, "cpu")
+    layer = torch.nn.Module()
+    layer.moe_config = moe_config()
+    method = VllmConfig.quant_config.get_quant_method(layer, "model.layers.1.mlp.experts")
+    assert isinstance(method, K26ExpertsMethod)
+    assert isinstance(VllmConfig.quant_config, compat.compressed_tensors_config())
+    assert type(untouched) is compat.compressed_tensors_config()
+
+
+CANNOT: dict[str, tuple[dict[str, Any], str, str]] = {
+    "DeepEP low latency": (
+        {"dp_size": 2, "use_ep": True, "all2all_backend": "deepep_low_latency"},
+        "cpu",
+        "--all2all-backend deepep_low_latency hands each expert its tokens",
+    ),
+    "a device": ({}, "triton", "triton is not, because the Triton kernels run on CUDA and ROCm GPUs, not on cpu"),
+    "sizes": ({"intermediate_size": 48}, "cpu", "tensor parallelism leaves 48 of moe_intermediate_size"),
+}
+"""What of a layer the core's experts cannot serve, which of them, and what is said."""
+
+
+@pytest.mark.parametrize("name", CANNOT)
+def test_what_the_core_cannot_serve_is_asked_before_weights_are_created(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    """By name it is one error; otherwise the layer is vLLM's."""
+    changed, backend, said = CANNOT[name]
+    moe = moe_config(**changed)
+    monkeypatch.setenv("K26_EXPERTS", backend)
+    with pytest.raises(ExpertsError, match=rf"K26_EXPERTS={backend} cannot serve here: {said}.*unset K26_EXPERTS"):
+        core_serves(moe, backend)
+    monkeypatch.delenv("K26_EXPERTS")
+    monkeypatch.setattr("k26_plugins.vllm.logger.propagate", True)
+    assert not core_serves(moe, backend)
+    assert f"vLLM's own INT4 experts are kept; the core's cannot serve here: {said}" in caplog.text
+
+
+def test_deepep_for_throughput_is_served() -> None:
+    assert core_serves(moe_config(dp_size=2, use_ep=True, all2all_backend="deepep_high_throughput"), "cpu")
