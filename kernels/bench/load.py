@@ -51,14 +51,14 @@ def build(folder: Path) -> tuple[Any, Any, Any]:
 
 def loads(loader: Any, model_config: Any, model: Any) -> dict[str, Callable[[], object]]:
     """What is timed, by name."""
-    in_tree = type(model).__mro__[1]
+    in_tree = super(type(model), model)
     files = sorted(Path(model_config.model).glob("*.safetensors"))
     of_vllm = type(loader).get_all_weights.__wrapped__
 
     def own() -> None:
         # The parameters are ours, and have no place for the shapes: vLLM is spared a third of the experts' tensors.
         weights = of_vllm(loader, model_config, model)
-        in_tree.load_weights(model, (pair for pair in weights if not pair[0].endswith(".weight_shape")))
+        in_tree.load_weights(pair for pair in weights if not pair[0].endswith(".weight_shape"))
 
     return {
         "reading the files": lambda: [len(file.read_bytes()) for file in files],
