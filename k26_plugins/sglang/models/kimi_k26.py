@@ -20,12 +20,34 @@ from k26_plugins.sglang.router import use_float32_logits
 
 _in_tree = compat.in_tree_model()
 
+# What SGLang looks up on the model that it serves and only the language model has: in some releases, or in all. Not among
+# them is what prefill with context parallelism looks up: it calls the decoder itself, and would leave images out.
+OF_LANGUAGE_MODEL = frozenset(
+    {
+        "end_layer",
+        "get_embed_and_head",
+        "lm_head",
+        "logits_processor",
+        "num_fused_shared_experts",
+        "post_load_weights",
+        "prepare_context_parallel_metadata_for_dcp",
+        "routed_experts_weights_of_layer",
+        "set_eagle3_layers_to_capture",
+        "set_embed_and_head",
+        "start_layer",
+    }
+)
+
 
 class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):  # type: ignore[misc, name-defined]
     """Keeps the in-tree class' name: SGLang compares names."""
 
+    # Looked up on the class, before there is a model; SGLang adds to it.
+    packed_modules_mapping = compat.language_model().packed_modules_mapping
+
     def __init__(self, config: Any, quant_config: Any = None, prefix: str = "", **kwargs: Any) -> None:
         require_everywhere("SGLANG_PLUGINS")
+        self.left_out: set[str] = set()
         self.core_config = K26Config.from_dict(config.to_dict()) if config.k26_published_layout else None
         if compat.device_type() == "cpu":
             from k26_plugins.sglang.attention import K26TorchNativeAttnBackend
@@ -47,6 +69,7 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
         """All of the checkpoint, or any part of it: what is loaded later updates a running server (RLHF)."""
+        self.left_out = set()
         compat.forget_media_embeddings()
         layers = experts_of(self)
         if not layers:
@@ -55,6 +78,25 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
         with closing(load_experts(weights, expert_places(self.core_config), layers)) as others:
             return super().load_weights(others)
 
+    def __getattr__(self, name: str) -> Any:
+        """Called for what neither this class nor SGLang's has."""
+        language_model = self.__dict__.get("_modules", {}).get("language_model")
+        if name in OF_LANGUAGE_MODEL and language_model is not None:
+            return getattr(language_model, name)
+        return super().__getattr__(name)
+
+    def generate_weight_name_filter(self, experts: dict[int, list[int]]) -> Callable[[str], bool]:
+        """Which tensors SGLang reads again when a rank and its `experts`, numbers by layer, are lost. Without it, all."""
+        is_wanted = self.language_model.generate_weight_name_filter(experts)
+
+        def is_read(name: str) -> bool:
+            if not is_wanted(name):
+                self.left_out.add(name)
+                return False
+            return True
+
+        return is_read
+
 
 def whole_checkpoint(
     original: Callable[..., Any], model: Any, weights: Iterable[tuple[str, torch.Tensor]], target_device: Any
@@ -62,7 +104,7 @@ def whole_checkpoint(
     """What SGLang's loader of checkpoints gives a model, accounted for: it promises the whole, at a start or an update."""
     config = getattr(model, "core_config", None)
     if isinstance(model, KimiK25ForConditionalGeneration) and config is not None:
-        weights = account(weights, config)
+        weights = account(weights, config, lambda spec: spec.name not in model.left_out)
     return original(model, weights, target_device)
 
 
