@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from pathlib import Path
 from typing import Annotated
@@ -80,6 +79,8 @@ def swarm(
     Exits with 0 where the server holds, with 1 where something was lost, mixed up or failed, and with 2 where it could not
     be asked.
     """
+    import asyncio
+
     import httpx
 
     from k26_plugins.common.config import ConfigError

@@ -307,6 +307,22 @@ def hook_checkpoint_loader(hook: Callable[..., Any]) -> None:
     changes.apply()
 
 
+def hook_lora_modules(hook: Callable[..., Any]) -> None:
+    """Put `hook(original, model)` around what says which modules of a model may have adapters."""
+    changes = Registration()
+    wrap(changes, "vllm.lora.model_manager", "get_supported_lora_modules", hook)
+    changes.apply()
+
+
+def hook_cpu_adapters(hook: Callable[..., Any]) -> None:
+    """Put `hook(original, inputs, weights, output, lora_indices, …)` around each adapter's first product on a CPU."""
+    changes = Registration()
+    # The one calls it for decoding, the other for prefill.
+    wrap(changes, "vllm.lora.punica_wrapper.punica_cpu", "bgmv_shrink", hook)
+    wrap(changes, "vllm.lora.ops.torch_ops.lora_ops", "bgmv_shrink", hook)
+    changes.apply()
+
+
 def loader_filters(loader: Any) -> tuple[set[int] | None, tuple[str, ...]]:
     """The ids of the experts that a loader of checkpoints reads, None for all; and the beginnings of the names that
     `--mm-encoder-only` lets it leave out."""

@@ -11,12 +11,13 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.platforms import current_platform
 
 from k26_plugins.common.checkpoint import TensorSpec, account
-from k26_plugins.common.experts.loading import expert_places, load_experts
+from k26_plugins.common.experts.loading import load_experts
 from k26_plugins.common.ranks import require_everywhere
 from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, core_media, experts_for_device
 from k26_plugins.vllm import compat, logger
 from k26_plugins.vllm.experts import experts_of, use_core_experts
 from k26_plugins.vllm.files import readable_by_vllm
+from k26_plugins.vllm.lora import SPELLINGS, TakesAdapters, prepare_adapters
 from k26_plugins.vllm.processing import K26MultiModalProcessor, K26ProcessingInfo
 
 _in_tree = compat.in_tree_model()
@@ -28,8 +29,10 @@ _MEDIA = (
 
 
 @MULTIMODAL_REGISTRY.register_processor(_MEDIA[0], info=_MEDIA[1], dummy_inputs=_in_tree.KimiK25DummyInputsBuilder)
-class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):  # type: ignore[misc, name-defined]
+class KimiK25ForConditionalGeneration(TakesAdapters, _in_tree.KimiK25ForConditionalGeneration):  # type: ignore[misc, name-defined]
     """Keeps the in-tree class' name: vLLM compares names."""
+
+    hf_to_vllm_mapper = _in_tree.KimiK25ForConditionalGeneration.hf_to_vllm_mapper | SPELLINGS
 
     def __init__(self, vllm_config: Any, prefix: str = "") -> None:
         require_everywhere("VLLM_PLUGINS")
@@ -41,6 +44,7 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
             use_core_experts(vllm_config, backend)
         if current_platform.is_cpu():
             compat.use_cpu_prefill_backend("k26_plugins.vllm.attention.K26CPUPrefillBackend")
+        prepare_adapters(vllm_config)
         compat.hook_checkpoint_loader(whole_checkpoint)
         with readable_by_vllm(vllm_config.model_config):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -51,7 +55,7 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
         if not layers:
             return super().load_weights(weights)  # type: ignore[no-any-return]
         assert self.core_config is not None, "the core's experts are of the published layout"
-        with closing(load_experts(weights, expert_places(self.core_config), layers)) as others:
+        with closing(load_experts(weights, self.core_config, layers)) as others:
             return super().load_weights(others)  # type: ignore[no-any-return]
 
 

@@ -2,6 +2,7 @@
 
     python kernels/bench/cpu_experts.py            a table, about three minutes, 4 GB of memory
     python kernels/bench/cpu_experts.py --save     and a JSON file in kernels/bench/results
+    ATEN_CPU_CAPABILITY=avx2 python …              AVX2 on a CPU with AVX512
 
 The core's backends and, where it is installed, kt-kernel's RAWINT4, in turn and on the same weights. Each figure is the
 best of several turns. `of read` is the bytes of the touched experts, each counted once, over the time, as a share of the
@@ -192,7 +193,7 @@ def machine() -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--save", action="store_true", help="write the results beside this file, named by date and CPU")
+    parser.add_argument("--save", action="store_true", help="write the results, in a file named by date and CPU")
     arguments = parser.parse_args()
     console = Console()
     result = {"machine": machine(), **measure(console)}
@@ -214,8 +215,8 @@ def main() -> None:
     console.print({name: value for name, value in result.items() if name not in ("machine", "rows")})
     if arguments.save:
         info = result["machine"]
-        name = f"cpu_experts-{info['date']}-{str(info['cpu']).replace(' ', '_')}-{info['threads']}t.json"  # type: ignore[index]
-        file = Path(__file__).parent / "results" / name
+        parts = (info["date"], str(info["cpu"]).replace(" ", "_"), f"{info['threads']}t", info["capability"])  # type: ignore[index]
+        file = Path(__file__).parent / "results" / f"cpu_experts-{'-'.join(map(str, parts))}.json"
         file.write_text(json.dumps(result, indent=2) + "\n")
         console.print(f"saved {file}")
 

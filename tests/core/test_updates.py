@@ -13,7 +13,7 @@ from support.experts import backends, error, inputs, judge, make_weights, route
 from k26_plugins.common.checkpoint import Checkpoint, expert_name
 from k26_plugins.common.experts import BACKENDS, ExpertsBackend, ExpertsError, ExpertWeights
 from k26_plugins.common.experts.base import Expert
-from k26_plugins.common.experts.loading import ExpertsOfLayer, expert_places, load_experts
+from k26_plugins.common.experts.loading import ExpertsOfLayer, load_experts
 from k26_plugins.common.experts.parameters import PACKED_NAMES, LayerExperts
 from k26_plugins.common.experts.reference import ReferenceExperts
 
@@ -168,7 +168,7 @@ def test_tensors_reach_their_places_by_name(tiny_folder: Path) -> None:
     }
     names = list(checkpoint.table)
     weights = ((name, checkpoint.tensor(name)) for name in names)
-    others = [name for name, _ in load_experts(weights, expert_places(checkpoint.config), found)]
+    others = [name for name, _ in load_experts(weights, checkpoint.config, found)]
     assert others == [name for name in names if ".experts." not in name]
     for number, experts in layers.items():
         assert experts.is_open
@@ -188,7 +188,7 @@ def test_tensors_reach_their_places_by_name(tiny_folder: Path) -> None:
         assert layers[1].is_open
         yield "model.another", torch.zeros(1)
 
-    assert [name for name, _ in load_experts(update(), expert_places(checkpoint.config), found)] == ["model.another"]
+    assert [name for name, _ in load_experts(update(), checkpoint.config, found)] == ["model.another"]
     assert not layers[1].is_open
     assert not layers[1].tensors()["w13_packed"][3].chunk(2)[1].any()
     assert layers[1].tensors()["w13_packed"][3].chunk(2)[0].any()

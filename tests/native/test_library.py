@@ -24,7 +24,7 @@ ARM_COMPILER = "aarch64-linux-gnu-g++"
 # The mnemonic in a line of objdump: the address, the bytes, the instruction.
 INSTRUCTION = re.compile(r"^ +[0-9a-f]+:\t[0-9a-f ]+\t([\w.]+)", re.MULTILINE)
 BRANCH = {"jne", "je", "jmp", "call", "bl", "b", "b.ne", "b.eq", "cbz", "cbnz"}
-# 17 groups of inputs, one more than several tokens pass over at once.
+# 17 groups of inputs, the last of them not one of as many as several tokens pass over at once.
 TOKENS, TOP_K, EXPERTS, HIDDEN, INNER = 23, 2, 4, 544, 96
 
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason=f"no C++ compiler ({', '.join(COMPILERS)})")
@@ -122,6 +122,20 @@ def test_avx512_and_amx_lane_by_lane(
     assert name == named
     assert torch.equal(result, here)
     record_property(INSTRUCTION_SET, f"native {name} (emulated)")
+
+
+@needs_compiler
+@pytest.mark.skipif("avx512_vnni" not in variants(), reason="this CPU has no product of AVX-VNNI in AVX512's coding")
+def test_avx_vnni_in_the_coding_of_avx512(
+    sample: Sample, here: torch.Tensor, tmp_path: Path, record_property: Callable[[str, str], None]
+) -> None:
+    """AVX2 with AVX-VNNI where the CPU knows its product only as AVX512 with VNNI writes it: the same bits."""
+    assert COMPILER is not None
+    code = ("-U__AVX512F__", "-D__AVXVNNI__", "-D_mm256_dpwssd_avx_epi32=_mm256_dpwssd_epi32")
+    result, name = run(sample, tmp_path, COMPILER, *VARIANTS["avx512_vnni"].flags, *code)
+    assert name == "AVX2 with AVX-VNNI"
+    assert torch.equal(result, here)
+    record_property(INSTRUCTION_SET, f"native {name} (in AVX512's coding)")
 
 
 @pytest.mark.parametrize(

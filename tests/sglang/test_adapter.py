@@ -28,7 +28,7 @@ from support.versions import wrong_entries
 from k26_plugins.common.checkpoint import Checkpoint, expert_name
 from k26_plugins.common.config import ARCHITECTURE, ConfigError
 from k26_plugins.common.experts import ExpertWeights
-from k26_plugins.common.experts.loading import expert_places, load_experts
+from k26_plugins.common.experts.loading import load_experts
 from k26_plugins.common.prompt.hf_tokenizer import KimiTokenizerFast
 from k26_plugins.common.registration import Registration
 from k26_plugins.common.tiny import make_tiny
@@ -457,7 +457,7 @@ def test_a_layer_s_experts_are_loaded_and_updated(tiny_folder: Path, tmp_path: P
 
     def load(checkpoint: Checkpoint, names: list[str]) -> None:
         weights = ((name, checkpoint.tensor(name)) for name in names)
-        assert not list(load_experts(weights, expert_places(old.config), experts_of(layer)))
+        assert not list(load_experts(weights, old.config, experts_of(layer)))
 
     x, (ids, topk_weights) = inputs(20, text.hidden_size), route(20, 2, experts)
 

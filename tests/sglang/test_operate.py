@@ -40,6 +40,10 @@ def test_a_seeded_fault_is_found_and_located(scripted_server: Server, golden_fil
         order(scripted_server, "undo")
     assert result.exit_code == 1, result.output
     assert LOCATED[name] in causes(result.output), result.output
+
+
+def test_without_a_fault_it_passes(scripted_server: Server, golden_file: Path) -> None:
+    """After them all, so that each was undone."""
     result = verify(scripted_server, golden_file)
     assert result.exit_code == 0, result.output
 

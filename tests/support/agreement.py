@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -16,6 +18,15 @@ BF16_NOISE = 0.05
 # The others are tokens that a rounding near a tie of two experts' scores sends elsewhere: the reference in bfloat16 agrees
 # with itself in float32 on 99 of 100 such positions (mean KL 9e-4, median 3e-5).
 MIN_AGREEMENT = 0.97
+
+
+def rows(entries: list[dict[str, Any]]) -> torch.Tensor:
+    """vLLM's `{"token_id:N": logprob}` or `{"N": {"logprob": …}}`, one a position, as `[positions, vocab]`."""
+    out = torch.full((len(entries), VOCABULARY), -torch.inf)
+    for position, entry in enumerate(entries):
+        for key, value in entry.items():
+            out[position, int(key.removeprefix("token_id:"))] = value["logprob"] if isinstance(value, dict) else value
+    return out
 
 
 def assert_same_distribution(served: torch.Tensor, expected: torch.Tensor) -> None:

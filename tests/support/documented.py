@@ -21,6 +21,7 @@ HYBRID = (
     "--disable-cuda-graph"
 )
 PLAIN_VLLM, PLAIN_SGLANG = "vllm serve DIR", "python -m sglang.launch_server --model-path DIR"
+LORA_VLLM = "vllm serve moonshotai/Kimi-K2.6 --enable-lora --max-loras 2 --max-lora-rank 32"
 SERVE_VLLM, SERVE_SGLANG = "k26 serve --engine vllm DIR", "k26 serve --engine sglang DIR"
 
 SUBSTITUTED = {
@@ -42,6 +43,7 @@ RUN_BY = {
     HYBRID: ("tests/sglang/test_hybrid.py", "documented.HYBRID"),
     SERVE_VLLM: ("tests/vllm/test_operate.py", "documented.SERVE_VLLM"),
     SERVE_SGLANG: ("tests/sglang/conftest.py", "documented.SERVE_SGLANG"),
+    LORA_VLLM: ("tests/vllm/test_lora.py", "documented.LORA_VLLM"),
     PLAIN_VLLM: ("tests/support/vllm_server.py", "documented.PLAIN_VLLM"),
     PLAIN_SGLANG: ("tests/support/sglang_server.py", "documented.PLAIN_SGLANG"),
     'PYTHONPATH="$(python -m k26_plugins.sglang.boot)" python -m sglang.launch_server …': (

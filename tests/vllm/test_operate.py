@@ -75,6 +75,10 @@ def test_a_seeded_fault_is_found_and_located(two_ranks: Server, golden_file: Pat
         order(two_ranks.url, None)
     assert result.exit_code == 1, result.output
     assert LOCATED[name] in causes(result.output), result.output
+
+
+def test_without_a_fault_it_passes(two_ranks: Server, golden_file: Path) -> None:
+    """After them all, so that each was undone."""
     result = verify(two_ranks, golden_file)
     assert result.exit_code == 0, result.output
 

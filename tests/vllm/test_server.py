@@ -6,12 +6,11 @@ import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 import torch
-from support.agreement import BYTES, VOCABULARY, assert_same_distribution
+from support.agreement import BYTES, VOCABULARY, assert_same_distribution, rows
 from support.expected import image_request, text_prompt
 from support.images import BAD_IMAGES, image_part, png_header
 from support.server import Server, said
@@ -27,15 +26,6 @@ from k26_plugins.operate.plan.fit import kv_bytes_per_token
 @pytest.fixture(scope="module")
 def reference(tiny_folder: Path) -> KimiK26:
     return KimiK26(Checkpoint(tiny_folder), torch.float32)
-
-
-def rows(entries: list[dict[str, Any]]) -> torch.Tensor:
-    """The server's `{"token_id:N": logprob}` or `{"N": {"logprob": …}}`, one a position, as `[positions, vocab]`."""
-    out = torch.full((len(entries), VOCABULARY), -torch.inf)
-    for position, entry in enumerate(entries):
-        for key, value in entry.items():
-            out[position, int(key.removeprefix("token_id:"))] = value["logprob"] if isinstance(value, dict) else value
-    return out
 
 
 def test_the_plugin_is_active(server: Server) -> None:

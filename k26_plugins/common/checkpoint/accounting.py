@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 
 from k26_plugins.common.checkpoint.dtypes import TORCH_DTYPES
+from k26_plugins.common.checkpoint.expert_names import expert_names
 from k26_plugins.common.checkpoint.fault import compare
 from k26_plugins.common.checkpoint.header import CheckpointError
 from k26_plugins.common.checkpoint.table import TensorSpec, tensor_table
@@ -25,10 +26,10 @@ def account(
 
     is_expected: False for a tensor that the loader may leave out.
     """
-    table = tensor_table(config)
+    names = expert_names(config)
     seen: set[str] = set()
     for name, tensor in weights:
-        spec = table.get(name)
+        spec = names.spec(name)
         dtype = _NAMES.get(tensor.dtype, str(tensor.dtype))
         # Of 208,550 tensors nearly all are right, and `compare` takes its time to say so.
         if spec is None or tensor.shape != spec.shape or dtype != spec.dtype:
@@ -39,7 +40,9 @@ def account(
             raise CheckpointError(f"{name} is in the checkpoint twice: delete the file that is not of this model.")
         seen.add(name)
         yield name, tensor
-    missing = [name for name, spec in table.items() if name not in seen and is_expected(spec)]
+    if len(seen) == names.num_tensors:
+        return
+    missing = [name for name, spec in tensor_table(config).items() if name not in seen and is_expected(spec)]
     if missing:
         shown = ", ".join(missing[:NUM_NAMES_SHOWN])
         more = f" and {len(missing) - NUM_NAMES_SHOWN} more" if len(missing) > NUM_NAMES_SHOWN else ""

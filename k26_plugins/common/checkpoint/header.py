@@ -9,6 +9,8 @@ import struct
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from k26_plugins.common.collector import paused
+
 INDEX_FILE = "model.safetensors.index.json"
 _SAVED_STATE = re.compile(r"model-rank-\d+-part-\d+\.safetensors")
 POINTER = b"version https://git-lfs"
@@ -53,7 +55,8 @@ def read_header(file: Path) -> list[HeaderEntry]:
             (length,) = struct.unpack("<Q", prefix)
             if length > MAX_HEADER_BYTES:
                 raise CheckpointError(f"{damaged}: its header claims {length} bytes. {remedy}")
-            header = json.loads(stream.read(length))
+            with paused():
+                header = json.loads(stream.read(length))
     except OSError as error:
         remedy = cause.get(error.errno or 0, "see what the system says of it.")
         raise CheckpointError(f"{file.name} cannot be read ({error.strerror}): {remedy}") from error
@@ -62,7 +65,8 @@ def read_header(file: Path) -> list[HeaderEntry]:
             raise
         raise CheckpointError(f"{damaged}: its header is not JSON ({error}). {remedy}") from error
     try:
-        return [_entry(name, fields, 8 + length) for name, fields in header.items() if name != "__metadata__"]
+        with paused():
+            return [_entry(name, fields, 8 + length) for name, fields in header.items() if name != "__metadata__"]
     except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
         raise CheckpointError(f"{damaged}: its header lacks {error}. {remedy}") from error
 

@@ -11,7 +11,7 @@ import torch
 
 from k26_plugins.common.checkpoint import account
 from k26_plugins.common.config import K26Config
-from k26_plugins.common.experts.loading import expert_places, load_experts
+from k26_plugins.common.experts.loading import load_experts
 from k26_plugins.common.ranks import require_everywhere
 from k26_plugins.sglang import compat
 from k26_plugins.sglang.experts import K26MoEScheme, chosen_backend, experts_of, use_core_experts
@@ -75,7 +75,7 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
         if not layers:
             return super().load_weights(weights)
         assert self.core_config is not None, "the core's experts are of the published layout"
-        with closing(load_experts(weights, expert_places(self.core_config), layers)) as others:
+        with closing(load_experts(weights, self.core_config, layers)) as others:
             return super().load_weights(others)
 
     def __getattr__(self, name: str) -> Any:
