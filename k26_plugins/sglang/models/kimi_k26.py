@@ -13,9 +13,10 @@ from k26_plugins.common.checkpoint import account
 from k26_plugins.common.config import K26Config
 from k26_plugins.common.experts.loading import load_experts
 from k26_plugins.common.ranks import require_everywhere
-from k26_plugins.sglang import compat
+from k26_plugins.sglang import compat, compat_adapters
 from k26_plugins.sglang.experts import K26MoEScheme, chosen_backend, experts_of, use_core_experts
 from k26_plugins.sglang.hybrid import K26HybridScheme, hybrid_settings
+from k26_plugins.sglang.lora import refuse_unserved
 from k26_plugins.sglang.router import use_float32_logits
 
 _in_tree = compat.in_tree_model()
@@ -63,6 +64,8 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
             with compat.without_kt_wrapper():
                 super().__init__(config, quant_config, prefix, **kwargs)
             use_float32_logits(self)
+            if experts_of(self) and compat_adapters.serves_adapters():
+                compat_adapters.hook_adapters(refuse_unserved)
         # A float32 buffer, which would make all that it is added to float32: no image meets it, only videos do.
         position = self.vision_tower.patch_embed.pos_emb
         position.time_weight = position.time_weight.to(position.weight.dtype)
@@ -84,6 +87,11 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
         if name in OF_LANGUAGE_MODEL and language_model is not None:
             return getattr(language_model, name)
         return super().__getattr__(name)
+
+    def should_apply_lora(self, module_name: str) -> bool:
+        """Whether a module gets places for adapters, where the flags ask for some: SGLang would put its own experts in the
+        place of the core's."""
+        return not (experts_of(self) and module_name.endswith(".mlp.experts"))
 
     def generate_weight_name_filter(self, experts: dict[int, list[int]]) -> Callable[[str], bool]:
         """Which tensors SGLang reads again when a rank and its `experts`, numbers by layer, are lost. Without it, all."""
