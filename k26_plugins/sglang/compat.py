@@ -273,6 +273,11 @@ def in_tree_model() -> Any:
     return importlib.import_module("sglang.srt.models.kimi_k25")
 
 
+def language_model() -> Any:
+    """The class that the in-tree model has its text decoder from."""
+    return private("sglang.srt.models.deepseek_v2", "DeepseekV3ForCausalLM")
+
+
 def in_tree_media() -> Any:
     return importlib.import_module("sglang.srt.multimodal.processors.kimi_k25")
 

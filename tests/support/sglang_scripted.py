@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
+from support.contract import differing
 from support.faults import FAULTY_EXPERT, FAULTY_LAYER
 from support.server import Server
 
@@ -26,12 +27,12 @@ class Scripted(CustomLogitProcessor):
 
 
 class Inside(CustomLogitProcessor):
-    """Does to the model that serves what `custom_params` name: `{"do": "weigh"}`, or one of FAULTS, or "undo"."""
+    """Does to the model that serves what `custom_params` name, as in `{"do": "weigh"}`: of LOOKS or FAULTS, or "undo"."""
 
     def __call__(self, logits: torch.Tensor, custom_param_list: list[dict[str, Any]] | None = None) -> torch.Tensor:
         for params in custom_param_list or []:
-            if params["do"] == "weigh":
-                _weigh()
+            if params["do"] in LOOKS:
+                LOOKS[params["do"]]()
             else:
                 _undo()
                 FAULTS.get(params["do"], list)()
@@ -60,6 +61,28 @@ def _weigh() -> None:
     print(f"weights: {sum(storages.values())} bytes, {tokens} tokens of KV cache: {cache} bytes", flush=True)
 
 
+def _compare_with_language_model() -> None:
+    from k26_plugins.sglang.models.kimi_k26 import OF_LANGUAGE_MODEL
+
+    model = _runner().model
+    print(f"contract: {differing(model, model.language_model, OF_LANGUAGE_MODEL)}", flush=True)
+
+
+def _read_expert_again() -> None:
+    """As SGLang does when the rank that had it is lost."""
+    runner = _runner()
+    args = runner.server_args
+    wanted = runner.model.generate_weight_name_filter({FAULTY_LAYER: [FAULTY_EXPERT]})
+    updater = getattr(runner, "weight_updater", runner)
+    found = updater.update_weights_from_disk(args.model_path, args.load_format, weight_name_filter=wanted)
+    print(f"read again: {found}, {len(runner.model.left_out)} left out", flush=True)
+
+
+LOOKS = {
+    "weigh": _weigh,
+    "compare with the language model": _compare_with_language_model,
+    "read an expert again": _read_expert_again,
+}
 _saved: list[tuple[torch.Tensor, torch.Tensor]] = []
 
 

@@ -15,19 +15,42 @@ from k26_plugins.common.config import K26Config
 from k26_plugins.common.experts.loading import load_experts
 from k26_plugins.common.ranks import require_everywhere
 from k26_plugins.common.settings import experts_setting
-from k26_plugins.sglang import compat, logger
+from k26_plugins.sglang import compat, compat_adapters, logger
 from k26_plugins.sglang.experts import K26MoEScheme, chosen_backend, experts_of, use_core_experts
 from k26_plugins.sglang.hybrid import K26HybridScheme, hybrid_settings
+from k26_plugins.sglang.lora import refuse_unserved
 from k26_plugins.sglang.router import use_float32_logits
 
 _in_tree = compat.in_tree_model()
+
+# What SGLang looks up on the model that it serves and only the language model has: in some releases, or in all. Not among
+# them is what prefill with context parallelism looks up: it calls the decoder itself, and would leave images out.
+OF_LANGUAGE_MODEL = frozenset(
+    {
+        "end_layer",
+        "get_embed_and_head",
+        "lm_head",
+        "logits_processor",
+        "num_fused_shared_experts",
+        "post_load_weights",
+        "prepare_context_parallel_metadata_for_dcp",
+        "routed_experts_weights_of_layer",
+        "set_eagle3_layers_to_capture",
+        "set_embed_and_head",
+        "start_layer",
+    }
+)
 
 
 class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):  # type: ignore[misc, name-defined]
     """Keeps the in-tree class' name: SGLang compares names."""
 
+    # Looked up on the class, before there is a model; SGLang adds to it.
+    packed_modules_mapping = compat.language_model().packed_modules_mapping
+
     def __init__(self, config: Any, quant_config: Any = None, prefix: str = "", **kwargs: Any) -> None:
         require_everywhere("SGLANG_PLUGINS")
+        self.left_out: set[str] = set()
         self.core_config = K26Config.from_dict(config.to_dict()) if config.k26_published_layout else None
         if compat.device_type() == "cpu":
             from k26_plugins.sglang.attention import K26TorchNativeAttnBackend
@@ -44,12 +67,15 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
             with compat.without_kt_wrapper():
                 super().__init__(config, quant_config, prefix, **kwargs)
             use_float32_logits(self)
+            if experts_of(self) and compat_adapters.serves_adapters():
+                compat_adapters.hook_adapters(refuse_unserved)
         # A float32 buffer, which would make all that it is added to float32: no image meets it, only videos do.
         position = self.vision_tower.patch_embed.pos_emb
         position.time_weight = position.time_weight.to(position.weight.dtype)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
         """All of the checkpoint, or any part of it: what is loaded later updates a running server (RLHF)."""
+        self.left_out = set()
         compat.forget_media_embeddings()
         layers = experts_of(self)
         if not layers:
@@ -57,6 +83,30 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
         assert self.core_config is not None, "the core's experts are of the published layout"
         with closing(load_experts(weights, self.core_config, layers)) as others:
             return super().load_weights(others)
+
+    def __getattr__(self, name: str) -> Any:
+        """Called for what neither this class nor SGLang's has."""
+        language_model = self.__dict__.get("_modules", {}).get("language_model")
+        if name in OF_LANGUAGE_MODEL and language_model is not None:
+            return getattr(language_model, name)
+        return super().__getattr__(name)
+
+    def should_apply_lora(self, module_name: str) -> bool:
+        """Whether a module gets places for adapters, where the flags ask for some: SGLang would put its own experts in the
+        place of the core's."""
+        return not (experts_of(self) and module_name.endswith(".mlp.experts"))
+
+    def generate_weight_name_filter(self, experts: dict[int, list[int]]) -> Callable[[str], bool]:
+        """Which tensors SGLang reads again when a rank and its `experts`, numbers by layer, are lost. Without it, all."""
+        is_wanted = self.language_model.generate_weight_name_filter(experts)
+
+        def is_read(name: str) -> bool:
+            if not is_wanted(name):
+                self.left_out.add(name)
+                return False
+            return True
+
+        return is_read
 
 
 def whole_checkpoint(
@@ -67,7 +117,7 @@ def whole_checkpoint(
     if isinstance(model, KimiK25ForConditionalGeneration) and config is not None:
         if layers := experts_of(model):
             weights = with_mapped_files(weights, config, layers)
-        weights = account(weights, config)
+        weights = account(weights, config, lambda spec: spec.name not in model.left_out)
     return original(model, weights, target_device)
 
 

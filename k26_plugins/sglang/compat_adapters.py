@@ -1,0 +1,20 @@
+"""What the adapter touches of SGLang's LoRA, beside `compat`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from k26_plugins.common.registration import Registration
+from k26_plugins.sglang import compat
+
+
+def hook_adapters(hook: Callable[..., None]) -> None:
+    """Put `hook(original, adapter, name, weight)` around what takes each tensor of a LoRA adapter's file."""
+    changes = Registration()
+    compat.wrap(changes, compat.private("sglang.srt.lora.lora", "LoRAAdapter"), "_process_weight", hook)
+    changes.apply()
+
+
+def serves_adapters() -> bool:
+    """Whether the user's flags ask for LoRA: SGLang turns it on by itself where adapters are named."""
+    return bool(compat.server_args().enable_lora)

@@ -1,0 +1,39 @@
+"""SGLang's LoRA without a driver: it pins host memory whatever the device, which without one is an error.
+
+A plugin of the tests' own, in each process of the server. Memory that is not pinned has the same contents.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from support.server import python_path
+
+
+def register() -> None:
+    import torch
+
+    def unpinned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        @functools.wraps(make)
+        def wrapped(*args: Any, **options: Any) -> torch.Tensor:
+            options.pop("pin_memory", None)
+            return make(*args, **options)
+
+        return wrapped
+
+    for name in ("tensor", "empty", "zeros"):
+        setattr(torch, name, unpinned(getattr(torch, name)))
+    torch.Tensor.pin_memory = lambda tensor, *args: tensor  # type: ignore[method-assign, assignment]
+
+
+def settings(folder: Path) -> dict[str, str]:
+    """What to set for the server. folder: an empty one, for the plugin's metadata."""
+    info = folder / "k26_unpinned-0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: k26-unpinned\nVersion: 0\n")
+    (info / "entry_points.txt").write_text("[sglang.srt.plugins]\nk26_unpinned = support.sglang_unpinned:register\n")
+    return {"PYTHONPATH": os.pathsep.join([str(folder), python_path()])}

@@ -1,0 +1,34 @@
+"""What vLLM looks up on the model that it serves, on ours: its in-tree class lacks some of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from support.contract import looked_up, members
+
+NOT_GIVEN = {
+    **dict.fromkeys(
+        (
+            "expert_weights", "moe_layers", "num_expert_groups", "num_local_physical_experts", "num_logical_experts",
+            "num_moe_layers", "num_physical_experts", "num_redundant_experts", "num_routed_experts", "set_eplb_state",
+            "update_physical_experts_metadata",
+        ),
+        "taken from the language model, which `get_mixture_of_experts_model` finds in a multimodal model",
+    ),
+    "get_expert_mapping": "for the reloading of weights by layers, which takes it from whichever module has it",
+    "lm_head": "taken from the language model, by `get_language_model`",
+    "model": "as above, and from draft models",
+}  # fmt: skip
+
+
+def test_the_model_has_what_vllm_looks_up() -> None:
+    import vllm
+    from vllm.model_executor.models.deepseek_v2 import DeepseekV2ForCausalLM
+
+    from k26_plugins.vllm.model import KimiK25ForConditionalGeneration
+
+    found = looked_up(Path(next(iter(vllm.__path__))), without=("model_executor/models",))
+    of_language_model = members(DeepseekV2ForCausalLM)
+    assert {"lm_head", "packed_modules_mapping", "set_aux_hidden_state_layers"} <= found.keys() & of_language_model
+    ours = members(KimiK25ForConditionalGeneration)
+    assert {name: found[name] for name in (found.keys() & of_language_model) - ours - NOT_GIVEN.keys()} == {}
