@@ -9,6 +9,7 @@ from k26_plugins.cli.doctor import doctor
 from k26_plugins.cli.generate import generate
 from k26_plugins.cli.golden import golden
 from k26_plugins.cli.media import media
+from k26_plugins.cli.merge import merge
 from k26_plugins.cli.plan import plan
 from k26_plugins.cli.profile import profile
 from k26_plugins.cli.serve import serve
@@ -21,7 +22,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (tensors, check, tiny, generate, media, plan, doctor, golden, verify, compare, profile, swarm):
+for command in (tensors, check, tiny, merge, generate, media, plan, doctor, golden, verify, compare, profile, swarm):
     app.command()(command)
 # What follows `--` is the engine's.
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": False})(serve)

@@ -7,10 +7,8 @@ from typing import Any
 
 import torch
 
-_CORE_EXPERTS = "the core's experts multiply INT4 weights alone: train without the routed experts, or merge the adapter"
-_VISION = (
-    "SGLang puts adapters on the language model's layers alone: train without the vision tower, or merge the adapter"
-)
+_CORE_EXPERTS = "the core's experts multiply INT4 weights alone: train without the routed experts, or `k26 merge`"
+_VISION = "SGLang puts adapters on the language model's layers alone: train without the vision tower, or `k26 merge`"
 
 
 def refuse_unserved(original: Callable[..., None], adapter: Any, name: str, weight: torch.Tensor) -> None:

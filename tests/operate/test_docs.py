@@ -9,11 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.adapters import MODULES, Adapter
 from support.documented import NOT_RUN, PAGES, README, ROOT, RUN_BY, commands, lines
 from support.endpoint import serve_reference
 from typer.testing import CliRunner
 
 from k26_plugins.cli import app
+from k26_plugins.common.checkpoint import Checkpoint
 from k26_plugins.operate.doctor import engines
 from k26_plugins.operate.golden.variants import BY_NAME
 
@@ -38,6 +40,7 @@ def test_commands_run_as_written(
     shutil.copytree(tiny_folder, "DIR")
     shutil.copy(tiny_folder / "config.json", "config.json")
     shutil.copy(golden_file, "golden.safetensors")
+    Adapter.draw(Checkpoint(tiny_folder), MODULES, seed=0).write(Path("ADAPTER"), "model.")
     for file in prompts_file.parent.iterdir():
         shutil.copy(file, file.name)
     started: list[list[str]] = []

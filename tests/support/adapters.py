@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from support.endpoint import Altered, Fault
 
 from k26_plugins.common.checkpoint import Checkpoint
+from k26_plugins.common.int4 import dequantise
 from k26_plugins.common.multimodal import KimiK26
 
 RANK, ALPHA = 4, 8
@@ -25,6 +26,14 @@ MODULES = (
 KV_B = f"{LAYER.format(1)}.self_attn.kv_b_proj"
 
 
+def dense_weight(checkpoint: Checkpoint, module: str) -> torch.Tensor:
+    """float32 `[out_features, in_features]` of a linear layer, INT4 or not."""
+    if f"{module}.weight" in checkpoint.table:
+        return checkpoint.tensor(f"{module}.weight").float()
+    packed, scale = (checkpoint.tensor(f"{module}.weight_{part}") for part in ("packed", "scale"))
+    return dequantise(packed, scale, torch.float32)
+
+
 @dataclass(frozen=True)
 class Adapter:
     """By the module's name in the checkpoint: `lora_A` of `[rank, in_features]` and `lora_B` of `[out_features, rank]`."""
@@ -37,7 +46,7 @@ class Adapter:
         generator = torch.Generator().manual_seed(seed)
         weights = {}
         for module in modules:
-            weight = checkpoint.tensor(f"{module}.weight").float()
+            weight = dense_weight(checkpoint, module)
             out_features, in_features = weight.shape
             size = (weight.std().item() / 3 * RANK / ALPHA / RANK**0.5) ** 0.5
             weights[module] = (
