@@ -76,9 +76,11 @@ def everything(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def long(session: nox.Session) -> None:
-    """What CI leaves out: every target's code under both Tritons, whole wheels, more of Ray, and fuzzing for long."""
+    """What CI leaves out: every target's code under both Tritons, whole wheels, more of Ray and of faults, features of the
+    engines beside the model's own work, and fuzzing for long."""
     again = [sys.executable, "-m", "nox", "-f", "noxfile.py"]
-    session.run(*again, "-s", "kernels", "ktransformers", "vllm_long", "--", "-m", "long", external=True)
+    sessions = ("kernels", "ktransformers", "operate", "vllm_long", "sglang_long")
+    session.run(*again, "-s", *sessions, "--", "-m", "long", external=True)
 
 
 def environment(run: Callable[[nox.Session], None]) -> Callable[[nox.Session], None]:
@@ -245,6 +247,13 @@ def sglang(session: nox.Session) -> None:
     session.run(*SGLANG_PYTEST, "tests/sglang", *session.posargs)
     # Here because this is the only environment whose torchvision works: PyPI's is a CUDA build.
     session.run(*SGLANG_PYTEST, "tests/core/test_transformers_media.py", *session.posargs)
+
+
+@environment
+def sglang_long(session: nox.Session) -> None:
+    """Of the session `sglang` what CI leaves out."""
+    _install_sglang(session, SGLANG_NEWEST)
+    session.run(*SGLANG_PYTEST, "tests/sglang", "-m", "long")
 
 
 @environment
