@@ -335,7 +335,8 @@ class Release:
         return "declared"
 
 
-_PLAIN = {"object", "ABC", "Protocol", "Enum", "Generic"}
+# What an adapter overrides or adds comes of none of these.
+_PLAIN = {"object", "ABC", "Protocol", "Enum", "Generic", "nn.Module"}
 
 
 def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
