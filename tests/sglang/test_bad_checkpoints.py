@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.checkpoints import DAMAGES, WRONG_SETTING
-from support.server import StartError
+from support.server import start_fails
 from support.sglang_server import serve
 
 # Read when SGLang is imported, which nothing above does.
@@ -41,7 +41,7 @@ def test_the_start_stops_with_the_name(tiny_folder: Path, tmp_path: Path, name: 
 
 def test_the_server_prints_it_and_ends(tiny_folder: Path, tmp_path: Path) -> None:
     with (
-        pytest.raises(StartError, match=re.escape(DAMAGES["missing"][1])),
+        start_fails(re.escape(DAMAGES["missing"][1])),
         serve(damaged("missing", tiny_folder, tmp_path / "copy"), tmp_path / "log"),
     ):
         pass

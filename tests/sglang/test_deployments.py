@@ -9,7 +9,7 @@ from support import documented
 from support.absent import plugin_that_rank_1_lacks
 from support.agreement import assert_same_top
 from support.checkpoints import LLAMA_PROMPT, make_llama
-from support.server import Server, StartError
+from support.server import Server, start_fails
 from support.sglang_server import EAGER, TWO_RANKS, first_tokens, serve
 from support.swarm import (
     assert_a_killed_worker_is_said,
@@ -55,7 +55,7 @@ def test_two_ranks_answer_as_one(tiny_folder: Path, tmp_path: Path, one_rank: Se
 def test_a_rank_without_the_plugin_stops_the_start(tiny_folder: Path, tmp_path: Path) -> None:
     settings = plugin_that_rank_1_lacks(tmp_path / "plugin", "sglang", "sglang.srt.plugins")
     with (
-        pytest.raises(StartError, match="k26-plugins is not active on rank 1 of 2"),
+        start_fails("k26-plugins is not active on rank 1 of 2"),
         serve(tiny_folder, tmp_path / "log", "--tp-size", "2", **settings, **TWO_RANKS, **EAGER),
     ):
         pass

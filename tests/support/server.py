@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 from support.progress import Progress, StandsStillError
 
 
@@ -58,6 +60,19 @@ def python_path() -> str:
 
 class StartError(RuntimeError):
     """The server ended or stood still before it was ready; the message is its log."""
+
+
+@contextmanager
+def start_fails(pattern: str) -> Iterator[None]:
+    """The start within the block ends with `pattern` in its log; where it does not, the end of the log is what is shown."""
+    try:
+        yield
+    except StartError as error:
+        if not re.search(pattern, log := str(error)):
+            last = "\n".join(line[:300] for line in log.splitlines()[-30:])
+            pytest.fail(f"the server ended, and its log does not say {pattern!r}. Its end:\n{last}", pytrace=False)
+    else:
+        pytest.fail("the server came up", pytrace=False)
 
 
 def free_port() -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.checkpoints import DAMAGES, WRONG_SETTING
-from support.server import StartError
+from support.server import start_fails
 from support.vllm_server import serve
 from vllm.config import ModelConfig
 
@@ -36,7 +36,7 @@ def test_the_start_stops_with_the_name(tiny_folder: Path, tmp_path: Path, name: 
 
 def test_the_server_prints_it_and_ends(tiny_folder: Path, tmp_path: Path) -> None:
     with (
-        pytest.raises(StartError, match=re.escape(DAMAGES["missing"][1])),
+        start_fails(re.escape(DAMAGES["missing"][1])),
         serve(damaged("missing", tiny_folder, tmp_path / "copy"), tmp_path / "log", "--enforce-eager"),
     ):
         pass

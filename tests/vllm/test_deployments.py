@@ -15,7 +15,7 @@ from support.agreement import BYTES, assert_same_top
 from support.checkpoints import LLAMA_PROMPT, make_llama
 from support.images import image_part, png, random_image
 from support.ray_cluster import ray_cluster
-from support.server import Server, StartError
+from support.server import Server, start_fails
 from support.swarm import assert_a_killed_worker_is_said, metric, run_swarm
 from support.vllm_server import TWO_RANKS, serve
 
@@ -90,7 +90,7 @@ def test_a_ray_worker_without_the_plugin_stops_the_start(tiny_folder: Path, tmp_
     lacking = plugin_that_rank_1_lacks(tmp_path / "plugin", "vllm", "vllm.general_plugins")
     with (
         ray_cluster(tmp_path, tmp_path / "plugin") as settings,
-        pytest.raises(StartError, match="k26-plugins is not active on rank 1 of 2"),
+        start_fails("k26-plugins is not active on rank 1 of 2"),
         serve(tiny_folder, tmp_path / "log", "--enforce-eager", *RAY, **{**lacking, **settings}, **TWO_RANKS),
     ):
         pass
@@ -99,7 +99,7 @@ def test_a_ray_worker_without_the_plugin_stops_the_start(tiny_folder: Path, tmp_
 def test_a_rank_without_the_plugin_stops_the_start(tiny_folder: Path, tmp_path: Path) -> None:
     settings = plugin_that_rank_1_lacks(tmp_path / "plugin", "vllm", "vllm.general_plugins")
     with (
-        pytest.raises(StartError, match="k26-plugins is not active on rank 1 of 2"),
+        start_fails("k26-plugins is not active on rank 1 of 2"),
         serve(tiny_folder, tmp_path / "log", "--enforce-eager", "--tensor-parallel-size", "2", **settings, **TWO_RANKS),
     ):
         pass
