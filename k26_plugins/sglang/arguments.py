@@ -10,7 +10,7 @@ from typing import Any
 
 from k26_plugins.common.prompt.hf_tokenizer import is_this_model
 from k26_plugins.common.settings import PARSERS_VARIABLE, experts_setting, parsers_setting
-from k26_plugins.sglang import compat, logger
+from k26_plugins.sglang import compat, compat_loading, logger
 
 PARSER = "kimi_k2"
 MODELSCOPE_VARIABLE = "SGLANG_USE_MODELSCOPE"
@@ -31,7 +31,7 @@ def _readable_name(server_args: Any) -> str:
 
     SGLang fetches what is not on the hub later, from the same places into the same folders.
     """
-    name = compat.object_store_folder(server_args.model_path, fetch=True)
+    name = compat_loading.object_store_folder(server_args.model_path, fetch=True)
     if os.environ.get(MODELSCOPE_VARIABLE, "").lower() not in ("true", "1") or Path(name).exists():
         return name
     modelscope = importlib.import_module("modelscope")

@@ -309,16 +309,6 @@ def moe_all_to_all() -> Any:
     return private("sglang.srt.layers.moe.utils", "get_moe_a2a_backend")()
 
 
-def object_store_folder(name: str, *, fetch: bool = False) -> str:
-    """Where SGLang keeps the small files of an object store's model, fetched if need be; any other name as it is."""
-    if find_spec("sglang.srt.utils.runai_utils") is None:
-        return name  # KTransformers' fork reads no object stores
-    store = importlib.import_module("sglang.srt.utils.runai_utils")
-    if not store.is_runai_obj_uri(name):
-        return name
-    return str((store.ObjectStorageModel.download_and_get_path if fetch else store.ObjectStorageModel.get_path)(name))
-
-
 # A name with an underscore: SGLang allows notes of such names on its arguments, and sends them to its processes.
 _GIVEN_RUNNER = "_k26_moe_runner"
 
@@ -332,21 +322,6 @@ def keep_given_runner(server_args: Any) -> None:
 def given_runner() -> str | None:
     """What `keep_given_runner` noted, `auto` where the flag was not given; None where nothing was (SGLang 0.5.10)."""
     return getattr(server_args(), _GIVEN_RUNNER, None)
-
-
-def hook_checkpoint_loader(whole: Callable[..., Any], files: Callable[..., Any]) -> None:
-    """Put `whole(original, model, weights, target_device)` around what gives a model the weights of SGLang's loader of
-    checkpoints, always a whole one; and `files(original, files, …)` around what gives it the tensors of safetensors files.
-
-    The loader alone knows that: a model's `load_weights` gets parts of one too, in updates from tensors.
-    """
-    changes = Registration()
-    loader = private("sglang.srt.model_loader.loader", "DefaultModelLoader")
-    wrap(changes, loader, "load_weights_and_postprocess", whole)
-    iterators = importlib.import_module("sglang.srt.model_loader.weight_utils")
-    wrap(changes, iterators, "safetensors_weights_iterator", files)
-    wrap(changes, iterators, "buffered_multi_thread_safetensors_weights_iterator", files)
-    changes.apply()
 
 
 def forget_media_embeddings() -> None:

@@ -12,13 +12,13 @@ from k26_plugins.common.prompt.hf_tokenizer import (
     tokenizer_folder,
 )
 from k26_plugins.common.prompt.special_tokens import CHUNK_PLACE
-from k26_plugins.sglang import compat, logger, serving
+from k26_plugins.sglang import compat, compat_loading, logger, serving
 
 
 def get_tokenizer(original: Callable[..., Any], tokenizer_name: str, *args: Any, **kwargs: Any) -> Any:
     """SGLang's own for another model, or where the user or the checkpoint chose one. No file of it is executed."""
     revision = kwargs.get("revision") or kwargs.get("tokenizer_revision")
-    folder = compat.object_store_folder(tokenizer_name)
+    folder = compat_loading.object_store_folder(tokenizer_name)
     if not is_this_model(folder, revision):
         return original(tokenizer_name, *args, **kwargs)
     if compat.serves_chats():

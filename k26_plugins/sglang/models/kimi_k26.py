@@ -15,7 +15,7 @@ from k26_plugins.common.config import K26Config
 from k26_plugins.common.experts.loading import load_experts
 from k26_plugins.common.ranks import require_everywhere
 from k26_plugins.common.settings import experts_setting
-from k26_plugins.sglang import compat, compat_adapters, logger
+from k26_plugins.sglang import compat, compat_adapters, compat_loading, logger
 from k26_plugins.sglang.experts import K26MoEScheme, chosen_backend, experts_of, use_core_experts
 from k26_plugins.sglang.hybrid import K26HybridScheme, hybrid_settings
 from k26_plugins.sglang.lora import refuse_unserved
@@ -56,7 +56,7 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
             from k26_plugins.sglang.attention import K26TorchNativeAttnBackend
 
             compat.use_absorbed_mla_on_torch_native(K26TorchNativeAttnBackend)
-        compat.hook_checkpoint_loader(whole_checkpoint, files_of_checkpoint)
+        compat_loading.hook_checkpoint_loader(whole_checkpoint, files_of_checkpoint)
         if self.core_config is None:
             super().__init__(config, quant_config, prefix, **kwargs)
         else:

@@ -1,0 +1,36 @@
+"""What the adapter touches of SGLang's ways to a checkpoint's files, beside `compat`."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+from k26_plugins.common.registration import Registration
+from k26_plugins.sglang import compat
+
+
+def object_store_folder(name: str, *, fetch: bool = False) -> str:
+    """Where SGLang keeps the small files of an object store's model, fetched if need be; any other name as it is."""
+    if find_spec("sglang.srt.utils.runai_utils") is None:
+        return name  # KTransformers' fork reads no object stores
+    store = importlib.import_module("sglang.srt.utils.runai_utils")
+    if not store.is_runai_obj_uri(name):
+        return name
+    return str((store.ObjectStorageModel.download_and_get_path if fetch else store.ObjectStorageModel.get_path)(name))
+
+
+def hook_checkpoint_loader(whole: Callable[..., Any], files: Callable[..., Any]) -> None:
+    """Put `whole(original, model, weights, target_device)` around what gives a model the weights of SGLang's loader of
+    checkpoints, always a whole one; and `files(original, files, …)` around what gives it the tensors of safetensors files.
+
+    The loader alone knows that: a model's `load_weights` gets parts of one too, in updates from tensors.
+    """
+    changes = Registration()
+    loader = compat.private("sglang.srt.model_loader.loader", "DefaultModelLoader")
+    compat.wrap(changes, loader, "load_weights_and_postprocess", whole)
+    iterators = importlib.import_module("sglang.srt.model_loader.weight_utils")
+    compat.wrap(changes, iterators, "safetensors_weights_iterator", files)
+    compat.wrap(changes, iterators, "buffered_multi_thread_safetensors_weights_iterator", files)
+    changes.apply()
