@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,3 +43,16 @@ def write_vision(config: K26Config, hf_vision_config: Any) -> None:
         size = getattr(vision, f"pos_emb_{name}")
         setattr(hf_vision_config, f"pos_emb_{name}", size)
         setattr(hf_vision_config, f"init_pos_emb_{name}", size)
+
+
+@cache
+def core_serves_layer(logger: logging.Logger, engine: str, backend_name: str, reason: str | None) -> bool:
+    """Whether the core's experts take a layer, which is said once: every layer of a model has the same to say.
+
+    reason: why they cannot, None where they can.
+    """
+    if reason is None:
+        logger.info("k26-plugins: INT4 experts run on the core (%s).", backend_name)
+        return True
+    logger.warning("k26-plugins: %s's own INT4 experts are kept; the core's cannot serve here: %s.", engine, reason)
+    return False

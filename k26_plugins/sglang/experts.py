@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from k26_plugins.common.experts import ExpertsError, why_unsupported
 from k26_plugins.common.experts.base import LayerSizes
 from k26_plugins.common.experts.loading import ExpertsOfLayer
 from k26_plugins.common.experts.parameters import LayerExperts
+from k26_plugins.common.serving import core_serves_layer
 from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, experts_for_device, experts_setting
 from k26_plugins.sglang import compat, logger
 
@@ -103,8 +102,8 @@ def use_core_experts(
     """Give this model's quantisation configuration our scheme for routed experts, and leave the rest of it alone.
 
     make_scheme: from a backend's name, one for each layer; not called for the name of SGLang's own experts. by_name: no
-    other experts may take the place of the core's. The object's
-    class is replaced by a subclass of its own: the one of another model in the process keeps its.
+    other experts may take the place of the core's. The object's class is replaced by a subclass of its own: the one of
+    another model in the process keeps its.
     """
     base = compat.compressed_tensors_config()
     if not isinstance(quant_config, base):
@@ -122,12 +121,6 @@ def use_core_experts(
     quant_config.__class__ = K26QuantConfig
 
 
-@cache
-def _say_once(level: int, message: str) -> None:
-    """Every layer of a model has the same to say."""
-    logger.log(level, message)
-
-
 def core_serves(layer: Any, backend_name: str, *, by_name: bool) -> bool:
     """Whether the core's experts can serve a fused-MoE layer as SGLang runs it here; asked before its weights are created.
 
@@ -141,18 +134,12 @@ def core_serves(layer: Any, backend_name: str, *, by_name: bool) -> bool:
             f"--moe-a2a-backend {all_to_all.value} hands over tokens sorted by expert, and they take tokens with their "
             f"routing: leave that flag out"
         )
-    if reason is None:
-        _say_once(logging.INFO, f"k26-plugins: INT4 experts run on the core ({backend_name}).")
-        return True
-    if by_name:
+    if reason is not None and by_name:
         raise ExpertsError(
             f"the core's experts ({backend_name}) cannot serve here: {reason}. Or unset {EXPERTS_VARIABLE} and the --kt "
             f"flags for SGLang's own."
         )
-    _say_once(
-        logging.WARNING, f"k26-plugins: SGLang's own INT4 experts are kept; the core's cannot serve here: {reason}."
-    )
-    return False
+    return core_serves_layer(logger, "SGLang", backend_name, reason)
 
 
 def chosen_backend(*, hybrid: bool) -> str:

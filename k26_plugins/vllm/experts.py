@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from functools import cache
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from k26_plugins.common.experts import ExpertsError, why_unsupported
 from k26_plugins.common.experts.base import LayerSizes
 from k26_plugins.common.experts.loading import ExpertsOfLayer
 from k26_plugins.common.experts.parameters import LayerExperts
+from k26_plugins.common.serving import core_serves_layer
 from k26_plugins.common.settings import EXPERTS_VARIABLE, experts_setting
 from k26_plugins.vllm import compat, logger
 
@@ -214,12 +213,6 @@ def use_core_experts(vllm_config: Any, backend_name: str) -> None:
     quant_config.__class__ = K26QuantConfig
 
 
-@cache
-def _say_once(level: int, message: str) -> None:
-    """Every layer of a model has the same to say."""
-    logger.log(level, message)
-
-
 def core_serves(moe: FusedMoEConfig, backend_name: str) -> bool:
     """Whether the core's experts can serve a layer as vLLM runs it here; asked before its weights are created.
 
@@ -239,14 +232,8 @@ def core_serves(moe: FusedMoEConfig, backend_name: str) -> bool:
             f"--all2all-backend {moe.moe_parallel_config.all2all_backend} hands each expert its tokens in a buffer of its "
             f"own, and they take tokens with their routing: choose another all-to-all"
         )
-    if reason is None:
-        _say_once(logging.INFO, f"k26-plugins: INT4 experts run on the core ({backend_name}).")
-        return True
-    if experts_setting() != "auto":
+    if reason is not None and experts_setting() != "auto":
         raise ExpertsError(
             f"{EXPERTS_VARIABLE}={backend_name} cannot serve here: {reason}. Or unset {EXPERTS_VARIABLE} for vLLM's own."
         )
-    _say_once(
-        logging.WARNING, f"k26-plugins: vLLM's own INT4 experts are kept; the core's cannot serve here: {reason}."
-    )
-    return False
+    return core_serves_layer(logger, "vLLM", backend_name, reason)
