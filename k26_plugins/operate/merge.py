@@ -18,14 +18,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from k26_plugins.common.adapter_names import SPELLINGS
 from k26_plugins.common.checkpoint import Checkpoint
 from k26_plugins.common.checkpoint.header import HeaderEntry, read_header, weight_files
 from k26_plugins.common.int4 import GROUP_SIZE, dequantise, quantise
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-# What trainers' classes call the language model: transformers' own, then a class of the language model alone.
-SPELLINGS = (("model.language_model.", "language_model.model."), ("model.", "language_model.model."))
 COPY_BYTES = 16 * 2**20
 
 
@@ -108,7 +107,7 @@ def _change(
         raise MergeError(f"{folder} has half of the change of {module}: it was not written to its end.")
     a, b = parts["A"], parts["B"]
     name = module
-    for spelling, ours in SPELLINGS:
+    for spelling, ours in SPELLINGS.items():
         if module.startswith(spelling):
             name = module.replace(spelling, ours, 1)
             break

@@ -10,14 +10,11 @@ from vllm.model_executor.models.module_mapping import MultiModelKeys
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.platforms import current_platform
 
+from k26_plugins.common.adapter_names import SPELLINGS
 from k26_plugins.vllm import compat
 from k26_plugins.vllm.experts import experts_of
 
-# Trainers name a module after the class that they load: the hub's has the checkpoint's names, transformers' own puts the
-# language model into `model`, and one that loads the language model alone leaves its name out.
-SPELLINGS = WeightsMapper(
-    orig_to_new_prefix={"model.language_model.": "language_model.model.", "model.": "language_model.model."}
-)
+NAMES = WeightsMapper(orig_to_new_prefix=SPELLINGS)
 # MLA multiplies kv_b_proj into its neighbours when the weights are loaded, and the router is no linear layer in any
 # trainer: an adapter on either would change nothing and nobody would be told.
 WITHOUT_ADAPTERS = {"kv_b_proj", "gate"}

@@ -18,7 +18,7 @@ from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, core_media, ex
 from k26_plugins.vllm import compat, logger
 from k26_plugins.vllm.experts import experts_of, use_core_experts
 from k26_plugins.vllm.files import readable_by_vllm
-from k26_plugins.vllm.lora import SPELLINGS, TakesAdapters, prepare_adapters
+from k26_plugins.vllm.lora import NAMES, TakesAdapters, prepare_adapters
 from k26_plugins.vllm.processing import K26MultiModalProcessor, K26ProcessingInfo
 
 _in_tree = compat.in_tree_model()
@@ -33,7 +33,7 @@ _MEDIA = (
 class KimiK25ForConditionalGeneration(TakesAdapters, _in_tree.KimiK25ForConditionalGeneration):  # type: ignore[misc, name-defined]
     """Keeps the in-tree class' name: vLLM compares names."""
 
-    hf_to_vllm_mapper = _in_tree.KimiK25ForConditionalGeneration.hf_to_vllm_mapper | SPELLINGS
+    hf_to_vllm_mapper = _in_tree.KimiK25ForConditionalGeneration.hf_to_vllm_mapper | NAMES
 
     def __init__(self, vllm_config: Any, prefix: str = "") -> None:
         require_everywhere("VLLM_PLUGINS")

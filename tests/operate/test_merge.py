@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.adapters import ALPHA, KV_B, LAYER, MODULES, RANK, Adapter, dense_weight
+from support.adapters import ALPHA, KV_B, LAYER, MODULES, RANK, SPELLINGS, Adapter, dense_weight
 from typer.testing import CliRunner
 
 from k26_plugins.cli import app
@@ -31,7 +31,7 @@ def run(folder: Path, adapter: Path, out: Path, code: int = 0) -> str:
     return result.output
 
 
-@pytest.mark.parametrize("beginning", ["language_model.model.", "model.language_model.", "model."])
+@pytest.mark.parametrize("beginning", SPELLINGS.values())
 def test_a_merged_checkpoint_is_the_sum(tiny_folder: Path, tmp_path: Path, beginning: str) -> None:
     modules = (*MODULES, KV_B, *EXPERTS, VISION)
     adapter = draw(tiny_folder, modules, seed=1)

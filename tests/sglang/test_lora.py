@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import sglang_unpinned
-from support.adapters import LAYER, MODULES, Adapter
+from support.adapters import LAYER, MODULES, SPELLINGS, Adapter
 from support.agreement import VOCABULARY, assert_same_distribution
 from support.server import Server
 from support.sglang_server import EAGER, HAS_ENTRY_POINT, rows, serve
@@ -21,8 +21,6 @@ pytestmark = [
     pytest.mark.long,
     pytest.mark.skipif(not HAS_ENTRY_POINT, reason="the server without pinned memory is a plugin's work"),
 ]
-# What trainers call the language model: after the hub's class, transformers' own, and a class of the language model alone.
-SPELLINGS = {"hub": "language_model.model.", "transformers": "model.language_model.", "text": "model."}
 PROMPT = torch.randint(0, 256, (200,), generator=torch.Generator().manual_seed(7))
 TARGETS = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj", "gate_proj", "up_proj", "down_proj")
 

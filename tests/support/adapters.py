@@ -15,6 +15,8 @@ from k26_plugins.common.int4 import dequantise
 from k26_plugins.common.multimodal import KimiK26
 
 RANK, ALPHA = 4, 8
+# What trainers call the language model: after the hub's class, transformers' own, and a class of the language model alone.
+SPELLINGS = {"hub": "language_model.model.", "transformers": "model.language_model.", "text": "model."}
 LAYER = "language_model.model.layers.{}"
 # All linear layers of a dense layer, and of one with experts but those that route or are routed to.
 ATTENTION = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj")

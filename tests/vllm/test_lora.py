@@ -11,7 +11,7 @@ import httpx
 import pytest
 import torch
 from support import documented
-from support.adapters import KV_B, LAYER, MODULES, Adapter
+from support.adapters import KV_B, LAYER, MODULES, SPELLINGS, Adapter
 from support.agreement import VOCABULARY, assert_same_distribution, rows
 from support.server import Server
 from support.vllm_server import serve
@@ -19,8 +19,6 @@ from support.vllm_server import serve
 from k26_plugins.common.checkpoint import Checkpoint
 from k26_plugins.common.multimodal import KimiK26
 
-# What trainers call the language model: after the hub's class, transformers' own, and a class of the language model alone.
-SPELLINGS = {"hub": "language_model.model.", "transformers": "model.language_model.", "text": "model."}
 PROMPT = torch.randint(0, 256, (200,), generator=torch.Generator().manual_seed(7))
 
 
