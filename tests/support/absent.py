@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from support.entry_point import write_entry_point
+
 _MODULE = '''
 from datetime import timedelta
 
@@ -25,10 +27,7 @@ def register():
 
 def plugin_that_rank_1_lacks(folder: Path, engine: str, group: str) -> dict[str, str]:
     """What to set for the server: `k26_absent` is then the one plugin that it loads."""
-    info = folder / "k26_absent-0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: k26-absent\nVersion: 0\n")
-    (info / "entry_points.txt").write_text(f"[{group}]\nk26_absent = k26_absent:register\n")
+    write_entry_point(folder, "k26_absent", group, "k26_absent:register")
     (folder / "k26_absent.py").write_text(_MODULE.format(engine=engine))
     path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
     return {"PYTHONPATH": path, f"{engine.upper()}_PLUGINS": "k26_absent"}

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+from support.entry_point import write_entry_point
 from support.server import python_path
 
 _TARGET = "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request"
@@ -37,8 +38,5 @@ async def order(
 
 def settings(folder: Path) -> dict[str, str]:
     """What to set for the server. folder: an empty one, for the plugin's metadata."""
-    info = folder / "k26_orders-0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: k26-orders\nVersion: 0\n")
-    (info / "entry_points.txt").write_text("[sglang.srt.plugins]\nk26_orders = support.sglang_orders:register\n")
+    write_entry_point(folder, "k26_orders", "sglang.srt.plugins", "support.sglang_orders:register")
     return {"PYTHONPATH": os.pathsep.join([str(folder), python_path()])}

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from support.entry_point import write_entry_point
 from support.server import python_path
 
 
@@ -32,8 +33,5 @@ def register() -> None:
 
 def settings(folder: Path) -> dict[str, str]:
     """What to set for the server. folder: an empty one, for the plugin's metadata."""
-    info = folder / "k26_unpinned-0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: k26-unpinned\nVersion: 0\n")
-    (info / "entry_points.txt").write_text("[sglang.srt.plugins]\nk26_unpinned = support.sglang_unpinned:register\n")
+    write_entry_point(folder, "k26_unpinned", "sglang.srt.plugins", "support.sglang_unpinned:register")
     return {"PYTHONPATH": os.pathsep.join([str(folder), python_path()])}
