@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from typing import Any
 from uuid import uuid4
 
+import numpy as np
 from vllm.renderers.hf import HfRenderer
 
-from k26_plugins.common.data_url import is_data_url, require_url
+from k26_plugins.common.data_url import require_url
 from k26_plugins.common.prompt.chat import keep_arguments
 from k26_plugins.common.prompt.control_tokens import escape_deep, unescape_deep
 from k26_plugins.common.prompt.thinking import template_options
 from k26_plugins.common.settings import control_tokens_as_text
+from k26_plugins.common.video import VideoChunk
 
 
 class K26Renderer(HfRenderer):
@@ -28,14 +30,19 @@ class K26Renderer(HfRenderer):
         self.escape_messages = control_tokens_as_text()
 
     def render_messages(self, messages: Any, params: Any) -> Any:
-        conversation, prompt = super().render_messages(self._ready(messages, params), _params(params))
+        ready, names = self._ready(messages, params)
+        conversation, prompt = super().render_messages(ready, _params(params))
+        _identify(prompt, names)
         return unescape_deep(conversation), prompt
 
     async def render_messages_async(self, messages: Any, params: Any) -> Any:
-        conversation, prompt = await super().render_messages_async(self._ready(messages, params), _params(params))
+        ready, names = self._ready(messages, params)
+        conversation, prompt = await super().render_messages_async(ready, _params(params))
+        _identify(prompt, names)
         return unescape_deep(conversation), prompt
 
-    def _ready(self, messages: Sequence[Any], params: Any) -> Any:
+    def _ready(self, messages: Sequence[Any], params: Any) -> tuple[list[dict[str, Any]], set[str]]:
+        """The messages as vLLM renders them, and the names that media have for the length of the rendering."""
         kept = keep_arguments(escape_deep(messages) if self.escape_messages else messages)
         if params.chat_template is None:
             kept = [_as_system(message) if message.get("role") == "developer" else message for message in kept]
@@ -50,26 +57,60 @@ def _as_system(message: dict[str, Any]) -> dict[str, Any]:
     return {**message, "role": "system", "name": message.get("name") or "developer"}
 
 
-def _named(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Media with names, in place, where there is a video: vLLM names its chunks, and then wants every image named too.
+def _named(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], set[str]]:
+    """Where there is a video, every medium with a name: vLLM names a video's chunks, and then wants all media named.
 
-    A name is the key of vLLM's caches: media that came with their data have their data's. Raises MediaError for a medium
-    without an address: vLLM would look for its name in its cache, but has no such way for this model's media, and fails.
+    Returns the messages and the names given here, which `_identify` replaces. Raises MediaError for a medium without an
+    address: vLLM would look for its name in its cache, but has no such way for this model's media, and fails.
     """
-    contents = [message["content"] for message in messages if isinstance(message.get("content"), list)]
-    media = [part for content in contents for part in content if isinstance(part, dict) and _is_medium(part)]
+    media = [part for message in messages for part in _parts(message) if _is_medium(part)]
     for part in media:
         require_url(_url(part))
-    if any("video_url" in part for part in media):
-        for part in media:
-            url = _url(part)
-            digest = hashlib.sha256(url.encode()).hexdigest() if is_data_url(url) else uuid4().hex
-            if not part.get("uuid"):
-                part["uuid"] = digest
-    return messages
+    names: set[str] = set()
+    if not any("video_url" in part for part in media):
+        return messages, names
+
+    def named(part: Any) -> Any:
+        if not _is_medium(part) or part.get("uuid"):
+            return part
+        names.add(name := uuid4().hex)
+        return {**part, "uuid": name}
+
+    return [
+        {**message, "content": [named(part) for part in parts]} if (parts := _parts(message)) else message
+        for message in messages
+    ], names
 
 
-def _is_medium(part: dict[str, Any]) -> bool:
+def _identify(prompt: Any, names: set[str]) -> None:
+    """Replaces the names that were given here: they are the keys of vLLM's caches, and the same medium has to be found
+    there in the next turn. A video's chunk is known by its pixels; an image without a name vLLM identifies itself."""
+    if not names:
+        return
+    chunks = prompt["multi_modal_data"]["vision_chunk"]
+    for chunk in chunks:
+        name = chunk["uuid"]
+        if name in names:
+            chunk["uuid"] = None
+        elif name.rpartition("-")[0] in names:
+            chunk["uuid"] = _digest(chunk["video_chunk"])
+    prompt["multi_modal_uuids"] = {**prompt["multi_modal_uuids"], "vision_chunk": [chunk["uuid"] for chunk in chunks]}
+
+
+def _digest(chunk: VideoChunk) -> str:
+    content = hashlib.sha256(repr((chunk.grid_thw, chunk.num_tokens)).encode())
+    content.update(np.ascontiguousarray(chunk.patches).data)
+    return content.hexdigest()
+
+
+def _parts(message: dict[str, Any]) -> list[Any]:
+    content = message.get("content")
+    return content if isinstance(content, list) else []
+
+
+def _is_medium(part: Any) -> bool:
+    if not isinstance(part, dict):
+        return False
     kind = part.get("type")
     if isinstance(kind, str):
         return kind in ("image_url", "input_image", "video_url")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,9 +14,11 @@ from support.absent import plugin_that_rank_1_lacks
 from support.agreement import BYTES, assert_same_top
 from support.checkpoints import LLAMA_PROMPT, make_llama
 from support.images import image_part, png, random_image
+from support.local_http import QuietHandler, serving
 from support.ray_cluster import ray_cluster
 from support.server import Server, start_fails
 from support.swarm import assert_a_killed_worker_is_said, metric, run_swarm
+from support.videos import make_video
 from support.vllm_server import TWO_RANKS, serve
 
 
@@ -111,19 +113,57 @@ def test_compiled_answers_as_eager(tiny_folder: Path, tmp_path: Path, one_rank: 
         assert_same_top(first_tokens(server), first_tokens(one_rank))
 
 
-def test_a_second_request_hits_the_prefix_cache(tiny_folder: Path, tmp_path: Path) -> None:
-    """vLLM's CPU MLA has no prefix cache; without MLA the same model has, and the hit's answer is the first one's."""
+@pytest.fixture(scope="module")
+def prefix_caching(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """vLLM's CPU MLA has no prefix cache; without MLA the same model has."""
     arguments = ["--enforce-eager", "--enable-prefix-caching", "--enable-prompt-tokens-details"]
-    with serve(tiny_folder, tmp_path / "log", *arguments, VLLM_MLA_DISABLE="1") as server:
-        prompt = torch.randint(0, 256, (600,), generator=torch.Generator().manual_seed(0)).tolist()
-        first, second = (server.complete(prompt, max_tokens=4, temperature=0, ignore_eos=True) for _ in range(2))
-        assert second["usage"]["prompt_tokens_details"]["cached_tokens"] >= 256
-        assert first["choices"][0]["text"] == second["choices"][0]["text"]
-        result = run_swarm(server.url, 12, 40, "--images", "0")
-        assert result.exit_code == 0, result.output
-        rate = re.search(r"prefix cache: ([\d.]+)% of the prompt tokens found", result.output)
-        assert rate is not None, result.output
-        assert float(rate[1]) > 50
+    with serve(tiny_folder, tmp_path_factory.mktemp("prefix") / "log", *arguments, VLLM_MLA_DISABLE="1") as running:
+        yield running
+
+
+def test_a_second_request_hits_the_prefix_cache(prefix_caching: Server) -> None:
+    """The hit's answer is the first one's."""
+    prompt = torch.randint(0, 256, (600,), generator=torch.Generator().manual_seed(0)).tolist()
+    first, second = (prefix_caching.complete(prompt, max_tokens=4, temperature=0, ignore_eos=True) for _ in range(2))
+    assert second["usage"]["prompt_tokens_details"]["cached_tokens"] >= 256
+    assert first["choices"][0]["text"] == second["choices"][0]["text"]
+    result = run_swarm(prefix_caching.url, 12, 40, "--images", "0")
+    assert result.exit_code == 0, result.output
+    rate = re.search(r"prefix cache: ([\d.]+)% of the prompt tokens found", result.output)
+    assert rate is not None, result.output
+    assert float(rate[1]) > 50
+
+
+def test_media_by_url_are_known_by_their_content(prefix_caching: Server) -> None:
+    """The next turn finds them in the prefix cache; another film under the same address is another film."""
+    files = {"/image": png(random_image(300, 200)), "/video": make_video(12, size=(320, 240))}
+
+    class Files(QuietHandler):
+        def do_GET(self) -> None:
+            self.send(200, files[self.path])
+
+    def ask(url: str) -> tuple[int, int, list[int]]:
+        """How long the prompt is, how much of it was found, and the answer."""
+        content = [
+            {"type": "video_url", "video_url": {"url": f"{url}/video"}},
+            {"type": "image_url", "image_url": {"url": f"{url}/image"}},
+            {"type": "text", "text": "What do you see?"},
+        ]
+        answer = prefix_caching.chat(content, max_tokens=4, temperature=0, return_token_ids=True)
+        usage = answer["usage"]
+        cached = (usage["prompt_tokens_details"] or {}).get("cached_tokens", 0)
+        return usage["prompt_tokens"], cached, answer["choices"][0]["token_ids"]
+
+    with serving(Files) as url:
+        length, cached, first = ask(url)
+        assert cached == 0
+        _, cached, second = ask(url)
+        assert cached > length - 128
+        assert second == first
+        files["/video"] = make_video(12, size=(320, 240), turned=180)
+        changed_length, cached, _ = ask(url)
+        assert changed_length == length
+        assert cached < 64
 
 
 def test_another_architecture_is_left_to_vllm(tmp_path: Path) -> None:
