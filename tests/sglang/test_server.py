@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from support.expected import image_request, text_prompt
 from support.images import BAD_IMAGES, image_part, png_header
 from support.server import Server, said
 from support.sglang_server import CHUNK, HAS_ENTRY_POINT, generate, rows
+from support.sglang_updates import WAYS, from_disk
 from typer.testing import CliRunner
 
 from k26_plugins.cli import app
@@ -86,10 +88,10 @@ def test_verify_passes(server: Server, golden_file: Path) -> None:
 def test_updates_of_the_weights_while_serving(
     server: Server, tiny_folder: Path, golden_file: Path, updated: tuple[Path, Path]
 ) -> None:
-    """Another seed's, and back: each time the answers are those of a server that was started with them."""
-    for folder, golden in (updated, (tiny_folder, golden_file)):
-        answer = server.post("/update_weights_from_disk", model_path=str(folder))
-        assert answer.json()["success"], answer.text
+    """Another seed's, and back, by each way: the answers are those of a server that was started with them."""
+    places = cycle((updated, (tiny_folder, golden_file)))
+    for update, (folder, golden) in zip((*WAYS, from_disk), places, strict=False):
+        update(server, folder)
         result = CliRunner().invoke(app, ["verify", "--url", server.url, "--golden", str(golden)])
         assert result.exit_code == 0, result.output
 

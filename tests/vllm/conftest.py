@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support import vllm_updates
 from support.server import Server, python_path
 from support.vllm_server import serve
 
@@ -17,7 +18,8 @@ def server(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     # An agent's tools are long to the tiny tokenizer.
     arguments += ["--max-model-len", "16384"]
     log = tmp_path_factory.mktemp("vllm") / "server.log"
-    # With the endpoint by which a trainer calls the workers.
+    # With the endpoints by which a trainer calls the workers.
+    arguments += vllm_updates.ARGUMENTS
     settings = {"PYTHONPATH": python_path(), "VLLM_SERVER_DEV_MODE": "1"}
     with serve(tiny_folder, log, *arguments, **settings) as running:
         yield running

@@ -139,7 +139,7 @@ def test_media_by_url_are_known_by_their_content(prefix_caching: Server) -> None
     files = {"/image": png(random_image(300, 200)), "/video": make_video(12, size=(320, 240))}
 
     class Files(QuietHandler):
-        def do_GET(self) -> None:
+        def do_GET(self) -> None:  # noqa: N802 - the name that http.server looks for
             self.send(200, files[self.path])
 
     def ask(url: str) -> tuple[int, int, list[int]]:

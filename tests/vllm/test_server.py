@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
 from pathlib import Path
 
 import httpx
@@ -14,6 +15,7 @@ from support.agreement import BYTES, VOCABULARY, assert_same_distribution, rows
 from support.expected import image_request, text_prompt
 from support.images import BAD_IMAGES, image_part, png_header
 from support.server import Server, said
+from support.vllm_updates import WAYS
 from typer.testing import CliRunner
 
 from k26_plugins.cli import app
@@ -82,13 +84,10 @@ def test_verify_passes(server: Server, golden_file: Path) -> None:
 def test_updates_of_the_weights_while_serving(
     server: Server, tiny_folder: Path, golden_file: Path, updated: tuple[Path, Path]
 ) -> None:
-    """Another seed's, and back: each time the answers are those of a server that was started with them."""
-    for folder, golden in (updated, (tiny_folder, golden_file)):
-        call = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}, "timeout": 300}
-        httpx.post(f"{server.url}/collective_rpc", json=call, timeout=300).raise_for_status()
-        # Its workers drop what they cached of the old weights; vLLM has the caller tell the scheduler.
-        for cache in ("mm", "encoder"):
-            httpx.post(f"{server.url}/reset_{cache}_cache", timeout=60).raise_for_status()
+    """Another seed's, and back, by each way: the answers are those of a server that was started with them."""
+    places = cycle((updated, (tiny_folder, golden_file)))
+    for update, (folder, golden) in zip(WAYS * 2, places, strict=False):
+        update(server, folder)
         result = CliRunner().invoke(app, ["verify", "--url", server.url, "--golden", str(golden)])
         assert result.exit_code == 0, result.output
 

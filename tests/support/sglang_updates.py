@@ -1,0 +1,98 @@
+"""New weights for a serving SGLang, by each way that a trainer has beside a checkpoint on the disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from sglang.srt.utils import MultiprocessingSerializer, init_custom_process_group
+from support.server import Server, free_port
+
+# Tensors of an update; a trainer's buckets cut through layers and experts as well.
+BUCKET = 100
+GROUP = "trainer"
+
+
+def from_disk(server: Server, folder: Path) -> None:
+    _ask(server, "update_weights_from_disk", model_path=str(folder))
+
+
+def from_tensors(server: Server, folder: Path) -> None:
+    """Handed over in shared memory, as by a trainer on the same machine."""
+    strategy = torch.multiprocessing.get_sharing_strategy()
+    # By file descriptor, the default, only a process' own children may ask for one.
+    torch.multiprocessing.set_sharing_strategy("file_system")
+    try:
+        with _session(server):
+            for bucket in _buckets(folder):
+                payload = MultiprocessingSerializer.serialize(bucket, output_str=True)
+                _ask(server, "update_weights_from_tensor", serialized_named_tensors=[payload])
+    finally:
+        torch.multiprocessing.set_sharing_strategy(strategy)
+
+
+def from_a_group(server: Server, folder: Path) -> None:
+    """Broadcast by rank 0 of a process group that the server joins."""
+    port = free_port()
+    place = {"master_address": "127.0.0.1", "master_port": port, "rank_offset": 1, "world_size": 2, "backend": "gloo"}
+    with _meanwhile(partial(_ask, server, "init_weights_update_group", group_name=GROUP, **place)):
+        group = init_custom_process_group(
+            backend="gloo", init_method=f"tcp://127.0.0.1:{port}", world_size=2, rank=0, group_name=GROUP
+        )
+    try:
+        with _session(server):
+            for bucket in _buckets(folder):
+                with _meanwhile(partial(_ask, server, "update_weights_from_distributed", **_described(bucket))):
+                    for _, tensor in bucket:
+                        torch.distributed.broadcast(tensor, src=0, group=group)
+    finally:
+        torch.distributed.destroy_process_group(group)
+        _ask(server, "destroy_weights_update_group", group_name=GROUP)
+
+
+def _ask(server: Server, path: str, **body: Any) -> None:
+    response = server.post(f"/{path}", **body)
+    assert response.status_code == 200, response.text
+    assert response.json()["success"], response.text
+
+
+@contextmanager
+def _session(server: Server) -> Iterator[None]:
+    """SGLang's own frame around an update in parts."""
+    _ask(server, "begin_weight_update")
+    yield
+    _ask(server, "end_weight_update")
+
+
+@contextmanager
+def _meanwhile(ask: Callable[[], None]) -> Iterator[None]:
+    """A request that is answered only once this side has done its part."""
+    with ThreadPoolExecutor(1) as thread:
+        answer = thread.submit(ask)
+        yield
+        answer.result()
+
+
+def _described(bucket: list[tuple[str, torch.Tensor]]) -> dict[str, Any]:
+    return {
+        "names": [name for name, _ in bucket],
+        "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
+        "shapes": [list(tensor.shape) for _, tensor in bucket],
+        "group_name": GROUP,
+    }
+
+
+def _buckets(folder: Path) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    tensors = [item for file in sorted(folder.glob("*.safetensors")) for item in load_file(file).items()]
+    for start in range(0, len(tensors), BUCKET):
+        yield tensors[start : start + BUCKET]
+
+
+# Each leaves what the one before it brought.
+WAYS = (from_disk, from_tensors, from_a_group)

@@ -1,0 +1,102 @@
+"""New weights for a serving vLLM, as a trainer sends them: from the disk at once, or in buckets by a way of its own.
+
+Of the ways that vLLM brings, NCCL and CUDA's IPC, each needs GPUs; what the worker does with what they bring is the same.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+from safetensors import safe_open
+from support.server import Server
+from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+BACKEND = "files"
+ARGUMENTS = [
+    *("--worker-extension-cls", "support.vllm_updates.Worker"),
+    *("--weight-transfer-config", json.dumps({"backend": BACKEND})),
+]
+# Tensors of an update; a trainer's buckets cut through layers and experts as well.
+BUCKET = 100
+
+
+@dataclass
+class _Bucket(WeightTransferUpdateInfo):
+    file: str
+    names: list[str]
+
+
+class FromFiles(WeightTransferEngine[WeightTransferInitInfo, _Bucket]):
+    """A bucket names tensors of a file."""
+
+    init_info_cls = WeightTransferInitInfo
+    update_info_cls = _Bucket
+
+    def init_transfer_engine(self, init_info: WeightTransferInitInfo) -> None:
+        """Nothing to connect to."""
+
+    def start_weight_update(self) -> None:
+        initialize_layerwise_reload(self.model)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        # vLLM's own then waits for an accelerator.
+        self.receive_weights(self.parse_update_info(update_info))
+
+    def receive_weights(self, update_info: _Bucket) -> None:
+        with safe_open(update_info.file, "pt") as file:
+            self.model.load_weights([(name, file.get_tensor(name)) for name in update_info.names])
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def shutdown(self) -> None:
+        """Nothing to part from."""
+
+
+class Worker:
+    """vLLM mixes it into its own, and imports this file for it."""
+
+
+if BACKEND not in WeightTransferEngineFactory._registry:
+    WeightTransferEngineFactory.register_engine(BACKEND, FromFiles)
+
+
+def from_disk(server: Server, folder: Path) -> None:
+    _ask(server, "collective_rpc", method="reload_weights", kwargs={"weights_path": str(folder)}, timeout=300)
+    _forget(server)
+
+
+def in_buckets(server: Server, folder: Path) -> None:
+    _ask(server, "init_weight_transfer_engine", init_info={})
+    _ask(server, "start_weight_update")
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+        for start in range(0, len(names), BUCKET):
+            _ask(server, "update_weights", update_info={"file": str(path), "names": names[start : start + BUCKET]})
+    _ask(server, "finish_weight_update")
+    _forget(server)
+
+
+def _ask(server: Server, path: str, **body: Any) -> None:
+    answer = httpx.post(f"{server.url}/{path}", json=body, timeout=300)
+    assert answer.status_code == 200, answer.text
+
+
+def _forget(server: Server) -> None:
+    """The workers drop what they cached of the old weights; vLLM has the caller tell the scheduler."""
+    for cache in ("mm", "encoder"):
+        _ask(server, f"reset_{cache}_cache")
+
+
+WAYS = (from_disk, in_buckets)
