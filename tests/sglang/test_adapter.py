@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -57,7 +59,7 @@ def test_registration_takes_the_in_tree_classes_place_and_no_others() -> None:
     from sglang.srt.models.registry import ModelRegistry
 
     model, _ = ModelRegistry.resolve_model_cls([ARCHITECTURE])
-    assert model.__module__ == "k26_plugins.sglang.models.kimi_k26"
+    assert model.__module__ == "k26_plugins.sglang.model"
     assert issubclass(model, compat.in_tree_model().KimiK25ForConditionalGeneration)
     assert ModelRegistry.resolve_model_cls(["LlamaForCausalLM"])[0] is LlamaForCausalLM
 
@@ -108,6 +110,32 @@ def test_registration_is_all_or_nothing(monkeypatch: pytest.MonkeyPatch, caplog:
     assert looked_up >= 2
     # The last try had every name.
     assert not any(one == other for one, other in zip(before, state(), strict=True))
+
+
+def test_sglangs_own_class_serves_where_ours_lacks_a_name(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Only the import of our class needs it, not the registration of the plugin; with K26_STRICT=1 the start ends."""
+    from sglang.srt.models.registry import import_model_classes
+
+    in_tree = compat.in_tree_model().KimiK25ForConditionalGeneration
+
+    def forget() -> None:
+        for name in ("model", "models.entry"):
+            monkeypatch.delitem(sys.modules, f"k26_plugins.sglang.{name}", raising=False)
+
+    monkeypatch.delattr(sys.modules[in_tree.__module__], in_tree.__name__)
+    monkeypatch.setattr("k26_plugins.sglang.logger.propagate", True)
+    monkeypatch.setattr(logging.getLogger("sglang"), "propagate", True)
+    forget()
+    # The function within what SGLang remembers of a package.
+    found = inspect.unwrap(import_model_classes)
+    assert found("k26_plugins.sglang.models") == {}
+    assert "SGLang's own model class serves" in caplog.text
+    forget()
+    monkeypatch.setenv("K26_STRICT", "1")
+    with pytest.raises(SystemExit, match=in_tree.__name__):
+        found("k26_plugins.sglang.models")
 
 
 def test_a_name_that_sglang_lost_is_one_clear_error() -> None:

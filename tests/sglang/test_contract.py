@@ -24,7 +24,7 @@ def test_the_model_has_what_sglang_looks_up() -> None:
     import sglang.srt
 
     from k26_plugins.sglang import compat
-    from k26_plugins.sglang.models.kimi_k26 import OF_LANGUAGE_MODEL, KimiK25ForConditionalGeneration
+    from k26_plugins.sglang.model import OF_LANGUAGE_MODEL, KimiK25ForConditionalGeneration
 
     found = looked_up(Path(next(iter(sglang.srt.__path__))), without=("models", "hardware_backend/mlx"))
     of_language_model = members(compat.language_model())

@@ -62,7 +62,7 @@ def _weigh() -> None:
 
 
 def _compare_with_language_model() -> None:
-    from k26_plugins.sglang.models.kimi_k26 import OF_LANGUAGE_MODEL
+    from k26_plugins.sglang.model import OF_LANGUAGE_MODEL
 
     model = _runner().model
     print(f"contract: {differing(model, model.language_model, OF_LANGUAGE_MODEL)}", flush=True)

@@ -24,7 +24,9 @@ def from_disk(server: Server, folder: Path) -> None:
 
 
 def from_tensors(server: Server, folder: Path) -> None:
-    """Handed over in shared memory, as by a trainer on the same machine."""
+    """Handed over in shared memory, as by a trainer on the same machine; over weights that were drawn anew, as those of
+    `--load-format dummy` are."""
+    _ask(server, "weights_checker", action="reset_tensors")
     strategy = torch.multiprocessing.get_sharing_strategy()
     # By file descriptor, the default, only a process' own children may ask for one.
     torch.multiprocessing.set_sharing_strategy("file_system")

@@ -77,6 +77,8 @@ def from_disk(server: Server, folder: Path) -> None:
 
 
 def in_buckets(server: Server, folder: Path) -> None:
+    """Over weights that are all zero, as a trainer finds those of `--load-format dummy` without sense."""
+    _ask(server, "weight_checker", action="reset")
     _ask(server, "init_weight_transfer_engine", init_info={})
     _ask(server, "start_weight_update")
     for path in sorted(folder.glob("*.safetensors")):

@@ -11,7 +11,7 @@ from k26_plugins.common.prompt.places import media_kinds, place_videos
 from k26_plugins.common.settings import core_media
 from k26_plugins.common.video import MAX_TOKENS, VideoChunk, read_chunks
 from k26_plugins.sglang import compat
-from k26_plugins.sglang.models.kimi_k26 import KimiK25ForConditionalGeneration
+from k26_plugins.sglang.model import KimiK25ForConditionalGeneration
 
 _in_tree = compat.in_tree_media()
 

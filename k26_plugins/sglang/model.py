@@ -129,6 +129,3 @@ def files_of_checkpoint(
     if chosen or not is_under_way():
         return original(files, *args, disable_mmap=disable_mmap, **kwargs)
     return engine_files(files, logger)
-
-
-EntryClass = [KimiK25ForConditionalGeneration]

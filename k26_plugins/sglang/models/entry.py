@@ -1,0 +1,15 @@
+"""The class that SGLang's registry finds here: ours, or none where this SGLang lacks a name that ours is made from."""
+
+from __future__ import annotations
+
+from k26_plugins.common.registration import go_without
+from k26_plugins.sglang import compat, logger
+
+EntryClass: list[type]
+try:
+    from k26_plugins.sglang.model import KimiK25ForConditionalGeneration
+
+    EntryClass = [KimiK25ForConditionalGeneration]
+except (ImportError, AttributeError, compat.UnsupportedEngineError) as error:
+    go_without(error, "SGLang's own model class serves, with its own experts and media", logger)
+    EntryClass = []
