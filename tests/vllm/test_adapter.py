@@ -377,14 +377,15 @@ for variable in sys.argv[1:]:
         "media": ["k26_plugins.vllm.processing"] * 2,
         "connector": "k26",
     }
-    theirs = {
-        "K26_PROMPTS": {"prompts": "auto"},
-        "K26_PARSERS": {"parsers": "kimi_k2"},
-        "K26_MEDIA": {"media": ["vllm.model_executor.models.kimi_k25"] * 2, "connector": None},
-    }
-    if find_spec("vllm.transformers_utils.processors.kimi_k25_vision_fused") is None:
-        # 0.19.1, whose own tokenizer and processor are code of the checkpoint: that is refused.
-        theirs = {"K26_PARSERS": theirs["K26_PARSERS"]}
+    theirs: dict[str, dict[str, Any]] = {"K26_PARSERS": {"parsers": "kimi_k2"}}
+    # Where transformers has no tokenizer for this model, and vLLM no processor, theirs is code of the checkpoint, which is
+    # refused.
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+
+    if TOKENIZER_MAPPING_NAMES.get("kimi_k25"):
+        theirs["K26_PROMPTS"] = {"prompts": "auto"}
+    if find_spec("vllm.transformers_utils.processors.kimi_k25_vision_fused") is not None:
+        theirs["K26_MEDIA"] = {"media": ["vllm.model_executor.models.kimi_k25"] * 2, "connector": None}
     command = [sys.executable, "-c", script, *theirs]
     # Another test of this process may have chosen the connector.
     env = {name: value for name, value in os.environ.items() if name != "VLLM_MEDIA_CONNECTOR"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import random
 from pathlib import Path
@@ -35,7 +36,10 @@ def parsers(tokenizer: Any, request: Any, **options: Any) -> Any:
     """A fresh one for each answer, as vLLM's server makes it."""
     from vllm.parser.parser_manager import ParserManager
 
-    found = ParserManager.get_parser(compat.PARSER, compat.PARSER, enable_auto_tools=True, tokenizer=tokenizer)
+    # Before 0.32 it does not ask for the tokenizer.
+    asked_for = inspect.signature(ParserManager.get_parser).parameters
+    given = {"tokenizer": tokenizer} if "tokenizer" in asked_for else {}
+    found = ParserManager.get_parser(compat.PARSER, compat.PARSER, enable_auto_tools=True, **given)
     assert issubclass(found, K26Parser)
     return lambda: found(tokenizer, tools=request.tools, chat_template_kwargs=options)
 
