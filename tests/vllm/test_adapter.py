@@ -378,11 +378,9 @@ for variable in sys.argv[1:]:
         "connector": "k26",
     }
     theirs: dict[str, dict[str, Any]] = {"K26_PARSERS": {"parsers": "kimi_k2"}}
-    # Where transformers has no tokenizer for this model, and vLLM no processor, theirs is code of the checkpoint, which is
-    # refused.
-    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
-
-    if TOKENIZER_MAPPING_NAMES.get("kimi_k25"):
+    # Before 0.32, with a configuration of its own, vLLM has its tokenizer from the checkpoint's code, and before 0.25 its
+    # processor: the plugin executes neither.
+    if find_spec("vllm.transformers_utils.configs.kimi_k25") is None:
         theirs["K26_PROMPTS"] = {"prompts": "auto"}
     if find_spec("vllm.transformers_utils.processors.kimi_k25_vision_fused") is not None:
         theirs["K26_MEDIA"] = {"media": ["vllm.model_executor.models.kimi_k25"] * 2, "connector": None}
