@@ -9,46 +9,34 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
-from support.experts import error, inputs, judge, make_weights, route
+from support.experts import error
 from support.instruction_sets import INSTRUCTION_SET
+from support.native_sample import (
+    COMPILER,
+    FIXED_ADDRESSES,
+    HIDDEN,
+    TOKENS,
+    Sample,
+    make_sample,
+    needs_compiler,
+    needs_set,
+)
+from support.native_sample import SOURCES as DRIVER
 
-from k26_plugins.common.experts.native.build import COMPILERS, FLAGS, SOURCES, VARIANTS, variants
+from k26_plugins.common.experts.native.build import FLAGS, SOURCES, VARIANTS, variants
 
-DRIVER = Path(__file__).parent.parent / "support" / "native"
-COMPILER = next(filter(None, map(shutil.which, COMPILERS)), None)
 ARM_COMPILER = "aarch64-linux-gnu-g++"
 # The mnemonic in a line of objdump: the address, the bytes, the instruction.
 INSTRUCTION = re.compile(r"^ +[0-9a-f]+:\t[0-9a-f ]+\t([\w.]+)", re.MULTILINE)
 BRANCH = {"jne", "je", "jmp", "call", "bl", "b", "b.ne", "b.eq", "cbz", "cbnz"}
-# 17 groups of inputs, the last of them not one of as many as several tokens pass over at once.
-TOKENS, TOP_K, EXPERTS, HIDDEN, INNER = 23, 2, 4, 544, 96
-
-needs_compiler = pytest.mark.skipif(COMPILER is None, reason=f"no C++ compiler ({', '.join(COMPILERS)})")
-
-
-class Sample(NamedTuple):
-    given: Path
-    expected: torch.Tensor
 
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
-    """A layer and a batch, with values at which rounding or the exponential of two instruction sets could differ."""
-    weights = make_weights(EXPERTS, HIDDEN, INNER)
-    ids, topk_weights = route(TOKENS, TOP_K, EXPERTS)
-    ids[:, 0], ids[:, 1] = 0, ids[:, 1].clamp(min=1)  # an expert with tokens for a tile of AMX, and more
-    ids[9, 1] = -1
-    x = inputs(TOKENS, HIDDEN)
-    x[3], x[4], x[5] = x[3] * 1e-20, x[4] * 3e4, 0
-    given = tmp_path_factory.mktemp("native") / "given"
-    tensors = (weights.w13_packed, weights.w13_scale, weights.w2_packed, weights.w2_scale, x, ids, topk_weights)
-    sizes = torch.tensor([EXPERTS, HIDDEN, INNER, TOKENS, TOP_K])
-    given.write_bytes(b"".join(t.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for t in (sizes, *tensors)))
-    return Sample(given, judge(weights, x, ids, topk_weights))
+    return make_sample(tmp_path_factory.mktemp("native"))
 
 
 def run(
@@ -84,9 +72,6 @@ def here(sample: Sample, tmp_path_factory: pytest.TempPathFactory) -> torch.Tens
     return run(sample, tmp_path_factory.mktemp("here"), COMPILER, *VARIANTS[variants()[0]].flags, *flags)[0]
 
 
-needs_set = pytest.mark.skipif(not variants(), reason="this CPU has no instruction set of the native experts")
-
-
 @needs_compiler
 @needs_set
 def test_address_and_undefined_behaviour_sanitizers(here: torch.Tensor) -> None:
@@ -99,10 +84,8 @@ def test_address_and_undefined_behaviour_sanitizers(here: torch.Tensor) -> None:
 def test_thread_sanitizer(sample: Sample, here: torch.Tensor, tmp_path: Path) -> None:
     """Three threads on two nodes, and a batch of jobs in flight."""
     assert COMPILER is not None
-    # Its shadow memory leaves no room for the addresses that newer kernels choose at random.
-    fixed = ("setarch", "-R") if shutil.which("setarch") else ()
     flags = ("-g1", "-fsanitize=thread", *VARIANTS[variants()[0]].flags)
-    assert torch.equal(run(sample, tmp_path, COMPILER, *flags, emulator=fixed)[0], here)
+    assert torch.equal(run(sample, tmp_path, COMPILER, *flags, emulator=FIXED_ADDRESSES)[0], here)
 
 
 @needs_compiler

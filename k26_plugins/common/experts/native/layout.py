@@ -1,10 +1,10 @@
-"""The way back from the layout of `experts.cpp` to the checkpoint's, in torch's operators, on any device."""
+"""The way back from the layout of `layer.hpp` to the checkpoint's, in torch's operators, on any device."""
 
 from __future__ import annotations
 
 import torch
 
-# As experts.cpp has it: rows of a tile.
+# As kernel.hpp has it: rows of a tile.
 ROWS = 16
 
 

@@ -12,6 +12,7 @@
 #include <sched.h>
 #include <signal.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -20,6 +21,8 @@
 #include <vector>
 
 namespace k26 {
+
+constexpr int64_t kNoLimit = -1;
 
 // A counter that threads wait on: a short spin, because a layer follows a layer within microseconds, then asleep.
 class Counter {
@@ -32,22 +35,37 @@ class Counter {
       syscall(SYS_futex, &value_, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
   }
 
-  // Returns once the counter is no longer `seen`.
-  void wait_beyond(uint32_t seen, int spins) {
+  // Returns once the counter is no longer `seen`, or false after `limit` nanoseconds.
+  bool wait_beyond(uint32_t seen, int spins, int64_t limit = kNoLimit) {
     for (int i = 0; i < spins; ++i) {
-      if (value() != seen) return;
+      if (value() != seen) return true;
 #if defined(__x86_64__)
       __builtin_ia32_pause();
 #else
       asm volatile("yield");
 #endif
     }
+    const int64_t end = limit == kNoLimit ? 0 : now() + limit;
     sleepers_.fetch_add(1, std::memory_order_seq_cst);
-    while (value() == seen) syscall(SYS_futex, &value_, FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
+    while (value() == seen) {
+      const int64_t left = limit == kNoLimit ? kNoLimit : end - now();
+      if (limit != kNoLimit && left <= 0) break;
+      const timespec until{static_cast<time_t>(left / kSecond), static_cast<long>(left % kSecond)};
+      syscall(SYS_futex, &value_, FUTEX_WAIT_PRIVATE, seen, limit == kNoLimit ? nullptr : &until, nullptr, 0);
+    }
     sleepers_.fetch_sub(1, std::memory_order_seq_cst);
+    return value() != seen;
   }
 
  private:
+  static constexpr int64_t kSecond = 1'000'000'000;
+
+  static int64_t now() {
+    timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return time.tv_sec * kSecond + time.tv_nsec;
+  }
+
   std::atomic<uint32_t> value_{0};
   std::atomic<uint32_t> sleepers_{0};
 };
@@ -159,13 +177,15 @@ class Pool {
     return submitted_.value();
   }
 
-  // Returns once that job is done. The waiting thread sleeps at once: its core may be a worker's.
-  void wait(uint32_t job) {
+  // Returns once that job is done, or false after `limit` nanoseconds in which none ended. The waiting thread sleeps at
+  // once: its core may be a worker's.
+  bool wait(uint32_t job, int64_t limit = kNoLimit) {
     for (uint32_t done = done_.value(); static_cast<int32_t>(done - job) < 0; done = done_.value())
-      done_.wait_beyond(done, 0);
+      if (!done_.wait_beyond(done, 0, limit)) return false;
+    return true;
   }
 
-  void wait_for_all() { wait(submitted_.value()); }
+  bool wait_for_all(int64_t limit = kNoLimit) { return wait(submitted_.value(), limit); }
 
  private:
   struct Start {

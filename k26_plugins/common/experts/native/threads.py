@@ -16,7 +16,7 @@ from k26_plugins.common.settings import cpu_threads_setting
 
 
 class Layer(ctypes.Structure):
-    """`Layer` of experts.cpp."""
+    """`Layer` of layer.hpp."""
 
     _fields_: ClassVar = [
         *((name, ctypes.c_void_p) for name in ("w13", "w13_scale", "w2", "w2_scale")),
@@ -25,7 +25,7 @@ class Layer(ctypes.Structure):
 
 
 class Call(ctypes.Structure):
-    """`Call` of experts.cpp."""
+    """`Call` of layer.hpp."""
 
     _fields_: ClassVar = [
         *((name, ctypes.c_void_p) for name in ("x", "ids", "weights", "map")),

@@ -1,0 +1,165 @@
+// Layers of the native experts in a stream and in graphs of the stand-in runtime, without Python, for the sanitizers:
+//
+//     stream_driver GIVEN THREADS REPLAYS
+//
+// GIVEN is as for `driver.cpp`. A step is two layers, the second on what the first gave. It is captured for several batch
+// sizes, and replayed with new data in sizes that change; each replay must have the bits of the same step by `k26_submit`
+// and `k26_wait`. Then a worker hangs, and a step must end nevertheless. The exit status names the part that failed.
+
+#include "device_runtime.cpp"
+#include "experts.cpp"
+
+#include <sys/mman.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <new>
+#include <random>
+
+// Memory that a host function asks for, by whatever way the library has.
+static void allocated() {
+  if (standinInHostFunction()) {
+    fprintf(stderr, "a host function allocates\n");
+    std::_Exit(9);
+  }
+}
+
+void* operator new(size_t bytes) {
+  allocated();
+  if (void* memory = std::malloc(bytes)) return memory;
+  throw std::bad_alloc();
+}
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, size_t) noexcept { std::free(memory); }
+
+extern "C" void* __real_mmap(void* at, size_t bytes, int protection, int flags, int file, off_t offset);
+extern "C" void* __wrap_mmap(void* at, size_t bytes, int protection, int flags, int file, off_t offset) {
+  allocated();
+  return __real_mmap(at, bytes, protection, flags, file, offset);
+}
+
+using namespace k26;
+
+constexpr int kLayers = 2;
+constexpr int64_t kPatience = 20'000'000'000;
+
+template <class T>
+std::vector<T> read(FILE* file, int64_t count) {
+  std::vector<T> values(count);
+  if (fread(values.data(), sizeof(T), count, file) != static_cast<size_t>(count)) std::abort();
+  return values;
+}
+
+template <class T>
+T* pinned_array(int64_t count) {
+  void* memory = nullptr;
+  cudaHostAlloc(&memory, count * sizeof(T), 0);
+  return static_cast<T*>(memory);
+}
+
+// What a batch is, on the device and in the pinned memory.
+struct Batch {
+  std::vector<uint16_t> x, out;
+  std::vector<int32_t> ids;
+  std::vector<float> weights;
+
+  Batch(int64_t tokens, int64_t hidden, int64_t top_k)
+      : x(tokens * hidden), out(tokens * hidden), ids(tokens * top_k), weights(tokens * top_k) {}
+};
+
+int main(int, char** arguments) {
+  FILE* given = fopen(arguments[1], "rb");
+  const auto sizes = read<int64_t>(given, 5);
+  const int64_t experts = sizes[0], hidden = sizes[1], inner = sizes[2], tokens = sizes[3], top_k = sizes[4];
+  auto w13 = read<uint8_t>(given, experts * hidden * inner);
+  auto w13_scale = read<uint16_t>(given, experts * 2 * inner * hidden / kGroup);
+  auto w2 = read<uint8_t>(given, experts * hidden * inner / 2);
+  auto w2_scale = read<uint16_t>(given, experts * hidden * inner / kGroup);
+  const auto x = read<uint16_t>(given, tokens * hidden);
+  fclose(given);
+
+  const int64_t threads = std::atoi(arguments[2]), replays = std::atoi(arguments[3]);
+  std::vector<int32_t> cpus(threads), nodes(threads, 0);
+  for (int64_t i = 0; i < threads; ++i) cpus[i] = static_cast<int32_t>(i % sysconf(_SC_NPROCESSORS_ONLN));
+  static Process* process = k26_create();
+  if (k26_start(process, cpus.data(), nodes.data(), threads) != 1) return 1;
+  const Layer layer{w13.data(), w13_scale.data(), w2.data(), w2_scale.data(), experts, hidden, inner};
+  if (k26_repack(process, &layer, 0) != 0) return 2;
+
+  // One set of pinned memory for all layers and batches, which follow one another.
+  auto* pinned_x = pinned_array<uint16_t>(tokens * hidden);
+  auto* pinned_out = pinned_array<uint16_t>(tokens * hidden);
+  auto* pinned_ids = pinned_array<int32_t>(tokens * top_k);
+  auto* pinned_weights = pinned_array<float>(tokens * top_k);
+  Batch device(tokens, hidden, top_k), expected(tokens, hidden, top_k);
+  Stream* stream = nullptr;
+  cudaStreamCreate(&stream);
+
+  const auto put_layer = [&](StreamCall* call, int64_t count) {
+    cudaMemcpyAsync(pinned_x, device.x.data(), count * hidden * sizeof(uint16_t), 2, stream);
+    cudaMemcpyAsync(pinned_ids, device.ids.data(), count * top_k * sizeof(int32_t), 2, stream);
+    cudaMemcpyAsync(pinned_weights, device.weights.data(), count * top_k * sizeof(float), 2, stream);
+    cudaLaunchHostFunc(stream, k26_stream_submit, call);
+    cudaLaunchHostFunc(stream, k26_stream_wait, call);
+    cudaMemcpyAsync(device.x.data(), pinned_out, count * hidden * sizeof(uint16_t), 1, stream);
+  };
+  const auto in_stream = [&](int64_t count, int64_t patience) {
+    const Call call{pinned_x, pinned_ids, pinned_weights, nullptr, 0, count, top_k, pinned_out, 0};
+    return k26_stream_call(process, &layer, &call, patience);
+  };
+  const auto capture = [&](int64_t count, int64_t patience) {
+    Graph *graph = nullptr, *executable = nullptr;
+    cudaStreamBeginCapture(stream, kGlobal);
+    for (int i = 0; i < kLayers; ++i) put_layer(in_stream(count, patience), count);
+    cudaStreamEndCapture(stream, &graph);
+    cudaGraphInstantiate(&executable, graph, 0);
+    return executable;
+  };
+
+  // The largest first, as engines capture them.
+  const int64_t counts[] = {tokens, 5, 1};
+  Graph* graphs[3];
+  for (int i = 0; i < 3; ++i) graphs[i] = capture(counts[i], kPatience);
+
+  std::mt19937 random(0);
+  for (int64_t replay = 0; replay < replays; ++replay) {
+    const int chosen = static_cast<int>(random() % 3);
+    const int64_t count = counts[chosen];
+    const int64_t from = static_cast<int64_t>(random() % (tokens - count + 1));
+    std::memcpy(device.x.data(), x.data() + from * hidden, count * hidden * sizeof(uint16_t));
+    for (int64_t slot = 0; slot < count * top_k; ++slot) {
+      device.ids[slot] = static_cast<int32_t>(random() % (experts + 1)) - 1;
+      device.weights[slot] = static_cast<float>(random() % 1000) / 1000;
+    }
+    expected = device;
+    if (replay % 4 == 3)  // the same path outside a graph
+      for (int i = 0; i < kLayers; ++i) put_layer(in_stream(count, kPatience), count);
+    else
+      cudaGraphLaunch(graphs[chosen], stream);
+    if (cudaStreamSynchronize(stream) != 0) return 3;
+    for (int i = 0; i < kLayers; ++i) {
+      const Call call{expected.x.data(),   expected.ids.data(), expected.weights.data(), nullptr, 0, count, top_k,
+                      expected.out.data(), 0};
+      k26_wait(process, k26_submit(process, &layer, &call));
+      std::swap(expected.x, expected.out);
+    }
+    if (std::memcmp(device.x.data(), expected.x.data(), count * hidden * sizeof(uint16_t)) != 0) return 4;
+  }
+  if (k26_stream_late(process)) return 5;
+
+  // A worker that does not come back: the step ends, and nothing in it is a number.
+  static std::atomic<bool> hung{true};
+  Graph* impatient = capture(1, 50'000'000);
+  process->pool->start([](const Worker&, void*) { while (hung) usleep(1000); }, nullptr);
+  for (int step = 0; step < 2; ++step) {
+    cudaGraphLaunch(impatient, stream);
+    if (cudaStreamSynchronize(stream) != 0) return 3;
+    for (int64_t i = 0; i < hidden; ++i)
+      if (device.x[i] != 0xFFFF) return 7;
+  }
+  if (!k26_stream_late(process)) return 8;
+  hung = false;
+  if (*standinViolation()) fprintf(stderr, "%s\n", standinViolation());
+  printf("%s\n", k26_instruction_set());
+  return 0;
+}
