@@ -36,7 +36,7 @@ class NativeExperts(ExpertsBackend):
 
     def __init__(self, weights: ExpertWeights) -> None:
         self.weights = weights
-        self._layer = Layer(
+        self.layer = Layer(
             *(tensor.data_ptr() for tensor in self.tensors().values()),
             weights.num_experts,
             weights.hidden_size,
@@ -57,7 +57,7 @@ class NativeExperts(ExpertsBackend):
     def load(cls, weights: ExpertWeights) -> Self:
         packed = (weights.w13_packed, weights.w13_scale, weights.w2_packed, weights.w2_scale)
         experts = cls(ExpertWeights(*(tensor.contiguous() for tensor in packed)))
-        process_threads().repack(experts._layer)
+        process_threads().repack(experts.layer)
         return experts
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -88,7 +88,7 @@ class NativeExperts(ExpertsBackend):
         out: torch.Tensor | None = None,
     ) -> Callable[[], torch.Tensor]:
         prepared = self._prepare(hidden_states, topk_ids, topk_weights, expert_map, out)
-        running = process_threads().submit(self._layer, prepared.call, (*prepared.tensors, *self.tensors().values()))
+        running = process_threads().submit(self.layer, prepared.call, (*prepared.tensors, *self.tensors().values()))
 
         def wait() -> torch.Tensor:
             running.wait()
@@ -107,7 +107,7 @@ class NativeExperts(ExpertsBackend):
         workspace: torch.Tensor | None = None,
     ) -> torch.Tensor:
         prepared = self._prepare(hidden_states, topk_ids, topk_weights, expert_map, out)
-        process_threads().run(self._layer, prepared.call)
+        process_threads().run(self.layer, prepared.call)
         return prepared.finish()
 
     def _prepare(
@@ -131,9 +131,9 @@ class NativeExperts(ExpertsBackend):
                     f"hidden size {self.weights.hidden_size}."
                 )
         x = hidden_states.to("cpu", torch.bfloat16).contiguous()
-        ids = _as_int32(topk_ids)
+        ids = to_int32(topk_ids).cpu().contiguous()
         weights = topk_weights.to("cpu", torch.float32).contiguous()
-        local = None if expert_map is None else _as_int32(expert_map)
+        local = None if expert_map is None else to_int32(expert_map).cpu().contiguous()
         result = torch.empty_like(hidden_states, memory_format=torch.contiguous_format) if out is None else out
         # Written directly where the library can, and converted from float32 otherwise.
         direct = result.is_cpu and result.is_contiguous() and result.dtype in (torch.bfloat16, torch.float32)
@@ -152,8 +152,6 @@ class NativeExperts(ExpertsBackend):
         return _Prepared(call, (x, ids, weights, local, written), written, result)
 
 
-def _as_int32(ids: torch.Tensor) -> torch.Tensor:
-    """On the CPU. A wider number that is no expert's stays none: cut to 32 bits it could become one."""
-    if ids.dtype != torch.int32:
-        ids = ids.clamp(-1, torch.iinfo(torch.int32).max)
-    return ids.to("cpu", torch.int32).contiguous()
+def to_int32(ids: torch.Tensor) -> torch.Tensor:
+    """A wider number that is no expert's stays none: cut to 32 bits it could become one."""
+    return ids if ids.dtype == torch.int32 else ids.clamp(-1, torch.iinfo(torch.int32).max).to(torch.int32)

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 
 from k26_plugins.common.cores import Core, cores
+from k26_plugins.common.experts.base import ExpertsError
 from k26_plugins.common.experts.native.build import library
 from k26_plugins.common.settings import cpu_threads_setting
 
@@ -36,6 +37,7 @@ class Call(ctypes.Structure):
 
 
 NO_MEMORY = -1  # as experts.cpp returns it
+NO_SCRATCH = "no memory for the native experts' scratch."
 
 # Its OpenMP threads do not survive a fork, and neither do torch's own operators.
 _imported_in = os.getpid()
@@ -52,10 +54,10 @@ class Threads:
         """
         self.native = native
         self.process = os.getpid()
-        native.k26_create.restype = ctypes.c_void_p
+        native.k26_create.restype = native.k26_stream_call.restype = ctypes.c_void_p
         native.k26_instruction_set.restype = ctypes.c_char_p
-        for function in (native.k26_has_team, native.k26_start, native.k26_repack, native.k26_run, native.k26_submit):
-            function.restype = ctypes.c_int64
+        for name in ("has_team", "start", "repack", "run", "submit", "stream_late"):
+            native[f"k26_{name}"].restype = ctypes.c_int64
         created = native.k26_create()
         if created is None:
             raise MemoryError("no memory for the native experts.")
@@ -121,6 +123,27 @@ class Threads:
         job = _checked(self.native.k26_submit(self._process, ctypes.byref(layer), ctypes.byref(call)))
         return Running(self, job, tensors)
 
+    def stream_call(self, layer: Layer, call: Call, patience: float) -> int:
+        """The argument of `k26_stream_submit` and `k26_stream_wait`, valid until the process ends.
+
+        What `layer` and `call` point to must live as long as these are called. patience: seconds that the work may take.
+        Raises MemoryError, RuntimeError.
+        """
+        self.start_pool()
+        limit = ctypes.c_int64(int(patience * 1e9))
+        made: int | None = self.native.k26_stream_call(self._process, ctypes.byref(layer), ctypes.byref(call), limit)
+        if made is None:
+            raise MemoryError(NO_SCRATCH)
+        return made
+
+    def check_streams(self) -> None:
+        """Raises ExpertsError where work in a device's stream did not end in time: what came of it is no answer."""
+        if self.native.k26_stream_late(self._process):
+            raise ExpertsError(
+                "the CPU's experts did not end a layer's work in time, and a thread of theirs may hang: restart the server, "
+                "and see whether the machine swaps or another process holds its cores."
+            )
+
     def wait(self, job: int) -> None:
         # In a child of fork the work is the parent's, and so are the threads.
         if self.process == os.getpid():
@@ -142,7 +165,7 @@ class Running:
 
 def _checked(result: int) -> int:
     if result == NO_MEMORY:
-        raise MemoryError("no memory for the native experts' scratch.")
+        raise MemoryError(NO_SCRATCH)
     return result
 
 

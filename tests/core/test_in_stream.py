@@ -1,0 +1,260 @@
+"""Hybrid experts in a device's stream and in its graphs, by the code that a GPU runs: the device is pretended.
+
+The library's side is under sanitizers in tests/native/test_stream.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.experts import error, inputs, judge, make_weights, route
+from support.native_sample import needs_compiler, needs_set
+from support.pretended_device import OnDevice, PretendedDevice, compile_runtime
+
+from k26_plugins.common import device_runtime
+from k26_plugins.common.device_runtime import DeviceRuntimeError
+from k26_plugins.common.experts import ExpertsError, ExpertWeights, create_experts
+from k26_plugins.common.experts.hybrid import FEW_TOKENS, HybridExperts
+from k26_plugins.common.experts.native import in_stream
+from k26_plugins.common.experts.native.threads import Threads, process_threads
+from k26_plugins.common.experts.op import held_experts, number_of
+from k26_plugins.common.experts.placement import LayerPlacement, place
+from k26_plugins.common.experts.streaming import Streaming
+
+pytestmark = [needs_compiler, needs_set]
+
+EXPERTS, HIDDEN, INNER, TOP_K = 8, 128, 64, 3
+TOLERANCE = 6e-3
+HOST = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return compile_runtime(tmp_path_factory.mktemp("runtime"))
+
+
+@pytest.fixture
+def device(library: ctypes.CDLL) -> PretendedDevice:
+    return PretendedDevice(library)
+
+
+@pytest.fixture(scope="module")
+def weights() -> ExpertWeights:
+    return make_weights(EXPERTS, HIDDEN, INNER)
+
+
+def placed(on_device: int) -> LayerPlacement:
+    return place(EXPERTS, on_device, counts=[3, 1, 4, 1, 5, 9, 2, 6])
+
+
+def layer(
+    device: PretendedDevice, weights: ExpertWeights, on_device: int, host: str = "native", **more: Any
+) -> HybridExperts:
+    placement = placed(on_device)
+    there = create_experts(weights.copy_of(list(placement.device_ids))) if on_device else None
+    return HybridExperts(
+        OnDevice(device, there) if there is not None else None,
+        create_experts(weights.copy_of(list(placement.host_ids)), host),
+        placement,
+        HOST,
+        runtime=device.runtime,
+        **more,
+    )
+
+
+class Batch:
+    """An engine's buffers of a batch size, and the step over two layers that it captures."""
+
+    def __init__(self, tokens: int) -> None:
+        self.x = inputs(tokens, HIDDEN)
+        self.ids, self.weights = route(tokens, TOP_K, EXPERTS)
+        self.middle, self.out = torch.empty_like(self.x), torch.empty_like(self.x)
+
+    def fill(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.x.copy_(torch.randn(self.x.shape, generator=generator))
+        # −1 is no expert, as padding has it.
+        self.ids.copy_(torch.rand(len(self.x), EXPERTS + 1, generator=generator).topk(TOP_K).indices - 1)
+        self.weights.copy_(torch.rand(self.weights.shape, generator=generator))
+
+    def step(self, layers: list[HybridExperts]) -> None:
+        held_in_turn = zip(layers, (self.x, self.middle), (self.middle, self.out), strict=True)
+        for experts, given, out in held_in_turn:
+            experts.apply(given, self.ids, self.weights, out=out)
+
+
+def test_a_thousand_replays_give_what_the_waiting_run_gives(device: PretendedDevice, weights: ExpertWeights) -> None:
+    on_device = 5
+    layers = [layer(device, weights, on_device) for _ in range(2)]
+    waiting = [HybridExperts(one.device_experts, one.host_experts, placed(on_device), HOST) for one in layers]
+    batches, graphs = [Batch(tokens) for tokens in (FEW_TOKENS + 6, 3, 1)], []
+    for batch in batches:
+        with device.capture() as graph:
+            batch.step(layers)
+        graphs.append(graph)
+    chosen = random.Random(0)
+    for replay in range(1000):
+        number = chosen.randrange(len(batches))
+        batch = batches[number]
+        batch.fill(replay)
+        graphs[number].replay()
+        device.synchronise()
+        found = batch.out.clone()
+        batch.step(waiting)
+        assert torch.equal(found, batch.out), replay
+        if replay % 50 == 0:
+            assert error(batch.middle, judge(weights, batch.x, batch.ids, batch.weights)) <= TOLERANCE
+
+
+def test_outside_a_graph_the_same_path_serves(device: PretendedDevice, weights: ExpertWeights) -> None:
+    experts = layer(device, weights, 3)
+    for tokens in (1, 5, 5, FEW_TOKENS):
+        batch = Batch(tokens)
+        with device.kernels():
+            experts.apply(batch.x, batch.ids.long(), batch.weights.double(), out=batch.out)
+        assert error(batch.out, judge(weights, batch.x, batch.ids, batch.weights)) <= TOLERANCE
+    assert experts.in_stream is not None
+    assert len(experts.in_stream._calls) == 3
+
+
+def test_to_torch_compile_it_is_one_operator(device: PretendedDevice, weights: ExpertWeights) -> None:
+    experts, batch = layer(device, weights, 3), Batch(2)
+    number = number_of(experts)
+    operators: list[object] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., Any]:
+        operators.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    def moe(out: torch.Tensor) -> None:
+        held_experts(out, batch.x, batch.weights, batch.ids, None, number)
+
+    torch.compile(moe, fullgraph=True, backend=backend)(batch.out)
+    device.synchronise()
+    assert operators == [torch.ops.k26.held_experts.default]
+
+
+def test_a_longer_batch_waits_for_its_routing_and_may_be_streamed(
+    device: PretendedDevice, weights: ExpertWeights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = layer(device, weights, 3, streaming=Streaming("auto", 4))
+    submitted: list[int] = []
+    monkeypatch.setattr(
+        experts.in_stream, "submit", lambda x, *_: submitted.append(len(x)) or (lambda: torch.zeros_like(x))
+    )
+    for tokens in (3, 4):
+        batch = Batch(tokens)
+        experts.apply(batch.x, batch.ids, batch.weights, out=batch.out)
+    assert submitted == [3]
+    assert error(batch.out, judge(weights, batch.x, batch.ids, batch.weights)) <= TOLERANCE
+
+
+def test_a_graph_holds_through_an_update_of_the_weights(device: PretendedDevice, weights: ExpertWeights) -> None:
+    """New weights where the old ones lay, as engines update them."""
+    experts = layer(device, weights, 0)
+    batch = Batch(3)
+    with device.capture() as graph:
+        experts.apply(batch.x, batch.ids, batch.weights, out=batch.out)
+    updated = make_weights(EXPERTS, HIDDEN, INNER, seed=1)
+    for name, tensor in create_experts(updated.copy_of(list(range(EXPERTS))), "native").tensors().items():
+        experts.host_experts.tensors()[name].copy_(tensor)
+    experts.use(None, type(experts.host_experts).from_tensors(experts.host_experts.tensors()))
+    graph.replay()
+    device.synchronise()
+    assert error(batch.out, judge(updated, batch.x, batch.ids, batch.weights)) <= TOLERANCE
+
+
+@pytest.fixture
+def fresh_threads(monkeypatch: pytest.MonkeyPatch) -> Threads:
+    """Of a process of its own, as it were: a worker that hangs is not forgotten."""
+    monkeypatch.setattr("k26_plugins.common.experts.native.threads._process_threads", None)
+    return process_threads()
+
+
+def test_work_that_does_not_end_fails_the_next_step(
+    device: PretendedDevice, weights: ExpertWeights, fresh_threads: Threads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(in_stream, "PATIENCE", 1e-3)
+    experts = layer(device, weights, 0)
+    batch = Batch(8)
+    with device.capture() as graph:
+        experts.apply(batch.x, batch.ids, batch.weights, out=batch.out)
+    fresh_threads.check_streams()
+    long = Batch(16384)
+    in_its_way = experts.host_experts.submit(long.x, long.ids, long.weights)
+    graph.replay()
+    device.synchronise()
+    in_its_way()
+    with pytest.raises(ExpertsError, match=r"did not end a layer's work in time.*restart the server"):
+        fresh_threads.check_streams()
+    with pytest.raises(ExpertsError, match="restart the server"):
+        experts.apply(batch.x, batch.ids, batch.weights)
+    graph.replay()
+    device.synchronise()
+    assert batch.out.isnan().all()
+
+
+def test_experts_that_wait_are_refused_in_a_graph(
+    device: PretendedDevice, weights: ExpertWeights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = layer(device, weights, 0, host="cpu")
+    assert experts.in_stream is None
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    batch = Batch(1)
+
+    # The only thing of a tensor on a GPU that is looked at before.
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    with pytest.raises(ExpertsError, match=r"with cpu on the CPU wait on it, .* turn CUDA graphs off"):
+        experts.apply(batch.x.as_subclass(OnGpu), batch.ids, batch.weights)
+
+
+def test_the_judge_finds_a_host_function_that_calls_the_runtime(library: ctypes.CDLL, tmp_path_factory: Any) -> None:
+    """In a library of its own, since what was found once stays found."""
+    device = PretendedDevice(compile_runtime(tmp_path_factory.mktemp("again")))
+    # A function of one pointer: nothing comes between.
+    device.call("cudaLaunchHostFunc", device.stream, device.library.hipGetErrorString, None)
+    device.synchronise()
+    device.call("cudaLaunchHostFunc", device.stream, device.library.cudaStreamSynchronize, device.stream)
+    with pytest.raises(AssertionError, match="a host function calls cudaStreamSynchronize"):
+        device.synchronise()
+
+
+def test_the_judge_finds_a_host_function_that_takes_python_s_lock(tmp_path_factory: Any) -> None:
+    device = PretendedDevice(compile_runtime(tmp_path_factory.mktemp("again")))
+    function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: None)
+    device.call("cudaLaunchHostFunc", device.stream, function, None)
+    with pytest.raises(AssertionError, match="takes Python's lock"):
+        device.synchronise()
+
+
+def test_the_judge_finds_memory_that_is_not_pinned(tmp_path_factory: Any) -> None:
+    device = PretendedDevice(compile_runtime(tmp_path_factory.mktemp("again")))
+    with pytest.raises(DeviceRuntimeError, match=r"cudaMemcpyAsync fails with a copy is of memory that is not pinned"):
+        device.runtime.copy(device.runtime.current_stream(HOST), torch.empty(4), torch.empty(4), to_host=True)
+
+
+def test_the_names_of_amd_s_runtime(library: ctypes.CDLL, weights: ExpertWeights) -> None:
+    device = PretendedDevice(library, prefix="hip")
+    experts, batch = layer(device, weights, 0), Batch(2)
+    with device.capture() as graph:
+        experts.apply(batch.x, batch.ids, batch.weights, out=batch.out)
+    graph.replay()
+    device.synchronise()
+    assert error(batch.out, judge(weights, batch.x, batch.ids, batch.weights)) <= TOLERANCE
+
+
+def test_the_runtime_is_the_one_that_is_loaded(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Path(library._name) in device_runtime._loaded()
+    found = device_runtime.device_runtime.__wrapped__()
+    monkeypatch.setattr(device_runtime, "_loaded", lambda: [])
+    assert found.pinned(16).numel() == 16
+    with pytest.raises(DeviceRuntimeError, match="no runtime of CUDA or ROCm"):
+        device_runtime.device_runtime.__wrapped__()

@@ -1,0 +1,172 @@
+"""A device that is the host: its memory is torch's CPU tensors, its runtime `native/device_runtime.cpp`.
+
+Within `PretendedDevice.kernels()` each of torch's operators is a kernel: it is put into the device's stream, and while the
+stream is captured it becomes a part of the graph. So what an engine does with a GPU is done here by the same Python code.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from support.native_sample import COMPILER, SOURCES
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from k26_plugins.common.device_runtime import DeviceRuntime
+from k26_plugins.common.experts.base import ExpertsBackend, ExpertWeights, Sizes
+
+KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+GLOBAL = 0  # cudaStreamCaptureModeGlobal, torch's own choice
+
+
+def compile_runtime(folder: Path) -> ctypes.CDLL:
+    assert COMPILER is not None
+    made = folder / "libcudart.so"
+    command = [COMPILER, "-std=c++17", "-O1", "-fPIC", "-shared", "-pthread", str(SOURCES / "device_runtime.cpp")]
+    subprocess.run([*command, "-o", str(made), "-ldl"], check=True)
+    return ctypes.CDLL(str(made))
+
+
+class Graph:
+    """A captured graph, with what it uses."""
+
+    def __init__(self, device: PretendedDevice) -> None:
+        self.device = device
+        self.handle = ctypes.c_void_p()
+        self.kept: list[Any] = []
+
+    def replay(self) -> None:
+        self.device.call("cudaGraphLaunch", self.handle, self.device.stream)
+
+
+class PretendedDevice:
+    def __init__(self, library: ctypes.CDLL, prefix: str = "cuda") -> None:
+        self.library = library
+        library.standinViolation.restype = ctypes.c_char_p
+        self.stream = ctypes.c_void_p()
+        self.call("cudaStreamCreate", ctypes.byref(self.stream))
+        assert self.stream.value is not None
+        handle = self.stream.value
+        self.runtime = DeviceRuntime(library, prefix, lambda device: handle)
+        self.graph: Graph | None = None
+
+    def call(self, name: str, *arguments: Any) -> None:
+        error = getattr(self.library, name)(*arguments)
+        assert error == 0, (name, self.library.standinViolation().decode())
+
+    def synchronise(self) -> None:
+        """Fails where something was done that CUDA forbids."""
+        self.call("cudaStreamSynchronize", self.stream)
+
+    def launch(self, function: Callable[[], object], *uses: Any) -> None:
+        """Put a kernel into the stream; outside a capture, wait for it."""
+
+        @KERNEL
+        def kernel(_: int | None) -> None:
+            # As torch calls an operator that a mode has taken.
+            with torch._C._AutoDispatchBelowAutograd():
+                function()
+
+        if self.graph is not None:
+            self.graph.kept.append((kernel, uses))
+        self.call("standinKernel", kernel, None, self.stream)
+        if self.graph is None:
+            self.synchronise()
+
+    @contextmanager
+    def kernels(self) -> Iterator[None]:
+        with _Kernels(self):
+            yield
+            if self.graph is None:
+                self.synchronise()
+
+    @contextmanager
+    def capture(self) -> Iterator[Graph]:
+        graph, captured = Graph(self), ctypes.c_void_p()
+        self.call("cudaStreamBeginCapture", self.stream, GLOBAL)
+        self.graph = graph
+        try:
+            with self.kernels():
+                yield graph
+        finally:
+            self.graph = None
+            self.call("cudaStreamEndCapture", self.stream, ctypes.byref(captured))
+        self.call("cudaGraphInstantiate", ctypes.byref(graph.handle), captured, ctypes.c_ulonglong(0))
+
+
+class _Kernels(TorchDispatchMode):
+    def __init__(self, device: PretendedDevice) -> None:
+        super().__init__()
+        self.device = device
+        self.in_use: list[Any] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if self.device.graph is None:
+            # A kernel that the host waits for. Its result stays for what comes after it in the stream, as a device's
+            # allocator keeps it.
+            self.device.synchronise()
+            result = func(*args, **kwargs)
+            self.in_use.append(result)
+            return result
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a value is read while a graph is captured"
+        # Its shapes, and where each replay puts what it computes.
+        result = func(*args, **kwargs)
+
+        def again() -> None:
+            for target, source in zip(tree_leaves(result), tree_leaves(func(*args, **kwargs)), strict=True):
+                if isinstance(target, torch.Tensor) and target.data_ptr() != source.data_ptr():
+                    target.copy_(source)
+
+        self.device.launch(again, args, kwargs, result)
+        return result
+
+
+class OnDevice(ExpertsBackend):
+    """A backend of the host's as one of the device's: its work is a kernel."""
+
+    name = "on-device"
+
+    def __init__(self, device: PretendedDevice, experts: ExpertsBackend) -> None:
+        self.device, self.experts = device, experts
+
+    @classmethod
+    def unsupported(cls, weights: Sizes) -> str | None:
+        raise NotImplementedError
+
+    @classmethod
+    def load(cls, weights: ExpertWeights) -> OnDevice:
+        raise NotImplementedError
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return self.experts.tensors()
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> OnDevice:
+        raise NotImplementedError
+
+    def restore(self, tensors: dict[str, torch.Tensor]) -> ExpertWeights:
+        raise NotImplementedError
+
+    def apply(
+        self,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        *,
+        expert_map: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        workspace: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        result = torch.empty_like(hidden_states) if out is None else out
+        inputs = (hidden_states, topk_ids, topk_weights)
+        self.device.launch(lambda: self.experts.apply(*inputs, expert_map=expert_map, out=result), *inputs, result)
+        return result
