@@ -23,6 +23,7 @@ def before_settling(original: Callable[[Any], Any], server_args: Any) -> Any:
     if is_this_model(_readable_name(server_args), server_args.revision):
         _choose_parsers(server_args)
         _choose_runner(server_args)
+        _leave_prompts_out_of_graphs(server_args)
     return original(server_args)
 
 
@@ -66,3 +67,15 @@ def _choose_runner(server_args: Any) -> None:
     by_the_core = hybrid or experts_setting() in ON_GPU
     if by_the_core and server_args.moe_runner_backend == "auto" and compat.on_gpu(server_args):
         server_args.moe_runner_backend = "triton"
+
+
+def _leave_prompts_out_of_graphs(server_args: Any) -> None:
+    """In a hybrid run: a graph of a long prompt would leave all of the CPU's experts on the CPU.
+
+    SGLang takes its own flags for one phase of the two over this one.
+    """
+    if getattr(server_args, "kt_weight_path", None) is None or not compat.on_gpu(server_args):
+        return
+    for name in ("disable_prefill_cuda_graph", "disable_piecewise_cuda_graph"):
+        if hasattr(server_args, name):
+            setattr(server_args, name, True)

@@ -12,14 +12,25 @@ import torch
 
 from k26_plugins.common.checkpoint import expert_bytes
 from k26_plugins.common.config import K26Config
+from k26_plugins.common.device_runtime import DeviceRuntime, DeviceRuntimeError, device_runtime
+from k26_plugins.common.experts.base import LayerSizes
 from k26_plugins.common.experts.hybrid import HybridExperts
+from k26_plugins.common.experts.native import NativeExperts
+from k26_plugins.common.experts.native.threads import process_threads
 from k26_plugins.common.experts.op import held_experts, number_of
 from k26_plugins.common.experts.parameters import LayerExperts
 from k26_plugins.common.experts.placement import PROFILE_FILE, LayerPlacement, Profile, place
 from k26_plugins.common.experts.streaming import Streaming
 from k26_plugins.common.host_memory import require_host_memory
-from k26_plugins.common.settings import CPU_THREADS_VARIABLE, experts_setting, host_experts_setting, stream_from_setting
-from k26_plugins.sglang import compat, logger
+from k26_plugins.common.int4 import GROUP_SIZE
+from k26_plugins.common.settings import (
+    CPU_THREADS_VARIABLE,
+    HOST_EXPERTS_VARIABLE,
+    experts_setting,
+    host_experts_setting,
+    stream_from_setting,
+)
+from k26_plugins.sglang import compat, compat_hybrid, logger
 from k26_plugins.sglang.experts import K26MoEScheme
 
 # AMXINT4 is what upstream SGLang takes `--kt-method` to be where nobody gave it.
@@ -37,6 +48,8 @@ class HybridSettings:
     profile: Profile | None
     host_backend: str
     streaming: Streaming | None
+    runtime: DeviceRuntime | None
+    """The device's, where the CPU's experts are work in its stream."""
 
     def placement(self, layer: int) -> LayerPlacement:
         counts = self.profile.counts[layer] if self.profile is not None else None
@@ -59,7 +72,9 @@ def hybrid_settings(config: K26Config) -> HybridSettings | None:
         raise HybridError("--kt-weight-path needs --kt-num-gpu-experts: how many experts of each layer the GPUs hold.")
     file = Path(arguments.model_path) / PROFILE_FILE
     profile = Profile.load(file, config) if file.exists() else None
-    settings = HybridSettings(num_experts, on_device, profile, host_experts_setting(), _streaming(arguments))
+    host_backend = host_experts_setting()
+    runtime = _runtime(arguments, host_backend)
+    settings = HybridSettings(num_experts, on_device, profile, host_backend, _streaming(arguments), runtime)
     settings.placement(config.text.num_hidden_layers - 1)  # a number of experts that cannot be is refused here
     _require_memory(arguments, config, num_experts - on_device)
     ranks = max(1, arguments.tp_size // arguments.nnodes)
@@ -72,6 +87,8 @@ def hybrid_settings(config: K26Config) -> HybridSettings | None:
         "the first" if profile is None else f"by {file.name}, {profile.hit_rate(on_device):.0%} of its uses",
         settings.host_backend,
     )
+    if runtime is not None:
+        compat_hybrid.hook_results(complete_results)
     return settings
 
 
@@ -105,8 +122,37 @@ def _refuse(arguments: Any) -> None:
         )
     if arguments.ep_size > 1 or getattr(arguments, "enable_eplb", False):
         raise HybridError("a hybrid run places experts itself: leave out --ep-size and --enable-eplb, use --tp-size.")
-    if compat.device_type() != "cpu" and not arguments.disable_cuda_graph:
-        raise HybridError("a hybrid run waits on the CPU, which a CUDA graph cannot hold: add --disable-cuda-graph.")
+
+
+def _runtime(arguments: Any, host_backend: str) -> DeviceRuntime | None:
+    """The device's runtime; None where the host waits in every layer, which is refused where a CUDA graph would hold it."""
+    if compat.device_type() == "cpu":
+        return None
+    if host_backend in ("auto", NativeExperts.name):
+        reason = NativeExperts.unsupported(LayerSizes(1, GROUP_SIZE, GROUP_SIZE, torch.device("cpu")))
+    else:
+        reason = f"{HOST_EXPERTS_VARIABLE}={host_backend} has no other way"
+    if reason is None:
+        try:
+            return device_runtime()
+        except DeviceRuntimeError as error:
+            reason = str(error)
+    if not arguments.disable_cuda_graph:
+        raise HybridError(
+            f"this hybrid run waits on the CPU, which a CUDA graph cannot hold: {reason}. Add --disable-cuda-graph."
+        )
+    return None
+
+
+def complete_results(original: Callable[..., Any], scheduler: Any, batch: Any, result: Any) -> Any:
+    """Ends the server with an error before an answer is given of work that the CPU's experts did not do."""
+    copied = getattr(result, "copy_done", None)
+    if copied is not None:
+        copied.synchronize()
+    else:
+        torch.cuda.current_stream().synchronize()
+    process_threads().check_streams()
+    return original(scheduler, batch, result)
 
 
 def _require_memory(arguments: Any, config: K26Config, num_host_experts: int) -> None:
@@ -125,6 +171,7 @@ class K26HybridScheme(K26MoEScheme):
     def __init__(self, backend_name: str, settings: HybridSettings) -> None:
         super().__init__(backend_name)
         self.settings = settings
+        self.backend: HybridExperts | None = None
         # Not a part of SGLang's layer: what it moves to the device stays in the host's memory.
         self.host = torch.nn.Module()
 
@@ -184,7 +231,12 @@ class K26HybridScheme(K26MoEScheme):
             self.experts.close()
             on_device = self.experts.backend()
         host = self.on_host.backend()
-        self.backend = HybridExperts(on_device, host, self.placement, device, self.settings.streaming)
+        if self.backend is not None:
+            # CUDA graphs hold what it has on the device.
+            self.backend.use(on_device, host)
+            return
+        settings = self.settings
+        self.backend = HybridExperts(on_device, host, self.placement, device, settings.streaming, settings.runtime)
         self.number = number_of(self.backend)
 
     def compute(

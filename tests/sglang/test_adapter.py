@@ -548,7 +548,7 @@ def test_a_layer_s_experts_are_loaded_and_updated(tiny_folder: Path, tmp_path: P
     if on_device is None:
         scheme = K26MoEScheme("cpu")
     else:
-        scheme = K26HybridScheme("cpu", HybridSettings(experts, on_device, None, "native", None))
+        scheme = K26HybridScheme("cpu", HybridSettings(experts, on_device, None, "native", None, None))
     layer = FusedMoE()
     layer.layer_id = 1
     layer.scheme = scheme

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,13 +16,20 @@ import torch
 from support import documented
 from support.agreement import assert_same_distribution, assert_same_top
 from support.images import image_part, png, random_image
+from support.native_sample import needs_compiler, needs_set
+from support.pretended_device import PretendedDevice, be_late, compile_runtime
 from support.server import Server
 from support.sglang_server import EAGER, HAS_ENTRY_POINT, IS_FORK, TWO_RANKS, first_tokens, generate, rows, serve
 from typer.testing import CliRunner
 
 from k26_plugins.cli import app
+from k26_plugins.common import device_runtime
 from k26_plugins.common.checkpoint import Checkpoint
 from k26_plugins.common.config import K26Config
+from k26_plugins.common.device_runtime import DeviceRuntimeError
+from k26_plugins.common.experts import ExpertsError
+from k26_plugins.common.experts.native import threads
+from k26_plugins.common.experts.native.threads import process_threads
 from k26_plugins.common.experts.placement import PROFILE_FILE, PlacementError, Profile
 from k26_plugins.common.host_memory import HostMemoryError
 from k26_plugins.common.multimodal import KimiK26
@@ -144,10 +152,72 @@ def test_memory_that_does_not_suffice_is_refused_before_loading(
         hybrid_settings(K26Config.from_path(tiny_folder))
 
 
-def test_a_cuda_graph_is_refused(tiny_folder: Path, arguments: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from k26_plugins.sglang.hybrid import hybrid_settings
-
+@pytest.fixture
+def on_gpu(arguments: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The same command line where torch finds a GPU."""
     monkeypatch.setattr(compat, "device_type", lambda: "cuda")
     arguments.disable_cuda_graph = False
-    with pytest.raises(ValueError, match="add --disable-cuda-graph"):
-        hybrid_settings(K26Config.from_path(tiny_folder))
+    return arguments
+
+
+def test_a_cuda_graph_that_cannot_hold_the_run_is_refused(
+    tiny_folder: Path, on_gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from k26_plugins.sglang.hybrid import hybrid_settings
+
+    config = K26Config.from_path(tiny_folder)
+    device_runtime.device_runtime.cache_clear()
+    monkeypatch.setattr(device_runtime, "_loaded", list)
+    with pytest.raises(ValueError, match=r"loaded no runtime of CUDA.* Add --disable-cuda-graph"):
+        hybrid_settings(config)
+    monkeypatch.setenv("K26_CPU_EXPERTS", "cpu")
+    with pytest.raises(ValueError, match=r"K26_CPU_EXPERTS=cpu has no other way.*--disable-cuda-graph"):
+        hybrid_settings(config)
+    on_gpu.disable_cuda_graph = True
+    settings = hybrid_settings(config)
+    assert settings is not None
+    assert settings.runtime is None
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA: it brings no runtime")
+def test_nvidia_s_runtime_has_what_is_called() -> None:
+    """The library that torch has loaded, without a device: it refuses, in its own words, what it would do with one."""
+    device_runtime.device_runtime.cache_clear()
+    runtime = device_runtime.device_runtime()
+    memory = torch.empty(1, dtype=torch.uint8)
+    with pytest.raises(DeviceRuntimeError, match=r"cudaThreadExchangeStreamCaptureMode fails with .+ \(\d+\)"):
+        runtime.pinned(1)
+    with pytest.raises(DeviceRuntimeError, match=r"cudaStreamIsCapturing fails with .+ \(\d+\)"):
+        runtime.is_capturing(0)
+    with pytest.raises(DeviceRuntimeError, match=r"cudaMemcpyAsync fails with .+ \(\d+\)"):
+        runtime.copy(0, memory, memory, to_host=True)
+    with pytest.raises(DeviceRuntimeError, match=r"cudaLaunchHostFunc fails with .+ \(\d+\)"):
+        runtime.launch(0, process_threads().native.k26_stream_submit, 0)
+
+
+@needs_compiler
+@needs_set
+def test_a_step_whose_experts_did_not_come_ends_before_it_is_answered(
+    tiny_folder: Path, on_gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """By SGLang's scheduler, with the runtime of a pretended device, beside CUDA graphs."""
+    from sglang.srt.managers.scheduler import Scheduler
+
+    from k26_plugins.sglang import hybrid
+
+    device = PretendedDevice(compile_runtime(tmp_path))
+    monkeypatch.setattr(hybrid, "device_runtime", lambda: device.runtime)
+    answered: list[object] = []
+    monkeypatch.setattr(Scheduler, "process_batch_result", lambda self, batch, result: answered.append(result))
+    settings = hybrid.hybrid_settings(K26Config.from_path(tiny_folder))
+    assert settings is not None
+    assert settings.runtime is device.runtime
+    monkeypatch.setattr(threads, "_process_threads", None)  # of a process of its own, as it were
+    result, waited = SimpleNamespace(), []
+    result.copy_done = SimpleNamespace(synchronize=lambda: waited.append(result))
+    Scheduler.process_batch_result(None, None, result)
+    assert answered == waited == [result]
+    be_late(device, process_threads())
+    with pytest.raises(ExpertsError, match="restart the server"):
+        Scheduler.process_batch_result(None, None, result)
+    assert answered == [result]

@@ -14,12 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from support.experts import inputs, make_weights, route
 from support.native_sample import COMPILER, SOURCES
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from k26_plugins.common.device_runtime import DeviceRuntime
+from k26_plugins.common.experts import create_experts
 from k26_plugins.common.experts.base import ExpertsBackend, ExpertWeights, Sizes
+from k26_plugins.common.experts.native import NativeExperts
+from k26_plugins.common.experts.native.threads import Call, Threads
 
 KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 GLOBAL = 0  # cudaStreamCaptureModeGlobal, torch's own choice
@@ -170,3 +174,18 @@ class OnDevice(ExpertsBackend):
         inputs = (hidden_states, topk_ids, topk_weights)
         self.device.launch(lambda: self.experts.apply(*inputs, expert_map=expert_map, out=result), *inputs, result)
         return result
+
+
+def be_late(device: PretendedDevice, threads: Threads) -> None:
+    """Have work in the device's stream take longer than it may, because it waits for a long batch."""
+    hidden, inner, tokens = 128, 64, 16384
+    experts = create_experts(make_weights(2, hidden, inner), "native")
+    assert isinstance(experts, NativeExperts)
+    x, (ids, weights) = inputs(tokens, hidden), route(tokens, 1, 2)
+    out = torch.empty_like(x)
+    call = Call(x.data_ptr(), ids.data_ptr(), weights.data_ptr(), None, 0, 1, 1, out.data_ptr(), 0)
+    late = threads.stream_call(experts.layer, call, patience=1e-3)
+    in_its_way = experts.submit(x, ids, weights)
+    device.runtime.launch(device.runtime.current_stream(x.device), threads.native.k26_stream_submit, late)
+    device.synchronise()
+    in_its_way()
