@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.grammar import CASES, CHOICES, SCHEMA, is_valid, tokens, walk
+from support.grammar import CASES, CHOICES, NAMES, SCHEMA, is_valid, tokens, walk
 from support.server import Server
 
 from k26_plugins.common.prompt.output import MARKERS, THINK_BEGIN, THINK_END
@@ -103,6 +104,17 @@ def test_served_answers_are_valid_and_the_reasoning_is_free(server: Server, plai
 
 
 TOOL = {"type": "function", "function": {"name": "report", "parameters": SCHEMA, "strict": True}}
+
+
+def test_a_served_answer_has_no_control_tokens_for_words(server: Server, plain: KimiTokenizer) -> None:
+    """They are not shown, so that the answer would be too short."""
+    unliked = {str(plain.special[name]): -100 for name in MARKERS}
+    answer = server.chat(
+        "Name one.", max_tokens=100, temperature=1, logit_bias=unliked, chat_template_kwargs={"thinking": False},
+        regex=NAMES,
+    )  # fmt: skip
+    content = answer["choices"][0]["message"]["content"]
+    assert re.fullmatch(NAMES, content), content
 
 
 def test_a_served_call_is_valid(server: Server, plain: KimiTokenizer) -> None:

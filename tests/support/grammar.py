@@ -25,6 +25,8 @@ SCHEMA: dict[str, Any] = {
 # One goes on where another may end, and one has a character of two bytes.
 CHOICES = ["red", "reddish", "grün"]
 REGEX = "[a-z]{2,5}é[0-9]{1,3}"
+# Control tokens are spelled with these.
+NAMES = "[a-z0-9<|>_]{40}"
 CASES = {"json": SCHEMA, "choice": CHOICES, "regex": REGEX}
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.grammar import CASES, SCHEMA, is_valid, tokens, walk
+from support.grammar import CASES, NAMES, SCHEMA, is_valid, tokens, walk
 from support.server import Server
 
 from k26_plugins.common.prompt.output import (
@@ -201,6 +202,17 @@ def test_served_answers_are_valid_and_the_reasoning_is_free(server: Server, plai
         assert choice["finish_reason"] == "stop", choice
         assert is_valid(kind, message["content"]), message
         assert bool(message["reasoning"]) == thinking
+
+
+def test_a_served_answer_has_no_control_tokens_for_words(server: Server, plain: KimiTokenizer) -> None:
+    """They are not shown, so that the answer would be too short."""
+    unliked = {str(plain.special[name]): -100 for name in MARKERS}
+    answer = server.chat(
+        "Name one.", max_tokens=100, temperature=1, logit_bias=unliked, chat_template_kwargs={"thinking": False},
+        structured_outputs={"regex": NAMES},
+    )  # fmt: skip
+    content = answer["choices"][0]["message"]["content"]
+    assert re.fullmatch(NAMES, content), content
 
 
 def test_a_served_call_is_valid(server: Server, plain: KimiTokenizer) -> None:
