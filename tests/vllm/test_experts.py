@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.experts import make_weights
-from support.server import free_port
+from support.eplb import assert_moved_experts_compute_as_before
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEParallelConfig, RoutingMethodType
 
-from k26_plugins.common.experts import BACKENDS, ExpertsError
+from k26_plugins.common.experts import ExpertsError
 from k26_plugins.vllm import compat
 from k26_plugins.vllm.experts import K26ExpertsMethod, core_serves, use_core_experts
 
@@ -101,22 +99,4 @@ def test_deepep_for_throughput_is_served() -> None:
 @pytest.mark.skipif(find_spec("vllm.distributed.eplb.eplb_communicator") is None, reason="moved by other names before")
 def test_experts_that_vllm_moves_compute_as_before() -> None:
     """EPLB's own policy and transfer on two ranks, for a decode and a prefill: a server has it on GPUs alone."""
-    from support import vllm_eplb
-
-    moe = dataclasses.replace(moe_config(), num_experts=vllm_eplb.PLACES, num_local_experts=vllm_eplb.LOCAL)
-    weights = make_weights(1, 128, 64)
-    names = [name for name, backend in BACKENDS.items() if backend.unsupported(weights) is None]
-    context = multiprocessing.get_context("spawn")
-    said, port = context.Queue(), free_port()
-    ranks = [context.Process(target=vllm_eplb.serve, args=(rank, port, moe, names, said)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    found = [said.get(timeout=240) for _ in ranks]
-    for process in ranks:
-        process.join(60)
-        assert process.exitcode == 0
-    for one in found:
-        assert one.keys() == set(names)
-        for before, after, moved in one.values():
-            assert max(*before, *after) <= 6e-3
-            assert moved >= 5
+    assert_moved_experts_compute_as_before("vllm")
