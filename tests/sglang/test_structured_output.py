@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.grammar import CASES, CHOICES, NAMES, SCHEMA, is_valid, tokens, walk
+from support.grammar import CASES, CHOICES, NAMES, SCHEMA, is_valid, liking, tokens, walk
 from support.server import Server
 
 from k26_plugins.common.prompt.output import MARKERS, THINK_BEGIN, THINK_END
@@ -20,8 +20,6 @@ from k26_plugins.sglang import compat, register
 
 pytest.importorskip("sglang.srt.runtime_context", reason="backends are made of the context that came after 0.5.10")
 VOCABULARY = 512
-# SGLang's outlines lets bytes that are no character into a string.
-WITHOUT_STRINGS = {**SCHEMA, "properties": {**SCHEMA["properties"], "city": {"enum": ["Zürich", "Bern"]}}}
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +64,9 @@ def allowed(found: Any) -> list[int]:
 @pytest.mark.parametrize("kind", CASES)
 def test_whatever_is_allowed_is_valid(backend: Any, plain: KimiTokenizer, kind: str) -> None:
     """And ends with the token with which the model ends answers."""
-    end, spec = plain.special["<|im_end|>"], CASES[kind]
-    if kind == "json" and "outlines" in type(backend).__module__:
-        spec = WITHOUT_STRINGS
+    end = plain.special["<|im_end|>"]
     for seed in range(8):
-        found = grammar(backend, kind, spec)
+        found = grammar(backend, kind, CASES[kind])
         *answer, last = walk(lambda found=found: allowed(found), found.accept_token, {end}, seed)
         assert last == end
         assert max(answer) < 256, "a control token in the answer"
@@ -80,14 +76,13 @@ def test_whatever_is_allowed_is_valid(backend: Any, plain: KimiTokenizer, kind: 
 
 def test_served_answers_are_valid_and_the_reasoning_is_free(server: Server, plain: KimiTokenizer) -> None:
     """Drawn at random from the model's noise, with a liking for the end of thinking."""
-    ends = {str(plain.special[name]): -100 for name in ("[EOS]", "<|im_end|>")}
-    liking = {**ends, str(plain.special[THINK_END]): 5}
+    bias = liking(plain.special, {THINK_END: 5})
 
     def ask(kind: str, thinking: bool) -> dict[str, Any]:
         schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
         asked: dict[str, Any] = {"regex": CASES["regex"] if kind == "regex" else "|".join(CHOICES)}
         answer = server.chat(
-            "Report.", max_tokens=1500, temperature=1, logit_bias=liking,
+            "Report.", max_tokens=1500, temperature=1, logit_bias=bias,
             chat_template_kwargs={"thinking": thinking}, **({"response_format": schema} if kind == "json" else asked),
         )  # fmt: skip
         choice: dict[str, Any] = answer["choices"][0]
@@ -118,9 +113,9 @@ def test_a_served_answer_has_no_control_tokens_for_words(server: Server, plain: 
 
 
 def test_a_served_call_is_valid(server: Server, plain: KimiTokenizer) -> None:
-    liking = {str(plain.special[name]): 100 for name in MARKERS if name not in (THINK_BEGIN, THINK_END)}
+    bias = liking(plain.special, {name: 100 for name in MARKERS if name not in (THINK_BEGIN, THINK_END)})
     answer = server.chat(
-        "Report.", max_tokens=1500, temperature=1, tools=[TOOL], tool_choice="required", logit_bias=liking,
+        "Report.", max_tokens=1500, temperature=1, tools=[TOOL], tool_choice="required", logit_bias=bias,
         chat_template_kwargs={"thinking": False},
     )  # fmt: skip
     first = answer["choices"][0]["message"]["tool_calls"][0]["function"]

@@ -30,6 +30,12 @@ NAMES = "[a-z0-9<|>_]{40}"
 CASES = {"json": SCHEMA, "choice": CHOICES, "regex": REGEX}
 
 
+def liking(special: dict[str, int], liked: dict[str, int]) -> dict[str, int]:
+    """A request's `logit_bias`, `liked` by control token: no end and no byte above 127 unless nothing else is allowed."""
+    named = {special[name]: bias for name, bias in {"[EOS]": -100, "<|im_end|>": -100, **liked}.items()}
+    return {str(token): bias for token, bias in {**dict.fromkeys(range(128, 256), -100), **named}.items()}
+
+
 def is_valid(kind: str, text: str) -> bool:
     """Of CASES, by the standard library and jsonschema."""
     if kind == "choice":
@@ -59,12 +65,14 @@ def walk(
 ) -> list[int]:
     """Token ids of an answer, each drawn from those that the grammar allows, up to one of `ends`.
 
+    Bytes above 127 are drawn where nothing else is allowed: backends let some into strings that are no character.
     control_tokens_first: one is taken where there is one. Grammars of calls allow to spell a marker too, which is text.
     """
     rng, token_ids = random.Random(seed), list[int]()
     while not ends.intersection(token_ids):
         assert len(token_ids) < 2000, token_ids
-        choices = allowed()
+        found = allowed()
+        choices = [token for token in found if not 127 < token < 256] or found
         controls = [token for token in choices if token > 255] if control_tokens_first else []
         token_ids.append(rng.choice(controls or choices))
         accept(token_ids[-1])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.grammar import CASES, NAMES, SCHEMA, is_valid, tokens, walk
+from support.grammar import CASES, NAMES, SCHEMA, is_valid, liking, tokens, walk
 from support.server import Server
 
 from k26_plugins.common.prompt.output import (
@@ -179,8 +179,7 @@ def test_what_a_backend_refuses(tiny_folder: Path, backend: str, kind: str, spec
 
 def test_served_answers_are_valid_and_the_reasoning_is_free(server: Server, plain: KimiTokenizer) -> None:
     """Drawn at random from the model's noise, with a liking for the end of thinking."""
-    ends = {str(plain.special[name]): -100 for name in ("[EOS]", "<|im_end|>")}
-    liking = {**ends, str(plain.special[THINK_END]): 5}
+    bias = liking(plain.special, {THINK_END: 5})
 
     def ask(kind: str, thinking: bool) -> dict[str, Any]:
         named = {"name": "a", "schema": SCHEMA}
@@ -189,7 +188,7 @@ def test_served_answers_are_valid_and_the_reasoning_is_free(server: Server, plai
             asked = {"response_format": {"type": "json_schema", "json_schema": named}}
         options = {"thinking": thinking}
         answer = server.chat(
-            "Report.", max_tokens=1500, temperature=1, seed=1, logit_bias=liking, chat_template_kwargs=options, **asked
+            "Report.", max_tokens=1500, temperature=1, seed=1, logit_bias=bias, chat_template_kwargs=options, **asked
         )
         choice: dict[str, Any] = answer["choices"][0]
         return choice
@@ -216,9 +215,9 @@ def test_a_served_answer_has_no_control_tokens_for_words(server: Server, plain: 
 
 
 def test_a_served_call_is_valid(server: Server, plain: KimiTokenizer) -> None:
-    liking = {str(plain.special[name]): 100 for name in MARKERS if name not in (THINK_BEGIN, THINK_END)}
+    bias = liking(plain.special, {name: 100 for name in MARKERS if name not in (THINK_BEGIN, THINK_END)})
     answer = server.chat(
-        "Report.", max_tokens=1500, temperature=1, seed=1, tools=[TOOL], tool_choice="required", logit_bias=liking,
+        "Report.", max_tokens=1500, temperature=1, seed=1, tools=[TOOL], tool_choice="required", logit_bias=bias,
         chat_template_kwargs={"thinking": False},
     )  # fmt: skip
     choice = answer["choices"][0]
