@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.golden_file import golden
 from support.images import png, random_image
 from support.instruction_sets import summarise
+from typer.testing import CliRunner
 
+from k26_plugins.cli import app
 from k26_plugins.common.tiny import make_tiny
 
 # Tests that both engines derive: what they assert is told as that of other tests.
@@ -62,6 +63,13 @@ def updated(prompts_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
     folder = tmp_path_factory.mktemp("updated") / "tiny"
     make_tiny(folder, seed=1)
     return folder, golden(folder, prompts_file, folder.with_name("golden.safetensors"))
+
+
+def golden(folder: Path, prompts: Path, out: Path) -> Path:
+    command = ["golden", str(folder), "--prompts", str(prompts), "--out", str(out), "--answer-tokens", "4"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    return out
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
