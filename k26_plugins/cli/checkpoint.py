@@ -176,6 +176,22 @@ def tiny(
     vision_layers: Annotated[int, typer.Option(help="Layers of the vision tower.")] = 2,
     shards: Annotated[int, typer.Option(help="Weight files.")] = 3,
     seed: Annotated[int, typer.Option(help="The same sizes and seed give the same bytes.")] = 0,
+    lora: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="OUT",
+            help="Write LoRA adapters for it too, one of each way in which trainers name modules, as PEFT writes them.",
+            show_default=False,
+        ),
+    ] = None,
+    eagle3: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="OUT",
+            help="Write an Eagle3 draft for it too, in the layout of the published ones; needs five layers.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Write a small random checkpoint with exactly Kimi-K2.6's structure: a few MB, in seconds.
 
@@ -183,6 +199,8 @@ def tiny(
     """
     from k26_plugins.common.config import ConfigError
     from k26_plugins.common.tiny import TinySizes, make_tiny
+    from k26_plugins.common.tiny_adapter import make_adapters
+    from k26_plugins.common.tiny_draft import layers_read, make_eagle3
 
     sizes = TinySizes(
         layers=layers,
@@ -196,8 +214,17 @@ def tiny(
         shards=shards,
     )
     try:
+        if eagle3 is not None:
+            layers_read(layers)
         make_tiny(folder, sizes, seed=seed)
+        written = [folder]
+        if lora is not None:
+            written += make_adapters(folder, lora, seed=seed)
+        if eagle3 is not None:
+            make_eagle3(folder, eagle3, seed=seed)
+            written.append(eagle3)
     except (ConfigError, OSError, ValueError) as error:
         fail(error)
-    size = sum(file.stat().st_size for file in folder.iterdir())
-    typer.echo(f"{folder}: {size / 1e6:.1f} MB")
+    for made in written:
+        size = sum(file.stat().st_size for file in made.iterdir())
+        typer.echo(f"{made}: {size / 1e6:.1f} MB")

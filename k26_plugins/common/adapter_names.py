@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-# The hub's class has the checkpoint's names, transformers' own puts the language model into `model`, and one that loads the
-# language model alone leaves its name out. The first beginning that fits counts.
+# What the hub's class, transformers' own and one of the language model alone call the language model.
+BEGINNINGS = {"hub": "language_model.model.", "transformers": "model.language_model.", "text": "model."}
+# From those to the checkpoint's names, which are the hub's. The first beginning that fits counts.
 SPELLINGS = {"model.language_model.": "language_model.model.", "model.": "language_model.model."}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
@@ -34,6 +35,16 @@ def hook(changes: Registration, module: str, path: str, around: Callable[..., An
         wrap(changes, owner, function, around)
     else:
         go_without(UnsupportedEngineError(f"SGLang {sglang_version()} has no {module}.{path}."), lost, logger)
+
+
+def hook_grammars(around: Callable[..., Any]) -> None:
+    """Put `around(original, server_args, tokenizer, …)` around what makes the compiler of grammars, in a process that has it
+    imported: the scheduler's, where they are compiled."""
+    module = "sglang.srt.constrained.base_grammar_backend"
+    if module in sys.modules:
+        changes = Registration()
+        wrap(changes, importlib.import_module(module), "create_grammar_backend", around)
+        changes.apply()
 
 
 def chat_part(part: Any) -> Any:

@@ -12,7 +12,8 @@ from k26_plugins.common.prompt.hf_tokenizer import (
     tokenizer_folder,
 )
 from k26_plugins.common.prompt.special_tokens import CHUNK_PLACE
-from k26_plugins.sglang import compat, compat_loading, logger, serving
+from k26_plugins.sglang import compat, compat_chats, compat_loading, logger, serving
+from k26_plugins.sglang.grammars import create_backend
 
 
 def get_tokenizer(original: Callable[..., Any], tokenizer_name: str, *args: Any, **kwargs: Any) -> Any:
@@ -26,6 +27,7 @@ def get_tokenizer(original: Callable[..., Any], tokenizer_name: str, *args: Any,
     if kwargs.get("tokenizer_mode", "auto") != "auto" or not core_serves_prompts(folder, revision):
         logger.info("k26-plugins: the tokenizer is SGLang's own.")
         return original(tokenizer_name, *args, **kwargs)
+    compat_chats.hook_grammars(create_backend)
     tokenizer = load_hf_tokenizer(tokenizer_folder(folder, revision), name_or_path=str(folder))
     tokenizer.video_place = CHUNK_PLACE
     return compat.finish_tokenizer(tokenizer)

@@ -221,6 +221,13 @@ def register_composition(changes: Registration, module: str, name: str) -> None:
     changes.attribute(manager, "get_parser", classmethod(get_parser))
 
 
+def register_grammars(changes: Registration, module: str, name: str) -> None:
+    """Put `module.name(original, …)` around what gives the manager of structured output its tokenizer."""
+    if "vllm.v1.structured_output" in sys.modules:  # else a worker, or another process that compiles no grammar
+        hook = getattr(importlib.import_module(module), name)
+        wrap(changes, "vllm.v1.structured_output", "cached_tokenizer_from_config", hook)
+
+
 def level_of_calls(level: Any) -> Any:
     """The strictness of tools at which vLLM's grammar of an answer has calls in it, or `level` where that is more."""
     function = private("vllm.tool_parsers.tool_strict_level", "ToolStrictLevel").FUNCTION

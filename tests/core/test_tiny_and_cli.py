@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import save_file
 from support.videos import make_video
 from typer.testing import CliRunner
@@ -19,6 +21,7 @@ from k26_plugins.common.checkpoint import check
 from k26_plugins.common.config import ConfigError
 from k26_plugins.common.tensor_file import save_tensors
 from k26_plugins.common.tiny import TinySizes, make_tiny
+from k26_plugins.common.tiny_draft import layers_read
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -44,6 +47,37 @@ def test_sizes_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="vocab_size is 300"):
         make_tiny(tmp_path / "a", TinySizes(vocab_size=300))
     assert not (tmp_path / "a").exists()
+
+
+def test_adapters_and_a_draft_are_made_beside_it(tmp_path: Path) -> None:
+    """Adapters that PEFT's reader and `k26 merge` take; a draft of the layers that it says it reads."""
+    out = {name: str(tmp_path / name) for name in ("DIR", "LORA", "DRAFT", "OUT")}
+    command = ["tiny", out["DIR"], "--layers", "5", "--lora", out["LORA"], "--eagle3", out["DRAFT"]]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    names = set()
+    for folder in (tmp_path / "LORA").iterdir():
+        with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+            names |= {name.split("layers.")[0] for name in file.keys()}  # noqa: SIM118 - the file is no mapping
+            assert len(file.keys()) == 2 * (5 * 4 + 5 * 3)
+    beginnings = ("language_model.model.", "model.language_model.", "model.")
+    assert names == {f"base_model.model.{beginning}" for beginning in beginnings}
+    merged = CliRunner().invoke(app, ["merge", out["DIR"], str(folder), out["OUT"]])
+    assert "35 linear layers were changed, 0 of them INT4." in merged.output
+    config = json.loads((tmp_path / "DRAFT" / "config.json").read_text())
+    assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [2, 3, 4]
+    with safe_open(tmp_path / "DRAFT" / "model.safetensors", framework="pt") as file:
+        assert file.get_slice("fc.weight").get_shape() == [128, 3 * 128]
+
+
+def test_a_draft_of_the_published_size_reads_the_published_layers() -> None:
+    assert layers_read(61) == (2, 30, 58)
+
+
+def test_a_draft_needs_layers_to_read(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["tiny", str(tmp_path / "DIR"), "--eagle3", str(tmp_path / "DRAFT")])
+    assert result.exit_code == 1
+    assert "make it with --layers 5 or more" in " ".join(result.output.split())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:

@@ -9,13 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.adapters import MODULES, Adapter
+from support.adapters import MODULES
 from support.documented import NOT_RUN, PAGES, README, ROOT, RUN_BY, commands, lines
 from support.endpoint import serve_reference
 from typer.testing import CliRunner
 
 from k26_plugins.cli import app
 from k26_plugins.common.checkpoint import Checkpoint
+from k26_plugins.common.tiny_adapter import Adapter
 from k26_plugins.operate.doctor import engines
 from k26_plugins.operate.golden.variants import BY_NAME
 

@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.adapters import ALPHA, KV_B, LAYER, MODULES, RANK, SPELLINGS, Adapter, dense_weight
+from support.adapters import KV_B, LAYER, MODULES, merged
 from typer.testing import CliRunner
 
 from k26_plugins.cli import app
+from k26_plugins.common.adapter_names import BEGINNINGS
 from k26_plugins.common.checkpoint import Checkpoint, check
 from k26_plugins.common.multimodal import KimiK26
+from k26_plugins.common.tiny_adapter import ALPHA, RANK, Adapter, dense_weight
 
 EXPERTS = tuple(f"{LAYER.format(2)}.mlp.experts.{expert}.{name}_proj" for expert in (0, 3) for name in ("gate", "down"))
 VISION = "vision_tower.encoder.blocks.1.mlp.fc0"
@@ -31,7 +33,7 @@ def run(folder: Path, adapter: Path, out: Path, code: int = 0) -> str:
     return result.output
 
 
-@pytest.mark.parametrize("beginning", SPELLINGS.values())
+@pytest.mark.parametrize("beginning", BEGINNINGS.values())
 def test_a_merged_checkpoint_is_the_sum(tiny_folder: Path, tmp_path: Path, beginning: str) -> None:
     modules = (*MODULES, KV_B, *EXPERTS, VISION)
     adapter = draw(tiny_folder, modules, seed=1)
@@ -58,7 +60,7 @@ def test_a_merged_checkpoint_is_the_sum(tiny_folder: Path, tmp_path: Path, begin
 def test_it_answers_as_the_float32_sum(tiny_folder: Path, tmp_path: Path) -> None:
     adapter = draw(tiny_folder, MODULES, seed=2)
     run(tiny_folder, adapter.write(tmp_path / "adapter", "model."), tmp_path / "out")
-    expected = adapter.merged(Checkpoint(tiny_folder)).logprobs(PROMPT)
+    expected = merged(adapter, Checkpoint(tiny_folder)).logprobs(PROMPT)
     found = KimiK26(Checkpoint(tmp_path / "out"), torch.float32).logprobs(PROMPT)
     base = KimiK26(Checkpoint(tiny_folder), torch.float32).logprobs(PROMPT)
 

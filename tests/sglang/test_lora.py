@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from support import sglang_unpinned
-from support.adapters import LAYER, MODULES, SPELLINGS, Adapter
+from support.adapters import LAYER, MODULES, merged
 from support.agreement import VOCABULARY, assert_same_distribution
 from support.server import Server
 from support.sglang_server import EAGER, HAS_ENTRY_POINT, rows, serve
 
+from k26_plugins.common.adapter_names import BEGINNINGS
 from k26_plugins.common.checkpoint import Checkpoint
 from k26_plugins.common.multimodal import KimiK26
+from k26_plugins.common.tiny_adapter import Adapter
 
 pytestmark = [
     pytest.mark.long,
@@ -59,9 +61,9 @@ def served(server: Server, name: str | None) -> torch.Tensor:
 def test_adapters_answer_as_merged(server: Server, tiny_folder: Path, tmp_path: Path) -> None:
     """Loaded while serving, all at once beside the model without one, and taken out again."""
     checkpoint = Checkpoint(tiny_folder)
-    adapters = {name: Adapter.draw(checkpoint, MODULES, seed) for seed, name in enumerate(SPELLINGS)}
+    adapters = {name: Adapter.draw(checkpoint, MODULES, seed) for seed, name in enumerate(BEGINNINGS)}
     for name, adapter in adapters.items():
-        folder = adapter.write(tmp_path / name, SPELLINGS[name])
+        folder = adapter.write(tmp_path / name, BEGINNINGS[name])
         answer = server.post("/load_lora_adapter", lora_name=name, lora_path=str(folder))
         assert answer.status_code == 200, answer.text
     names = [*adapters, None]
@@ -70,7 +72,7 @@ def test_adapters_answer_as_merged(server: Server, tiny_folder: Path, tmp_path: 
     base = KimiK26(checkpoint, torch.float32).logprobs(PROMPT)[:-1]
     assert_same_distribution(found[None], base)
     for name, adapter in adapters.items():
-        expected = adapter.merged(checkpoint).logprobs(PROMPT)[:-1]
+        expected = merged(adapter, checkpoint).logprobs(PROMPT)[:-1]
         assert (expected.exp() * (expected - base)).sum(-1).mean() > 0.05
         assert_same_distribution(found[name], expected)
     assert server.post("/unload_lora_adapter", lora_name="hub").status_code == 200
@@ -85,7 +87,7 @@ REFUSED = {
 @pytest.mark.parametrize("what", REFUSED)
 def test_an_adapter_that_would_be_dropped_is_refused(server: Server, tmp_path: Path, what: str) -> None:
     drawn = Adapter({REFUSED[what]: (torch.ones(4, 64), torch.ones(64, 4))})
-    folder = drawn.write(tmp_path / "adapter", SPELLINGS["hub"])
+    folder = drawn.write(tmp_path / "adapter", BEGINNINGS["hub"])
     answer = server.post("/load_lora_adapter", lora_name=what, lora_path=str(folder))
     assert answer.status_code == 400
     assert f"the adapter is for {REFUSED[what]} among others" in answer.text

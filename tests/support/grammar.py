@@ -1,11 +1,82 @@
-"""What a grammar of an answer lets through: xgrammar as the judge, which both engines use."""
+"""What a grammar of an answer lets through: random walks through an engine's own backends, and xgrammar as a judge."""
 
 from __future__ import annotations
 
 import json
+import random
+import re
+from collections.abc import Callable
 from typing import Any
 
+import jsonschema
+import torch
 import xgrammar
+
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "maxLength": 6},
+        "days": {"type": "array", "items": {"type": "integer"}, "minItems": 1, "maxItems": 3},
+        "wet": {"enum": ["yes", "no", "grün"]},
+    },
+    "required": ["city", "days", "wet"],
+    "additionalProperties": False,
+}
+# One goes on where another may end, and one has a character of two bytes.
+CHOICES = ["red", "reddish", "grün"]
+REGEX = "[a-z]{2,5}é[0-9]{1,3}"
+# Control tokens are spelled with these.
+NAMES = "[a-z0-9<|>_]{40}"
+CASES = {"json": SCHEMA, "choice": CHOICES, "regex": REGEX}
+
+
+def liking(special: dict[str, int], liked: dict[str, int]) -> dict[str, int]:
+    """A request's `logit_bias`, `liked` by control token: no end and no byte above 127 unless nothing else is allowed."""
+    named = {special[name]: bias for name, bias in {"[EOS]": -100, "<|im_end|>": -100, **liked}.items()}
+    return {str(token): bias for token, bias in {**dict.fromkeys(range(128, 256), -100), **named}.items()}
+
+
+def is_valid(kind: str, text: str) -> bool:
+    """Of CASES, by the standard library and jsonschema."""
+    if kind == "choice":
+        return text in CHOICES
+    if kind == "regex":
+        return re.fullmatch(REGEX, text) is not None
+    try:
+        # Some backends let unescaped control characters into strings.
+        jsonschema.validate(json.loads(text, strict=False), SCHEMA)
+    except (ValueError, jsonschema.ValidationError):
+        return False
+    return True
+
+
+def tokens(bitmask: torch.Tensor) -> list[int]:
+    """Those that a row of int32 allows, 32 in each."""
+    return (bitmask[:, None] >> torch.arange(32) & 1).flatten().nonzero().flatten().tolist()
+
+
+def walk(
+    allowed: Callable[[], list[int]],
+    accept: Callable[[int], None],
+    ends: set[int],
+    seed: int,
+    *,
+    control_tokens_first: bool = False,
+) -> list[int]:
+    """Token ids of an answer, each drawn from those that the grammar allows, up to one of `ends`.
+
+    Bytes above 127 are drawn where nothing else is allowed: backends let some into strings that are no character.
+    control_tokens_first: one is taken where there is one. Grammars of calls allow to spell a marker too, which is text.
+    """
+    rng, token_ids = random.Random(seed), list[int]()
+    while not ends.intersection(token_ids):
+        assert len(token_ids) < 2000, token_ids
+        found = allowed()
+        choices = [token for token in found if not 127 < token < 256] or found
+        controls = [token for token in choices if token > 255] if control_tokens_first else []
+        token_ids.append(rng.choice(controls or choices))
+        accept(token_ids[-1])
+    return token_ids
 
 
 def accepts(structural_tag: dict[str, Any], text: str) -> bool:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.eplb import assert_moved_experts_compute_as_before
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEParallelConfig, RoutingMethodType
 
 from k26_plugins.common.experts import ExpertsError
@@ -92,3 +94,9 @@ def test_what_the_core_cannot_serve_is_asked_before_weights_are_created(
 
 def test_deepep_for_throughput_is_served() -> None:
     assert core_serves(moe_config(dp_size=2, use_ep=True, all2all_backend="deepep_high_throughput"), "cpu")
+
+
+@pytest.mark.skipif(find_spec("vllm.distributed.eplb.eplb_communicator") is None, reason="moved by other names before")
+def test_experts_that_vllm_moves_compute_as_before() -> None:
+    """EPLB's own policy and transfer on two ranks, for a decode and a prefill: a server has it on GPUs alone."""
+    assert_moved_experts_compute_as_before("vllm")

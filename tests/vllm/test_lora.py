@@ -11,13 +11,15 @@ import httpx
 import pytest
 import torch
 from support import documented
-from support.adapters import KV_B, LAYER, MODULES, SPELLINGS, Adapter
+from support.adapters import KV_B, LAYER, MODULES, merged
 from support.agreement import VOCABULARY, assert_same_distribution, rows
 from support.server import Server
 from support.vllm_server import serve
 
+from k26_plugins.common.adapter_names import BEGINNINGS
 from k26_plugins.common.checkpoint import Checkpoint
 from k26_plugins.common.multimodal import KimiK26
+from k26_plugins.common.tiny_adapter import Adapter
 
 PROMPT = torch.randint(0, 256, (200,), generator=torch.Generator().manual_seed(7))
 
@@ -29,7 +31,7 @@ def checkpoint(tiny_folder: Path) -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def adapters(checkpoint: Checkpoint) -> dict[str, Adapter]:
-    return {name: Adapter.draw(checkpoint, MODULES, seed) for seed, name in enumerate(SPELLINGS)}
+    return {name: Adapter.draw(checkpoint, MODULES, seed) for seed, name in enumerate(BEGINNINGS)}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,7 @@ def loaded(
 ) -> dict[str, Adapter]:
     work = tmp_path_factory.mktemp("adapters")
     for name, adapter in adapters.items():
-        folder = adapter.write(work / name, SPELLINGS[name])
+        folder = adapter.write(work / name, BEGINNINGS[name])
         answer = server.post("/v1/load_lora_adapter", lora_name=name, lora_path=str(folder))
         assert answer.status_code == 200, answer.text
     return adapters
@@ -67,7 +69,7 @@ def test_adapters_answer_as_merged(server: Server, loaded: dict[str, Adapter], c
     base = KimiK26(checkpoint, torch.float32).logprobs(PROMPT)[:-1]
     assert_same_distribution(found[server.model], base)
     for name, adapter in loaded.items():
-        expected = adapter.merged(checkpoint).logprobs(PROMPT)[:-1]
+        expected = merged(adapter, checkpoint).logprobs(PROMPT)[:-1]
         # A hundred times what separates the server from its reference.
         assert (expected.exp() * (expected - base)).sum(-1).mean() > 0.1
         assert_same_distribution(found[name], expected)
@@ -88,7 +90,7 @@ def test_an_adapter_that_would_be_dropped_is_refused(
     """By its modules' names, and the server goes on with those it has."""
     shape = (4, 64)
     drawn = {module: (torch.ones(shape), torch.ones(shape[::-1])) for module in REFUSED[what]}
-    folder = Adapter(drawn).write(tmp_path / "adapter", SPELLINGS["hub"])
+    folder = Adapter(drawn).write(tmp_path / "adapter", BEGINNINGS["hub"])
     answer = server.post("/v1/load_lora_adapter", lora_name="refused", lora_path=str(folder))
     assert answer.status_code >= 400
     assert REFUSED[what][-1] in answer.text

@@ -1,0 +1,93 @@
+"""LoRA adapters of drawn values for a checkpoint, in PEFT's own format: to try an engine with.
+
+Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models": a linear layer's weight becomes W + ALPHA / RANK · B · A.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from k26_plugins.common.adapter_names import BEGINNINGS
+from k26_plugins.common.checkpoint.reader import Checkpoint
+from k26_plugins.common.int4 import dequantise
+from k26_plugins.common.tensor_file import save_tensors
+
+RANK, ALPHA = 4, 8
+# Of the layers' linear layers, those that both engines take adapters on. MLA multiplies kv_b_proj into its neighbours.
+_SERVED = (
+    *(f"self_attn.{name}" for name in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj")),
+    *(f"mlp.{where}{name}_proj" for where in ("", "shared_experts.") for name in ("gate", "up", "down")),
+)
+
+
+def make_adapters(checkpoint: str | Path, folder: str | Path, *, seed: int = 0) -> list[Path]:
+    """Write adapters for all layers that may have one into `folder`, which is made: one of each way to name modules.
+
+    Returns their folders. Raises FileExistsError where the folder already holds something.
+    """
+    source, folder = Checkpoint(Path(checkpoint)), Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} is not empty: give a new folder.")
+    drawn = (Adapter.draw(source, served_modules(source), seed + place) for place in range(len(BEGINNINGS)))
+    written = zip(drawn, BEGINNINGS.items(), strict=True)
+    return [adapter.write(folder / name, beginning) for adapter, (name, beginning) in written]
+
+
+def served_modules(checkpoint: Checkpoint) -> list[str]:
+    """The linear layers that may have an adapter in every engine, by their names in the checkpoint."""
+    weights = (name.removesuffix(".weight") for name in checkpoint.table if name.endswith(".weight"))
+    return [name for name in weights if name.split(".", 4)[-1] in _SERVED and ".layers." in name]
+
+
+def dense_weight(checkpoint: Checkpoint, module: str) -> torch.Tensor:
+    """float32 `[out_features, in_features]` of a linear layer, INT4 or not."""
+    if f"{module}.weight" in checkpoint.table:
+        return checkpoint.tensor(f"{module}.weight").float()
+    packed, scale = (checkpoint.tensor(f"{module}.weight_{part}") for part in ("packed", "scale"))
+    return dequantise(packed, scale, torch.float32)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """By the module's name in the checkpoint: `lora_A` of `[rank, in_features]` and `lora_B` of `[out_features, rank]`."""
+
+    weights: dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+    @classmethod
+    def draw(cls, checkpoint: Checkpoint, modules: Sequence[str], seed: int) -> Adapter:
+        """Each module's change is about a third of its weight."""
+        generator = torch.Generator().manual_seed(seed)
+        weights = {}
+        for module in modules:
+            weight = dense_weight(checkpoint, module)
+            out_features, in_features = weight.shape
+            size = (weight.std().item() / 3 * RANK / ALPHA / RANK**0.5) ** 0.5
+            weights[module] = (
+                torch.randn(RANK, in_features, generator=generator) * size,
+                torch.randn(out_features, RANK, generator=generator) * size,
+            )
+        return cls(weights)
+
+    def write(self, folder: Path, beginning: str) -> Path:
+        """beginning: what a trainer's class calls the language model, one of BEGINNINGS. Returns the folder."""
+        folder.mkdir(parents=True)
+        tensors = {}
+        for module, (a, b) in self.weights.items():
+            name = f"base_model.model.{module.replace(BEGINNINGS['hub'], beginning, 1)}"
+            tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = a, b
+        save_tensors(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+        config = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "r": RANK,
+            "lora_alpha": ALPHA,
+            "bias": "none",
+            "target_modules": sorted({module.rsplit(".", 1)[1] for module in self.weights}),
+        }
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        return folder
