@@ -80,6 +80,14 @@ def register_models(changes: Registration, package: str) -> None:
         changes.entry(registry.models, ARCHITECTURE, register)
 
 
+def registered_model() -> type | None:
+    """The class that SGLang's registry has for this architecture, after ours was imported: the registry only logs that it
+    could not be, and takes its own. Raises what the import raises."""
+    importlib.import_module("k26_plugins.sglang.models.entry")
+    found: type | None = private(_REGISTRY, "ModelRegistry").models.get(ARCHITECTURE)
+    return found
+
+
 def _config_registry() -> Any:
     common = "sglang.srt.utils.hf_transformers.common"
     return private(common if find_spec("sglang.srt.utils.hf_transformers") else _TRANSFORMERS, "_CONFIG_REGISTRY")

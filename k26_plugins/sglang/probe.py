@@ -2,8 +2,8 @@
 
     python -m k26_plugins.sglang.probe
 
-SGLang's own plugin loading runs, then its registry is asked whose configuration class it would take. Prints one line of
-JSON.
+SGLang's own plugin loading runs, then its registries are asked whose configuration they would take, and whose model. Prints
+one line of JSON.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from importlib.util import find_spec
 
-from k26_plugins.common.probe import KeptErrors, say
+from k26_plugins.common.probe import KeptErrors, say, serves_with_ours
 from k26_plugins.sglang import compat, logger
 
 
@@ -25,6 +25,7 @@ def main() -> None:
         importlib.import_module("sglang.srt.utils.hf_transformers_utils")
     registered = compat.registered_config()
     active = registered is not None and registered.__module__.startswith("k26_plugins.")
+    active = active and serves_with_ours(compat.registered_model, errors)
     package, found = compat.distribution()
     say(found, compat.CHECKED_VERSIONS[package], errors, active=active, hint=hint)
 

@@ -2,7 +2,7 @@
 
     python -m k26_plugins.vllm.probe
 
-vLLM's own plugin loading runs, then its registry is asked whose class it would take. Prints one line of JSON.
+vLLM's own plugin loading runs, then its registry loads the model's class, as a start does. Prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from k26_plugins.common.config import ARCHITECTURE
-from k26_plugins.common.probe import KeptErrors, say
+from k26_plugins.common.probe import KeptErrors, say, serves_with_ours
 from k26_plugins.vllm import compat, logger
 
 
@@ -37,12 +37,11 @@ def main() -> None:
     errors = KeptErrors(logger)
     compat.private("vllm.plugins", "load_general_plugins")()
     registry = compat.private("vllm.model_executor.models.registry", "ModelRegistry")
-    module = getattr(registry.models.get(ARCHITECTURE), "module_name", "")
     say(
         compat.vllm_version(),
         compat.CHECKED_VERSIONS,
         errors,
-        active=module.startswith("k26_plugins."),
+        active=serves_with_ours(lambda: registry.models[ARCHITECTURE].load_model_cls(), errors),
         no_start=no_compiled_code_cache(str(find_spec("vllm").origin)),  # type: ignore[union-attr]
         hint="VLLM_PLUGINS is set and has no k26 in it, or the entry point is gone",
     )

@@ -36,7 +36,7 @@ from k26_plugins.common.experts.loading import load_experts
 from k26_plugins.common.prompt.hf_tokenizer import KimiTokenizerFast
 from k26_plugins.common.registration import Registration
 from k26_plugins.common.tiny import make_tiny
-from k26_plugins.sglang import compat, register
+from k26_plugins.sglang import compat, probe, register
 
 # Read when SGLang is imported, which nothing above does.
 os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
@@ -62,6 +62,23 @@ def test_registration_takes_the_in_tree_classes_place_and_no_others() -> None:
     assert model.__module__ == "k26_plugins.sglang.model"
     assert issubclass(model, compat.in_tree_model().KimiK25ForConditionalGeneration)
     assert ModelRegistry.resolve_model_cls(["LlamaForCausalLM"])[0] is LlamaForCausalLM
+
+
+def test_the_probe_imports_the_models_class(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SGLang's registry only logs that it cannot: by everything that registration does the plugin is active."""
+
+    def told() -> dict[str, Any]:
+        probe.main()
+        found: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+        return found
+
+    assert told()["active"]
+    monkeypatch.setitem(sys.modules, "k26_plugins.sglang.models.entry", None)
+    state = told()
+    assert not state["active"]
+    assert "the model's class cannot be imported" in state["why_not"]
 
 
 def test_a_failing_registration_leaves_sglang_alone(

@@ -60,11 +60,36 @@ SGLANG_FLAGS = {
     "hybrid": "--kt-weight-path DIR --kt-num-gpu-experts 4",
 }
 
+VLLM_FLAGS = {
+    "none": "",
+    "MoE triton": "--moe-backend triton",
+    "MoE marlin": "--moe-backend marlin",
+    "MoE flashinfer_trtllm": "VLLM_USE_FLASHINFER_MOE_INT4=1 --moe-backend flashinfer_trtllm",
+    "MoE humming": "--moe-backend humming",
+    "MoE emulation": "--moe-backend emulation",
+    "MoE deep_gemm": "--moe-backend deep_gemm",
+    "TP": "--tensor-parallel-size 8",
+    "EP": "--tensor-parallel-size 8 --enable-expert-parallel",
+    "DP": "--data-parallel-size 8",
+    "DP and EP": "--data-parallel-size 8 --enable-expert-parallel",
+    "DeepEP high throughput": (
+        "--data-parallel-size 8 --enable-expert-parallel --all2all-backend deepep_high_throughput"
+    ),
+    "DeepEP low latency": "--data-parallel-size 8 --enable-expert-parallel --all2all-backend deepep_low_latency",
+    "EPLB": "--tensor-parallel-size 8 --enable-expert-parallel --enable-eplb",
+    "Eagle3": '--speculative-config {"method":"eagle3","model":"DRAFT","num_speculative_tokens":3}',
+    "DCP": "--tensor-parallel-size 8 --decode-context-parallel-size 8",
+    "encoder only": "--mm-encoder-only",
+    "fp8 KV": "--kv-cache-dtype fp8",
+}
 
-def table(platforms: Iterable[str], flags: Iterable[str], cell: Callable[[str, str], str]) -> list[str]:
+
+def table(
+    platforms: Iterable[str], flags: Iterable[str], cell: Callable[[str, str], str], title: str = ""
+) -> list[str]:
     """The lines of a Markdown table with a row for each of `flags`."""
     platforms = list(platforms)
-    lines = ["| | " + " | ".join(platforms) + " |", "|---" * (len(platforms) + 1) + "|"]
+    lines = [f"| {title} | ".replace("  ", " ") + " | ".join(platforms) + " |", "|---" * (len(platforms) + 1) + "|"]
     return [*lines, *("| " + " | ".join([name, *(cell(one, name) for one in platforms)]) + " |" for name in flags)]
 
 
@@ -73,3 +98,17 @@ def documented_table(section: str) -> list[str]:
     text = (Path(__file__).parents[2] / "docs/platforms.md").read_text(encoding="utf-8")
     (part,) = (one for one in text.split("\n## ") if one.startswith(f"{section}\n"))
     return [line for line in part.splitlines() if line.startswith("|")]
+
+
+def cells(lines: Iterable[str]) -> dict[tuple[str, str, str], str]:
+    """What tables say, by a table's first heading, row and column."""
+    found: dict[tuple[str, str, str], str] = {}
+    heading: list[str] = []
+    lines = list(lines)
+    for line, below in zip(lines, [*lines[1:], ""], strict=True):
+        parts = [part.strip() for part in line.strip("|").split("|")]
+        if below.startswith("|---"):
+            heading = parts
+        elif not line.startswith("|---"):
+            found |= {(heading[0], parts[0], column): text for column, text in zip(heading[1:], parts[1:], strict=True)}
+    return found

@@ -32,10 +32,9 @@ from k26_plugins.common.config import ARCHITECTURE, K26Config
 from k26_plugins.common.media import MediaError
 from k26_plugins.common.prompt.hf_tokenizer import core_serves_prompts
 from k26_plugins.common.serving import core_config
-from k26_plugins.vllm import compat, config, register
+from k26_plugins.vllm import compat, config, probe, register
 from k26_plugins.vllm.experts import K26ExpertsMethod
 from k26_plugins.vllm.media import K26MediaConnector
-from k26_plugins.vllm.probe import no_compiled_code_cache
 
 
 def test_registration_takes_the_in_tree_classes_place() -> None:
@@ -100,9 +99,10 @@ def test_registration_is_all_or_nothing(monkeypatch: pytest.MonkeyPatch, caplog:
 
 
 def test_vllms_own_class_serves_where_ours_lacks_a_name(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Only the import of our class needs it, which registration does not do; with K26_STRICT=1 the start ends."""
+    """Only the import of our class needs it, which registration does not do and the probe does; with K26_STRICT=1 the
+    start ends."""
     import vllm.multimodal
 
     register()
@@ -120,6 +120,11 @@ def test_vllms_own_class_serves_where_ours_lacks_a_name(
     assert "cannot import name 'MULTIMODAL_REGISTRY'" in caplog.text
     assert "vLLM's own model class serves" in caplog.text
     monkeypatch.delitem(sys.modules, "k26_plugins.vllm.entry")
+    probe.main()
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert not told["active"]
+    assert "cannot import name 'MULTIMODAL_REGISTRY'" in told["why_not"]
+    monkeypatch.delitem(sys.modules, "k26_plugins.vllm.entry")
     monkeypatch.setenv("K26_STRICT", "1")
     with pytest.raises(SystemExit, match="MULTIMODAL_REGISTRY"):
         registered.load_model_cls()
@@ -135,9 +140,9 @@ def test_a_cache_of_compiled_code_that_has_no_place(tmp_path: Path, monkeypatch:
     for name in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", "/dev/null")
-    assert "set NUMBA_CACHE_DIR" in no_compiled_code_cache("/proc/version")
+    assert "set NUMBA_CACHE_DIR" in probe.no_compiled_code_cache("/proc/version")
     (tmp_path / "module.py").touch()
-    assert no_compiled_code_cache(str(tmp_path / "module.py")) == ""
+    assert probe.no_compiled_code_cache(str(tmp_path / "module.py")) == ""
 
 
 FLAGS: dict[str, tuple[list[str], str | None, str | None]] = {

@@ -64,8 +64,11 @@ def find_backend(name: str) -> type[ExpertsBackend]:
 def why_unsupported(sizes: Sizes, backend: str = "auto") -> str | None:
     """Why no backend that `create_experts` may take supports experts of these sizes, or None: before they are loaded.
 
-    Raises ExpertsError for a name that no backend has.
+    On torch's meta device none is asked for: a part of the model that is never loaded, as of a server of encoders, lies
+    there. Raises ExpertsError for a name that no backend has.
     """
+    if sizes.device.type == "meta":
+        return None
     if sizes.intermediate_size % GROUP_SIZE:
         return (
             f"tensor parallelism leaves {sizes.intermediate_size} of moe_intermediate_size on a rank, which is no multiple "
