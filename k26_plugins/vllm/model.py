@@ -14,7 +14,7 @@ from k26_plugins.common.checkpoint import TensorSpec, account
 from k26_plugins.common.checkpoint.engine_files import engine_files, is_under_way, with_mapped_files
 from k26_plugins.common.experts.loading import load_experts
 from k26_plugins.common.ranks import require_everywhere
-from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, core_media, experts_for_device
+from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, core_media, experts_setting
 from k26_plugins.vllm import compat, logger
 from k26_plugins.vllm.experts import experts_of, use_core_experts
 from k26_plugins.vllm.files import readable_by_vllm
@@ -38,11 +38,11 @@ class KimiK25ForConditionalGeneration(TakesAdapters, _in_tree.KimiK25ForConditio
     def __init__(self, vllm_config: Any, prefix: str = "") -> None:
         require_everywhere("VLLM_PLUGINS")
         self.core_config = vllm_config.model_config.k26_plugins.core_config
-        backend = experts_for_device(current_platform.device_type)
-        if self.core_config is not None and backend == ENGINE:
+        setting = experts_setting()
+        if self.core_config is not None and setting == ENGINE:
             logger.info("k26-plugins: vLLM's own INT4 experts are kept (%s chooses).", EXPERTS_VARIABLE)
         elif self.core_config is not None:
-            use_core_experts(vllm_config, backend)
+            use_core_experts(vllm_config, setting, required=setting != "auto" or current_platform.is_cpu())
         if current_platform.is_cpu():
             compat.use_cpu_prefill_backend("k26_plugins.vllm.attention.K26CPUPrefillBackend")
         prepare_adapters(vllm_config)

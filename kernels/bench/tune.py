@@ -1,10 +1,10 @@
-"""Finds the fastest tiles for this GPU and writes them where the kernels look for them: k26_kernels/configs/<GPU>.json.
+"""Finds the fastest tiles for this GPU and prints them, by target and shape.
 
     cd kernels && python -m bench.tune                 the whole layer, its part under TP8 and under EP8
     cd kernels && python -m bench.tune --layers tp8
 
 For every size of a block of tokens a batch is timed that calls for it, first with each tile for w13, then for w2. A tile
-that does not compile or does not fit is passed over. The tests then compile what was written, for its target.
+that does not compile or does not fit is passed over.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bench.experts import seconds_of
 from bench.peers import Weights
 from bench.routing import LAYERS, TOP_K, Layer, choose, expert_map
 from k26_kernels import KernelExperts
-from k26_kernels.config import FOLDER, SINGLE, Regime, Tile, file_name, regimes
+from k26_kernels.config import SINGLE, Regime, Tile, regimes
 from k26_kernels.experts import Launcher, make_plan
 from k26_kernels.layout import FRAGMENTS
 from k26_kernels.target import Target
@@ -83,8 +83,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("bench.tune needs the GPU that it tunes for, and finds none.")
     device = torch.device("cuda")
-    file = FOLDER / file_name(torch.cuda.get_device_name())
-    document = json.loads(file.read_text()) if file.exists() else {}
+    document: dict[str, dict[str, object]] = {}
     for name in arguments.layers.split(","):
         layer = LAYERS[name]
         weights = Weights.random(
@@ -95,8 +94,7 @@ def main() -> None:
         )
         found = {regime: asdict(tiles) for regime, tiles in tune(experts, layer).items()}
         document.setdefault(experts.device.target.name, {})[layer.shape.key] = found
-        file.write_text(json.dumps(document, indent=1) + "\n")
-        print(f"wrote {file}")
+    print(json.dumps(document, indent=1))
 
 
 if __name__ == "__main__":
