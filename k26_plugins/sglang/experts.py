@@ -115,11 +115,9 @@ def use_core_experts(
 
     class K26QuantConfig(type(quant_config)):  # type: ignore[misc]
         def get_moe_scheme(self, layer: torch.nn.Module, layer_name: str | None = None) -> Any:
-            name = (
-                backend_name
-                if by_name
-                else backend_for(backend_name, sizes_of(layer), installed_engine("sglang"), logger)
-            )
+            name = backend_name
+            if name == "auto" and not by_name:
+                name = backend_for(name, sizes_of(layer), installed_engine("sglang"), logger)
             if name == ENGINE or not core_serves(layer, name, by_name=by_name):
                 return super().get_moe_scheme(layer=layer, layer_name=layer_name)
             return make_scheme(name)
