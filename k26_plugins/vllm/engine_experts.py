@@ -53,6 +53,8 @@ def use_core_instead(model: torch.nn.Module, modules: Sequence[Any], config: K26
             f"the way in which the weights are loaded gives them once. Set {EXPERTS_VARIABLE}={TritonExperts.name}",
         )
     assert config is not None
+    if getattr(modules[0].moe_config.moe_parallel_config, "enable_eplb", False):
+        stop(wrong, f"EPLB moves experts between ranks that keep theirs. Set {EXPERTS_VARIABLE}={TritonExperts.name}")
     device = next(modules[0].parameters(recurse=False)).device
     backend_name = TritonExperts.name if device.type == TritonExperts.device_type else "auto"
     with device:
