@@ -14,6 +14,7 @@ from k26_plugins.cli.plan import plan
 from k26_plugins.cli.profile import profile
 from k26_plugins.cli.serve import serve
 from k26_plugins.cli.swarm import swarm
+from k26_plugins.cli.tune import tune
 from k26_plugins.cli.verify import compare, verify
 
 app = typer.Typer(
@@ -22,7 +23,22 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (tensors, check, tiny, merge, generate, media, plan, doctor, golden, verify, compare, profile, swarm):
+for command in (
+    tensors,
+    check,
+    tiny,
+    merge,
+    generate,
+    media,
+    plan,
+    doctor,
+    golden,
+    verify,
+    compare,
+    profile,
+    swarm,
+    tune,
+):
     app.command()(command)
 # What follows `--` is the engine's.
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": False})(serve)

@@ -160,7 +160,7 @@ def _of(
     from k26_plugins.operate.plan.hardware import HardwareError
 
     try:
-        config = K26Config() if _is_hub_name(checkpoint) else K26Config.from_path(checkpoint)
+        config = K26Config() if is_hub_name(checkpoint) else K26Config.from_path(checkpoint)
         machine = machine_of(gpus, ram, ram_bandwidth, cores, sockets)
         longest = load.tokens // load.concurrency
         if longest > config.text.max_position_embeddings:
@@ -170,6 +170,6 @@ def _of(
         fail(error)
 
 
-def _is_hub_name(checkpoint: str) -> bool:
+def is_hub_name(checkpoint: str) -> bool:
     """Whether it can only be a name on the hub: two words, and no such folder here."""
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", checkpoint) is not None and not Path(checkpoint).exists()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 EXPERTS_VARIABLE = "K26_EXPERTS"
+TUNED_VARIABLE = "K26_TUNED"
 HOST_EXPERTS_VARIABLE = "K26_CPU_EXPERTS"
 CPU_THREADS_VARIABLE = "K26_CPU_THREADS"
 ENGINE = "engine"
@@ -45,18 +47,18 @@ def _choice(variable: str, allowed: tuple[str, ...]) -> str:
     return value
 
 
-def experts_for_device(device_type: str) -> str:
-    """The setting with `auto` resolved: a core backend on a CPU; on a GPU `triton` where it was measured, else `engine`.
+def tuned_setting() -> Path | None:
+    """The outcome of `k26 tune` that decides about the experts, in the place of the cache folder's: K26_TUNED.
 
-    Measured means that the package holds tiles tuned on that GPU: the kernels ran there and were timed. On any other GPU
-    they are right by their tests and fast by prediction only, and are taken by name.
+    Raises ValueError where there is no such file.
     """
-    setting = experts_setting()
-    if setting != "auto" or device_type == "cpu":
-        return setting
-    from k26_plugins.common.experts.triton import TritonExperts, tuned_for
-
-    return TritonExperts.name if tuned_for(device_type) else ENGINE
+    value = os.environ.get(TUNED_VARIABLE, "").strip()
+    if not value:
+        return None
+    file = Path(value)
+    if not file.is_file():
+        raise ValueError(f"{TUNED_VARIABLE} is {value!r}: no such file. Give one that `k26 tune` wrote, or unset it.")
+    return file
 
 
 def control_tokens_as_text() -> bool:
@@ -162,6 +164,7 @@ def check_settings() -> None:
     for read in (
         experts_setting,
         host_experts_setting,
+        tuned_setting,
         cpu_threads_setting,
         stream_from_setting,
         batch_invariant_setting,

@@ -11,8 +11,9 @@ from k26_plugins.common.experts import ExpertsError, why_unsupported
 from k26_plugins.common.experts.base import LayerSizes
 from k26_plugins.common.experts.loading import ExpertsOfLayer
 from k26_plugins.common.experts.parameters import LayerExperts
+from k26_plugins.common.experts.tuned import backend_for, installed_engine
 from k26_plugins.common.serving import core_serves_layer
-from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, experts_for_device, experts_setting
+from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, experts_setting
 from k26_plugins.sglang import compat, logger
 
 
@@ -101,9 +102,9 @@ def use_core_experts(
 ) -> None:
     """Give this model's quantisation configuration our scheme for routed experts, and leave the rest of it alone.
 
-    make_scheme: from a backend's name, one for each layer; not called for the name of SGLang's own experts. by_name: no
-    other experts may take the place of the core's. The object's class is replaced by a subclass of its own: the one of
-    another model in the process keeps its.
+    backend_name: as `chosen_backend` gives it. make_scheme: from a backend's name, one for each layer; not called for the
+    name of SGLang's own experts. by_name: no other experts may take the place of the core's. The object's class is replaced
+    by a subclass of its own: the one of another model in the process keeps its.
     """
     base = compat.compressed_tensors_config()
     if not isinstance(quant_config, base):
@@ -114,11 +115,20 @@ def use_core_experts(
 
     class K26QuantConfig(type(quant_config)):  # type: ignore[misc]
         def get_moe_scheme(self, layer: torch.nn.Module, layer_name: str | None = None) -> Any:
-            if backend_name == ENGINE or not core_serves(layer, backend_name, by_name=by_name):
+            name = backend_name
+            if name == "auto" and not by_name:
+                name = backend_for(name, sizes_of(layer), installed_engine("sglang"), logger)
+            if name == ENGINE or not core_serves(layer, name, by_name=by_name):
                 return super().get_moe_scheme(layer=layer, layer_name=layer_name)
-            return make_scheme(backend_name)
+            return make_scheme(name)
 
     quant_config.__class__ = K26QuantConfig
+
+
+def sizes_of(layer: Any) -> LayerSizes:
+    """Of this rank's part of a layer whose weights are about to be created."""
+    sizes = (layer.num_local_experts, layer.hidden_size, layer.intermediate_size_per_partition)
+    return LayerSizes(*sizes, torch.get_default_device())
 
 
 def core_serves(layer: Any, backend_name: str, *, by_name: bool) -> bool:
@@ -126,8 +136,7 @@ def core_serves(layer: Any, backend_name: str, *, by_name: bool) -> bool:
 
     Raises ExpertsError where they cannot and nothing else may, `by_name`; otherwise the layer is left to SGLang.
     """
-    sizes = (layer.num_local_experts, layer.hidden_size, layer.intermediate_size_per_partition)
-    reason = why_unsupported(LayerSizes(*sizes, torch.get_default_device()), backend_name)
+    reason = why_unsupported(sizes_of(layer), backend_name)
     all_to_all = compat.moe_all_to_all()
     if not all_to_all.is_none():
         reason = (
@@ -143,7 +152,8 @@ def core_serves(layer: Any, backend_name: str, *, by_name: bool) -> bool:
 
 
 def chosen_backend(*, hybrid: bool) -> str:
-    """The experts that K26_EXPERTS and `--moe-runner-backend` choose: a core backend's name, or ENGINE for SGLang's own.
+    """The experts that K26_EXPERTS and `--moe-runner-backend` choose: a core backend's name, ENGINE for SGLang's own, or
+    `auto`, which each layer resolves for its device.
 
     A runner that SGLang itself chose for this GPU and checkpoint stands unless K26_EXPERTS names others. A hybrid run's
     experts are the core's on both sides. Raises ValueError where what the user gave contradicts itself.
@@ -165,7 +175,6 @@ def chosen_backend(*, hybrid: bool) -> str:
         chooser = "--moe-runner-backend" if by_flag else "SGLang chooses"
         logger.info("k26-plugins: SGLang's own INT4 experts are kept (%s %s).", chooser, runner.value)
         return ENGINE
-    backend_name = setting if hybrid else experts_for_device(compat.device_type())
-    if backend_name == ENGINE:
+    if setting == ENGINE:
         logger.info("k26-plugins: SGLang's own INT4 experts are kept (%s chooses).", EXPERTS_VARIABLE)
-    return backend_name
+    return setting

@@ -16,6 +16,7 @@ from k26_plugins.common.experts.loading import load_experts
 from k26_plugins.common.ranks import require_everywhere
 from k26_plugins.common.settings import experts_setting
 from k26_plugins.sglang import compat, compat_adapters, compat_loading, logger
+from k26_plugins.sglang.engine_experts import watch_engine_experts
 from k26_plugins.sglang.experts import K26MoEScheme, chosen_backend, experts_of, use_core_experts
 from k26_plugins.sglang.hybrid import K26HybridScheme, hybrid_settings
 from k26_plugins.sglang.lora import refuse_unserved
@@ -69,6 +70,7 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
             use_float32_logits(self)
             if experts_of(self) and compat_adapters.serves_adapters():
                 compat_adapters.hook_adapters(refuse_unserved)
+        watch_engine_experts(self, self.core_config)
         # A float32 buffer, which would make all that it is added to float32: no image meets it, only videos do.
         position = self.vision_tower.patch_embed.pos_emb
         position.time_weight = position.time_weight.to(position.weight.dtype)

@@ -15,8 +15,9 @@ from k26_plugins.common.experts import ExpertsError, why_unsupported
 from k26_plugins.common.experts.base import LayerSizes
 from k26_plugins.common.experts.loading import ExpertsOfLayer
 from k26_plugins.common.experts.parameters import LayerExperts
+from k26_plugins.common.experts.tuned import backend_for, installed_engine
 from k26_plugins.common.serving import core_serves_layer
-from k26_plugins.common.settings import EXPERTS_VARIABLE, experts_setting
+from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, experts_setting
 from k26_plugins.vllm import compat, logger
 
 
@@ -191,14 +192,18 @@ def experts_of(model: torch.nn.Module) -> dict[int, ExpertsOfLayer]:
     return found
 
 
-def use_core_experts(vllm_config: Any, backend_name: str) -> None:
+def use_core_experts(vllm_config: Any, setting: str, *, required: bool = True) -> None:
     """Give this model's quantisation configuration our method for routed experts, and leave the rest of it alone.
 
-    The object's class is replaced by a subclass of its own: the one of another model in the process keeps its.
+    setting: a backend's name, or `auto`, which each layer resolves for its device. required: no other experts may take the
+    place of the core's. The object's class is replaced by a subclass of its own: the one of another model in the process
+    keeps its. Raises UnsupportedEngineError where they are required and vLLM reads the checkpoint as something else.
     """
     quant_config = vllm_config.quant_config
     base = compat.compressed_tensors_config()
     if not isinstance(quant_config, base):
+        if not required:
+            return
         raise compat.UnsupportedEngineError(
             f"vLLM {compat.vllm_version()} read the INT4 checkpoint as {type(quant_config).__name__}, expected "
             f"{base.__name__}: remove --quantization, or set K26_EXPERTS=engine to keep vLLM's experts."
@@ -206,11 +211,20 @@ def use_core_experts(vllm_config: Any, backend_name: str) -> None:
 
     class K26QuantConfig(type(quant_config)):  # type: ignore[misc]
         def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-            if compat.is_routed_experts(layer) and core_serves(layer.moe_config, backend_name):
-                return K26ExpertsMethod(layer.moe_config, backend_name)
+            if compat.is_routed_experts(layer):
+                backend_name = backend_for(setting, sizes_of(layer.moe_config), installed_engine("vllm"), logger)
+                if backend_name != ENGINE and core_serves(layer.moe_config, backend_name):
+                    return K26ExpertsMethod(layer.moe_config, backend_name)
             return super().get_quant_method(layer, prefix)
 
     quant_config.__class__ = K26QuantConfig
+
+
+def sizes_of(moe: FusedMoEConfig) -> LayerSizes:
+    """Of this rank's part of a layer whose weights are about to be created."""
+    return LayerSizes(
+        moe.num_local_experts, moe.hidden_dim, moe.intermediate_size_per_partition, torch.get_default_device()
+    )
 
 
 def core_serves(moe: FusedMoEConfig, backend_name: str) -> bool:
@@ -218,15 +232,7 @@ def core_serves(moe: FusedMoEConfig, backend_name: str) -> bool:
 
     Raises ExpertsError where they cannot and the user named them; otherwise the layer is left to vLLM.
     """
-    reason = why_unsupported(
-        LayerSizes(
-            moe.num_local_experts,
-            moe.hidden_dim,
-            moe.intermediate_size_per_partition,
-            torch.get_default_device(),
-        ),
-        backend_name,
-    )
+    reason = why_unsupported(sizes_of(moe), backend_name)
     if moe.moe_parallel_config.use_batched_activation_format:
         reason = (
             f"--all2all-backend {moe.moe_parallel_config.all2all_backend} hands each expert its tokens in a buffer of its "

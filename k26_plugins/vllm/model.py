@@ -14,8 +14,9 @@ from k26_plugins.common.checkpoint import TensorSpec, account
 from k26_plugins.common.checkpoint.engine_files import engine_files, is_under_way, with_mapped_files
 from k26_plugins.common.experts.loading import load_experts
 from k26_plugins.common.ranks import require_everywhere
-from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, core_media, experts_for_device
+from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, core_media, experts_setting
 from k26_plugins.vllm import compat, logger
+from k26_plugins.vllm.engine_experts import files_read, watch_engine_experts
 from k26_plugins.vllm.experts import experts_of, use_core_experts
 from k26_plugins.vllm.files import readable_by_vllm
 from k26_plugins.vllm.lora import NAMES, TakesAdapters, prepare_adapters
@@ -38,17 +39,18 @@ class KimiK25ForConditionalGeneration(TakesAdapters, _in_tree.KimiK25ForConditio
     def __init__(self, vllm_config: Any, prefix: str = "") -> None:
         require_everywhere("VLLM_PLUGINS")
         self.core_config = vllm_config.model_config.k26_plugins.core_config
-        backend = experts_for_device(current_platform.device_type)
-        if self.core_config is not None and backend == ENGINE:
+        setting = experts_setting()
+        if self.core_config is not None and setting == ENGINE:
             logger.info("k26-plugins: vLLM's own INT4 experts are kept (%s chooses).", EXPERTS_VARIABLE)
         elif self.core_config is not None:
-            use_core_experts(vllm_config, backend)
+            use_core_experts(vllm_config, setting, required=setting != "auto" or current_platform.is_cpu())
         if current_platform.is_cpu():
             compat.use_cpu_prefill_backend("k26_plugins.vllm.attention.K26CPUPrefillBackend")
         prepare_adapters(vllm_config)
         compat.hook_checkpoint_loader(whole_checkpoint, files_of_checkpoint)
         with readable_by_vllm(vllm_config.model_config):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
+        watch_engine_experts(self, self.core_config)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """All of the checkpoint, or any part of it: what is loaded later updates a running server (RLHF)."""
@@ -87,6 +89,7 @@ def files_of_checkpoint(
     **prefetch: Any,
 ) -> Iterable[tuple[str, torch.Tensor]]:
     """The tensors of safetensors files; a way to read them that the user chose stays vLLM's."""
+    files_read.extend(files)
     if not is_under_way() or strategy not in (None, "lazy") or compat.reads_ahead_itself(files):
         return original(files, use_tqdm, strategy, local_expert_ids, **prefetch)
     return engine_files(sorted(files), logger, local_expert_ids)

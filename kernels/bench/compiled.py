@@ -24,7 +24,7 @@ from typing import Any
 import triton
 from k26_kernels.align import SLOTS_AT_ONCE, align_kernel
 from k26_kernels.combine import activate_kernel, reduce_kernel
-from k26_kernels.config import ANY_SHAPE, DEFAULT, FOLDER, SINGLE, Regime, Shape, Tile, read_file
+from k26_kernels.config import SINGLE, Regime, Shape, Tile, default_regimes
 from k26_kernels.dequantise import dequantise_kernel
 from k26_kernels.layout import ROWS
 from k26_kernels.product import product_kernel
@@ -105,7 +105,7 @@ def product_variant(
 
 
 def variants() -> Iterator[Variant]:
-    """All that is shipped: the small kernels, and the products in every regime of every data file."""
+    """All that is shipped: the small kernels, and the products in every regime."""
     hidden, inner = LAYER.hidden_size, LAYER.intermediate_size
     small: dict[str, dict[str, Any]] = {
         "align": {"BLOCK_TOKENS": 16, "BINS": 512, "SLOTS_AT_ONCE": SLOTS_AT_ONCE, "HAS_MAP": True},
@@ -118,17 +118,11 @@ def variants() -> Iterator[Variant]:
         for name, constants in small.items():
             own = {"FRAGMENT": target.fragment} if name == "dequantise" else {}
             yield Variant(name, target.name, name, {**constants, **own})
-    for file in sorted(FOLDER.glob("*.json")):
-        for key, shapes in read_file(file.name).items():
-            target = TARGETS[key]
-            for shape_key, regimes in shapes.items():
-                shape = LAYER if shape_key == ANY_SHAPE else Shape.of(shape_key)
-                where = "" if file.name == DEFAULT else f" {file.stem} {shape_key}"
-                for name, regime in regimes.items():
-                    yield product_variant(target, shape, name + where, regime, regime.w13, True, 1)
-                    yield product_variant(target, shape, name + where, regime, regime.w2, False, 1)
-                    if name == SINGLE:
-                        yield product_variant(target, shape, name + where, regime, regime.w13, True, 2)
+        for name, regime in default_regimes(target.name).items():
+            yield product_variant(target, LAYER, name, regime, regime.w13, True, 1)
+            yield product_variant(target, LAYER, name, regime, regime.w2, False, 1)
+            if name == SINGLE:
+                yield product_variant(target, LAYER, name, regime, regime.w13, True, 2)
 
 
 def compile_variant(variant: Variant) -> Facts:

@@ -14,16 +14,23 @@ import argparse
 import json
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 
 import torch
 import triton
-from bench.peers import PEERS, WAITS_FOR_DEVICE, NotHereError, Run, Weights
-from bench.routing import LAYERS, TOKENS, Layer, choose, expert_map, slots_here
+from bench.dense import WAITS_FOR_DEVICE, dequantise_and_dense
+from bench.layers import LAYERS, TOKENS
 from k26_kernels import KernelExperts, fused_experts
+
+from k26_plugins.common.experts.base import ExpertWeights
+from k26_plugins.common.experts.peer import NotHereError, Run
+from k26_plugins.operate.tune.clock import Clock, clock_of
+from k26_plugins.operate.tune.measure import random_weights
+from k26_plugins.operate.tune.routing import Batch, Layer
+from k26_plugins.peers.vllm import PEERS
 
 RESULTS = Path(__file__).parent / "results"
 ROUTINGS = ("uniform", "zipf", "prefix")
@@ -47,58 +54,17 @@ class Row:
     note: str = ""
 
 
-def seconds_of(run: Callable[[], object], repeats: int = 5) -> float:
-    """The fastest of several runs on the device, after one that compiles."""
-    run()
-    times = []
-    for _ in range(repeats):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return min(times)
-
-
-def in_graph(run: Callable[[], object]) -> Callable[[], object]:
-    """The replay of a CUDA graph of `run`."""
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
-
-
-def on_device(run: Callable[[], object], graph: bool) -> float:
-    return seconds_of(in_graph(run) if graph else run)
-
-
-def copy_bandwidth() -> float:
+def copy_bandwidth(clock: Clock) -> float:
     """Bytes a second, read and written, of copying 4 GiB."""
     source = torch.empty(2**32, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.nbytes / seconds_of(lambda: target.copy_(source))
+    return 2 * source.nbytes / clock(lambda: target.copy_(source), False)
 
 
-def matmul_rate() -> float:
+def matmul_rate(clock: Clock) -> float:
     """Floating-point operations a second of a dense bfloat16 product of random matrices."""
     x, y = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return 2 * 8192**3 / seconds_of(lambda: x @ y)
-
-
-def batches(layer: Layer, routing: str, tokens: int, device: torch.device) -> list[tuple[torch.Tensor, ...]]:
-    """(hidden_states, topk_weights, topk_ids) of several batches, fewer where one of them touches enough memory."""
-    number = max(1, min(8, 64 // tokens))
-    generator = torch.Generator().manual_seed(1)
-    made = []
-    for seed in range(number):
-        ids = choose(routing, tokens, seed)
-        x = torch.randn(tokens, layer.shape.hidden_size, generator=generator).to(torch.bfloat16)
-        weights = torch.rand(ids.shape, generator=generator)
-        made.append((x.to(device), weights.to(device), ids.to(device)))
-    return made
+    return 2 * 8192**3 / clock(lambda: x @ y, False)
 
 
 def measure(
@@ -108,16 +74,17 @@ def measure(
     runs: dict[str, Run | str],
     rates: tuple[float, float],
     device: torch.device,
-    clock: Callable[[Callable[[], object], bool], float],
+    clock: Clock,
 ) -> Iterator[Row]:
-    """A row for each implementation; a string instead of one is why it does not run.
-
-    clock: the seconds of a function, captured in a graph first if its second argument is true.
-    """
-    local = expert_map(layer)
+    """A row for each implementation; a string instead of one is why it does not run."""
+    local = layer.expert_map()
     local = None if local is None else local.to(device)
-    data = batches(layer, routing, tokens, device)
-    here = [slots_here(ids.cpu(), layer) for _, _, ids in data]
+    data = layer.batches(routing, tokens, device)
+    here = [layer.slots_here(batch.topk_ids.cpu()) for batch in data]
+
+    def call(run: Run, batch: Batch) -> torch.Tensor:
+        return run(batch.hidden_states, batch.topk_weights, batch.topk_ids, local)
+
     size = sum(len(slots.unique()) for slots in here) * layer.expert_bytes
     flops = sum(layer.flops(len(slots)) for slots in here)
     ours: torch.Tensor | None = None
@@ -126,9 +93,9 @@ def measure(
             yield Row(layer.name, routing, tokens, name, note=run)
             continue
         try:
-            result = run(*data[0], local).float()
+            result = call(run, data[0]).float()
             ours = result if ours is None else ours
-            seconds = clock(lambda run=run: [run(*batch, local) for batch in data], name != WAITS_FOR_DEVICE)
+            seconds = clock(lambda run=run: [call(run, batch) for batch in data], name != WAITS_FOR_DEVICE)
         except Exception as error:  # a peer may fail in any way; it then has a row that says so
             if name == OURS:
                 raise
@@ -146,10 +113,10 @@ def measure(
         )
 
 
-def prepare(weights: Weights) -> dict[str, Run | str]:
+def prepare(weights: ExpertWeights) -> dict[str, Run | str]:
     """Ours and the peers, each with weights of its own; ours last, because it takes the tensors over."""
     runs: dict[str, Run | str] = {}
-    for name, peer in PEERS.items():
+    for name, peer in {**PEERS, WAITS_FOR_DEVICE: dequantise_and_dense}.items():
         try:
             runs[name] = peer(weights)
         except NotHereError as reason:
@@ -220,14 +187,14 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("bench.experts needs a GPU and finds none. Predicted times: python -m bench.predict")
     started, device = time.monotonic(), torch.device("cuda")
-    rates, info = (copy_bandwidth(), matmul_rate()), machine()
+    clock = clock_of(device)
+    rates, info = (copy_bandwidth(clock), matmul_rate(clock)), machine()
     torch.cuda.empty_cache()
     print(info, f"copy {rates[0] / 1e12:.2f} TB/s, matmul {rates[1] / 1e12:.0f} TFLOP/s", flush=True)
     rows: list[Row] = []
     for name in arguments.layers.split(","):
         layer = LAYERS[name]
-        shape = layer.shape
-        runs = prepare(Weights.random(shape.num_experts, shape.hidden_size, shape.intermediate_size, device))
+        runs = prepare(random_weights(layer, device))
         for routing in ROUTINGS:
             for tokens in map(int, arguments.tokens.split(",")):
                 if routing == "prefix" and tokens < 300:
@@ -235,7 +202,7 @@ def main() -> None:
                 if time.monotonic() - started > BUDGET_SECONDS:
                     rows.append(Row(name, routing, tokens, OURS, note="not run: the time was used up"))
                     continue
-                for row in measure(layer, routing, tokens, runs, rates, device, on_device):
+                for row in measure(layer, routing, tokens, runs, rates, device, clock):
                     rows.append(row)
                     print(line(row), flush=True)
         del runs

@@ -18,10 +18,12 @@ from pathlib import Path
 
 import triton
 from bench.compiled import Facts, compile_variant, product_variant
-from bench.routing import GLOBAL_EXPERTS, LAYERS, TOKENS, TOP_K, Layer, choose, slots_here
-from k26_kernels.config import SINGLE, Tile
+from bench.layers import GLOBAL_EXPERTS, LAYERS, TOKENS, TOP_K
+from k26_kernels.config import SINGLE, Shape, Tile
 from k26_kernels.experts import TOKENS_AT_ONCE, Plan, make_plan
 from k26_kernels.target import TARGETS, Device
+
+from k26_plugins.operate.tune.routing import Layer
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,10 @@ class Machine:
 H200 = Machine(Device(TARGETS["sm_90"], "NVIDIA H200", 132), 4.3e12, 790e12, 1.7e9, 2e-6)
 
 
+def shape_of(layer: Layer) -> Shape:
+    return Shape(layer.hidden_size, layer.intermediate_size, layer.num_experts)
+
+
 class Compiled:
     """Facts of the products, compiled once each."""
 
@@ -57,7 +63,7 @@ class Compiled:
         if key not in self.facts:
             tile = plan.regime.w13 if gated else plan.regime.w2
             target = H200.device.target
-            variant = product_variant(target, layer.shape, name, plan.regime, tile, gated, parts)
+            variant = product_variant(target, shape_of(layer), name, plan.regime, tile, gated, parts)
             self.facts[key] = compile_variant(variant)
         return self.facts[key]
 
@@ -84,13 +90,13 @@ def product_seconds(
 
 def predict(machine: Machine, compiled: Compiled, layer: Layer, kind: str, num_tokens: int) -> dict[str, object]:
     """Microseconds of a batch and what bounds its two products."""
-    shape = layer.shape
+    shape = shape_of(layer)
     hidden, inner = shape.hidden_size, shape.intermediate_size
-    seconds, bounds, ids = 0.0, [], choose(kind, num_tokens)
+    seconds, bounds, ids = 0.0, [], layer.choose(kind, num_tokens)
     for start in range(0, num_tokens, TOKENS_AT_ONCE):
         part = ids[start : start + TOKENS_AT_ONCE]
         plan = make_plan(machine.device, shape, len(part), TOP_K, GLOBAL_EXPERTS)
-        here = slots_here(part, layer)
+        here = layer.slots_here(part)
         counts = here.bincount(minlength=shape.num_experts)
         block = plan.regime.block_tokens
         blocks = int(((counts + block - 1) // block).sum()) if plan.sorted else len(here)
@@ -108,14 +114,14 @@ def predict(machine: Machine, compiled: Compiled, layer: Layer, kind: str, num_t
             bounds.append(bound)
         launches = 3 + plan.sorted + (plan.split_w13 > 1)
         seconds += launches * machine.launch + (weighted + 2 * len(part) * hidden) / machine.bandwidth
-    touched = len(slots_here(ids, layer).unique())
+    touched = len(layer.slots_here(ids).unique())
     return {
         "layer": layer.name,
         "routing": kind,
         "tokens": num_tokens,
         "microseconds": round(seconds * 1e6, 1),
         "bytes_floor": round(touched * layer.expert_bytes / machine.bandwidth * 1e6, 1),
-        "matmul_floor": round(layer.flops(len(slots_here(ids, layer))) / machine.matmul * 1e6, 1),
+        "matmul_floor": round(layer.flops(len(layer.slots_here(ids))) / machine.matmul * 1e6, 1),
         "bound": "/".join(bounds[:2]),
     }
 

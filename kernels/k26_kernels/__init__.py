@@ -2,7 +2,7 @@
 
 from k26_kernels.config import Shape
 from k26_kernels.dequantise import dequantise
-from k26_kernels.experts import KernelExperts, fused_experts, workspace_bytes
+from k26_kernels.experts import KernelExperts, fused_experts, use_tiles, workspace_bytes
 from k26_kernels.layout import repack, restore
 from k26_kernels.router import route
 from k26_kernels.target import device_of
@@ -16,5 +16,6 @@ __all__ = [
     "repack",
     "restore",
     "route",
+    "use_tiles",
     "workspace_bytes",
 ]

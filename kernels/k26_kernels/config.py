@@ -1,20 +1,17 @@
-"""Tile sizes by GPU and shape: data files, a default for a GPU that was never tuned, and the choice between regimes."""
+"""Tile sizes by GPU and shape: measured ones, a default for a GPU where none were, and the choice between regimes."""
 
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
-from k26_kernels.layout import K_MULTIPLE
+from k26_kernels.layout import K_MULTIPLE, ROWS
 from k26_kernels.target import Device
 
-FOLDER = Path(__file__).parent / "configs"
-DEFAULT = "default.json"
-ANY_SHAPE = "any"
+DEFAULT = Path(__file__).parent / "configs" / "default.json"
 SINGLE = "single"
 INVARIANT = "16"
 # Up to as many tokens, sorting the slots would cost more than reading an expert twice that two of them chose.
@@ -64,46 +61,44 @@ class Shape:
 
     @property
     def key(self) -> str:
-        """What a data file calls the shape."""
+        """What the outcome of a measurement calls the shape."""
         return f"{self.hidden_size}x{self.intermediate_size}x{self.num_experts}"
 
-    @classmethod
-    def of(cls, key: str) -> Self:
-        """The inverse of `key`."""
-        return cls(*map(int, key.split("x")))
 
-
-def file_name(gpu: str) -> str:
-    """The data file of a GPU, by the name that its driver gives."""
-    return re.sub(r"[^A-Za-z0-9]+", "_", gpu).strip("_") + ".json"
-
-
-def read_file(name: str) -> dict[str, dict[str, dict[str, Regime]]]:
-    """A data file: regimes by name, for a shape's key or any shape, for a target."""
-    data = json.loads((FOLDER / name).read_text())
-    return {
-        target: {
-            shape: {regime: Regime.of(tiles) for regime, tiles in regimes.items()} for shape, regimes in shapes.items()
-        }
-        for target, shapes in data.items()
-    }
-
-
-def tuned_shapes(device: Device) -> dict[str, dict[str, Regime]]:
-    """What was tuned on this kind of GPU: regimes by name, for each shape's key."""
-    name = file_name(device.name)
-    return read_file(name).get(device.target.name, {}) if (FOLDER / name).exists() else {}
-
-
-def is_tuned(device: Device) -> bool:
-    """Whether the kernels were measured on this kind of GPU, for some shape."""
-    return bool(tuned_shapes(device))
+# What `experts.use_tiles` was given in this process, by GPU, hidden and intermediate size.
+measured: dict[tuple[Device, int, int], dict[str, Regime]] = {}
 
 
 @cache
+def default_regimes(target: str) -> dict[str, Regime]:
+    """Regimes by name for a kind of GPU: they fit the smallest member of its family."""
+    return {name: Regime.of(tiles) for name, tiles in json.loads(DEFAULT.read_text())[target].items()}
+
+
 def regimes(device: Device, shape: Shape) -> dict[str, Regime]:
-    """The tuned regimes of this GPU and shape, or the default of its kind."""
-    return tuned_shapes(device).get(shape.key) or read_file(DEFAULT)[device.target.name][ANY_SHAPE]
+    """Those that were measured for this GPU and experts of this size, however many, or the default of its kind."""
+    return measured.get((device, shape.hidden_size, shape.intermediate_size)) or default_regimes(device.target.name)
+
+
+def checked(tiles: dict[str, Any], target: str, shape: Shape) -> dict[str, Regime]:
+    """Regimes from a file: of each name the fields, as `dataclasses.asdict` gives them.
+
+    Raises ValueError where they are not those of the regimes that there are, or cannot cut the shape.
+    """
+    default = default_regimes(target)
+    try:
+        found = {name: Regime.of(tiles[name]) for name in default}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"these are no tiles of the regimes {', '.join(default)}: {error!r}.") from error
+    for name, regime in found.items():
+        if regime.block_tokens != default[name].block_tokens:
+            raise ValueError(
+                f"regime {name} has blocks of {default[name].block_tokens} tokens, not {regime.block_tokens}."
+            )
+        for tile, inputs in ((regime.w13, shape.hidden_size), (regime.w2, shape.intermediate_size)):
+            if tile.block_rows not in (ROWS, 2 * ROWS) or inputs % tile.block_k:
+                raise ValueError(f"{tile} of regime {name} does not cut {inputs} inputs.")
+    return found
 
 
 def choose(choices: dict[str, Regime], num_tokens: int, slots_per_expert: float, batch_invariant: bool) -> str:

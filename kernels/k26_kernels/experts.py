@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
 
 from k26_kernels.align import COLUMNS, align, global_experts, max_blocks
 from k26_kernels.combine import activate_kernel, reduce_kernel
-from k26_kernels.config import SINGLE, SINGLE_TOKENS, Regime, Shape, Tile, choose, regimes
+from k26_kernels.config import SINGLE, SINGLE_TOKENS, Regime, Shape, Tile, checked, choose, measured, regimes
 from k26_kernels.layout import repack
 from k26_kernels.product import product_kernel
 from k26_kernels.target import Device, device_of
@@ -127,6 +128,12 @@ def make_plan(
         offset += -(-size // _ALIGNMENT) * _ALIGNMENT
     most = max_blocks(num_slots, shape.num_experts, regime.block_tokens) if is_sorted else num_slots
     return Plan(regime, is_sorted, splits[0], splits[1], num_slots, most, weighted, sections, offset)
+
+
+def use_tiles(device: Device, shape: Shape, tiles: dict[str, Any]) -> None:
+    """Have this process run experts of this size with tiles that were measured. Raises ValueError as `config.checked`."""
+    measured[device, shape.hidden_size, shape.intermediate_size] = checked(tiles, device.target.name, shape)
+    make_plan.cache_clear()
 
 
 def workspace_bytes(

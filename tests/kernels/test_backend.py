@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
-from k26_kernels import Shape, config
-from k26_kernels.config import regimes
+from k26_kernels import Shape, config, device_of
+from k26_kernels.config import default_regimes, regimes
 from k26_kernels.experts import make_plan
 from k26_kernels.target import TARGETS, Device
 from support.experts import error, inputs, judge, make_weights, route, to_device
 
 from k26_plugins.common.experts import BACKENDS, Expert, ExpertsError, create_experts
+from k26_plugins.common.experts.base import LayerSizes
+from k26_plugins.common.experts.outcome import OURS, Outcome, Purpose, Timing, outcome_file, write_outcome
 from k26_plugins.common.experts.triton import TritonExperts, unusable_on
-from k26_plugins.common.settings import batch_invariant_setting, experts_for_device
+from k26_plugins.common.experts.tuned import backend_for, here, tuned_answer
+from k26_plugins.common.settings import batch_invariant_setting
+from k26_plugins.operate.doctor.tuned import tuned_findings
 
 TOLERANCE = 5e-3
 
@@ -28,6 +33,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     """Lets the backend onto a CPU, where the interpreter runs."""
     if device.type == "cpu":
         monkeypatch.setattr("k26_plugins.common.experts.triton.unusable_on", lambda device: None)
+        monkeypatch.setattr("k26_plugins.common.experts.tuned.unusable_on", lambda device: None)
         monkeypatch.setattr(TritonExperts, "device_type", "cpu")
 
 
@@ -129,29 +135,117 @@ print(unusable_on(torch.device("cuda")))
     assert done.stdout.endswith("install it with `pip install triton`\n")
 
 
-def test_a_gpu_keeps_the_engines_experts_until_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("K26_EXPERTS", raising=False)
-    if not torch.cuda.is_available():
-        assert experts_for_device("cuda") == "engine"
-    assert experts_for_device("xpu") == "engine"
-    assert experts_for_device("cpu") == "auto"
-    monkeypatch.setenv("K26_EXPERTS", "triton")
-    assert experts_for_device("cuda") == "triton"
+SIZES = LayerSizes(48, 256, 128, torch.device("cpu"))
+"""Of a rank's part of a layer; the interpreter stands for its GPU."""
 
 
-def test_a_gpu_takes_them_once_they_were_tuned_on_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("K26_EXPERTS", raising=False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("k26_plugins.common.experts.triton.unusable_on", lambda device: None)
-    monkeypatch.setattr("k26_kernels.device_of", lambda device: Device(TARGETS["sm_90"], "NVIDIA H200", 132))
-    default = json.loads((config.FOLDER / config.DEFAULT).read_text())["sm_90"]["any"]
-    monkeypatch.setattr(config, "FOLDER", tmp_path)
-    assert experts_for_device("cuda") == "engine"
-    file = tmp_path / config.file_name("NVIDIA H200")
-    file.write_text(json.dumps({"sm_90": {"7168x256x384": default}}))
-    assert experts_for_device("cuda") == "triton"
-    file.rename(tmp_path / config.file_name("NVIDIA H100 80GB HBM3"))
-    assert experts_for_device("cuda") == "engine"
+@pytest.fixture
+def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Path]]:
+    """Writes an invented outcome for SIZES into the user's cache folder: ours in half the time of another."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("K26_TUNED", raising=False)
+    monkeypatch.setattr("k26_plugins.common.experts.tuned.driver_version", lambda: "unknown")
+
+    def write(block_k: int = 64, times: tuple[float, float] = (0.5, 1.0)) -> Path:
+        tiles = {name: asdict(regime) for name, regime in default_regimes("sm_90").items()}
+        tiles["16"]["w2"]["block_k"] = block_k
+        timings = tuple(Timing(name, "uniform", 1, ms, 1e-3) for name, ms in zip((OURS, "marlin"), times, strict=True))
+        key = here(SIZES.device, "vllm 1.0", "256x128x48")
+        write_outcome(Outcome(key, Purpose.DECODE, tiles, timings), outcome_file(key))
+        return outcome_file(key)
+
+    before = dict(config.measured)
+    yield write
+    config.measured.clear()
+    config.measured.update(before)
+    make_plan.cache_clear()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="its GPU is the interpreter")
+@pytest.mark.usefixtures("interpreted")
+def test_auto_takes_what_won(measured: Callable[..., Path]) -> None:
+    """With the tiles of that measurement, for experts of that size however many: the self-test's two among them."""
+    answer = tuned_answer(SIZES, "vllm 1.0")
+    assert answer.backend == "engine"
+    assert answer.why.endswith("`k26 tune` would measure it")
+    file = measured()
+    answer = tuned_answer(SIZES, "vllm 1.0")
+    assert answer.backend == "triton"
+    assert "k26 takes 0.50 of the time of marlin" in answer.why
+    assert str(file) in answer.why
+    device = device_of(SIZES.device)
+    for num_experts in (48, 2):
+        plan = make_plan(device, Shape(256, 128, num_experts), 64, 1, 384)
+        assert (plan.regime.block_tokens, plan.regime.w2.block_k) == (16, 64)
+    assert make_plan(device, Shape(128, 128, 48), 64, 1, 384).regime == default_regimes("sm_90")["16"]
+    for other in (SIZES._replace(hidden_size=128), SIZES._replace(num_experts=47)):
+        assert tuned_answer(other, "vllm 1.0").backend == "engine"
+    assert tuned_answer(SIZES, "vllm 1.1").backend == "engine"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="its GPU is the interpreter")
+@pytest.mark.usefixtures("interpreted")
+def test_auto_keeps_the_engines_where_they_won(measured: Callable[..., Path]) -> None:
+    measured(times=(1.0, 0.9))
+    answer = tuned_answer(SIZES, "vllm 1.0")
+    assert answer.backend == "engine"
+    assert answer.why.startswith("marlin won: for decode k26 takes 1.11 of the time of marlin")
+    assert not config.measured
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="its GPU is the interpreter")
+@pytest.mark.usefixtures("interpreted")
+def test_tiles_that_cannot_cut_the_shape_are_not_used(measured: Callable[..., Path]) -> None:
+    measured(block_k=96)
+    answer = tuned_answer(SIZES, "vllm 1.0")
+    assert answer.backend == "engine"
+    assert "does not cut 128 inputs" in answer.why
+    assert not config.measured
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="its GPU is the interpreter")
+@pytest.mark.usefixtures("interpreted")
+def test_the_doctor_says_which_measurement_is_used(
+    measured: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def said() -> tuple[str, str]:
+        (finding,) = tuned_findings(SIZES.device)
+        return finding.level, finding.detail
+
+    monkeypatch.setattr("k26_plugins.operate.doctor.tuned.unusable_on", lambda device: None)
+    monkeypatch.setattr("k26_plugins.operate.doctor.tuned.installed_engine", lambda name: "vllm 1.0")
+    monkeypatch.setattr("k26_plugins.operate.doctor.tuned.is_installed", lambda name: name == "vllm")
+    assert said() == ("note", "nothing was measured on this GPU: servers take the engine's own experts")
+    file = measured()
+    level, detail = said()
+    assert level == "ok"
+    assert detail.startswith(
+        "vllm 1.0, 256x128x48: the core's kernels, for decode k26 takes 0.50 of the time of marlin"
+    )
+    monkeypatch.setattr("k26_plugins.common.experts.tuned.driver_version", lambda: "580.2")
+    assert said() == ("note", f"vllm 1.0, 256x128x48: not used, here is driver 580.2 instead of unknown ({file})")
+    monkeypatch.setenv("K26_TUNED", str(file))
+    level, detail = said()
+    assert level == "ok"
+    assert detail.endswith(f"(K26_TUNED={file}, though here is driver 580.2 instead of unknown)")
+    file.write_text("{}")
+    level, detail = said()
+    assert level == "BAD"
+    assert detail.startswith(f"{file} is no outcome of `k26 tune` ")
+    monkeypatch.setenv("K26_TUNED", "/nowhere")
+    assert said() == ("BAD", "K26_TUNED is '/nowhere': no such file. Give one that `k26 tune` wrote, or unset it.")
+
+
+def test_what_auto_is_elsewhere(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """On a CPU the first of the core's that is right; on a device that is not for the kernels the engine's own."""
+    logger = logging.getLogger("k26")
+    assert backend_for("auto", SIZES, "vllm 1.0", logger) == "auto"
+    xpu = SIZES._replace(device=torch.device("xpu"))
+    assert backend_for("triton", xpu, "vllm 1.0", logger) == "triton"
+    with caplog.at_level(logging.INFO):
+        assert {backend_for("auto", xpu, "vllm 1.0", logger) for _ in range(3)} == {"engine"}
+    said = "the engine's own INT4 experts are taken on xpu: the Triton kernels run on CUDA and ROCm GPUs, not on xpu"
+    assert caplog.text.count(said) == 1
 
 
 def test_the_batch_invariant_setting(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,37 +1,47 @@
-"""The benchmark, the tuner and the predictions, as far as they go without a GPU."""
+"""The benchmark and the measurement of `k26 tune`, with the interpreter in the GPU's place."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from bench import experts as bench
-from bench import tune
-from bench.peers import WAITS_FOR_DEVICE, Weights
-from bench.routing import GLOBAL_EXPERTS, Layer, choose, expert_map, slots_here
-from k26_kernels import KernelExperts, Shape
-from k26_kernels.config import Regime, Tile
+from bench.dense import WAITS_FOR_DEVICE, dequantise_and_dense
+from bench.layers import GLOBAL_EXPERTS, LAYERS
+from k26_kernels import KernelExperts
+from k26_kernels.config import Regime, Tile, default_regimes, measured
+from typer.testing import CliRunner
 
-TINY = Layer("tiny", Shape(128, 128, 48))
-FEW = Layer("few", Shape(128, 128, 6))
+from k26_plugins.cli import app
+from k26_plugins.common.experts.base import ExpertWeights
+from k26_plugins.common.experts.outcome import OURS, Purpose, read_outcome
+from k26_plugins.common.experts.peer import NotHereError, Run
+from k26_plugins.common.tiny import TinySizes, make_tiny
+from k26_plugins.operate.tune import measure, tiles
+from k26_plugins.operate.tune.clock import Clock, clock_of
+from k26_plugins.operate.tune.routing import Layer
+
+TINY = Layer("tiny", 128, 128, 48)
+FEW = Layer("few", 128, 128, 6)
 
 
 @pytest.mark.parametrize("kind", ["uniform", "zipf", "prefix"])
 def test_routings(kind: str) -> None:
-    ids = choose(kind, 600)
+    ids = TINY.choose(kind, 600)
     assert ids.shape == (600, 8)
     assert all(len(set(row)) == 8 for row in ids.tolist())
     counts = ids.flatten().long().bincount(minlength=GLOBAL_EXPERTS).sort(descending=True).values
     # Evenly 12.5 a piece; the most popular of a skewed choice takes part in most rows.
     assert counts[0] < 40 if kind == "uniform" else counts[0] >= 300
-    assert torch.equal(choose(kind, 600), ids)
+    assert torch.equal(TINY.choose(kind, 600), ids)
 
 
 def test_bytes_of_an_expert() -> None:
     """Those of the published model, but for its 24 bytes of shapes."""
-    assert Layer("whole", Shape(7168, 2048, 384)).expert_bytes == 24_772_632 - 24
+    assert LAYERS["whole"].expert_bytes == 24_772_632 - 24
 
 
 def test_a_batch_is_measured(device: torch.device) -> None:
@@ -43,10 +53,10 @@ def test_a_batch_is_measured(device: torch.device) -> None:
         run()  # type: ignore[operator]
         return 2.0
 
-    runs = bench.prepare(Weights.random(6, 128, 128, device))
+    runs = bench.prepare(measure.random_weights(FEW, device))
     rows = {row.name: row for row in bench.measure(FEW, "uniform", 40, runs, (1e6, 1e9), device, clock)}
-    data = bench.batches(FEW, "uniform", 40, device)
-    touched = sum(len(slots_here(ids.cpu(), FEW).unique()) for _, _, ids in data)
+    data = FEW.batches("uniform", 40, device)
+    touched = sum(len(FEW.slots_here(batch.topk_ids.cpu()).unique()) for batch in data)
     assert touched > 1
     assert rows[bench.OURS].of_copy == pytest.approx(touched * FEW.expert_bytes / 2.0 / 1e6)
     assert rows[bench.OURS].microseconds == pytest.approx(2e6 / len(data))
@@ -60,26 +70,129 @@ def test_a_batch_is_measured(device: torch.device) -> None:
         assert row.name in bench.line(row)
 
 
-def test_the_tuner_takes_the_fastest(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    weights = Weights.random(48, 128, 128, device)
-    experts = KernelExperts.from_checkpoint(weights.w13_packed, weights.w13_scale, weights.w2_packed, weights.w2_scale)
+def experts_of(layer: Layer, device: torch.device) -> KernelExperts:
+    weights = measure.random_weights(layer, device)
+    return KernelExperts.from_checkpoint(weights.w13_packed, weights.w13_scale, weights.w2_packed, weights.w2_scale)
+
+
+def test_the_fastest_tiles_are_taken(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     fastest = Tile(128, 64, 8, 5)
 
-    def time_of(experts: KernelExperts, layer: Layer, regime: Regime, tokens: int) -> float:
+    def time_of(experts: KernelExperts, layer: Layer, regime: Regime, tokens: int, clock: Clock) -> float:
         return 9.0 - (regime.w13 == fastest) - (regime.w2 == fastest)
 
-    monkeypatch.setattr(tune, "time_of", time_of)
-    assert {(regime.w13, regime.w2) for regime in tune.tune(experts, TINY).values()} == {(fastest, fastest)}
+    monkeypatch.setattr(tiles, "time_of", time_of)
+    searched: list[str] = []
+    found = tiles.fastest_tiles(experts_of(TINY, device), TINY, clock_of(device), 60.0, searched.append)
+    assert {(regime.w13, regime.w2) for regime in found.values()} == {(fastest, fastest)}
+    assert len(searched) == measure.SEARCHES
+    # Without time for any but the present ones.
+    before = dict(default_regimes("sm_90"))
+    assert tiles.fastest_tiles(experts_of(TINY, device), TINY, clock_of(device), 0.0, searched.append) == before
 
 
-def test_a_tile_is_timed(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    weights = Weights.random(48, 128, 128, device)
-    experts = KernelExperts.from_checkpoint(weights.w13_packed, weights.w13_scale, weights.w2_packed, weights.w2_scale)
+def test_a_tile_is_timed(device: torch.device) -> None:
+    experts = experts_of(TINY, device)
+    regime = tiles.regimes(experts.device, experts.shape)["16"]
     ran = []
-    monkeypatch.setattr(tune, "seconds_of", lambda run, repeats: ran.append(run()) or 1.0)
-    regime = tune.regimes(experts.device, TINY.shape)["16"]
-    assert tune.time_of(experts, TINY, regime, 5) == 1.0
+
+    def clock(run: Callable[[], object], graph: bool) -> float:
+        ran.append(run())
+        return 1.0
+
+    assert tiles.time_of(experts, TINY, regime, 33, clock) == 1.0
     assert len(ran) == 1
+
+    def fails(run: Callable[[], object], graph: bool) -> float:
+        raise RuntimeError("out of resources")
+
+    assert tiles.time_of(experts, TINY, regime, 33, fails) == float("inf")
+
+
+def missing(weights: ExpertWeights) -> Run:
+    raise NotHereError("humming is not installed")
+
+
+def wrong(weights: ExpertWeights) -> Run:
+    """The fastest of all, and with what issues tell of some GPUs: each token is given the same."""
+    return lambda x, topk_weights, ids, local: x[:1].expand(x.shape)
+
+
+def too_long(weights: ExpertWeights) -> Run:
+    right = dequantise_and_dense(weights)
+
+    def run(x: torch.Tensor, *batch: torch.Tensor | None) -> torch.Tensor:
+        if len(x) > 33:
+            raise RuntimeError("out of memory")
+        return right(x, *batch)  # type: ignore[arg-type]
+
+    return run
+
+
+@pytest.fixture
+def tunable(tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A small checkpoint on a machine with a GPU, which the interpreter stands for, and with an engine's kernels."""
+    peers = {"dense": dequantise_and_dense, "wrong": wrong, "too long": too_long, "missing": missing}
+    monkeypatch.setattr("k26_plugins.operate.tune.device.gpu", lambda: device)
+    monkeypatch.setattr("k26_plugins.operate.tune.device.vllm_peers", lambda: peers)
+    monkeypatch.setattr(measure, "QUICK", measure.Effort((33, 40), ("uniform",), 0.0))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    make_tiny(tmp_path / "tiny", TinySizes(moe_intermediate_size=256, experts=16))
+    before = dict(measured)
+    yield tmp_path / "tiny"
+    measured.clear()
+    measured.update(before)
+
+
+def test_the_whole_of_k26_tune(tunable: Path, tmp_path: Path) -> None:
+    plot = ["--plot", str(tmp_path / "plot.png")] if importlib.util.find_spec("matplotlib") else []
+    command = ["tune", "--quick", "--checkpoint", str(tunable), "--tp", "2", "--ep", "2", "--for", "decode", *plot]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    (file,) = (tmp_path / "cache/k26-plugins/tuned").glob("*.json")
+    assert str(file) in done.stdout.replace("\n", "")
+    outcome = read_outcome(file)
+    assert (outcome.key.shape, outcome.purpose) == ("128x128x8", Purpose.DECODE)
+    found = {(timing.kernel, timing.tokens): timing for timing in outcome.timings}
+    assert found.keys() == {
+        (kernel, tokens) for kernel in (OURS, "dense", "wrong", "too long", "missing") for tokens in (33, 40)
+    }
+    for kernel in (OURS, "dense"):
+        for tokens in (33, 40):
+            error, taken = found[kernel, tokens].error, found[kernel, tokens].milliseconds
+            assert error is not None
+            assert error < 1e-2
+            assert taken is not None
+    assert found["wrong", 40].error is not None
+    assert found["wrong", 40].error > 0.1
+    assert found["too long", 40].note == "RuntimeError: out of memory"
+    assert found["missing", 33].note == "humming is not installed"
+    assert "missing: humming is not installed" in done.stdout
+    assert "chosen: k26: " in done.stdout or "chosen: dense: " in done.stdout
+    assert not plot or (tmp_path / "plot.png").stat().st_size > 1000
+
+
+REFUSED = {
+    "a rest": (["--tp", "3"], "16 experts of 256 rows cannot be dealt out to 1 ranks and cut in 3"),
+    "half a group": (["--tp", "4"], "multiples of 128, on each rank: these are 128 and 64"),
+    "a folder that cannot be made": (["--save", "/dev/null/tuned.json"], "/dev/null/tuned.json cannot be written"),
+    "no checkpoint": (["--checkpoint", "/nowhere"], "/nowhere"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_measured_is_said_before_the_work(tunable: Path, name: str) -> None:
+    options, said = REFUSED[name]
+    done = CliRunner().invoke(app, ["tune", "--quick", "--checkpoint", str(tunable), *options])
+    assert done.exit_code == 1
+    assert said in " ".join(done.stderr.split())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_there_is_nothing_to_measure() -> None:
+    done = CliRunner().invoke(app, ["tune"])
+    assert done.exit_code == 1
+    assert "`k26 tune` needs the GPU that it measures, and torch finds none." in done.stderr
 
 
 @pytest.mark.skipif(
@@ -95,6 +208,6 @@ def test_the_plot(tmp_path: Path) -> None:
 
 
 def test_expert_map_of_a_rank() -> None:
-    local = expert_map(TINY)
+    local = TINY.expert_map()
     assert local is not None
     assert local.tolist() == [*range(48), *[-1] * (GLOBAL_EXPERTS - 48)]

@@ -7,13 +7,15 @@ Once under the sanitizer, which takes some minutes (ROCm has none):
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from bench.peers import Weights
-from bench.routing import LAYERS, choose, expert_map
+from bench.layers import LAYERS
 from k26_kernels import KernelExperts, fused_experts, workspace_bytes
 
-from k26_plugins.common.experts import Expert, reference_experts
+from k26_plugins.common.experts import Expert, ExpertWeights, reference_experts
+from k26_plugins.operate.tune.measure import random_weights
 
 pytestmark = pytest.mark.gpu
 
@@ -23,10 +25,9 @@ EXPERTS = 48
 
 
 @pytest.fixture(scope="module", params=["ep8", "tp8"])
-def layer(request: pytest.FixtureRequest) -> tuple[Weights, KernelExperts]:
+def layer(request: pytest.FixtureRequest) -> tuple[ExpertWeights, KernelExperts]:
     """48 experts of the real size, or of its part under tensor parallel 8: packed and repacked."""
-    shape = LAYERS[request.param].shape
-    weights = Weights.random(EXPERTS, shape.hidden_size, shape.intermediate_size, torch.device("cuda"))
+    weights = random_weights(replace(LAYERS[request.param], num_experts=EXPERTS), torch.device("cuda"))
     copies = (weights.w13_packed, weights.w13_scale, weights.w2_packed, weights.w2_scale)
     experts = KernelExperts.from_checkpoint(*(tensor.clone() for tensor in copies))
     return weights, experts
@@ -41,7 +42,7 @@ def batch(num_tokens: int, top_k: int = 8) -> tuple[torch.Tensor, torch.Tensor, 
 
 
 @pytest.mark.parametrize("num_tokens", [1, 4, 5, 64, 300, 1500])
-def test_real_shapes_against_float64(layer: tuple[Weights, KernelExperts], num_tokens: int) -> None:
+def test_real_shapes_against_float64(layer: tuple[ExpertWeights, KernelExperts], num_tokens: int) -> None:
     weights, experts = layer
     x, ids, topk_weights = batch(num_tokens)
 
@@ -57,7 +58,7 @@ def test_real_shapes_against_float64(layer: tuple[Weights, KernelExperts], num_t
 
 
 @pytest.mark.parametrize("num_tokens", [1, 16, 512])
-def test_a_cuda_graph_replays_with_new_inputs(layer: tuple[Weights, KernelExperts], num_tokens: int) -> None:
+def test_a_cuda_graph_replays_with_new_inputs(layer: tuple[ExpertWeights, KernelExperts], num_tokens: int) -> None:
     """Captured once, replayed with other tokens and other experts, workspace and output from the caller."""
     _, experts = layer
     x, ids, topk_weights = batch(num_tokens)
@@ -77,14 +78,14 @@ def test_a_cuda_graph_replays_with_new_inputs(layer: tuple[Weights, KernelExpert
 
 
 @pytest.mark.parametrize("num_tokens", [1, 4, 33, 700])
-def test_a_hundred_runs_give_the_same_bits(layer: tuple[Weights, KernelExperts], num_tokens: int) -> None:
+def test_a_hundred_runs_give_the_same_bits(layer: tuple[ExpertWeights, KernelExperts], num_tokens: int) -> None:
     _, experts = layer
     x, ids, topk_weights = batch(num_tokens)
     first = fused_experts(x, experts, ids, topk_weights)
     assert all(torch.equal(fused_experts(x, experts, ids, topk_weights), first) for _ in range(100))
 
 
-def test_batch_invariance_at_the_real_shape(layer: tuple[Weights, KernelExperts]) -> None:
+def test_batch_invariance_at_the_real_shape(layer: tuple[ExpertWeights, KernelExperts]) -> None:
     _, experts = layer
     x, ids, topk_weights = batch(900)
     many = fused_experts(x, experts, ids, topk_weights, batch_invariant=True)
@@ -93,11 +94,11 @@ def test_batch_invariance_at_the_real_shape(layer: tuple[Weights, KernelExperts]
         assert torch.equal(few, many[rows])
 
 
-def test_expert_parallel_ids(layer: tuple[Weights, KernelExperts]) -> None:
+def test_expert_parallel_ids(layer: tuple[ExpertWeights, KernelExperts]) -> None:
     """Global ids through a map give what local ids give."""
     _, experts = layer
     x, _, topk_weights = batch(40)
-    ids, local = choose("uniform", 40).cuda(), expert_map(LAYERS["ep8"])
+    ids, local = LAYERS["ep8"].choose("uniform", 40).cuda(), LAYERS["ep8"].expert_map()
     assert local is not None
     mapped = fused_experts(x, experts, ids, topk_weights, expert_map=local.cuda(), batch_invariant=True)
     here = torch.where(ids < EXPERTS, ids, -1)

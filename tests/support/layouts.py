@@ -205,6 +205,16 @@ def bf16(draft: Draft) -> None:
     _experts(draft, None, lambda rows, inputs: {"weight": torch.zeros(rows, inputs, dtype=torch.bfloat16)})
 
 
+def dense(draft: Draft) -> None:
+    """The same with weights that are not zero: an engine's own code serves it."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(rows: int, inputs: int) -> dict[str, torch.Tensor]:
+        return {"weight": (torch.randn(rows, inputs, generator=generator) / inputs**0.5).to(torch.bfloat16)}
+
+    _experts(draft, None, drawn)
+
+
 def mtp_layer(draft: Draft) -> None:
     last = draft.text["num_hidden_layers"] - 1
     prefix = "language_model.model.layers."

@@ -13,11 +13,13 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="the kernels' package needs Triton")
-from bench import peers
-from bench.peers import Weights
+from k26_plugins.operate.tune.measure import random_weights
+from k26_plugins.operate.tune.routing import Layer
+from k26_plugins.peers import vllm as peers
 
 CPU = torch.device("cpu")
 EXPERTS, HIDDEN, INNER, TOKENS, TOP_K = 4, 256, 128, 3, 2
+FEW = Layer("few", HIDDEN, INNER, EXPERTS)
 
 
 @pytest.fixture
@@ -42,7 +44,7 @@ def ones(x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
 
 
 def test_marlin(stand_in: Callable[..., None]) -> None:
-    weights = Weights.random(EXPERTS, HIDDEN, INNER, CPU)
+    weights = random_weights(FEW, CPU)
     stand_in("vllm._custom_ops", "gptq_marlin_moe_repack", lambda packed, *sizes: packed)
     stand_in("vllm.model_executor.layers.fused_moe.experts.marlin_moe", "fused_marlin_moe", ones)
     for expert_map in (None, torch.tensor([0, 1, 2, 3, -1, -1], dtype=torch.int32)):
@@ -50,7 +52,7 @@ def test_marlin(stand_in: Callable[..., None]) -> None:
 
 
 def test_triton(stand_in: Callable[..., None]) -> None:
-    weights = Weights.random(EXPERTS, HIDDEN, INNER, CPU)
+    weights = random_weights(FEW, CPU)
     stand_in("vllm.model_executor.layers.fused_moe.fused_moe", "fused_experts", ones)
     assert peers.vllm_triton(weights)(*batch(), None).shape == (TOKENS, HIDDEN)
 
@@ -74,7 +76,7 @@ def test_flashinfer(stand_in: Callable[..., None], monkeypatch: pytest.MonkeyPat
     routing = SimpleNamespace(RoutingMethodType=SimpleNamespace(DeepSeekV3=2))
     monkeypatch.setitem(sys.modules, "flashinfer", routing)
     x, topk_weights, ids = batch()
-    out = peers.flashinfer_mxint4(Weights.random(EXPERTS, HIDDEN, INNER, CPU))(x, topk_weights, ids, None)
+    out = peers.flashinfer_mxint4(random_weights(FEW, CPU))(x, topk_weights, ids, None)
     torch.testing.assert_close(out[:, 0].float(), topk_weights.sum(-1), rtol=1e-2, atol=0)
     scores = torch.sigmoid(asked["logits"])
     chosen = scores.topk(TOP_K, dim=-1)
@@ -116,6 +118,6 @@ def test_humming_puts_vllms_parts_together(stand_in: Callable[..., None], monkey
         f"{fused}.moe_align_block_size", "moe_align_block_size", lambda ids, size, *rest, **options: (ids, ids, ids)
     )
     stand_in(f"{fused}.moe_fused_mul_sum", "moe_fused_mul_sum", lambda inputs, *rest, **options: inputs.sum(1))
-    out = peers.humming(Weights.random(EXPERTS, HIDDEN, INNER, CPU))(*batch(), None)
+    out = peers.humming(random_weights(FEW, CPU))(*batch(), None)
     assert out.shape == (TOKENS, HIDDEN)
     assert [(call["top_k"], call["valid_shape_m"]) for call in calls] == [(TOP_K, 6), (1, 6)]

@@ -26,14 +26,31 @@ def reference_experts(
     checkpoint. Shapes are those of `ExpertsBackend.apply`.
     """
     dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
-    x = hidden_states.to(dtype)
-    weights = topk_weights.to(dtype).flatten()
+
+    def matrices(index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        packed = expert(index)
+        w13 = dequantise(packed.w13_packed, packed.w13_scale, dtype)
+        return w13, dequantise(packed.w2_packed, packed.w2_scale, dtype)
+
+    return routed_sum(hidden_states.to(dtype), topk_ids, topk_weights, matrices, num_experts, expert_map)
+
+
+def routed_sum(
+    x: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    matrices: Callable[[int], tuple[torch.Tensor, torch.Tensor]],
+    num_experts: int,
+    expert_map: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The same of dense matrices, w13 `[2 I, H]` and w2 `[H, I]` of an expert, in the dtype of `x` and of theirs."""
+    weights = topk_weights.to(x.dtype).flatten()
     out = torch.zeros_like(x)
     for index, slots in tokens_by_expert(topk_ids, expert_map, num_experts):
-        packed = expert(index)
+        w13, w2 = matrices(index)
         tokens = slots // topk_ids.shape[1]
-        gate, up = (x[tokens] @ dequantise(packed.w13_packed, packed.w13_scale, dtype).T).chunk(2, dim=-1)
-        y = (F.silu(gate) * up) @ dequantise(packed.w2_packed, packed.w2_scale, dtype).T
+        gate, up = (x[tokens] @ w13.T).chunk(2, dim=-1)
+        y = (F.silu(gate) * up) @ w2.T
         out.index_add_(0, tokens, y * weights[slots].unsqueeze(-1))
     return out
 

@@ -29,17 +29,6 @@ def unusable_on(device: torch.device) -> str | None:
     return None
 
 
-def tuned_for(device_type: str) -> bool:
-    """Whether `bench.tune` ran on this machine's kind of GPU and left its tiles with the kernels."""
-    device = torch.device(device_type)
-    if not torch.cuda.is_available() or unusable_on(device) is not None:
-        return False
-    from k26_kernels import device_of
-    from k26_kernels.config import is_tuned
-
-    return is_tuned(device_of(device))
-
-
 class TritonExperts(ExpertsBackend):
     """bfloat16 activations, INT4 weights repacked for the matrix instruction of the GPU."""
 

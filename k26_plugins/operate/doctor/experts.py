@@ -15,8 +15,9 @@ from k26_plugins.common.experts.native.threads import process_threads
 from k26_plugins.common.experts.selftest import self_test_error
 from k26_plugins.common.int4 import GROUP_SIZE, PACK_FACTOR
 from k26_plugins.common.model import MoE
-from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, experts_for_device
+from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, experts_setting
 from k26_plugins.operate.doctor.finding import Finding, Level
+from k26_plugins.operate.doctor.tuned import tuned_findings
 
 NUM_EXPERTS = 2
 # What decides how fast integers are multiplied, by Linux' name for it.
@@ -36,7 +37,7 @@ def experts_findings(checkpoint: Path | None) -> list[Finding]:
     """Every backend on this device, on weights of the checkpoint or random ones of the published sizes."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        setting = experts_for_device(device)
+        setting = experts_setting()
     except ValueError as error:
         return [Finding(Level.BAD, "experts", str(error), *[f"unset {EXPERTS_VARIABLE}"] * 2)]
     try:
@@ -66,6 +67,9 @@ def experts_findings(checkpoint: Path | None) -> list[Finding]:
         detail = f"relative error {difference:.1e} (limit {backend.tolerance:g}) on {device}, {source}, {seconds:.2f} s"
         remedy = "" if passed else "report it with the device's name; the next backend is used"
         findings.append(Finding(Level.OK if passed else Level.BAD, title, detail, remedy))
+    if setting == "auto" and device != "cpu":
+        # By what was measured for a layer's sizes, not by the first that is right.
+        return [*findings, *tuned_findings(on_device.device)]
     taken = "the engine's own" if setting == ENGINE else chosen if setting == "auto" else setting
     if taken is None:
         return [*findings, Finding(Level.BAD, "experts", "no backend can be used", "do not serve on this machine")]

@@ -1,57 +1,20 @@
-"""What the fused experts are measured against: a peer takes the checkpoint's tensors and gives a function, or says why not.
+"""vLLM's kernels for INT4 experts, each from the checkpoint's tensors, for `k26 tune`.
 
-vLLM's names are those of 0.32, Humming's of 0.1.19 and FlashInfer's as vLLM 0.32 uses them, read in their source and held
-by tests/vllm/test_peers.py; no peer has been run yet (see results/README.md).
+The names are those of vLLM 0.32, Humming's of 0.1.19 and FlashInfer's as vLLM 0.32 uses them, read in their source and held
+by tests/vllm/test_peers.py; none has been run yet.
 """
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from k26_kernels import dequantise, device_of, repack
 
-# hidden_states, topk_weights, topk_ids, expert_map → the routed sum.
-Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+from k26_plugins.common.experts.base import ExpertWeights
+from k26_plugins.common.experts.peer import NotHereError, Peer, Run, require
 
 
-class NotHereError(Exception):
-    """A peer that cannot run on this machine; the message is its row in the table."""
-
-
-@dataclass(frozen=True)
-class Weights:
-    """A layer as the checkpoint packs it, `[E, N, K / 8]` int32 and `[E, N, K / 32]` bfloat16."""
-
-    w13_packed: torch.Tensor
-    w13_scale: torch.Tensor
-    w2_packed: torch.Tensor
-    w2_scale: torch.Tensor
-
-    @classmethod
-    def random(cls, num_experts: int, hidden: int, inner: int, device: torch.device) -> Weights:
-        """Any bits are weights; scales are such that a unit activation gives a unit output."""
-        generator = torch.Generator(device).manual_seed(0)
-
-        def matrix(rows: int, inputs: int) -> tuple[torch.Tensor, torch.Tensor]:
-            shape = (num_experts, rows, inputs // 8)
-            packed = torch.randint(-(2**31), 2**31 - 1, shape, generator=generator, device=device, dtype=torch.int32)
-            scale = torch.rand(num_experts, rows, inputs // 32, generator=generator, device=device) + 0.5
-            return packed, (scale / (4.6 * inputs**0.5)).to(torch.bfloat16)
-
-        return cls(*matrix(2 * inner, hidden), *matrix(hidden, inner))
-
-
-def require(module: str) -> None:
-    if importlib.util.find_spec(module) is None:
-        raise NotHereError(f"{module} is not installed")
-
-
-def vllm_marlin(weights: Weights) -> Run:
+def vllm_marlin(weights: ExpertWeights) -> Run:
     require("vllm")
     from vllm import _custom_ops as ops
     from vllm.model_executor.layers.fused_moe.experts.marlin_moe import fused_marlin_moe
@@ -87,7 +50,7 @@ def vllm_marlin(weights: Weights) -> Run:
     return run
 
 
-def vllm_triton(weights: Weights) -> Run:
+def vllm_triton(weights: ExpertWeights) -> Run:
     require("vllm")
     from vllm.model_executor.layers.fused_moe.config import int4_w4a16_moe_quant_config
     from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
@@ -106,32 +69,7 @@ def vllm_triton(weights: Weights) -> Run:
     return run
 
 
-def dequantise_and_dense(weights: Weights) -> Run:
-    """Each expert with tokens dequantised by our kernel, then cuBLAS. Waits for the device to know which."""
-    copy = Weights(*(getattr(weights, name).clone() for name in ("w13_packed", "w13_scale", "w2_packed", "w2_scale")))
-    fragment = device_of(copy.w13_packed.device).target.fragment
-    repack(copy.w13_packed, copy.w13_scale, fragment, gated=True)
-    repack(copy.w2_packed, copy.w2_scale, fragment, gated=False)
-    number = torch.arange(len(copy.w13_packed), device=copy.w13_packed.device)
-
-    def run(
-        x: torch.Tensor, topk_weights: torch.Tensor, ids: torch.Tensor, expert_map: torch.Tensor | None
-    ) -> torch.Tensor:
-        local = ids.long() if expert_map is None else expert_map[ids.long()].long()
-        out = torch.zeros_like(x, dtype=torch.float32)
-        for expert in local[local >= 0].unique().tolist():
-            tokens, place = torch.where(local == expert)
-            one = number[expert : expert + 1]
-            w13 = dequantise(copy.w13_packed, copy.w13_scale, one, gated=True)[0]
-            w2 = dequantise(copy.w2_packed, copy.w2_scale, one, gated=False)[0]
-            gate, up = (x[tokens] @ w13.T).chunk(2, dim=-1)
-            out.index_add_(0, tokens, (F.silu(gate) * up) @ w2.T * topk_weights[tokens, place, None])
-        return out.to(x.dtype)
-
-    return run
-
-
-def humming(weights: Weights) -> Run:
+def humming(weights: ExpertWeights) -> Run:
     """Humming's two products as vLLM puts them together: its alignment, SwiGLU and weighted sum around them."""
     require("humming")
     require("vllm")
@@ -192,7 +130,7 @@ def humming(weights: Weights) -> Run:
     return run
 
 
-def flashinfer_mxint4(weights: Weights) -> Run:
+def flashinfer_mxint4(weights: ExpertWeights) -> Run:
     """FlashInfer's MXINT4 experts as vLLM calls them. They choose the experts themselves: the logits ask for ours."""
     require("flashinfer")
     require("vllm")
@@ -232,13 +170,9 @@ def flashinfer_mxint4(weights: Weights) -> Run:
     return run
 
 
-PEERS: dict[str, Callable[[Weights], Run]] = {
+PEERS: dict[str, Peer] = {
     "vLLM Marlin MoE": vllm_marlin,
     "vLLM Triton WNA16": vllm_triton,
     "Humming": humming,
     "FlashInfer MxInt4": flashinfer_mxint4,
-    "dequantise + cuBLAS": dequantise_and_dense,
 }
-
-# It cannot be captured in a CUDA graph.
-WAITS_FOR_DEVICE = "dequantise + cuBLAS"

@@ -1,0 +1,100 @@
+"""Which experts are the fastest that are right, on this GPU."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from k26_plugins.cli.console import fail, out, progress_bar
+from k26_plugins.cli.plan import HUB_NAME, is_hub_name
+from k26_plugins.cli.reports import require_writable
+
+if TYPE_CHECKING:
+    from k26_plugins.operate.tune.routing import Layer
+
+
+class For(StrEnum):
+    DECODE = "decode"
+    PREFILL = "prefill"
+    BOTH = "both"
+
+
+def tune(
+    tp: Annotated[int, typer.Option(min=1, help="Ranks that each expert is cut for.")] = 1,
+    ep: Annotated[
+        int, typer.Option(min=1, help="Ranks that the experts are dealt out to; vLLM's -tp 8 with expert parallel: 8.")
+    ] = 1,
+    purpose: Annotated[For, typer.Option("--for", help="Which batches the server is for.")] = For.BOTH,
+    quick: Annotated[bool, typer.Option(help="Five sizes, even routing, no search for tiles.")] = False,
+    checkpoint: Annotated[str, typer.Option(help="A folder, or a name on the hub for the published sizes.")] = HUB_NAME,
+    save: Annotated[Path | None, typer.Option(help="Where the outcome goes. [default: the cache folder]")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a plot, such as tune.png.")] = None,
+) -> None:
+    """Time the core's kernels and vLLM's for the INT4 experts on this GPU, so that servers take what wins.
+
+    With random weights of the sizes that one rank has, from 1 to 16,384 tokens, with even and with skewed routing: tiles
+    of ours first, then each kernel, in CUDA graphs up to 512 tokens. The outcome goes to the cache folder by GPU, driver,
+    Triton, torch, engine's version and sizes; a server with these very ones takes ours where they are faster by 3 % or more
+    with an error that is no larger, and vLLM's own otherwise. Give --tp and --ep as the server has them, on an idle GPU.
+    """
+    from k26_plugins.common.experts.outcome import Outcome, Purpose, outcome_file, write_outcome
+    from k26_plugins.common.experts.rule import choose
+    from k26_plugins.common.experts.tuned import here, installed_engine
+    from k26_plugins.operate.tune.clock import clock_of
+    from k26_plugins.operate.tune.device import gpu, vllm_peers
+    from k26_plugins.operate.tune.measure import FULL, QUICK, Measurement, random_weights
+    from k26_plugins.operate.tune.report import as_table, notes
+    from k26_plugins.operate.tune.report import plot as draw
+
+    if plot is not None and find_spec("matplotlib") is None:
+        fail("--plot needs matplotlib. pip install 'k26-plugins[report]'")
+    require_writable(plot, save)
+    layer = _layer(checkpoint, tp, ep)
+    try:
+        device, peers = gpu(), vllm_peers()
+        key = here(device, installed_engine("vllm"), layer.shape)
+    except ValueError as error:
+        fail(error)
+    file = save or outcome_file(key)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"{file.parent} cannot be made ({error.strerror}): give --save, or set XDG_CACHE_HOME.")
+    require_writable(file)
+    with progress_bar() as bar:
+        task = bar.add_task("weights")
+
+        def on_step(what: str) -> None:
+            bar.update(task, description=what, advance=1)
+
+        measurement = Measurement(
+            layer, random_weights(layer, device), peers, QUICK if quick else FULL, clock_of(device), on_step
+        )
+        bar.update(task, total=measurement.steps)
+        tiles, timings = measurement.run()
+    outcome = Outcome(key, Purpose(purpose.value), tiles, timings)
+    write_outcome(outcome, file)
+    out.print(as_table(outcome))
+    for note in notes(outcome):
+        out.print(note, highlight=False, markup=False, soft_wrap=True)
+    choice = choose(timings, outcome.purpose)
+    typer.echo(f"chosen: {choice.kernel or 'the engine itself'}: {choice.why}")
+    typer.echo(f"outcome: {file}")
+    if plot is not None:
+        draw(outcome, plot)
+
+
+def _layer(checkpoint: str, tp: int, ep: int) -> Layer:
+    """A rank's part of a layer of this model; ends the command where it cannot be."""
+    from k26_plugins.common.config import ConfigError, K26Config
+    from k26_plugins.operate.tune.routing import Layer
+
+    try:
+        config = K26Config() if is_hub_name(checkpoint) else K26Config.from_path(checkpoint)
+        return Layer.of_rank(config.text, tp, ep)
+    except (ConfigError, ValueError) as error:
+        fail(error)

@@ -1,0 +1,216 @@
+"""The engine's own experts, tested before they serve: a few experts of some layers, by the engine's own method object.
+
+The weights are taken from the layer's parameters as they are loaded, just before the method rearranges them for its kernel,
+and so are those of this rank, sharded or not. The plain product of them is what the kernel's result is held to.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from k26_plugins.common.experts.base import Expert, ExpertsError
+from k26_plugins.common.experts.reference import routed_sum
+from k26_plugins.common.experts.selftest import RoutedSum, worst_error
+from k26_plugins.common.int4 import GROUP_SIZE, PACK_FACTOR, dequantise
+
+BATCHES = (1, 8, 64, 400)
+"""Tokens: one for each regime that the engines' kernels have. For the first layer; the others differ in their weights."""
+FURTHER_BATCHES = (1, 64)
+LIMIT = 5e-2
+"""On the relative error: above that of activations in 8 bits (1.2e-2), which some kernels take, and far below what a kernel
+that is wrong gives (above 0.5)."""
+
+Matrices = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
+
+
+class UntestableError(Exception):
+    """Experts that the test does not know how to test. The message says why."""
+
+
+class EngineLayer(NamedTuple):
+    """What the test needs of a layer that an engine's own method computes."""
+
+    module: torch.nn.Module
+    """That whose parameters are loaded."""
+    method: Any
+    """Whose `process_weights_after_loading(module)` the engine calls once they are."""
+    kernel: Callable[[], str]
+    """Its name, for the log."""
+    top_k: int
+    global_ids: Callable[[list[int]], list[int]]
+    """The ids by which the method knows this rank's experts."""
+    computed: RoutedSum
+    """The routed sum of this rank, by the method. Raises UntestableError."""
+    scales: tuple[float, ...] = (1.0,)
+    """By one of which the method multiplies the sum."""
+
+
+def some_layers(numbers: Sequence[int]) -> list[int]:
+    """Of a model's layers with experts those that are tested: the first, one in the middle, the last."""
+    ordered = sorted(numbers)
+    return sorted({ordered[0], ordered[len(ordered) // 2], ordered[-1]}) if ordered else []
+
+
+def raw_experts(module: torch.nn.Module, chosen: list[int]) -> Matrices:
+    """Copies of some of a module's experts, as an engine has loaded them, as dense float32 matrices on demand.
+
+    Raises UntestableError for parameters of another kind than this model's INT4 or dense ones.
+    """
+    parameters = {name: tensor.data for name, tensor in module.named_parameters(recurse=False)}
+    if any(name.endswith(("zero_point", "bias")) for name in parameters):
+        raise UntestableError("its experts have zero points or biases")
+    if "w13_weight_packed" in parameters:
+        tensors = [
+            parameters[f"{matrix}_weight_{part}"][chosen] for matrix in ("w13", "w2") for part in ("packed", "scale")
+        ]
+        if tensors[0].shape[1] * PACK_FACTOR == tensors[2].shape[2]:
+            # K first, as some methods have their parameters loaded.
+            tensors = [tensor.transpose(1, 2) for tensor in tensors]
+        packed = [Expert(*(tensor[place] for tensor in tensors)) for place in range(len(chosen))]
+        hidden_size, inner = packed[0].w2_packed.shape[0], packed[0].w2_packed.shape[1] * PACK_FACTOR
+        shapes = (
+            (2 * inner, hidden_size // PACK_FACTOR),
+            (2 * inner, hidden_size // GROUP_SIZE),
+            (hidden_size, inner // PACK_FACTOR),
+            (hidden_size, inner // GROUP_SIZE),
+        )
+        if tuple(tuple(tensor.shape) for tensor in packed[0]) != shapes:
+            raise UntestableError(f"its packed experts have shapes {[list(tensor.shape) for tensor in packed[0]]}")
+        return lambda place: (
+            dequantise(packed[place].w13_packed.contiguous(), packed[place].w13_scale, torch.float32),
+            dequantise(packed[place].w2_packed.contiguous(), packed[place].w2_scale, torch.float32),
+        )
+    try:
+        w13, w2 = parameters["w13_weight"][chosen], parameters["w2_weight"][chosen]
+    except KeyError:
+        raise UntestableError(f"its parameters are {', '.join(sorted(parameters)) or 'none'}") from None
+    if not w13.is_floating_point() or w13.element_size() < 2 or w13.shape[1:] != (2 * w2.shape[2], w2.shape[1]):
+        raise UntestableError(f"its experts are {w13.dtype} {list(w13.shape)} and {w2.dtype} {list(w2.shape)}")
+    return lambda place: (w13[place].float(), w2[place].float())
+
+
+@dataclass(slots=True)
+class EngineTest:
+    """Tests each layer that it watches as soon as the engine has made it ready.
+
+    on_wrong: called once, with what is wrong, on the first layer whose result is.
+    """
+
+    engine: str
+    logger: logging.Logger
+    on_wrong: Callable[[str], None]
+    tested: int = 0
+    worst: float = 0.0
+    seconds: float = 0.0
+    _left: int = 0
+    _over: bool = False
+    _said: set[str] = field(default_factory=set)
+
+    def watch(self, layers: Sequence[EngineLayer]) -> None:
+        """layers: in the order in which the engine makes them ready."""
+        self._left = len(layers)
+        for place, layer in enumerate(layers):
+            self._watch(layer, FURTHER_BATCHES if place else BATCHES)
+
+    def _watch(self, layer: EngineLayer, batches: Sequence[int]) -> None:
+        original = layer.method.process_weights_after_loading
+
+        def process(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if self._over or module is not layer.module:
+                return original(module, *args, **kwargs)
+            # Once: an update of the weights is not a start.
+            del layer.method.process_weights_after_loading
+            begin = time.perf_counter()
+            raw = self._attempt(layer, lambda: self._prepare(layer))
+            self.seconds += time.perf_counter() - begin
+            result = original(module, *args, **kwargs)
+            begin = time.perf_counter()
+            error = None if raw is None else self._attempt(layer, lambda: self._error(layer, batches, *raw))
+            self.seconds += time.perf_counter() - begin
+            self._left -= 1
+            self._judge(layer, error)
+            return result
+
+        layer.method.process_weights_after_loading = process
+
+    def _attempt(self, layer: EngineLayer, what: Callable[[], Any]) -> Any:
+        """Its result, or None and a line in the log: what the test cannot do must not end a start."""
+        try:
+            with torch.no_grad():
+                return what()
+        except UntestableError as reason:
+            said = str(reason)
+        except Exception as error:  # whatever a method makes of a call that it does not expect
+            said = f"{type(error).__name__}: {error}"
+        if said not in self._said:
+            self._said.add(said)
+            self.logger.warning(
+                "k26-plugins: %s's own experts (%s) serve untested: %s.", self.engine, layer.kernel(), said.rstrip(".")
+            )
+        return None
+
+    def _prepare(self, layer: EngineLayer) -> tuple[Matrices, list[int], torch.device, torch.dtype]:
+        """Evenly spaced experts of this rank, as many as a token chooses."""
+        first = next(layer.module.parameters(recurse=False))
+        num_experts = first.shape[0]
+        count = min(layer.top_k, num_experts)
+        chosen = sorted({place * (num_experts - 1) // max(count - 1, 1) for place in range(count)})
+        matrices = raw_experts(layer.module, chosen)
+        scale = getattr(layer.module, "w13_weight_scale", None)
+        dtype = first.dtype if scale is None else scale.dtype
+        return matrices, chosen, first.device, dtype
+
+    def _error(
+        self,
+        layer: EngineLayer,
+        batches: Sequence[int],
+        matrices: Matrices,
+        chosen: list[int],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> float:
+        ids = torch.tensor(layer.global_ids(chosen), dtype=torch.int32, device=device)
+        places = torch.arange(len(chosen), dtype=torch.int32, device=device)
+
+        def expected(hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+            here = places.expand(topk_ids.shape)
+            return routed_sum(hidden_states.float(), here, topk_weights, matrices, len(chosen))
+
+        return worst_error(layer.computed, expected, ids, matrices(0)[1].shape[0], batches, dtype, layer.scales)
+
+    def _judge(self, layer: EngineLayer, error: float | None) -> None:
+        if error is not None:
+            self.tested += 1
+            self.worst = max(self.worst, error)
+        device = next(layer.module.parameters(recurse=False)).device
+        if error is not None and not error <= LIMIT:
+            self._over = True
+            self.on_wrong(
+                f"{self.engine}'s own experts ({layer.kernel()}) are wrong on {_name(device)}: relative error {error:.3g} "
+                f"(limit {LIMIT:g})"
+            )
+        elif self._left == 0 and self.tested:
+            self.logger.info(
+                "k26-plugins: %s's own experts (%s) passed the test on %s: relative error %.2g, %d layers, %.2f s.",
+                self.engine,
+                layer.kernel(),
+                _name(device),
+                self.worst,
+                self.tested,
+                self.seconds,
+            )
+
+
+def stop(wrong: str, why_not: str) -> None:
+    """Raises ExpertsError: neither the engine's experts nor the core's may serve."""
+    raise ExpertsError(f"{wrong}, and the core's cannot take their place: {why_not}. Serving would give garbage.")
+
+
+def _name(device: torch.device) -> str:
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)

@@ -1,0 +1,143 @@
+"""What `k26 tune` measured: for one GPU, its software, one engine and one rank's part of a layer, as a file."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import tempfile
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from k26_plugins.common.cache_folder import cache_folder
+
+FORMAT = 1
+OURS = "k26"
+"""The name of the core's kernels among those that were timed."""
+
+
+class OutcomeError(ValueError):
+    """A file that is no outcome. The message names it and the remedy."""
+
+
+class Purpose(StrEnum):
+    """Which batches a server's kernel is chosen for."""
+
+    DECODE = "decode"
+    PREFILL = "prefill"
+    BOTH = "both"
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """Where a measurement holds: any other value may be another winner."""
+
+    gpu: str
+    driver: str
+    triton: str
+    torch: str
+    engine: str
+    """With its version: `vllm 0.32.0`."""
+    shape: str
+    """Hidden size, intermediate size of a rank, experts of a rank: `7168x256x384`."""
+
+    def differences(self, other: Key) -> list[str]:
+        """What the other has instead, in words."""
+        return [
+            f"{field.name} {getattr(other, field.name)} instead of {getattr(self, field.name)}"
+            for field in fields(self)
+            if getattr(self, field.name) != getattr(other, field.name)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One kernel on batches of one size. `milliseconds` and `error` are None where it did not run, and `note` says why."""
+
+    kernel: str
+    routing: str
+    tokens: int
+    milliseconds: float | None = None
+    error: float | None = None
+    """‖out − exact‖ / ‖exact‖; infinite where the result is not finite, which a file holds as null."""
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The timings of all kernels, the tiles that ours were timed with, and what the server is for."""
+
+    key: Key
+    purpose: Purpose
+    tiles: dict[str, Any]
+    """As `k26_kernels.use_tiles` takes them."""
+    timings: tuple[Timing, ...]
+
+
+def outcome_folder() -> Path:
+    return cache_folder() / "tuned"
+
+
+def outcome_file(key: Key) -> Path:
+    """Where the outcome of this key lies: a file for each, so that two measurements never share one."""
+    words = (key.gpu, key.engine, key.shape, f"driver {key.driver}", f"torch {key.torch}", f"triton {key.triton}")
+    return outcome_folder() / f"{re.sub(r'[^A-Za-z0-9.+]+', '_', '-'.join(words))}.json"
+
+
+def read_outcome(file: Path) -> Outcome:
+    """Raises OutcomeError for a file that cannot be read or holds anything else."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise OutcomeError(
+                f"{file} has format {content['format']}, this version reads {FORMAT}: run `k26 tune` again."
+            )
+        timings = tuple(_timing(**timing) for timing in content["timings"])
+        return Outcome(Key(**content["key"]), Purpose(content["purpose"]), dict(content["tiles"]), timings)
+    except OutcomeError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OutcomeError(
+            f"{file} is no outcome of `k26 tune` ({error}): remove it, or run `k26 tune` again."
+        ) from error
+
+
+def _timing(
+    kernel: str, routing: str, tokens: int, milliseconds: float | None, error: float | None, note: str
+) -> Timing:
+    if milliseconds is None:
+        return Timing(str(kernel), str(routing), int(tokens), note=str(note))
+    seconds, difference = float(milliseconds), math.inf if error is None else float(error)
+    if not 0 < seconds < math.inf or not difference >= 0:
+        raise ValueError(f"{kernel} took {milliseconds} ms with an error of {error}")
+    return Timing(str(kernel), str(routing), int(tokens), seconds, difference, str(note))
+
+
+def write_outcome(outcome: Outcome, file: Path) -> None:
+    """Put the whole file in its place at once: a reader, or another writer at the same time, never meets half of one.
+
+    Raises OSError where the folder cannot be made or written to.
+    """
+    timings = [asdict(timing) for timing in outcome.timings]
+    for timing in timings:
+        if timing["error"] == math.inf:
+            timing["error"] = None  # JSON has no infinity
+    head = {"format": FORMAT, "key": asdict(outcome.key), "purpose": outcome.purpose, "tiles": outcome.tiles}
+    lines = ",\n  ".join(json.dumps(timing) for timing in timings)
+    content = f'{json.dumps(head, indent=1)[:-2]},\n "timings": [\n  {lines}\n ]\n}}\n'
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=".", suffix=".part")
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as opened:
+            opened.write(content)
+        temporary.chmod(0o644)
+        temporary.replace(file)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise

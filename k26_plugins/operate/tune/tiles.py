@@ -1,0 +1,101 @@
+"""The fastest tiles for this GPU and a rank's part of a layer.
+
+For every size of a block of tokens a batch is timed that calls for it, first with each tile for w13, then for w2. A tile
+that does not compile or does not fit is passed over.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+import triton
+from k26_kernels import KernelExperts
+from k26_kernels.config import SINGLE, Regime, Tile, regimes
+from k26_kernels.experts import Launcher, make_plan
+from k26_kernels.layout import FRAGMENTS
+from k26_kernels.target import Target
+
+from k26_plugins.operate.tune.clock import Clock
+from k26_plugins.operate.tune.routing import Layer
+
+# Tokens of the batch for each block, such as call for it with 8 of 384 experts.
+TOKENS = {SINGLE: 1, "16": 64, "32": 512, "64": 2048, "128": 8192}
+STAGES = (2, 3, 4, 5, 6)
+
+
+def candidates(target: Target, present: Tile) -> list[Tile]:
+    """Tiles that the layout allows, those that differ least from the present one first."""
+    stages = (1, 2) if target.amd else STAGES
+    step = FRAGMENTS[target.fragment].step
+    steps = (128,) if target.amd else [k for k in (64, 128, 256) if k % step == 0]
+    found = [Tile(*sizes) for sizes in itertools.product((64, 128), steps, (4, 8), stages)]
+
+    def distance(tile: Tile) -> int:
+        others = (
+            (tile.block_rows, tile.block_k, tile.num_warps),
+            (present.block_rows, present.block_k, present.num_warps),
+        )
+        return 8 * sum(a != b for a, b in zip(*others, strict=True)) + abs(tile.num_stages - present.num_stages)
+
+    return sorted(found, key=distance)
+
+
+def time_of(experts: KernelExperts, layer: Layer, regime: Regime, tokens: int, clock: Clock) -> float:
+    """Seconds of a batch with these tiles; infinite where they do not run."""
+    device = experts.w13_packed.device
+    local = layer.expert_map()
+    local = None if local is None else local.to(device)
+    plan = replace(make_plan(experts.device, experts.shape, tokens, layer.top_k, layer.global_experts), regime=regime)
+    workspace = torch.empty(plan.bytes, dtype=torch.uint8, device=device)
+    data = layer.batches("uniform", tokens, device)
+    out = torch.empty_like(data[0].hidden_states)
+    launchers = [
+        (Launcher(experts, plan, workspace, batch.topk_ids, batch.topk_weights, local), batch.hidden_states)
+        for batch in data
+    ]
+
+    def run() -> None:
+        for launcher, x in launchers:
+            launcher.run(x, out)
+
+    try:
+        return clock(run, False)
+    except (triton.TritonError, RuntimeError):
+        return float("inf")
+
+
+def searches(experts: KernelExperts, layer: Layer) -> Iterator[tuple[str, str, list[Tile]]]:
+    """What is searched: a regime, a product, and the tiles for it after the present one."""
+    for name, present in regimes(experts.device, experts.shape).items():
+        for product, inputs in (("w13", layer.hidden_size), ("w2", layer.intermediate_size)):
+            tile = getattr(present, product)
+            others = candidates(experts.device.target, tile)
+            yield name, product, [one for one in others if inputs % one.block_k == 0 and one != tile]
+
+
+def fastest_tiles(
+    experts: KernelExperts, layer: Layer, clock: Clock, seconds: float, on_search: Callable[[str], None]
+) -> dict[str, Regime]:
+    """The best regime for each block of tokens, starting from the present ones.
+
+    seconds: for all searches, each of which gets its share; those that are left are not tried. on_search: called after each.
+    """
+    best = dict(regimes(experts.device, experts.shape))
+    todo = list(searches(experts, layer))
+    end = time.monotonic() + seconds
+    for index, (name, product, tiles) in enumerate(todo):
+        until = time.monotonic() + (end - time.monotonic()) / (len(todo) - index)
+        fastest = time_of(experts, layer, best[name], TOKENS[name], clock)
+        for tile in tiles:
+            if time.monotonic() > until:
+                break
+            trial = replace(best[name], w13=tile) if product == "w13" else replace(best[name], w2=tile)
+            taken = time_of(experts, layer, trial, TOKENS[name], clock)
+            if taken < fastest:
+                fastest, best[name] = taken, trial
+        on_search(f"{name} {product}")
+    return best

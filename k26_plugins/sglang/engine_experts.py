@@ -1,0 +1,78 @@
+"""SGLang's own experts, tested by their own method before they serve."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from k26_plugins.common.config import K26Config
+from k26_plugins.common.experts.engine_test import EngineLayer, EngineTest, UntestableError, some_layers, stop
+from k26_plugins.common.experts.triton import TritonExperts
+from k26_plugins.common.settings import EXPERTS_VARIABLE
+from k26_plugins.sglang import compat, logger
+from k26_plugins.sglang.experts import K26MoEScheme
+
+
+def watch_engine_experts(model: torch.nn.Module, config: K26Config | None) -> None:
+    """Have the experts that SGLang's own methods compute tested as soon as their weights are loaded and repacked.
+
+    config: of the published layout, whose weights the core's experts take. Where SGLang's are wrong that stops the start
+    with an ExpertsError: its layers are built around their kernel, so that others have to be asked for before.
+    """
+    found = {module.layer_id: (name, module) for name, module in model.named_modules() if is_sglangs(module)}
+
+    def on_wrong(wrong: str) -> None:
+        remedy = f"once they are loaded. Set {EXPERTS_VARIABLE}={TritonExperts.name}, or another --moe-runner-backend"
+        stop(wrong, "they are for the published INT4 weights" if config is None else remedy)
+
+    layers = []
+    for number in some_layers(list(found)):
+        name, module = found[number]
+        topk = getattr(model.get_submodule(name.rpartition(".")[0]), "topk", None)
+        layers.append(_layer(module, topk))
+    EngineTest("SGLang", logger, on_wrong).watch(layers)
+
+
+def is_sglangs(module: Any) -> bool:
+    """Whether it holds routed experts that SGLang's own method computes."""
+    names = ("quant_method", "moe_runner_config", "layer_id", "num_local_experts")
+    return all(hasattr(module, name) for name in names) and not isinstance(
+        getattr(module, "scheme", None), K26MoEScheme
+    )
+
+
+def _layer(module: Any, topk: Any) -> EngineLayer:
+    """topk: SGLang's module that chooses the experts in front of these."""
+
+    def global_ids(local: list[int]) -> list[int]:
+        first = module.moe_ep_rank * module.num_local_experts
+        return [first + place for place in local]
+
+    def computed(x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+        if not compat.moe_all_to_all().is_none():
+            raise UntestableError("their tokens come from other ranks")
+        if topk is None:
+            raise UntestableError("nothing chooses experts in front of them")
+        # A choice of SGLang's own, of the class that its kernel takes, with another content.
+        chosen = topk(x, torch.zeros(len(x), module.num_experts, dtype=torch.float32, device=x.device))
+        if not hasattr(chosen, "topk_ids"):
+            raise UntestableError("their kernel routes the tokens by itself")
+        chosen = chosen._replace(topk_weights=topk_weights, topk_ids=topk_ids.to(chosen.topk_ids.dtype))
+        dispatched = module.dispatcher.dispatch(x, chosen)
+        result: torch.Tensor = module.quant_method.apply(module, dispatched).hidden_states
+        return result
+
+    config = module.moe_runner_config
+    # Some kernels apply the model's factor to the sum, for others the layer does.
+    scales = (1.0, getattr(config, "routed_scaling_factor", None) or 1.0)
+    return EngineLayer(
+        module, module.quant_method, lambda: kernel_name(module), module.top_k or 1, global_ids, computed, scales
+    )
+
+
+def kernel_name(module: Any) -> str:
+    """Of the scheme, or of the method where there is none, and of the runner behind it."""
+    runner = getattr(getattr(module, "runner_backend", None), "value", None)
+    name = type(getattr(module, "scheme", None) or module.quant_method).__name__
+    return name if runner is None else f"{name}, {runner}"

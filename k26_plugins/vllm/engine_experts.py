@@ -1,0 +1,126 @@
+"""vLLM's own experts, tested by their own method before they serve; the core's in their place where they are wrong."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from k26_plugins.common.checkpoint.mapped import mapped_tensors
+from k26_plugins.common.config import K26Config
+from k26_plugins.common.experts.engine_test import EngineLayer, EngineTest, UntestableError, some_layers, stop
+from k26_plugins.common.experts.loading import load_experts
+from k26_plugins.common.experts.triton import TritonExperts
+from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, experts_setting
+from k26_plugins.vllm import compat, logger
+from k26_plugins.vllm.experts import K26ExpertsMethod, core_serves, experts_of
+
+# What vLLM's loader of checkpoints has read in this process: it alone knows where the files are.
+files_read: list[str] = []
+
+
+def watch_engine_experts(model: torch.nn.Module, config: K26Config | None) -> None:
+    """Have the experts that vLLM's own methods compute tested as soon as their weights are loaded and repacked.
+
+    Where they are wrong the core's take their place, which only weights of the published layout, `config`, allow. Raises
+    ExpertsError, then, where those cannot.
+    """
+    found = {
+        int(name.partition("layers.")[2].partition(".")[0]): module
+        for name, module in model.named_modules()
+        if is_vllms(module)
+    }
+    files_read.clear()
+
+    def on_wrong(wrong: str) -> None:
+        use_core_instead(model, list(found.values()), config, wrong)
+
+    EngineTest("vLLM", logger, on_wrong).watch([_layer(found[number]) for number in some_layers(list(found))])
+
+
+def use_core_instead(model: torch.nn.Module, modules: Sequence[Any], config: K26Config | None, wrong: str) -> None:
+    """Give the layers our method, and load their experts again. Raises ExpertsError where that cannot be."""
+    if experts_setting() == ENGINE:
+        stop(wrong, f"{EXPERTS_VARIABLE}={ENGINE} asks for vLLM's. Unset it")
+    if config is None:
+        stop(wrong, "they are for the published INT4 weights")
+    if not files_read:
+        stop(
+            wrong,
+            f"the way in which the weights are loaded gives them once. Set {EXPERTS_VARIABLE}={TritonExperts.name}",
+        )
+    assert config is not None
+    if getattr(modules[0].moe_config.moe_parallel_config, "enable_eplb", False):
+        stop(wrong, f"EPLB moves experts between ranks that keep theirs. Set {EXPERTS_VARIABLE}={TritonExperts.name}")
+    device = next(modules[0].parameters(recurse=False)).device
+    backend_name = TritonExperts.name if device.type == TritonExperts.device_type else "auto"
+    with device:
+        if not core_serves(modules[0].moe_config, backend_name):
+            stop(wrong, "the log says why")
+        logger.warning("k26-plugins: %s. The core's take their place: the experts are loaded again.", wrong)
+        for module in modules:
+            for name in [
+                name for name, _ in module.named_parameters(recurse=False) if name.startswith(("w13_", "w2_"))
+            ]:
+                delattr(module, name)
+            method = K26ExpertsMethod(module.moe_config, backend_name)
+            method.create_weights(
+                module,
+                module.moe_config.num_local_experts,
+                module.moe_config.hidden_dim,
+                module.moe_config.intermediate_size_per_partition,
+                module.moe_config.in_dtype,
+                weight_loader=module.weight_loader,
+            )
+            module.quant_method = method
+        tensors = mapped_tensors([Path(file) for file in files_read])
+        for _ in load_experts(tensors, config, experts_of(model)):
+            pass  # what is no routed expert's is in its place
+        for module in modules:
+            module.quant_method.process_weights_after_loading(module)
+
+
+def is_vllms(module: torch.nn.Module) -> bool:
+    """Whether it holds routed experts that vLLM's own method computes."""
+    method = getattr(module, "quant_method", None)
+    return (
+        method is not None
+        and compat.is_routed_experts(module)
+        and next(module.parameters(recurse=False), None) is not None
+        and not isinstance(method, K26ExpertsMethod)
+    )
+
+
+def _layer(module: Any) -> EngineLayer:
+    def global_ids(local: list[int]) -> list[int]:
+        # `expert_map` is another table where AITER computes.
+        table = module._expert_map
+        return local if table is None else [int((table == place).nonzero()[0]) for place in local]
+
+    def computed(x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+        method = module.quant_method
+        if getattr(method, "is_monolithic", False):
+            raise UntestableError("their kernel routes the tokens by itself")
+        parallel = module.moe_config.moe_parallel_config
+        if parallel.dp_size > 1:
+            raise UntestableError("their tokens come from other ranks")
+        ids = topk_ids.to(getattr(method, "topk_indices_dtype", None) or torch.int32)
+        # What a release takes beyond these is the shared experts' and this layer's.
+        more = list(inspect.signature(method.apply).parameters.values())[4:]
+        result = method.apply(module, x, topk_weights, ids, *(None for one in more if one.default is one.empty))
+        if not isinstance(result, torch.Tensor):
+            raise UntestableError(f"their method gives a {type(result).__name__}")
+        return result
+
+    return EngineLayer(
+        module, module.quant_method, lambda: kernel_name(module.quant_method), module.top_k, global_ids, computed
+    )
+
+
+def kernel_name(method: Any) -> str:
+    """Of the class that computes, where the method has one."""
+    experts = getattr(getattr(method, "moe_kernel", None), "fused_experts", None)
+    return type(method if experts is None else experts).__name__
