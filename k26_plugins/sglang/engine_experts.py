@@ -44,6 +44,7 @@ def is_sglangs(module: Any) -> bool:
 
 def _layer(module: Any, topk: Any) -> EngineLayer:
     """topk: SGLang's module that chooses the experts in front of these."""
+    choice: list[Any] = []
 
     def global_ids(local: list[int]) -> list[int]:
         first = module.moe_ep_rank * module.num_local_experts
@@ -54,11 +55,14 @@ def _layer(module: Any, topk: Any) -> EngineLayer:
             raise UntestableError("their tokens come from other ranks")
         if topk is None:
             raise UntestableError("nothing chooses experts in front of them")
-        # A choice of SGLang's own, of the class that its kernel takes, with another content.
-        chosen = topk(x, torch.zeros(len(x), module.num_experts, dtype=torch.float32, device=x.device))
-        if not hasattr(chosen, "topk_ids"):
+        # A choice of SGLang's own, of the class that its kernel takes, with another content. It is compiled on a CPU.
+        if not choice:
+            choice.append(topk(x[:1], torch.zeros(1, module.num_experts, dtype=torch.float32, device=x.device)))
+        if not hasattr(choice[0], "topk_ids"):
             raise UntestableError("their kernel routes the tokens by itself")
-        chosen = chosen._replace(topk_weights=topk_weights, topk_ids=topk_ids.to(chosen.topk_ids.dtype))
+        ids = topk_ids.to(choice[0].topk_ids.dtype)
+        logits = torch.zeros(len(x), module.num_experts, dtype=torch.float32, device=x.device)
+        chosen = choice[0]._replace(topk_weights=topk_weights, topk_ids=ids, router_logits=logits)
         dispatched = module.dispatcher.dispatch(x, chosen)
         result: torch.Tensor = module.quant_method.apply(module, dispatched).hidden_states
         return result

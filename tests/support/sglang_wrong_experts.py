@@ -13,14 +13,14 @@ from support.server import python_path
 def register() -> None:
     from sglang.srt.layers.quantization import unquant
 
-    right = unquant.UnquantizedFusedMoEMethod.forward_cpu
+    right = unquant.UnquantizedFusedMoEMethod.apply
 
-    def forward_cpu(method: Any, layer: Any, dispatch_output: Any) -> Any:
+    def apply(method: Any, layer: Any, dispatch_output: Any) -> Any:
         result = right(method, layer, dispatch_output)
         states = result.hidden_states
         return result._replace(hidden_states=states[:1].expand(states.shape).clone())
 
-    unquant.UnquantizedFusedMoEMethod.forward_cpu = forward_cpu
+    unquant.UnquantizedFusedMoEMethod.apply = apply
 
 
 def settings(folder: Path) -> dict[str, str]:
