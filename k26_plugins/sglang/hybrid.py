@@ -125,6 +125,7 @@ class K26HybridScheme(K26MoEScheme):
     def __init__(self, backend_name: str, settings: HybridSettings) -> None:
         super().__init__(backend_name)
         self.settings = settings
+        self.backend: HybridExperts | None = None
         # Not a part of SGLang's layer: what it moves to the device stays in the host's memory.
         self.host = torch.nn.Module()
 
@@ -173,11 +174,14 @@ class K26HybridScheme(K26MoEScheme):
         return on_parameter
 
     def open(self) -> bool:
+        self.backend = None
         return any([self.on_host.open(), self.experts.open()])
 
     def close(self) -> None:
-        if not self.on_host.close():
+        if self.backend is not None:
             return
+        # Those may be closed already, beside the loading of later layers.
+        self.on_host.close()
         device = self.experts.device
         on_device = None
         if self.placement.device_ids:
