@@ -30,7 +30,8 @@ class Built(NamedTuple):
 
 def build(folder: Path) -> Built:
     """By the engine that is installed."""
-    return build_sglang(folder) if find_spec("sglang") else build_vllm(folder)
+    # A folder of the tests has the name `sglang` too.
+    return build_sglang(folder) if find_spec("sglang.srt") else build_vllm(folder)
 
 
 def without_shapes(weights: Any) -> Any:
@@ -65,12 +66,16 @@ def build_vllm(folder: Path) -> Built:
 
     from k26_plugins.vllm.experts import experts_of
 
+    def ours() -> None:
+        with set_current_vllm_config(config):
+            loader.load_weights(model, model_config)
+
     return Built(
         "vllm",
         version(distribution),
         model,
         lambda: in_tree.load_weights(without_shapes(of_vllm(loader, model_config, model))),
-        lambda: loader.load_weights(model, model_config),
+        ours,
         experts_of(model),
     )
 
