@@ -199,10 +199,11 @@ def test_tensors_reach_their_places_by_name(tiny_folder: Path) -> None:
     assert layers[1].tensors()["w13_packed"][3].chunk(2)[0].any()
 
 
-def test_a_layer_is_repacked_while_others_are_still_to_come(tiny_folder: Path) -> None:
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_layer_is_repacked_while_others_are_still_to_come(tiny_folder: Path, backend: str) -> None:
     """Of a whole checkpoint's load, as soon as its last tensor is there. Of any other the engine closes the layers."""
     checkpoint = Checkpoint(tiny_folder)
-    layers = {number: layer_of(checkpoint) for number in (1, 2)}
+    layers = {number: layer_of(checkpoint, backend) for number in (1, 2)}
     found = {number: whole_layer(experts) for number, experts in layers.items()}
     names = [name for number in layers for name, spec in checkpoint.table.items() if spec.layer == number]
     last = max(index for index, name in enumerate(names) if checkpoint.table[name].layer == 1 and ".experts." in name)
@@ -216,12 +217,20 @@ def test_a_layer_is_repacked_while_others_are_still_to_come(tiny_folder: Path) -
                 time.sleep(0.01)
             assert index < last or not layers[1].is_open
 
-    whole = with_mapped_files(weights(), checkpoint.config, lambda tensor: True)
-    assert not [name for name, _ in load_experts(whole, checkpoint.config, found) if ".experts." in name]
+    def load_whole() -> None:
+        whole = with_mapped_files(weights(), checkpoint.config, lambda tensor: True)
+        assert not [name for name, _ in load_experts(whole, checkpoint.config, found) if ".experts." in name]
+
+    load_whole()
+    with torch.inference_mode():  # in which SGLang updates
+        for experts in layers.values():
+            experts.open()
+        load_whole()
     for number, experts in layers.items():
         assert not experts.is_open
+        experts.open()
         expected = checkpoint.tensor(expert_name(number, 0, "down", "packed"))
-        assert torch.equal(experts.tensors()["w2_packed"][0], expected)
+        assert torch.equal(experts.layer.get_parameter("w2_weight_packed")[0], expected)
 
 
 def test_what_repacking_refuses_ends_the_load(tiny_folder: Path) -> None:
@@ -239,7 +248,7 @@ def test_what_repacking_refuses_ends_the_load(tiny_folder: Path) -> None:
         list(load_experts(whole, checkpoint.config, layers))
 
 
-def layer_of(checkpoint: Checkpoint) -> LayerExperts:
+def layer_of(checkpoint: Checkpoint, backend: str = "reference") -> LayerExperts:
     text = checkpoint.config.text
     sizes = (text.n_routed_experts, text.hidden_size, text.moe_intermediate_size)
-    return LayerExperts(torch.nn.Module(), *sizes, "reference", attach_loader)
+    return LayerExperts(torch.nn.Module(), *sizes, backend, attach_loader)

@@ -52,12 +52,14 @@ class _Repacking:
     """Closes layers on a thread of its own, one after another, beside the loading of others."""
 
     def __init__(self) -> None:
-        # An engine pins the thread that loads to one core, and what it starts would inherit that.
-        self._thread = ThreadPoolExecutor(1, "k26-repack", _use, (allowed_cpus(),))
+        self._thread: ThreadPoolExecutor | None = None
         self._begun: list[Future[bool]] = []
 
     def begin(self, experts: LayerExperts) -> None:
         """Raises what the closing of an earlier layer did."""
+        if self._thread is None:
+            # An engine pins the thread that loads to one core, and what it starts would inherit that.
+            self._thread = ThreadPoolExecutor(1, "k26-repack", _use, (allowed_cpus(),))
         for one in self._begun:
             if one.done():
                 one.result()
@@ -65,12 +67,13 @@ class _Repacking:
 
     def end(self) -> None:
         """Wait for all. Raises what the first closing did that failed."""
-        self._thread.shutdown()
         for one in self._begun:
             one.result()
 
-    def give_up(self) -> None:
-        self._thread.shutdown(cancel_futures=True)
+    def stop(self) -> None:
+        """Wait for the layer that is being closed, and close no more."""
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
 
 
 def _use(cpus: set[int]) -> None:
@@ -116,6 +119,6 @@ def load_experts(
                 repacking.begin(layer.experts)
         repacking.end()
     finally:
-        repacking.give_up()
+        repacking.stop()
         for layer in opened.values():
             layer.close()

@@ -20,7 +20,6 @@ from k26_plugins.common.int4 import GROUP_SIZE, PACK_FACTOR
 PACKED_NAMES = ("w13_weight_packed", "w13_weight_scale", "w2_weight_packed", "w2_weight_scale")
 # The projections in each.
 _PROJECTIONS = (2, 2, 1, 1)
-_HOST = torch.device("cpu")
 
 
 class LayerExperts:
@@ -78,8 +77,10 @@ class LayerExperts:
     @property
     def is_on_host(self) -> bool:
         """Whether the layer is open, and its experts are in the host's memory and to be computed with there."""
+        if self.device.type != "cpu" or not self.is_open:
+            return False
         # An engine that reloads a layer keeps its tensors elsewhere until it has them all.
-        return self.is_open and self.layer.get_parameter(PACKED_NAMES[0]).device == self.device == _HOST
+        return self.layer.get_parameter(PACKED_NAMES[0]).device.type == "cpu"
 
     def open(self) -> bool:
         """Restore the checkpoint's form in the storage of the other, expert by expert.
