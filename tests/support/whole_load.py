@@ -104,7 +104,7 @@ def build_sglang(folder: Path) -> Built:
     cpu = torch.device("cpu")
 
     from k26_plugins.sglang.experts import experts_of
-    from k26_plugins.sglang.models.kimi_k26 import whole_checkpoint
+    from k26_plugins.sglang.model import whole_checkpoint
 
     return Built(
         "sglang",
