@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import Any
 
 import pytest
-from support import full_count
 from support.load_checks import CHANGES, report_of
-from support.sglang_server import EAGER, generate, rows, serve
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +25,3 @@ def test_a_file_that_changes_while_a_part_of_it_is_copied(report: dict[str, Any]
     assert report["said"][change].startswith("CheckpointError: ")
     assert f"{report['file']} " in report["said"][change]
     assert f"{said} while it was loaded" in report["said"][change]
-
-
-@pytest.mark.long
-def test_a_server_with_as_many_tensors_as_the_published_checkpoint(tmp_path: Path) -> None:
-    expected = full_count.make(tmp_path / "full")
-    with serve(tmp_path / "full", tmp_path / "log", **EAGER) as server:
-        answer = generate(server, full_count.PROMPT.tolist(), 1)
-        assert re.search(r"weights: 0\.5 GB in [\d.]+ s", server.log.read_text())
-    full_count.assert_served(rows(answer["meta_info"]["input_top_logprobs"][1:]), expected)

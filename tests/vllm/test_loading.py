@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import Any
 
 import pytest
-from support import full_count
-from support.agreement import VOCABULARY, rows
 from support.load_checks import CHANGES, report_of
-from support.vllm_server import serve
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +25,3 @@ def test_a_file_that_changes_while_a_part_of_it_is_copied(report: dict[str, Any]
     assert report["said"][change].startswith("CheckpointError: ")
     assert f"{report['file']} " in report["said"][change]
     assert f"{said} while it was loaded" in report["said"][change]
-
-
-@pytest.mark.long
-def test_a_server_with_as_many_tensors_as_the_published_checkpoint(tmp_path: Path) -> None:
-    expected = full_count.make(tmp_path / "full")
-    with serve(tmp_path / "full", tmp_path / "log", "--enforce-eager") as server:
-        answer = server.complete(full_count.PROMPT.tolist(), max_tokens=1, prompt_logprobs=VOCABULARY)
-        assert re.search(r"weights: 0\.5 GB in [\d.]+ s", server.log.read_text())
-    full_count.assert_served(rows(answer["choices"][0]["prompt_logprobs"][1:]), expected)
