@@ -34,3 +34,16 @@ def hook_checkpoint_loader(whole: Callable[..., Any], files: Callable[..., Any])
     compat.wrap(changes, iterators, "safetensors_weights_iterator", files)
     compat.wrap(changes, iterators, "buffered_multi_thread_safetensors_weights_iterator", files)
     changes.apply()
+
+
+def local_experts(layer: Any) -> range:
+    """The experts of the checkpoint of which a fused-MoE layer may keep any on this rank."""
+    total: int = layer.num_experts
+    if layer.moe_ep_size == 1:
+        return range(total)
+    arguments = compat.server_args()
+    moved = arguments.init_expert_location != "trivial" or arguments.enable_eplb
+    if moved or arguments.ep_num_redundant_experts:
+        return range(total)
+    number = total // layer.moe_ep_size
+    return range(layer.moe_ep_rank * number, (layer.moe_ep_rank + 1) * number)

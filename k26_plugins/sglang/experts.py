@@ -14,13 +14,15 @@ from k26_plugins.common.experts.parameters import LayerExperts
 from k26_plugins.common.experts.tuned import backend_for, installed_engine
 from k26_plugins.common.serving import core_serves_layer
 from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, experts_setting
-from k26_plugins.sglang import compat, logger
+from k26_plugins.sglang import compat, compat_loading, logger
 
 
 class K26MoEScheme(compat.moe_scheme_base()):  # type: ignore[misc]
     """Creates the packed weights as the checkpoint has them; after loading, a core backend repacks them in place."""
 
     experts: LayerExperts
+    on_host: LayerExperts
+    """Those of the experts that may be in the host's memory: here all, if that is the device."""
 
     def __init__(self, backend_name: str) -> None:
         self.backend_name = backend_name
@@ -40,6 +42,7 @@ class K26MoEScheme(compat.moe_scheme_base()):  # type: ignore[misc]
     ) -> None:
         sizes = (num_experts, hidden_size, intermediate_size_per_partition)
         self.experts = LayerExperts(layer, *sizes, self.backend_name, self.loader_attributes(extra_weight_attrs))
+        self.on_host = self.experts
 
     @staticmethod
     def loader_attributes(extra_weight_attrs: dict[str, Any]) -> Callable[[torch.nn.Parameter], None]:
@@ -91,7 +94,14 @@ def experts_of(model: torch.nn.Module) -> dict[int, ExpertsOfLayer]:
     """The layers of a model whose experts our scheme loads, by their number."""
     # SGLang's loader of a parameter takes the checkpoint's ids, and knows the copies of EPLB itself.
     return {
-        module.layer_id: ExpertsOfLayer(module, module.scheme.open, module.scheme.close, lambda expert: (expert,))
+        module.layer_id: ExpertsOfLayer(
+            module,
+            module.scheme.on_host,
+            module.scheme.open,
+            module.scheme.close,
+            lambda expert: (expert,),
+            compat_loading.local_experts(module).__contains__,
+        )
         for module in model.modules()
         if isinstance(getattr(module, "scheme", None), K26MoEScheme)
     }

@@ -220,11 +220,14 @@ class K26HybridScheme(K26MoEScheme):
         return on_parameter
 
     def open(self) -> bool:
+        self.backend = None
         return any([self.on_host.open(), self.experts.open()])
 
     def close(self) -> None:
-        if not self.on_host.close():
+        if self.backend is not None:
             return
+        # Those may be closed already, beside the loading of later layers.
+        self.on_host.close()
         device = self.experts.device
         on_device = None
         if self.placement.device_ids:

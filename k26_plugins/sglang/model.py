@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from functools import partial
 from typing import Any
@@ -11,8 +11,9 @@ import torch
 
 from k26_plugins.common.checkpoint import account
 from k26_plugins.common.checkpoint.engine_files import engine_files, is_under_way, with_mapped_files
+from k26_plugins.common.checkpoint.watched import watched_files
 from k26_plugins.common.config import K26Config
-from k26_plugins.common.experts.loading import load_experts
+from k26_plugins.common.experts.loading import is_needed, load_experts
 from k26_plugins.common.ranks import require_everywhere
 from k26_plugins.common.settings import experts_setting
 from k26_plugins.sglang import compat, compat_adapters, compat_loading, logger
@@ -83,7 +84,8 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
         if not layers:
             return super().load_weights(weights)
         assert self.core_config is not None, "the core's experts are of the published layout"
-        with closing(load_experts(weights, self.core_config, layers)) as others:
+        # SGLang's threads copy from files after their last tensor was given to it.
+        with watched_files(), closing(load_experts(weights, self.core_config, layers)) as others:
             return super().load_weights(others)
 
     def __getattr__(self, name: str) -> Any:
@@ -118,16 +120,18 @@ def whole_checkpoint(
     config = getattr(model, "core_config", None)
     if isinstance(model, KimiK25ForConditionalGeneration) and config is not None:
         if layers := experts_of(model):
-            weights = with_mapped_files(weights, config, layers)
+            weights = with_mapped_files(weights, config, is_needed(layers))
         weights = account(weights, config, lambda spec: spec.name not in model.left_out)
     return original(model, weights, target_device)
 
 
 def files_of_checkpoint(
     original: Callable[..., Any], files: list[str], *args: Any, disable_mmap: bool = False, **kwargs: Any
-) -> Any:
+) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of safetensors files; a way to read them that the user chose stays SGLang's."""
     chosen = disable_mmap or kwargs.get("prefetch") or kwargs.get("drop_cache_after_load")
+    # An update opens the files before it says for what: it is asked when the first tensor is.
     if chosen or not is_under_way():
-        return original(files, *args, disable_mmap=disable_mmap, **kwargs)
-    return engine_files(files, logger)
+        yield from original(files, *args, disable_mmap=disable_mmap, **kwargs)
+    else:
+        yield from engine_files(files, logger)

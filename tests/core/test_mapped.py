@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from k26_plugins.common.checkpoint import CheckpointError
 from k26_plugins.common.checkpoint.engine_files import Progress, engine_files, is_under_way, with_mapped_files
-from k26_plugins.common.checkpoint.header import weight_files
+from k26_plugins.common.checkpoint.header import read_header, weight_files
 from k26_plugins.common.checkpoint.mapped import mapped_tensors
 from k26_plugins.common.config import K26Config
 
@@ -98,6 +99,79 @@ def test_a_file_that_is_not_whole_from_the_start(tiny_folder: Path, tmp_path: Pa
         list(mapped_tensors([*weight_files(tiny_folder), last]))
 
 
+CUT = """
+import mmap, os, sys
+from pathlib import Path
+import torch
+from k26_plugins.common.checkpoint import CheckpointError
+from k26_plugins.common.checkpoint.mapped import mapped_tensors
+from k26_plugins.common.checkpoint.watched import watched_files
+
+file = Path(sys.argv[1])
+
+
+def copy_of_what_was_cut(tensor):
+    os.truncate(file, file.stat().st_size // 4)
+    copy = torch.empty_like(tensor).copy_(tensor)
+    assert not copy[-1]
+
+
+def while_it_is_copied():
+    for _, tensor in mapped_tensors([file]):
+        copy_of_what_was_cut(tensor)
+
+
+def after_the_last_was_given():
+    with watched_files():
+        tensors = dict(mapped_tensors([file]))
+        copy_of_what_was_cut(tensors["b"])
+
+
+def of_somebody_else():
+    with watched_files(), file.open("r+b") as stream:
+        mapped = mmap.mmap(stream.fileno(), file.stat().st_size)
+        os.truncate(file, 0)
+        print(mapped[-1])
+
+
+try:
+    globals()[sys.argv[2]]()
+except CheckpointError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("when", "ends"), [("while_it_is_copied", 0), ("after_the_last_was_given", 0), ("of_somebody_else", -signal.SIGBUS)]
+)
+def test_a_mapped_file_that_is_cut_within_what_is_copied(tmp_path: Path, when: str, ends: int) -> None:
+    """Ours is an error with the file's name; any other ends the process as it would have."""
+    file = tmp_path / "model-1.safetensors"
+    save_file({name: torch.ones(2**22, dtype=torch.bfloat16) for name in "ab"}, file)
+    done = subprocess.run([sys.executable, "-c", CUT, str(file), when], capture_output=True, text=True, check=False)
+    assert done.returncode == ends, done.stderr
+    assert ("model-1.safetensors was changed while it was loaded" in done.stdout) == (ends == 0)
+
+
+def test_only_what_is_needed_is_read_ahead(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not what lies between: the experts of a rank are spread over a file."""
+    files = weight_files(tiny_folder)
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, start, length, advice: asked.append((start, start + length)))
+
+    def is_read(name: str) -> bool:
+        return ".experts." not in name or ".experts.1." in name
+
+    for file in files:
+        asked.clear()
+        for _ in mapped_tensors([file], is_read):
+            pass
+        expected = {
+            byte for entry in read_header(file) if is_read(entry.name) for byte in range(entry.start, entry.end)
+        }
+        assert {byte for start, end in asked for byte in range(start, end)} == expected
+
+
 MEASURE = """
 import sys
 from pathlib import Path
@@ -132,7 +206,7 @@ def test_a_load_of_an_engine(tiny_folder: Path, caplog: pytest.LogCaptureFixture
         assert is_under_way()
         yield from engine_files(files, logger, experts=(1, 3))
 
-    names = [name for name, _ in with_mapped_files(engine(), config, {1: None, 2: None})]
+    names = [name for name, _ in with_mapped_files(engine(), config, lambda found: True)]
     assert not is_under_way()
     all_names = [name for file in files for name in load_file(file)]
     assert sorted(names) == sorted(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from support.experts import backends, error, inputs, judge, make_weights, route
 
 from k26_plugins.common.checkpoint import Checkpoint, expert_name
+from k26_plugins.common.checkpoint.engine_files import with_mapped_files
 from k26_plugins.common.experts import BACKENDS, ExpertsBackend, ExpertsError, ExpertWeights
 from k26_plugins.common.experts.base import Expert
 from k26_plugins.common.experts.loading import ExpertsOfLayer, load_experts
@@ -156,16 +158,19 @@ def test_a_backend_that_keeps_its_weights_takes_whole_updates() -> None:
         experts.close()
 
 
+def whole_layer(experts: LayerExperts) -> ExpertsOfLayer:
+    """As an engine without expert parallelism has it."""
+    return ExpertsOfLayer(
+        experts.layer, experts, experts.open, experts.close, lambda expert: (expert,), lambda expert: True
+    )
+
+
 def test_tensors_reach_their_places_by_name(tiny_folder: Path) -> None:
     """A layer that serves is opened and closed again, and not where the engine opened it; all others are passed on."""
     checkpoint = Checkpoint(tiny_folder)
     text = checkpoint.config.text
-    sizes = (text.n_routed_experts, text.hidden_size, text.moe_intermediate_size)
-    layers = {number: LayerExperts(torch.nn.Module(), *sizes, "reference", attach_loader) for number in (1, 2)}
-    found = {
-        number: ExpertsOfLayer(experts.layer, experts.open, experts.close, lambda expert: (expert,))
-        for number, experts in layers.items()
-    }
+    layers = {number: layer_of(checkpoint) for number in (1, 2)}
+    found = {number: whole_layer(experts) for number, experts in layers.items()}
     names = list(checkpoint.table)
     weights = ((name, checkpoint.tensor(name)) for name in names)
     others = [name for name, _ in load_experts(weights, checkpoint.config, found)]
@@ -192,3 +197,58 @@ def test_tensors_reach_their_places_by_name(tiny_folder: Path) -> None:
     assert not layers[1].is_open
     assert not layers[1].tensors()["w13_packed"][3].chunk(2)[1].any()
     assert layers[1].tensors()["w13_packed"][3].chunk(2)[0].any()
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_layer_is_repacked_while_others_are_still_to_come(tiny_folder: Path, backend: str) -> None:
+    """Of a whole checkpoint's load, as soon as its last tensor is there. Of any other the engine closes the layers."""
+    checkpoint = Checkpoint(tiny_folder)
+    layers = {number: layer_of(checkpoint, backend) for number in (1, 2)}
+    found = {number: whole_layer(experts) for number, experts in layers.items()}
+    names = [name for number in layers for name, spec in checkpoint.table.items() if spec.layer == number]
+    last = max(index for index, name in enumerate(names) if checkpoint.table[name].layer == 1 and ".experts." in name)
+
+    def weights() -> Iterator[tuple[str, torch.Tensor]]:
+        for index, name in enumerate(names):
+            yield name, checkpoint.tensor(name)
+            patience = time.monotonic() + 60
+            while index == last and layers[1].is_open:
+                assert time.monotonic() < patience, "the layer is left open"
+                time.sleep(0.01)
+            assert index < last or not layers[1].is_open
+
+    def load_whole() -> None:
+        whole = with_mapped_files(weights(), checkpoint.config, lambda tensor: True)
+        assert not [name for name, _ in load_experts(whole, checkpoint.config, found) if ".experts." in name]
+
+    load_whole()
+    with torch.inference_mode():  # in which SGLang updates
+        for experts in layers.values():
+            experts.open()
+        load_whole()
+    for number, experts in layers.items():
+        assert not experts.is_open
+        experts.open()
+        expected = checkpoint.tensor(expert_name(number, 0, "down", "packed"))
+        assert torch.equal(experts.layer.get_parameter("w2_weight_packed")[0], expected)
+
+
+def test_what_repacking_refuses_ends_the_load(tiny_folder: Path) -> None:
+    checkpoint = Checkpoint(tiny_folder)
+    layers = {1: whole_layer(layer_of(checkpoint))}
+
+    def weights() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, spec in checkpoint.table.items():
+            if spec.layer == 1:
+                tensor = checkpoint.tensor(name)
+                yield name, torch.full_like(tensor, torch.nan) if name.endswith("weight_scale") else tensor
+
+    whole = with_mapped_files(weights(), checkpoint.config, lambda tensor: True)
+    with pytest.raises(ExpertsError, match="failed the self-test"):
+        list(load_experts(whole, checkpoint.config, layers))
+
+
+def layer_of(checkpoint: Checkpoint, backend: str = "reference") -> LayerExperts:
+    text = checkpoint.config.text
+    sizes = (text.n_routed_experts, text.hidden_size, text.moe_intermediate_size)
+    return LayerExperts(torch.nn.Module(), *sizes, backend, attach_loader)

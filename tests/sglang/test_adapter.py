@@ -567,7 +567,7 @@ def test_a_layer_s_experts_are_loaded_and_updated(tiny_folder: Path, tmp_path: P
     else:
         scheme = K26HybridScheme("cpu", HybridSettings(experts, on_device, None, "native", None, None))
     layer = FusedMoE()
-    layer.layer_id = 1
+    layer.layer_id, layer.num_experts, layer.moe_ep_size = 1, experts, 1
     layer.scheme = scheme
     sizes = (experts, text.hidden_size, text.moe_intermediate_size)
     scheme.create_weights(layer, *sizes, torch.bfloat16, weight_loader=load_whole)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from k26_plugins.common.checkpoint.expert_names import ExpertNames, expert_names
+from k26_plugins.common.checkpoint.expert_names import ExpertNames, ExpertTensor, expert_names
 from k26_plugins.common.checkpoint.mapped import mapped_tensors
 from k26_plugins.common.config import K26Config
 
@@ -50,22 +50,27 @@ class Progress:
 class _Load:
     """A load of one of our models that is under way."""
 
-    def __init__(self, config: K26Config, layers: Mapping[int, object]) -> None:
+    def __init__(self, config: K26Config, is_needed: Callable[[ExpertTensor], bool], num_experts: int) -> None:
         self.names: ExpertNames = expert_names(config)
-        self.layers = layers
+        self.is_needed = is_needed
+        self.num_experts = num_experts
 
 
 _under_way: list[_Load] = []
 
 
 def with_mapped_files(
-    weights: Iterable[tuple[str, torch.Tensor]], config: K26Config, layers: Mapping[int, object]
+    weights: Iterable[tuple[str, torch.Tensor]],
+    config: K26Config,
+    is_needed: Callable[[ExpertTensor], bool],
+    num_experts: int | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Pass the engine's weights on; files that it opens meanwhile are mapped by us.
 
-    layers: those with routed experts on this rank, by number. What others have is not read ahead.
+    is_needed: whether this rank keeps any of a routed expert's tensor, else it is not read ahead. num_experts: of each
+    layer that the engine gives, all if not said.
     """
-    load = _Load(config, layers)
+    load = _Load(config, is_needed, config.text.n_routed_experts if num_experts is None else num_experts)
     _under_way.append(load)
     try:
         yield from weights
@@ -75,6 +80,11 @@ def with_mapped_files(
 
 def is_under_way() -> bool:
     return bool(_under_way)
+
+
+def num_experts_under_way() -> int | None:
+    """How many experts of each layer are loaded by the load under way, None where there is none."""
+    return _under_way[-1].num_experts if _under_way else None
 
 
 def engine_files(
@@ -93,7 +103,7 @@ def engine_files(
 
     def is_read(name: str) -> bool:
         found = load.names.expert_tensor(name)
-        return found is None or (found.layer in load.layers and is_wanted(name))
+        return found is None or ((chosen is None or found.expert in chosen) and load.is_needed(found))
 
     paths = [Path(file) for file in files]
     first = not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0

@@ -40,9 +40,18 @@ class ExpertNames:
                     before, _, behind = name.rpartition(".0.")
                     self._parts[before, behind] = (layer, projection, part, firsts[name])
         self.num_tensors = len(self._others) + len(self._parts) * text.n_routed_experts
+        self._last: tuple[str, ExpertTensor | None] = ("", None)
 
     def expert_tensor(self, name: str) -> ExpertTensor | None:
         """What `name` stands for, None where it is no routed expert's."""
+        # Who accounts for a tensor asks, and then who loads it.
+        last, found = self._last
+        if last is not name:
+            found = self._taken_apart(name)
+            self._last = name, found
+        return found
+
+    def _taken_apart(self, name: str) -> ExpertTensor | None:
         pieces = name.rsplit(".", 3)
         if len(pieces) != 4:
             return None

@@ -1,8 +1,7 @@
 """A checkpoint's files mapped one by one, in the order of their bytes, and read ahead of what is made of them.
 
 A rank touches just the rows that it keeps, so nothing is copied that it does not need. What comes next is asked of the
-disk while a window of neighbouring tensors is loaded or repacked. A mapped file that gets shorter would end the process
-without a word (SIGBUS), so each is looked at again before every window.
+disk while a window of neighbouring tensors is loaded or repacked. `watched.py` sees to files that change meanwhile.
 """
 
 from __future__ import annotations
@@ -10,7 +9,8 @@ from __future__ import annotations
 import math
 import mmap
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,22 +18,19 @@ import torch
 
 from k26_plugins.common.checkpoint.dtypes import TORCH_DTYPES
 from k26_plugins.common.checkpoint.header import CheckpointError, HeaderEntry, read_header
+from k26_plugins.common.checkpoint.watched import WatchedFile, watched_files
 
 WINDOW_BYTES = 64 * 2**20
 AHEAD_BYTES = 512 * 2**20
 _DTYPES = TORCH_DTYPES | {"F16": torch.float16}
 
 
-class _File:
-    """A file as it was when it was opened. Raises CheckpointError where it cannot be, or is not whole."""
+class _File(WatchedFile):
+    """A file of which the header is read. Raises CheckpointError where it cannot be, or the file is not whole."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
         self.entries = sorted(read_header(path), key=lambda entry: entry.start)
-        self._descriptor = os.open(path, os.O_RDONLY)
-        found = os.fstat(self._descriptor)
-        self._state = _state(found)
-        self.size = found.st_size
+        super().__init__(path)
         for entry in self.entries:
             if entry.dtype not in _DTYPES:
                 raise CheckpointError(f"{entry.name} in {path} has dtype {entry.dtype}, which this model has nowhere.")
@@ -42,26 +39,19 @@ class _File:
         if self.entries and self.entries[-1].end > self.size:
             raise CheckpointError(f"{self.entries[-1].name} ends after {path} does: download that file again.")
 
-    def map(self) -> mmap.mmap:
-        # A private mapping may be written to as torch demands; nobody does.
-        return mmap.mmap(self._descriptor, self.size, access=mmap.ACCESS_COPY)
+    def ask_for(self, entries: Iterable[HeaderEntry]) -> None:
+        """Have the system read the bytes of these, without waiting for them."""
+        start = end = 0
+        for entry in entries:
+            if entry.start != end:
+                self._ask_for(start, end)
+                start = entry.start
+            end = entry.end
+        self._ask_for(start, end)
 
-    def ask_for(self, start: int, end: int) -> None:
-        """Have the system read these bytes, without waiting for them."""
-        os.posix_fadvise(self._descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
-
-    def require_unchanged(self) -> None:
-        try:
-            now = _state(self.path.stat())
-        except OSError as error:
-            raise CheckpointError(
-                f"{self.path} vanished while it was loaded ({error.strerror}): start again when it is back."
-            ) from error
-        if now != self._state:
-            raise CheckpointError(f"{self.path} was changed while it was loaded: start again when it is whole.")
-
-    def close(self) -> None:
-        os.close(self._descriptor)
+    def _ask_for(self, start: int, end: int) -> None:
+        if start < end:
+            os.posix_fadvise(self.descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
 
 
 class _Window(NamedTuple):
@@ -90,13 +80,11 @@ def mapped_tensors(
     window when all of it was taken. Raises CheckpointError with the file's name where a file is damaged, vanishes, or is
     changed before its last tensor was taken.
     """
-    for path in files:
-        file = _File(path)
-        try:
+    with watched_files():
+        for path in files:
+            file = _File(path)
             if file.entries:
                 yield from _tensors(file, is_read, on_bytes, window_bytes)
-        finally:
-            file.close()
 
 
 def _tensors(
@@ -110,8 +98,7 @@ def _tensors(
     for window in windows:
         file.require_unchanged()
         while ahead < len(windows) and windows[ahead].start < window.end + AHEAD_BYTES:
-            if any(is_read(entry.name) for entry in windows[ahead].entries):
-                file.ask_for(windows[ahead].start, windows[ahead].end)
+            file.ask_for(entry for entry in windows[ahead].entries if is_read(entry.name))
             ahead += 1
         for name, shape, dtype, start, end in window.entries:
             item = _DTYPES[dtype].itemsize
@@ -126,7 +113,8 @@ def _tensors(
     file.require_unchanged()
 
 
-def _strides(shape: Sequence[int]) -> tuple[int, ...]:
+@cache
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     strides, step = [], 1
     for size in reversed(shape):
         strides.append(step)
@@ -150,7 +138,3 @@ def _windows(entries: Sequence[HeaderEntry], window_bytes: int) -> list[_Window]
             windows.append(_Window(entries[first:index]))
             first = index
     return [*windows, _Window(entries[first:])]
-
-
-def _state(found: os.stat_result) -> tuple[int, int, int, int]:
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

@@ -74,6 +74,14 @@ class LayerExperts:
         """Whether the parameters are as the checkpoint packs them, ready to be loaded."""
         return PACKED_NAMES[0] in self.layer._parameters
 
+    @property
+    def is_on_host(self) -> bool:
+        """Whether the layer is open, and its experts are in the host's memory and to be computed with there."""
+        if self.device.type != "cpu" or not self.is_open:
+            return False
+        # An engine that reloads a layer keeps its tensors elsewhere until it has them all.
+        return self.layer.get_parameter(PACKED_NAMES[0]).device.type == "cpu"
+
     def open(self) -> bool:
         """Restore the checkpoint's form in the storage of the other, expert by expert.
 

