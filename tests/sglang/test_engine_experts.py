@@ -9,6 +9,8 @@ from support import layouts, sglang_wrong_experts
 from support.server import start_fails
 from support.sglang_server import HAS_ENTRY_POINT, serve
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def dense_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -97,6 +97,7 @@ def test_deepep_for_throughput_is_served() -> None:
 
 
 @pytest.mark.skipif(find_spec("vllm.distributed.eplb.eplb_communicator") is None, reason="moved by other names before")
+@pytest.mark.long
 def test_experts_that_vllm_moves_compute_as_before() -> None:
     """EPLB's own policy and transfer on two ranks, for a decode and a prefill: a server has it on GPUs alone."""
     assert_moved_experts_compute_as_before("vllm")

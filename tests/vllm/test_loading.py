@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from support.load_checks import CHANGES, report_of
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
