@@ -200,7 +200,10 @@ def int4_model(config: K26Config, checkpoint: Checkpoint) -> Model:
     files = sorted(checkpoint.folder.glob("*.safetensors"))
     files_read.extend(map(str, files))
     layers = {
-        number: ExpertsOfLayer(module, lambda: False, lambda: None, compat.physical_ids(module))
+        # vLLM's own are neither opened nor closed, and of the core's there are none to repack.
+        number: ExpertsOfLayer(
+            module, None, lambda: False, lambda: None, compat.physical_ids(module), lambda expert: True
+        )
         for number, module in model.experts().items()
     }
     for _ in load_experts(mapped_tensors(files), config, layers):

@@ -21,7 +21,7 @@ def test_memory_is_that_of_the_weights_and_a_few_windows(report: dict[str, Any])
     assert report["beyond_the_weights"] < 256 * 2**20
 
 
-@pytest.mark.parametrize(("change", "said"), zip(CHANGES, ("changed", "changed", "vanished"), strict=True))
+@pytest.mark.parametrize(("change", "said"), list(zip(CHANGES, ("changed", "changed", "vanished"), strict=True)))
 def test_a_file_that_changes_while_a_part_of_it_is_copied(report: dict[str, Any], change: str, said: str) -> None:
     """The load ends with its name, also where what is copied is no longer there."""
     assert report["said"][change].startswith("CheckpointError: ")
