@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,34 @@ def test_whatever_is_allowed_is_valid(backend: Any, plain: KimiTokenizer, kind: 
         assert max(answer) < 256, "a control token in the answer"
         text = plain.decode(answer)
         assert is_valid(kind, text), text
+
+
+def test_served_answers_are_valid_and_the_reasoning_is_free(server: Server, plain: KimiTokenizer) -> None:
+    """Drawn at random from the model's noise, with a liking for the end of thinking."""
+    bias = liking(plain.special, {THINK_END: 3})
+
+    def ask(kind: str, thinking: bool) -> dict[str, Any]:
+        schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
+        asked: dict[str, Any] = {"regex": CASES["regex"] if kind == "regex" else "|".join(CHOICES)}
+        answer = server.chat(
+            "Report.", max_tokens=1500, temperature=1, logit_bias=bias,
+            chat_template_kwargs={"thinking": thinking}, **({"response_format": schema} if kind == "json" else asked),
+        )  # fmt: skip
+        choice: dict[str, Any] = answer["choices"][0]
+        return choice
+
+    asked = [(kind, thinking) for kind in CASES for thinking in (True, False)]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        answers = pool.map(lambda one: ask(*one), asked)
+    thoughts = {True: "", False: ""}
+    for (kind, thinking), choice in zip(asked, answers, strict=True):
+        message = choice["message"]
+        assert choice["finish_reason"] == "stop", choice
+        assert is_valid(kind, message["content"]), message
+        thoughts[thinking] += message["reasoning_content"] or ""
+    # Each may begin with the end of thinking.
+    assert thoughts[True]
+    assert not thoughts[False]
 
 
 TOOL = {"type": "function", "function": {"name": "report", "parameters": SCHEMA, "strict": True}}
