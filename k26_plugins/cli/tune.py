@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,15 +11,10 @@ import typer
 from k26_plugins.cli.console import fail, out, progress_bar
 from k26_plugins.cli.plan import HUB_NAME, is_hub_name
 from k26_plugins.cli.reports import require_writable
+from k26_plugins.common.purpose import Purpose
 
 if TYPE_CHECKING:
     from k26_plugins.operate.tune.routing import Layer
-
-
-class For(StrEnum):
-    DECODE = "decode"
-    PREFILL = "prefill"
-    BOTH = "both"
 
 
 def tune(
@@ -28,7 +22,7 @@ def tune(
     ep: Annotated[
         int, typer.Option(min=1, help="Ranks that the experts are dealt out to; vLLM's -tp 8 with expert parallel: 8.")
     ] = 1,
-    purpose: Annotated[For, typer.Option("--for", help="Which batches the server is for.")] = For.BOTH,
+    purpose: Annotated[Purpose, typer.Option("--for", help="Which batches the server is for.")] = Purpose.BOTH,
     quick: Annotated[bool, typer.Option(help="Five sizes, even routing, no search for tiles.")] = False,
     checkpoint: Annotated[str, typer.Option(help="A folder, or a name on the hub for the published sizes.")] = HUB_NAME,
     save: Annotated[Path | None, typer.Option(help="Where the outcome goes. [default: the cache folder]")] = None,
@@ -41,7 +35,7 @@ def tune(
     Triton, torch, engine's version and sizes; a server with these very ones takes ours where they are faster by 3 % or more
     with an error that is no larger, and vLLM's own otherwise. Give --tp and --ep as the server has them, on an idle GPU.
     """
-    from k26_plugins.common.experts.outcome import Outcome, Purpose, outcome_file, write_outcome
+    from k26_plugins.common.experts.outcome import Outcome, outcome_file, write_outcome
     from k26_plugins.common.experts.rule import choose
     from k26_plugins.common.experts.tuned import here, installed_engine
     from k26_plugins.operate.tune.clock import clock_of
@@ -76,7 +70,7 @@ def tune(
         )
         bar.update(task, total=measurement.steps)
         tiles, timings = measurement.run()
-    outcome = Outcome(key, Purpose(purpose.value), tiles, timings)
+    outcome = Outcome(key, purpose, tiles, timings)
     write_outcome(outcome, file)
     out.print(as_table(outcome))
     for note in notes(outcome):

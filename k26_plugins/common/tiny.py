@@ -53,6 +53,13 @@ VISION_HEAD_DIM = 72
 WEIGHTS_AT_ONCE = 2**22
 
 
+def make_new(folder: Path) -> None:
+    """Make a folder to write into. Raises FileExistsError where it already holds something."""
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} is not empty: give a new folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
 def make_tiny(folder: str | Path, sizes: TinySizes | None = None, *, seed: int = 0) -> K26Config:
     """Write the checkpoint into `folder`, which is made, and return its configuration.
 
@@ -65,9 +72,7 @@ def make_tiny(folder: str | Path, sizes: TinySizes | None = None, *, seed: int =
         raise ValueError(f"vocab_size is {sizes.vocab_size}, expected at least 512: 256 bytes and 256 special tokens.")
     config_json = _config_json(sizes)
     config = K26Config.from_dict(config_json)
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty: give a new folder.")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_new(folder)
     files: dict[str, Any] = {
         "config.json": config_json,
         "generation_config.json": {"max_length": 262144, "eos_token_id": config.eos_token_id},

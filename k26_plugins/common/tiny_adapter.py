@@ -16,6 +16,7 @@ from k26_plugins.common.adapter_names import BEGINNINGS
 from k26_plugins.common.checkpoint.reader import Checkpoint
 from k26_plugins.common.int4 import dequantise
 from k26_plugins.common.tensor_file import save_tensors
+from k26_plugins.common.tiny import make_new
 
 RANK, ALPHA = 4, 8
 # Of the layers' linear layers, those that both engines take adapters on. MLA multiplies kv_b_proj into its neighbours.
@@ -31,8 +32,7 @@ def make_adapters(checkpoint: str | Path, folder: str | Path, *, seed: int = 0) 
     Returns their folders. Raises FileExistsError where the folder already holds something.
     """
     source, folder = Checkpoint(Path(checkpoint)), Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty: give a new folder.")
+    make_new(folder)
     drawn = (Adapter.draw(source, served_modules(source), seed + place) for place in range(len(BEGINNINGS)))
     written = zip(drawn, BEGINNINGS.items(), strict=True)
     return [adapter.write(folder / name, beginning) for adapter, (name, beginning) in written]

@@ -18,6 +18,7 @@ from k26_plugins.common.checkpoint.reader import Checkpoint
 from k26_plugins.common.checkpoint.table import LANGUAGE_MODEL
 from k26_plugins.common.config import TextConfig
 from k26_plugins.common.tensor_file import save_tensors
+from k26_plugins.common.tiny import make_new
 
 WEIGHTS_FILE = "model.safetensors"
 # Of matrices whose values are drawn: what the guess has of the target's hidden states, beside what it has of the token.
@@ -34,9 +35,7 @@ def make_eagle3(target: str | Path, folder: str | Path, *, seed: int = 0) -> tup
     target, folder = Path(target), Path(folder)
     checkpoint = Checkpoint(target)
     layers = layers_read(checkpoint.config.text.num_hidden_layers)
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty: give a new folder.")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_new(folder)
     target_config = json.loads((target / "config.json").read_text(encoding="utf-8"))
     config = _config_json(target_config["text_config"], layers)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -16,7 +16,7 @@ from k26_plugins.common.experts.loading import load_experts
 from k26_plugins.common.experts.triton import TritonExperts
 from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, experts_setting
 from k26_plugins.vllm import compat, logger
-from k26_plugins.vllm.experts import K26ExpertsMethod, core_serves, experts_of
+from k26_plugins.vllm.experts import K26ExpertsMethod, core_serves, experts_of, layer_number
 
 # What vLLM's loader of checkpoints has read in this process: it alone knows where the files are.
 files_read: list[str] = []
@@ -28,11 +28,7 @@ def watch_engine_experts(model: torch.nn.Module, config: K26Config | None) -> No
     Where they are wrong the core's take their place, which only weights of the published layout, `config`, allow. Raises
     ExpertsError, then, where those cannot.
     """
-    found = {
-        int(name.partition("layers.")[2].partition(".")[0]): module
-        for name, module in model.named_modules()
-        if is_vllms(module)
-    }
+    found = {layer_number(name): module for name, module in model.named_modules() if is_vllms(module)}
     files_read.clear()
 
     def on_wrong(wrong: str) -> None:

@@ -187,11 +187,16 @@ def experts_of(model: torch.nn.Module) -> dict[int, ExpertsOfLayer]:
     for name, module in model.named_modules():
         method = getattr(module, "quant_method", None)
         if isinstance(method, K26ExpertsMethod) and method.experts.layer is module:
-            number = int(name.partition("layers.")[2].partition(".")[0])
+            number = layer_number(name)
             experts, physical_ids = method.experts, compat.physical_ids(module)
             is_local = partial(_is_local, physical_ids, local_ids(module))
             found[number] = ExpertsOfLayer(module, experts, experts.open, experts.close, physical_ids, is_local)
     return found
+
+
+def layer_number(name: str) -> int:
+    """Of a module within a decoder layer, by its name in the model."""
+    return int(name.partition("layers.")[2].partition(".")[0])
 
 
 def local_ids(layer: Any) -> set[int] | None:

@@ -77,8 +77,7 @@ def measure(
     clock: Clock,
 ) -> Iterator[Row]:
     """A row for each implementation; a string instead of one is why it does not run."""
-    local = layer.expert_map()
-    local = None if local is None else local.to(device)
+    local = layer.expert_map(device)
     data = layer.batches(routing, tokens, device)
     here = [layer.slots_here(batch.topk_ids.cpu()) for batch in data]
 

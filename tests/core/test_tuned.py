@@ -15,7 +15,6 @@ from k26_plugins.common.experts.outcome import (
     Key,
     Outcome,
     OutcomeError,
-    Purpose,
     Timing,
     outcome_file,
     read_outcome,
@@ -23,6 +22,7 @@ from k26_plugins.common.experts.outcome import (
 )
 from k26_plugins.common.experts.rule import choose
 from k26_plugins.common.experts.tuned import find_outcome
+from k26_plugins.common.purpose import Purpose
 
 KEY = Key("Invented GPU", "570.1", "3.6.0", "2.11.0+cu128", "vllm 0.32.0", "7168x256x384")
 SIZES = (1, 64, 4096)

@@ -19,9 +19,10 @@ from support.experts import error, inputs, judge, make_weights, route, to_device
 
 from k26_plugins.common.experts import BACKENDS, Expert, ExpertsError, create_experts
 from k26_plugins.common.experts.base import LayerSizes
-from k26_plugins.common.experts.outcome import OURS, Outcome, Purpose, Timing, outcome_file, write_outcome
+from k26_plugins.common.experts.outcome import OURS, Outcome, Timing, outcome_file, write_outcome
 from k26_plugins.common.experts.triton import TritonExperts, unusable_on
 from k26_plugins.common.experts.tuned import backend_for, here, tuned_answer
+from k26_plugins.common.purpose import Purpose
 from k26_plugins.common.settings import batch_invariant_setting
 from k26_plugins.operate.doctor.tuned import tuned_findings
 

@@ -17,8 +17,9 @@ from typer.testing import CliRunner
 
 from k26_plugins.cli import app
 from k26_plugins.common.experts.base import ExpertWeights
-from k26_plugins.common.experts.outcome import OURS, Purpose, read_outcome
+from k26_plugins.common.experts.outcome import OURS, read_outcome
 from k26_plugins.common.experts.peer import NotHereError, Run
+from k26_plugins.common.purpose import Purpose
 from k26_plugins.common.tiny import TinySizes, make_tiny
 from k26_plugins.operate.tune import measure, tiles
 from k26_plugins.operate.tune.clock import Clock, clock_of

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.grammar import CASES, CHOICES, NAMES, SCHEMA, is_valid, liking, tokens, walk
-from support.server import Server
+from support.grammar import CASES, CHOICES, is_valid, tokens, walk
+from support.served_grammar import ServedGrammarTests
 
-from k26_plugins.common.prompt.output import MARKERS, THINK_BEGIN, THINK_END
 from k26_plugins.common.prompt.tokenizer import KimiTokenizer
 from k26_plugins.sglang import compat, register
 
@@ -74,54 +71,8 @@ def test_whatever_is_allowed_is_valid(backend: Any, plain: KimiTokenizer, kind: 
         assert is_valid(kind, text), text
 
 
-def test_served_answers_are_valid_and_the_reasoning_is_free(server: Server, plain: KimiTokenizer) -> None:
-    """Drawn at random from the model's noise, with a liking for the end of thinking."""
-    bias = liking(plain.special, {THINK_END: 3})
+class TestServed(ServedGrammarTests):
+    reasoning = "reasoning_content"
 
-    def ask(kind: str, thinking: bool) -> dict[str, Any]:
-        schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
-        asked: dict[str, Any] = {"regex": CASES["regex"] if kind == "regex" else "|".join(CHOICES)}
-        answer = server.chat(
-            "Report.", max_tokens=1500, temperature=1, logit_bias=bias,
-            chat_template_kwargs={"thinking": thinking}, **({"response_format": schema} if kind == "json" else asked),
-        )  # fmt: skip
-        choice: dict[str, Any] = answer["choices"][0]
-        return choice
-
-    asked = [(kind, thinking) for kind in CASES for thinking in (True, False)]
-    with ThreadPoolExecutor(len(asked)) as pool:
-        answers = pool.map(lambda one: ask(*one), asked)
-    thoughts = {True: "", False: ""}
-    for (kind, thinking), choice in zip(asked, answers, strict=True):
-        message = choice["message"]
-        assert choice["finish_reason"] == "stop", choice
-        assert is_valid(kind, message["content"]), message
-        thoughts[thinking] += message["reasoning_content"] or ""
-    # Each may begin with the end of thinking.
-    assert thoughts[True]
-    assert not thoughts[False]
-
-
-TOOL = {"type": "function", "function": {"name": "report", "parameters": SCHEMA, "strict": True}}
-
-
-def test_a_served_answer_has_no_control_tokens_for_words(server: Server, plain: KimiTokenizer) -> None:
-    """They are not shown, so that the answer would be too short."""
-    unliked = {str(plain.special[name]): -100 for name in MARKERS}
-    answer = server.chat(
-        "Name one.", max_tokens=100, temperature=1, logit_bias=unliked, chat_template_kwargs={"thinking": False},
-        regex=NAMES,
-    )  # fmt: skip
-    content = answer["choices"][0]["message"]["content"]
-    assert re.fullmatch(NAMES, content), content
-
-
-def test_a_served_call_is_valid(server: Server, plain: KimiTokenizer) -> None:
-    bias = liking(plain.special, {name: 100 for name in MARKERS if name not in (THINK_BEGIN, THINK_END)})
-    answer = server.chat(
-        "Report.", max_tokens=1500, temperature=1, tools=[TOOL], tool_choice="required", logit_bias=bias,
-        chat_template_kwargs={"thinking": False},
-    )  # fmt: skip
-    first = answer["choices"][0]["message"]["tool_calls"][0]["function"]
-    assert first["name"] == "report"
-    assert is_valid("json", first["arguments"])
+    def asked(self, kind: str, spec: Any) -> dict[str, Any]:
+        return {"regex": "|".join(spec) if kind == "choice" else spec}

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from support.quick import make_quick
 
 from k26_plugins.common.checkpoint.header import read_header
@@ -45,6 +46,28 @@ def report_of(folder: Path) -> dict[str, Any]:
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stderr[-3000:]}"
     report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return report
+
+
+class LoadTests:
+    """For the engine of this environment."""
+
+    @pytest.fixture(scope="class")
+    def report(self, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+        return report_of(tmp_path_factory.mktemp("loading") / "checkpoint")
+
+    def test_memory_is_that_of_the_weights_and_a_few_windows(self, report: dict[str, Any]) -> None:
+        """Of the published checkpoint 2 GB may come on top; here, where all weights are 1 GB, a quarter of that."""
+        assert report["weights"] > 800 * 2**20
+        assert report["beyond_the_weights"] < 256 * 2**20
+
+    @pytest.mark.parametrize(("change", "said"), list(zip(CHANGES, ("changed", "changed", "vanished"), strict=True)))
+    def test_a_file_that_changes_while_a_part_of_it_is_copied(
+        self, report: dict[str, Any], change: str, said: str
+    ) -> None:
+        """The load ends with its name, also where what is copied is no longer there."""
+        assert report["said"][change].startswith("CheckpointError: ")
+        assert f"{report['file']} " in report["said"][change]
+        assert f"{said} while it was loaded" in report["said"][change]
 
 
 def main() -> None:

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from sglang.srt.utils import MultiprocessingSerializer, init_custom_process_group
+from support.buckets import buckets
 from support.server import Server, free_port
 
-# Tensors of an update; a trainer's buckets cut through layers and experts as well.
-BUCKET = 100
 GROUP = "trainer"
 
 
@@ -91,9 +90,9 @@ def _described(bucket: list[tuple[str, torch.Tensor]]) -> dict[str, Any]:
 
 
 def _buckets(folder: Path) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    tensors = [item for file in sorted(folder.glob("*.safetensors")) for item in load_file(file).items()]
-    for start in range(0, len(tensors), BUCKET):
-        yield tensors[start : start + BUCKET]
+    for path, names in buckets(folder):
+        with safe_open(path, "pt") as file:
+            yield [(name, file.get_tensor(name)) for name in names]
 
 
 # Each leaves what the one before it brought.

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 from safetensors import safe_open
+from support.buckets import buckets
 from support.server import Server
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import (
@@ -26,8 +27,6 @@ ARGUMENTS = [
     *("--worker-extension-cls", "support.vllm_updates.Worker"),
     *("--weight-transfer-config", json.dumps({"backend": BACKEND})),
 ]
-# Tensors of an update; a trainer's buckets cut through layers and experts as well.
-BUCKET = 100
 
 
 @dataclass
@@ -81,11 +80,8 @@ def in_buckets(server: Server, folder: Path) -> None:
     _ask(server, "weight_checker", action="reset")
     _ask(server, "init_weight_transfer_engine", init_info={})
     _ask(server, "start_weight_update")
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            names = list(file.keys())
-        for start in range(0, len(names), BUCKET):
-            _ask(server, "update_weights", update_info={"file": str(path), "names": names[start : start + BUCKET]})
+    for path, names in buckets(folder):
+        _ask(server, "update_weights", update_info={"file": str(path), "names": names})
     _ask(server, "finish_weight_update")
     _forget(server)
 

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import re
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
-from support.grammar import CASES, NAMES, SCHEMA, is_valid, liking, tokens, walk
-from support.server import Server
+from support.grammar import CASES, SCHEMA, is_valid, tokens, walk
+from support.served_grammar import TOOL, ServedGrammarTests
 
 from k26_plugins.common.prompt.output import (
     CALL_BEGIN,
-    MARKERS,
     SECTION_BEGIN,
-    THINK_BEGIN,
-    THINK_END,
     CallArguments,
     CallStart,
     OutputParser,
@@ -103,9 +98,6 @@ def test_whatever_is_allowed_is_valid(engine: Engine, plain: KimiTokenizer, kind
     assert plain.special["<|im_end|>"] in seen
 
 
-TOOL = {"type": "function", "function": {"name": "report", "parameters": SCHEMA, "strict": True}}
-
-
 def call_grammar(plain_folder: Path, tool_choice: str) -> str:
     """The structural tag that the parser of calls makes of a request."""
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
@@ -177,55 +169,9 @@ def test_what_a_backend_refuses(tiny_folder: Path, backend: str, kind: str, spec
         Engine(tiny_folder, backend).grammar(kind, spec)
 
 
-def test_served_answers_are_valid_and_the_reasoning_is_free(server: Server, plain: KimiTokenizer) -> None:
-    """Drawn at random from the model's noise, with a liking for the end of thinking."""
-    bias = liking(plain.special, {THINK_END: 3})
+class TestServed(ServedGrammarTests):
+    reasoning = "reasoning"
+    drawn: ClassVar[dict[str, Any]] = {"seed": 1}
 
-    def ask(kind: str, thinking: bool) -> dict[str, Any]:
-        named = {"name": "a", "schema": SCHEMA}
-        asked: dict[str, Any] = {"structured_outputs": {kind: CASES[kind]}}
-        if kind == "json":
-            asked = {"response_format": {"type": "json_schema", "json_schema": named}}
-        options = {"thinking": thinking}
-        answer = server.chat(
-            "Report.", max_tokens=1500, temperature=1, seed=1, logit_bias=bias, chat_template_kwargs=options, **asked
-        )
-        choice: dict[str, Any] = answer["choices"][0]
-        return choice
-
-    asked = [(kind, thinking) for kind in CASES for thinking in (True, False)]
-    with ThreadPoolExecutor(len(asked)) as pool:
-        answers = pool.map(lambda one: ask(*one), asked)
-    thoughts = {True: "", False: ""}
-    for (kind, thinking), choice in zip(asked, answers, strict=True):
-        message = choice["message"]
-        assert choice["finish_reason"] == "stop", choice
-        assert is_valid(kind, message["content"]), message
-        thoughts[thinking] += message["reasoning"] or ""
-    # Each may begin with the end of thinking.
-    assert thoughts[True]
-    assert not thoughts[False]
-
-
-def test_a_served_answer_has_no_control_tokens_for_words(server: Server, plain: KimiTokenizer) -> None:
-    """They are not shown, so that the answer would be too short."""
-    unliked = {str(plain.special[name]): -100 for name in MARKERS}
-    answer = server.chat(
-        "Name one.", max_tokens=100, temperature=1, logit_bias=unliked, chat_template_kwargs={"thinking": False},
-        structured_outputs={"regex": NAMES},
-    )  # fmt: skip
-    content = answer["choices"][0]["message"]["content"]
-    assert re.fullmatch(NAMES, content), content
-
-
-def test_a_served_call_is_valid(server: Server, plain: KimiTokenizer) -> None:
-    bias = liking(plain.special, {name: 100 for name in MARKERS if name not in (THINK_BEGIN, THINK_END)})
-    answer = server.chat(
-        "Report.", max_tokens=1500, temperature=1, seed=1, tools=[TOOL], tool_choice="required", logit_bias=bias,
-        chat_template_kwargs={"thinking": False},
-    )  # fmt: skip
-    choice = answer["choices"][0]
-    assert choice["finish_reason"] in ("stop", "tool_calls", "length"), choice
-    first = choice["message"]["tool_calls"][0]["function"]
-    assert first["name"] == "report"
-    assert is_valid("json", first["arguments"])
+    def asked(self, kind: str, spec: Any) -> dict[str, Any]:
+        return {"structured_outputs": {kind: spec}}

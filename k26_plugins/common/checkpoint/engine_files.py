@@ -103,7 +103,7 @@ def engine_files(
 
     def is_read(name: str) -> bool:
         found = load.names.expert_tensor(name)
-        return found is None or ((chosen is None or found.expert in chosen) and load.is_needed(found))
+        return is_wanted(name) and (found is None or load.is_needed(found))
 
     paths = [Path(file) for file in files]
     first = not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 
 from k26_plugins.common.experts.base import Expert, ExpertsError
-from k26_plugins.common.experts.reference import routed_sum
+from k26_plugins.common.experts.reference import dense_matrices, routed_sum
 from k26_plugins.common.experts.selftest import RoutedSum, worst_error
-from k26_plugins.common.int4 import GROUP_SIZE, PACK_FACTOR, dequantise
+from k26_plugins.common.int4 import GROUP_SIZE, PACK_FACTOR
 
 BATCHES = (1, 8, 64, 400)
 """Tokens: one for each regime that the engines' kernels have. For the first layer; the others differ in their weights."""
@@ -72,7 +72,7 @@ def raw_experts(module: torch.nn.Module, chosen: list[int]) -> Matrices:
         if tensors[0].shape[1] * PACK_FACTOR == tensors[2].shape[2]:
             # K first, as some methods have their parameters loaded.
             tensors = [tensor.transpose(1, 2) for tensor in tensors]
-        packed = [Expert(*(tensor[place] for tensor in tensors)) for place in range(len(chosen))]
+        packed = [Expert(*(tensor[place].contiguous() for tensor in tensors)) for place in range(len(chosen))]
         hidden_size, inner = packed[0].w2_packed.shape[0], packed[0].w2_packed.shape[1] * PACK_FACTOR
         shapes = (
             (2 * inner, hidden_size // PACK_FACTOR),
@@ -82,10 +82,7 @@ def raw_experts(module: torch.nn.Module, chosen: list[int]) -> Matrices:
         )
         if tuple(tuple(tensor.shape) for tensor in packed[0]) != shapes:
             raise UntestableError(f"its packed experts have shapes {[list(tensor.shape) for tensor in packed[0]]}")
-        return lambda place: (
-            dequantise(packed[place].w13_packed.contiguous(), packed[place].w13_scale, torch.float32),
-            dequantise(packed[place].w2_packed.contiguous(), packed[place].w2_scale, torch.float32),
-        )
+        return lambda place: dense_matrices(packed[place], torch.float32)
     try:
         w13, w2 = parameters["w13_weight"][chosen], parameters["w2_weight"][chosen]
     except KeyError:

@@ -9,11 +9,11 @@ import re
 import tempfile
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from k26_plugins.common.cache_folder import cache_folder
+from k26_plugins.common.purpose import Purpose
 
 FORMAT = 1
 OURS = "k26"
@@ -22,14 +22,6 @@ OURS = "k26"
 
 class OutcomeError(ValueError):
     """A file that is no outcome. The message names it and the remedy."""
-
-
-class Purpose(StrEnum):
-    """Which batches a server's kernel is chosen for."""
-
-    DECODE = "decode"
-    PREFILL = "prefill"
-    BOTH = "both"
 
 
 @dataclass(frozen=True, slots=True)

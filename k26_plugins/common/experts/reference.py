@@ -26,13 +26,20 @@ def reference_experts(
     checkpoint. Shapes are those of `ExpertsBackend.apply`.
     """
     dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
+    return routed_sum(
+        hidden_states.to(dtype),
+        topk_ids,
+        topk_weights,
+        lambda index: dense_matrices(expert(index), dtype),
+        num_experts,
+        expert_map,
+    )
 
-    def matrices(index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        packed = expert(index)
-        w13 = dequantise(packed.w13_packed, packed.w13_scale, dtype)
-        return w13, dequantise(packed.w2_packed, packed.w2_scale, dtype)
 
-    return routed_sum(hidden_states.to(dtype), topk_ids, topk_weights, matrices, num_experts, expert_map)
+def dense_matrices(packed: Expert, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """w13 `[2 I, H]` and w2 `[H, I]` of an expert."""
+    w13 = dequantise(packed.w13_packed, packed.w13_scale, dtype)
+    return w13, dequantise(packed.w2_packed, packed.w2_scale, dtype)
 
 
 def routed_sum(

@@ -7,7 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from k26_plugins.common.experts.outcome import OURS, Purpose, Timing
+from k26_plugins.common.experts.outcome import OURS, Timing
+from k26_plugins.common.purpose import Purpose
 
 # A win of less than this share of the time is none: two measurements of one kernel differ by about as much.
 MARGIN = 0.03

@@ -99,8 +99,7 @@ class Measurement:
 
     def _timed(self, name: str, run: Run | str) -> Iterator[Timing]:
         device = self.weights.device
-        local = self.layer.expert_map()
-        local = None if local is None else local.to(device)
+        local = self.layer.expert_map(device)
         for routing in self.effort.routings:
             for tokens in self.effort.tokens:
                 self.on_step(f"{name}, {tokens} tokens, {routing}")

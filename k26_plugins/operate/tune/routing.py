@@ -46,13 +46,13 @@ class Layer:
     def flops(self, slots: int) -> int:
         return 6 * slots * self.hidden_size * self.intermediate_size
 
-    def expert_map(self) -> torch.Tensor | None:
-        """int32 `[global_experts]` where the rank holds a part of the experts: the first ones."""
+    def expert_map(self, device: torch.device | None = None) -> torch.Tensor | None:
+        """int32 `[global_experts]` where the rank holds a part of the experts: the first ones. On the CPU by default."""
         if self.num_experts == self.global_experts:
             return None
         local = torch.full((self.global_experts,), -1, dtype=torch.int32)
         local[: self.num_experts] = torch.arange(self.num_experts, dtype=torch.int32)
-        return local
+        return local.to(device)
 
     def slots_here(self, ids: torch.Tensor) -> torch.Tensor:
         """The local experts of the slots that have one, flat."""

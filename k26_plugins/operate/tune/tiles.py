@@ -47,8 +47,7 @@ def candidates(target: Target, present: Tile) -> list[Tile]:
 def time_of(experts: KernelExperts, layer: Layer, regime: Regime, tokens: int, clock: Clock) -> float:
     """Seconds of a batch with these tiles; infinite where they do not run."""
     device = experts.w13_packed.device
-    local = layer.expert_map()
-    local = None if local is None else local.to(device)
+    local = layer.expert_map(device)
     plan = replace(make_plan(experts.device, experts.shape, tokens, layer.top_k, layer.global_experts), regime=regime)
     workspace = torch.empty(plan.bytes, dtype=torch.uint8, device=device)
     data = layer.batches("uniform", tokens, device)
