@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,29 +18,40 @@ if TYPE_CHECKING:
     from k26_plugins.operate.tune.routing import Layer
 
 
+class Engine(StrEnum):
+    """Whose kernels there are peers for."""
+
+    VLLM = "vllm"
+    SGLANG = "sglang"
+
+
 def tune(
     tp: Annotated[int, typer.Option(min=1, help="Ranks that each expert is cut for.")] = 1,
     ep: Annotated[
         int, typer.Option(min=1, help="Ranks that the experts are dealt out to; vLLM's -tp 8 with expert parallel: 8.")
     ] = 1,
+    engine: Annotated[
+        Engine | None, typer.Option(help="Whose kernels are compared. [default: the one that is installed]")
+    ] = None,
     purpose: Annotated[Purpose, typer.Option("--for", help="Which batches the server is for.")] = Purpose.BOTH,
     quick: Annotated[bool, typer.Option(help="Five sizes, even routing, no search for tiles.")] = False,
     checkpoint: Annotated[str, typer.Option(help="A folder, or a name on the hub for the published sizes.")] = HUB_NAME,
     save: Annotated[Path | None, typer.Option(help="Where the outcome goes. [default: the cache folder]")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a plot, such as tune.png.")] = None,
 ) -> None:
-    """Time the core's kernels and vLLM's for the INT4 experts on this GPU, so that servers take what wins.
+    """Time the core's kernels and the engine's for the INT4 experts on this GPU, so that servers take what wins.
 
     With random weights of the sizes that one rank has, from 1 to 16,384 tokens, with even and with skewed routing: tiles
     of ours first, then each kernel, in CUDA graphs up to 512 tokens. The outcome goes to the cache folder by GPU, driver,
-    Triton, torch, engine's version and sizes; a server with these very ones takes ours where they are faster by 3 % or more
-    with an error that is no larger, and vLLM's own otherwise. Give --tp and --ep as the server has them, on an idle GPU.
+    Triton, torch, engine's version and sizes; a server with these very ones takes ours where they are faster by 3 % or
+    more with an error that is no larger, and the engine's own otherwise. Give --tp and --ep as the server has them, on an
+    idle GPU.
     """
     from k26_plugins.common.experts.outcome import Outcome, outcome_file, write_outcome
     from k26_plugins.common.experts.rule import choose
     from k26_plugins.common.experts.tuned import here, installed_engine
     from k26_plugins.operate.tune.clock import clock_of
-    from k26_plugins.operate.tune.device import gpu, vllm_peers
+    from k26_plugins.operate.tune.device import engine_to_measure, gpu, peers_of
     from k26_plugins.operate.tune.measure import FULL, QUICK, Measurement, random_weights
     from k26_plugins.operate.tune.report import as_table, notes
     from k26_plugins.operate.tune.report import plot as draw
@@ -49,8 +61,8 @@ def tune(
     require_writable(plot, save)
     layer = _layer(checkpoint, tp, ep)
     try:
-        device, peers = gpu(), vllm_peers()
-        key = here(device, installed_engine("vllm"), layer.shape)
+        device, name = gpu(), engine_to_measure(engine)
+        key = here(device, installed_engine(name), layer.shape)
     except ValueError as error:
         fail(error)
     file = save or outcome_file(key)
@@ -66,7 +78,7 @@ def tune(
             bar.update(task, description=what, advance=1)
 
         measurement = Measurement(
-            layer, random_weights(layer, device), peers, QUICK if quick else FULL, clock_of(device), on_step
+            layer, random_weights(layer, device), peers_of(name), QUICK if quick else FULL, clock_of(device), on_step
         )
         bar.update(task, total=measurement.steps)
         tiles, timings = measurement.run()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from k26_plugins.common.experts.base import ExpertWeights
-from k26_plugins.common.experts.peer import NotHereError, Peer, Run, require
+from k26_plugins.common.experts.peer import NotHereError, Peer, Run, asking_for, require
 
 
 def vllm_marlin(weights: ExpertWeights) -> Run:
@@ -148,12 +148,9 @@ def flashinfer_mxint4(weights: ExpertWeights) -> Run:
         x: torch.Tensor, topk_weights: torch.Tensor, ids: torch.Tensor, expert_map: torch.Tensor | None
     ) -> torch.Tensor:
         num_global = experts if expert_map is None else len(expert_map)
-        # A sigmoid of these gives the weights, which the routing divides by their sum.
-        logits = torch.full((len(x), num_global), -30.0, device=x.device)
-        logits.scatter_(1, ids.long(), torch.logit(topk_weights.clamp(1e-4, 1 - 1e-4)))
         out = mxint4.flashinfer_trtllm_mxint4_moe(
             x=x,
-            router_logits=logits,
+            router_logits=asking_for(ids, topk_weights, num_global),
             w13_weight_packed=prepared["gemm1_weights"],
             w13_weight_scale=prepared["gemm1_scales"],
             w2_weight_packed=prepared["gemm2_weights"],

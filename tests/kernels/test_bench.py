@@ -135,7 +135,8 @@ def tunable(tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatc
     """A small checkpoint on a machine with a GPU, which the interpreter stands for, and with an engine's kernels."""
     peers = {"dense": dequantise_and_dense, "wrong": wrong, "too long": too_long, "missing": missing}
     monkeypatch.setattr("k26_plugins.operate.tune.device.gpu", lambda: device)
-    monkeypatch.setattr("k26_plugins.operate.tune.device.vllm_peers", lambda: peers)
+    monkeypatch.setattr("k26_plugins.operate.tune.device.peers_of", lambda engine: peers)
+    monkeypatch.setattr("k26_plugins.operate.tune.device.is_installed", lambda name: name == "sglang")
     monkeypatch.setattr(measure, "QUICK", measure.Effort((33, 40), ("uniform",), 0.0))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     make_tiny(tmp_path / "tiny", TinySizes(moe_intermediate_size=256, experts=16))
@@ -154,6 +155,7 @@ def test_the_whole_of_k26_tune(tunable: Path, tmp_path: Path) -> None:
     assert str(file) in done.stdout.replace("\n", "")
     outcome = read_outcome(file)
     assert (outcome.key.shape, outcome.purpose) == ("128x128x8", Purpose.DECODE)
+    assert outcome.key.engine.startswith("sglang")
     found = {(timing.kernel, timing.tokens): timing for timing in outcome.timings}
     assert found.keys() == {
         (kernel, tokens) for kernel in (OURS, "dense", "wrong", "too long", "missing") for tokens in (33, 40)
@@ -178,6 +180,7 @@ REFUSED = {
     "half a group": (["--tp", "4"], "multiples of 128, on each rank: these are 128 and 64"),
     "a folder that cannot be made": (["--save", "/dev/null/tuned.json"], "/dev/null/tuned.json cannot be written"),
     "no checkpoint": (["--checkpoint", "/nowhere"], "/nowhere"),
+    "an engine that is not there": (["--engine", "vllm"], "kernels of vllm, which is not installed here"),
 }
 
 
@@ -185,6 +188,18 @@ REFUSED = {
 def test_what_cannot_be_measured_is_said_before_the_work(tunable: Path, name: str) -> None:
     options, said = REFUSED[name]
     done = CliRunner().invoke(app, ["tune", "--quick", "--checkpoint", str(tunable), *options])
+    assert done.exit_code == 1
+    assert said in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("installed", "said"), [((), "neither vLLM nor SGLang"), (("vllm", "sglang"), "say with --engine")]
+)
+def test_the_engine_is_named_where_it_is_open(
+    tunable: Path, monkeypatch: pytest.MonkeyPatch, installed: tuple[str, ...], said: str
+) -> None:
+    monkeypatch.setattr("k26_plugins.operate.tune.device.is_installed", lambda name: name in installed)
+    done = CliRunner().invoke(app, ["tune", "--quick", "--checkpoint", str(tunable)])
     assert done.exit_code == 1
     assert said in " ".join(done.stderr.split())
 

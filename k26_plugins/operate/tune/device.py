@@ -9,6 +9,7 @@ import torch
 
 from k26_plugins.common.experts.peer import Peer
 from k26_plugins.common.experts.triton import unusable_on
+from k26_plugins.common.experts.tuned import ENGINES
 from k26_plugins.operate.doctor.engines import is_installed
 
 
@@ -23,10 +24,22 @@ def gpu() -> torch.device:
     return device
 
 
-def vllm_peers() -> Mapping[str, Peer]:
-    """The kernels that an engine has. Raises ValueError without one: then there is nothing to compare with."""
-    if not is_installed("vllm"):
-        raise ValueError("`k26 tune` compares with vLLM's kernels (with SGLang's not yet): vLLM is not installed here.")
-    # By name: operation imports no engine, and what the module imports is there only where vLLM is.
-    peers: Mapping[str, Peer] = import_module("k26_plugins.peers.vllm").PEERS
+def engine_to_measure(engine: str | None) -> str:
+    """`vllm` or `sglang`: the one asked for, or the only one installed here. Raises ValueError for none, or several."""
+    installed = [name for name in ENGINES if is_installed(name)]
+    if engine is not None:
+        if engine not in installed:
+            raise ValueError(f"`k26 tune` compares with the kernels of {engine}, which is not installed here.")
+        return engine
+    if not installed:
+        raise ValueError("`k26 tune` compares with an engine's kernels: neither vLLM nor SGLang is installed here.")
+    if len(installed) > 1:
+        raise ValueError(f"{' and '.join(installed)} are installed here: say with --engine which one serves.")
+    return installed[0]
+
+
+def peers_of(engine: str) -> Mapping[str, Peer]:
+    """The kernels that an engine has."""
+    # By name: operation imports no engine, and what the module imports is there only where the engine is.
+    peers: Mapping[str, Peer] = import_module(f"k26_plugins.peers.{engine}").PEERS
     return peers
