@@ -50,6 +50,18 @@ class _Experts:
 
 
 _loaded: dict[str, _Experts] = {}
+_CHOICE = "k26_experts_choice"
+_CHOICE_HELP = "1 for the INT4 experts that `auto` took on a GPU, the core's or the engine's own, and why, by rank."
+_chosen: dict[str, str] = {}
+
+
+def experts_chosen(whose: str, why: str) -> None:
+    """What `K26_EXPERTS=auto` took in this process, for all layers."""
+    _chosen[whose] = why
+    if _MULTIPROCESS_VARIABLE in os.environ and find_spec("prometheus_client") is not None:
+        _choice_gauge().labels(whose, why, _rank()).set(1)
+    elif (folder := os.environ.get(FOLDER_VARIABLE)) is not None:
+        _write(Path(folder))
 
 
 def experts_loaded(backend: str, self_test_error: float, self_test_seconds: float, *, update: bool = False) -> None:
@@ -121,10 +133,16 @@ class _Collector:
                 for backend, found in report["experts"].items():
                     family.add_metric([backend, report["rank"]], found[name])
             yield family
+        family = GaugeMetricFamily(_CHOICE, _CHOICE_HELP, labels=["experts", "why", "rank"])
+        for report in reports:
+            for whose, why in report["chosen"].items():
+                family.add_metric([whose, why, report["rank"]], 1)
+        yield family
 
 
 def _write(folder: Path) -> None:
-    report = {"rank": _rank(), "experts": {backend: asdict(found) for backend, found in _loaded.items()}}
+    experts = {backend: asdict(found) for backend, found in _loaded.items()}
+    report = {"rank": _rank(), "experts": experts, "chosen": _chosen}
     temporary = folder / f"{os.getpid()}.part"
     try:
         temporary.write_text(json.dumps(report))
@@ -142,6 +160,13 @@ def _gauge(name: str) -> Any:
     from prometheus_client import Gauge
 
     return Gauge(_EXPERTS[name], _HELP[name], ["backend", "rank"], multiprocess_mode="max")
+
+
+@functools.cache
+def _choice_gauge() -> Any:
+    from prometheus_client import Gauge
+
+    return Gauge(_CHOICE, _CHOICE_HELP, ["experts", "why", "rank"], multiprocess_mode="max")
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from k26_plugins.common.experts.base import LayerSizes
 from k26_plugins.common.experts.outcome import OURS, Outcome, Timing, outcome_file, write_outcome
 from k26_plugins.common.experts.triton import TritonExperts, unusable_on
 from k26_plugins.common.experts.tuned import backend_for, here, tuned_answer
+from k26_plugins.common.metrics import FOLDER_VARIABLE
 from k26_plugins.common.purpose import Purpose
 from k26_plugins.common.settings import batch_invariant_setting
 from k26_plugins.operate.doctor.tuned import tuned_findings
@@ -237,8 +239,15 @@ def test_the_doctor_says_which_measurement_is_used(
     assert said() == ("BAD", "K26_TUNED is '/nowhere': no such file. Give one that `k26 tune` wrote, or unset it.")
 
 
-def test_what_auto_is_elsewhere(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """On a CPU the first of the core's that is right; on a device that is not for the kernels the engine's own."""
+def test_what_auto_is_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a CPU the first of the core's that is right; on a device that is not for the kernels the engine's own.
+
+    A worker's report to the server's endpoint says which and why.
+    """
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     logger = logging.getLogger("k26")
     assert backend_for("auto", SIZES, "vllm 1.0", logger) == "auto"
     xpu = SIZES._replace(device=torch.device("xpu"))
@@ -247,6 +256,8 @@ def test_what_auto_is_elsewhere(monkeypatch: pytest.MonkeyPatch, caplog: pytest.
         assert {backend_for("auto", xpu, "vllm 1.0", logger) for _ in range(3)} == {"engine"}
     said = "the engine's own INT4 experts are taken on xpu: the Triton kernels run on CUDA and ROCm GPUs, not on xpu"
     assert caplog.text.count(said) == 1
+    (report,) = [json.loads(file.read_text()) for file in tmp_path.glob("*.json")]
+    assert report["chosen"]["engine"].startswith("the Triton kernels run on CUDA and ROCm GPUs, not on xpu")
 
 
 def test_the_batch_invariant_setting(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from k26_plugins.cli import app
+from k26_plugins.common.experts.outcome import OURS, Key, Outcome, Timing, outcome_file, write_outcome
+from k26_plugins.common.purpose import Purpose
 from k26_plugins.operate.plan.hardware import parse
 
 
@@ -35,6 +38,24 @@ def test_engines_and_layouts_side_by_side() -> None:
     none = CliRunner().invoke(app, ["plan", "--gpus", "1xL4", "--ram", "64", "--compare"])
     assert none.exit_code == 1
     assert "yes" not in none.stdout
+
+
+def test_which_experts_are_taken_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine's own, unless this machine has a measurement of such a GPU, the engine and a rank's sizes."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    command = ["plan", "--gpus", "8xH200", "--engine", "sglang"]
+    unknown = "INT4 experts: sglang's own, until `k26 tune --tp 8 --engine sglang` on such a GPU"
+    assert unknown in CliRunner().invoke(app, command).stdout
+    timings = tuple(Timing(name, "uniform", 1, ms, 1e-3) for name, ms in ((OURS, 0.5), ("marlin", 1.0)))
+    for gpu, shape in (("NVIDIA H200 NVL", "7168x256x384"), ("NVIDIA H200", "7168x2048x48")):
+        key = Key(gpu, "570", "3.6", "2.11", "sglang 0.5.23", shape)
+        write_outcome(Outcome(key, Purpose.DECODE, {}, timings), outcome_file(key))
+    assert unknown in CliRunner().invoke(app, command).stdout
+    key = Key("NVIDIA H200", "570", "3.6", "2.11", "sglang 0.5.23", "7168x256x384")
+    write_outcome(Outcome(key, Purpose.DECODE, {}, timings), outcome_file(key))
+    said = "INT4 experts: the core's, for decode k26 takes 0.50 of the time of marlin"
+    assert said in CliRunner().invoke(app, command).stdout
+    assert "INT4 experts: vllm's own" in CliRunner().invoke(app, ["plan", "--gpus", "8xH200"]).stdout
 
 
 @pytest.mark.parametrize("gpus", ["8xH200", "16xH100", "4xH100"])

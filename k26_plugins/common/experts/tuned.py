@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from k26_plugins.common import metrics
 from k26_plugins.common.experts.base import LayerSizes
 from k26_plugins.common.experts.outcome import OURS, Key, Outcome, OutcomeError, outcome_file, read_outcome
 from k26_plugins.common.experts.rule import choose
@@ -123,5 +124,6 @@ def _said(sizes: LayerSizes, engine: str, logger: logging.Logger) -> Answer:
     """Every layer of a model has the same to say."""
     answer = tuned_answer(sizes, engine)
     whose = "the engine's own" if answer.backend == ENGINE else "the core's"
+    metrics.experts_chosen(answer.backend, answer.why)
     logger.info("k26-plugins: %s INT4 experts are taken on %s: %s.", whose, sizes.device, answer.why)
     return answer

@@ -24,6 +24,7 @@ from k26_plugins.operate.plan.fit import OVERHEAD_SOURCE, Fit, Load
 from k26_plugins.operate.plan.gpus import GIB
 from k26_plugins.operate.plan.hybrid import Hybrid, cpu_bound, hybrid
 from k26_plugins.operate.plan.speed import decode_bound
+from k26_plugins.operate.plan.tuned import experts_line
 from k26_plugins.operate.plan.weights import PARTS
 
 OVERHEAD_ROW = "graphs, buffers, context"
@@ -119,6 +120,8 @@ def as_text(plan: Plan) -> str:
         )
     for what, bound in plan.bounds.items():
         lines.append(f"  decoding at most {bound:,.0f} tokens/s ({what}; a bound from bandwidths, not a measurement)")
+    if plan.hybrid is None:
+        lines.append(f"  {experts_line(plan.engine, plan.config.text, fit)}")
     lines += _commands(plan)
     if plan.advice:
         lines += [

@@ -1,0 +1,44 @@
+"""Which INT4 experts a planned server takes on its GPUs, by what `k26 tune` measured on one of them."""
+
+from __future__ import annotations
+
+import shlex
+
+from k26_plugins.common.cache_folder import cache_folder
+from k26_plugins.common.config import TextConfig
+from k26_plugins.operate.plan.fit import Fit
+from k26_plugins.operate.plan.hardware import named
+
+
+def experts_line(engine: str, text: TextConfig, fit: Fit) -> str:
+    """For a plan of `vllm` or `sglang`."""
+    tp, ep = (1, fit.layout.tp) if fit.layout.expert_parallel else (fit.layout.tp, 1)
+    command = ["k26", "tune", *(["--ep", str(ep)] if ep > 1 else ["--tp", str(tp)]), "--engine", engine]
+    shape = f"{text.hidden_size}x{text.moe_intermediate_size // tp}x{text.n_routed_experts // ep}"
+    measured = _measured(engine, fit.gpu.name, shape)
+    if measured is None:
+        return f"INT4 experts: {engine}'s own, until `{shlex.join(command)}` on such a GPU finds the core's faster"
+    return f"INT4 experts: {measured}"
+
+
+def _measured(engine: str, gpu: str, shape: str) -> str | None:
+    """What the newest outcome says; a server takes it if driver and versions are those of the measurement."""
+    files = sorted((cache_folder() / "tuned").glob("*.json"), key=lambda file: file.stat().st_mtime, reverse=True)
+    if not files:
+        return None
+    # Reading one needs torch, which a plan without any does not wait for.
+    from k26_plugins.common.experts.outcome import OURS, OutcomeError, read_outcome
+    from k26_plugins.common.experts.rule import choose
+
+    for file in files:
+        try:
+            outcome = read_outcome(file)
+        except OutcomeError:
+            continue  # `k26 doctor` names it
+        here = named(outcome.key.gpu)
+        if here is None or (here.name, outcome.key.shape) != (gpu, shape) or not outcome.key.engine.startswith(engine):
+            continue
+        choice = choose(outcome.timings, outcome.purpose)
+        whose = "the core's" if choice.kernel == OURS else f"{outcome.key.engine}'s own"
+        return f"{whose}, {choice.why} ({file})"
+    return None
