@@ -36,14 +36,17 @@ def hook_checkpoint_loader(whole: Callable[..., Any], files: Callable[..., Any])
     changes.apply()
 
 
+def keeps_its_experts() -> bool:
+    """Whether fused-MoE layers have on this rank the experts of `local_experts`, in their order, once and for all."""
+    arguments = compat.server_args()
+    moved = arguments.init_expert_location != "trivial" or arguments.enable_eplb
+    return not moved and not arguments.ep_num_redundant_experts
+
+
 def local_experts(layer: Any) -> range:
     """The experts of the checkpoint of which a fused-MoE layer may keep any on this rank."""
     total: int = layer.num_experts
-    if layer.moe_ep_size == 1:
-        return range(total)
-    arguments = compat.server_args()
-    moved = arguments.init_expert_location != "trivial" or arguments.enable_eplb
-    if moved or arguments.ep_num_redundant_experts:
+    if layer.moe_ep_size == 1 or not keeps_its_experts():
         return range(total)
     number = total // layer.moe_ep_size
     return range(layer.moe_ep_rank * number, (layer.moe_ep_rank + 1) * number)

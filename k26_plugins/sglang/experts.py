@@ -9,7 +9,7 @@ import torch
 
 from k26_plugins.common.experts import ExpertsError, why_unsupported
 from k26_plugins.common.experts.base import LayerSizes
-from k26_plugins.common.experts.loading import ExpertsOfLayer
+from k26_plugins.common.experts.loading import ExpertsOfLayer, Places
 from k26_plugins.common.experts.parameters import LayerExperts
 from k26_plugins.common.experts.tuned import backend_for, installed_engine
 from k26_plugins.common.serving import core_serves_layer
@@ -62,6 +62,17 @@ class K26MoEScheme(compat.moe_scheme_base()):  # type: ignore[misc]
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         self.close()
 
+    def places(self, layer: Any) -> Places | None:
+        """Where SGLang's loader of a parameter puts the experts; None where it asks for each."""
+        if not compat_loading.keeps_its_experts():
+            return None
+        local = compat_loading.local_experts(layer)
+
+        def slots(expert: int) -> list[tuple[int, int]]:
+            return [(0, expert - local.start)] if expert in local else []
+
+        return Places([self.experts], slots, layer.moe_tp_rank, layer.moe_tp_size)
+
     def restore_weights_before_loading(self, layer: torch.nn.Module) -> None:
         """Called by SGLang before an update of the weights; `process_weights_after_loading` ends it."""
         self.open()
@@ -101,6 +112,7 @@ def experts_of(model: torch.nn.Module) -> dict[int, ExpertsOfLayer]:
             module.scheme.close,
             lambda expert: (expert,),
             compat_loading.local_experts(module).__contains__,
+            module.scheme.places(module),
         )
         for module in model.modules()
         if isinstance(getattr(module, "scheme", None), K26MoEScheme)

@@ -15,6 +15,7 @@ from k26_plugins.common.config import K26Config
 from k26_plugins.common.device_runtime import DeviceRuntime, DeviceRuntimeError, device_runtime
 from k26_plugins.common.experts.base import LayerSizes
 from k26_plugins.common.experts.hybrid import HybridExperts
+from k26_plugins.common.experts.loading import Places
 from k26_plugins.common.experts.native import NativeExperts
 from k26_plugins.common.experts.native.threads import process_threads
 from k26_plugins.common.experts.op import held_experts, number_of
@@ -218,6 +219,11 @@ class K26HybridScheme(K26MoEScheme):
             parameter.weight_loader = weight_loader
 
         return on_parameter
+
+    def places(self, layer: Any) -> Places:
+        slots = {expert: [(0, slot)] for slot, expert in enumerate(self.placement.device_ids)}
+        slots |= {expert: [(1, slot)] for slot, expert in enumerate(self.placement.host_ids)}
+        return Places([self.experts, self.on_host], slots.__getitem__, layer.moe_tp_rank, layer.moe_tp_size)
 
     def open(self) -> bool:
         self.backend = None

@@ -120,7 +120,7 @@ def whole_checkpoint(
     config = getattr(model, "core_config", None)
     if isinstance(model, KimiK25ForConditionalGeneration) and config is not None:
         if layers := experts_of(model):
-            weights = with_mapped_files(weights, config, is_needed(layers))
+            weights = with_mapped_files(weights, config, is_needed(layers, config))
         weights = account(weights, config, lambda spec: spec.name not in model.left_out)
     return original(model, weights, target_device)
 

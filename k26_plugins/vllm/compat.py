@@ -306,6 +306,13 @@ def physical_ids(layer: Any) -> Callable[[int], Iterable[int]]:
     return lambda expert: range(expert, total, logical)
 
 
+def local_places(layer: Any) -> list[int] | None:
+    """By these ids, where this rank keeps an expert, negative where it does not; None where it keeps all, in their order."""
+    # `expert_map` is another table where AITER computes.
+    table = layer._expert_map
+    return None if table is None else table.tolist()
+
+
 def hook_checkpoint_loader(whole: Callable[..., Any], files: Callable[..., Any]) -> None:
     """Put `whole(original, loader, model_config, model)` around what gives a model the weights of vLLM's loader of
     checkpoints: the loader alone knows that they are the whole, and what it filters. And `files(original, files, use_tqdm,

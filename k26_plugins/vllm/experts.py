@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from k26_plugins.common.experts import ExpertsError, why_unsupported
 from k26_plugins.common.experts.base import LayerSizes
-from k26_plugins.common.experts.loading import ExpertsOfLayer
+from k26_plugins.common.experts.loading import ExpertsOfLayer, Places
 from k26_plugins.common.experts.parameters import LayerExperts
 from k26_plugins.common.experts.tuned import backend_for, installed_engine
 from k26_plugins.common.serving import core_serves_layer
@@ -189,8 +189,12 @@ def experts_of(model: torch.nn.Module) -> dict[int, ExpertsOfLayer]:
         if isinstance(method, K26ExpertsMethod) and method.experts.layer is module:
             number = layer_number(name)
             experts, physical_ids = method.experts, compat.physical_ids(module)
-            is_local = partial(_is_local, physical_ids, local_ids(module))
-            found[number] = ExpertsOfLayer(module, experts, experts.open, experts.close, physical_ids, is_local)
+            slots = cache(partial(_slots, physical_ids, compat.local_places(module)))
+            parallel = module.moe_config.moe_parallel_config
+            places = Places([experts], slots, parallel.tp_rank, parallel.tp_size)
+            found[number] = ExpertsOfLayer(
+                module, experts, experts.open, experts.close, physical_ids, partial(_is_local, slots), places
+            )
     return found
 
 
@@ -199,16 +203,16 @@ def layer_number(name: str) -> int:
     return int(name.partition("layers.")[2].partition(".")[0])
 
 
-def local_ids(layer: Any) -> set[int] | None:
-    """Under which of the ids vLLM's loader of a layer's weights keeps them on this rank, None for all."""
-    expert_map: torch.Tensor | None = layer.expert_map
-    if expert_map is None:
-        return None
-    return {number for number, place in enumerate(expert_map.tolist()) if place >= 0}
+def _slots(
+    physical_ids: Callable[[int], Iterable[int]], local_places: Sequence[int] | None, expert: int
+) -> list[tuple[int, int]]:
+    ids = physical_ids(expert)
+    places = ids if local_places is None else [local_places[number] for number in ids]
+    return [(0, place) for place in places if place >= 0]
 
 
-def _is_local(physical_ids: Callable[[int], Iterable[int]], local: set[int] | None, expert: int) -> bool:
-    return local is None or not local.isdisjoint(physical_ids(expert))
+def _is_local(slots: Callable[[int], Sequence[tuple[int, int]]], expert: int) -> bool:
+    return bool(slots(expert))
 
 
 def use_core_experts(vllm_config: Any, setting: str, *, required: bool = True) -> None:

@@ -72,7 +72,9 @@ def whole_checkpoint(
         return weights
     experts, left_out = compat.loader_filters(loader)
     if layers := experts_of(model):
-        weights = with_mapped_files(weights, config, is_needed(layers), None if experts is None else len(experts))
+        weights = with_mapped_files(
+            weights, config, is_needed(layers, config), None if experts is None else len(experts)
+        )
 
     def is_expected(spec: TensorSpec) -> bool:
         return (experts is None or spec.expert is None or spec.expert in experts) and not spec.name.startswith(left_out)

@@ -206,7 +206,7 @@ def test_a_load_of_an_engine(tiny_folder: Path, caplog: pytest.LogCaptureFixture
         assert is_under_way()
         yield from engine_files(files, logger, experts=(1, 3))
 
-    names = [name for name, _ in with_mapped_files(engine(), config, lambda found: True)]
+    names = [name for name, _ in with_mapped_files(engine(), config, lambda kind, expert: True)]
     assert not is_under_way()
     all_names = [name for file in files for name in load_file(file)]
     assert sorted(names) == sorted(

@@ -15,7 +15,7 @@ from k26_plugins.common.checkpoint import Checkpoint, expert_name
 from k26_plugins.common.checkpoint.engine_files import with_mapped_files
 from k26_plugins.common.experts import BACKENDS, ExpertsBackend, ExpertsError, ExpertWeights
 from k26_plugins.common.experts.base import Expert
-from k26_plugins.common.experts.loading import ExpertsOfLayer, load_experts
+from k26_plugins.common.experts.loading import ExpertsOfLayer, Places, load_experts
 from k26_plugins.common.experts.parameters import PACKED_NAMES, LayerExperts
 from k26_plugins.common.experts.reference import ReferenceExperts
 
@@ -158,19 +158,21 @@ def test_a_backend_that_keeps_its_weights_takes_whole_updates() -> None:
         experts.close()
 
 
-def whole_layer(experts: LayerExperts) -> ExpertsOfLayer:
+def whole_layer(experts: LayerExperts, *, by_copy: bool = True) -> ExpertsOfLayer:
     """As an engine without expert parallelism has it."""
+    places = Places([experts], lambda expert: [(0, expert)], 0, 1) if by_copy else None
     return ExpertsOfLayer(
-        experts.layer, experts, experts.open, experts.close, lambda expert: (expert,), lambda expert: True
+        experts.layer, experts, experts.open, experts.close, lambda expert: (expert,), lambda expert: True, places
     )
 
 
-def test_tensors_reach_their_places_by_name(tiny_folder: Path) -> None:
+@pytest.mark.parametrize("by_copy", [True, False])
+def test_tensors_reach_their_places_by_name(tiny_folder: Path, *, by_copy: bool) -> None:
     """A layer that serves is opened and closed again, and not where the engine opened it; all others are passed on."""
     checkpoint = Checkpoint(tiny_folder)
     text = checkpoint.config.text
     layers = {number: layer_of(checkpoint) for number in (1, 2)}
-    found = {number: whole_layer(experts) for number, experts in layers.items()}
+    found = {number: whole_layer(experts, by_copy=by_copy) for number, experts in layers.items()}
     names = list(checkpoint.table)
     weights = ((name, checkpoint.tensor(name)) for name in names)
     others = [name for name, _ in load_experts(weights, checkpoint.config, found)]
@@ -199,6 +201,61 @@ def test_tensors_reach_their_places_by_name(tiny_folder: Path) -> None:
     assert layers[1].tensors()["w13_packed"][3].chunk(2)[0].any()
 
 
+def test_a_rank_takes_its_part_of_the_experts_that_it_keeps(tiny_folder: Path) -> None:
+    """Rank 1 of 2, and of the experts the even ones, in another order and one of them twice."""
+    checkpoint = Checkpoint(tiny_folder)
+    text = checkpoint.config.text
+    kept = [4, 0, 2, 4]
+    inner = text.moe_intermediate_size // 2
+    sizes = (len(kept), text.hidden_size, inner)
+
+    def refuse(parameter: Any) -> None:
+        parameter.weight_loader = None
+
+    rank = LayerExperts(torch.nn.Module(), *sizes, "reference", refuse)
+
+    def slots(expert: int) -> list[tuple[int, int]]:
+        return [(0, slot) for slot, one in enumerate(kept) if one == expert]
+
+    layer = whole_layer(rank)._replace(places=Places([rank], slots, 1, 2))
+    weights = ((name, checkpoint.tensor(name)) for name, spec in checkpoint.table.items() if spec.layer == 1)
+    for _ in load_experts(weights, checkpoint.config, {1: layer}):
+        pass
+    parameters = dict(rank.layer.named_parameters())
+    for slot, expert in enumerate(kept):
+        for part in ("packed", "scale"):
+            gate, up, down = (
+                checkpoint.tensor(expert_name(1, expert, projection, part)) for projection in ("gate", "up", "down")
+            )
+            assert torch.equal(parameters[f"w13_weight_{part}"][slot], torch.cat((gate[inner:], up[inner:])))
+            assert torch.equal(parameters[f"w2_weight_{part}"][slot], down[:, down.shape[1] // 2 :])
+
+
+def test_another_loader_of_a_parameter_is_given_the_tensors(tiny_folder: Path) -> None:
+    """As an engine puts one there that reloads a layer; of the parameters that have their own, it is not asked."""
+    checkpoint = Checkpoint(tiny_folder)
+    experts = layer_of(checkpoint)
+    given: list[tuple[str, str, int, torch.Tensor]] = []
+
+    def load(param: Any, weight: torch.Tensor, name: str, shard_id: str, expert_id: int) -> None:
+        given.append((name, shard_id, expert_id, weight))
+
+    parameter: Any = experts.layer.get_parameter("w13_weight_packed")
+    parameter.data.zero_()
+    parameter.weight_loader = load
+    weights = [(name, checkpoint.tensor(name)) for name, spec in checkpoint.table.items() if spec.layer == 1]
+    for _ in load_experts(weights, checkpoint.config, {1: whole_layer(experts)}):
+        pass
+    assert not parameter.any()
+    assert len(given) == 2 * checkpoint.config.text.n_routed_experts
+    assert {name for name, *_ in given} == {"experts.w13_weight_packed"}
+    for _, shard_id, expert, tensor in given:
+        projection = {"w1": "gate", "w3": "up"}[shard_id]
+        assert torch.equal(tensor, checkpoint.tensor(expert_name(1, expert, projection, "packed")))
+    expected = checkpoint.tensor(expert_name(1, 3, "down", "packed"))
+    assert torch.equal(experts.layer.get_parameter("w2_weight_packed")[3], expected)
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_a_layer_is_repacked_while_others_are_still_to_come(tiny_folder: Path, backend: str) -> None:
     """Of a whole checkpoint's load, as soon as its last tensor is there. Of any other the engine closes the layers."""
@@ -218,7 +275,7 @@ def test_a_layer_is_repacked_while_others_are_still_to_come(tiny_folder: Path, b
             assert index < last or not layers[1].is_open
 
     def load_whole() -> None:
-        whole = with_mapped_files(weights(), checkpoint.config, lambda tensor: True)
+        whole = with_mapped_files(weights(), checkpoint.config)
         assert not [name for name, _ in load_experts(whole, checkpoint.config, found) if ".experts." in name]
 
     load_whole()
@@ -243,7 +300,7 @@ def test_what_repacking_refuses_ends_the_load(tiny_folder: Path) -> None:
                 tensor = checkpoint.tensor(name)
                 yield name, torch.full_like(tensor, torch.nan) if name.endswith("weight_scale") else tensor
 
-    whole = with_mapped_files(weights(), checkpoint.config, lambda tensor: True)
+    whole = with_mapped_files(weights(), checkpoint.config)
     with pytest.raises(ExpertsError, match="failed the self-test"):
         list(load_experts(whole, checkpoint.config, layers))
 

@@ -553,7 +553,9 @@ def test_prompts_and_images_can_be_left_to_sglang(tiny_folder: Path, monkeypatch
 
 
 @pytest.mark.parametrize("on_device", [None, 0, 3])
-def test_a_layer_s_experts_are_loaded_and_updated(tiny_folder: Path, tmp_path: Path, on_device: int | None) -> None:
+def test_a_layer_s_experts_are_loaded_and_updated(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_device: int | None
+) -> None:
     """By the names of the checkpoint, on one side or on both of a hybrid run; an update comes in two halves."""
     from k26_plugins.sglang.experts import K26MoEScheme, experts_of
     from k26_plugins.sglang.hybrid import HybridSettings, K26HybridScheme
@@ -567,7 +569,10 @@ def test_a_layer_s_experts_are_loaded_and_updated(tiny_folder: Path, tmp_path: P
     else:
         scheme = K26HybridScheme("cpu", HybridSettings(experts, on_device, None, "native", None, None))
     layer = FusedMoE()
-    layer.layer_id, layer.num_experts, layer.moe_ep_size = 1, experts, 1
+    layer.layer_id, layer.num_experts = 1, experts
+    layer.moe_ep_size, layer.moe_tp_size, layer.moe_tp_rank = 1, 1, 0
+    unmoved = SimpleNamespace(init_expert_location="trivial", enable_eplb=False, ep_num_redundant_experts=0)
+    monkeypatch.setattr(compat, "server_args", lambda: unmoved)
     layer.scheme = scheme
     sizes = (experts, text.hidden_size, text.moe_intermediate_size)
     scheme.create_weights(layer, *sizes, torch.bfloat16, weight_loader=load_whole)

@@ -30,10 +30,9 @@ def account(
     seen: set[str] = set()
     for name, tensor in weights:
         spec = names.spec(name)
-        dtype = _NAMES.get(tensor.dtype, str(tensor.dtype))
         # Of 208,550 tensors nearly all are right, and `compare` takes its time to say so.
-        if spec is None or tensor.shape != spec.shape or dtype != spec.dtype:
-            problem = compare(name, tensor.shape, dtype, spec)
+        if spec is None or tensor.shape != spec.shape or tensor.dtype != TORCH_DTYPES[spec.dtype]:
+            problem = compare(name, tensor.shape, _NAMES.get(tensor.dtype, str(tensor.dtype)), spec)
             if problem:
                 raise CheckpointError(f"{name} {problem.message}")
         if name in seen:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from k26_plugins.common.checkpoint.expert_names import ExpertNames, ExpertTensor, expert_names
+from k26_plugins.common.checkpoint.expert_names import ExpertKind, ExpertNames, expert_names
 from k26_plugins.common.checkpoint.mapped import mapped_tensors
 from k26_plugins.common.config import K26Config
 
@@ -50,7 +50,9 @@ class Progress:
 class _Load:
     """A load of one of our models that is under way."""
 
-    def __init__(self, config: K26Config, is_needed: Callable[[ExpertTensor], bool], num_experts: int) -> None:
+    def __init__(
+        self, config: K26Config, is_needed: Callable[[ExpertKind, int], bool] | None, num_experts: int
+    ) -> None:
         self.names: ExpertNames = expert_names(config)
         self.is_needed = is_needed
         self.num_experts = num_experts
@@ -62,13 +64,13 @@ _under_way: list[_Load] = []
 def with_mapped_files(
     weights: Iterable[tuple[str, torch.Tensor]],
     config: K26Config,
-    is_needed: Callable[[ExpertTensor], bool],
+    is_needed: Callable[[ExpertKind, int], bool] | None = None,
     num_experts: int | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Pass the engine's weights on; files that it opens meanwhile are mapped by us.
 
-    is_needed: whether this rank keeps any of a routed expert's tensor, else it is not read ahead. num_experts: of each
-    layer that the engine gives, all if not said.
+    is_needed: whether this rank keeps any of a routed expert's tensor, else it is not read ahead; all if not given.
+    num_experts: of each layer that the engine gives, all if not said.
     """
     load = _Load(config, is_needed, config.text.n_routed_experts if num_experts is None else num_experts)
     _under_way.append(load)
@@ -99,17 +101,18 @@ def engine_files(
 
     def is_wanted(name: str) -> bool:
         found = load.names.expert_tensor(name)
-        return chosen is None or found is None or found.expert in chosen
+        return chosen is None or found is None or found[1] in chosen
 
     def is_read(name: str) -> bool:
         found = load.names.expert_tensor(name)
-        return is_wanted(name) and (found is None or load.is_needed(found))
+        return is_wanted(name) and (found is None or load.is_needed is None or load.is_needed(*found))
 
     paths = [Path(file) for file in files]
     first = not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0
     say = logger.info if first else logger.debug
     progress = Progress(sum(path.stat().st_size for path in paths if path.exists()), say)
-    tensors = mapped_tensors(paths, is_read, progress.advance)
+    reads_all = chosen is None and load.is_needed is None
+    tensors = mapped_tensors(paths, None if reads_all else is_read, progress.advance)
     yield from tensors if chosen is None else ((name, tensor) for name, tensor in tensors if is_wanted(name))
     progress.end()
 

@@ -55,20 +55,22 @@ def read_header(file: Path) -> list[HeaderEntry]:
             (length,) = struct.unpack("<Q", prefix)
             if length > MAX_HEADER_BYTES:
                 raise CheckpointError(f"{damaged}: its header claims {length} bytes. {remedy}")
-            with paused():
-                header = json.loads(stream.read(length))
+            text = stream.read(length)
     except OSError as error:
         remedy = cause.get(error.errno or 0, "see what the system says of it.")
         raise CheckpointError(f"{file.name} cannot be read ({error.strerror}): {remedy}") from error
-    except ValueError as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{damaged}: its header is not JSON ({error}). {remedy}") from error
-    try:
-        with paused():
-            return [_entry(name, fields, 8 + length) for name, fields in header.items() if name != "__metadata__"]
-    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
-        raise CheckpointError(f"{damaged}: its header lacks {error}. {remedy}") from error
+    with paused():
+        try:
+            header = json.loads(text)
+        except ValueError as error:
+            raise CheckpointError(f"{damaged}: its header is not JSON ({error}). {remedy}") from error
+        try:
+            entries = [_entry(name, fields, 8 + length) for name, fields in header.items() if name != "__metadata__"]
+        except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+            raise CheckpointError(f"{damaged}: its header lacks {error}. {remedy}") from error
+        # While the collector is off, or it would look at these thousands of objects once more.
+        del header
+        return entries
 
 
 def _entry(name: str, fields: dict[str, Any], data_start: int) -> HeaderEntry:

@@ -11,6 +11,7 @@ import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,19 +24,20 @@ from k26_plugins.common.checkpoint.watched import WatchedFile, watched_files
 WINDOW_BYTES = 64 * 2**20
 AHEAD_BYTES = 512 * 2**20
 _DTYPES = TORCH_DTYPES | {"F16": torch.float16}
+_START = HeaderEntry._fields.index("start")
 
 
 class _File(WatchedFile):
     """A file of which the header is read. Raises CheckpointError where it cannot be, or the file is not whole."""
 
     def __init__(self, path: Path) -> None:
-        self.entries = sorted(read_header(path), key=lambda entry: entry.start)
+        self.entries = sorted(read_header(path), key=itemgetter(_START))
         super().__init__(path)
-        for entry in self.entries:
-            if entry.dtype not in _DTYPES:
-                raise CheckpointError(f"{entry.name} in {path} has dtype {entry.dtype}, which this model has nowhere.")
-            if math.prod(entry.shape) * _DTYPES[entry.dtype].itemsize != entry.end - entry.start:
-                raise CheckpointError(f"{entry.name} in {path} is not as long as its shape says: download it again.")
+        for name, shape, dtype, start, end in self.entries:
+            if dtype not in _DTYPES:
+                raise CheckpointError(f"{name} in {path} has dtype {dtype}, which this model has nowhere.")
+            if _length(shape, dtype) != end - start:
+                raise CheckpointError(f"{name} in {path} is not as long as its shape says: download it again.")
         if self.entries and self.entries[-1].end > self.size:
             raise CheckpointError(f"{self.entries[-1].name} ends after {path} does: download that file again.")
 
@@ -70,15 +72,15 @@ class _Window(NamedTuple):
 
 def mapped_tensors(
     files: Sequence[Path],
-    is_read: Callable[[str], bool] = lambda name: True,
+    is_read: Callable[[str], bool] | None = None,
     on_bytes: Callable[[int], None] = lambda count: None,
     window_bytes: int = WINDOW_BYTES,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of the files by name, views of the mapped files.
 
-    is_read: whether the tensor's bytes will be touched, else they are not read ahead. on_bytes: told the length of each
-    window when all of it was taken. Raises CheckpointError with the file's name where a file is damaged, vanishes, or is
-    changed before its last tensor was taken.
+    is_read: whether the tensor's bytes will be touched, else they are not read ahead; all if not given. on_bytes: told the
+    length of each window when all of it was taken. Raises CheckpointError with the file's name where a file is damaged,
+    vanishes, or is changed before its last tensor was taken.
     """
     with watched_files():
         for path in files:
@@ -88,7 +90,7 @@ def mapped_tensors(
 
 
 def _tensors(
-    file: _File, is_read: Callable[[str], bool], on_bytes: Callable[[int], None], window_bytes: int
+    file: _File, is_read: Callable[[str], bool] | None, on_bytes: Callable[[int], None], window_bytes: int
 ) -> Iterator[tuple[str, torch.Tensor]]:
     mapping = file.map()
     whole = torch.frombuffer(mapping, dtype=torch.uint8)
@@ -98,19 +100,28 @@ def _tensors(
     for window in windows:
         file.require_unchanged()
         while ahead < len(windows) and windows[ahead].start < window.end + AHEAD_BYTES:
-            file.ask_for(entry for entry in windows[ahead].entries if is_read(entry.name))
+            coming = windows[ahead].entries
+            file.ask_for(coming if is_read is None else (entry for entry in coming if is_read(entry.name)))
             ahead += 1
         for name, shape, dtype, start, end in window.entries:
-            item = _DTYPES[dtype].itemsize
-            if start % item:
+            typed = by_dtype.get(dtype)
+            if typed is None:
+                item = _DTYPES[dtype].itemsize
+                typed = by_dtype[dtype] = whole[: len(whole) // item * item].view(_DTYPES[dtype])
+            place, rest = divmod(start, typed.itemsize)
+            if rest:
                 yield name, whole[start:end].clone().view(_DTYPES[dtype]).view(shape)
-                continue
-            if dtype not in by_dtype:
-                by_dtype[dtype] = whole[: len(whole) // item * item].view(_DTYPES[dtype])
-            yield name, by_dtype[dtype].as_strided(shape, _strides(shape), start // item)
+            else:
+                yield name, typed.as_strided(shape, _strides(shape), place)
         _let_go(mapping, window)
         on_bytes(window.end - window.start)
     file.require_unchanged()
+
+
+@cache
+def _length(shape: tuple[int, ...], dtype: str) -> int:
+    """In bytes."""
+    return math.prod(shape) * _DTYPES[dtype].itemsize
 
 
 @cache

@@ -18,6 +18,8 @@ from k26_plugins.common.int4 import GROUP_SIZE, PACK_FACTOR
 
 # As the engines' loaders know them, in the order of `Expert`.
 PACKED_NAMES = ("w13_weight_packed", "w13_weight_scale", "w2_weight_packed", "w2_weight_scale")
+# Of a checkpoint's projection: the parameter's beginning, and its block of the rows there, and of how many.
+_BLOCKS = {"gate": ("w13", 0, 2), "up": ("w13", 1, 2), "down": ("w2", 0, 1)}
 # The projections in each.
 _PROJECTIONS = (2, 2, 1, 1)
 
@@ -65,6 +67,7 @@ class LayerExperts:
         self._held: ExpertsBackend | None = None
         self._number = -1
         self._awaited: dict[str, int] = {}
+        self._loaders: dict[str, object] = {}
         self._was_closed = False
         self._takes_workspace = False
         self._create()
@@ -81,6 +84,19 @@ class LayerExperts:
             return False
         # An engine that reloads a layer keeps its tensors elsewhere until it has them all.
         return self.layer.get_parameter(PACKED_NAMES[0]).device.type == "cpu"
+
+    def place(self, projection: str, part: str) -> torch.Tensor | None:
+        """Where the tensors of a kind go while the layer is open, `[num_experts, N, K]`: whoever loads them may copy them to
+        it. None where the parameter has another loader than at first: who put it there is to be given each tensor.
+
+        projection: gate, up or down. part: packed or scale.
+        """
+        weight, block, num_blocks = _BLOCKS[projection]
+        name = f"{weight}_weight_{part}"
+        parameter: Any = self.layer._parameters[name]
+        if getattr(parameter, "weight_loader", None) is not self._loaders[name]:
+            return None
+        return parameter.data.chunk(num_blocks, dim=1)[block]  # type: ignore[no-any-return]
 
     def open(self) -> bool:
         """Restore the checkpoint's form in the storage of the other, expert by expert.
@@ -204,6 +220,7 @@ class LayerExperts:
         parameter = torch.nn.Parameter(tensor, requires_grad=False)
         self.layer.register_parameter(name, parameter)
         self._on_parameter(parameter)
+        self._loaders[name] = getattr(parameter, "weight_loader", None)
 
     def _count_loads(self, name: str) -> None:
         parameter: Any = self.layer.get_parameter(name)
