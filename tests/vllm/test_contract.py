@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from pathlib import Path
 
 from support.contract import looked_up, members
@@ -32,3 +34,27 @@ def test_the_model_has_what_vllm_looks_up() -> None:
     assert {"lm_head", "packed_modules_mapping", "set_aux_hidden_state_layers"} <= found.keys() & of_language_model
     ours = members(KimiK25ForConditionalGeneration)
     assert {name: found[name] for name in (found.keys() & of_language_model) - ours - NOT_GIVEN.keys()} == {}
+
+
+def test_the_model_passes_every_check_that_a_part_of_it_passes() -> None:
+    """What vLLM asks of a model's class before it starts a feature: its functions `supports_…`, `is_…` and the like."""
+    from vllm.model_executor.models import interfaces, interfaces_base
+    from vllm.model_executor.models.deepseek_v2 import DeepseekV3ForCausalLM
+
+    from k26_plugins.vllm import compat
+    from k26_plugins.vllm.model import KimiK25ForConditionalGeneration
+
+    checks = {
+        name: check
+        for module in (interfaces, interfaces_base)
+        for name, check in inspect.getmembers(module, inspect.isfunction)
+        if check.__module__ == module.__name__ and re.match(r"(supports|is|has|requires)_", name)
+    }
+    in_tree = compat.in_tree_model().KimiK25ForConditionalGeneration
+    passed = {
+        model: {name for name, check in checks.items() if check(model)}
+        for model in (DeepseekV3ForCausalLM, in_tree, KimiK25ForConditionalGeneration)
+    }
+    parts = passed[DeepseekV3ForCausalLM] | passed[in_tree]
+    assert {"supports_lora", "supports_pp", "supports_multimodal", "supports_eagle3"} <= parts
+    assert parts - passed[KimiK25ForConditionalGeneration] == set()

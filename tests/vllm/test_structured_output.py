@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from pathlib import Path
 from typing import Any, ClassVar
@@ -167,6 +168,13 @@ def test_what_a_backend_refuses(tiny_folder: Path, backend: str, kind: str, spec
 
     with pytest.raises((VLLMValidationError, ValueError, ImportError), match=said):
         Engine(tiny_folder, backend).grammar(kind, spec)
+
+
+def test_lm_format_enforcer_fails_in_vllm_alone() -> None:
+    """It imports a module that vLLM no longer has, and takes that for no vLLM."""
+    with pytest.raises(ImportError, match="vllm is not installed") as raised:
+        importlib.import_module("lmformatenforcer.integrations.vllm")
+    assert "vllm.transformers_utils.tokenizer" in str(raised.value.__context__)
 
 
 class TestServed(ServedGrammarTests):
