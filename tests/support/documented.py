@@ -22,6 +22,9 @@ HYBRID = (
 )
 PLAIN_VLLM, PLAIN_SGLANG = "vllm serve DIR", "python -m sglang.launch_server --model-path DIR"
 LORA_VLLM = "vllm serve moonshotai/Kimi-K2.6 --enable-lora --max-loras 2 --max-lora-rank 32"
+EAGLE3_VLLM = (
+    """vllm serve DIR --speculative-config '{"method": "eagle3", "model": "DRAFT", "num_speculative_tokens": 3}'"""
+)
 SERVE_VLLM, SERVE_SGLANG = "k26 serve --engine vllm DIR", "k26 serve --engine sglang DIR"
 
 SUBSTITUTED = {
@@ -44,6 +47,7 @@ RUN_BY = {
     SERVE_VLLM: ("tests/vllm/test_operate.py", "documented.SERVE_VLLM"),
     SERVE_SGLANG: ("tests/sglang/conftest.py", "documented.SERVE_SGLANG"),
     LORA_VLLM: ("tests/vllm/test_lora.py", "documented.LORA_VLLM"),
+    EAGLE3_VLLM: ("tests/vllm/test_speculation.py", "documented.EAGLE3_VLLM"),
     PLAIN_VLLM: ("tests/support/vllm_server.py", "documented.PLAIN_VLLM"),
     PLAIN_SGLANG: ("tests/support/sglang_server.py", "documented.PLAIN_SGLANG"),
     'PYTHONPATH="$(python -m k26_plugins.sglang.boot)" python -m sglang.launch_server …': (

@@ -5,53 +5,172 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import httpx
 import pytest
 import torch
-from support.agreement import BYTES, VOCABULARY, assert_same_distribution, rows
-from support.server import Server
+from support import documented
+from support.agreement import BYTES, VOCABULARY, rows
+from support.grammar import REGEX, SCHEMA
+from support.guesses import Greedy, Steps, assert_no_farther, assert_parts_no_more
+from support.hidden_states import assert_read_in_front_of
+from support.images import image_part, png, random_image
+from support.served_grammar import TOOL
+from support.server import Server, python_path
+from support.swarm import metric
+from support.vllm_hidden import read_by_draft
 from support.vllm_server import serve
 
 from k26_plugins.common.checkpoint import Checkpoint
 from k26_plugins.common.multimodal import KimiK26
+from k26_plugins.common.tiny import TinySizes, make_tiny
+from k26_plugins.common.tiny_draft import make_eagle3
 
 pytestmark = pytest.mark.long
 # The guesses are what followed the same tokens before: in such a text there is much to guess.
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 PROMPTS = [[random.Random(seed).randrange(256) for _ in range(20)] * 4 for seed in range(6)]
+LAYERS_READ = (2, 3, 4)
 
 
 @pytest.fixture(scope="module")
-def server(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("ngram") / "server.log"
-    with serve(tiny_folder, log, "--enforce-eager", "--speculative-config", json.dumps(NGRAM)) as running:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A checkpoint of as many layers as a draft needs, and its draft."""
+    work = tmp_path_factory.mktemp("speculation")
+    make_tiny(work / "tiny", TinySizes(layers=5))
+    assert make_eagle3(work / "tiny", work / "draft") == LAYERS_READ
+    return work / "tiny", work / "draft"
+
+
+@pytest.fixture(scope="module")
+def judge(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The same server without speculation."""
+    log = tmp_path_factory.mktemp("judge") / "server.log"
+    with serve(folders[0], log, "--enforce-eager") as running:
         yield running
 
 
-def test_answers_with_guesses_are_the_models(server: Server, tiny_folder: Path) -> None:
-    reference = KimiK26(Checkpoint(tiny_folder), torch.float32)
-    served, expected = [], []
+@dataclass
+class Guessing:
+    method: str
+    server: Server
+
+
+@pytest.fixture(scope="module", params=["ngram", "eagle3"])
+def guessing(
+    request: pytest.FixtureRequest, folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Guessing]:
+    folder, draft = folders
+    command = [*documented.as_run(documented.PLAIN_VLLM, folder), "--speculative-config", json.dumps(NGRAM)]
+    if request.param == "eagle3":
+        command = [word.replace("DRAFT", str(draft)) for word in documented.as_run(documented.EAGLE3_VLLM, folder)]
+    arguments = ["--enforce-eager", "--worker-extension-cls", "support.vllm_hidden.Worker"]
+    settings = {"PYTHONPATH": python_path(), "VLLM_SERVER_DEV_MODE": "1"}
+    log = tmp_path_factory.mktemp(request.param) / "server.log"
+    with serve(folder, log, *arguments, command=command, **settings) as running:
+        yield Guessing(request.param, running)
+
+
+def counted(server: Server, what: str) -> float:
+    return sum(metric(server, f"vllm:spec_decode_num_{what}_tokens_total").values())
+
+
+def greedy(asked: Server, judge: Server) -> Greedy:
+    """Answers to PROMPTS, each one alone, and what the judge makes of them."""
+    token_ids, served, expected = [], [], []
     for prompt in PROMPTS:
-        answer = server.complete(
-            prompt,
-            max_tokens=60,
-            temperature=0,
-            logprobs=VOCABULARY,
-            allowed_token_ids=BYTES,
+        answer = asked.complete(
+            prompt, max_tokens=60, temperature=0, logprobs=VOCABULARY, allowed_token_ids=BYTES,
             return_tokens_as_token_ids=True,
-        )
+        )  # fmt: skip
         logprobs = answer["choices"][0]["logprobs"]
-        token_ids = [int(token.removeprefix("token_id:")) for token in logprobs["tokens"]]
-        assert len(token_ids) == 60
+        answered = [int(token.removeprefix("token_id:")) for token in logprobs["tokens"]]
+        assert len(answered) == 60
+        token_ids += answered
         served.append(rows(logprobs["top_logprobs"]))
-        # Greedy: each token is the likeliest that was allowed.
-        assert served[-1][:, BYTES].argmax(-1).tolist() == token_ids
-        expected.append(reference.logprobs(torch.tensor(prompt + token_ids[:-1]))[len(prompt) - 1 :])
-    assert_same_distribution(torch.cat(served), torch.cat(expected))
-    metrics = httpx.get(f"{server.url}/metrics", timeout=10).text
-    accepted = next(
-        line for line in metrics.splitlines() if line.startswith("vllm:spec_decode_num_accepted_tokens_total")
-    )
-    assert float(accepted.rsplit(" ", 1)[1]) > 20
+        read = judge.complete([*prompt, *answered], max_tokens=1, prompt_logprobs=VOCABULARY)
+        expected.append(rows(read["choices"][0]["prompt_logprobs"][len(prompt) :]))
+    return Greedy(torch.tensor(token_ids), torch.cat(served), torch.cat(expected))
+
+
+@pytest.fixture(scope="module")
+def own(judge: Server) -> Greedy:
+    return greedy(judge, judge)
+
+
+def test_answers_with_guesses_are_the_models(guessing: Guessing, judge: Server, own: Greedy) -> None:
+    accepted, guessed = counted(guessing.server, "accepted"), counted(guessing.server, "draft")
+    found = greedy(guessing.server, judge)
+    accepted, guessed = counted(guessing.server, "accepted") - accepted, counted(guessing.server, "draft") - guessed
+    print(f"{guessing.method}: {accepted:.0f} of {guessed:.0f} guesses taken")
+    # Both kinds of guess must have been met.
+    assert 10 < accepted < guessed - 10
+    assert_no_farther(found, own, BYTES)
+    # The judge finds one guess in ten that is taken unseen: the second-likeliest token in the place of the likeliest.
+    second = found.expected[:, BYTES].topk(2).indices[::10, 1]
+    token_ids = found.token_ids.clone()
+    token_ids[::10] = second
+    with pytest.raises(AssertionError):
+        assert_no_farther(replace(found, token_ids=token_ids), own, BYTES)
+
+
+def test_the_draft_reads_the_layers_that_it_asks_for(
+    guessing: Guessing, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    if guessing.method != "eagle3":
+        pytest.skip("n-grams read nothing of the model")
+    assert f"Using auxiliary layers from speculative config: {LAYERS_READ}" in guessing.server.log.read_text()
+    token_ids = [random.Random(9).randrange(256) for _ in range(100)]
+    read = read_by_draft(guessing.server, token_ids, tmp_path / "read.safetensors")
+    assert_read_in_front_of(LAYERS_READ, read, KimiK26(Checkpoint(folders[0]), torch.float32), token_ids)
+
+
+JSON = {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}}
+QUESTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
+    **{
+        f"image {seed}": ([image_part(png(random_image(100 + 40 * seed, 80, seed))), {"type": "text", "text": "What?"}], {})
+        for seed in range(4)
+    },
+    **{f"thinking {word}": (word * 9, {"chat_template_kwargs": {"thinking": True}}) for word in ("Why? ", "How? ")},
+    **{f"JSON {word}": (word * 9, JSON) for word in ("Where? ", "When? ")},
+    **{f"regex {word}": (word * 9, {"structured_outputs": {"regex": REGEX}}) for word in ("Who? ", "Which? ")},
+    **{f"call {word}": (word * 9, {"tools": [TOOL], "tool_choice": "required"}) for word in ("Go. ", "Run. ")},
+}  # fmt: skip
+
+
+def ask(server: Server, name: str) -> Steps:
+    content, fields = QUESTIONS[name]
+    answer = server.chat(
+        content, max_tokens=40, temperature=0, logprobs=True, top_logprobs=VOCABULARY, return_tokens_as_token_ids=True,
+        **{"chat_template_kwargs": {"thinking": False}, **fields},
+    )  # fmt: skip
+    choice = answer["choices"][0]
+    entries = choice["logprobs"]["content"]
+    logprobs = [{top["token"]: top["logprob"] for top in entry["top_logprobs"]} for entry in entries]
+    return Steps(json.dumps(choice["message"]), [entry["token"] for entry in entries], logprobs)
+
+
+@pytest.fixture(scope="module")
+def alone(judge: Server) -> dict[str, Steps]:
+    return {name: ask(judge, name) for name in QUESTIONS}
+
+
+@pytest.fixture(scope="module")
+def together(judge: Server) -> dict[str, Steps]:
+    with ThreadPoolExecutor(len(QUESTIONS)) as pool:
+        return dict(zip(QUESTIONS, pool.map(lambda name: ask(judge, name), QUESTIONS), strict=True))
+
+
+def unseen(steps: Steps) -> Steps:
+    """Its fifth token is the second-likeliest."""
+    second = sorted(steps.logprobs[4], key=steps.logprobs[4].__getitem__)[-2]
+    return replace(steps, tokens=[*steps.tokens[:4], second])
+
+
+def test_images_thinking_grammars_and_calls_are_answered_as_without(
+    guessing: Guessing, alone: dict[str, Steps], together: dict[str, Steps]
+) -> None:
+    assert_parts_no_more({name: ask(guessing.server, name) for name in QUESTIONS}, alone, together, unseen)

@@ -1,0 +1,36 @@
+"""What a draft reads of the model: the hidden states in front of some layers, held to the reference's."""
+
+from __future__ import annotations
+
+import torch
+
+from k26_plugins.common.model import KVCache
+from k26_plugins.common.multimodal import KimiK26
+
+# Relative, of a token's hidden state in bfloat16. A rounding near a tie of two experts' scores changes some by far more.
+TOLERANCE = 0.02
+
+
+@torch.inference_mode()
+def in_front_of_layers(reference: KimiK26, token_ids: list[int]) -> torch.Tensor:
+    """`[layers, T, hidden_size]`."""
+    x = reference.embed(torch.tensor(token_ids))
+    cache = KVCache(reference.config.text, len(token_ids), reference.text.dtype)
+    found = []
+    for block in reference.text.layers:
+        found.append(x)
+        x = block.forward(x, cache, absorbed=False)
+    return torch.stack(found)
+
+
+def assert_read_in_front_of(
+    layers: tuple[int, ...], read: torch.Tensor, reference: KimiK26, token_ids: list[int]
+) -> None:
+    """read: `[T, len(layers) · hidden_size]`, of the prompt of these tokens."""
+    expected = in_front_of_layers(reference, token_ids)
+    for layer, part in zip(layers, read.float().chunk(len(layers), dim=-1), strict=True):
+        errors = (part - expected).norm(dim=-1) / expected.norm(dim=-1)
+        middle = errors.median(dim=-1).values
+        print(f"read in front of layer {layer}: median error by layer {[f'{one:.4f}' for one in middle.tolist()]}")
+        assert middle.argmin().item() == layer
+        assert middle[layer] <= TOLERANCE
