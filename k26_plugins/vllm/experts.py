@@ -219,8 +219,9 @@ def use_core_experts(vllm_config: Any, setting: str, *, required: bool = True) -
     """Give this model's quantisation configuration our method for routed experts, and leave the rest of it alone.
 
     setting: a backend's name, or `auto`, which each layer resolves for its device. required: no other experts may take the
-    place of the core's. The object's class is replaced by a subclass of its own: the one of another model in the process
-    keeps its. Raises UnsupportedEngineError where they are required and vLLM reads the checkpoint as something else.
+    place of the core's, whatever was measured to be faster. The object's class is replaced by a subclass of its own: the
+    one of another model in the process keeps its. Raises UnsupportedEngineError where they are required and vLLM reads the
+    checkpoint as something else.
     """
     quant_config = vllm_config.quant_config
     base = compat.compressed_tensors_config()
@@ -235,7 +236,11 @@ def use_core_experts(vllm_config: Any, setting: str, *, required: bool = True) -
     class K26QuantConfig(type(quant_config)):  # type: ignore[misc]
         def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
             if compat.is_routed_experts(layer):
-                backend_name = backend_for(setting, sizes_of(layer.moe_config), installed_engine("vllm"), logger)
+                backend_name = setting
+                # Layers that are never loaded, as of a server of encoders, are on no device that could be asked.
+                if not required:
+                    sizes = sizes_of(layer.moe_config)
+                    backend_name = backend_for(setting, sizes, installed_engine("vllm"), logger)
                 if backend_name != ENGINE and core_serves(layer.moe_config, backend_name):
                     return K26ExpertsMethod(layer.moe_config, backend_name)
             return super().get_quant_method(layer, prefix)

@@ -60,6 +60,11 @@ def test_only_routed_experts_get_our_method(tiny_folder: Path) -> None:
     layer.moe_config = moe_config()
     method = VllmConfig.quant_config.get_quant_method(layer, "model.layers.1.mlp.experts")
     assert isinstance(method, K26ExpertsMethod)
+    # Where a server of encoders on a CPU has the layers that it does not load.
+    use_core_experts(VllmConfig, "auto")
+    with torch.device("meta"):
+        method = VllmConfig.quant_config.get_quant_method(layer, "model.layers.1.mlp.experts")
+    assert isinstance(method, K26ExpertsMethod)
     assert isinstance(VllmConfig.quant_config, compat.compressed_tensors_config())
     assert type(untouched) is compat.compressed_tensors_config()
 
