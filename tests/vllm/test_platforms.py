@@ -22,7 +22,11 @@ from support.published_sizes import make_eagle3_draft, make_published_sizes
 from support.server import python_path
 from support.vllm_platforms import CPU, KERNEL_FLAGS
 
-KINDS = (("sm_90", "sm_100", "sm_103"), ("gfx942",), (CPU,))
+KINDS = (
+    ("sm_80", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121"),
+    ("gfx942", "gfx950"),
+    (CPU,),
+)
 """The platforms of the tables; those of one kind are pretended by one process after another."""
 SOME = (("sm_100",),), ("none", "DeepEP low latency", "EPLB", "encoder only")
 """What CI has time for."""
@@ -43,6 +47,7 @@ REFUSALS = {
     "no INT4 experts": ("No WNA16 MoE backend supports the deployment configuration",),
     "no EPLB": ("EPLB is not supported CompressedTensorsWNA16MoEMethod",),
     "no EPLB here": ("Expert parallelism load balancing is only supported on CUDA devices",),
+    "no fp8 KV": ("FP8 KV cache is not supported by the Triton MLA backend",),
     "no DeepEP": ("name 'DeepEPHTPrepareAndFinalize' is not defined",),
     "not the core's": ("K26_EXPERTS=triton cannot serve here",),
 }
