@@ -15,6 +15,8 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
+import torch
+
 from k26_plugins.common.config import ARCHITECTURE
 from k26_plugins.common.registration import Registration
 
@@ -370,6 +372,11 @@ def make_kernel(method: Any, layer: Any, experts_class: Callable[..., Any]) -> A
     """vLLM's modular kernel around our experts: dispatch and combine between ranks stay vLLM's."""
     modular_kernel = importlib.import_module("vllm.model_executor.layers.fused_moe.modular_kernel")
     make = private("vllm.model_executor.layers.fused_moe.all2all_utils", "maybe_make_prepare_finalize")
+    if private("vllm.platforms", "current_platform").is_cpu():
+        workspace = importlib.import_module("vllm.v1.worker.workspace")
+        # A worker on a CPU makes none, and before 0.30 the kernel takes its buffers from it on a CPU too.
+        if not workspace.is_workspace_manager_initialized():
+            workspace.init_workspace_manager(torch.device("cpu"))
     prepare_finalize = make(
         moe=method.moe,
         quant_config=method.moe_quant_config,
