@@ -314,7 +314,7 @@ def test_which_instruction_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     for capability, missing, expected in (
         ("AVX512", set(), ["amx", "avx512_vnni", "avx512", "avx2_vnni", "avx2"]),
         ("AVX512", {"amx_tile"}, ["avx512_vnni", "avx512", "avx2_vnni", "avx2"]),
-        ("AVX512_BF16", {"avx_vnni", "amx_int8"}, ["avx512_vnni", "avx512", "avx2"]),
+        ("AVX512_BF16", {"avx_vnni", "amx_bf16"}, ["avx512_vnni", "avx512", "avx2"]),
         ("AVX512", {"avx512_vnni", "avx_vnni"}, ["avx512", "avx2"]),
         ("AVX2", set(), ["avx2_vnni", "avx2"]),
         ("AVX2", {"avx512f", "avx_vnni"}, ["avx2"]),
@@ -360,6 +360,47 @@ def test_a_system_that_refuses_amx(monkeypatch: pytest.MonkeyPatch, caplog: pyte
         assert Threads(library()).instruction_set == Threads(library(best)).instruction_set
     assert f"run on {best} and not on the faster amx: the system refuses the registers" in caplog.text
     library.cache_clear()
+
+
+@needs_native
+@pytest.mark.skipif("amx" not in build.variants(), reason="this CPU has no amx")
+def test_a_system_that_gives_amx_and_refuses_it_to_this_process() -> None:
+    """By a signal stack that has no room for AMX's registers: Linux looks at those of all threads."""
+    program = (
+        "import ctypes; memory = ctypes.create_string_buffer(8192)\n"
+        "class Stack(ctypes.Structure):\n"
+        "    _fields_ = [('at', ctypes.c_void_p), ('flags', ctypes.c_int), ('size', ctypes.c_size_t)]\n"
+        "stack = Stack(ctypes.addressof(memory), 0, len(memory))\n"
+        "assert ctypes.CDLL(None).sigaltstack(ctypes.byref(stack), None) == 0\n"
+        "import logging; logging.basicConfig()\n"
+        "from support.experts import *; from k26_plugins.common.experts import create_experts\n"
+        "from k26_plugins.common.experts.native.threads import process_threads\n"
+        "experts = create_experts(make_weights(2, 128, 64), 'native')\n"
+        "experts.apply(inputs(40, 128), *route(40, 2, 2)); print(process_threads().instruction_set)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=env, timeout=120, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == "AVX512 with VNNI"
+    assert "not on the faster amx: the system refuses the registers of amx (No space left on device)" in done.stderr
+
+
+@needs_native
+@pytest.mark.skipif("amx" not in build.variants(), reason="this CPU has no amx")
+def test_amx_beside_torchs_own() -> None:
+    """torch's bfloat16 product may use the same registers on the same threads, in its own shapes: neither disturbs the other."""
+    torch.manual_seed(0)
+    a, b = torch.randn(64, 512).bfloat16(), torch.randn(512, 256).bfloat16()
+    experts = load(make_weights(4, 128, 64))
+    ids, topk_weights = route(90, 2, 4)
+    x = inputs(90, 128)
+    product, expected = a @ b, experts.apply(x, ids, topk_weights)
+    for _ in range(5):
+        assert torch.equal(experts.apply(x, ids, topk_weights), expected)
+        assert torch.equal(a @ b, product)
+    assert error(product, a.double() @ b.double()) <= 1e-2
 
 
 def test_cores(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,7 +90,7 @@ def test_thread_sanitizer(sample: Sample, here: torch.Tensor, tmp_path: Path) ->
 
 @needs_compiler
 @needs_set
-@pytest.mark.parametrize(("macros", "named"), [((), "AVX512"), (("-D__AMX_INT8__",), "AMX with AVX512")])
+@pytest.mark.parametrize(("macros", "named"), [((), "AVX512"), (("-D__AMX_BF16__",), "AMX with AVX512")])
 def test_avx512_and_amx_lane_by_lane(
     macros: tuple[str, ...],
     named: str,

@@ -53,7 +53,7 @@ def test_an_environment_that_is_right(tiny_folder: Path, fake_engine: Any) -> No
     ("flags", "named"),
     [
         ("sse2 avx2 fma", "this CPU has AVX2; "),
-        ("avx2 avx_vnni avx512f avx512_vnni amx_int8", "AVX2, AVX-VNNI, AVX512, AVX512-VNNI, AMX; "),
+        ("avx2 avx_vnni avx512f avx512_vnni amx_bf16", "AVX2, AVX-VNNI, AVX512, AVX512-VNNI, AMX; "),
         ("asimd asimddp i8mm sve", "this CPU has ARM's dot product, i8mm, SVE; "),
         ("", "none that is known; "),
     ],

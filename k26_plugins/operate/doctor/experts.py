@@ -26,7 +26,7 @@ CPU_FEATURES = {
     "avx_vnni": "AVX-VNNI",
     "avx512f": "AVX512",
     "avx512_vnni": "AVX512-VNNI",
-    "amx_int8": "AMX",
+    "amx_bf16": "AMX",
     "asimddp": "ARM's dot product",
     "i8mm": "i8mm",
     "sve": "SVE",

@@ -81,6 +81,7 @@ int main(int, char** arguments) {
   const int64_t threads = std::atoi(arguments[2]), replays = std::atoi(arguments[3]);
   std::vector<int32_t> cpus(threads), nodes(threads, 0);
   for (int64_t i = 0; i < threads; ++i) cpus[i] = static_cast<int32_t>(i % sysconf(_SC_NPROCESSORS_ONLN));
+  if (k26_refusal() != 0) return 2;
   static Process* process = k26_create();
   if (k26_start(process, cpus.data(), nodes.data(), threads) != 1) return 1;
   const Layer layer{w13.data(), w13_scale.data(), w2.data(), w2_scale.data(), experts, hidden, inner};

@@ -49,7 +49,7 @@ def _avx(capability: str, *needs: str) -> Variant:
 AVX2, AVX512 = ("avx2", "fma"), ("avx512f", "avx512bw", "avx512vl", "avx512dq", "fma")
 # The instruction sets that the source is written for, best first.
 VARIANTS = {
-    "amx": _avx("AVX512", *AVX512, "avx512_vnni", "amx_tile", "amx_int8"),
+    "amx": _avx("AVX512", *AVX512, "avx512_vnni", "amx_tile", "amx_bf16"),
     "avx512_vnni": _avx("AVX512", *AVX512, "avx512_vnni"),
     "avx512": _avx("AVX512", *AVX512),
     "avx2_vnni": _avx("AVX2", *AVX2, "avx_vnni"),
@@ -80,9 +80,12 @@ def library(variant: str | None = None) -> ctypes.CDLL:
         raise BuildError(
             f"its library cannot be loaded ({error}): delete it, or set XDG_CACHE_HOME to a folder"
         ) from error
-    loaded.k26_permitted.restype = ctypes.c_int64
-    if not loaded.k26_permitted():
-        raise BuildError(f"the system refuses the registers of {variant}: a newer Linux may give them")
+    loaded.k26_refusal.restype = ctypes.c_int64
+    if refusal := loaded.k26_refusal():
+        raise BuildError(
+            f"the system refuses the registers of {variant} ({os.strerror(refusal)}): Linux gives them since 5.16, if every "
+            "thread's alternate signal stack is large enough for them"
+        )
     return loaded
 
 

@@ -50,8 +50,8 @@ enum { kNoMemory = -1 };
 
 const char* k26_instruction_set() { return k26::kInstructionSet; }
 
-// Whether the system lets this process use the instruction set: nothing else may be called where it does not.
-int64_t k26_permitted() { return k26::permitted(); }
+// 0 if the system lets this process use the instruction set, else errno: then nothing else may be called.
+int64_t k26_refusal() { return k26::refusal(); }
 
 // A process' state. A child of fork makes its own: it has none of its parent's threads.
 k26::Process* k26_create() { return new (std::nothrow) k26::Process; }
@@ -91,7 +91,7 @@ int64_t k26_repack(k26::Process* process, const k26::Layer* layer, int64_t threa
 // A layer's work, on at most `threads` threads of the OpenMP runtime.
 int64_t k26_run(k26::Process* process, const k26::Layer* layer, const k26::Call* call, int64_t threads) try {
   const auto turn = process->turn();
-  k26::prepare(process->state, *layer, *call);
+  k26::prepare(process->state, *layer, *call, threads);
   process->team.run(k26::run, &process->state, static_cast<int>(threads));
   return 0;
 } catch (const std::bad_alloc&) {
@@ -101,7 +101,7 @@ int64_t k26_run(k26::Process* process, const k26::Layer* layer, const k26::Call*
 // Starts a layer's work on the pool. The tensors must live until `k26_wait` has returned for the number returned here.
 int64_t k26_submit(k26::Process* process, const k26::Layer* layer, const k26::Call* call) try {
   const auto turn = process->turn();
-  k26::prepare(process->state, *layer, *call);
+  k26::prepare(process->state, *layer, *call, process->pool->threads());
   return process->pool->start(k26::run, &process->state);
 } catch (const std::bad_alloc&) {
   return kNoMemory;
@@ -113,7 +113,7 @@ void k26_wait(k26::Process* process, int64_t job) { process->pool->wait(static_c
 // ends, so it is never freed; the tensors of both structures must live as long as they are called.
 k26::StreamCall* k26_stream_call(k26::Process* process, const k26::Layer* layer, const k26::Call* call, int64_t patience) try {
   const auto turn = process->turn();
-  k26::prepare(process->state, *layer, *call);
+  k26::prepare(process->state, *layer, *call, process->pool->threads());
   return new k26::StreamCall{process, *layer, *call, patience, 0, false};
 } catch (const std::bad_alloc&) {
   return nullptr;
@@ -132,7 +132,7 @@ void k26_stream_submit(void* argument) {
   // Not a number, in both formats: nothing looks like an answer that was not computed.
   std::memset(it.call.out, 0xFF, it.out_bytes());
   if (!it.started) return;
-  k26::prepare(process.state, it.layer, it.call);  // as large as in `k26_stream_call` at most
+  k26::prepare(process.state, it.layer, it.call, process.pool->threads());  // as large as in `k26_stream_call` at most
   it.job = process.pool->start(k26::run, &process.state);
 }
 

@@ -17,6 +17,7 @@
 #include "math.hpp"
 #include "pool.hpp"
 #include "scratch.hpp"
+#include "tiles.hpp"
 
 namespace k26 {
 namespace {
@@ -31,6 +32,9 @@ constexpr int kBlockTokens = 64;
 // 2 and 265 with 16 (AVX2), 372 and 365 (AVX512 with VNNI). On a Zen 3, whose second-level cache has 512 KB: 193 with 16, 161
 // to 175 with all groups at once.
 constexpr int64_t kChunkGroups = 2;
+
+// Groups of one token each over which all of a thread's rows pass in tiles: 270 KB, for the second-level cache.
+constexpr int64_t kTileInputs = 2048;
 
 // As `threads.py` has them.
 struct Layer {
@@ -118,7 +122,10 @@ struct State {
   Routing routing;
   Scratch x;            // Quantised [H / 32, tokens]
   Scratch x_terms;      // Terms, likewise
+  Scratch expanded;     // Expanded [threads], where there are tiles
+  Scratch products;     // Products [I / 32 + threads], likewise
   Scratch inner;        // Quantised [I / 32, slots]: silu(gate) · up
+  Scratch inner_tiles;  // TileInput, likewise, of the experts that are computed in tiles
   Scratch inner_terms;  // Terms, likewise
   Scratch total;        // float32 [H / 16, tokens, 16]: of a tile the tokens side by side, which the caches take better
   Scratch packed;       // one projection of an expert as the checkpoint has it
@@ -135,6 +142,28 @@ void quantise_inputs(const Worker& me, const State& state, int64_t begin, int64_
     }
 }
 
+// Gate and up of some tokens: two tiles of each.
+struct Products {
+  alignas(64) float tiles[4][kBlockTokens * kRows];
+};
+
+// Some groups of an expert's tokens, side by side.
+struct Expanded {
+  static constexpr int64_t kSize = kTileInputs;
+  alignas(64) TileInput groups[kSize + kBlockTokens];
+  Terms terms[kSize];
+
+  TileActivations of(const Activations& x, int64_t begin, int64_t end) {
+    for (int64_t group = begin; group < end; ++group)
+      for (int i = 0; i < x.count; ++i) {
+        const int64_t from = x.index(group, i), to = (group - begin) * x.count + i;
+        expand(x.groups[from], groups[to]);
+        terms[to] = x.terms[from];
+      }
+    return {groups, terms, x.count, x.count, begin};
+  }
+};
+
 // A thread takes 32 rows of gate and of up at a time: their result is a group of `down`'s inputs.
 void gate_and_up(const Worker& me, const State& state, int64_t tokens) {
   const Layer& layer = state.layer;
@@ -143,7 +172,7 @@ void gate_and_up(const Worker& me, const State& state, int64_t tokens) {
   const int64_t slots = routing.first[layer.experts];
   const int64_t tile_bytes = layer.hidden / kLineInputs * kLine;
   const int64_t tile_scales = layer.hidden / kGroup * kRows;
-  alignas(64) float products[4][kBlockTokens * kRows];  // two tiles of gate, two of up
+  Products single;
   int64_t turn = 0;
   for (int64_t expert = 0; expert < layer.experts; ++expert) {
     const int32_t end = routing.first[expert + 1];
@@ -152,21 +181,45 @@ void gate_and_up(const Worker& me, const State& state, int64_t tokens) {
     for (int32_t slot = routing.first[expert]; slot < end; slot += kBlockTokens) {
       const int count = std::min(kBlockTokens, end - slot);
       const Activations x{state.x.as<Quantised>(), state.x_terms.as<Terms>(), tokens, routing.tokens.data() + slot, count};
+      // Two tiles of gate and two of up, over some of the inputs.
+      const auto multiply_four = [&](Products& products, int64_t group, int64_t first, int64_t last, const auto&... x) {
+        for (int part = 0; part < 4; ++part) {
+          const int64_t tile = (expert * groups + group) * 4 + part;
+          multiply(layer.w13 + tile * tile_bytes, layer.w13_scale + tile * tile_scales, first, last, x...,
+                   products.tiles[part]);
+        }
+      };
+      const auto finish = [&](const Products& products, int64_t group) {
+        for (int i = 0; i < count; ++i) {
+          const auto half = [&](int tile) {
+            return swiglu(load(products.tiles[tile] + i * kRows), load(products.tiles[2 + tile] + i * kRows));
+          };
+          const int64_t to = group * slots + slot + i;
+          Quantised& inner = state.inner.as<Quantised>()[to];
+          quantise(half(0), half(1), inner, state.inner_terms.as<Terms>()[to]);
+          if (count >= kFewestInTiles) expand(inner, state.inner_tiles.as<TileInput>()[to]);
+        }
+      };
+      if (count >= kFewestInTiles) {
+        // A thread's own, the one that changes hands among them.
+        const auto products = [&](int64_t group) -> Products& {
+          return state.products.as<Products>()[(group == mine.extra ? mine.end : group) + me.index];
+        };
+        const int64_t step = Expanded::kSize / count;
+        for (int64_t first = 0; first < inputs; first += step) {
+          const int64_t last = std::min(first + step, inputs);
+          const TileActivations part = state.expanded.as<Expanded>()[me.index].of(x, first, last);
+          const int64_t ahead = step < inputs ? tile_bytes : kIntelAhead;
+          mine.each([&](int64_t group) { multiply_four(products(group), group, first, last, part, ahead); });
+        }
+        mine.each([&](int64_t group) { finish(products(group), group); });
+        continue;
+      }
       const int64_t step = count == 1 ? inputs : kChunkGroups;  // a tile's stream is not broken for a single token
       mine.each([&](int64_t group) {
         for (int64_t first = 0; first < inputs; first += step)
-          for (int part = 0; part < 4; ++part) {
-            const int64_t tile = (expert * groups + group) * 4 + part;
-            multiply(layer.w13 + tile * tile_bytes, layer.w13_scale + tile * tile_scales, first,
-                     std::min(first + step, inputs), x, products[part]);
-          }
-        for (int i = 0; i < count; ++i) {
-          const auto half = [&](int tile) {
-            return swiglu(load(products[tile] + i * kRows), load(products[2 + tile] + i * kRows));
-          };
-          const int64_t to = group * slots + slot + i;
-          quantise(half(0), half(1), state.inner.as<Quantised>()[to], state.inner_terms.as<Terms>()[to]);
-        }
+          multiply_four(single, group, first, std::min(first + step, inputs), x);
+        finish(single, group);
       });
     }
   }
@@ -190,10 +243,16 @@ void down(const Worker& me, const State& state, int64_t begin, int64_t tokens) {
     const int32_t end = routing.first[expert + 1];
     for (int32_t slot = routing.first[expert]; slot < end; slot += kBlockTokens) {
       const int count = std::min(kBlockTokens, end - slot);
-      const Activations x{state.inner.as<Quantised>() + slot, state.inner_terms.as<Terms>() + slot, slots, nullptr, count};
+      const Terms* terms = state.inner_terms.as<Terms>() + slot;
+      const Activations x{state.inner.as<Quantised>() + slot, terms, slots, nullptr, count};
+      const TileActivations in_tiles{state.inner_tiles.as<TileInput>() + slot, terms, slots, count, 0};
       mine.each([&](int64_t tile) {
-        const int64_t at = expert * tiles + tile;
-        multiply(layer.w2 + at * tile_bytes, layer.w2_scale + at * tile_scales, 0, layer.inner / kGroup, x, product);
+        const uint8_t* weights = layer.w2 + (expert * tiles + tile) * tile_bytes;
+        const uint16_t* scales = layer.w2_scale + (expert * tiles + tile) * tile_scales;
+        if (count >= kFewestInTiles)
+          multiply(weights, scales, 0, layer.inner / kGroup, in_tiles, kIntelAhead, product);
+        else
+          multiply(weights, scales, 0, layer.inner / kGroup, x, product);
         for (int i = 0; i < count; ++i) {
           float* to = total + (tile * tokens + routing.tokens[slot + i]) * kRows;
           store(to, fma(load(product + i * kRows), all(routing.weights[slot + i]), load(to)));
@@ -295,8 +354,8 @@ void repack(const Worker& me, void* argument) {
   use_huge_pages(me, layer.w2, layer.experts * projection / 2);
 }
 
-// Prepares the state for a call.
-void prepare(State& state, const Layer& layer, const Call& call) {
+// Prepares the state for a call on at most so many threads.
+void prepare(State& state, const Layer& layer, const Call& call, int64_t threads) {
   const int64_t tokens = std::min(kChunkTokens, call.tokens);
   const int64_t slots = tokens * call.top_k;
   state.layer = layer;
@@ -305,6 +364,11 @@ void prepare(State& state, const Layer& layer, const Call& call) {
   state.x.reserve(tokens * layer.hidden / kGroup * sizeof(Quantised));
   state.x_terms.reserve(tokens * layer.hidden / kGroup * sizeof(Terms));
   state.inner.reserve(slots * layer.inner / kGroup * sizeof(Quantised));
+  if (kFewestInTiles <= kBlockTokens) {
+    state.expanded.reserve(threads * sizeof(Expanded));
+    state.products.reserve((layer.inner / kGroup + threads) * sizeof(Products));
+    state.inner_tiles.reserve((slots * layer.inner / kGroup + kBlockTokens) * sizeof(TileInput));
+  }
   state.inner_terms.reserve(slots * layer.inner / kGroup * sizeof(Terms));
   state.total.reserve(tokens * layer.hidden * sizeof(float));
 }

@@ -167,6 +167,7 @@ class Pool {
   }
 
   bool failed() const { return failed_; }
+  int threads() const { return threads_; }
 
   // Starts a job; the one before must be done. Returns its number.
   uint32_t start(Task task, void* argument) {

@@ -9,15 +9,22 @@
 //   Weights                  a group of a tile, unpacked: u of 16 rows × 32 inputs
 //   Weights::sums            start + Σ u · activation of each row, for some tokens at once: exact, in any order
 //   sums_of_one              the same of packed weights for one token
-//   kTogether                tokens for which `Weights::sums` is at its best
 //   ThreadState              what a thread holds while it computes
-//   permitted                whether the system lets this process use the set, asked once before anything is computed
+//   refusal                  0 if the system lets this process use the set, else why not, as errno; asked before anything else
+//   kFewestInTiles           tokens of an expert from which on it is computed in tiles, 16 tokens by 16 rows; then too
+//   TileInput, expand        32 activations as a tile takes them, and how they are made of `Quantised`
+//   TileWeights, unpack      a group of a tile of weights likewise
+//   load_weights             of two groups into the tile registers
+//   multiply_tiles           Σ weight · activation of 16 tokens with both: exact, into one of two places
+//   store_sums               from there
 //
 // A set adds no rounding of its own, so the results have the same bits on each of them.
 
 #pragma once
 
-#if defined(__AMX_INT8__)
+#include <climits>
+
+#if defined(__AMX_BF16__)
 #include "simd_amx.hpp"
 #elif defined(__AVX512F__)
 #include "simd_avx512.hpp"
@@ -29,12 +36,14 @@
 #error "no instruction set that the experts are written for"
 #endif
 
-#if !defined(__AMX_INT8__)
+#if !defined(__AMX_BF16__)
 namespace k26 {
 
-constexpr int kTogether = 4;
 struct ThreadState {};
-inline bool permitted() { return true; }
+inline int refusal() { return 0; }
+constexpr int kFewestInTiles = INT_MAX;  // no tiles
+struct TileInput {};
+inline void expand(const Quantised&, TileInput&) {}
 
 }  // namespace k26
 #endif

@@ -1,35 +1,41 @@
-// AMX beside AVX512: the sums of 16 tokens with a tile of weights, whose unpacked group is a tile register as it is. The names
-// are those of `simd.hpp`, and what is not here is AVX512's.
+// AMX beside AVX512: the sums of 16 tokens with a group of a tile of weights. The names are those of `simd.hpp`, and what is not
+// here is AVX512's.
 //
-// A group is 8 of a register's 16 rows, half of the depth that the product could take, because the sums must leave the
-// registers after each group. So are they exact, and a token has the same bits with tiles as without.
+// A group of 32 inputs is the depth of a product of bfloat16, which holds u − 8 and each of the two bytes of an activation, the
+// higher one times 256. Their sums stay below 2^24 whatever their order, so they are exact in the registers' float32, and leave
+// these as one number to be scaled. A product of bytes has the same rate, because it would have half of its depth to fill, and
+// leaves two.
 
 #pragma once
 
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <cerrno>
+
 #include "simd_avx512.hpp"
 
 namespace k26 {
 
-constexpr int kTogether = 16;
+constexpr int kTileTokens = 16;
+// Fewer tokens are AVX512's: 8 of them take 35 ns a group of a tile by either way on an Emerald Rapids, 16 take 47 in tiles and 68.
+constexpr int kFewestInTiles = 9;
 
 // Linux, since 5.16, gives tile registers to a process that asks for them; it may refuse.
-inline bool permitted() {
+inline int refusal() {
   constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, and the number of the registers' state
-  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0 ? 0 : errno;
 }
 
-// The shapes of the tile registers, as `sums` uses them: 0 and 1 are its sums by high and by low bytes, 2 and 3 the high and
-// the low bytes of the tokens, 4 the weights. Other users of the thread's registers set their own.
+// The tile registers, all of full size. 0 to 3: the sums of two groups, twice; 4 and 5: the groups' weights; 6 and 7: the tokens'
+// high and low bytes. Other users of the thread's registers set their own shapes.
 class ThreadState {
  public:
   ThreadState() {
     struct alignas(64) {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 32, 32, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 8};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     } shapes;
     asm volatile("" : : "r"(&shapes) : "memory");  // GCC 12 takes the instruction to read 8 bytes only
     _tile_loadconfig(&shapes);
@@ -39,26 +45,89 @@ class ThreadState {
   ThreadState(const ThreadState&) = delete;
 };
 
-template <>
-inline void Weights::sums<kTogether>(const Quantised* const (&x)[kTogether], const int32_t (&start)[kTogether],
-                                     Ints (&to)[kTogether]) const {
-  alignas(64) Quantised tokens[kTogether];
-  alignas(64) int32_t high[kTogether][16], low[kTogether][16];
-  for (int i = 0; i < kTogether; ++i) tokens[i] = *x[i];
-  asm volatile("" : : "r"(tokens), "r"(w_) : "memory");  // GCC does not know that loading a tile reads memory
-  _tile_loadd(4, w_, 64);
-  _tile_loadd(2, tokens[0].high, sizeof(Quantised));
-  _tile_loadd(3, tokens[0].low, sizeof(Quantised));
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_dpbsud(0, 2, 4);
-  _tile_dpbsud(1, 3, 4);
-  _tile_stored(0, high, 64);
-  _tile_stored(1, low, 64);
-  for (int i = 0; i < kTogether; ++i) {
-    const Ints both = _mm512_add_epi32(_mm512_slli_epi32(_mm512_loadu_si512(high[i]), 8), _mm512_loadu_si512(low[i]));
-    to[i] = _mm512_add_epi32(both, _mm512_set1_epi32(start[i]));
+// Of a group the high bytes, times 256, and the low ones. A row's 32 bits of a line of weights have the inputs 0, 4, 1, 5, 2, 6,
+// 3, 7, so that the pairs of a product are (0, 2), (4, 6), (1, 3) and (5, 7), and in this order the activations are kept.
+struct TileInput {
+  uint16_t high[32];
+  uint16_t low[32];
+};
+
+inline void expand(const Quantised& from, TileInput& to) {
+  const __m512i order = _mm512_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+  const auto half = [&](const int8_t* bytes, int shift) {
+    const __m512i values = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+    const __m512i ordered = _mm512_permutexvar_epi32(order, _mm512_slli_epi32(values, shift));
+    // Eight bits, which bfloat16 holds.
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(_mm512_cvtepi32_ps(ordered)), 16));
+  };
+  for (int i = 0; i < 32; i += 16) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to.high + i), half(from.high + i, 8));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to.low + i), half(from.low + i, 0));
   }
+}
+
+// u − 8 in bfloat16: pairs of inputs of 16 rows side by side.
+using TileWeights = uint16_t[16][32];
+
+inline void unpack(const uint8_t* lines, TileWeights& to) {
+  alignas(64) static constexpr uint16_t kValues[32] = {
+      0xC100, 0xC0E0, 0xC0C0, 0xC0A0, 0xC080, 0xC040, 0xC000, 0xBF80, 0x0000, 0x3F80, 0x4000,
+      0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0, 0xC100, 0xC0E0, 0xC0C0, 0xC0A0, 0xC080, 0xC040,
+      0xC000, 0xBF80, 0x0000, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0};
+  const __m512i values = _mm512_loadu_si512(kValues);  // twice, because the instruction looks at five bits
+  for (int line = 0; line < 4; ++line) {
+    const __m512i nibbles = _mm512_loadu_si512(lines + 64 * line);
+#pragma GCC unroll 4
+    for (int pair = 0; pair < 4; ++pair)
+      _mm512_storeu_si512(to[4 * line + pair], _mm512_permutexvar_epi16(_mm512_srli_epi16(nibbles, 4 * pair), values));
+  }
+}
+
+// Of two groups.
+inline void load_weights(const TileWeights (&groups)[2]) {
+  asm volatile("" : : "r"(groups) : "memory");  // GCC does not know that loading a tile reads memory
+  _tile_loadd(4, groups[0], 64);
+  _tile_loadd(5, groups[1], 64);
+}
+
+// Σ (u − 8) · activation of 16 tokens, side by side from `first` and from `second` on, with the two groups that were loaded: into
+// one of two places. Registers have to be written as numbers.
+inline void multiply_tiles(int which, const TileInput* first, const TileInput* second) {
+  asm volatile("" : : "r"(first), "r"(second) : "memory");
+  if (which) {
+    _tile_loadd(6, first->high, sizeof(TileInput));
+    _tile_loadd(7, first->low, sizeof(TileInput));
+    _tile_zero(2);
+    _tile_dpbf16ps(2, 6, 4);
+    _tile_dpbf16ps(2, 7, 4);
+    _tile_loadd(6, second->high, sizeof(TileInput));
+    _tile_loadd(7, second->low, sizeof(TileInput));
+    _tile_zero(3);
+    _tile_dpbf16ps(3, 6, 5);
+    _tile_dpbf16ps(3, 7, 5);
+  } else {
+    _tile_loadd(6, first->high, sizeof(TileInput));
+    _tile_loadd(7, first->low, sizeof(TileInput));
+    _tile_zero(0);
+    _tile_dpbf16ps(0, 6, 4);
+    _tile_dpbf16ps(0, 7, 4);
+    _tile_loadd(6, second->high, sizeof(TileInput));
+    _tile_loadd(7, second->low, sizeof(TileInput));
+    _tile_zero(1);
+    _tile_dpbf16ps(1, 6, 5);
+    _tile_dpbf16ps(1, 7, 5);
+  }
+}
+
+inline void store_sums(int which, float (&to)[2][kTileTokens * 16]) {
+  if (which) {
+    _tile_stored(2, to[0], 64);
+    _tile_stored(3, to[1], 64);
+  } else {
+    _tile_stored(0, to[0], 64);
+    _tile_stored(1, to[1], 64);
+  }
+  asm volatile("" : : "r"(to) : "memory");
 }
 
 }  // namespace k26

@@ -9,7 +9,7 @@
 
 namespace k26 {
 
-#if defined(__AMX_INT8__)
+#if defined(__AMX_BF16__)
 constexpr char kInstructionSet[] = "AMX with AVX512";
 #elif defined(__AVX512VNNI__)
 constexpr char kInstructionSet[] = "AVX512 with VNNI";

@@ -51,16 +51,22 @@ inline void _tile_stored(int from, void* to, int64_t stride) {
     std::memcpy(static_cast<char*>(to) + row * stride, tile(from).data[row], tile(from).row_bytes);
 }
 
-// to[m][n] += Σ a[m][k] · b[k][n] over four bytes of each k: signed ones of a, unsigned ones of b.
-inline void _tile_dpbsud(int to, int a, int b) {
+// to[m][n] += Σ a[m][k] · b[k][n] over the pairs of each k, in bfloat16; sums in float32, to nearest.
+inline void _tile_dpbf16ps(int to, int a, int b) {
   check_tile(to != a && to != b && a != b);
   check_tile(tile(to).rows == tile(a).rows && tile(to).row_bytes == tile(b).row_bytes && tile(a).row_bytes == 4 * tile(b).rows);
+  const auto value = [](const uint8_t* from) {
+    float wide;
+    const uint8_t bytes[4] = {0, 0, from[0], from[1]};
+    std::memcpy(&wide, bytes, sizeof(wide));
+    return wide;
+  };
   for (int m = 0; m < tile(a).rows; ++m)
     for (int n = 0; n < tile(b).row_bytes / 4; ++n) {
-      int32_t sum;
+      float sum;
       std::memcpy(&sum, tile(to).data[m] + 4 * n, sizeof(sum));
       for (int k = 0; k < tile(b).rows; ++k)
-        for (int i = 0; i < 4; ++i) sum += static_cast<int8_t>(tile(a).data[m][4 * k + i]) * tile(b).data[k][4 * n + i];
+        for (int i = 0; i < 4; i += 2) sum += value(tile(a).data[m] + 4 * k + i) * value(tile(b).data[k] + 4 * n + i);
       std::memcpy(tile(to).data[m] + 4 * n, &sum, sizeof(sum));
     }
 }

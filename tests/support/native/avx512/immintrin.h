@@ -177,12 +177,30 @@ inline __m512i _mm512_madd_epi16(__m512i a, __m512i b) {
   return lanes<__m512i>([&](int i) { return x.lane[2 * i] * y.lane[2 * i] + x.lane[2 * i + 1] * y.lane[2 * i + 1]; });
 }
 
+inline __m512i _mm512_permutexvar_epi16(__m512i index, __m512i a) {
+  const auto from = bits<Shorts>(a), chosen = bits<Shorts>(index);
+  return shorts([&](int i) { return from.lane[chosen.lane[i] & 31]; });
+}
+inline __m512i _mm512_permutexvar_epi32(__m512i index, __m512i a) {
+  return lanes<__m512i>([&](int i) { return a.lane[index.lane[i] & 15]; });
+}
+template <class... Ints>
+inline __m512i _mm512_setr_epi32(Ints... a) {
+  return {{a...}};
+}
+inline void _mm512_storeu_si512(void* to, __m512i a) { std::memcpy(to, &a, sizeof(a)); }
+
 inline __m256i _mm256_loadu_si256(const __m256i* from) {
   __m256i to;
   std::memcpy(&to, from, sizeof(to));
   return to;
 }
 inline void _mm256_storeu_si256(__m256i* to, __m256i a) { std::memcpy(to, &a, sizeof(a)); }
+inline __m128i _mm_loadu_si128(const __m128i* from) {
+  __m128i to;
+  std::memcpy(&to, from, sizeof(to));
+  return to;
+}
 inline void _mm_storeu_si128(__m128i* to, __m128i a) { std::memcpy(to, &a, sizeof(a)); }
 inline __m512i _mm512_cvtepu16_epi32(__m256i a) {
   return lanes<__m512i>([&](int i) { return a.lane[i]; });
@@ -192,4 +210,7 @@ inline __m256i _mm512_cvtepi32_epi16(__m512i a) {
 }
 inline __m128i _mm512_cvtepi32_epi8(__m512i a) {
   return lanes<__m128i>([&](int i) { return static_cast<int8_t>(a.lane[i]); });
+}
+inline __m512i _mm512_cvtepi8_epi32(__m128i a) {
+  return lanes<__m512i>([&](int i) { return a.lane[i]; });
 }
