@@ -15,6 +15,7 @@ import pytest
 import torch
 from support.experts import error, inputs, judge, make_weights, route
 from support.instruction_sets import INSTRUCTION_SET
+from support.native_sample import usable_variants
 
 from k26_plugins.common import cores
 from k26_plugins.common.cores import Core
@@ -25,6 +26,7 @@ from k26_plugins.common.experts.native.threads import Threads, process_threads
 
 REASON = NativeExperts.unsupported(make_weights(1, 128, 64))
 needs_native = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+needs_amx = pytest.mark.skipif("amx" not in usable_variants(), reason="no amx here")
 # The goal is 4e-3. What remains above 3e-5 is the rounding of the result to bfloat16, 1.7e-3.
 TOLERANCE, FLOAT_TOLERANCE = 2.5e-3, 1e-4
 PARTS = [(0, 1), (1, 3), (3, 6), (6, 23)]
@@ -40,7 +42,7 @@ SHAPES = [
 
 def each_variant() -> list[object]:
     """The library's instruction sets as a test's parameter; one that this CPU lacks is skipped with that reason."""
-    usable = [] if REASON else build.variants()
+    usable = [] if REASON else usable_variants()
     return [
         pytest.param(name, marks=pytest.mark.skipif(name not in usable, reason=REASON or f"this CPU has no {name}"))
         for name in VARIANTS
@@ -91,7 +93,7 @@ def test_same_bits_on_every_instruction_set(monkeypatch: pytest.MonkeyPatch) -> 
     x[3], x[4], x[5] = x[3] * 1e-20, x[4] * 3e4, 0
     x[6, 5] = float("inf")
     results = []
-    for name in build.variants():
+    for name in usable_variants():
         use(monkeypatch, Threads(library(name)))
         experts = load(weights)
         results.append(torch.cat([experts.apply(x[i:j].float(), ids[i:j], topk_weights[i:j]) for i, j in PARTS]))
@@ -347,11 +349,11 @@ def test_a_compiler_too_old_for_the_best_set(empty_cache: Path, monkeypatch: pyt
 
 
 @needs_native
-@pytest.mark.skipif("amx_tile" in build.cpu_flags(), reason="this system gives AMX's registers")
+@pytest.mark.skipif("amx" in usable_variants(), reason="this system gives AMX's registers")
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="AMX is x86-64's")
 def test_a_system_that_refuses_amx(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Asked for in truth: the next set is taken, and the log says so."""
-    best = build.variants()[0]
+    best = usable_variants()[0]
     library.cache_clear()
     monkeypatch.setattr(build, "variants", lambda: ["amx", best])
     with pytest.raises(BuildError, match="the system refuses the registers of amx"):
@@ -363,7 +365,7 @@ def test_a_system_that_refuses_amx(monkeypatch: pytest.MonkeyPatch, caplog: pyte
 
 
 @needs_native
-@pytest.mark.skipif("amx" not in build.variants(), reason="this CPU has no amx")
+@needs_amx
 def test_a_system_that_gives_amx_and_refuses_it_to_this_process() -> None:
     """By a signal stack that has no room for AMX's registers: Linux looks at those of all threads."""
     program = (
@@ -388,9 +390,9 @@ def test_a_system_that_gives_amx_and_refuses_it_to_this_process() -> None:
 
 
 @needs_native
-@pytest.mark.skipif("amx" not in build.variants(), reason="this CPU has no amx")
+@needs_amx
 def test_amx_beside_torchs_own() -> None:
-    """torch's bfloat16 product may use the same registers on the same threads, in its own shapes: neither disturbs the other."""
+    """torch's bfloat16 product uses the same registers on the same threads, in its own shapes: neither disturbs the other."""
     torch.manual_seed(0)
     a, b = torch.randn(64, 512).bfloat16(), torch.randn(512, 256).bfloat16()
     experts = load(make_weights(4, 128, 64))

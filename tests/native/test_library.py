@@ -23,6 +23,7 @@ from support.native_sample import (
     make_sample,
     needs_compiler,
     needs_set,
+    usable_variants,
 )
 from support.native_sample import SOURCES as DRIVER
 
@@ -69,7 +70,7 @@ def here(sample: Sample, tmp_path_factory: pytest.TempPathFactory) -> torch.Tens
     """The result of this CPU's best instruction set, with what ASan and UBSan have to say."""
     assert COMPILER is not None
     flags = ("-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-Wl,--no-as-needed", "-lgomp")
-    return run(sample, tmp_path_factory.mktemp("here"), COMPILER, *VARIANTS[variants()[0]].flags, *flags)[0]
+    return run(sample, tmp_path_factory.mktemp("here"), COMPILER, *VARIANTS[usable_variants()[0]].flags, *flags)[0]
 
 
 @needs_compiler
@@ -84,7 +85,7 @@ def test_address_and_undefined_behaviour_sanitizers(here: torch.Tensor) -> None:
 def test_thread_sanitizer(sample: Sample, here: torch.Tensor, tmp_path: Path) -> None:
     """Three threads on two nodes, and a batch of jobs in flight."""
     assert COMPILER is not None
-    flags = ("-g1", "-fsanitize=thread", *VARIANTS[variants()[0]].flags)
+    flags = ("-g1", "-fsanitize=thread", *VARIANTS[usable_variants()[0]].flags)
     assert torch.equal(run(sample, tmp_path, COMPILER, *flags, emulator=FIXED_ADDRESSES)[0], here)
 
 

@@ -17,9 +17,10 @@ from support.native_sample import (
     make_sample,
     needs_compiler,
     needs_set,
+    usable_variants,
 )
 
-from k26_plugins.common.experts.native.build import FLAGS, VARIANTS, variants
+from k26_plugins.common.experts.native.build import FLAGS, VARIANTS
 from k26_plugins.common.experts.native.build import SOURCES as LIBRARY
 
 # What the program's exit status says; 66 is TSan's.
@@ -34,7 +35,7 @@ def test_replays_have_the_bits_of_calls_and_a_hung_worker_ends_them(sanitizer: s
     assert COMPILER is not None
     program = tmp_path / "program"
     common = [flag for flag in FLAGS if flag not in ("-O3", "-fPIC", "-shared")]
-    flags = (*common, "-O1", "-g1", f"-fsanitize={sanitizer}", *VARIANTS[variants()[0]].flags, "-Wl,--wrap=mmap")
+    flags = (*common, "-O1", "-g1", f"-fsanitize={sanitizer}", *VARIANTS[usable_variants()[0]].flags, "-Wl,--wrap=mmap")
     command = [COMPILER, *flags, f"-I{LIBRARY}", str(SOURCES / "stream_driver.cpp"), "-o", str(program), "-ldl"]
     compiled = subprocess.run(command, capture_output=True, text=True, check=False)
     assert compiled.returncode == 0, compiled.stderr[-3000:]

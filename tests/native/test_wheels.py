@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from support.native_sample import usable_variants
 
 from k26_plugins.common.experts.native.build import VARIANTS, file_name, variants
 
@@ -46,7 +47,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     assert spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    script.VARIANTS = {name: VARIANTS[name] for name in (variants()[0], "neon_dotprod")}
+    script.VARIANTS = {name: VARIANTS[name] for name in (usable_variants()[0], "neon_dotprod")}
     folder = tmp_path_factory.mktemp("wheels")
     script.wheels(folder)
     return by_machine(folder)

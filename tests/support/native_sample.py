@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.experts import inputs, judge, make_weights, route
 
-from k26_plugins.common.experts.native.build import COMPILERS, variants
+from k26_plugins.common.experts.native.build import COMPILERS, BuildError, library, variants
 
 SOURCES = Path(__file__).parent / "native"
 COMPILER = next(filter(None, map(shutil.which, COMPILERS)), None)
@@ -21,6 +21,17 @@ FIXED_ADDRESSES = ("setarch", "-R") if shutil.which("setarch") else ()
 
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason=f"no C++ compiler ({', '.join(COMPILERS)})")
 needs_set = pytest.mark.skipif(not variants(), reason="this CPU has no instruction set of the native experts")
+
+
+def usable_variants() -> list[str]:
+    """The instruction sets of the native experts that this CPU has, best first, without AMX where the system refuses it."""
+    found = variants()
+    if "amx" in found:
+        try:
+            library("amx")
+        except BuildError:
+            found.remove("amx")
+    return found
 
 
 class Sample(NamedTuple):
