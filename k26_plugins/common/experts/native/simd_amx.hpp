@@ -18,8 +18,8 @@
 namespace k26 {
 
 constexpr int kTileTokens = 16;
-// Fewer tokens are AVX512's: from a cache 8 of them take as long by either way and 16 take 47 ns a group of a tile and not 68, but in
-// a whole layer 8 to 12 were up to a tenth slower in tiles (Emerald Rapids).
+// Fewer tokens are AVX512's: from a cache 8 of them take as long by either way and 16 take 47 ns a group of a tile and not 68,
+// but in a whole layer 8 to 12 were up to a tenth slower in tiles (Emerald Rapids).
 constexpr int kFewestInTiles = 13;
 
 // Linux, since 5.16, gives tile registers to a process that asks for them; it may refuse.
