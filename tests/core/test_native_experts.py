@@ -393,7 +393,7 @@ def test_a_system_that_gives_amx_and_refuses_it_to_this_process() -> None:
 @needs_native
 @needs_amx
 def test_amx_beside_torchs_own() -> None:
-    """torch's bfloat16 product uses the same registers on the same threads, in its own shapes: neither disturbs the other."""
+    """torch's bfloat16 product uses the same registers on the same threads, in other shapes: neither disturbs the other."""
     torch.manual_seed(0)
     a, b = torch.randn(64, 512).bfloat16(), torch.randn(512, 256).bfloat16()
     experts = load(make_weights(4, 128, 64))
