@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from k26_kernels.align import SLOTS_AT_ONCE, align_kernel
+from k26_kernels.align import SLOTS_AT_ONCE, SLOTS_RANKED, align_kernel, count_kernel, place_kernel
 from k26_kernels.combine import activate_kernel, reduce_kernel
 from k26_kernels.config import SINGLE, Regime, Shape, Tile, default_regimes
 from k26_kernels.dequantise import dequantise_kernel
@@ -72,6 +72,8 @@ class Facts:
 KERNELS = {
     "product": (product_kernel, "*bf16 *i32 *bf16 {out} *i32 *i32 *fp32 *i32 *i32 i32 i32 i32"),
     "align": (align_kernel, "*i32 *i32 *i32 *i32 i32 i32 i32"),
+    "count": (count_kernel, "*i32 *i32 *i32 i32 i32 i32"),
+    "place": (place_kernel, "*i32 *i32 *i32 *i32 *i32 i32 i32 i32"),
     "activate": (activate_kernel, "*fp32 *bf16 i32"),
     "dequantise": (dequantise_kernel, "*i32 *bf16 *i32 *bf16"),
     "router": (router_kernel, "*fp32 *fp32 *fp32 *i32 fp32"),
@@ -107,8 +109,11 @@ def product_variant(
 def variants() -> Iterator[Variant]:
     """All that is shipped: the small kernels, and the products in every regime."""
     hidden, inner = LAYER.hidden_size, LAYER.intermediate_size
+    sort = {"BINS": 512, "SLOTS_AT_ONCE": SLOTS_AT_ONCE, "HAS_MAP": True}
     small: dict[str, dict[str, Any]] = {
-        "align": {"BLOCK_TOKENS": 16, "BINS": 512, "SLOTS_AT_ONCE": SLOTS_AT_ONCE, "HAS_MAP": True},
+        "align": {**sort, "BLOCK_TOKENS": 16},
+        "count": sort,
+        "place": {**sort, "BLOCK_TOKENS": 16, "SLOTS_RANKED": SLOTS_RANKED},
         "activate": {"I": inner, "SPLIT_K": 2, "BLOCK": 256},
         "reduce": {"H": hidden, "TOP_K": TOP_K, "SPLIT_K": 1, "HAS_MAP": True, "BLOCK": 1024},
         "router": {"NUM_EXPERTS": 384, "TOP_K": TOP_K, "NORMALISE": True, "BLOCK": 512, "BLOCK_TOP_K": 8},

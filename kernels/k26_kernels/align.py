@@ -1,4 +1,8 @@
-"""Which slots each expert has, as a table of blocks: built on the device in one launch, without the host's knowing."""
+"""Which slots each expert has, as a table of blocks: built on the device, without the host's knowing.
+
+Up to SLOTS_AT_ONCE slots in one launch, in which every expert's program reads all of them. Beyond, in two: `count_kernel`
+counts the slots of a chunk by expert, `place_kernel` adds the counts up and puts a chunk's slots in their places.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,9 @@ import triton.language as tl
 
 COLUMNS = tl.constexpr(5)  # of the table of blocks
 SLOTS_AT_ONCE = 1024
+SLOTS_RANKED = 32  # of a chunk that are compared with each other at a time
+# Programs of `place_kernel`, however few chunks there are, so that each writes the table of a few experts only.
+PLACERS = 64
 
 
 def max_blocks(num_slots: int, num_experts: int, block_tokens: int) -> int:
@@ -28,29 +35,12 @@ def local_expert(
     return tl.where(chosen < num_experts, chosen, -1).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["num_slots", "num_experts", "num_global"])
-def align_kernel(
-    topk_ids: tl.tensor, expert_map: tl.tensor, slots: tl.tensor, blocks: tl.tensor,
-    num_slots: tl.tensor, num_experts: tl.tensor, num_global: tl.tensor,
-    BLOCK_TOKENS: tl.constexpr, BINS: tl.constexpr, SLOTS_AT_ONCE: tl.constexpr, HAS_MAP: tl.constexpr,
+@triton.jit
+def write_blocks(
+    blocks: tl.tensor, expert: tl.tensor, begin: tl.tensor, first: tl.tensor, count: tl.tensor,
+    num_experts: tl.tensor, BLOCK_TOKENS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Program e writes expert e's slots in their order, and its rows of the table. The last writes the number of rows.
-
-    Every program counts the slots of all experts itself: that costs less than a second launch to share the counts.
-    """
-    expert = tl.program_id(0)
-    bins = tl.arange(0, BINS)
-    counts = tl.zeros([BINS], tl.int32)
-    for start in range(0, num_slots, SLOTS_AT_ONCE):
-        slot = start + tl.arange(0, SLOTS_AT_ONCE)
-        local = local_expert(topk_ids, expert_map, slot, num_slots, num_experts, num_global, HAS_MAP)
-        counts += tl.histogram(tl.where(local < 0, BINS - 1, local), BINS)
-    counts = tl.where(bins < num_experts, counts, 0)
-    num_blocks = (counts + BLOCK_TOKENS - 1) // BLOCK_TOKENS
-    before = bins < expert
-    begin = tl.sum(tl.where(before, counts, 0))
-    first = tl.sum(tl.where(before, num_blocks, 0))
-    count = tl.sum(tl.where(bins == expert, counts, 0))
+    """An expert's rows of the table, and after the last expert's the number of rows."""
     own_blocks = (count + BLOCK_TOKENS - 1) // BLOCK_TOKENS
     if expert == num_experts - 1:
         tl.store(blocks, first + own_blocks)
@@ -63,17 +53,99 @@ def align_kernel(
         tl.store(row + 2, tl.minimum(count - block * BLOCK_TOKENS, BLOCK_TOKENS), mask=mine)
         tl.store(row + 3, tl.zeros_like(block) + first, mask=mine)
         tl.store(row + 4, tl.zeros_like(block) + own_blocks, mask=mine)
-    for start in range(0, num_slots, SLOTS_AT_ONCE):
-        slot = start + tl.arange(0, SLOTS_AT_ONCE)
-        chosen = local_expert(topk_ids, expert_map, slot, num_slots, num_experts, num_global, HAS_MAP) == expert
-        rank = tl.cumsum(chosen.to(tl.int32), 0)
-        tl.store(slots + begin + rank - 1, slot, mask=chosen)
-        begin += tl.max(rank)
+
+
+@triton.jit(do_not_specialize=["num_slots", "num_experts", "num_global"])
+def align_kernel(
+    topk_ids: tl.tensor, expert_map: tl.tensor, slots: tl.tensor, blocks: tl.tensor,
+    num_slots: tl.tensor, num_experts: tl.tensor, num_global: tl.tensor,
+    BLOCK_TOKENS: tl.constexpr, BINS: tl.constexpr, SLOTS_AT_ONCE: tl.constexpr, HAS_MAP: tl.constexpr,
+) -> None:  # fmt: skip
+    """Program e writes expert e's slots in their order, and its rows of the table. The last writes the number of rows.
+
+    Every program counts the slots of all experts itself: of so few that costs less than a second launch.
+    """
+    expert = tl.program_id(0)
+    bins = tl.arange(0, BINS)
+    slot = tl.arange(0, SLOTS_AT_ONCE)
+    local = local_expert(topk_ids, expert_map, slot, num_slots, num_experts, num_global, HAS_MAP)
+    counts = tl.histogram(tl.where(local < 0, BINS - 1, local), BINS)
+    counts = tl.where(bins < num_experts, counts, 0)
+    num_blocks = (counts + BLOCK_TOKENS - 1) // BLOCK_TOKENS
+    before = bins < expert
+    begin = tl.sum(tl.where(before, counts, 0))
+    first = tl.sum(tl.where(before, num_blocks, 0))
+    count = tl.sum(tl.where(bins == expert, counts, 0))
+    write_blocks(blocks, expert, begin, first, count, num_experts, BLOCK_TOKENS)
+    chosen = local == expert
+    tl.store(slots + begin + tl.cumsum(chosen.to(tl.int32), 0) - 1, slot, mask=chosen)
+
+
+@triton.jit(do_not_specialize=["num_slots", "num_experts", "num_global"])
+def count_kernel(
+    topk_ids: tl.tensor, expert_map: tl.tensor, counts: tl.tensor,
+    num_slots: tl.tensor, num_experts: tl.tensor, num_global: tl.tensor,
+    BINS: tl.constexpr, SLOTS_AT_ONCE: tl.constexpr, HAS_MAP: tl.constexpr,
+) -> None:  # fmt: skip
+    """Program c counts a chunk's slots by expert. counts: int32 `[num_chunks, BINS]`; the last bin is nobody's."""
+    slot = tl.program_id(0) * SLOTS_AT_ONCE + tl.arange(0, SLOTS_AT_ONCE)
+    local = local_expert(topk_ids, expert_map, slot, num_slots, num_experts, num_global, HAS_MAP)
+    found = tl.histogram(tl.where(local < 0, BINS - 1, local), BINS)
+    tl.store(counts + tl.program_id(0) * BINS + tl.arange(0, BINS), found)
+
+
+@triton.jit(do_not_specialize=["num_slots", "num_experts", "num_global"])
+def place_kernel(
+    topk_ids: tl.tensor, expert_map: tl.tensor, counts: tl.tensor, slots: tl.tensor, blocks: tl.tensor,
+    num_slots: tl.tensor, num_experts: tl.tensor, num_global: tl.tensor,
+    BLOCK_TOKENS: tl.constexpr, BINS: tl.constexpr, SLOTS_AT_ONCE: tl.constexpr, SLOTS_RANKED: tl.constexpr,
+    HAS_MAP: tl.constexpr,
+) -> None:  # fmt: skip
+    """Program c puts the slots of chunk c in their places, and writes the table's rows of every n-th expert."""
+    program = tl.program_id(0)
+    bins = tl.arange(0, BINS)
+    total = tl.zeros([BINS], tl.int32)
+    earlier = tl.zeros([BINS], tl.int32)  # in the chunks before this one
+    for chunk in range(tl.cdiv(num_slots, SLOTS_AT_ONCE)):
+        found = tl.load(counts + chunk * BINS + bins)
+        total += found
+        earlier += tl.where(chunk < program, found, 0)
+    total = tl.where(bins < num_experts, total, 0)
+    num_blocks = (total + BLOCK_TOKENS - 1) // BLOCK_TOKENS
+    begins = tl.cumsum(total, 0) - total
+    firsts = tl.cumsum(num_blocks, 0) - num_blocks
+    for expert in range(program, num_experts, tl.num_programs(0)):
+        mine = bins == expert
+        begin = tl.sum(tl.where(mine, begins, 0))
+        first = tl.sum(tl.where(mine, firsts, 0))
+        count = tl.sum(tl.where(mine, total, 0))
+        write_blocks(blocks, expert, begin, first, count, num_experts, BLOCK_TOKENS)
+    place = begins + earlier
+    number = tl.arange(0, SLOTS_RANKED)
+    for start in range(program * SLOTS_AT_ONCE, min((program + 1) * SLOTS_AT_ONCE, num_slots), SLOTS_RANKED):
+        local = local_expert(topk_ids, expert_map, start + number, num_slots, num_experts, num_global, HAS_MAP)
+        # Keys of one expert that are less than its slot's differ from it by 1 to the slot's number, all others by more.
+        key = local * SLOTS_RANKED + number
+        difference = (key[:, None] - key[None, :] - 1).to(tl.uint32, bitcast=True)
+        rank = tl.sum((difference < number[:, None]).to(tl.int32), 1)
+        counter = tl.where(local < 0, BINS - 1, local)
+        tl.store(slots + tl.gather(place, counter, 0) + rank, start + number, mask=local >= 0)
+        place += tl.histogram(counter, BINS)
 
 
 def global_experts(expert_map: torch.Tensor | None, num_experts: int) -> int:
     """How many ids there are: the length of the map where there is one."""
     return num_experts if expert_map is None else expert_map.shape[0]
+
+
+def num_bins(num_experts: int) -> int:
+    """A count for each expert and one for the slots without."""
+    return max(16, 1 << num_experts.bit_length())
+
+
+def counts_bytes(num_slots: int, num_experts: int) -> int:
+    """What `align` needs beside its results."""
+    return 4 * triton.cdiv(num_slots, SLOTS_AT_ONCE) * num_bins(num_experts) if num_slots > SLOTS_AT_ONCE else 0
 
 
 def align(
@@ -83,19 +155,33 @@ def align(
     block_tokens: int,
     slots: torch.Tensor,
     blocks: torch.Tensor,
+    counts: torch.Tensor,
 ) -> None:
     """Sort the slots (token · top_k + k) by local expert and cut each expert's into blocks of `block_tokens`.
 
     topk_ids: integers `[num_tokens, top_k]`, contiguous; −1, or anything that is no expert's, for none.
     slots: int32 `[num_slots]`. blocks: int32 `[1 + max_blocks · 5]`: the number of blocks, then for each its expert, its
     first place in `slots`, its number of slots, the first block of its expert, and how many that expert has.
+    counts: int32, `counts_bytes` of it as scratch.
     """
     num_slots = topk_ids.numel()
-    align_kernel[(num_experts,)](
-        topk_ids, topk_ids if expert_map is None else expert_map, slots, blocks, num_slots, num_experts,
-        global_experts(expert_map, num_experts),
-        BLOCK_TOKENS=block_tokens, BINS=max(16, triton.next_power_of_2(num_experts + 1)),
-        SLOTS_AT_ONCE=SLOTS_AT_ONCE, HAS_MAP=expert_map is not None, num_warps=4,
+    chosen = topk_ids, topk_ids if expert_map is None else expert_map
+    numbers = num_slots, num_experts, global_experts(expert_map, num_experts)
+    bins, has_map = num_bins(num_experts), expert_map is not None
+    if num_slots <= SLOTS_AT_ONCE:
+        align_kernel[(num_experts,)](
+            *chosen, slots, blocks, *numbers,
+            BLOCK_TOKENS=block_tokens, BINS=bins, SLOTS_AT_ONCE=SLOTS_AT_ONCE, HAS_MAP=has_map, num_warps=4,
+        )  # fmt: skip
+        return
+    chunks = triton.cdiv(num_slots, SLOTS_AT_ONCE)
+    count_kernel[(chunks,)](
+        *chosen, counts, *numbers, BINS=bins, SLOTS_AT_ONCE=SLOTS_AT_ONCE, HAS_MAP=has_map, num_warps=4
+    )
+    place_kernel[(max(chunks, PLACERS),)](
+        *chosen, counts, slots, blocks, *numbers,
+        BLOCK_TOKENS=block_tokens, BINS=bins, SLOTS_AT_ONCE=SLOTS_AT_ONCE, SLOTS_RANKED=SLOTS_RANKED,
+        HAS_MAP=has_map, num_warps=4,
     )  # fmt: skip
 
 

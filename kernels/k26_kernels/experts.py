@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import triton
 
-from k26_kernels.align import COLUMNS, align, global_experts, max_blocks
+from k26_kernels.align import COLUMNS, align, counts_bytes, global_experts, max_blocks
 from k26_kernels.combine import activate_kernel, reduce_kernel
 from k26_kernels.config import SINGLE, SINGLE_TOKENS, Regime, Shape, Tile, checked, choose, measured, regimes
 from k26_kernels.layout import repack
@@ -122,6 +122,7 @@ def make_plan(
         # Room for the smallest blocks, so that more tokens never need less.
         smallest = min(choice.block_tokens for choice in choices.values())
         sizes["blocks"] = 4 * (1 + COLUMNS.value * max_blocks(num_slots, shape.num_experts, smallest))
+        sizes["counts"] = counts_bytes(num_slots, shape.num_experts)
     sections, offset = {}, 0
     for section, size in sizes.items():
         sections[section] = (offset, size)
@@ -239,6 +240,7 @@ class Launcher:
                 plan.regime.block_tokens,
                 self.section("slots", torch.int32),
                 self.section("blocks", torch.int32),
+                self.section("counts", torch.int32),
             )
         activated = self.section("activated", torch.bfloat16)
         w13 = self.experts.w13_packed, self.experts.w13_scale

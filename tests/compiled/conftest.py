@@ -22,6 +22,8 @@ experts, align, dequantise, router = (
 )
 KERNELS = {
     "align_kernel": align,
+    "count_kernel": align,
+    "place_kernel": align,
     "activate_kernel": experts,
     "reduce_kernel": experts,
     "product_kernel": experts,

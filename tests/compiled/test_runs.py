@@ -14,6 +14,7 @@ import pytest
 import torch
 import triton
 from k26_kernels import KernelExperts, dequantise, fused_experts, repack, route, workspace_bytes
+from k26_kernels.align import align, align_reference, counts_bytes, max_blocks
 from k26_kernels.experts import make_plan
 from k26_kernels.router import route_reference
 from k26_kernels.target import OVERWRITES_WEIGHTS, TARGETS
@@ -127,6 +128,22 @@ def test_dequantise(compiled_for: CompiledFor, target: str, gated: bool, dtype: 
     expected = torch.stack([dense(packed[expert], scale[expert]) for expert in (2, 0)]).to(dtype)
     repack(packed, scale, TARGETS[target].fragment, gated=gated)
     assert torch.equal(dequantise(packed, scale, torch.tensor([2, 0]), dtype, gated=gated), expected)
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+def test_align(compiled_for: CompiledFor, target: str) -> None:
+    """More slots than one launch sorts, through an expert map: the table and the order of an expert's slots."""
+    kernels = compiled_for(target)
+    ids = choose_experts(520, 2, 8)[0].int()
+    ids[3, 0] = -1
+    expert_map = torch.tensor([4, -1, 0, 3, 2, -1, 1, 5], dtype=torch.int32)
+    room = max_blocks(ids.numel(), 6, 16)
+    sizes = (ids.numel(), 1 + 5 * room, counts_bytes(ids.numel(), 6) // 4)
+    slots, blocks, counts = (torch.full((size,), -7, dtype=torch.int32) for size in sizes)
+    align(ids, expert_map, 6, 16, slots, blocks, counts)
+    rows = [tuple(row) for row in blocks[1:].view(room, 5)[: blocks[0]].tolist()]
+    assert (slots[slots >= 0].tolist(), rows) == align_reference(ids, expert_map, 6, 16)
+    assert kernels["place_kernel"].launches > 0
 
 
 @pytest.mark.parametrize("target", NVIDIA)

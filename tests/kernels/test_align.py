@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from k26_kernels.align import align, align_reference, max_blocks
+from k26_kernels.align import SLOTS_AT_ONCE, align, align_reference, counts_bytes, max_blocks
 from support.experts import route
 
 
@@ -15,7 +15,8 @@ def table(
     slots = torch.full((ids.numel(),), -7, dtype=torch.int32, device=ids.device)
     most = max_blocks(ids.numel(), num_experts, block)
     blocks = torch.full((1 + 5 * most,), -7, dtype=torch.int32, device=ids.device)
-    align(ids, expert_map, num_experts, block, slots, blocks)
+    counts = torch.full((counts_bytes(ids.numel(), num_experts) // 4,), -7, dtype=torch.int32, device=ids.device)
+    align(ids, expert_map, num_experts, block, slots, blocks, counts)
     number = int(blocks[0])
     rows = [tuple(row) for row in blocks[1:].view(most, 5)[:number].tolist()]
     return slots[slots >= 0].tolist(), rows
@@ -37,23 +38,26 @@ def test_every_slot_is_in_its_experts_block(
     assert len(slots) == num_tokens * top_k - 1
 
 
-def test_expert_map(device: torch.device) -> None:
-    ids = route(50, 4, 16)[0].to(device)
+@pytest.mark.parametrize("num_tokens", [50, 700])
+def test_expert_map(device: torch.device, num_tokens: int) -> None:
+    ids = route(num_tokens, 4, 16)[0].to(device)
     expert_map = torch.full((16,), -1, dtype=torch.int32, device=device)
     expert_map[torch.tensor([3, 15, 4])] = torch.arange(3, dtype=torch.int32, device=device)
     assert table(ids, expert_map, 3, 16) == align_reference(ids, expert_map, 3, 16)
 
 
-def test_all_tokens_on_one_expert(device: torch.device) -> None:
+@pytest.mark.parametrize("num_tokens", [600, SLOTS_AT_ONCE + 1])
+def test_all_tokens_on_one_expert(device: torch.device, num_tokens: int) -> None:
     """More blocks of an expert than are written at a time."""
-    ids = torch.full((600, 1), 2, dtype=torch.int32, device=device)
+    ids = torch.full((num_tokens, 1), 2, dtype=torch.int32, device=device)
     assert table(ids, None, 4, 16) == align_reference(ids, None, 4, 16)
 
 
+@pytest.mark.parametrize("num_tokens", [3, SLOTS_AT_ONCE])
 @pytest.mark.parametrize("nobody", [-1, 9])
-def test_nobody_is_here(device: torch.device, nobody: int) -> None:
+def test_nobody_is_here(device: torch.device, nobody: int, num_tokens: int) -> None:
     """An id beyond the experts counts as none: padded rows of a batch may hold anything."""
-    ids = torch.full((3, 2), nobody, dtype=torch.int32, device=device)
+    ids = torch.full((num_tokens, 2), nobody, dtype=torch.int32, device=device)
     assert table(ids, None, 4, 16) == ([], [])
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Any
+
 import pytest
 import torch
 from k26_kernels import KernelExperts, fused_experts, workspace_bytes
@@ -11,6 +14,8 @@ from k26_kernels.reference import fused_experts_reference
 from support.experts import error, inputs, judge, make_weights, route, to_device
 
 from k26_plugins.common.experts import ExpertWeights
+
+experts_module, align = (import_module(f"k26_kernels.{name}") for name in ("experts", "align"))
 
 # Weights, activations and the result are rounded to bfloat16 (1.5e-3 each); so few values scatter around the mean.
 TOLERANCE = 5e-3
@@ -148,6 +153,37 @@ def test_tensor_parallel_ranks_add_up(device: torch.device) -> None:
         )
         total += result_of(device, part, x, ids, topk_weights).double()
     assert error(total, judge(weights, x, ids, topk_weights)) <= TOLERANCE
+
+
+class Counted:
+    """A kernel whose launches are counted."""
+
+    def __init__(self, kernel: Any, name: str, launched: list[str]) -> None:
+        self.kernel, self.name, self.launched = kernel, name, launched
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        self.launched.append(self.name)
+        return self.kernel[grid]
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "sorting"), [(4, []), (5, ["align"]), (128, ["align"]), (129, ["count", "place"])], ids=str
+)
+def test_launches_a_layer(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, num_tokens: int, sorting: list[str]
+) -> None:
+    launched: list[str] = []
+    for module, names in ((experts_module, ("product", "activate", "reduce")), (align, ("align", "count", "place"))):
+        for name in names:
+            kernel = getattr(module, f"{name}_kernel")
+            monkeypatch.setattr(module, f"{name}_kernel", Counted(kernel, name, launched))
+    ids = torch.full((num_tokens, 8), -1, dtype=torch.int32)
+    ids[0, :2] = torch.tensor([1, 0])
+    # Not so few experts that a product would be cut along K.
+    weights, x, topk_weights = make_weights(2, 128, 256), inputs(num_tokens, 128), torch.ones(num_tokens, 8)
+    result = result_of(device, weights, x, ids, topk_weights)
+    assert launched == [*sorting, "product", "product", "reduce"]
+    assert error(result[:1], judge(weights, x[:1], ids[:1], topk_weights)) <= TOLERANCE
 
 
 def test_no_tokens(device: torch.device) -> None:
