@@ -17,7 +17,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 LAYER = Shape(7168, 2048, 384)
+# A rank's under tensor parallel 8, whose w2 has tiles of its own in some regimes.
+SHARD = Shape(7168, 256, 384)
 TOP_K = 8
 
 
@@ -67,6 +69,8 @@ class Facts:
     shuffles: int
     loop_instructions: int
     """Machine instructions that a warp issues for a step along K; 0 where that is not read (AMD, and kernels without)."""
+    tile_instructions: int
+    """And for a tile beside its steps; 0 where a tile is one step, whose loop is counted above."""
 
 
 KERNELS = {
@@ -128,6 +132,11 @@ def variants() -> Iterator[Variant]:
             yield product_variant(target, LAYER, name, regime, regime.w2, False, 1)
             if name == SINGLE:
                 yield product_variant(target, LAYER, name, regime, regime.w13, True, 2)
+        for name, regime in default_regimes(target.name, SHARD.intermediate_size).items():
+            if regime.w2 != default_regimes(target.name)[name].w2:
+                yield replace(
+                    product_variant(target, SHARD, name, regime, regime.w2, False, 1), name=f"w2 {name} short"
+                )
 
 
 def compile_variant(variant: Variant) -> Facts:
@@ -162,8 +171,9 @@ def cuobjdump(option: str, file: str) -> str:
     return subprocess.run([tool, option, file], capture_output=True, text=True, check=True).stdout
 
 
-def loop_instructions(sass: str) -> int:
-    """Instructions of the innermost loop that holds matrix instructions: the shortest backward jump over one."""
+def loop_instructions(sass: str) -> tuple[int, int]:
+    """Instructions of the innermost loop that holds matrix instructions, the shortest backward jump over one, and those
+    that the next loop around it has beside; of the code as it lies, though a branch may leave some out."""
     instructions = re.findall(r"/\*([0-9a-f]{4,})\*/ +(?:@!?U?P\w+ )?(\S+)([^;]*);", sass)
     places = {int(address, 16): index for index, (address, _, _) in enumerate(instructions)}
     lengths = []
@@ -174,7 +184,8 @@ def loop_instructions(sass: str) -> int:
             body = [name for _, name, _ in instructions[start : index + 1]]
             if any(re.match(r"HMMA|HGMMA|UTC\w*MMA", name) for name in body):
                 lengths.append(len(body))
-    return min(lengths, default=0)
+    inner, *around = sorted(lengths) or [0]
+    return inner, around[0] - inner if around else 0
 
 
 def read_nvidia(asm: Any) -> dict[str, Any]:
@@ -186,6 +197,7 @@ def read_nvidia(asm: Any) -> dict[str, Any]:
     found = re.search(r"REG:(\d+) STACK:(\d+).*? LOCAL:(\d+)", usage)
     assert found, usage
     loads = count(r"(cp\.async\.c[ag]\.shared\.global) \[ *[^\]]*\], \[[^\]]*\], (0x\w+|\d+)", ptx)
+    steps, tile = loop_instructions(code)
     wide = {f"cp.async {int(size, 0)}": number for (_, size), number in loads.items()}
     return {
         "registers": int(found[1]),
@@ -193,7 +205,8 @@ def read_nvidia(asm: Any) -> dict[str, Any]:
         "matrix_instructions": count(r"(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", ptx),
         "weight_loads": {**wide, **count(r"(ld\.global\S*\.v4\.b32)", ptx)},
         "shuffles": len(re.findall(r"shfl\.sync", ptx)),
-        "loop_instructions": loop_instructions(code),
+        "loop_instructions": steps,
+        "tile_instructions": tile,
     }
 
 
@@ -207,6 +220,7 @@ def read_amd(asm: Any) -> dict[str, Any]:
         "weight_loads": count(r"\b((?:global|buffer)_load_dwordx4)\b", code),
         "shuffles": len(re.findall(r"ds_bpermute|ds_swizzle", code)),
         "loop_instructions": 0,
+        "tile_instructions": 0,
     }
 
 
@@ -221,7 +235,7 @@ def main() -> None:
         print(
             f"{facts.target:7} {facts.name:18} registers {facts.registers:4} spilled {facts.spilled_bytes:4} "
             f"shared {facts.shared_memory:6} {facts.matrix_instructions} {facts.weight_loads} shuffles {facts.shuffles} "
-            f"loop {facts.loop_instructions}"
+            f"loop {facts.loop_instructions} tile {facts.tile_instructions}"
         )
     if arguments.json:
         document = {"triton": triton.__version__, "facts": [asdict(facts) for facts in results]}

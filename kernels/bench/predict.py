@@ -80,11 +80,12 @@ def product_seconds(
     extra: int,
 ) -> dict[str, float]:
     """The three floors of one product. extra: bytes of activations that it reads and writes."""
-    steps = blocks * (rows // tile.block_rows) * (inputs // tile.block_k)
+    tiles = blocks * (rows // tile.block_rows)
+    instructions = facts.tile_instructions + inputs // tile.block_k * facts.loop_instructions
     return {
         "bytes": (touched * rows * inputs * 9 / 16 + extra) / machine.bandwidth,
         "matmul": 2 * blocks * block * rows * inputs / machine.matmul,
-        "issue": steps * tile.num_warps * facts.loop_instructions / machine.instructions,
+        "issue": tiles * tile.num_warps * instructions / machine.instructions,
     }
 
 

@@ -40,8 +40,10 @@ class Regime:
     w2: Tile
 
     @classmethod
-    def of(cls, data: dict[str, Any]) -> Self:
-        return cls(data["block_tokens"], Tile(**data["w13"]), Tile(**data["w2"]))
+    def of(cls, data: dict[str, Any], intermediate_size: int = 0) -> Self:
+        """`w2_N` are the tiles of a rank on which w2 has N inputs, all of them one step."""
+        w2 = data.get(f"w2_{intermediate_size}", data["w2"])
+        return cls(data["block_tokens"], Tile(**data["w13"]), Tile(**w2))
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +72,16 @@ measured: dict[tuple[Device, int, int], dict[str, Regime]] = {}
 
 
 @cache
-def default_regimes(target: str) -> dict[str, Regime]:
+def default_regimes(target: str, intermediate_size: int = 0) -> dict[str, Regime]:
     """Regimes by name for a kind of GPU: they fit the smallest member of its family."""
-    return {name: Regime.of(tiles) for name, tiles in json.loads(DEFAULT.read_text())[target].items()}
+    tiles = json.loads(DEFAULT.read_text())[target]
+    return {name: Regime.of(tiles[name], intermediate_size) for name in tiles}
 
 
 def regimes(device: Device, shape: Shape) -> dict[str, Regime]:
     """Those that were measured for this GPU and experts of this size, however many, or the default of its kind."""
-    return measured.get((device, shape.hidden_size, shape.intermediate_size)) or default_regimes(device.target.name)
+    inner = shape.intermediate_size
+    return measured.get((device, shape.hidden_size, inner)) or default_regimes(device.target.name, inner)
 
 
 def checked(tiles: dict[str, Any], target: str, shape: Shape) -> dict[str, Regime]:

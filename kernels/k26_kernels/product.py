@@ -9,6 +9,47 @@ from k26_kernels.align import COLUMNS, local_expert
 from k26_kernels.unpack import dot_operand, load_scales, load_words, rounded, settled, weights_tile
 
 
+@triton.jit
+def write_tile(
+    acc: tl.tensor, out: tl.tensor, topk_weights: tl.tensor,
+    slot: tl.tensor, count: tl.tensor, rows_first: tl.tensor, part: tl.tensor, num_slots: tl.tensor,
+    N: tl.constexpr, EPILOGUE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+) -> None:  # fmt: skip
+    """What `product_kernel` says of EPILOGUE."""
+    valid = (tl.arange(0, BLOCK_TOKENS) < count)[None, :]
+    if EPILOGUE == "swiglu":
+        halves = tl.permute(tl.reshape(acc, [BLOCK_ROWS // 16, 2, 8, BLOCK_TOKENS]), [0, 2, 3, 1])
+        gate, up = tl.split(halves)
+        y = tl.reshape(gate * tl.sigmoid(gate) * up, [BLOCK_ROWS // 2, BLOCK_TOKENS])
+        rows = rows_first // 2 + tl.arange(0, BLOCK_ROWS // 2)
+        tl.store(out + slot.to(tl.int64)[None, :] * (N // 2) + rows[:, None], rounded(y, tl.bfloat16), mask=valid)
+    else:
+        rows = rows_first + tl.arange(0, BLOCK_ROWS)
+        place = (part * num_slots + slot).to(tl.int64)[None, :] * N + rows[:, None]
+        if EPILOGUE == "weighted":
+            y = acc * tl.load(topk_weights + slot)[None, :]
+            tl.store(out + place, rounded(y, out.dtype.element_ty), mask=valid)
+        else:
+            tl.store(out + place, acc, mask=valid)
+
+
+@triton.jit
+def multiply_step(
+    acc: tl.tensor, words: tl.tensor, scales: tl.tensor, x_rows: tl.tensor, valid: tl.tensor,
+    rows_first: tl.tensor, k: tl.tensor, K: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+    FRAGMENT: tl.constexpr, PACKED_MATH: tl.constexpr, WAIT: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """acc with the product over BLOCK_K inputs from k on."""
+    w = load_words(words, rows_first, k, K, BLOCK_ROWS, BLOCK_K, FRAGMENT)
+    s = load_scales(scales, rows_first, k, K, BLOCK_ROWS, BLOCK_K, FRAGMENT)
+    xt = tl.load(x_rows[None, :] + (k + tl.arange(0, BLOCK_K))[:, None], mask=valid, other=0.0)
+    tile_w = weights_tile(w, s, BLOCK_ROWS, BLOCK_K, FRAGMENT, PACKED_MATH, tl.bfloat16)
+    acc = tl.dot(dot_operand(tile_w), dot_operand(xt), acc)
+    if WAIT:
+        acc = settled(acc)
+    return acc
+
+
 @triton.jit(do_not_specialize=["num_slots", "num_experts", "num_global"])
 def product_kernel(
     x: tl.tensor, packed: tl.tensor, scale: tl.tensor, out: tl.tensor,
@@ -28,6 +69,9 @@ def product_kernel(
       "weighted"  the product times the slot's routing weight, rounded to the dtype of `out`, `[SPLIT_K, num_slots, N]`
       "partial"   the product's part, float32 `[SPLIT_K, num_slots, N]`, rows as they are stored
     WAIT: let each step's products end before the next step's weights are made (`Target.waits`).
+
+    The steps along K are loaded ahead of their products. Where one step is all, whole tiles are, their rows of the table
+    and their tokens with them.
     """
     ROW_BLOCKS: tl.constexpr = N // BLOCK_ROWS
     K_PART: tl.constexpr = K // SPLIT_K
@@ -44,43 +88,39 @@ def product_kernel(
             first = tl.load(row + 3)
             siblings = tl.load(row + 4)
             within = pair - first * ROW_BLOCKS
-            rows_first = within // siblings * BLOCK_ROWS
-            row = blocks + 1 + (first + within % siblings) * COLUMNS
+            turn = within // siblings
+            rows_first = turn * BLOCK_ROWS
+            row = blocks + 1 + (first + within - turn * siblings) * COLUMNS
             expert = tl.load(row)
             count = tl.load(row + 2)
             slot = tl.load(slots + tl.load(row + 1) + column, mask=column < count, other=0)
         else:
             rows_first = pair % ROW_BLOCKS * BLOCK_ROWS
-            count = 1
             slot = pair // ROW_BLOCKS + tl.zeros_like(column)
             expert = local_expert(topk_ids, expert_map, pair // ROW_BLOCKS, num_slots, num_experts, num_global, HAS_MAP)
-        if expert >= 0:
+            count = tl.where(expert >= 0, 1, 0)
+        x_rows = x + (slot // SLOTS_PER_X).to(tl.int64) * K
+        valid = (column < count)[None, :]
+        acc = tl.zeros([BLOCK_ROWS, BLOCK_TOKENS], tl.float32)
+        if K_PART == BLOCK_K:
+            # A branch would keep the next tiles from being loaded ahead: a slot without an expert here takes the first
+            # one's weights, and stores nothing.
+            some = tl.maximum(expert, 0).to(tl.int64)
+            acc = multiply_step(
+                acc, packed + some * (N * K // 8), scale + some * (N * K // 32), x_rows, valid, rows_first,
+                part * K_PART, K, BLOCK_ROWS, BLOCK_K, FRAGMENT, PACKED_MATH, WAIT,
+            )  # fmt: skip
+            write_tile(
+                acc, out, topk_weights, slot, count, rows_first, part, num_slots, N, EPILOGUE, BLOCK_TOKENS, BLOCK_ROWS
+            )
+        elif expert >= 0:
             words = packed + expert.to(tl.int64) * (N * K // 8)
             scales = scale + expert.to(tl.int64) * (N * K // 32)
-            x_rows = x + (slot // SLOTS_PER_X).to(tl.int64) * K
-            valid = (column < count)[None, :]
-            acc = tl.zeros([BLOCK_ROWS, BLOCK_TOKENS], tl.float32)
             for k in range(part * K_PART, (part + 1) * K_PART, BLOCK_K):
-                w = load_words(words, rows_first, k, K, BLOCK_ROWS, BLOCK_K, FRAGMENT)
-                s = load_scales(scales, rows_first, k, K, BLOCK_ROWS, BLOCK_K, FRAGMENT)
-                xt = tl.load(x_rows[None, :] + (k + tl.arange(0, BLOCK_K))[:, None], mask=valid, other=0.0)
-                tile_w = weights_tile(w, s, BLOCK_ROWS, BLOCK_K, FRAGMENT, PACKED_MATH, tl.bfloat16)
-                acc = tl.dot(dot_operand(tile_w), dot_operand(xt), acc)
-                if WAIT:
-                    acc = settled(acc)
-            if EPILOGUE == "swiglu":
-                halves = tl.permute(tl.reshape(acc, [BLOCK_ROWS // 16, 2, 8, BLOCK_TOKENS]), [0, 2, 3, 1])
-                gate, up = tl.split(halves)
-                y = tl.reshape(gate * tl.sigmoid(gate) * up, [BLOCK_ROWS // 2, BLOCK_TOKENS])
-                rows = rows_first // 2 + tl.arange(0, BLOCK_ROWS // 2)
-                tl.store(
-                    out + slot.to(tl.int64)[None, :] * (N // 2) + rows[:, None], rounded(y, tl.bfloat16), mask=valid
-                )
-            else:
-                rows = rows_first + tl.arange(0, BLOCK_ROWS)
-                place = (part * num_slots + slot).to(tl.int64)[None, :] * N + rows[:, None]
-                if EPILOGUE == "weighted":
-                    y = acc * tl.load(topk_weights + slot)[None, :]
-                    tl.store(out + place, rounded(y, out.dtype.element_ty), mask=valid)
-                else:
-                    tl.store(out + place, acc, mask=valid)
+                acc = multiply_step(
+                    acc, words, scales, x_rows, valid, rows_first, k, K,
+                    BLOCK_ROWS, BLOCK_K, FRAGMENT, PACKED_MATH, WAIT,
+                )  # fmt: skip
+            write_tile(
+                acc, out, topk_weights, slot, count, rows_first, part, num_slots, N, EPILOGUE, BLOCK_TOKENS, BLOCK_ROWS
+            )

@@ -50,8 +50,8 @@ def test_it_streams(facts: dict[tuple[str, str], dict[str, Any]], target: str, n
     assert list(fact["matrix_instructions"]) == [INSTRUCTION[target]]
     loads = dict(fact["weight_loads"])
     assert loads.pop("global_load_dwordx4" if TARGETS[target].amd else "cp.async 16") > 0
-    # The scales of a chunk are 8 bytes.
-    assert set(loads) <= {"cp.async 8"}
+    # The scales of a chunk are 8 bytes; where whole tiles are loaded ahead, so is the table of blocks.
+    assert set(loads) <= {"cp.async 8", *(["cp.async 4"] if name.endswith("short") else [])}
     # One shuffle finds the warp that issues the instruction.
     assert fact["shuffles"] <= (target in ("sm_90", "sm_100"))
 
@@ -60,8 +60,10 @@ def test_it_streams(facts: dict[tuple[str, str], dict[str, Any]], target: str, n
 def test_enough_programs_of_a_small_batch_fit_on_a_processor(
     facts: dict[tuple[str, str], dict[str, Any]], target: str, name: str
 ) -> None:
-    """Only several at a time keep enough loads in flight: four, three under Triton 3.5."""
+    """Only several at a time keep enough loads in flight: four, three under Triton 3.5. A tile of one step is twice as
+    many bytes, so that two do."""
     fact = facts[target, name]
+    programs = 2 if name.endswith("short") else 3
     # Registers are given out eight at a time, and on gfx942 a processor holds twice as many.
     registers = REGISTERS * (2 if TARGETS[target].amd else 1)
-    assert 3 * fact["threads"] * -(-fact["registers"] // 8) * 8 <= registers
+    assert programs * fact["threads"] * -(-fact["registers"] // 8) * 8 <= registers
