@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -182,6 +183,8 @@ def main() -> None:
     parser.add_argument("--layers", default=",".join(LAYERS), help="of whole, tp8, ep8")
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
     parser.add_argument("--no-save", action="store_true")
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="where the JSON file and the plot go")
+    parser.add_argument("--seconds", type=int, default=BUDGET_SECONDS, help="begin no batch later than this")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("bench.experts needs a GPU and finds none. Predicted times: python -m bench.predict")
@@ -198,7 +201,7 @@ def main() -> None:
             for tokens in map(int, arguments.tokens.split(",")):
                 if routing == "prefix" and tokens < 300:
                     continue
-                if time.monotonic() - started > BUDGET_SECONDS:
+                if time.monotonic() - started > arguments.seconds:
                     rows.append(Row(name, routing, tokens, OURS, note="not run: the time was used up"))
                     continue
                 for row in measure(layer, routing, tokens, runs, rates, device, clock):
@@ -209,8 +212,9 @@ def main() -> None:
     if not arguments.no_save:
         stem = f"experts-{info['date']}-{info['gpu'].replace(' ', '_')}"
         document = {"machine": info, "copy": rates[0], "matmul": rates[1], "rows": [asdict(row) for row in rows]}
-        (RESULTS / f"{stem}.json").write_text(json.dumps(document, indent=1) + "\n")
-        plot(rows, rates, info["gpu"], RESULTS / f"{stem}.png")
+        (arguments.folder / f"{stem}.json").write_text(json.dumps(document, indent=1) + "\n")
+        if find_spec("matplotlib"):
+            plot(rows, rates, info["gpu"], arguments.folder / f"{stem}.png")
 
 
 if __name__ == "__main__":

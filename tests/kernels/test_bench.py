@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from bench import experts as bench
+from bench import one_launch
 from bench.dense import WAITS_FOR_DEVICE, dequantise_and_dense
 from bench.layers import GLOBAL_EXPERTS, LAYERS
 from k26_kernels import KernelExperts
@@ -69,6 +70,16 @@ def test_a_batch_is_measured(device: torch.device) -> None:
         assert rows["vLLM Marlin MoE"].note == "vllm is not installed"
     for row in rows.values():
         assert row.name in bench.line(row)
+
+
+def test_one_launch_of_each(device: torch.device) -> None:
+    """What a sanitizer watches on a GPU; more than one launch sorts are too many here."""
+    one_launch.small_ones(device, (1, 5))
+
+
+def test_one_launch_notices_a_wrong_result() -> None:
+    with pytest.raises(SystemExit, match="router is wrong"):
+        one_launch.compare("router", torch.ones(3), torch.tensor([1.0, 1.0, 1.1]))
 
 
 def experts_of(layer: Layer, device: torch.device) -> KernelExperts:

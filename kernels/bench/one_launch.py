@@ -1,0 +1,78 @@
+"""Each kernel once, checked against its plain twin: for a sanitizer or a profiler, under which more would take too long.
+
+    compute-sanitizer --tool memcheck python -m bench.one_launch
+    ncu --kernel-name product_kernel --set full python -m bench.one_launch --layer tp8 --tokens 64
+
+Without --layer the experts are small, and three batches reach every kernel: a few tokens cut along K, some that are sorted,
+and more than one launch sorts. With it one batch runs on a rank's real sizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from bench.layers import LAYERS
+from k26_kernels import KernelExperts, dequantise, fused_experts, route
+from k26_kernels.dequantise import dequantise_reference
+from k26_kernels.reference import fused_experts_reference
+from k26_kernels.router import route_reference
+
+from k26_plugins.operate.tune.measure import random_weights
+from k26_plugins.operate.tune.routing import Layer
+
+SMALL = Layer("small", 1024, 128, 6, global_experts=6, top_k=2)
+TOLERANCE = 1e-2
+
+
+def load(layer: Layer, device: torch.device) -> KernelExperts:
+    weights = random_weights(layer, device)
+    return KernelExperts.from_checkpoint(weights.w13_packed, weights.w13_scale, weights.w2_packed, weights.w2_scale)
+
+
+def compare(name: str, result: torch.Tensor, expected: torch.Tensor) -> None:
+    """Raises SystemExit for a result that is off by more than rounding."""
+    error = ((result.double() - expected.double()).norm() / expected.double().norm()).item()
+    print(f"{name}: error {error:.1e}", flush=True)
+    if not error <= TOLERANCE:
+        raise SystemExit(f"{name} is wrong")
+
+
+def small_ones(device: torch.device, batches: tuple[int, ...] = (1, 20, 520)) -> None:
+    experts = load(SMALL, device)
+    for tokens in batches:
+        batch = SMALL.batches("uniform", tokens, device)[0]
+        arguments = batch.hidden_states, experts, batch.topk_ids, batch.topk_weights
+        compare(f"experts, {tokens} tokens", fused_experts(*arguments), fused_experts_reference(*arguments))
+    chosen = torch.arange(2, device=device)
+    stored = experts.w2_packed[:2], experts.w2_scale[:2]
+    fragment = experts.device.target.fragment
+    compare(
+        "dequantise", dequantise(*stored, chosen, gated=False), dequantise_reference(*stored, fragment, gated=False)
+    )
+    generator = torch.Generator(device).manual_seed(0)
+    logits = torch.randn(4, 384, generator=generator, device=device)
+    bias = torch.zeros(384, device=device)
+    compare("router", route(logits, bias, 8, 2.8)[0], route_reference(logits, bias, 8, 2.8)[0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layer", choices=LAYERS)
+    parser.add_argument("--tokens", type=int, default=1)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("bench.one_launch needs a GPU and finds none.")
+    device = torch.device("cuda")
+    if arguments.layer is None:
+        small_ones(device)
+        return
+    layer = LAYERS[arguments.layer]
+    batch = layer.batches("uniform", arguments.tokens, device)[0]
+    local = layer.expert_map(device)
+    fused_experts(batch.hidden_states, load(layer, device), batch.topk_ids, batch.topk_weights, expert_map=local)
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()
