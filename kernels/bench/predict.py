@@ -19,6 +19,7 @@ from pathlib import Path
 import triton
 from bench.compiled import Facts, compile_variant, product_variant
 from bench.layers import GLOBAL_EXPERTS, LAYERS, TOKENS, TOP_K
+from k26_kernels.align import SLOTS_AT_ONCE
 from k26_kernels.config import SINGLE, Shape, Tile
 from k26_kernels.experts import TOKENS_AT_ONCE, Plan, make_plan
 from k26_kernels.target import TARGETS, Device
@@ -113,7 +114,7 @@ def predict(machine: Machine, compiled: Compiled, layer: Layer, kind: str, num_t
             bound = max(floors, key=lambda name: floors[name])
             seconds += floors[bound]
             bounds.append(bound)
-        launches = 3 + plan.sorted + (plan.split_w13 > 1)
+        launches = 3 + plan.sorted + (plan.num_slots > SLOTS_AT_ONCE) + (plan.split_w13 > 1)
         seconds += launches * machine.launch + (weighted + 2 * len(part) * hidden) / machine.bandwidth
     touched = len(layer.slots_here(ids).unique())
     return {
