@@ -291,6 +291,25 @@ def use_cpu_prefill_backend(path: str) -> None:
         private(registry, "register_mla_prefill_backend")(backend, path)
 
 
+def keep_for_reloads(model: Any) -> None:
+    """Have MLA keep `kv_b_proj`, which vLLM empties on a CPU with AMX once it has a copy in AMX's layout.
+
+    A reload of the weights puts them into the tensors that were there before it, and ends the server at one that is empty.
+    Of the published model this is 1 GB.
+    """
+    for module in model.modules():
+        if getattr(module, "is_amx_bmm_enabled", False):
+            module.process_weights_after_loading = functools.partial(
+                _keeping, module, module.process_weights_after_loading
+            )
+
+
+def _keeping(module: Any, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    weight = module.kv_b_proj.weight
+    original(*args, **kwargs)
+    module.kv_b_proj.weight = weight
+
+
 def media_token_id(hf_config: Any) -> int:
     """0.19.1's configuration class keeps the hub's name, transformers' has its own."""
     value = getattr(hf_config, "image_token_id", None)

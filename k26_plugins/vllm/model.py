@@ -50,6 +50,7 @@ class KimiK25ForConditionalGeneration(TakesAdapters, _in_tree.KimiK25ForConditio
         compat.hook_checkpoint_loader(whole_checkpoint, files_of_checkpoint)
         with readable_by_vllm(vllm_config.model_config):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
+        compat.keep_for_reloads(self)
         watch_engine_experts(self, self.core_config)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
