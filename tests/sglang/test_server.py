@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from support.agreement import BYTES, VOCABULARY, assert_same_distribution
+from support.agreement import BYTES, VOCABULARY, assert_same_distribution, assert_same_logprobs
 from support.expected import image_request, text_prompt
 from support.images import BAD_IMAGES, image_part, png_header
 from support.server import Server, said
@@ -128,7 +128,7 @@ def test_images(server: Server, tiny_folder: Path, reference: KimiK26, sizes: li
         # It reports text only. The first token is the reference's likeliest.
         expected = request.logprobs(reference, [int(request.likeliest(reference))])
         served = served[:1]
-    torch.testing.assert_close(served, expected, rtol=0, atol=0.15)
+    assert_same_logprobs(served, expected)
 
 
 def test_sixteen_at_once_answer_as_alone(server: Server) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from support.agreement import BYTES, VOCABULARY, assert_same_distribution, rows
+from support.agreement import BYTES, VOCABULARY, assert_same_distribution, assert_same_logprobs, rows
 from support.expected import image_request, text_prompt
 from support.images import BAD_IMAGES, image_part, png_header
 from support.server import Server, said
@@ -131,7 +131,7 @@ def test_images(server: Server, tiny_folder: Path, reference: KimiK26, sizes: li
     choice = answer["choices"][0]
     expected = request.logprobs(reference, choice["token_ids"])
     served = torch.tensor([entry["logprob"] for entry in choice["logprobs"]["content"]])
-    torch.testing.assert_close(served, expected, rtol=0, atol=0.15)
+    assert_same_logprobs(served, expected)
 
 
 def test_sixteen_at_once_answer_as_alone(server: Server) -> None:
