@@ -6,12 +6,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
-from unittest.mock import create_autospec
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="the kernels' package needs Triton")
+from support.peers import stand_ins
+
 from k26_plugins.operate.tune.measure import random_weights
 from k26_plugins.operate.tune.routing import Layer
 from k26_plugins.peers import sglang as peers
@@ -27,13 +28,7 @@ MAP = torch.tensor([0, 1, -1, -1, 2, 3], dtype=torch.int32)
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Puts what returns `result`, and takes only what the original takes, in the place of a function of SGLang's."""
-
-    def replace(module: str, name: str, result: Callable[..., Any]) -> None:
-        original = getattr(import_module(module), name)
-        monkeypatch.setattr(f"{module}.{name}", create_autospec(original, side_effect=result))
-
-    return replace
+    return stand_ins(monkeypatch)
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import create_autospec
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="the kernels' package needs Triton")
+from support.peers import stand_ins
+
 from k26_plugins.operate.tune.measure import random_weights
 from k26_plugins.operate.tune.routing import Layer
 from k26_plugins.peers import vllm as peers
@@ -24,13 +24,7 @@ FEW = Layer("few", HIDDEN, INNER, EXPERTS)
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Puts what returns `result`, and takes only what the original takes, in the place of a function of vLLM's."""
-
-    def replace(module: str, name: str, result: Callable[..., Any]) -> None:
-        original = getattr(import_module(module), name)
-        monkeypatch.setattr(f"{module}.{name}", create_autospec(original, side_effect=result))
-
-    return replace
+    return stand_ins(monkeypatch)
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
