@@ -22,16 +22,16 @@ from k26_plugins.ktransformers.experts import KtExperts
 # kt-kernel rounds activations to 8 bits.
 TOLERANCE = 2e-2
 
-# What older releases do on a CPU without AMX, and how they are refused: 0.6.1 would end the process with an illegal
-# instruction, 0.6.2.post4, 0.6.4 and 0.7.0 compute garbage. Without AVX512 those before 0.7 end it when they are imported or
-# start their threads.
-WITHOUT_AMX = {
-    "0.6.1": "kt-kernel 0.6.1 has no RAWINT4 experts for this CPU",
-    "0.6.4": r"it failed the self-test on cpu, relative error 0\.\d+ \(limit 0.03\)",
-}
+# What older releases do, and how they are refused. On a CPU without AMX 0.6.1 would end the process with an illegal
+# instruction, 0.6.2.post4, 0.6.4 and 0.7.0 compute garbage; with AMX 0.6.1 and 0.6.4 do. Without AVX512 those before 0.7
+# end it when they are imported or start their threads.
+GARBAGE = r"it failed the self-test on cpu, relative error 0\.\d+ \(limit 0.03\)"
+WITHOUT_AMX = {"0.6.1": "kt-kernel 0.6.1 has no RAWINT4 experts for this CPU", "0.6.4": GARBAGE}
+WITH_AMX = {"0.6.1": GARBAGE, "0.6.4": GARBAGE}
 refusal = compat.ends_the_process()
-if refusal is None and "avx512f" in cpu_flags() and compat.private("kt_kernel", "__cpu_variant__") != "amx":
-    refusal = WITHOUT_AMX.get(compat.kt_kernel_version())
+if refusal is None and "avx512f" in cpu_flags():
+    has_amx = compat.private("kt_kernel", "__cpu_variant__") == "amx"
+    refusal = (WITH_AMX if has_amx else WITHOUT_AMX).get(compat.kt_kernel_version())
 runs_here = pytest.mark.skipif(
     refusal is not None, reason=f"kt-kernel {compat.kt_kernel_version()} has no right RAWINT4 for this CPU"
 )
