@@ -9,3 +9,8 @@ from pathlib import Path
 def cache_folder() -> Path:
     """`k26-plugins` in `$XDG_CACHE_HOME` or `~/.cache`; not made. Where no home is known the `~` is left, to be named so."""
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "k26-plugins"  # noqa: PTH111
+
+
+def outcome_folder() -> Path:
+    """Of what `k26 tune` measured. Here, because a plan looks for it without importing torch."""
+    return cache_folder() / "tuned"

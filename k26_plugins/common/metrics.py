@@ -58,10 +58,7 @@ _chosen: dict[str, str] = {}
 def experts_chosen(whose: str, why: str) -> None:
     """What `K26_EXPERTS=auto` took in this process, for all layers."""
     _chosen[whose] = why
-    if _MULTIPROCESS_VARIABLE in os.environ and find_spec("prometheus_client") is not None:
-        _choice_gauge().labels(whose, why, _rank()).set(1)
-    elif (folder := os.environ.get(FOLDER_VARIABLE)) is not None:
-        _write(Path(folder))
+    _report([(_CHOICE, _CHOICE_HELP, {"experts": whose, "why": why}, 1)])
 
 
 def experts_loaded(backend: str, self_test_error: float, self_test_seconds: float, *, update: bool = False) -> None:
@@ -70,12 +67,7 @@ def experts_loaded(backend: str, self_test_error: float, self_test_seconds: floa
     found.layers += not update
     found.self_test_error = max(found.self_test_error, self_test_error)
     found.self_test_seconds += self_test_seconds
-    folder = os.environ.get(FOLDER_VARIABLE)
-    if _MULTIPROCESS_VARIABLE in os.environ and find_spec("prometheus_client") is not None:
-        for name, value in asdict(found).items():
-            _gauge(name).labels(backend, _rank()).set(value)
-    elif folder is not None:
-        _write(Path(folder))
+    _report((metric, _HELP[name], {"backend": backend}, getattr(found, name)) for name, metric in _EXPERTS.items())
 
 
 @contextmanager
@@ -155,18 +147,21 @@ def _rank() -> str:
     return str(torch.distributed.get_rank() if torch.distributed.is_initialized() else 0)
 
 
+def _report(gauges: Iterable[tuple[str, str, dict[str, str], float]]) -> None:
+    """Have the endpoint show gauges by name, text, labels and value: by prometheus_client, or by this process' file."""
+    folder = os.environ.get(FOLDER_VARIABLE)
+    if _MULTIPROCESS_VARIABLE in os.environ and find_spec("prometheus_client") is not None:
+        for name, text, labels, value in gauges:
+            _gauge(name, text, *labels, "rank").labels(*labels.values(), _rank()).set(value)
+    elif folder is not None:
+        _write(Path(folder))
+
+
 @functools.cache
-def _gauge(name: str) -> Any:
+def _gauge(name: str, text: str, *labels: str) -> Any:
     from prometheus_client import Gauge
 
-    return Gauge(_EXPERTS[name], _HELP[name], ["backend", "rank"], multiprocess_mode="max")
-
-
-@functools.cache
-def _choice_gauge() -> Any:
-    from prometheus_client import Gauge
-
-    return Gauge(_CHOICE, _CHOICE_HELP, ["experts", "why", "rank"], multiprocess_mode="max")
+    return Gauge(name, text, labels, multiprocess_mode="max")
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from k26_plugins.common.experts.peer import NotHereError, Peer, Run, asking_for,
 
 
 @cache
-def one_rank(backend: str) -> None:
+def one_rank(device: torch.device) -> None:
     """What SGLang's kernels ask for a server's settings and groups of ranks: those of one rank, by default."""
     from sglang.srt.distributed.parallel_state import init_distributed_environment, initialize_model_parallel
     from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
@@ -26,7 +26,7 @@ def one_rank(backend: str) -> None:
     set_global_server_args_for_scheduler(ServerArgs(model_path="dummy"))
     if not torch.distributed.is_initialized():
         store = Path(tempfile.mkdtemp(prefix="k26-tune-")) / "store"
-        init_distributed_environment(1, 0, f"file://{store}", 0, backend)
+        init_distributed_environment(1, 0, f"file://{store}", 0, "nccl" if device.type == "cuda" else "gloo")
         initialize_model_parallel()
 
 
@@ -47,7 +47,7 @@ def sglang_marlin(weights: ExpertWeights) -> Run:
     )
 
     device, experts = weights.device, weights.num_experts
-    one_rank("nccl" if device.type == "cuda" else "gloo")
+    one_rank(device)
     # No activations are reordered.
     order = torch.empty(experts, 0, dtype=torch.int32, device=device)
 
@@ -92,7 +92,7 @@ def sglang_triton(weights: ExpertWeights) -> Run:
     from sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe import fused_experts
     from sglang.srt.layers.moe.topk import StandardTopKOutput
 
-    one_rank("nccl" if weights.device.type == "cuda" else "gloo")
+    one_rank(weights.device)
     w1, w2 = weights.w13_packed.view(torch.uint8), weights.w2_packed.view(torch.uint8)
 
     def run(

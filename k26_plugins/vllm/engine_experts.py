@@ -92,9 +92,8 @@ def is_vllms(module: torch.nn.Module) -> bool:
 
 def _layer(module: Any) -> EngineLayer:
     def global_ids(local: list[int]) -> list[int]:
-        # `expert_map` is another table where AITER computes.
-        table = module._expert_map
-        return local if table is None else [int((table == place).nonzero()[0]) for place in local]
+        places = compat.local_places(module)
+        return local if places is None else [places.index(place) for place in local]
 
     def computed(x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         method = module.quant_method

@@ -10,13 +10,11 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from support.progress import Progress
-from support.server import StartError, end, free_port
+from support.server import end, free_port, wait_until
 
 from k26_plugins.common.metrics import FOLDER_VARIABLE
 
@@ -62,24 +60,16 @@ def ray_cluster(folder: Path, *python_path: Path) -> Iterator[dict[str, str]]:
         command += ["--object-store-memory", "100000000", "--disable-usage-stats"]
         # Any ports for its workers: by default they are 10002 to 19999, and Ray refuses a cluster whose own is among them.
         command += ["--min-worker-port", "0", "--max-worker-port", "0"]
-        with (folder / "ray.log").open("w") as log:
+        log_file = folder / "ray.log"
+        with log_file.open("w") as log:
             # A test in this process may have prepared a configuration: its folder is not the server's.
             inherited = {name: value for name, value in os.environ.items() if name != FOLDER_VARIABLE}
             process = subprocess.Popen(
                 command, env={**inherited, **settings}, stdout=log, stderr=log, start_new_session=True
             )
         try:
-            _wait(process, folder / "ray.log")
+            # A driver that asks before the cluster takes any waits five seconds and gives up.
+            wait_until(lambda: "Ray runtime started" in log_file.read_text(), process, log_file)
             yield {**settings, "RAY_ADDRESS": f"127.0.0.1:{port}", "VLLM_HOST_IP": "127.0.0.1"}
         finally:
             end(process, seconds=20)
-
-
-def _wait(process: subprocess.Popen[bytes], log: Path) -> None:
-    """Until the cluster takes drivers: one that asks before it does waits five seconds and gives up."""
-    progress = Progress(process.pid, log)
-    while "Ray runtime started" not in log.read_text():
-        if process.poll() is not None:
-            raise StartError(log.read_text())
-        progress.check()
-        time.sleep(0.2)

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,24 +123,25 @@ def run_server(
         )
     server = Server(f"http://127.0.0.1:{port}", str(folder), log, process.pid)
     try:
-        _wait(process, server, ready)
+        wait_until(lambda: (ready is None or ready in log.read_text()) and server.alive(), process, log)
         yield server
     finally:
         # No test waits for a running request to end.
         end(process, seconds=3)
 
 
-def _wait(process: subprocess.Popen[bytes], server: Server, ready: str | None) -> None:
-    progress = Progress(process.pid, server.log)
+def wait_until(is_ready: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
+    """Raises StartError with the process' log where it ends before, or stands still."""
+    progress = Progress(process.pid, log)
     while process.poll() is None:
         try:
-            if (ready is None or ready in server.log.read_text()) and server.alive():
+            if is_ready():
                 return
         except httpx.TransportError:
             pass
         try:
             progress.check()
         except StandsStillError as error:
-            raise StartError(f"{error}:\n{server.log.read_text()[-5000:]}") from error
+            raise StartError(f"{error}:\n{log.read_text()[-5000:]}") from error
         time.sleep(0.5)
-    raise StartError(server.log.read_text())
+    raise StartError(log.read_text())

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from k26_plugins.common.cache_folder import cache_folder
+from k26_plugins.common.cache_folder import outcome_folder
 from k26_plugins.common.purpose import Purpose
 
 FORMAT = 1
@@ -68,10 +68,6 @@ class Outcome:
     tiles: dict[str, Any]
     """As `k26_kernels.use_tiles` takes them."""
     timings: tuple[Timing, ...]
-
-
-def outcome_folder() -> Path:
-    return cache_folder() / "tuned"
 
 
 def outcome_file(key: Key) -> Path:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from k26_plugins.common.experts.outcome import OURS, Key, Outcome, OutcomeError, outcome_folder, read_outcome
+from k26_plugins.common.cache_folder import outcome_folder
+from k26_plugins.common.experts.outcome import OURS, Key, Outcome, OutcomeError, read_outcome
 from k26_plugins.common.experts.rule import choose
 from k26_plugins.common.experts.triton import unusable_on
 from k26_plugins.common.experts.tuned import ENGINES, here, installed_engine

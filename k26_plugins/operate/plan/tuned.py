@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 
-from k26_plugins.common.cache_folder import cache_folder
+from k26_plugins.common.cache_folder import outcome_folder
 from k26_plugins.common.config import TextConfig
 from k26_plugins.operate.plan.fit import Fit
 from k26_plugins.operate.plan.hardware import named
@@ -23,7 +23,7 @@ def experts_line(engine: str, text: TextConfig, fit: Fit) -> str:
 
 def _measured(engine: str, gpu: str, shape: str) -> str | None:
     """What the newest outcome says; a server takes it if driver and versions are those of the measurement."""
-    files = sorted((cache_folder() / "tuned").glob("*.json"), key=lambda file: file.stat().st_mtime, reverse=True)
+    files = sorted(outcome_folder().glob("*.json"), key=lambda file: file.stat().st_mtime, reverse=True)
     if not files:
         return None
     # Reading one needs torch, which a plan without any does not wait for.
