@@ -131,6 +131,11 @@ CASES: dict[str, tuple[str, Answer]] = {
         f"</think>{SECTION_BEGIN}{2 * call('functions.now:0', '{}')}{call('functions.now:1', '{}')}{SECTION_END}",
         ("", "", [(f"functions.now:{index}", "now", "{}") for index in range(3)]),
     ),
+    "thinking-ends-behind-a-section": (
+        f"why{SECTION_BEGIN}{call(WEATHER[0], WEATHER[2])}{SECTION_END}</think>ok",
+        ("why", "ok", [WEATHER]),
+    ),
+    "thinking-ends-in-a-section": (f"why{SECTION_BEGIN}{CALL_BEGIN}x</think>ok", ("why", "ok", [])),
     "no-section": (f"why</think>ok{call(*WEATHER[::2])}", ("why", "ok", [WEATHER])),
     "no-section-in-thinking": (f"why{call(*WEATHER[::2])}", ("why", "", [WEATHER])),
     "orphan-end-of-section": (f"why{CALL_END}</think>o{SECTION_END}k{CALL_ARGUMENTS}", ("why", "ok", [])),
@@ -192,6 +197,11 @@ def test_calls_that_nobody_asked_for_are_dropped() -> None:
         found = parse([text], tools=None)
         assert (found[0], found[2]) == (reasoning, [])
         assert found[1] == before.removeprefix("4 []").removeprefix('7 {"ci')
+
+
+def test_an_answer_in_a_section_is_content_where_no_calls_are_asked_for() -> None:
+    """There vLLM begins a grammar of the content."""
+    assert parse([f"why{SECTION_BEGIN}", '{"a": 1}'], tools=None) == ("why", '{"a": 1}', [])
 
 
 PIECES = st.sampled_from(

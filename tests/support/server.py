@@ -59,7 +59,12 @@ def python_path() -> str:
 
 
 class StartError(RuntimeError):
-    """The server ended or stood still before it was ready; the message is its log."""
+    """The server ended or stood still before it was ready; the message is the end of its log, which is short enough to be
+    shown whole."""
+
+    def __init__(self, log: str, why: str = "") -> None:
+        super().__init__(f"{why}{log[-6000:]}")
+        self.log = log
 
 
 @contextmanager
@@ -68,7 +73,7 @@ def start_fails(pattern: str) -> Iterator[None]:
     try:
         yield
     except StartError as error:
-        if not re.search(pattern, log := str(error)):
+        if not re.search(pattern, log := error.log):
             last = "\n".join(line[:300] for line in log.splitlines()[-30:])
             pytest.fail(f"the server ended, and its log does not say {pattern!r}. Its end:\n{last}", pytrace=False)
     else:
@@ -142,6 +147,6 @@ def wait_until(is_ready: Callable[[], bool], process: subprocess.Popen[bytes], l
         try:
             progress.check()
         except StandsStillError as error:
-            raise StartError(f"{error}:\n{log.read_text()[-5000:]}") from error
+            raise StartError(log.read_text(), f"{error}:\n") from error
         time.sleep(0.5)
     raise StartError(log.read_text())

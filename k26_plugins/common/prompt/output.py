@@ -1,7 +1,7 @@
 """The model's answer taken apart: reasoning, content and tool calls, from pieces cut anywhere.
 
 An answer in thinking mode begins inside the think block. It ends the block with `</think>` or, without it, with a section of
-tool calls (specification 5.3):
+tool calls (specification 5.3); where `</think>` follows that section, the answer goes on behind it:
 
     reasoning</think>content<|tool_calls_section_begin|>
     <|tool_call_begin|>functions.NAME:INDEX<|tool_call_argument_begin|>{"a": 1}<|tool_call_end|>…
@@ -71,7 +71,7 @@ class _State(Enum):
     REASONING = auto()
     CONTENT = auto()
     SECTION = auto()
-    """Between calls, and after the section: the model has no more to say that belongs to a user."""
+    """Between calls, and after the section: to a user who asked for calls the model has no more to say there."""
     HEADER = auto()
     ARGUMENTS = auto()
 
@@ -96,8 +96,10 @@ class OutputParser:
 
     def __init__(self, *, in_reasoning: bool, tools: Tools | None = None) -> None:
         """in_reasoning: the prompt opened the think block. tools: those declared, by which calls are named that the model
-        did not name; None where no calls are asked for: then they are dropped."""
+        did not name; None where no calls are asked for: then they are dropped, and text outside them is content. vLLM
+        begins a grammar of the content where a section ends the thinking."""
         self._state = _State.REASONING if in_reasoning else _State.CONTENT
+        self._thinks = in_reasoning
         self._tools = tools
         self._ids = CallIds()
         self._pending = ""
@@ -143,7 +145,7 @@ class OutputParser:
         return events
 
     def _text(self, text: str) -> Iterator[Event]:
-        if not text or self._state is _State.SECTION:
+        if not text or (self._state is _State.SECTION and self._tools is not None):
             return
         if self._state is _State.HEADER:
             self._header += text
@@ -160,7 +162,7 @@ class OutputParser:
             return
         if self._state is _State.REASONING:
             yield Reasoning(kept)
-        elif self._state is _State.CONTENT:
+        elif self._state in (_State.CONTENT, _State.SECTION):
             yield self._content(kept)
         elif self._name is None:
             self._unnamed += kept
@@ -168,13 +170,17 @@ class OutputParser:
             yield from self._arguments(kept)
 
     def _marker(self, marker: str) -> Iterator[Event]:
-        if marker == THINK_END and self._state is _State.REASONING:
+        if marker == THINK_END and self._thinks:
+            if self._state is _State.ARGUMENTS:
+                yield from self._end_call()
+            self._thinks = False
             self._go(_State.CONTENT)
             return
         if marker in (CALL_ARGUMENTS, CALL_END) and self._state is _State.HEADER:
             self._begin_arguments()
         # A template of the user's may leave it to the model to open the block.
         if marker == THINK_BEGIN and self._state is _State.CONTENT and not self._content_begun:
+            self._thinks = True
             self._go(_State.REASONING)
         ends_nothing = marker in (CALL_END, SECTION_END) and self._state in (_State.REASONING, _State.CONTENT)
         if ends_nothing or marker in (THINK_BEGIN, THINK_END, CALL_ARGUMENTS):
