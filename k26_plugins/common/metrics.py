@@ -53,12 +53,19 @@ _loaded: dict[str, _Experts] = {}
 _CHOICE = "k26_experts_choice"
 _CHOICE_HELP = "1 for the INT4 experts that `auto` took on a GPU, the core's or the engine's own, and why, by rank."
 _chosen: dict[str, str] = {}
+_HIT_RATE = "k26_hybrid_hit_rate"
+_HIT_RATE_HELP = "Share of the routed experts' uses that a hybrid run's device computed lately, by rank."
 
 
 def experts_chosen(whose: str, why: str) -> None:
     """What `K26_EXPERTS=auto` took in this process, for all layers."""
     _chosen[whose] = why
     _report([(_CHOICE, _CHOICE_HELP, {"experts": whose, "why": why}, 1)])
+
+
+def hybrid_hit_rate(share: float) -> None:
+    """Of a hybrid run, which only SGLang has: it carries the figure over itself."""
+    _report([(_HIT_RATE, _HIT_RATE_HELP, {}, share)])
 
 
 def experts_loaded(backend: str, self_test_error: float, self_test_seconds: float, *, update: bool = False) -> None:

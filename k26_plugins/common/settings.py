@@ -16,6 +16,7 @@ PROMPTS_VARIABLE = "K26_PROMPTS"
 MEDIA_VARIABLE = "K26_MEDIA"
 TOOL_IDS_VARIABLE = "K26_TOOL_IDS"
 STREAM_FROM_VARIABLE = "K26_STREAM_FROM"
+MOVE_EXPERTS_VARIABLE = "K26_MOVE_EXPERTS"
 BATCH_INVARIANT_VARIABLE = "K26_BATCH_INVARIANT"
 STRICT_VARIABLE = "K26_STRICT"
 
@@ -144,6 +145,14 @@ def batch_invariant_setting() -> bool:
     return _switch(BATCH_INVARIANT_VARIABLE)
 
 
+def move_experts_setting() -> bool:
+    """Whether a hybrid run moves the experts that are used most to the device: K26_MOVE_EXPERTS, `0` (default) or `1`.
+
+    Raises ValueError for any other value.
+    """
+    return _switch(MOVE_EXPERTS_VARIABLE)
+
+
 def strict() -> bool:
     """Whether a start ends where this engine lacks something that the plugin needs: K26_STRICT, `0` (default) or `1`.
 
@@ -168,6 +177,7 @@ def check_settings() -> None:
         cpu_threads_setting,
         stream_from_setting,
         batch_invariant_setting,
+        move_experts_setting,
         control_tokens_as_text,
         kimis_ids,
         parsers_setting,

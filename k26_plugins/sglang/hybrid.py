@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ import torch
 from k26_plugins.common.checkpoint import expert_bytes
 from k26_plugins.common.config import K26Config
 from k26_plugins.common.device_runtime import DeviceRuntime, DeviceRuntimeError, device_runtime
+from k26_plugins.common.experts import BACKENDS
 from k26_plugins.common.experts.base import LayerSizes
-from k26_plugins.common.experts.hybrid import HybridExperts
+from k26_plugins.common.experts.deferred import Deferral
+from k26_plugins.common.experts.hybrid import FEW_TOKENS, HybridExperts
 from k26_plugins.common.experts.loading import Places
+from k26_plugins.common.experts.moving import Uses
 from k26_plugins.common.experts.native import NativeExperts
 from k26_plugins.common.experts.native.threads import process_threads
 from k26_plugins.common.experts.op import held_experts, number_of
@@ -25,15 +29,20 @@ from k26_plugins.common.experts.streaming import Streaming
 from k26_plugins.common.host_memory import require_host_memory
 from k26_plugins.common.int4 import GROUP_SIZE
 from k26_plugins.common.settings import (
+    BATCH_INVARIANT_VARIABLE,
     CPU_THREADS_VARIABLE,
     HOST_EXPERTS_VARIABLE,
+    MOVE_EXPERTS_VARIABLE,
+    batch_invariant_setting,
     experts_setting,
     host_experts_setting,
+    move_experts_setting,
     stream_from_setting,
 )
 from k26_plugins.sglang import compat, compat_hybrid, logger
 from k26_plugins.sglang.experts import K26MoEScheme
 
+DEFERRED_FLAG = "--kt-max-deferred-experts-per-token"
 # AMXINT4 is what upstream SGLang takes `--kt-method` to be where nobody gave it.
 METHODS = (None, "RAWINT4", "AMXINT4")
 
@@ -51,6 +60,8 @@ class HybridSettings:
     streaming: Streaming | None
     runtime: DeviceRuntime | None
     """The device's, where the CPU's experts are work in its stream."""
+    deferral: Deferral | None
+    uses: Uses
 
     def placement(self, layer: int) -> LayerPlacement:
         counts = self.profile.counts[layer] if self.profile is not None else None
@@ -75,8 +86,12 @@ def hybrid_settings(config: K26Config) -> HybridSettings | None:
     profile = Profile.load(file, config) if file.exists() else None
     host_backend = host_experts_setting()
     runtime = _runtime(arguments, host_backend)
-    settings = HybridSettings(num_experts, on_device, profile, host_backend, _streaming(arguments), runtime)
-    settings.placement(config.text.num_hidden_layers - 1)  # a number of experts that cannot be is refused here
+    last_layer = config.text.num_hidden_layers - 1
+    deferral = _deferral(arguments, last_layer)
+    uses = Uses(logger, _moves(arguments, host_backend))
+    streaming = _streaming(arguments)
+    settings = HybridSettings(num_experts, on_device, profile, host_backend, streaming, runtime, deferral, uses)
+    settings.placement(last_layer)  # a number of experts that cannot be is refused here
     _require_memory(arguments, config, num_experts - on_device)
     ranks = max(1, arguments.tp_size // arguments.nnodes)
     if arguments.kt_cpuinfer is not None:
@@ -88,8 +103,7 @@ def hybrid_settings(config: K26Config) -> HybridSettings | None:
         "the first" if profile is None else f"by {file.name}, {profile.hit_rate(on_device):.0%} of its uses",
         settings.host_backend,
     )
-    if runtime is not None:
-        compat_hybrid.hook_results(complete_results)
+    compat_hybrid.hook_results(partial(complete_results, settings))
     return settings
 
 
@@ -102,6 +116,44 @@ def _streaming(arguments: Any) -> Streaming | None:
     return Streaming(experts_setting(), number)
 
 
+def _deferral(arguments: Any, last_layer: int) -> Deferral | None:
+    """Raises HybridError where a layer does not directly follow the one before it in the same process."""
+    flag, per_token = DEFERRED_FLAG, getattr(arguments, "kt_max_deferred_experts_per_token", None) or 0
+    if per_token == 0:
+        return None
+    if per_token < 0:
+        raise HybridError(f"{flag} is {per_token}: give a number of experts, or leave it out.")
+    if arguments.pp_size > 1 or getattr(arguments, "enable_two_batch_overlap", False):
+        raise HybridError(
+            f"{flag} hands experts from a layer to the next: leave it out, or --pp-size and --enable-two-batch-overlap."
+        )
+    if batch_invariant_setting():
+        raise HybridError(f"{flag} defers none in long batches, and {BATCH_INVARIANT_VARIABLE} asks for no difference.")
+    logger.warning(
+        "k26-plugins: %s %d changes answers: in batches of at most %d tokens the %d least weighted of a token's experts, "
+        "where they are on the CPU, are added one layer later than the model has them. By how much nobody has measured on "
+        "Kimi-K2.6; docs/hybrid.md has it of a small random model.",
+        flag,
+        per_token,
+        FEW_TOKENS,
+        per_token,
+    )
+    return Deferral(per_token, last_layer)
+
+
+def _moves(arguments: Any, host_backend: str) -> bool:
+    """Whether experts move while serving, by sglang-kt's flag or our variable. Raises HybridError where they cannot."""
+    flag = "--kt-enable-dynamic-expert-update"
+    if not (getattr(arguments, "kt_enable_dynamic_expert_update", False) or move_experts_setting()):
+        return False
+    if host_backend not in ("auto", *BACKENDS):
+        raise HybridError(
+            f"{HOST_EXPERTS_VARIABLE}={host_backend} keeps its weights to itself, so that none can move: leave out {flag} "
+            f"and {MOVE_EXPERTS_VARIABLE}, or that backend."
+        )
+    return True
+
+
 def _refuse(arguments: Any) -> None:
     if Path(arguments.kt_weight_path).resolve() != Path(arguments.model_path).resolve():
         raise HybridError(
@@ -111,16 +163,6 @@ def _refuse(arguments: Any) -> None:
     method = getattr(arguments, "kt_method", None)
     if method not in METHODS:
         raise HybridError(f"--kt-method {method} needs converted weights: give RAWINT4, the checkpoint's own format.")
-    if getattr(arguments, "kt_max_deferred_experts_per_token", None):
-        raise HybridError(
-            "--kt-max-deferred-experts-per-token adds experts to a later layer than the model does, which changes its "
-            "answers: leave it out."
-        )
-    if getattr(arguments, "kt_enable_dynamic_expert_update", False):
-        raise HybridError(
-            "--kt-enable-dynamic-expert-update moves experts while serving, which k26-plugins does not: leave it out, and "
-            "place them from a profile (`k26 profile`)."
-        )
     if arguments.ep_size > 1 or getattr(arguments, "enable_eplb", False):
         raise HybridError("a hybrid run places experts itself: leave out --ep-size and --enable-eplb, use --tp-size.")
 
@@ -145,15 +187,21 @@ def _runtime(arguments: Any, host_backend: str) -> DeviceRuntime | None:
     return None
 
 
-def complete_results(original: Callable[..., Any], scheduler: Any, batch: Any, result: Any) -> Any:
-    """Ends the server with an error before an answer is given of work that the CPU's experts did not do."""
-    copied = getattr(result, "copy_done", None)
-    if copied is not None:
-        copied.synchronize()
-    else:
-        torch.cuda.current_stream().synchronize()
-    process_threads().check_streams()
-    return original(scheduler, batch, result)
+def complete_results(
+    settings: HybridSettings, original: Callable[..., Any], scheduler: Any, batch: Any, result: Any
+) -> Any:
+    """Ends the server with an error before an answer is given of work that the CPU's experts did not do; then experts may
+    move."""
+    if settings.runtime is not None:
+        copied = getattr(result, "copy_done", None)
+        if copied is not None:
+            copied.synchronize()
+        else:
+            torch.cuda.current_stream().synchronize()
+        process_threads().check_streams()
+    answered = original(scheduler, batch, result)
+    settings.uses.step()
+    return answered
 
 
 def _require_memory(arguments: Any, config: K26Config, num_host_experts: int) -> None:
@@ -173,6 +221,7 @@ class K26HybridScheme(K26MoEScheme):
         super().__init__(backend_name)
         self.settings = settings
         self.backend: HybridExperts | None = None
+        self.is_ready = False
         # Not a part of SGLang's layer: what it moves to the device stays in the host's memory.
         self.host = torch.nn.Module()
 
@@ -185,7 +234,8 @@ class K26HybridScheme(K26MoEScheme):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        self.placement = self.settings.placement(layer.layer_id)
+        self.layer_number = layer.layer_id
+        self._placement = self.settings.placement(self.layer_number)
         sizes = (hidden_size, intermediate_size_per_partition)
         set_attributes = self.loader_attributes(extra_weight_attrs)
         host_ids, device_ids = self.placement.host_ids, self.placement.device_ids
@@ -193,13 +243,13 @@ class K26HybridScheme(K26MoEScheme):
         self.on_host = LayerExperts(*host, device=torch.device("cpu"))
         self.experts = LayerExperts(layer, len(device_ids), *sizes, self.backend_name, self._spread(set_attributes))
 
+    @property
+    def placement(self) -> LayerPlacement:
+        """Experts may have moved."""
+        return self._placement if self.backend is None else self.backend.placement
+
     def _spread(self, set_attributes: Callable[[torch.nn.Parameter], None]) -> Callable[[torch.nn.Parameter], None]:
         """Has each parameter of SGLang's layer load the host's experts too, each by its place in its set."""
-        slots = {
-            expert: (on_host, slot)
-            for on_host, ids in ((True, self.placement.host_ids), (False, self.placement.device_ids))
-            for slot, expert in enumerate(ids)
-        }
 
         def on_parameter(parameter: Any) -> None:
             set_attributes(parameter)
@@ -208,10 +258,12 @@ class K26HybridScheme(K26MoEScheme):
             def weight_loader(
                 param: torch.nn.Parameter, loaded_weight: torch.Tensor, weight_name: str, shard_id: str, expert_id: int
             ) -> None:
-                in_host, slot = slots[expert_id]
-                if not in_host:
+                placement = self.placement
+                if expert_id in placement.device_ids:
+                    slot = placement.device_ids.index(expert_id)
                     load(param, loaded_weight, weight_name, shard_id=shard_id, expert_id=slot)
                 else:
+                    slot = placement.host_ids.index(expert_id)
                     name = weight_name.rpartition(".")[2]
                     on_host: Any = self.host.get_parameter(name)
                     on_host.weight_loader(on_host, loaded_weight, weight_name, shard_id=shard_id, expert_id=slot)
@@ -226,12 +278,13 @@ class K26HybridScheme(K26MoEScheme):
         return Places([self.experts, self.on_host], slots.__getitem__, layer.moe_tp_rank, layer.moe_tp_size)
 
     def open(self) -> bool:
-        self.backend = None
+        self.is_ready = False
         return any([self.on_host.open(), self.experts.open()])
 
     def close(self) -> None:
-        if self.backend is not None:
+        if self.is_ready:
             return
+        self.is_ready = True
         # Those may be closed already, beside the loading of later layers.
         self.on_host.close()
         device = self.experts.device
@@ -245,7 +298,17 @@ class K26HybridScheme(K26MoEScheme):
             self.backend.use(on_device, host)
             return
         settings = self.settings
-        self.backend = HybridExperts(on_device, host, self.placement, device, settings.streaming, settings.runtime)
+        self.backend = HybridExperts(
+            on_device,
+            host,
+            self.placement,
+            device,
+            settings.streaming,
+            settings.runtime,
+            settings.deferral,
+            self.layer_number,
+        )
+        settings.uses.add(self.backend)
         self.number = number_of(self.backend)
 
     def compute(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from k26_plugins.common import control_groups, host_memory
 from k26_plugins.common.config import K26Config
 from k26_plugins.common.experts import BACKENDS, ExpertsError, ExpertWeights, create_experts, find_backend
 from k26_plugins.common.experts.cpu import CpuExperts
-from k26_plugins.common.experts.hybrid import HybridExperts
+from k26_plugins.common.experts.deferred import Deferral
+from k26_plugins.common.experts.hybrid import FEW_TOKENS, HybridExperts
+from k26_plugins.common.experts.moving import Uses
 from k26_plugins.common.experts.placement import PlacementError, Profile, place
 from k26_plugins.common.experts.streaming import MEASURED_TOKENS, Line, StreamCosts, Streaming
 from k26_plugins.common.host_memory import HostMemoryError, require_host_memory
@@ -40,6 +43,85 @@ def test_the_sum_does_not_depend_on_the_placement(on_device: int) -> None:
     out = torch.empty_like(x)
     assert hybrid.apply(x, ids, topk_weights, out=out) is out
     assert torch.equal(out, result)
+
+
+@pytest.mark.parametrize("per_token", [1, 2, 9])
+@pytest.mark.parametrize("tokens", [1, 19])
+def test_deferred_experts_are_in_the_next_layer_s_sum(tokens: int, per_token: int) -> None:
+    weights, placement = make_weights(8, 128, 64), place(8, 3)
+    layers = deferring(weights, 3, Deferral(per_token, last_layer=3))
+    left: torch.Tensor | float = 0.0
+    for number, layer in enumerate(layers, start=1):
+        x = inputs(tokens, 128) * number
+        ids, topk_weights = route(tokens, 4, 8)
+        ids[0, 1] = -1
+        found = layer.apply(x, ids, topk_weights)
+        is_least = torch.zeros_like(ids, dtype=torch.bool)
+        for token in range(tokens):
+            by_weight = sorted(range(4), key=lambda place, row=topk_weights[token]: row[place].item())
+            is_least[token, by_weight[: per_token if number < 3 else 0]] = True
+        is_deferred = is_least & torch.isin(ids, torch.tensor(placement.host_ids))
+        now = judge(weights, x, ids.masked_fill(is_deferred, -1), topk_weights) + left
+        assert error(found, now) <= TOLERANCE
+        left = judge(weights, x, ids.masked_fill(~is_deferred, -1), topk_weights)
+
+
+def test_what_an_ended_step_left_and_long_batches_are_not_deferred() -> None:
+    weights = make_weights(8, 128, 64)
+    layers = deferring(weights, 3, Deferral(2, last_layer=3))
+    few, many = inputs(3, 128), inputs(FEW_TOKENS + 1, 128)
+    first = layers[0].apply(few, *route(3, 4, 8))
+    layers[1].apply(few, *route(3, 4, 8))  # the step ends before the last layer
+    assert torch.equal(layers[0].apply(few, *route(3, 4, 8)), first)
+    found = layers[1].apply(many, *route(FEW_TOKENS + 1, 4, 8))
+    assert error(found, judge(weights, many, *route(FEW_TOKENS + 1, 4, 8))) <= TOLERANCE
+
+
+def test_experts_that_are_used_more_move_to_the_device(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The sum stays what it was, to the bit of an expert's product on either side, and the share that is reported rises."""
+    weights, shares = make_weights(8, 128, 64), list[float]()
+    monkeypatch.setattr("k26_plugins.common.metrics.hybrid_hit_rate", shares.append)
+    now = 0.0
+    uses = Uses(logging.getLogger("moving"), moves=True, clock=lambda: now)
+    layers = deferring(weights, 3, None)
+    for layer in layers:
+        uses.add(layer)
+    x, (_, topk_weights) = inputs(24, 128), route(24, 3, 8)
+    ids = torch.tensor([[7, 5, 2], [7, 0, -1], [5, 7, 9]], dtype=torch.int32).repeat(8, 1)
+    caplog.set_level("INFO")
+    for _ in range(4):
+        for layer in layers:
+            valid = ids.masked_fill(ids == 9, -1)
+            assert error(layer.apply(x, ids, topk_weights), judge(weights, x, valid, topk_weights)) <= TOLERANCE
+        uses.step()
+        now += 10.0
+    assert all({5, 7} < set(layer.placement.device_ids) for layer in layers)
+    assert shares[0] == pytest.approx(2 / 7)
+    assert shares[-1] == pytest.approx(6 / 7)
+    assert "experts that are used more took a place on cpu" in caplog.text
+    # Nothing is left to move.
+    caplog.clear()
+    now += 10.0
+    uses.step()
+    assert not caplog.text
+
+
+def deferring(weights: ExpertWeights, on_device: int, deferral: Deferral | None) -> list[HybridExperts]:
+    """Layers 1 to 3, each with the same experts."""
+    placement = place(weights.num_experts, on_device)
+    return [
+        HybridExperts(
+            create_experts(weights.copy_of(list(placement.device_ids))),
+            create_experts(weights.copy_of(list(placement.host_ids))),
+            placement,
+            torch.device("cpu"),
+            deferral=deferral,
+            layer=number,
+        )
+        for number in (1, 2, 3)
+    ]
 
 
 def hybrid(weights: ExpertWeights, on_device: int, streaming: Streaming, host: str = "auto") -> HybridExperts:

@@ -20,6 +20,7 @@ from support.pretended_device import OnDevice, PretendedDevice, be_late, compile
 from k26_plugins.common import device_runtime
 from k26_plugins.common.device_runtime import DeviceRuntimeError
 from k26_plugins.common.experts import ExpertsError, ExpertWeights, create_experts
+from k26_plugins.common.experts.deferred import Deferral
 from k26_plugins.common.experts.hybrid import FEW_TOKENS, HybridExperts
 from k26_plugins.common.experts.native.threads import Threads, process_threads
 from k26_plugins.common.experts.op import held_experts, number_of
@@ -109,6 +110,52 @@ def test_a_thousand_replays_give_what_the_waiting_run_gives(device: PretendedDev
         assert torch.equal(found, batch.out), replay
         if replay % 50 == 0:
             assert error(batch.middle, judge(weights, batch.x, batch.ids, batch.weights)) <= TOLERANCE
+
+
+def test_replays_stay_right_when_experts_move(device: PretendedDevice, weights: ExpertWeights) -> None:
+    """And count what each expert was chosen for."""
+    layers = [layer(device, weights, 3) for _ in range(2)]
+    batch = Batch(5)
+    with device.capture() as graph:
+        batch.step(layers)
+    for replay in range(20):
+        batch.fill(replay)
+        before = [one.counts.clone() for one in layers]
+        graph.replay()
+        device.synchronise()
+        chosen = torch.bincount(batch.ids[batch.ids >= 0].long(), minlength=EXPERTS)
+        assert all(torch.equal(one.counts - counts, chosen) for one, counts in zip(layers, before, strict=True))
+        assert error(batch.middle, judge(weights, batch.x, batch.ids, batch.weights)) <= TOLERANCE
+        for one in layers:
+            one.exchange(one.placement.device_ids[replay % 3], one.placement.host_ids[replay % 5])
+    assert layers[0].placement.device_ids != placed(3).device_ids
+
+
+def test_replays_with_deferred_experts_give_what_the_waiting_run_gives(
+    device: PretendedDevice, weights: ExpertWeights
+) -> None:
+    on_device = 3
+    in_graphs, in_turn = Deferral(2, last_layer=2), Deferral(2, last_layer=2)
+    layers = [layer(device, weights, on_device, deferral=in_graphs, layer=number) for number in (1, 2)]
+    waiting = [
+        HybridExperts(one.device_experts, one.host_experts, placed(on_device), HOST, deferral=in_turn, layer=one.layer)
+        for one in layers
+    ]
+    batches, graphs = [Batch(tokens) for tokens in (FEW_TOKENS + 6, 5, 1)], []
+    for batch in batches:
+        with device.capture() as graph:
+            batch.step(layers)
+        graphs.append(graph)
+    chosen = random.Random(0)
+    for replay in range(300):
+        number = chosen.randrange(len(batches))
+        batch = batches[number]
+        batch.fill(replay)
+        graphs[number].replay()
+        device.synchronise()
+        found = batch.out.clone()
+        batch.step(waiting)
+        assert torch.equal(found, batch.out), replay
 
 
 def test_outside_a_graph_the_same_path_serves(device: PretendedDevice, weights: ExpertWeights) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from support.instruction_sets import INSTRUCTION_SET
 from k26_plugins.common.cores import Core
 from k26_plugins.common.experts import ExpertsError, create_experts
 from k26_plugins.common.experts.base import ExpertWeights
+from k26_plugins.common.experts.deferred import Deferral
 from k26_plugins.common.experts.hybrid import HybridExperts
 from k26_plugins.common.experts.native.build import cpu_flags
 from k26_plugins.common.experts.placement import place
@@ -41,6 +43,21 @@ runs_here = pytest.mark.skipif(
 def test_garbage_is_refused() -> None:
     with pytest.raises(ExpertsError, match=f"kt is not, because {refusal}"):
         create_experts(make_weights(8, 256, 128), "kt")
+
+
+@pytest.mark.skipif(compat.ends_the_process() is not None, reason="this kt-kernel ends the process when it is imported")
+@pytest.mark.parametrize("per_token", [1, 3, 8])
+def test_experts_are_deferred_as_kt_kernel_defers_them(per_token: int) -> None:
+    """For one token. In a longer batch kt-kernel keeps what any token keeps, so that an answer depends on its neighbours."""
+    from kt_kernel.experts_base import BaseMoEWrapper
+
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randperm(32, generator=generator)[None, :8]
+        weights = torch.rand(1, 8, generator=generator)
+        expected = BaseMoEWrapper.select_deferred_experts(SimpleNamespace(num_experts=32), ids, weights, 8 - per_token)
+        found = Deferral(per_token, last_layer=60).split(1, ids, weights)
+        assert [one.tolist() for one in found] == [one.tolist() for one in expected]
 
 
 @runs_here

@@ -147,8 +147,8 @@ class OnDevice(ExpertsBackend):
         raise NotImplementedError
 
     @classmethod
-    def load(cls, weights: ExpertWeights) -> OnDevice:
-        raise NotImplementedError
+    def load(cls, weights: ExpertWeights) -> ExpertsBackend:  # type: ignore[override]
+        return create_experts(weights)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return self.experts.tensors()
@@ -158,7 +158,7 @@ class OnDevice(ExpertsBackend):
         raise NotImplementedError
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> ExpertWeights:
-        raise NotImplementedError
+        return self.experts.restore(tensors)
 
     def apply(
         self,

@@ -112,9 +112,13 @@ class ExpertWeights:
 
     def copy_of(self, indices: list[int]) -> ExpertWeights:
         """A copy of some of the experts, in the order given."""
-        return ExpertWeights(
-            *(tensor[indices].clone() for tensor in (self.w13_packed, self.w13_scale, self.w2_packed, self.w2_scale))
-        )
+        return ExpertWeights(*(tensor[indices].clone() for tensor in self._all()))
+
+    def to(self, device: torch.device) -> ExpertWeights:
+        return ExpertWeights(*(tensor.to(device) for tensor in self._all()))
+
+    def _all(self) -> tuple[torch.Tensor, ...]:
+        return self.w13_packed, self.w13_scale, self.w2_packed, self.w2_scale
 
 
 class RoutedExperts(ABC):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from k26_plugins.common.device_runtime import DeviceRuntime
-from k26_plugins.common.experts.base import ExpertsBackend, ExpertsError, RoutedExperts, local_ids
+from k26_plugins.common.experts.base import ExpertsBackend, ExpertsError, ExpertWeights, RoutedExperts, local_ids
+from k26_plugins.common.experts.deferred import Deferral, Result
 from k26_plugins.common.experts.native import ExpertsInStream, NativeExperts
 from k26_plugins.common.experts.placement import LayerPlacement
 from k26_plugins.common.experts.streaming import Streaming
@@ -33,19 +32,26 @@ class HybridExperts(RoutedExperts):
         device: torch.device,
         streaming: Streaming | None = None,
         runtime: DeviceRuntime | None = None,
+        deferral: Deferral | None = None,
+        layer: int = 0,
     ) -> None:
         """Both backends hold their experts in the placement's order; `device_experts` is None where none are there.
 
         streaming: shared by all layers; without it the host computes whatever it holds. runtime: the device's; without it
-        the host waits in every layer.
+        the host waits in every layer. deferral: shared by all layers; without it each layer adds all of its experts. layer:
+        this one's number.
         """
         self.device = device
+        self.placement = placement
+        # How often each was chosen, by its global id.
+        self.counts = torch.zeros(len(placement.device_ids) + len(placement.host_ids), dtype=torch.int64)
         self.device_map = placement.device_map().to(device)
         self.host_map = placement.host_map()
         self.host_map_on_device = self.host_map.to(device)
         self.num_host_experts = len(placement.host_ids)
         self.streaming = streaming
         self.runtime = runtime
+        self.deferral, self.layer = deferral, layer
         self.use(device_experts, host_experts)
 
     def use(self, device_experts: ExpertsBackend | None, host_experts: ExpertsBackend) -> None:
@@ -55,7 +61,24 @@ class HybridExperts(RoutedExperts):
         self.stream = None if self.streaming is None else self.streaming.prepare(host_experts, self.device)
         self.in_stream = None
         if self.runtime is not None and isinstance(host_experts, NativeExperts):
-            self.in_stream = ExpertsInStream(host_experts, self.host_map, self.runtime, self.device)
+            self.in_stream = ExpertsInStream(host_experts, self.host_map, self.counts, self.runtime, self.device)
+
+    def exchange(self, leaves: int, comes: int) -> None:
+        """Have the expert `comes` on the device from now on, in the place of `leaves`, which comes to the host: global ids.
+
+        What lies in memory changes, and not where, so that CUDA graphs stay right; nothing may be running. Raises
+        ExpertsError where a backend keeps its weights to itself.
+        """
+        assert self.device_experts is not None, "the one that leaves is there"
+        there, here = self.placement.device_ids.index(leaves), self.placement.host_ids.index(comes)
+        leaving = self.device_experts.restore(_row(self.device_experts, there))
+        coming = self.host_experts.restore(_row(self.host_experts, here))
+        _fill(self.device_experts, there, coming.to(self.device))
+        _fill(self.host_experts, here, leaving.to(torch.device("cpu")))
+        self.placement = self.placement.exchanged(leaves, comes)
+        self.device_map.copy_(self.placement.device_map())
+        self.host_map.copy_(self.placement.host_map())
+        self.host_map_on_device.copy_(self.host_map)
 
     def apply(
         self,
@@ -70,9 +93,13 @@ class HybridExperts(RoutedExperts):
         if expert_map is not None:
             raise ExpertsError("hybrid experts place global ids themselves and take no expert map: run without EP.")
         inputs = (hidden_states, topk_ids, topk_weights)
+        are_few = self._are_few(len(hidden_states))
+        in_stream = self.in_stream if self.in_stream is not None and (are_few or self.in_stream.is_capturing) else None
         streamed_experts: list[int] = []
-        if self.in_stream is not None and (self._are_few(len(hidden_states)) or self.in_stream.is_capturing):
-            host_result = self.in_stream.submit(*inputs)
+        if self.deferral is not None and are_few:
+            host_result = self._defer(self.deferral, in_stream, *inputs)
+        elif in_stream is not None:
+            host_result = in_stream.submit(*inputs)
         else:
             host_result, streamed_experts = self._submit_and_stream(*inputs)
         parts = []
@@ -89,23 +116,65 @@ class HybridExperts(RoutedExperts):
         threshold = None if self.streaming is None else self.streaming.threshold
         return num_tokens <= FEW_TOKENS and (threshold is None or num_tokens < threshold)
 
-    def _submit_and_stream(
-        self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
-    ) -> tuple[Callable[[], torch.Tensor], list[int]]:
-        """Start the host's part once the routing is there: what waits for it, and the experts left to the device."""
-        if hidden_states.is_cuda and torch.cuda.is_current_stream_capturing():
+    def _defer(
+        self,
+        deferral: Deferral,
+        in_stream: ExpertsInStream | None,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+    ) -> Result:
+        """Start the host's experts that are not deferred. What is returned waits for them, adds what the layer before left,
+        and starts the deferred ones."""
+
+        def start(ids: torch.Tensor, *, deferred: bool) -> Result:
+            if in_stream is not None:
+                return in_stream.submit(hidden_states, ids, topk_weights, deferred=deferred)
+            host_inputs = self._on_host(hidden_states, ids, topk_weights)
+            self._count(host_inputs[1])
+            return self.host_experts.submit(*host_inputs, expert_map=self.host_map)
+
+        now, later = deferral.split(self.layer, topk_ids, topk_weights)
+        started = start(now, deferred=False)
+
+        def wait() -> torch.Tensor:
+            total = started().to(self.device)
+            left = deferral.take(self.layer)
+            if left is not None:
+                total = total + left().to(self.device)
+            if self.layer != deferral.last_layer:
+                deferral.leave(self.layer, start(later, deferred=True))
+            return total
+
+        return wait
+
+    def _on_host(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
+        """The inputs there, once they are."""
+        if inputs[0].is_cuda and torch.cuda.is_current_stream_capturing():
             raise ExpertsError(
                 f"hybrid experts with {self.host_experts.name} on the CPU wait on it, which a CUDA graph cannot hold: turn "
                 f"CUDA graphs off."
             )
-        host_inputs = [tensor.to("cpu", non_blocking=True) for tensor in (hidden_states, topk_ids, topk_weights)]
-        if hidden_states.is_cuda:
-            torch.cuda.current_stream(hidden_states.device).synchronize()
+        copies = [tensor.to("cpu", non_blocking=True) for tensor in inputs]
+        if inputs[0].is_cuda:
+            torch.cuda.current_stream(inputs[0].device).synchronize()
+        return copies
+
+    def _submit_and_stream(
+        self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+    ) -> tuple[Result, list[int]]:
+        """Start the host's part once the routing is there: what waits for it, and the experts left to the device."""
+        host_inputs = self._on_host(hidden_states, topk_ids, topk_weights)
+        self._count(host_inputs[1])
         streamed_experts = self._streamed(host_inputs[1])
         host_map = self.host_map
         if streamed_experts:
             host_map = torch.where(torch.isin(host_map, torch.tensor(streamed_experts)), -1, host_map)
         return self.host_experts.submit(*host_inputs, expert_map=host_map), streamed_experts
+
+    def _count(self, topk_ids: torch.Tensor) -> None:
+        ids = topk_ids[(topk_ids >= 0) & (topk_ids < len(self.counts))]
+        self.counts += torch.bincount(ids.flatten(), minlength=len(self.counts))
 
     def _streamed(self, topk_ids: torch.Tensor) -> list[int]:
         """Places of the host's experts that this batch is streamed for."""
@@ -114,3 +183,12 @@ class HybridExperts(RoutedExperts):
         local = local_ids(topk_ids, self.host_map, self.num_host_experts).flatten()
         counts = torch.bincount(local + 1, minlength=self.num_host_experts + 1)[1:]
         return self.streaming.choose(counts.tolist(), len(topk_ids))
+
+
+def _row(experts: ExpertsBackend, place: int) -> dict[str, torch.Tensor]:
+    return {name: tensor[place : place + 1] for name, tensor in experts.tensors().items()}
+
+
+def _fill(experts: ExpertsBackend, place: int, weights: ExpertWeights) -> None:
+    for name, tensor in type(experts).load(weights).tensors().items():
+        experts.tensors()[name][place : place + 1].copy_(tensor)

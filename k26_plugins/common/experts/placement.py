@@ -19,7 +19,7 @@ class PlacementError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class LayerPlacement:
-    """The global ids of a layer's experts on the device and on the host, each in ascending order."""
+    """The global ids of a layer's experts on the device and on the host, each in the order in which their weights lie."""
 
     device_ids: tuple[int, ...]
     host_ids: tuple[int, ...]
@@ -30,6 +30,14 @@ class LayerPlacement:
 
     def host_map(self) -> torch.Tensor:
         return self._map(self.host_ids)
+
+    def exchanged(self, leaves: int, comes: int) -> LayerPlacement:
+        """With `comes` on the device in the place of `leaves`, and the other way round."""
+
+        def other(ids: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple({leaves: comes, comes: leaves}.get(expert, expert) for expert in ids)
+
+        return LayerPlacement(other(self.device_ids), other(self.host_ids))
 
     def _map(self, ids: tuple[int, ...]) -> torch.Tensor:
         out = torch.full((len(self.device_ids) + len(self.host_ids),), -1, dtype=torch.int32)

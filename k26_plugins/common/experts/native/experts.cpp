@@ -39,6 +39,14 @@ struct StreamCall {
   int64_t out_bytes() const {
     return call.tokens * layer.hidden * static_cast<int64_t>(call.out_is_float ? sizeof(float) : sizeof(uint16_t));
   }
+
+  void count() const {
+    if (!call.counts) return;
+    for (int64_t pair = 0; pair < call.tokens * call.top_k; ++pair) {
+      const int32_t id = call.ids[pair];
+      if (id >= 0 && id < call.map_size) ++call.counts[id];
+    }
+  }
 };
 
 }  // namespace k26
@@ -132,6 +140,7 @@ void k26_stream_submit(void* argument) {
   // Not a number, in both formats: nothing looks like an answer that was not computed.
   std::memset(it.call.out, 0xFF, it.out_bytes());
   if (!it.started) return;
+  it.count();
   k26::prepare(process.state, it.layer, it.call, process.pool->threads());  // as large as in `k26_stream_call` at most
   it.job = process.pool->start(k26::run, &process.state);
 }

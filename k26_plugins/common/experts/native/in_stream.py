@@ -28,13 +28,19 @@ class Buffers:
         return all(have >= need for have, need in zip(self.sizes, (tokens, hidden_size, top_k), strict=True))
 
 
-# By runtime and stream. They stay until the process ends, as the graphs do that use them.
-_buffers: dict[tuple[DeviceRuntime, int], list[Buffers]] = {}
+# By runtime, stream and whether they are for deferred work. They stay until the process ends, as the graphs do that use
+# them.
+_buffers: dict[tuple[DeviceRuntime, int, bool], list[Buffers]] = {}
 
 
-def _buffers_for(runtime: DeviceRuntime, stream: int, tokens: int, hidden_size: int, top_k: int) -> Buffers:
-    """Those of the stream that are large enough: engines capture their largest batch first, and smaller ones share its."""
-    held = _buffers.setdefault((runtime, stream), [])
+def _buffers_for(
+    runtime: DeviceRuntime, stream: int, deferred: bool, tokens: int, hidden_size: int, top_k: int
+) -> Buffers:
+    """Those of the stream that are large enough: engines capture their largest batch first, and smaller ones share its.
+
+    Deferred work has its own, since it runs while the next layer's inputs are copied.
+    """
+    held = _buffers.setdefault((runtime, stream, deferred), [])
     for buffers in held:
         if buffers.hold(tokens, hidden_size, top_k):
             return buffers
@@ -46,10 +52,16 @@ class ExpertsInStream:
     """The experts of one layer. A stream waits for them; Python and its caller do not."""
 
     def __init__(
-        self, experts: NativeExperts, expert_map: torch.Tensor, runtime: DeviceRuntime, device: torch.device
+        self,
+        experts: NativeExperts,
+        expert_map: torch.Tensor,
+        counts: torch.Tensor,
+        runtime: DeviceRuntime,
+        device: torch.device,
     ) -> None:
-        """expert_map: int32 `[num_global_experts]` on the host. device: where the batches are, of this runtime."""
-        self.experts, self.expert_map = experts, expert_map
+        """expert_map: int32 `[num_global_experts]` on the host. counts: int64 of the same shape there, to which each use of
+        an expert is added. device: where the batches are, of this runtime."""
+        self.experts, self.expert_map, self.counts = experts, expert_map, counts
         self.runtime, self.device = runtime, device
         # By the batch's sizes and its buffers: the library keeps what a graph may hold.
         self._calls: dict[tuple[int, int, int], int] = {}
@@ -59,18 +71,24 @@ class ExpertsInStream:
         return self.runtime.is_capturing(self.runtime.current_stream(self.device))
 
     def submit(
-        self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        *,
+        deferred: bool = False,
     ) -> Callable[[], torch.Tensor]:
         """Put the work into the current stream. Shapes are those of `RoutedExperts.apply`, on the device.
 
-        The function that is returned puts the wait for it there, and returns the routed sum, on the device. Raises
-        ExpertsError where work that was put into a stream before did not end in time.
+        deferred: other work is submitted to the stream before this is waited for. The function that is returned puts the
+        wait for it there, and returns the routed sum, on the device. Raises ExpertsError where work that was put into a
+        stream before did not end in time.
         """
         threads = process_threads()
         threads.check_streams()
         stream = self.runtime.current_stream(self.device)
         tokens, top_k = topk_ids.shape
-        buffers = _buffers_for(self.runtime, stream, tokens, hidden_states.shape[1], top_k)
+        buffers = _buffers_for(self.runtime, stream, deferred, tokens, hidden_states.shape[1], top_k)
         x = hidden_states.to(torch.bfloat16).contiguous()
         for target, source in (
             (buffers.x, x),
@@ -102,6 +120,7 @@ class ExpertsInStream:
                 top_k,
                 buffers.out.data_ptr(),
                 0,
+                self.counts.data_ptr(),
             )
             self._calls[key] = process_threads().stream_call(self.experts.layer, call, PATIENCE)
         return self._calls[key]

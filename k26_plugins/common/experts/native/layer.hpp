@@ -57,6 +57,7 @@ struct Call {
   int64_t top_k;
   void* out;              // [tokens, H], bfloat16 or float32
   int64_t out_is_float;
+  int64_t* counts = nullptr;  // [map_size] how often each global id was chosen, or null; of calls in a stream
 };
 
 // Rows of tiles [begin, end) and, where they do not divide evenly among the threads, sometimes one more.

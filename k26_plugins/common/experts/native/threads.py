@@ -33,6 +33,7 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("map_size", "tokens", "top_k")),
         ("out", ctypes.c_void_p),
         ("out_is_float", ctypes.c_int64),
+        ("counts", ctypes.c_void_p),
     ]
 
 
