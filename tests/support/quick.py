@@ -10,7 +10,7 @@ import torch
 
 from k26_plugins.common import tiny
 from k26_plugins.common.checkpoint.dtypes import TORCH_DTYPES
-from k26_plugins.common.checkpoint.table import TensorSpec
+from k26_plugins.common.checkpoint.table import TensorSpec, expert_name
 
 
 def make_quick(folder: Path, sizes: tiny.TinySizes) -> None:
@@ -25,6 +25,17 @@ def make_quick(folder: Path, sizes: tiny.TinySizes) -> None:
         )
         return (values + (len(spec.shape) == 1 and "norm" in spec.name)).to(TORCH_DTYPES[spec.dtype])
 
+    def draw_expert(first: TensorSpec, table: dict[str, TensorSpec], _: int) -> dict[str, torch.Tensor]:
+        assert first.layer is not None, "experts are part of a layer"
+        assert first.expert is not None, "the caller asks for an expert"
+        names = [
+            expert_name(first.layer, first.expert, projection, part)
+            for projection in ("gate", "up", "down")
+            for part in ("packed", "scale", "shape")
+        ]
+        return {name: draw(table[name]) for name in names}
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiny, "_make_tensor", draw)
+        patch.setattr(tiny, "_make_experts", draw_expert)
         tiny.make_tiny(folder, sizes)
