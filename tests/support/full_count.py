@@ -91,7 +91,7 @@ def changed_when_mapped(folder: Path, change: str) -> Iterator[list[Path]]:
                         changed.append(Path(found[0]))
                         CHANGES[change](changed[0])
                         break
-            time.sleep(0.01)
+            time.sleep(0.1)
 
     watching = threading.Thread(target=watch)
     watching.start()
