@@ -22,6 +22,13 @@ def test_bit_equal_with_compressed_tensors(shape: tuple[int, int]) -> None:
     assert torch.equal(unpack(packed), unpack_from_int32(packed, 4, torch.Size(shape)))
 
 
+def test_views_of_any_strides() -> None:
+    q = torch.randint(-8, 8, (3, 64, 5), generator=torch.Generator().manual_seed(0)).permute(2, 0, 1)
+    packed = torch.stack([pack_to_int32(one.to(torch.int8).contiguous(), 4) for one in q])
+    assert torch.equal(pack(q), packed)
+    assert torch.equal(unpack(packed.transpose(0, 1)), q.transpose(0, 1))
+
+
 def test_dequantise_is_the_product_rounded_once() -> None:
     weight = torch.randn(16, 96, generator=torch.Generator().manual_seed(0))
     packed, scale = quantise(weight)
