@@ -8,7 +8,9 @@ The model is built once, by the engine, on the CPU. Then its weights are loaded 
 names, and by ours, into the same parameters, which are compared. The engine is spared the experts' shapes, for which these
 have no place: a third of the experts' tensors. In the full count's checkpoint sizes are tiny, so that the seconds are those
 of the number of tensors, 208,550, and not of their bytes. With real sizes (`--make`, which makes what is not there) the
-engine's own loader takes no part, and the files are out of the page cache before each turn.
+engine's own loader takes no part, the files are out of the page cache before each turn, and the experts get new memory, as
+at a start on a CPU: the system makes a page at its first touch. Reading into new memory is what that takes at the least;
+ours into old memory, written to before, is what it takes where no page has to be made.
 
 Ours is timed twice: without repacking, which then follows; and as it is, layers repacked beside the loading of others.
 """
@@ -36,9 +38,10 @@ from support.whole_load import Built, build
 from k26_plugins.common.config import TextConfig
 from k26_plugins.common.experts.parameters import LayerExperts
 
-READING, OWN, OURS = "reading the files", "the engine's own loader", "ours"
+READING, INTO_NEW = "reading the files", "reading into new memory"
+OWN, OURS, INTO_OLD = "the engine's own loader", "ours", "ours into old memory"
 REPACKING, BESIDE = "then repacking", "ours, repacking beside it"
-FORMS = {OWN: "loaded", OURS: "loaded", REPACKING: "repacked", BESIDE: "repacked"}
+FORMS = {OWN: "loaded", INTO_OLD: "loaded", OURS: "loaded", REPACKING: "repacked", BESIDE: "repacked"}
 """What the weights are after each."""
 
 
@@ -75,6 +78,16 @@ def read(files: list[Path]) -> None:
                 pass
 
 
+def read_into_new(files: list[Path]) -> None:
+    """As large as a parameter of a layer: small memory is used again."""
+    for file in files:
+        new = torch.empty(file.stat().st_size, dtype=torch.uint8)
+        with file.open("rb", buffering=0) as opened:
+            memory = memoryview(new.numpy())
+            while memory and (count := opened.readinto(memory)):
+                memory = memory[count:]
+
+
 @contextmanager
 def repacking_later() -> Iterator[None]:
     """No layer is closed beside the loading of others."""
@@ -97,8 +110,10 @@ def turns(built: Built, files: list[Path], *, cold: bool) -> dict[str, Callable[
         for layer in built.layers.values():
             layer.close()
 
-    own = {} if cold else {OWN: built.own}
-    return {READING: lambda: read(files), **own, OURS: later, REPACKING: close, BESIDE: built.ours}
+    other: dict[str, Callable[[], object]] = {OWN: built.own}
+    if cold:
+        other = {INTO_NEW: lambda: read_into_new(files), INTO_OLD: later}
+    return {READING: lambda: read(files), **other, OURS: later, REPACKING: close, BESIDE: built.ours}
 
 
 def machine() -> dict[str, Any]:
@@ -131,8 +146,8 @@ def main() -> None:
         for _ in range(arguments.runs):
             for name, function in functions.items():
                 progress.update(task, description=name)
-                if name == BESIDE:
-                    clear(built)
+                if name in (OWN, INTO_OLD, OURS, BESIDE):
+                    clear(built, new=cold and name != INTO_OLD)
                 if cold and name != REPACKING:
                     drop(files)
                 clock, cpu = time.perf_counter(), time.process_time()
@@ -141,10 +156,8 @@ def main() -> None:
                 best = timed.setdefault(name, took)
                 timed[name] = {key: round(min(best[key], took[key]), 2) for key in took}
                 progress.advance(task)
-                if name != READING and weights_of(built) != seen.setdefault(FORMS[name], weights_of(built)):
+                if name in FORMS and (weights := weights_of(built)) != seen.setdefault(FORMS[name], weights):
                     raise SystemExit(f"{name}: other weights than those before. No times are shown.")
-                if name in (OWN, BESIDE):
-                    clear(built)
     for name, took in timed.items():
         print(f"{name:26} {took['seconds']:7.2f} s, {took['cpu_seconds']:7.2f} s of the cores")
     if arguments.save:
@@ -160,12 +173,17 @@ def weights_of(built: Built) -> list[int]:
     return [crc32(parameter.data.view(torch.uint8).numpy()) for parameter in built.model.parameters()]
 
 
-def clear(built: Built) -> None:
-    """As before any loading, but for the places in memory."""
+def clear(built: Built, *, new: bool) -> None:
+    """As before any loading. new: the experts' memory is, and there is none that they served with."""
     for layer in built.layers.values():
         layer.open()
     for parameter in built.model.parameters():
         parameter.data.zero_()
+    if new:
+        for layer in built.layers.values():
+            layer.experts._serving = {}
+            for parameter in layer.module.parameters(recurse=False):
+                parameter.data = torch.empty_like(parameter.data)
 
 
 if __name__ == "__main__":
