@@ -221,6 +221,18 @@ def test_no_file_of_the_checkpoint_is_executed(tiny_folder: Path, tmp_path: Path
     assert not mark.exists(), mark.read_text()
 
 
+def test_a_token_that_vllm_adds_is_one_token(tiny_folder: Path) -> None:
+    """For the places of embeddings in a chat. vLLM keeps the tokenizer's length as it was, and copies the tokenizer."""
+    from k26_plugins.vllm.tokenizer import K26Tokenizer
+
+    tokenizer = copy.copy(K26Tokenizer.from_pretrained(tiny_folder))
+    length = len(tokenizer)
+    assert len(tokenizer.encode("a<place>", add_special_tokens=False)) == 8
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<place>"]})
+    for one in (tokenizer, copy.deepcopy(tokenizer)):
+        assert one.encode("a<place>", add_special_tokens=False) == [ord("a"), length]
+
+
 def test_a_worker_without_the_package_cannot_read_the_configuration(tiny_folder: Path, tmp_path: Path) -> None:
     """As on another machine of a Ray cluster, where every rank may lack it and none can miss it in another."""
     from vllm.config import ModelConfig

@@ -52,8 +52,7 @@ class KimiTokenizerFast(PreTrainedTokenizerFast):
         texts = text if isinstance(text, list) else [text]
         tensors = kwargs.get("return_tensors")
         easy = texts and all(isinstance(one, str) for one in texts) and (tensors is None or isinstance(text, str))
-        # A token that was added is none of tiktoken's.
-        if self.plain is None or len(self) != self.plain.vocab_size or args or not easy or not _wants_ids_only(kwargs):
+        if self.plain is None or self._has_added_tokens(self.plain) or args or not easy or not _wants_ids_only(kwargs):
             encoded: BatchEncoding = super()._encode_plus(text, *args, **kwargs)
             return encoded
         keep = slice(None)
@@ -67,6 +66,10 @@ class KimiTokenizerFast(PreTrainedTokenizerFast):
         if isinstance(text, str):
             data = {name: values[0] for name, values in data.items()}
         return BatchEncoding(data, tensor_type=tensors, prepend_batch_axis=tensors is not None)
+
+    def _has_added_tokens(self, plain: KimiTokenizer) -> bool:
+        """Which are none of tiktoken's. By what the library has: vLLM keeps `len` as it was at the start."""
+        return bool(self._tokenizer.get_vocab_size(with_added_tokens=True) != plain.vocab_size)
 
     def batch_decode(self, sequences: Any, *args: Any, **kwargs: Any) -> list[str]:
         """A flat list of ids is a token each, as in transformers 4 and as KTransformers' SGLang means it for logprobs.
