@@ -1,0 +1,83 @@
+"""Encoder, prefill and decode in servers of their own: each answers with what the one before it computed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.agreement import BYTES, assert_same_top
+from support.images import image_part, png, random_image
+from support.server import Server
+from support.vllm_handed_on import encoded, exchange, items, kv
+from support.vllm_server import serve
+
+pytestmark = pytest.mark.long
+# Whole blocks of a KV cache are handed on; what is behind them, the same in each prompt, is computed by who answers.
+HANDED_ON, TAIL = 256, [7, 8, 9]
+PROMPTS = [
+    [*torch.randint(0, 256, (HANDED_ON,), generator=torch.Generator().manual_seed(seed)).tolist(), *TAIL]
+    for seed in range(6)
+]
+IMAGES = [png(random_image(120, 80, seed)) for seed in range(6)]
+ASKED = {"max_tokens": 1, "temperature": 0, "allowed_token_ids": BYTES, "return_tokens_as_token_ids": True}
+
+
+def to_prompts(server: Server) -> list[dict[int, float]]:
+    """Of each, the likeliest tokens of the answer's first position."""
+    found = []
+    for prompt in PROMPTS:
+        top = server.complete(prompt, logprobs=5, **ASKED)["choices"][0]["logprobs"]["top_logprobs"][0]
+        found.append({int(key.removeprefix("token_id:")): value for key, value in top.items()})
+    return found
+
+
+def to_images(server: Server) -> list[dict[int, float]]:
+    found = []
+    for image in IMAGES:
+        content: list[dict[str, Any]] = [image_part(image), {"type": "text", "text": "What?"}]
+        entry = server.chat(content, logprobs=True, top_logprobs=5, **ASKED)["choices"][0]["logprobs"]["content"][0]
+        found.append({int(top["token"].removeprefix("token_id:")): top["logprob"] for top in entry["top_logprobs"]})
+    return found
+
+
+def exchanged(answers: list[dict[int, float]]) -> list[dict[int, float]]:
+    """As they are where each two items handed on were exchanged."""
+    return [answers[index ^ 1] for index in range(len(answers))]
+
+
+def exchange_each_two(folder: Path) -> None:
+    for one, other in zip(items(folder)[::2], items(folder)[1::2], strict=True):
+        exchange(one, other)
+
+
+def test_a_server_answers_with_the_kv_cache_of_another(tiny_folder: Path, tmp_path: Path) -> None:
+    """It computes none of it: with each two prompts' caches exchanged, it answers the other one."""
+    stored = tmp_path / "stored"
+    # vLLM's plain MLA for CPUs begins no prompt in the middle; and what a server keeps itself it would not be given again.
+    flags, settings = ("--enforce-eager", "--no-enable-prefix-caching"), {"VLLM_MLA_DISABLE": "1"}
+    with serve(tiny_folder, tmp_path / "prefill.log", *flags, *kv(stored, "kv_producer"), **settings) as prefill:
+        computed = to_prompts(prefill)
+    assert len(items(stored)) == len(PROMPTS)
+    with serve(tiny_folder, tmp_path / "decode.log", *flags, *kv(stored, "kv_consumer"), **settings) as decode:
+        assert_same_top(to_prompts(decode), computed)
+        exchange_each_two(stored)
+        assert_same_top(to_prompts(decode), exchanged(computed))
+        assert f"Inject KV cache of {HANDED_ON} tokens" in decode.log.read_text()
+
+
+def test_a_server_answers_with_the_embeddings_of_an_encoder(tiny_folder: Path, tmp_path: Path, server: Server) -> None:
+    """It encodes none itself: with each two images' embeddings exchanged, it answers about the other one."""
+    stored = tmp_path / "stored"
+    with serve(tiny_folder, tmp_path / "encoder.log", "--enforce-eager", *encoded(stored, "ec_producer")) as encoder:
+        for image in IMAGES:
+            encoder.chat([image_part(image), {"type": "text", "text": "What?"}], max_tokens=1)
+    assert len(items(stored)) == len(IMAGES)
+    exchange_each_two(stored)
+    computed = to_images(server)
+    with serve(tiny_folder, tmp_path / "answers.log", "--enforce-eager", *encoded(stored, "ec_consumer")) as answering:
+        found = to_images(answering)
+    assert_same_top(found, exchanged(computed))
+    with pytest.raises(AssertionError):
+        assert_same_top(found, computed)
