@@ -46,6 +46,10 @@ def absorbed_attention(query: torch.Tensor, latent: torch.Tensor, value_size: in
 class K26TorchNativeAttnBackend(compat.torch_native_backend()):  # type: ignore[misc]
     """Keeps the in-tree backend's bookkeeping and replaces its two products, called by keyword and position as there."""
 
+    def get_cpu_graph_seq_len_fill_value(self) -> int:
+        """The length of a request that SGLang adds so that ranks of data-parallel attention have as many. In-tree: none."""
+        return 1
+
     def _run_sdpa_forward_extend(
         self,
         query: torch.Tensor,

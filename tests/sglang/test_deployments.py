@@ -37,10 +37,14 @@ DEPLOYMENTS: dict[str, tuple[list[str], dict[str, str]]] = {
     # Redundant experts in place. Moving them later ends in SGLang's own wait for a CUDA device.
     "expert": (["--tp-size", "2", "--ep-size", "2", "--mm-enable-dp-encoder", *REDUNDANT_EXPERTS], {}),
     "pipeline": (["--pp-size", "2"], {"K26_EXPERTS": "reference"}),
+    "data": (["--tp-size", "2", "--dp-size", "2", "--enable-dp-attention"], {}),
 }
+IN_CI = ("tensor", "expert", "pipeline")
 
 
-@pytest.mark.parametrize("name", DEPLOYMENTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in IN_CI else pytest.mark.long) for name in DEPLOYMENTS]
+)
 def test_two_ranks_answer_as_one(tiny_folder: Path, tmp_path: Path, one_rank: Server, name: str) -> None:
     arguments, settings = DEPLOYMENTS[name]
     command = () if arguments else documented.as_run(documented.SGLANG, tiny_folder)
