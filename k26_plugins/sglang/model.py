@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -75,6 +75,14 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
         # A float32 buffer, which would make all that it is added to float32: no image meets it, only videos do.
         position = self.vision_tower.patch_embed.pos_emb
         position.time_weight = position.time_weight.to(position.weight.dtype)
+
+    @wraps(_in_tree.KimiK25ForConditionalGeneration.forward)
+    def forward(self, input_ids: Any, positions: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """A prompt given as embeddings goes past the in-tree class, which takes none: SGLang's scheduler would end there."""
+        input_embeds = kwargs.pop("input_embeds", None)
+        if input_embeds is None:
+            return super().forward(input_ids, positions, forward_batch, *args, **kwargs)
+        return self.language_model(input_ids, positions, forward_batch, input_embeds, **kwargs)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
         """All of the checkpoint, or any part of it: what is loaded later updates a running server (RLHF)."""
