@@ -24,14 +24,17 @@ from k26_plugins.common.experts.native.build import FLAGS, VARIANTS
 from k26_plugins.common.experts.native.build import SOURCES as LIBRARY
 
 # What the program's exit status says; 66 is TSan's.
-FAILURES = {3: "a call that may not be", 4: "other bits", 5: "late", 7: "numbers", 8: "not late", 9: "memory"}
+FAILURES = {
+    3: "a call that may not be", 4: "other bits", 5: "late", 6: "the fork's bits", 7: "numbers", 8: "not late", 9: "memory"
+}  # fmt: skip
 
 
 @needs_compiler
 @needs_set
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
 def test_replays_have_the_bits_of_calls_and_a_hung_worker_ends_them(sanitizer: str, tmp_path: Path) -> None:
-    """Steps of two layers, in graphs of three batch sizes and outside them, always with new data."""
+    """Steps of two layers, in graphs of three batch sizes and outside them, always with new data; a stream that is late, a
+    fork and an exit while steps run."""
     assert COMPILER is not None
     program = tmp_path / "program"
     common = [flag for flag in FLAGS if flag not in ("-O3", "-fPIC", "-shared")]
@@ -41,12 +44,14 @@ def test_replays_have_the_bits_of_calls_and_a_hung_worker_ends_them(sanitizer: s
     assert compiled.returncode == 0, compiled.stderr[-3000:]
     # Graphs, and what they call, live until the process ends.
     options = {"TSAN_OPTIONS": "halt_on_error=1", "UBSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=0"}
-    done = subprocess.run(
-        [*FIXED_ADDRESSES, str(program), str(make_sample(tmp_path).given), "3", "150"],
-        env={**os.environ, **options},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, (FAILURES.get(done.returncode), done.stderr[-3000:])
+    run = [*FIXED_ADDRESSES, str(program), str(make_sample(tmp_path).given), "3"]
+    for rest in (["150"], ["5", "exit"]):
+        done = subprocess.run(
+            [*run, *rest],
+            env={**os.environ, **options},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, (rest, FAILURES.get(done.returncode), done.stderr[-3000:])
