@@ -235,13 +235,31 @@ def test_token_ids_are_those_of_vllm(tiny_folder: Path) -> None:
 
 
 def test_another_models_tokenizer_is_sglangs(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+    assert not isinstance(sglang_utils().get_tokenizer(str(tmp_path)), KimiTokenizerFast)
+
+
+def test_a_tokenizer_json_alone_is_left_to_sglang(tiny_folder: Path, tmp_path: Path) -> None:
+    """Beside `tiktoken.model` it changes nothing."""
+    folder = tmp_path / "DIR"
+    shutil.copytree(tiny_folder, folder)
+    settings = (folder / "tokenizer_config.json").read_text()
+    save_tokenizer(folder)
+    (folder / "tokenizer_config.json").write_text(settings)
+    assert isinstance(sglang_utils().get_tokenizer(str(folder)), KimiTokenizerFast)
+    (folder / "tiktoken.model").unlink()
+    save_tokenizer(folder)
+    assert not isinstance(sglang_utils().get_tokenizer(str(folder)), KimiTokenizerFast)
+
+
+def save_tokenizer(folder: Path) -> None:
+    """transformers' files of a tokenizer of one word."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
 
-    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, unk_token="a"))).save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
-    assert not isinstance(sglang_utils().get_tokenizer(str(tmp_path)), KimiTokenizerFast)
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, unk_token="a"))).save_pretrained(folder)
 
 
 def test_pixels_are_those_of_vllm(tiny_folder: Path) -> None:

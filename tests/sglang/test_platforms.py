@@ -14,9 +14,9 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from support.platforms import CPU, documented_table, table
 from support.platforms import SGLANG_FLAGS as FLAGS
 from support.platforms import SGLANG_PLATFORMS as PLATFORMS
-from support.platforms import documented_table, table
 
 from k26_plugins.sglang import compat
 
@@ -48,9 +48,13 @@ def settle(tiny_folder: Path) -> Iterator[Callable[[str, str, bool], Settled | s
 
     def settled(platform: str, flags: str, plugin: bool) -> Settled | str:
         words = FLAGS[flags].replace("DIR", str(tiny_folder)).split()
-        given = ["--model-path", str(tiny_folder), "--device", "cuda", "--random-seed", "1", *words]
+        device = "cpu" if platform == CPU else "cuda"
+        given = ["--model-path", str(tiny_folder), "--device", device, "--random-seed", "1", *words]
         arguments = ServerArgs.from_cli_args(parser.parse_args(given))
-        with override_platform(**PLATFORMS[platform]):
+        with (
+            override_platform(**PLATFORMS[platform]),
+            mock.patch.object(compat, "on_gpu", return_value=platform != CPU),
+        ):
             try:
                 before_settling(resolve, arguments) if plugin else resolve(arguments)
             except (ValueError, AssertionError, ImportError) as error:
@@ -58,10 +62,7 @@ def settle(tiny_folder: Path) -> Iterator[Callable[[str, str, bool], Settled | s
             view = resolving_view(arguments)
             return {name: getattr(view, name) for name in names if hasattr(view, name)}
 
-    with (
-        mock.patch.object(common, "get_device_memory_capacity", return_value=80 * 1024),
-        mock.patch.object(compat, "on_gpu", return_value=True),
-    ):
+    with mock.patch.object(common, "get_device_memory_capacity", return_value=80 * 1024):
         yield settled
 
 
@@ -81,12 +82,14 @@ def test_sglang_settles_as_it_does_alone(
         assert isinstance(ours, dict), (flags, ours)
         started += 1
         expected = {} if flags == "parsers" else dict(PARSERS)
-        if flags == "hybrid" or (experts == "triton" and not flags.startswith("runner")):
+        hybrid = flags == "hybrid"
+        # On a CPU no runner is asked.
+        if platform != CPU and (hybrid or (experts == "triton" and not flags.startswith("runner"))):
             expected |= {"moe_runner_backend": "triton", "speculative_moe_runner_backend": "triton"}
             if alone["moe_runner_backend"] == "flashinfer_trtllm":
                 # What SGLang settles along with that runner.
                 expected["disable_shared_experts_fusion"] = False
-        if flags == "hybrid":
+        if hybrid and platform != CPU:
             expected["disable_prefill_cuda_graph"] = True
         assert {name: value for name, value in ours.items() if alone[name] != value} == expected, flags
     assert started >= len(FLAGS) // 2

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+CPU = "CPU"
 _NVIDIA: dict[str, Any] = {
     "is_cuda": True,
     "is_hip": False,
@@ -20,6 +21,7 @@ _NVIDIA: dict[str, Any] = {
     "is_hopper_with_cuda_12_3": False,
 }
 _AMD = {**_NVIDIA, "is_cuda": False, "is_hip": True, "has_flashinfer": False}
+_CPU = {**_AMD, "is_hip": False, "device_sm": 0, "device_capability": (0, 0)}
 _DATACENTRE_BLACKWELL = {**_NVIDIA, "is_sm100": True, "is_sm100_or_sm110": True, "is_blackwell": True}
 _SMALL_BLACKWELL = {**_NVIDIA, "is_sm120": True, "is_blackwell": True}
 
@@ -38,6 +40,7 @@ SGLANG_PLATFORMS = {
     "sm_121": _capability(_SMALL_BLACKWELL, 12, 1),
     "gfx942": _capability(_AMD, 9, 4),
     "gfx950": _capability(_AMD, 9, 5),
+    CPU: _CPU,
 }
 """What SGLang's `override_platform` is told of each."""
 

@@ -28,7 +28,6 @@ from torch.utils._device import _device_constructors
 
 from k26_plugins import __version__
 
-CPU = "CPU"
 WAYS = {
     "alone": {"VLLM_PLUGINS": ""},
     "plugin": {"VLLM_PLUGINS": "k26"},

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.platforms import VLLM_FLAGS, cells, documented_table, table
+from support.platforms import CPU, VLLM_FLAGS, cells, documented_table, table
 from support.published_sizes import make_eagle3_draft, make_published_sizes
 from support.server import python_path
-from support.vllm_platforms import CPU, KERNEL_FLAGS
+from support.vllm_platforms import KERNEL_FLAGS
 
 KINDS = (
     ("sm_80", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121"),
