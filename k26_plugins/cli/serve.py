@@ -57,7 +57,7 @@ def serve(
     if _is_other_layout(folder):
         if engine == Engine.KTRANSFORMERS:
             fail("KTransformers reads the published layout only.")
-        err.print("another layout of this architecture: the engine's own code serves it, and nothing is planned.")
+        err.print("another layout of this architecture: nothing is planned for it.")
         command = plain_command(engine.value, str(folder), None if gpus or _has_gpu() else "cpu")
     elif gpus is None and not _has_gpu():
         if engine == Engine.KTRANSFORMERS:
@@ -105,7 +105,7 @@ def _is_other_layout(folder: Path) -> bool:
     from k26_plugins.common.config import ConfigError
 
     try:
-        return classify_folder(folder).layout is Layout.OTHER
+        return classify_folder(folder).layout is not Layout.PUBLISHED
     except (CheckpointError, ConfigError):
         return False  # the doctor says it, and --anyway starts
 

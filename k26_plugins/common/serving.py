@@ -8,19 +8,20 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from k26_plugins.common.checkpoint import Layout, classify
+from k26_plugins.common.checkpoint import Classification, Layout, classify
 from k26_plugins.common.config import K26Config
 
 
-def core_config(hf_config: Any, folder: Path | None, warn: Callable[[str], None]) -> K26Config | None:
-    """The core's configuration of a checkpoint in the published layout; None for another layout, which is the engine's.
+def core_answer(hf_config: Any, folder: Path | None, warn: Callable[[str], None]) -> Classification | None:
+    """What a checkpoint is that the core serves, in the published layout or saved from it; None for another layout, which
+    is the engine's.
 
     `warn` is told once why. folder: whose headers are checked; None where the weights are not here. Raises ConfigError or
     CheckpointError for a checkpoint that is damaged, contradicts itself or is of another model.
     """
     answer = classify(hf_config.to_dict(), folder)
-    if answer.layout is Layout.PUBLISHED:
-        return answer.config
+    if answer.layout is not Layout.OTHER:
+        return answer
     warn(
         f"k26-plugins: this checkpoint is not in Kimi-K2.6's published layout, the engine's own code serves it: "
         f"{answer.reason}."

@@ -43,6 +43,20 @@ def keeps_its_experts() -> bool:
     return not moved and not arguments.ep_num_redundant_experts
 
 
+def loads_saved_state() -> bool:
+    """Whether SGLang is to load what `hook_saving` was called for."""
+    chosen = compat.server_args().load_format
+    return getattr(chosen, "value", chosen) == "sharded_state"
+
+
+def hook_saving(hook: Callable[..., Any]) -> None:
+    """Put `hook(original, model, path, …)` around what saves a model's parameters for `--load-format sharded_state`."""
+    changes = Registration()
+    loader = compat.private("sglang.srt.model_loader.loader", "ShardedStateLoader")
+    compat.wrap(changes, loader, "save_model", hook)
+    changes.apply()
+
+
 def local_experts(layer: Any) -> range:
     """The experts of the checkpoint of which a fused-MoE layer may keep any on this rank."""
     total: int = layer.num_experts

@@ -5,8 +5,8 @@ from __future__ import annotations
 import multiprocessing
 from typing import Any
 
-from k26_plugins.common.checkpoint import weights_folder
-from k26_plugins.common.serving import core_config, write_vision
+from k26_plugins.common.checkpoint import Layout, weights_folder
+from k26_plugins.common.serving import core_answer, write_vision
 from k26_plugins.common.settings import check_settings
 from k26_plugins.sglang import compat, logger
 
@@ -30,11 +30,13 @@ class KimiK25Config(compat.in_tree_config()):  # type: ignore[misc]
             check_settings()
         warn = logger.warning if is_parent else logger.debug
         folder = weights_folder(pretrained_model_name_or_path, kwargs.get("revision"))
-        config = core_config(found, folder, warn)
+        answer = core_answer(found, folder, warn)
         # Read where the model is built, in this process.
-        found.k26_published_layout = config is not None
-        if config is None:
+        found.k26_published_layout = answer is not None
+        found.k26_saved_experts = answer is not None and answer.layout is Layout.SAVED
+        if answer is None:
             return found
+        config = answer.config
         write_vision(config, found.vision_config)
         found.vision_config.projector_ln_eps = config.vision.projector_ln_eps
         found.media_placeholder_token_id = config.media_placeholder_token_id

@@ -23,6 +23,8 @@ class K26MoEScheme(compat.moe_scheme_base()):  # type: ignore[misc]
     experts: LayerExperts
     on_host: LayerExperts
     """Those of the experts that may be in the host's memory: here all, if that is the device."""
+    is_awaited = False
+    """Whether a saved state is to be loaded into the parameters yet, which SGLang calls processed before."""
 
     def __init__(self, backend_name: str) -> None:
         self.backend_name = backend_name
@@ -60,7 +62,8 @@ class K26MoEScheme(compat.moe_scheme_base()):  # type: ignore[misc]
         self.output_scale = moe_runner_config.routed_scaling_factor if compat.experts_scale_output() else None
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        self.close()
+        if not self.is_awaited:
+            self.close()
 
     def places(self, layer: Any) -> Places | None:
         """Where SGLang's loader of a parameter puts the experts; None where it asks for each."""
@@ -99,6 +102,12 @@ class K26MoEScheme(compat.moe_scheme_base()):  # type: ignore[misc]
     ) -> None:
         """Write the routed sum to `out`."""
         self.experts.apply(out, hidden_states, topk_weights, topk_ids)
+
+
+def schemes_of(model: torch.nn.Module) -> list[K26MoEScheme]:
+    """Those of the layers whose experts our scheme loads."""
+    found = (getattr(module, "scheme", None) for module in model.modules())
+    return [scheme for scheme in found if isinstance(scheme, K26MoEScheme)]
 
 
 def experts_of(model: torch.nn.Module) -> dict[int, ExpertsOfLayer]:
@@ -173,12 +182,13 @@ def core_serves(layer: Any, backend_name: str, *, by_name: bool) -> bool:
     return core_serves_layer(logger, "SGLang", backend_name, reason)
 
 
-def chosen_backend(*, hybrid: bool) -> str:
+def chosen_backend(*, hybrid: bool, saved: bool = False) -> str:
     """The experts that K26_EXPERTS and `--moe-runner-backend` choose: a core backend's name, ENGINE for SGLang's own, or
     `auto`, which each layer resolves for its device.
 
     A runner that SGLang itself chose for this GPU and checkpoint stands unless K26_EXPERTS names others. A hybrid run's
-    experts are the core's on both sides. Raises ValueError where what the user gave contradicts itself.
+    experts are the core's on both sides, and so are those of a state `saved` with them. Raises ValueError where what the
+    user gave contradicts itself.
     """
     runner, given, setting = compat.moe_runner_backend(), compat.given_runner(), experts_setting()
     flag = given if given is not None else runner.value
@@ -187,6 +197,11 @@ def chosen_backend(*, hybrid: bool) -> str:
         raise ValueError(
             f"a hybrid run's experts are the core's on both sides: leave out --moe-runner-backend and "
             f"{EXPERTS_VARIABLE}={ENGINE}, or give SGLANG_PLUGINS=none for KTransformers' own."
+        )
+    if saved and (setting == ENGINE or (setting == "auto" and not runner.is_auto())):
+        raise ValueError(
+            f"this state was saved with the core's experts: set {EXPERTS_VARIABLE} to the backend for this device, or save "
+            f"one with SGLang's own."
         )
     # Where the flag is not known apart from SGLang's own choice, the variable is what the user surely gave.
     if given is not None and by_flag and setting not in ("auto", ENGINE):

@@ -39,7 +39,7 @@ from k26_plugins.common.settings import (
     move_experts_setting,
     stream_from_setting,
 )
-from k26_plugins.sglang import compat, compat_hybrid, logger
+from k26_plugins.sglang import compat, compat_hybrid, compat_loading, logger
 from k26_plugins.sglang.experts import K26MoEScheme
 
 DEFERRED_FLAG = "--kt-max-deferred-experts-per-token"
@@ -159,6 +159,11 @@ def _refuse(arguments: Any) -> None:
         raise HybridError(
             f"--kt-weight-path is {arguments.kt_weight_path}, --model-path {arguments.model_path}: k26-plugins reads the "
             f"experts of both sides from the one INT4 checkpoint, give it twice."
+        )
+    if compat_loading.loads_saved_state():
+        raise HybridError(
+            "--load-format sharded_state reads an engine's own parameters, and a hybrid run's experts come of the published "
+            "files: leave it out."
         )
     method = getattr(arguments, "kt_method", None)
     if method not in METHODS:

@@ -14,12 +14,13 @@ from k26_plugins.common.checkpoint.engine_files import engine_files, is_under_wa
 from k26_plugins.common.checkpoint.watched import watched_files
 from k26_plugins.common.config import K26Config
 from k26_plugins.common.experts.loading import is_needed, load_experts
+from k26_plugins.common.experts.saving import in_checkpoint_form
 from k26_plugins.common.ranks import require_everywhere
 from k26_plugins.common.settings import experts_setting
 from k26_plugins.sglang import compat, compat_adapters, compat_loading, logger
 from k26_plugins.sglang.engine_experts import watch_engine_experts
-from k26_plugins.sglang.experts import K26MoEScheme, chosen_backend, experts_of, use_core_experts
-from k26_plugins.sglang.hybrid import K26HybridScheme, hybrid_settings
+from k26_plugins.sglang.experts import K26MoEScheme, chosen_backend, experts_of, schemes_of, use_core_experts
+from k26_plugins.sglang.hybrid import HybridError, K26HybridScheme, hybrid_settings
 from k26_plugins.sglang.lora import refuse_unserved
 from k26_plugins.sglang.router import use_float32_logits
 
@@ -34,7 +35,6 @@ OF_LANGUAGE_MODEL = frozenset(
         "lm_head",
         "logits_processor",
         "num_fused_shared_experts",
-        "post_load_weights",
         "prepare_context_parallel_metadata_for_dcp",
         "routed_experts_weights_of_layer",
         "set_eagle3_layers_to_capture",
@@ -59,16 +59,21 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
 
             compat.use_absorbed_mla_on_torch_native(K26TorchNativeAttnBackend)
         compat_loading.hook_checkpoint_loader(whole_checkpoint, files_of_checkpoint)
+        compat_loading.hook_saving(saved_state)
         if self.core_config is None:
             super().__init__(config, quant_config, prefix, **kwargs)
         else:
             hybrid = hybrid_settings(self.core_config)
             make_scheme = K26MoEScheme if hybrid is None else partial(K26HybridScheme, settings=hybrid)
-            by_name = hybrid is not None or experts_setting() != "auto"
-            use_core_experts(quant_config, chosen_backend(hybrid=hybrid is not None), make_scheme, by_name=by_name)
+            saved = config.k26_saved_experts
+            by_name = hybrid is not None or saved or experts_setting() != "auto"
+            chosen = chosen_backend(hybrid=hybrid is not None, saved=saved)
+            use_core_experts(quant_config, chosen, make_scheme, by_name=by_name)
             with compat.without_kt_wrapper():
                 super().__init__(config, quant_config, prefix, **kwargs)
             use_float32_logits(self)
+            for scheme in schemes_of(self):
+                scheme.is_awaited = compat_loading.loads_saved_state()
             if experts_of(self) and compat_adapters.serves_adapters():
                 compat_adapters.hook_adapters(refuse_unserved)
         watch_engine_experts(self, self.core_config)
@@ -96,6 +101,16 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
         with watched_files(), closing(load_experts(weights, self.core_config, layers)) as others:
             return super().load_weights(others)
 
+    def post_load_weights(self) -> None:
+        """Called where a saved state was loaded, or weights came otherwise than by `load_weights`."""
+        for scheme in schemes_of(self):
+            if scheme.is_awaited:
+                scheme.is_awaited = False
+                scheme.close()
+        language_model = getattr(self, "language_model", None)
+        if language_model is not None:
+            language_model.post_load_weights()
+
     def __getattr__(self, name: str) -> Any:
         """Called for what neither this class nor SGLang's has."""
         language_model = self.__dict__.get("_modules", {}).get("language_model")
@@ -119,6 +134,16 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
             return True
 
         return is_read
+
+
+def saved_state(original: Callable[..., None], model: Any, *args: Any, **kwargs: Any) -> None:
+    """What SGLang saves of a running model for `--load-format sharded_state`."""
+    if any(isinstance(scheme, K26HybridScheme) for scheme in schemes_of(model)):
+        raise HybridError(
+            "a hybrid run's experts are on both sides, and a saved state would have those of the device only."
+        )
+    with in_checkpoint_form(experts_of(model).values()):
+        original(model, *args, **kwargs)
 
 
 def whole_checkpoint(

@@ -117,8 +117,8 @@ def wrap(changes: Registration, module: str, path: str, hook: Callable[..., Any]
     original = vars(owner).get(name) or getattr(owner, name, None)
     if original is None:
         raise _unsupported(module, path)
-    of_class = isinstance(original, classmethod)
-    function = original.__func__ if of_class else original
+    of_class, of_nobody = isinstance(original, classmethod), isinstance(original, staticmethod)
+    function = original.__func__ if of_class or of_nobody else original
     if getattr(function, "k26_hook", None) is hook:
         return
 
@@ -129,7 +129,9 @@ def wrap(changes: Registration, module: str, path: str, hook: Callable[..., Any]
         return hook(function, *args, **kwargs)
 
     wrapped.k26_hook = hook  # type: ignore[attr-defined]
-    changes.attribute(owner, name, classmethod(wrapped) if of_class else wrapped)
+    changes.attribute(
+        owner, name, classmethod(wrapped) if of_class else staticmethod(wrapped) if of_nobody else wrapped
+    )
 
 
 def message_image(part: dict[str, Any]) -> dict[str, Any] | None:
@@ -341,6 +343,13 @@ def hook_checkpoint_loader(whole: Callable[..., Any], files: Callable[..., Any])
     changes = Registration()
     wrap(changes, "vllm.model_executor.model_loader.default_loader", "DefaultModelLoader.get_all_weights", whole)
     wrap(changes, "vllm.model_executor.model_loader.default_loader", "safetensors_weights_iterator", files)
+    changes.apply()
+
+
+def hook_saving(hook: Callable[..., Any]) -> None:
+    """Put `hook(original, model, path, …)` around what saves a model's parameters for `--load-format sharded_state`."""
+    changes = Registration()
+    wrap(changes, "vllm.model_executor.model_loader.sharded_state_loader", "ShardedStateLoader.save_model", hook)
     changes.apply()
 
 

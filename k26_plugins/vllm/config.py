@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from k26_plugins.common import metrics
+from k26_plugins.common.checkpoint import Layout
 from k26_plugins.common.config import ARCHITECTURE, K26Config
 from k26_plugins.common.prompt.hf_tokenizer import core_serves_prompts
-from k26_plugins.common.serving import core_config, write_vision
+from k26_plugins.common.serving import core_answer, write_vision
 from k26_plugins.common.settings import check_settings, core_media
 from k26_plugins.vllm import compat, files, logger
 
@@ -19,7 +20,9 @@ class Answer:
     vLLM's own class would have taken over in silence."""
 
     core_config: K26Config | None
-    """Of the published layout; None for a checkpoint that is vLLM's own code's to serve."""
+    """None for a checkpoint that is vLLM's own code's to serve."""
+    saved_experts: bool = False
+    """Whether it is a state that vLLM saved with the core's experts, which no others read."""
 
 
 def choose_tokenizer(model_config: Any) -> None:
@@ -40,10 +43,12 @@ def prepare(model_config: Any) -> None:
     looks at.
     """
     check_settings()
-    config = core_config(model_config.hf_config, files.checked_folder(model_config), logger.warning)
-    if config is not None:
-        _write_back(config, model_config.hf_config)
-    model_config.k26_plugins = Answer(config)
+    answer = core_answer(model_config.hf_config, files.checked_folder(model_config), logger.warning)
+    if answer is None:
+        model_config.k26_plugins = Answer(None)
+    else:
+        _write_back(answer.config, model_config.hf_config)
+        model_config.k26_plugins = Answer(answer.config, answer.layout is Layout.SAVED)
     metrics.collect_from_workers()
     if core_media():
         compat.use_media_connector("k26_plugins.vllm.media", "K26MediaConnector", model_config)

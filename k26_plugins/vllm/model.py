@@ -12,7 +12,9 @@ from vllm.platforms import current_platform
 
 from k26_plugins.common.checkpoint import TensorSpec, account
 from k26_plugins.common.checkpoint.engine_files import engine_files, is_under_way, with_mapped_files
+from k26_plugins.common.experts import ExpertsError
 from k26_plugins.common.experts.loading import is_needed, load_experts
+from k26_plugins.common.experts.saving import in_checkpoint_form
 from k26_plugins.common.ranks import require_everywhere
 from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, core_media, experts_setting
 from k26_plugins.vllm import compat, logger
@@ -38,16 +40,24 @@ class KimiK25ForConditionalGeneration(TakesAdapters, _in_tree.KimiK25ForConditio
 
     def __init__(self, vllm_config: Any, prefix: str = "") -> None:
         require_everywhere("VLLM_PLUGINS")
-        self.core_config = vllm_config.model_config.k26_plugins.core_config
+        answer = vllm_config.model_config.k26_plugins
+        self.core_config = answer.core_config
         setting = experts_setting()
         if self.core_config is not None and setting == ENGINE:
+            if answer.saved_experts:
+                raise ExpertsError(
+                    f"this state was saved with the core's experts, which {EXPERTS_VARIABLE}={ENGINE} leaves out: unset it, "
+                    f"or save one with vLLM's own."
+                )
             logger.info("k26-plugins: vLLM's own INT4 experts are kept (%s chooses).", EXPERTS_VARIABLE)
         elif self.core_config is not None:
-            use_core_experts(vllm_config, setting, required=setting != "auto" or current_platform.is_cpu())
+            required = setting != "auto" or current_platform.is_cpu() or answer.saved_experts
+            use_core_experts(vllm_config, setting, required=required)
         if current_platform.is_cpu():
             compat.use_cpu_prefill_backend("k26_plugins.vllm.attention.K26CPUPrefillBackend")
         prepare_adapters(vllm_config)
         compat.hook_checkpoint_loader(whole_checkpoint, files_of_checkpoint)
+        compat.hook_saving(saved_state)
         with readable_by_vllm(vllm_config.model_config):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
         compat.keep_for_reloads(self)
@@ -61,6 +71,12 @@ class KimiK25ForConditionalGeneration(TakesAdapters, _in_tree.KimiK25ForConditio
         assert self.core_config is not None, "the core's experts are of the published layout"
         with closing(load_experts(weights, self.core_config, layers)) as others:
             return super().load_weights(others)  # type: ignore[no-any-return]
+
+
+def saved_state(original: Callable[..., None], model: Any, *args: Any, **kwargs: Any) -> None:
+    """What vLLM saves of a running model for `--load-format sharded_state`."""
+    with in_checkpoint_form(experts_of(model).values()):
+        original(model, *args, **kwargs)
 
 
 def whole_checkpoint(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from support.layouts import (
     EXPERT,
     INDEX,
@@ -36,8 +38,9 @@ from k26_plugins.common.checkpoint import (
     classify_folder,
     fingerprint,
     local_folder,
+    weights_folder,
 )
-from k26_plugins.common.config import K26Config, OtherLayoutError
+from k26_plugins.common.config import K26Config, OtherLayoutError, read_config_json
 
 INT4 = "language_model.model.layers.1.mlp.experts.3.gate_proj"
 
@@ -211,3 +214,86 @@ def test_int64_shapes_are_read_as_the_published_ones(tiny_folder: Path, tmp_path
         assert torch.equal(streamed.tensor(name), expected)
         assert streamed.tensor(name).dtype == torch.int32
         assert fingerprint(streamed) == fingerprint(published)
+
+
+Parts = dict[str, torch.Tensor]
+LAYER = "language_model.model.layers.1.mlp.experts.routed_experts"
+
+
+def _experts(config: K26Config, ranks: int = 1) -> Parts:
+    """A layer's as `LayerExperts` has them while it is open."""
+    text = config.text
+    experts, hidden, inner = text.n_routed_experts, text.hidden_size, text.moe_intermediate_size // ranks
+    return {
+        "w13_weight_packed": torch.zeros(experts, 2 * inner, hidden // 8, dtype=torch.int32),
+        "w13_weight_scale": torch.zeros(experts, 2 * inner, hidden // 32, dtype=torch.bfloat16),
+        "w2_weight_packed": torch.zeros(experts, hidden, inner // 8, dtype=torch.int32),
+        "w2_weight_scale": torch.zeros(experts, hidden, inner // 32, dtype=torch.bfloat16),
+    }
+
+
+def _with_shapes(parts: Parts) -> Parts:
+    """As both engines' own code has them, whatever it made of the rest."""
+    shapes = torch.zeros(len(parts["w13_weight_packed"]), 2)
+    return {**parts, "w13_weight_shape": shapes, "w2_weight_shape": shapes.clone()}
+
+
+def _transposed(parts: Parts) -> Parts:
+    """As Marlin's layout has them: by the inputs first."""
+    return {name: tensor.transpose(1, 2).contiguous() for name, tensor in parts.items()}
+
+
+def _bytes(parts: Parts) -> Parts:
+    """As vLLM's Triton kernel takes them."""
+    return {name: tensor.view(torch.uint8) if name.endswith("packed") else tensor for name, tensor in parts.items()}
+
+
+def _save(tiny_folder: Path, folder: Path, *files: str, parts: Parts) -> Path:
+    """A state of these files, each with the same layer, beside the small files of the checkpoint and its index."""
+    folder.mkdir()
+    for file in tiny_folder.iterdir():
+        if file.suffix != ".safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+    for name in files:
+        save_file({f"{LAYER}.{part}": tensor for part, tensor in parts.items()}, folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["model-rank-{}-part-0.safetensors", "model-pp-0-tp-{}-part-0.safetensors"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_state_saved_with_the_cores_experts(tiny_folder: Path, tmp_path: Path, name: str, ranks: int) -> None:
+    config = K26Config.from_path(tiny_folder)
+    files = [name.format(rank) for rank in range(ranks)]
+    folder = _save(tiny_folder, tmp_path / "saved", *files, parts=_experts(config, ranks))
+    assert weights_folder(folder) == folder
+    answer = classify_folder(folder)
+    assert answer.layout is Layout.SAVED
+    assert answer.config == config
+    assert files[0] in answer.reason
+    report = check(folder)
+    assert not report.problems
+    assert report.num_tensors == 4 * ranks
+    (folder / files[-1]).write_bytes((folder / files[-1]).read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="truncated: "):
+        classify_folder(folder)
+
+
+@pytest.mark.parametrize("change", [_with_shapes, _transposed, _bytes, lambda parts: {"norm": torch.zeros(2)}])
+def test_a_state_saved_with_an_engines_own_experts(
+    tiny_folder: Path, tmp_path: Path, change: Callable[[Parts], Parts]
+) -> None:
+    parts = change(_experts(K26Config.from_path(tiny_folder)))
+    folder = _save(tiny_folder, tmp_path / "saved", "model-rank-0-part-0.safetensors", parts=parts)
+    assert classify_folder(folder).layout is Layout.OTHER
+
+
+def test_a_state_saved_beside_the_checkpoint(tiny_folder: Path, tmp_path: Path) -> None:
+    """What the index names is the checkpoint; and a state of another layout is the engine's, whoever's experts it has."""
+    parts = _experts(K26Config.from_path(tiny_folder))
+    folder = _save(tiny_folder, tmp_path / "saved", "model-rank-0-part-0.safetensors", parts=parts)
+    config = read_config_json(folder)
+    config["text_config"]["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8}
+    assert classify(config, folder).layout is Layout.OTHER
+    for file in tiny_folder.glob("*.safetensors"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    assert classify_folder(folder).layout is Layout.PUBLISHED

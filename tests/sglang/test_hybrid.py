@@ -204,6 +204,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "is -1: give a number of experts",
     ),
     "expert-parallel": ({"ep_size": 2}, ValueError, "leave out --ep-size"),
+    "saved-state": ({"load_format": "sharded_state"}, ValueError, "--load-format sharded_state .*leave it out"),
     "no-number": ({"kt_num_gpu_experts": None}, ValueError, "needs --kt-num-gpu-experts"),
     "all": ({"kt_num_gpu_experts": 8}, PlacementError, "8 of 8 experts.*choose 0 to 7"),
 }

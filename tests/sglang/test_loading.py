@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.full_count import FullCountTests
 from support.load_checks import LoadTests
+from support.saved_state import SavedStateTests
 from support.server import Server
 from support.sglang_server import EAGER, generate, rows, serve
 
@@ -26,3 +27,7 @@ class TestFullCount(FullCountTests):
 
     def logprobs(self, server: Server, prompt: list[int]) -> torch.Tensor:
         return rows(generate(server, prompt, 1)["meta_info"]["input_top_logprobs"][1:])
+
+
+class TestSavedStates(SavedStateTests):
+    pass

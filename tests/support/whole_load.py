@@ -38,23 +38,32 @@ def without_shapes(weights: Any) -> Any:
     return (pair for pair in weights if not pair[0].endswith(".weight_shape"))
 
 
-def build_vllm(folder: Path) -> Built:
+def start_vllm(folder: Path, **arguments: Any) -> Any:
+    """vLLM's configuration, with its groups of one rank."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from vllm.config import set_current_vllm_config
     from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
     from vllm.engine.arg_utils import EngineArgs
+
+    given = EngineArgs(model=str(folder), enforce_eager=True, max_model_len=4096, use_tqdm_on_load=False, **arguments)
+    config = given.create_engine_config()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    with set_current_vllm_config(config):
+        init_distributed_environment(1, 0, address, 0, "gloo")
+        ensure_model_parallel_initialized(1, 1)
+    return config
+
+
+def build_vllm(folder: Path) -> Built:
+    config = start_vllm(folder)
+    from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader import get_model_loader
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.utils.torch_utils import set_default_torch_dtype
 
-    arguments = EngineArgs(model=str(folder), enforce_eager=True, max_model_len=4096, use_tqdm_on_load=False)
-    config = arguments.create_engine_config()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
     with set_current_vllm_config(config), set_default_torch_dtype(config.model_config.dtype):
-        init_distributed_environment(1, 0, address, 0, "gloo")
-        ensure_model_parallel_initialized(1, 1)
         loader, model_config, model = (
             get_model_loader(config.load_config),
             config.model_config,
@@ -80,16 +89,14 @@ def build_vllm(folder: Path) -> Built:
     )
 
 
-def build_sglang(folder: Path) -> Built:
+def start_sglang(folder: Path, **given: Any) -> Any:
+    """SGLang's configuration of the model, with its groups of one rank."""
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
     from sglang.benchmark import one_batch  # its start without a server is in reach there, and nowhere else
-    from sglang.srt.configs.device_config import DeviceConfig
-    from sglang.srt.configs.load_config import LoadConfig
-    from sglang.srt.model_loader import get_model_loader
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
-    arguments = one_batch.ServerArgs(model_path=str(folder), device="cpu", log_level="warning")
+    arguments = one_batch.ServerArgs(model_path=str(folder), device="cpu", log_level="warning", **given)
     arguments.resolve_once()
     ranks = one_batch.SpawnRanks(world_rank=one_batch.spawn_world_rank(arguments, tp_rank=0, pp_rank=0), gpu_id=0)
     one_batch.publish(arguments, role="scheduler", ranks=ranks)
@@ -98,6 +105,15 @@ def build_sglang(folder: Path) -> Built:
     port = one_batch.PortArgs.init_new(arguments).nccl_port
     one_batch.bootstrap.init_parallel_runtime(server_args=arguments, device="cpu", dist_port=port)
     one_batch.bootstrap.init_layer_runtime(model_config=config)
+    return config
+
+
+def build_sglang(folder: Path) -> Built:
+    config = start_sglang(folder)
+    from sglang.srt.configs.device_config import DeviceConfig
+    from sglang.srt.configs.load_config import LoadConfig
+    from sglang.srt.model_loader import get_model_loader
+
     loader: Any = get_model_loader(LoadConfig(), config)
     model = loader.initialize_model_for_startup(model_config=config, device_config=DeviceConfig("cpu", 0))
     in_tree = super(type(model), model)

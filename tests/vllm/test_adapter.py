@@ -31,7 +31,7 @@ from k26_plugins.common.checkpoint import Checkpoint, CheckpointError, expert_na
 from k26_plugins.common.config import ARCHITECTURE, K26Config
 from k26_plugins.common.media import MediaError
 from k26_plugins.common.prompt.hf_tokenizer import core_serves_prompts
-from k26_plugins.common.serving import core_config
+from k26_plugins.common.serving import core_answer
 from k26_plugins.vllm import compat, config, probe, register
 from k26_plugins.vllm.experts import K26ExpertsMethod
 from k26_plugins.vllm.media import K26MediaConnector
@@ -261,7 +261,7 @@ def test_another_layout_is_left_to_vllm(tiny_folder: Path, tmp_path: Path, name:
     """By vLLM's own reading of the configuration, with the reason in one line."""
     folder = make(OTHER[name][0], tiny_folder, tmp_path / "made")
     warnings: list[str] = []
-    assert core_config(hf_config(folder), folder, warnings.append) is None
+    assert core_answer(hf_config(folder), folder, warnings.append) is None
     assert len(warnings) == 1
     assert "the engine's own code serves it" in warnings[0]
 
@@ -269,7 +269,9 @@ def test_another_layout_is_left_to_vllm(tiny_folder: Path, tmp_path: Path, name:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_layout_is_the_cores(tiny_folder: Path, tmp_path: Path, name: str) -> None:
     folder = make(PUBLISHED[name], tiny_folder, tmp_path / "made")
-    assert core_config(hf_config(folder), folder, pytest.fail) == K26Config.from_path(folder)
+    answer = core_answer(hf_config(folder), folder, pytest.fail)
+    assert answer is not None
+    assert answer.config == K26Config.from_path(folder)
 
 
 def test_the_methods_weights_are_the_checkpoints(tiny_folder: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from support.agreement import VOCABULARY, rows
 from support.full_count import FullCountTests
 from support.load_checks import LoadTests
+from support.saved_state import SavedStateTests
 from support.server import Server
 from support.vllm_server import serve
 
@@ -28,3 +29,7 @@ class TestFullCount(FullCountTests):
     def logprobs(self, server: Server, prompt: list[int]) -> torch.Tensor:
         answer = server.complete(prompt, max_tokens=1, prompt_logprobs=VOCABULARY)
         return rows(answer["choices"][0]["prompt_logprobs"][1:])
+
+
+class TestSavedStates(SavedStateTests):
+    pass

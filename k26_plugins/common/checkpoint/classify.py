@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from k26_plugins.common.checkpoint.fault import Problem, listed
-from k26_plugins.common.checkpoint.header import INDEX_FILE, CheckpointError, is_saved_state
+from k26_plugins.common.checkpoint.header import INDEX_FILE, CheckpointError
 from k26_plugins.common.checkpoint.inventory import Inventory, take_inventory
 from k26_plugins.common.checkpoint.other_layout import examine
+from k26_plugins.common.checkpoint.saved_state import has_core_experts, saved_state_files
 from k26_plugins.common.checkpoint.table import TensorSpec, tensor_table
 from k26_plugins.common.config import K26Config, read_config_json
 
@@ -29,6 +30,9 @@ class Layout(StrEnum):
     """As moonshotai publishes it, in any sizes: the core serves it."""
     OTHER = "other"
     """This architecture, stored or built otherwise: the engine's own code serves it."""
+    SAVED = "saved"
+    """What an engine saved while the core's experts were in it: the core serves it, and the engine's loader of such states
+    loads it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +77,8 @@ def classify(
             f"Run `k26 check {folder}` for all of them."
         )
     other = tuple(examined.other)
-    return Classification(Layout.OTHER if other else Layout.PUBLISHED, examined.sizes, other)
+    layout = Layout.SAVED if examined.saved_by_core else Layout.OTHER if other else Layout.PUBLISHED
+    return Classification(layout, examined.sizes, other)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +93,8 @@ class Examination:
     """None where there are no weights to look at."""
     table: dict[str, TensorSpec]
     """That of these sizes; empty where no tensor was held against it."""
+    saved_by_core: bool = False
+    """Whether nothing else is not as published than that an engine saved it, with the core's experts."""
 
 
 def examine_all(
@@ -97,17 +104,20 @@ def examine_all(
 ) -> Examination:
     """As `classify`, with the faults listed. Raises ConfigError, and CheckpointError for a damaged index."""
     sizes, other = K26Config.read(config)
-    inventory, problems, table = None, list[Problem](), dict[str, TensorSpec]()
-    if folder is not None and (any(folder.glob("*.safetensors")) or (folder / INDEX_FILE).exists()):
+    inventory, problems, table, saved_by_core = None, list[Problem](), dict[str, TensorSpec](), False
+    if folder is not None and (saved := saved_state_files(folder)):
+        inventory = take_inventory(folder, on_file, saved)
+        problems = list(inventory.damage)
+        saved_by_core = not other and has_core_experts(inventory.entries.values(), sizes)
+        other = [*other, f"{saved[0].name} is part of a state that an engine saved"]
+    elif folder is not None and (any(folder.glob("*.safetensors")) or (folder / INDEX_FILE).exists()):
         inventory = take_inventory(folder, on_file)
         problems = list(inventory.damage)
-        if is_saved_state(inventory.files):
-            other = [*other, f"{inventory.files[0].name} is part of a state that an engine saved"]
-        elif not problems:
+        if not problems:
             elsewhere = any((folder / name).exists() for name in _QUANTISATION_FILES)
             table = tensor_table(sizes)
             problems, found = examine(inventory.entries, config, sizes, table, other, quantised_elsewhere=elsewhere)
             other = [*other, *found]
     elif folder is not None and (weights := sorted((*folder.glob("*.gguf"), *folder.glob("*.bin")))):
         other = [*other, f"the weights are in {weights[0].name}, not in safetensors files"]
-    return Examination(sizes, other, problems, inventory, table)
+    return Examination(sizes, other, problems, inventory, table, saved_by_core)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from k26_plugins.common.checkpoint.header import INDEX_FILE, CheckpointError, weight_files
+from k26_plugins.common.checkpoint.saved_state import saved_state_files
 
 
 def local_folder(name: str | Path, revision: str | None = None, cache_dir: str | None = None) -> Path | None:
@@ -40,13 +41,15 @@ def weights_folder(name: str | Path, revision: str | None = None, cache_dir: str
     """As `local_folder`, and None where the folder has an index and none of its files.
 
     Engines keep the small files of an object store's checkpoint in such a folder and stream the weights; others load dummy
-    weights. Where real ones are wanted and missing, the engine says so.
+    weights. Where real ones are wanted and missing, the engine says so. A state that an engine saved is there, whatever
+    index was copied beside it.
     """
     folder = local_folder(name, revision, cache_dir)
     if (
         folder is not None
         and (folder / INDEX_FILE).exists()
         and not any(file.exists() for file in weight_files(folder))
+        and not saved_state_files(folder)
     ):
         return None
     return folder

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import re
 import struct
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +11,6 @@ from typing import Any, NamedTuple
 from k26_plugins.common.collector import paused
 
 INDEX_FILE = "model.safetensors.index.json"
-_SAVED_STATE = re.compile(r"model-rank-\d+-part-\d+\.safetensors")
 POINTER = b"version https://git-lfs"
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
@@ -77,11 +75,6 @@ def _entry(name: str, fields: dict[str, Any], data_start: int) -> HeaderEntry:
     start, end = fields["data_offsets"]
     shape = tuple(map(int, fields["shape"]))
     return HeaderEntry(name, shape, str(fields["dtype"]), data_start + int(start), data_start + int(end))
-
-
-def is_saved_state(files: list[Path]) -> bool:
-    """Whether the files are an engine's `sharded_state`: its own parameters, rank by rank, under its own names."""
-    return any(_SAVED_STATE.fullmatch(file.name) for file in files)
 
 
 def index_of(folder: Path) -> dict[str, str]:

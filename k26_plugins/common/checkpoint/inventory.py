@@ -30,13 +30,18 @@ class Inventory:
     """Files of whose tensors nothing is known."""
 
 
-def take_inventory(folder: Path, on_file: Callable[[int, int], None] = lambda done, total: None) -> Inventory:
+def take_inventory(
+    folder: Path,
+    on_file: Callable[[int, int], None] = lambda done, total: None,
+    saved_state: list[Path] | None = None,
+) -> Inventory:
     """Read the headers. `on_file(done, total)` is called after each file.
 
-    Raises CheckpointError where there is no weight file or the index is damaged.
+    saved_state: the files of one, in the place of a checkpoint's: each rank's have the same tensors' names. Raises
+    CheckpointError where there is no weight file or the index is damaged.
     """
-    index = index_of(folder)
-    named = weight_files(folder, index)
+    index = {} if saved_state else index_of(folder)
+    named = saved_state or weight_files(folder, index)
     files = [file for file in named if file.is_file()]
     damage = [*_missing_files(index, named), *_unfinished(folder)]
     lost_files = {file.name for file in named} - {file.name for file in files}
@@ -49,7 +54,9 @@ def take_inventory(folder: Path, on_file: Callable[[int, int], None] = lambda do
                 inventory.lost_files.add(file.name)
             holder = file.name
             for entry in entries:
-                if entry.name in holders:
+                if entry.name in holders and saved_state:
+                    inventory.entries[f"{entry.name} of {holder}"] = entry
+                elif entry.name in holders:
                     message = f"is in {holders[entry.name]} and in {holder}: delete the file that is not of this model."
                     inventory.damage.append(Problem(Fault.REPEATED, entry.name, message))
                 else:

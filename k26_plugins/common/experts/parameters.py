@@ -98,6 +98,11 @@ class LayerExperts:
             return None
         return parameter.data.chunk(num_blocks, dim=1)[block]  # type: ignore[no-any-return]
 
+    @property
+    def is_restorable(self) -> bool:
+        """Whether the layer can be opened with the weights that it has."""
+        return self._held is None
+
     def open(self) -> bool:
         """Restore the checkpoint's form in the storage of the other, expert by expert.
 

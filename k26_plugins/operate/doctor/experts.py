@@ -89,7 +89,7 @@ def instruction_set() -> Finding:
 
 def _weights(checkpoint: Path | None) -> tuple[ExpertWeights, str]:
     if checkpoint is not None:
-        if classify_folder(checkpoint).layout is Layout.OTHER:
+        if classify_folder(checkpoint).layout is not Layout.PUBLISHED:
             raise OtherLayoutError("not the core's to open")
         opened = Checkpoint(checkpoint)
         text = opened.config.text
