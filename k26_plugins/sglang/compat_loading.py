@@ -43,10 +43,15 @@ def keeps_its_experts() -> bool:
     return not moved and not arguments.ep_num_redundant_experts
 
 
+def load_format() -> str:
+    """Of --load-format."""
+    chosen = compat.server_args().load_format
+    return str(getattr(chosen, "value", chosen))
+
+
 def loads_saved_state() -> bool:
     """Whether SGLang is to load what `hook_saving` was called for."""
-    chosen = compat.server_args().load_format
-    return getattr(chosen, "value", chosen) == "sharded_state"
+    return load_format() == "sharded_state"
 
 
 def hook_saving(hook: Callable[..., Any]) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from k26_plugins.common.checkpoint import account
 from k26_plugins.common.checkpoint.engine_files import engine_files, is_under_way, with_mapped_files
+from k26_plugins.common.checkpoint.saved_state import require_its_loader
 from k26_plugins.common.checkpoint.watched import watched_files
 from k26_plugins.common.config import K26Config
 from k26_plugins.common.experts.loading import is_needed, load_experts
@@ -66,6 +67,8 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
             hybrid = hybrid_settings(self.core_config)
             make_scheme = K26MoEScheme if hybrid is None else partial(K26HybridScheme, settings=hybrid)
             saved = config.k26_saved_experts
+            if saved:
+                require_its_loader(compat_loading.load_format())
             by_name = hybrid is not None or saved or experts_setting() != "auto"
             chosen = chosen_backend(hybrid=hybrid is not None, saved=saved)
             use_core_experts(quant_config, chosen, make_scheme, by_name=by_name)

@@ -12,6 +12,7 @@ from vllm.platforms import current_platform
 
 from k26_plugins.common.checkpoint import TensorSpec, account
 from k26_plugins.common.checkpoint.engine_files import engine_files, is_under_way, with_mapped_files
+from k26_plugins.common.checkpoint.saved_state import require_its_loader
 from k26_plugins.common.experts import ExpertsError
 from k26_plugins.common.experts.loading import is_needed, load_experts
 from k26_plugins.common.experts.saving import in_checkpoint_form
@@ -43,6 +44,8 @@ class KimiK25ForConditionalGeneration(TakesAdapters, _in_tree.KimiK25ForConditio
         answer = vllm_config.model_config.k26_plugins
         self.core_config = answer.core_config
         setting = experts_setting()
+        if answer.saved_experts:
+            require_its_loader(vllm_config.load_config.load_format)
         if self.core_config is not None and setting == ENGINE:
             if answer.saved_experts:
                 raise ExpertsError(

@@ -65,6 +65,10 @@ class SavedStateTests:
         assert ((outputs - expected).norm() / expected.norm()).item() < 6e-3
         assert before["parameters"] == after["parameters"]
         assert any("experts" in name and "w13_weight_packed" in name for name in after["parameters"])
+        with pytest.raises(
+            AssertionError, match=r"an engine saved, not a checkpoint: give --load-format sharded_state"
+        ):
+            run("save", saved, tmp_path)
 
 
 def main(step: str, folder: str, saved: str) -> None:

@@ -6,11 +6,13 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from k26_plugins.common.checkpoint.header import HeaderEntry, index_of
+from k26_plugins.common.checkpoint.header import CheckpointError, HeaderEntry, index_of
 from k26_plugins.common.config import PACK_FACTOR, K26Config
 
 # As the engines name them where the user gives no pattern: by tensor-parallel rank, or by pipeline stage too.
 _FILE = re.compile(r"model-(rank-\d+|pp-\d+-tp-\d+)-part-\d+\.safetensors")
+# The loaders that would read these files and find none of a checkpoint's tensors.
+_OF_CHECKPOINTS = ("auto", "hf", "safetensors")
 _EXPERTS = re.compile(r"(.+\.experts\b.*)\.w13_weight_packed")
 
 
@@ -19,9 +21,10 @@ def saved_state_files(folder: Path) -> list[Path]:
 
     Of a checkpoint whose small files were copied along, its index is there and no file that it names.
     """
-    if any((folder / name).exists() for name in set(index_of(folder).values())):
+    files = sorted(file for file in folder.glob("model-*.safetensors") if _FILE.fullmatch(file.name))
+    if files and any((folder / name).exists() for name in set(index_of(folder).values())):
         return []
-    return sorted(file for file in folder.glob("model-*.safetensors") if _FILE.fullmatch(file.name))
+    return files
 
 
 def has_core_experts(entries: Iterable[HeaderEntry], config: K26Config) -> bool:
@@ -43,3 +46,11 @@ def has_core_experts(entries: Iterable[HeaderEntry], config: K26Config) -> bool:
         )
 
     return bool(layers) and all(map(is_core, layers))
+
+
+def require_its_loader(load_format: str) -> None:
+    """Raises CheckpointError for an engine's loader of checkpoints, which it takes where nobody chose another."""
+    if load_format in _OF_CHECKPOINTS:
+        raise CheckpointError(
+            "this is a state that an engine saved, not a checkpoint: give --load-format sharded_state."
+        )
