@@ -68,8 +68,8 @@ class KimiTokenizerFast(PreTrainedTokenizerFast):
         return BatchEncoding(data, tensor_type=tensors, prepend_batch_axis=tensors is not None)
 
     def _has_added_tokens(self, plain: KimiTokenizer) -> bool:
-        """Which are none of tiktoken's. By what the library has: vLLM keeps `len` as it was at the start."""
-        return bool(self._tokenizer.get_vocab_size(with_added_tokens=True) != plain.vocab_size)
+        """Which are none of tiktoken's. Counted by the library: vLLM puts a number of its own, of the start, into `len`."""
+        return bool(super().__len__() != plain.vocab_size)
 
     def batch_decode(self, sequences: Any, *args: Any, **kwargs: Any) -> list[str]:
         """A flat list of ids is a token each, as in transformers 4 and as KTransformers' SGLang means it for logprobs.
