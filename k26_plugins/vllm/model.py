@@ -64,6 +64,8 @@ class KimiK25ForConditionalGeneration(TakesAdapters, _in_tree.KimiK25ForConditio
         with readable_by_vllm(vllm_config.model_config):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
         compat.keep_for_reloads(self)
+        if vllm_config.load_config.load_format == "dummy":
+            keep_constants(self.vision_tower)
         watch_engine_experts(self, self.core_config)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
@@ -74,6 +76,15 @@ class KimiK25ForConditionalGeneration(TakesAdapters, _in_tree.KimiK25ForConditio
         assert self.core_config is not None, "the core's experts are of the published layout"
         with closing(load_experts(weights, self.core_config, layers)) as others:
             return super().load_weights(others)  # type: ignore[no-any-return]
+
+
+def keep_constants(module: torch.nn.Module) -> None:
+    """Have vLLM's loader of dummy weights leave a module's buffers alone.
+
+    It fills all that a state dict would have. vLLM's normalisation of pixels is in two buffers, which no update restores.
+    """
+    for part in module.modules():
+        part._non_persistent_buffers_set.update(part._buffers)
 
 
 def saved_state(original: Callable[..., None], model: Any, *args: Any, **kwargs: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -11,11 +13,15 @@ from support.agreement import assert_same_top
 from support.checkpoints import LLAMA_PROMPT, make_llama
 from support.server import Server, start_fails
 from support.sglang_server import EAGER, TWO_RANKS, first_tokens, serve
+from support.sglang_updates import WAYS
 from support.swarm import (
     assert_a_killed_worker_is_said,
     assert_a_swarm_is_held,
     assert_the_metrics_are_there,
 )
+from typer.testing import CliRunner
+
+from k26_plugins.cli import app
 
 # SGLang reads a field of the body before it has looked whether that is an object.
 KNOWN = frozenset({"bad JSON: a list"})
@@ -63,6 +69,22 @@ def test_a_rank_without_the_plugin_stops_the_start(tiny_folder: Path, tmp_path: 
         serve(tiny_folder, tmp_path / "log", "--tp-size", "2", **settings, **TWO_RANKS, **EAGER),
     ):
         pass
+
+
+@pytest.mark.long
+def test_weights_that_a_trainer_sends_later(
+    tiny_folder: Path, golden_file: Path, updated: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The server is started without any; it answers, and afterwards as one that was started with them."""
+    shutil.copytree(tiny_folder, tmp_path / "small", ignore=shutil.ignore_patterns("*.safetensors"))
+    with serve(tmp_path / "small", tmp_path / "log", "--load-format", "dummy", **EAGER) as server:
+        sampling = {"max_new_tokens": 4, "temperature": 0, "ignore_eos": True}
+        answer = server.post("/generate", input_ids=[1, 2, 3], sampling_params=sampling)
+        assert len(answer.json()["output_ids"]) == 4
+        for update, (folder, golden) in zip(WAYS, cycle((updated, (tiny_folder, golden_file))), strict=False):
+            update(server, folder)
+            result = CliRunner().invoke(app, ["verify", "--url", server.url, "--golden", str(golden)])
+            assert result.exit_code == 0, result.output
 
 
 def test_another_architecture_is_left_to_sglang(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ GROUP = "trainer"
 
 
 def from_disk(server: Server, folder: Path) -> None:
-    _ask(server, "update_weights_from_disk", model_path=str(folder))
+    # Where none is given, that of the start, which may be a dummy.
+    _ask(server, "update_weights_from_disk", model_path=str(folder), load_format="auto")
 
 
 def from_tensors(server: Server, folder: Path) -> None:

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from support import documented
+from support import documented, vllm_updates
 from support.absent import plugin_that_rank_1_lacks
 from support.agreement import BYTES, assert_same_top
 from support.checkpoints import LLAMA_PROMPT, make_llama
 from support.images import image_part, png, random_image
 from support.local_http import QuietHandler, serving
 from support.ray_cluster import ray_cluster
-from support.server import Server, start_fails
+from support.server import Server, python_path, start_fails
 from support.swarm import assert_a_killed_worker_is_said, metric, run_swarm
 from support.videos import make_video
 from support.vllm_server import TWO_RANKS, serve
+from typer.testing import CliRunner
+
+from k26_plugins.cli import app
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +115,23 @@ def test_compiled_answers_as_eager(tiny_folder: Path, tmp_path: Path, one_rank: 
     """torch.compile goes around the experts' operator: nothing in it may break the graph."""
     with serve(tiny_folder, tmp_path / "log") as server:
         assert_same_top(first_tokens(server), first_tokens(one_rank))
+
+
+@pytest.mark.long
+def test_weights_that_a_trainer_sends_later(
+    tiny_folder: Path, golden_file: Path, updated: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The server is started without any; it answers, and afterwards as one that was started with them. From the disk
+    vLLM loads none then."""
+    shutil.copytree(tiny_folder, tmp_path / "small", ignore=shutil.ignore_patterns("*.safetensors"))
+    arguments = ["--enforce-eager", "--load-format", "dummy", *vllm_updates.ARGUMENTS]
+    settings = {"PYTHONPATH": python_path(), "VLLM_SERVER_DEV_MODE": "1"}
+    with serve(tmp_path / "small", tmp_path / "log", *arguments, **settings) as server:
+        assert server.complete("Hello", max_tokens=4, ignore_eos=True)["usage"]["completion_tokens"] == 4
+        for folder, golden in (updated, (tiny_folder, golden_file)):
+            vllm_updates.in_buckets(server, folder)
+            result = CliRunner().invoke(app, ["verify", "--url", server.url, "--golden", str(golden)])
+            assert result.exit_code == 0, result.output
 
 
 @pytest.fixture(scope="module")
