@@ -18,6 +18,7 @@ from support.grammar import REGEX, SCHEMA
 from support.guesses import Greedy, Steps, assert_no_farther, assert_parts_no_more
 from support.hidden_states import assert_read_in_front_of
 from support.images import image_part, png, random_image
+from support.scripted import CASES, parsed, streamed
 from support.served_grammar import TOOL
 from support.server import Server, python_path
 from support.swarm import metric
@@ -34,6 +35,8 @@ pytestmark = pytest.mark.long
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 PROMPTS = [[random.Random(seed).randrange(256) for _ in range(20)] * 4 for seed in range(6)]
 LAYERS_READ = (2, 3, 4)
+# A random model likes nothing as much as white space, of which JSON may have any amount.
+SHORT_JSON = ["--structured-outputs-config", json.dumps({"backend": "xgrammar", "disable_any_whitespace": True})]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +52,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def judge(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The same server without speculation."""
     log = tmp_path_factory.mktemp("judge") / "server.log"
-    with serve(folders[0], log, "--enforce-eager") as running:
+    with serve(folders[0], log, "--enforce-eager", *SHORT_JSON) as running:
         yield running
 
 
@@ -67,7 +70,7 @@ def guessing(
     command = [*documented.as_run(documented.PLAIN_VLLM, folder), "--speculative-config", json.dumps(NGRAM)]
     if request.param == "eagle3":
         command = [word.replace("DRAFT", str(draft)) for word in documented.as_run(documented.EAGLE3_VLLM, folder)]
-    arguments = ["--enforce-eager", "--worker-extension-cls", "support.vllm_hidden.Worker"]
+    arguments = ["--enforce-eager", *SHORT_JSON, "--worker-extension-cls", "support.vllm_hidden.Worker"]
     settings = {"PYTHONPATH": python_path(), "VLLM_SERVER_DEV_MODE": "1"}
     log = tmp_path_factory.mktemp(request.param) / "server.log"
     with serve(folder, log, *arguments, command=command, **settings) as running:
@@ -78,11 +81,11 @@ def counted(server: Server, what: str) -> float:
     return sum(metric(server, f"vllm:spec_decode_num_{what}_tokens_total").values())
 
 
-def greedy(asked: Server, judge: Server) -> Greedy:
+def greedy(server: Server, judge: Server) -> Greedy:
     """Answers to PROMPTS, each one alone, and what the judge makes of them."""
     token_ids, served, expected = [], [], []
     for prompt in PROMPTS:
-        answer = asked.complete(
+        answer = server.complete(
             prompt, max_tokens=60, temperature=0, logprobs=VOCABULARY, allowed_token_ids=BYTES,
             return_tokens_as_token_ids=True,
         )  # fmt: skip
@@ -141,7 +144,7 @@ QUESTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def ask(server: Server, name: str) -> Steps:
+def asked(server: Server, name: str) -> Steps:
     content, fields = QUESTIONS[name]
     answer = server.chat(
         content, max_tokens=40, temperature=0, logprobs=True, top_logprobs=VOCABULARY, return_tokens_as_token_ids=True,
@@ -155,13 +158,13 @@ def ask(server: Server, name: str) -> Steps:
 
 @pytest.fixture(scope="module")
 def alone(judge: Server) -> dict[str, Steps]:
-    return {name: ask(judge, name) for name in QUESTIONS}
+    return {name: asked(judge, name) for name in QUESTIONS}
 
 
 @pytest.fixture(scope="module")
 def together(judge: Server) -> dict[str, Steps]:
     with ThreadPoolExecutor(len(QUESTIONS)) as pool:
-        return dict(zip(QUESTIONS, pool.map(lambda name: ask(judge, name), QUESTIONS), strict=True))
+        return dict(zip(QUESTIONS, pool.map(lambda name: asked(judge, name), QUESTIONS), strict=True))
 
 
 def unseen(steps: Steps) -> Steps:
@@ -173,4 +176,38 @@ def unseen(steps: Steps) -> Steps:
 def test_images_thinking_grammars_and_calls_are_answered_as_without(
     guessing: Guessing, alone: dict[str, Steps], together: dict[str, Steps]
 ) -> None:
-    assert_parts_no_more({name: ask(guessing.server, name) for name in QUESTIONS}, alone, together, unseen)
+    assert_parts_no_more({name: asked(guessing.server, name) for name in QUESTIONS}, alone, together, unseen)
+
+
+# Answers that a grammar leaves one way: which greedy answer is the likeliest hangs on when guesses came, near a tie.
+ROUTE, PLACE = "Take the second road on the left, then the first on the right.", "Zürich am See"
+PLACES = {
+    "type": "object",
+    "properties": {"city": {"enum": [PLACE]}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+GO = {"type": "function", "function": {"name": "go", "parameters": PLACES, "strict": True}}
+# A call's marker can be spelled too, which is text.
+NOT_SPELLED = [token for token in range(VOCABULARY) if token != ord("<")]
+FORCED: dict[str, dict[str, Any]] = {
+    "an answer": {
+        "structured_outputs": {"choice": [ROUTE]}, "tool_choice": "none", "chat_template_kwargs": {"thinking": False},
+    },
+    "thinking": {"allowed_token_ids": [ord("x")], "max_tokens": 40, "chat_template_kwargs": {"thinking": True}},
+    "a call": {
+        "tools": [GO], "tool_choice": "required", "parallel_tool_calls": False, "allowed_token_ids": NOT_SPELLED,
+        "chat_template_kwargs": {"thinking": False},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", FORCED)
+def test_what_is_streamed_is_what_comes_whole(guessing: Guessing, what: str) -> None:
+    """With guesses, several tokens come at once."""
+    whole, piecewise = (ask(guessing.server, CASES["call"], FORCED[what]) for ask in (parsed, streamed))
+    for reasoning, content, calls, *_ in (whole, piecewise):
+        assert reasoning == ("x" * 40 if what == "thinking" else "")
+        assert content == (ROUTE if what == "an answer" else "")
+        made = [(name, json.loads(arguments)["city"]) for name, arguments in calls]
+        assert made == ([("go", PLACE)] if what == "a call" else [])
