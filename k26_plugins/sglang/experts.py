@@ -16,6 +16,9 @@ from k26_plugins.common.serving import core_serves_layer
 from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, experts_setting
 from k26_plugins.sglang import compat, compat_loading, logger
 
+# Of --load-format.
+PRESHARDED = "presharded"
+
 
 class K26MoEScheme(compat.moe_scheme_base()):  # type: ignore[misc]
     """Creates the packed weights as the checkpoint has them; after loading, a core backend repacks them in place."""
@@ -173,6 +176,11 @@ def core_serves(layer: Any, backend_name: str, *, by_name: bool) -> bool:
         reason = (
             f"--moe-a2a-backend {all_to_all.value} hands over tokens sorted by expert, and they take tokens with their "
             f"routing: leave that flag out"
+        )
+    if compat_loading.load_format() == PRESHARDED:
+        reason = (
+            f"--load-format {PRESHARDED} keeps weights as one backend and one CPU have them repacked, without saying which: "
+            f"leave that flag out, or save a state (--load-format sharded_state)"
         )
     if reason is not None and by_name:
         raise ExpertsError(

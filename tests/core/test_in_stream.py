@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,17 +89,21 @@ class Batch:
             experts.apply(given, self.ids, self.weights, out=out)
 
 
-def test_a_thousand_replays_give_what_the_waiting_run_gives(device: PretendedDevice, weights: ExpertWeights) -> None:
-    on_device = 5
-    layers = [layer(device, weights, on_device) for _ in range(2)]
-    waiting = [HybridExperts(one.device_experts, one.host_experts, placed(on_device), HOST) for one in layers]
-    batches, graphs = [Batch(tokens) for tokens in (FEW_TOKENS + 6, 3, 1)], []
+def replayed(
+    device: PretendedDevice,
+    layers: list[HybridExperts],
+    waiting: list[HybridExperts],
+    tokens: Sequence[int],
+    count: int,
+) -> Iterator[Batch]:
+    """Batches of those sizes in a random order, each with new data and held to what the layers that wait make of it."""
+    batches, graphs = [Batch(size) for size in tokens], []
     for batch in batches:
         with device.capture() as graph:
             batch.step(layers)
         graphs.append(graph)
     chosen = random.Random(0)
-    for replay in range(1000):
+    for replay in range(count):
         number = chosen.randrange(len(batches))
         batch = batches[number]
         batch.fill(replay)
@@ -108,6 +112,13 @@ def test_a_thousand_replays_give_what_the_waiting_run_gives(device: PretendedDev
         found = batch.out.clone()
         batch.step(waiting)
         assert torch.equal(found, batch.out), replay
+        yield batch
+
+
+def test_a_thousand_replays_give_what_the_waiting_run_gives(device: PretendedDevice, weights: ExpertWeights) -> None:
+    layers = [layer(device, weights, 5) for _ in range(2)]
+    waiting = [HybridExperts(one.device_experts, one.host_experts, placed(5), HOST) for one in layers]
+    for replay, batch in enumerate(replayed(device, layers, waiting, (FEW_TOKENS + 6, 3, 1), 1000)):
         if replay % 50 == 0:
             assert error(batch.middle, judge(weights, batch.x, batch.ids, batch.weights)) <= TOLERANCE
 
@@ -134,28 +145,13 @@ def test_replays_stay_right_when_experts_move(device: PretendedDevice, weights: 
 def test_replays_with_deferred_experts_give_what_the_waiting_run_gives(
     device: PretendedDevice, weights: ExpertWeights
 ) -> None:
-    on_device = 3
     in_graphs, in_turn = Deferral(2, last_layer=2), Deferral(2, last_layer=2)
-    layers = [layer(device, weights, on_device, deferral=in_graphs, layer=number) for number in (1, 2)]
+    layers = [layer(device, weights, 3, deferral=in_graphs, layer=number) for number in (1, 2)]
     waiting = [
-        HybridExperts(one.device_experts, one.host_experts, placed(on_device), HOST, deferral=in_turn, layer=one.layer)
+        HybridExperts(one.device_experts, one.host_experts, placed(3), HOST, deferral=in_turn, layer=one.layer)
         for one in layers
     ]
-    batches, graphs = [Batch(tokens) for tokens in (FEW_TOKENS + 6, 5, 1)], []
-    for batch in batches:
-        with device.capture() as graph:
-            batch.step(layers)
-        graphs.append(graph)
-    chosen = random.Random(0)
-    for replay in range(300):
-        number = chosen.randrange(len(batches))
-        batch = batches[number]
-        batch.fill(replay)
-        graphs[number].replay()
-        device.synchronise()
-        found = batch.out.clone()
-        batch.step(waiting)
-        assert torch.equal(found, batch.out), replay
+    assert sum(1 for _ in replayed(device, layers, waiting, (FEW_TOKENS + 6, 5, 1), 300)) == 300
 
 
 def test_outside_a_graph_the_same_path_serves(device: PretendedDevice, weights: ExpertWeights) -> None:

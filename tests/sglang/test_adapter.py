@@ -36,7 +36,7 @@ from k26_plugins.common.experts.loading import load_experts
 from k26_plugins.common.prompt.hf_tokenizer import KimiTokenizerFast
 from k26_plugins.common.registration import Registration
 from k26_plugins.common.tiny import make_tiny
-from k26_plugins.sglang import compat, probe, register
+from k26_plugins.sglang import compat, compat_loading, probe, register
 
 # Read when SGLang is imported, which nothing above does.
 os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
@@ -383,16 +383,18 @@ def layer_of(intermediate_size: int = 64) -> FusedMoE:
 
 
 CANNOT = {
-    "DeepEP": (64, "deepep", "cpu", "--moe-a2a-backend deepep hands over tokens sorted by expert"),
+    "DeepEP": (64, "deepep", "auto", "cpu", "--moe-a2a-backend deepep hands over tokens sorted by expert"),
     "a device": (
         64,
         "none",
+        "auto",
         "triton",
         "triton is not, because the Triton kernels run on CUDA and ROCm GPUs, not on cpu",
     ),
-    "sizes": (48, "none", "cpu", "tensor parallelism leaves 48 of moe_intermediate_size"),
+    "sizes": (48, "none", "auto", "cpu", "tensor parallelism leaves 48 of moe_intermediate_size"),
+    "repacked": (64, "none", "presharded", "cpu", "--load-format presharded keeps weights as one backend"),
 }
-"""A layer's size, the all-to-all, which of the core's experts cannot serve it, and what is said."""
+"""A layer's size, the all-to-all, --load-format, which of the core's experts cannot serve it, and what is said."""
 
 
 @pytest.mark.parametrize("name", CANNOT)
@@ -405,7 +407,8 @@ def test_what_the_core_cannot_serve_is_asked_before_weights_are_created(
     from k26_plugins.common.experts import ExpertsError
     from k26_plugins.sglang.experts import core_serves
 
-    size, all_to_all, backend, said = CANNOT[name]
+    size, all_to_all, load_format, backend, said = CANNOT[name]
+    monkeypatch.setattr(compat_loading, "load_format", lambda: load_format)
     monkeypatch.setattr(compat, "moe_all_to_all", lambda: MoeA2ABackend(all_to_all))
     with pytest.raises(ExpertsError, match=rf"experts \({backend}\) cannot serve here: {said}.*unset K26_EXPERTS"):
         core_serves(layer_of(size), backend, by_name=True)
@@ -418,6 +421,7 @@ def test_routed_experts_get_our_scheme(tiny_folder: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(compat, "moe_runner_backend", _Runner("auto"))
     monkeypatch.setattr(compat, "given_runner", lambda: "auto")
+    monkeypatch.setattr(compat_loading, "load_format", lambda: "auto")
     ours, untouched = quant_config(tiny_folder), quant_config(tiny_folder)
     use_core_experts(ours, chosen_backend(hybrid=False), K26MoEScheme, by_name=False)
     scheme = ours.get_moe_scheme(layer_of(), layer_name="model.layers.1.mlp.experts")
@@ -575,6 +579,7 @@ def test_a_layer_s_experts_are_loaded_and_updated(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_device: int | None
 ) -> None:
     """By the names of the checkpoint, on one side or on both of a hybrid run; an update comes in two halves."""
+    from k26_plugins.common.experts.moving import Uses
     from k26_plugins.sglang.experts import K26MoEScheme, experts_of
     from k26_plugins.sglang.hybrid import HybridSettings, K26HybridScheme
 
@@ -585,7 +590,8 @@ def test_a_layer_s_experts_are_loaded_and_updated(
     if on_device is None:
         scheme = K26MoEScheme("cpu")
     else:
-        scheme = K26HybridScheme("cpu", HybridSettings(experts, on_device, None, "native", None, None))
+        uses = Uses(logging.getLogger("moving"), moves=False)
+        scheme = K26HybridScheme("cpu", HybridSettings(experts, on_device, None, "native", None, None, None, uses))
     layer = FusedMoE()
     layer.layer_id, layer.num_experts = 1, experts
     layer.moe_ep_size, layer.moe_tp_size, layer.moe_tp_rank = 1, 1, 0

@@ -178,7 +178,7 @@ class OnDevice(ExpertsBackend):
 
 def be_late(device: PretendedDevice, threads: Threads) -> None:
     """Have work in the device's stream take longer than it may, because it waits for a long batch."""
-    hidden, inner, tokens = 128, 64, 16384
+    hidden, inner, tokens = 128, 64, 2**18
     experts = create_experts(make_weights(2, hidden, inner), "native")
     assert isinstance(experts, NativeExperts)
     x, (ids, weights) = inputs(tokens, hidden), route(tokens, 1, 2)

@@ -23,8 +23,13 @@ HAS_ENTRY_POINT = find_spec("sglang.srt.plugins") is not None
 IS_FORK = any(distribution.name == "sglang-kt" for distribution in distributions())
 
 # SGLang's CPU backend wants to know which core is whose where two ranks share a NUMA node. The build from PyPI brings
-# NCCL, which SGLang would use for two ranks wherever it finds it: a CPU build has none.
-TWO_RANKS = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1", "SGLANG_NCCL_SO_PATH": "none"}
+# NCCL, which SGLang would use for two ranks wherever it finds it: a CPU build has none. Ranks on GPUs are to find the same
+# memory free; on a CPU they ask for the machine's one after the other, while tests beside them take some.
+TWO_RANKS = {
+    "SGLANG_CPU_OMP_THREADS_BIND": "0|1",
+    "SGLANG_NCCL_SO_PATH": "none",
+    "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0",
+}
 # The vision tower's interpolation is compiled at the first image, half a minute; test_server.py has it compiled.
 EAGER = {"TORCHDYNAMO_DISABLE": "1"}
 # Of a prompt's tokens that go through the model at a time; far below the prompts' lengths.

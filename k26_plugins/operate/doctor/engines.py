@@ -17,7 +17,8 @@ from k26_plugins.operate.doctor.machine import installed, numbers
 PROBES = {"vllm": "k26_plugins.vllm.probe", "sglang": "k26_plugins.sglang.probe"}
 PLUGIN_LISTS = {"vllm": "VLLM_PLUGINS", "sglang": "SGLANG_PLUGINS"}
 ENGINES = (*PROBES, "ktransformers")
-PROBE_SECONDS = 300
+# Against one that hangs: SGLang imports all of its models, which takes minutes where other work is on the cores.
+PROBE_SECONDS = 900
 
 
 def is_installed(engine: str) -> bool:
