@@ -107,10 +107,14 @@ class K26MoEScheme(compat.moe_scheme_base()):  # type: ignore[misc]
         self.experts.apply(out, hidden_states, topk_weights, topk_ids)
 
 
+def _layers_of(model: torch.nn.Module) -> list[Any]:
+    """The layers of a model whose experts our scheme loads."""
+    return [module for module in model.modules() if isinstance(getattr(module, "scheme", None), K26MoEScheme)]
+
+
 def schemes_of(model: torch.nn.Module) -> list[K26MoEScheme]:
     """Those of the layers whose experts our scheme loads."""
-    found = (getattr(module, "scheme", None) for module in model.modules())
-    return [scheme for scheme in found if isinstance(scheme, K26MoEScheme)]
+    return [layer.scheme for layer in _layers_of(model)]
 
 
 def experts_of(model: torch.nn.Module) -> dict[int, ExpertsOfLayer]:
@@ -126,8 +130,7 @@ def experts_of(model: torch.nn.Module) -> dict[int, ExpertsOfLayer]:
             compat_loading.local_experts(module).__contains__,
             module.scheme.places(module),
         )
-        for module in model.modules()
-        if isinstance(getattr(module, "scheme", None), K26MoEScheme)
+        for module in _layers_of(model)
     }
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +102,9 @@ def hybrid_settings(config: K26Config) -> HybridSettings | None:
         "the first" if profile is None else f"by {file.name}, {profile.hit_rate(on_device):.0%} of its uses",
         settings.host_backend,
     )
-    compat_hybrid.hook_results(partial(complete_results, settings))
+    global _settings
+    _settings = settings
+    compat_hybrid.hook_results(complete_results)
     return settings
 
 
@@ -192,11 +193,15 @@ def _runtime(arguments: Any, host_backend: str) -> DeviceRuntime | None:
     return None
 
 
-def complete_results(
-    settings: HybridSettings, original: Callable[..., Any], scheduler: Any, batch: Any, result: Any
-) -> Any:
+# Of the model that this process built last.
+_settings: HybridSettings | None = None
+
+
+def complete_results(original: Callable[..., Any], scheduler: Any, batch: Any, result: Any) -> Any:
     """Ends the server with an error before an answer is given of work that the CPU's experts did not do; then experts may
     move."""
+    settings = _settings
+    assert settings is not None, "it is hooked where they are made"
     if settings.runtime is not None:
         copied = getattr(result, "copy_done", None)
         if copied is not None:
@@ -263,12 +268,10 @@ class K26HybridScheme(K26MoEScheme):
             def weight_loader(
                 param: torch.nn.Parameter, loaded_weight: torch.Tensor, weight_name: str, shard_id: str, expert_id: int
             ) -> None:
-                placement = self.placement
-                if expert_id in placement.device_ids:
-                    slot = placement.device_ids.index(expert_id)
+                is_on_host, slot = self.placement.places[expert_id]
+                if not is_on_host:
                     load(param, loaded_weight, weight_name, shard_id=shard_id, expert_id=slot)
                 else:
-                    slot = placement.host_ids.index(expert_id)
                     name = weight_name.rpartition(".")[2]
                     on_host: Any = self.host.get_parameter(name)
                     on_host.weight_loader(on_host, loaded_weight, weight_name, shard_id=shard_id, expert_id=slot)
@@ -278,9 +281,9 @@ class K26HybridScheme(K26MoEScheme):
         return on_parameter
 
     def places(self, layer: Any) -> Places:
-        slots = {expert: [(0, slot)] for slot, expert in enumerate(self.placement.device_ids)}
-        slots |= {expert: [(1, slot)] for slot, expert in enumerate(self.placement.host_ids)}
-        return Places([self.experts, self.on_host], slots.__getitem__, layer.moe_tp_rank, layer.moe_tp_size)
+        places = self.placement.places
+        sides = [self.experts, self.on_host]
+        return Places(sides, lambda expert: [places[expert]], layer.moe_tp_rank, layer.moe_tp_size)
 
     def open(self) -> bool:
         self.is_ready = False
@@ -289,7 +292,6 @@ class K26HybridScheme(K26MoEScheme):
     def close(self) -> None:
         if self.is_ready:
             return
-        self.is_ready = True
         # Those may be closed already, beside the loading of later layers.
         self.on_host.close()
         device = self.experts.device
@@ -301,20 +303,21 @@ class K26HybridScheme(K26MoEScheme):
         if self.backend is not None:
             # CUDA graphs hold what it has on the device.
             self.backend.use(on_device, host)
-            return
-        settings = self.settings
-        self.backend = HybridExperts(
-            on_device,
-            host,
-            self.placement,
-            device,
-            settings.streaming,
-            settings.runtime,
-            settings.deferral,
-            self.layer_number,
-        )
-        settings.uses.add(self.backend)
-        self.number = number_of(self.backend)
+        else:
+            settings = self.settings
+            self.backend = HybridExperts(
+                on_device,
+                host,
+                self.placement,
+                device,
+                settings.streaming,
+                settings.runtime,
+                settings.deferral,
+                self.layer_number,
+            )
+            settings.uses.add(self.backend)
+            self.number = number_of(self.backend)
+        self.is_ready = True
 
     def compute(
         self, out: torch.Tensor, hidden_states: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor

@@ -14,18 +14,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import httpx
 import pytest
 import torch
 from bench.deferred import deferring_model
 from support import documented
-from support.agreement import assert_same_distribution, assert_same_top
+from support.agreement import assert_same_distribution, assert_same_top, divergence
 from support.experts import error, inputs, judge, make_weights, route
 from support.images import image_part, png, random_image
 from support.native_sample import needs_compiler, needs_set
 from support.pretended_device import PretendedDevice, be_late, compile_runtime
 from support.server import Server
 from support.sglang_server import EAGER, HAS_ENTRY_POINT, IS_FORK, TWO_RANKS, first_tokens, generate, rows, serve
+from support.swarm import metric
 from typer.testing import CliRunner
 
 from k26_plugins.cli import app
@@ -118,9 +118,7 @@ def test_experts_that_are_used_more_move_to_the_device(half: Server, folder: Pat
     reference = KimiK26(Checkpoint(folder), torch.float32).logprobs(prompt)[:-1]
 
     def hit_rate() -> float:
-        text = httpx.get(f"{half.url}/metrics", follow_redirects=True, timeout=30).text
-        shown = re.search(r"^k26_hybrid_hit_rate\{.*\} (\S+)$", text, re.MULTILINE)
-        return float(shown[1]) if shown else 0.0
+        return next(iter(metric(half, "k26_hybrid_hit_rate").values()), 0.0)
 
     rates = []
     for _ in range(3):
@@ -143,8 +141,7 @@ def test_deferred_experts_are_added_one_layer_later(folder: Path, tmp_path: Path
     served = rows(answer["meta_info"]["input_top_logprobs"][1:])
 
     def median_kl(model: KimiK26) -> float:
-        expected = model.logprobs(prompt)[:-1]
-        return (expected.exp() * (expected - served)).sum(-1).median().item()
+        return divergence(served, model.logprobs(prompt)[:-1]).median().item()
 
     # Rounding may decide which of two experts of equal weight is deferred, which is seen in a few positions.
     to_deferring, to_exact = (

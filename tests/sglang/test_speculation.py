@@ -8,25 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.hidden_states import assert_read_in_front_of
+from support.hidden_states import LAYERS_READ, assert_read_in_front_of, make_with_draft
 from support.sglang_server import EAGER, serve
 
 from k26_plugins.common.checkpoint import Checkpoint
 from k26_plugins.common.multimodal import KimiK26
-from k26_plugins.common.tiny import TinySizes, make_tiny
-from k26_plugins.common.tiny_draft import make_eagle3
 
 pytestmark = pytest.mark.long
-LAYERS_READ = (2, 3, 4)
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A checkpoint of as many layers as a draft needs, and its draft."""
-    work = tmp_path_factory.mktemp("speculation")
-    make_tiny(work / "tiny", TinySizes(layers=5))
-    assert make_eagle3(work / "tiny", work / "draft") == LAYERS_READ
-    return work / "tiny", work / "draft"
+    return make_with_draft(tmp_path_factory.mktemp("speculation"))
 
 
 @pytest.mark.skipif(

@@ -29,9 +29,14 @@ def rows(entries: list[dict[str, Any]]) -> torch.Tensor:
     return out
 
 
+def divergence(served: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """KL divergence of each position, in nats, of log-probabilities `[positions, vocab]`."""
+    return (expected.exp() * (expected - served)).sum(-1)
+
+
 def assert_same_distribution(served: torch.Tensor, expected: torch.Tensor) -> None:
     """The design's two bounds: mean KL, and the same likeliest token wherever that is no matter of rounding."""
-    kl = (expected.exp() * (expected - served)).sum(-1)
+    kl = divergence(served, expected)
     print(f"KL mean {kl.mean():.2e}, median {kl.median():.2e}, largest {kl.max():.2e} over {len(kl)} positions")
     assert kl.mean().item() <= MAX_MEAN_KL
     best = expected.topk(2, dim=-1)

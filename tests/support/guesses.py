@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from support.agreement import BF16_NOISE
+from support.agreement import BF16_NOISE, divergence
 
 # Of the two servers' differences: where half of the positions are, and what a twentieth of the server's own lies beyond.
 MIDDLE, RARE = 0.5, 0.95
@@ -35,7 +35,7 @@ class Greedy:
 
     def divergence(self) -> torch.Tensor:
         """KL of each position."""
-        return (self.expected.exp() * (self.expected - self.logprobs)).sum(-1)
+        return divergence(self.logprobs, self.expected)
 
 
 def assert_no_farther(found: Greedy, own: Greedy, allowed: list[int]) -> None:

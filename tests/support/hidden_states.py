@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from k26_plugins.common.model import KVCache
 from k26_plugins.common.multimodal import KimiK26
+from k26_plugins.common.tiny import TinySizes, make_tiny
+from k26_plugins.common.tiny_draft import make_eagle3
 
 # Relative, of a token's hidden state in bfloat16. A rounding near a tie of two experts' scores changes some by far more.
 TOLERANCE = 0.02
+
+
+LAYERS_READ = (2, 3, 4)
+"""By the draft of `make_with_draft`."""
+
+
+def make_with_draft(folder: Path) -> tuple[Path, Path]:
+    """A checkpoint of as many layers as a draft needs, and its draft."""
+    make_tiny(folder / "tiny", TinySizes(layers=5))
+    assert make_eagle3(folder / "tiny", folder / "draft") == LAYERS_READ
+    return folder / "tiny", folder / "draft"
 
 
 @torch.inference_mode()

@@ -23,6 +23,7 @@ import pytest
 import torch
 from support.experts import inputs, route
 from support.quick import make_quick
+from support.server import python_path
 from support.whole_load import start_sglang, start_vllm
 
 from k26_plugins.common.config import K26Config
@@ -36,8 +37,7 @@ PART_BYTES = 500_000
 
 def run(step: str, folder: Path, saved: Path, **environment: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "support.saved_state", step, str(folder), str(saved)]
-    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
-    settings = {**os.environ, "PYTHONPATH": path, **environment}
+    settings = {**os.environ, "PYTHONPATH": python_path(), **environment}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=settings, timeout=500)
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stderr[-3000:]}"
     report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -84,10 +84,11 @@ def free_port() -> int:
     """A port of this machine that nothing listens on.
 
     Below those that the system gives to connections: between this look and the server's own, seconds later, and for the
-    ports that engines count from this one, another test's connection could take such a one.
+    ports that engines count from this one, another test's connection could take such a one. And below 22000 to 29999, of
+    which SGLang's server takes one for itself before it binds this one.
     """
     while True:
-        port = random.randrange(12_000, 30_000)
+        port = random.randrange(12_000, 22_000)
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port

@@ -16,7 +16,7 @@ from support import documented
 from support.agreement import BYTES, VOCABULARY, rows
 from support.grammar import REGEX, SCHEMA
 from support.guesses import Greedy, Steps, assert_no_farther, assert_parts_no_more
-from support.hidden_states import assert_read_in_front_of
+from support.hidden_states import LAYERS_READ, assert_read_in_front_of, make_with_draft
 from support.images import image_part, png, random_image
 from support.scripted import CASES, parsed, streamed
 from support.served_grammar import TOOL
@@ -27,25 +27,18 @@ from support.vllm_server import serve
 
 from k26_plugins.common.checkpoint import Checkpoint
 from k26_plugins.common.multimodal import KimiK26
-from k26_plugins.common.tiny import TinySizes, make_tiny
-from k26_plugins.common.tiny_draft import make_eagle3
 
 pytestmark = pytest.mark.long
 # The guesses are what followed the same tokens before: in such a text there is much to guess.
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 PROMPTS = [[random.Random(seed).randrange(256) for _ in range(20)] * 4 for seed in range(6)]
-LAYERS_READ = (2, 3, 4)
 # A random model likes nothing as much as white space, of which JSON may have any amount.
 SHORT_JSON = ["--structured-outputs-config", json.dumps({"backend": "xgrammar", "disable_any_whitespace": True})]
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A checkpoint of as many layers as a draft needs, and its draft."""
-    work = tmp_path_factory.mktemp("speculation")
-    make_tiny(work / "tiny", TinySizes(layers=5))
-    assert make_eagle3(work / "tiny", work / "draft") == LAYERS_READ
-    return work / "tiny", work / "draft"
+    return make_with_draft(tmp_path_factory.mktemp("speculation"))
 
 
 @pytest.fixture(scope="module")

@@ -70,7 +70,7 @@ class HybridExperts(RoutedExperts):
         ExpertsError where a backend keeps its weights to itself.
         """
         assert self.device_experts is not None, "the one that leaves is there"
-        there, here = self.placement.device_ids.index(leaves), self.placement.host_ids.index(comes)
+        (_, there), (_, here) = self.placement.places[leaves], self.placement.places[comes]
         leaving = self.device_experts.restore(_row(self.device_experts, there))
         coming = self.host_experts.restore(_row(self.host_experts, here))
         _fill(self.device_experts, there, coming.to(self.device))
@@ -131,7 +131,6 @@ class HybridExperts(RoutedExperts):
             if in_stream is not None:
                 return in_stream.submit(hidden_states, ids, topk_weights, deferred=deferred)
             host_inputs = self._on_host(hidden_states, ids, topk_weights)
-            self._count(host_inputs[1])
             return self.host_experts.submit(*host_inputs, expert_map=self.host_map)
 
         now, later = deferral.split(self.layer, topk_ids, topk_weights)
@@ -148,33 +147,33 @@ class HybridExperts(RoutedExperts):
 
         return wait
 
-    def _on_host(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
-        """The inputs there, once they are."""
-        if inputs[0].is_cuda and torch.cuda.is_current_stream_capturing():
+    def _on_host(
+        self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """The inputs there, once they are. The experts that they use are counted."""
+        if hidden_states.is_cuda and torch.cuda.is_current_stream_capturing():
             raise ExpertsError(
                 f"hybrid experts with {self.host_experts.name} on the CPU wait on it, which a CUDA graph cannot hold: turn "
                 f"CUDA graphs off."
             )
-        copies = [tensor.to("cpu", non_blocking=True) for tensor in inputs]
-        if inputs[0].is_cuda:
-            torch.cuda.current_stream(inputs[0].device).synchronize()
-        return copies
+        host_inputs = [tensor.to("cpu", non_blocking=True) for tensor in (hidden_states, topk_ids, topk_weights)]
+        if hidden_states.is_cuda:
+            torch.cuda.current_stream(hidden_states.device).synchronize()
+        ids = host_inputs[1]
+        used = ids[(ids >= 0) & (ids < len(self.counts))]
+        self.counts += torch.bincount(used, minlength=len(self.counts))
+        return host_inputs
 
     def _submit_and_stream(
         self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
     ) -> tuple[Result, list[int]]:
         """Start the host's part once the routing is there: what waits for it, and the experts left to the device."""
         host_inputs = self._on_host(hidden_states, topk_ids, topk_weights)
-        self._count(host_inputs[1])
         streamed_experts = self._streamed(host_inputs[1])
         host_map = self.host_map
         if streamed_experts:
             host_map = torch.where(torch.isin(host_map, torch.tensor(streamed_experts)), -1, host_map)
         return self.host_experts.submit(*host_inputs, expert_map=host_map), streamed_experts
-
-    def _count(self, topk_ids: torch.Tensor) -> None:
-        ids = topk_ids[(topk_ids >= 0) & (topk_ids < len(self.counts))]
-        self.counts += torch.bincount(ids.flatten(), minlength=len(self.counts))
 
     def _streamed(self, topk_ids: torch.Tensor) -> list[int]:
         """Places of the host's experts that this batch is streamed for."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -79,19 +79,21 @@ class Uses:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         moved = 0
+        for experts, pair in self._misplaced():
+            if self.clock() >= until:
+                break
+            experts.exchange(*pair)
+            moved += 1
+        if moved:
+            self.logger.info("k26-plugins: %d experts that are used more took a place on %s.", moved, device)
+
+    def _misplaced(self) -> Iterator[tuple[HybridExperts, tuple[int, int]]]:
+        """Pairs to be exchanged, from the layer on where the last look ended, until all experts are in their place."""
         for _ in range(len(self._layers)):
             layer = self._layers[self._next]
             while pair := _pair(layer):
-                if self.clock() >= until:
-                    break
-                layer.experts.exchange(*pair)
-                moved += 1
-            else:
-                self._next = (self._next + 1) % len(self._layers)
-                continue
-            break
-        if moved:
-            self.logger.info("k26-plugins: %d experts that are used more took a place on %s.", moved, device)
+                yield layer.experts, pair
+            self._next = (self._next + 1) % len(self._layers)
 
 
 def _pair(layer: _Layer) -> tuple[int, int] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ class PlacementError(ValueError):
     """A profile or a number of experts that does not fit the model. The message names it and the remedy."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LayerPlacement:
     """The global ids of a layer's experts on the device and on the host, each in the order in which their weights lie."""
 
@@ -31,13 +32,17 @@ class LayerPlacement:
     def host_map(self) -> torch.Tensor:
         return self._map(self.host_ids)
 
+    @cached_property
+    def places(self) -> dict[int, tuple[int, int]]:
+        """By a global id: 0 for the device or 1 for the host, and the index there."""
+        sides = (self.device_ids, self.host_ids)
+        return {expert: (side, index) for side, ids in enumerate(sides) for index, expert in enumerate(ids)}
+
     def exchanged(self, leaves: int, comes: int) -> LayerPlacement:
         """With `comes` on the device in the place of `leaves`, and the other way round."""
-
-        def other(ids: tuple[int, ...]) -> tuple[int, ...]:
-            return tuple({leaves: comes, comes: leaves}.get(expert, expert) for expert in ids)
-
-        return LayerPlacement(other(self.device_ids), other(self.host_ids))
+        other = {leaves: comes, comes: leaves}
+        device_ids, host_ids = (tuple(other.get(one, one) for one in ids) for ids in (self.device_ids, self.host_ids))
+        return LayerPlacement(device_ids, host_ids)
 
     def _map(self, ids: tuple[int, ...]) -> torch.Tensor:
         out = torch.full((len(self.device_ids) + len(self.host_ids),), -1, dtype=torch.int32)
