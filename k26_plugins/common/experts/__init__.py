@@ -26,6 +26,7 @@ __all__ = [
     "backend_names",
     "create_experts",
     "find_backend",
+    "place_memory",
     "reference_experts",
     "why_unsupported",
 ]
@@ -81,6 +82,14 @@ def why_unsupported(sizes: Sizes, backend: str = "auto") -> str | None:
             return None
         refused.append(_refusal(candidate, reason))
     return "; ".join(refused) or f"there are none for {sizes.device}"
+
+
+def place_memory(weights: ExpertWeights, backend: str = "auto") -> None:
+    """Prepare the memory of weights that are yet to be loaded for the backend that `create_experts` will try first."""
+    for candidate in _candidates(weights, backend):
+        if candidate.unsupported(weights) is None:
+            candidate.place(weights)
+            return
 
 
 def _candidates(sizes: Sizes, backend: str) -> list[type[ExpertsBackend]]:

@@ -193,6 +193,10 @@ class ExpertsBackend(RoutedExperts):
         """Why this backend cannot run weights of these sizes on their device, or None. Asked before they are created."""
 
     @classmethod
+    def place(cls, weights: ExpertWeights) -> None:
+        """Prepare the memory of weights yet to be loaded for `load`, which repacks them there: nothing by default."""
+
+    @classmethod
     @abstractmethod
     def load(cls, weights: ExpertWeights) -> Self:
         """Take the weights over, repacked expert by expert into the same storage where the sizes allow it."""

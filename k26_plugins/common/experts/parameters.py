@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from k26_plugins.common.experts import create_experts, find_backend, why_unsupported
+from k26_plugins.common.experts import create_experts, find_backend, place_memory, why_unsupported
 from k26_plugins.common.experts.base import Expert, ExpertsBackend, ExpertsError, ExpertWeights, LayerSizes
 from k26_plugins.common.experts.op import held_experts, number_of, routed_experts
 from k26_plugins.common.int4 import GROUP_SIZE, PACK_FACTOR
@@ -148,7 +148,7 @@ class LayerExperts:
                 f"the update lacks {missing} tensors of a layer's experts, and {self.backend_name} keeps its weights to "
                 f"itself: send whole layers, or choose the core's experts (K26_EXPERTS=auto, K26_CPU_EXPERTS=auto)."
             )
-        weights = ExpertWeights(*(self.layer.get_parameter(name).data for name in PACKED_NAMES))
+        weights = self._packed()
         backend = create_experts(weights, self.backend_name, update=self._was_closed)
         # An update keeps to what `auto` chose.
         self.backend_name, self._was_closed = backend.name, True
@@ -216,10 +216,15 @@ class LayerExperts:
             inputs = (hidden_states, topk_weights, topk_ids, expert_map)
             routed_experts(out, *inputs, *tensors.values(), workspace, self.backend_name)
 
+    def _packed(self) -> ExpertWeights:
+        return ExpertWeights(*(self.layer.get_parameter(name).data for name in PACKED_NAMES))
+
     def _create(self) -> None:
         for name, shape in self._shapes.items():
             dtype = torch.int32 if name.endswith("_packed") else torch.bfloat16
             self._register(name, torch.empty(shape, dtype=dtype, device=self.device))
+        if self.num_experts and self.is_on_host:
+            place_memory(self._packed(), self.backend_name)
 
     def _register(self, name: str, tensor: torch.Tensor) -> None:
         parameter = torch.nn.Parameter(tensor, requires_grad=False)

@@ -36,12 +36,7 @@ class NativeExperts(ExpertsBackend):
 
     def __init__(self, weights: ExpertWeights) -> None:
         self.weights = weights
-        self.layer = Layer(
-            *(tensor.data_ptr() for tensor in self.tensors().values()),
-            weights.num_experts,
-            weights.hidden_size,
-            weights.intermediate_size,
-        )
+        self.layer = _layer(weights)
 
     @classmethod
     def unsupported(cls, weights: Sizes) -> str | None:
@@ -52,6 +47,10 @@ class NativeExperts(ExpertsBackend):
         except BuildError as error:
             return str(error)
         return None
+
+    @classmethod
+    def place(cls, weights: ExpertWeights) -> None:
+        process_threads().place(_layer(weights))
 
     @classmethod
     def load(cls, weights: ExpertWeights) -> Self:
@@ -150,6 +149,16 @@ class NativeExperts(ExpertsBackend):
             written.dtype == torch.float32,
         )
         return _Prepared(call, (x, ids, weights, local, written), written, result)
+
+
+def _layer(weights: ExpertWeights) -> Layer:
+    """As the library takes it: the tensors, contiguous, must live as long as it is used."""
+    return Layer(
+        *(t.data_ptr() for t in (weights.w13_packed, weights.w13_scale, weights.w2_packed, weights.w2_scale)),
+        weights.num_experts,
+        weights.hidden_size,
+        weights.intermediate_size,
+    )
 
 
 def to_int32(ids: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,14 @@ struct Process {
     return lock;
   }
 
+  // Returns once the task is done, on at most `threads` threads of the OpenMP runtime, or on the pool for 0.
+  void run_on(int64_t threads, Task task) {
+    if (threads > 0)
+      team.run(task, &state, static_cast<int>(threads));
+    else
+      pool->wait(pool->start(task, &state));
+  }
+
   // Set once, by a function in a device's stream, which has nobody to tell.
   std::atomic<bool> late{false};
 };
@@ -87,13 +95,18 @@ int64_t k26_repack(k26::Process* process, const k26::Layer* layer, int64_t threa
   state.layer = *layer;
   state.packed.reserve(layer->hidden * layer->inner);
   state.scales.reserve(2 * layer->hidden * layer->inner / kGroup * sizeof(uint16_t));
-  if (threads > 0)
-    process->team.run(repack, &state, static_cast<int>(threads));
-  else
-    process->pool->wait(process->pool->start(repack, &state));
+  process->run_on(threads, repack);
   return 0;
 } catch (const std::bad_alloc&) {
   return kNoMemory;
+}
+
+// Gives a layer's memory, new and not yet written, huge pages, each on the NUMA node of a thread that will read it. Threads
+// are as for `k26_repack`. What the memory held is lost.
+void k26_place(k26::Process* process, const k26::Layer* layer, int64_t threads) {
+  const auto turn = process->turn();
+  process->state.layer = *layer;
+  process->run_on(threads, k26::place);
 }
 
 // A layer's work, on at most `threads` threads of the OpenMP runtime.

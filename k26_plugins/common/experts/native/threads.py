@@ -103,6 +103,15 @@ class Threads:
                 raise RuntimeError(f"no {len(chosen)} threads for the native experts: raise the limit (ulimit -u).")
             self._pool_started = True
 
+    def place(self, layer: Layer) -> None:
+        """Give a layer's new memory its pages: huge ones, each on the NUMA node that will read it. What is in it is lost."""
+        # torch's threads are on no certain node.
+        on_several_nodes = len({core.node for core in self._cores}) > 1
+        team = 0 if on_several_nodes else self.team
+        if not team:
+            self.start_pool()
+        self.native.k26_place(self._process, ctypes.byref(layer), ctypes.c_int64(team))
+
     def repack(self, layer: Layer) -> None:
         """Repack the layer's weights in place."""
         team = self.team
