@@ -98,7 +98,9 @@ def test_a_node_reads_the_pages_that_lie_there(nodes: tuple[int, ...], inner: in
     divides evenly."""
     assert COMPILER is not None
     program, experts, hidden = tmp_path / "pages", 3, 1024
-    flags = [flag for flag in (*FLAGS, *VARIANTS[usable_variants()[0]].flags) if flag not in ("-O3", "-fPIC", "-shared")]
+    flags = [
+        flag for flag in (*FLAGS, *VARIANTS[usable_variants()[0]].flags) if flag not in ("-O3", "-fPIC", "-shared")
+    ]
     command = [COMPILER, *flags, "-O1", f"-I{SOURCES}", str(DRIVER / "pages.cpp"), "-o", str(program), "-ldl"]
     compiled = subprocess.run(command, capture_output=True, text=True, check=False)
     assert compiled.returncode == 0, compiled.stderr[-3000:]
