@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from support.experts import error, inputs, judge, make_weights, route
 from support.instruction_sets import INSTRUCTION_SET
 from support.native_sample import usable_variants
@@ -83,6 +84,35 @@ def test_instruction_sets(
     assert error(experts.apply(x.float(), ids, topk_weights), expected) <= FLOAT_TOLERANCE
     assert error(experts.apply(x.half(), ids, topk_weights), expected) <= TOLERANCE
     record_property(INSTRUCTION_SET, f"native {threads.instruction_set}")
+
+
+def repacked_plainly(packed: torch.Tensor, scale: torch.Tensor, *, gated: bool) -> list[torch.Tensor]:
+    """The bytes and scales of an expert's projection as `kernel.hpp` describes them, row by row and word by word."""
+    rows, words = packed.shape
+    inner = rows // 2
+    # Two tiles of gate, then the two of up.
+    firsts = [at for pair in range(0, inner, 32) for at in (pair, pair + 16, inner + pair, inner + pair + 16)]
+    tiles = firsts if gated else range(0, rows, 16)
+    u = unpack_from_int32(packed, 4, torch.Size((rows, 8 * words))).to(torch.int32) + 8
+    lanes = [u[first + row, 8 * word :][:8] for first in tiles for word in range(words) for row in range(16)]
+    scales = [scale[first + row, group] for first in tiles for group in range(words // 4) for row in range(16)]
+    return [torch.cat([lane[:4] + 16 * lane[4:] for lane in lanes]).to(torch.uint8), torch.stack(scales)]
+
+
+@pytest.mark.parametrize("variant", each_variant())
+def test_repacked_bytes(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On every instruction set and any number of threads, also where a tile is not a multiple of a vector long."""
+    weights = make_weights(2, 96, 160)
+    w13 = [repacked_plainly(weights.w13_packed[i], weights.w13_scale[i], gated=True) for i in range(2)]
+    w2 = [repacked_plainly(weights.w2_packed[i], weights.w2_scale[i], gated=False) for i in range(2)]
+    for team in (1, 3):
+        use(monkeypatch, Threads(library(variant), team=team))
+        found = load(weights).weights
+        for expert in range(2):
+            assert torch.equal(found.w13_packed[expert].view(torch.uint8).flatten(), w13[expert][0])
+            assert torch.equal(found.w13_scale[expert].flatten(), w13[expert][1])
+            assert torch.equal(found.w2_packed[expert].view(torch.uint8).flatten(), w2[expert][0])
+            assert torch.equal(found.w2_scale[expert].flatten(), w2[expert][1])
 
 
 @needs_native

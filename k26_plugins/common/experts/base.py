@@ -112,7 +112,7 @@ class ExpertWeights:
 
     def copy_of(self, indices: list[int]) -> ExpertWeights:
         """A copy of some of the experts, in the order given."""
-        return ExpertWeights(*(tensor[indices].clone() for tensor in self._all()))
+        return ExpertWeights(*(tensor[indices] for tensor in self._all()))
 
     def to(self, device: torch.device) -> ExpertWeights:
         return ExpertWeights(*(tensor.to(device) for tensor in self._all()))

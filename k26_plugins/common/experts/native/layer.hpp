@@ -17,6 +17,7 @@
 #include "kernel.hpp"
 #include "math.hpp"
 #include "pool.hpp"
+#include "repack.hpp"
 #include "scratch.hpp"
 #include "tiles.hpp"
 
@@ -287,24 +288,6 @@ void run(const Worker& me, void* argument) {
     me.meet();
     down(me, state, begin, tokens);
   }
-}
-
-// The checkpoint's tile, 16 rows of K / 8 words and of K / 32 scales, to the kernel's.
-void repack_tile(const uint32_t* packed, const uint16_t* scales, int64_t inputs, uint32_t* tile, uint16_t* tile_scales) {
-  // Four nibbles to the low halves of four bytes.
-  const auto spread = [](uint32_t nibbles) {
-    nibbles = (nibbles | nibbles << 8) & 0x00FF00FF;
-    return (nibbles | nibbles << 4) & 0x0F0F0F0F;
-  };
-  const int64_t words = inputs / kLineInputs;
-  for (int64_t word = 0; word < words; ++word)
-    for (int row = 0; row < kRows; ++row) {
-      const uint32_t value = packed[row * words + word];
-      tile[word * kRows + row] = spread(value & 0xFFFF) | spread(value >> 16) << 4;
-    }
-  const int64_t groups = inputs / kGroup;
-  for (int64_t group = 0; group < groups; ++group)
-    for (int row = 0; row < kRows; ++row) tile_scales[group * kRows + row] = scales[row * groups + group];
 }
 
 // The tiles [first, second) of so many that a thread repacks, and whose memory it places: `unit` of them stay together as in
