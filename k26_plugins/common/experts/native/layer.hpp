@@ -328,15 +328,17 @@ void advise_huge_pages(const void* tensor, int64_t bytes) {
 }
 
 // Puts huge pages under a tensor, each thread for its part: one token takes 4.2 ms with them and 5.5 ms without. Linux before
-// 6.1 takes the first advice only, which is for later.
+// 6.1 takes the first advice only, which is for later. A part in one call: each call waits for every CPU of the machine, though
+// there is nothing to do where the memory was made of huge pages.
 void use_huge_pages(const Worker& me, const void* tensor, int64_t bytes) {
   constexpr int kCollapse = 25;  // MADV_COLLAPSE, which older headers lack
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(tensor) + kHuge - 1) / kHuge;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(tensor) + bytes) / kHuge;
-  for (uintptr_t page = begin + me.index; page < end; page += me.count) {
-    madvise(reinterpret_cast<void*>(page * kHuge), kHuge, MADV_HUGEPAGE);
-    madvise(reinterpret_cast<void*>(page * kHuge), kHuge, kCollapse);
-  }
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(tensor) + kHuge - 1) / kHuge;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(tensor) + bytes) / kHuge;
+  const uintptr_t pages = last > first ? last - first : 0;
+  const uintptr_t begin = first + pages * me.index / me.count, end = first + pages * (me.index + 1) / me.count;
+  if (begin == end) return;
+  madvise(reinterpret_cast<void*>(begin * kHuge), (end - begin) * kHuge, MADV_HUGEPAGE);
+  madvise(reinterpret_cast<void*>(begin * kHuge), (end - begin) * kHuge, kCollapse);
 }
 
 void repack(const Worker& me, void* argument) {
