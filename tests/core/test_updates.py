@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from k26_plugins.common.checkpoint.engine_files import with_mapped_files
 from k26_plugins.common.experts import BACKENDS, ExpertsBackend, ExpertsError, ExpertWeights
 from k26_plugins.common.experts.base import Expert
 from k26_plugins.common.experts.loading import ExpertsOfLayer, Places, load_experts
+from k26_plugins.common.experts.native.build import variants
 from k26_plugins.common.experts.parameters import PACKED_NAMES, LayerExperts
 from k26_plugins.common.experts.reference import ReferenceExperts
 
@@ -137,6 +139,17 @@ class Keeps(ReferenceExperts):
 def keeps(monkeypatch: pytest.MonkeyPatch) -> type[ExpertsBackend]:
     monkeypatch.setitem(BACKENDS, "keeps", Keeps)
     return Keeps
+
+
+@pytest.mark.skipif(not variants(), reason="this CPU has no instruction set of the native experts")
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="the system has no huge pages")
+def test_new_memory_is_made_of_huge_pages() -> None:
+    """Before anything is loaded: to put small pages together afterwards takes longer than to read the weights."""
+    experts = LayerExperts(torch.nn.Module(), 2, 2048, 2048, "native", attach_loader)
+    middle = experts.layer.get_parameter("w13_weight_packed").data[1].data_ptr()
+    regions = re.findall(r"(?ms)^([0-9a-f]+)-([0-9a-f]+) .*?^VmFlags: ([^\n]*)$", Path("/proc/self/smaps").read_text())
+    flags = next(flags for begin, end, flags in regions if int(begin, 16) <= middle < int(end, 16))
+    assert "hg" in flags.split()
 
 
 @pytest.mark.usefixtures("keeps")

@@ -40,7 +40,9 @@ int main(int, char** arguments) {
   for (int64_t i = 0; i < threads; ++i) cpus[i] = static_cast<int32_t>(i % sysconf(_SC_NPROCESSORS_ONLN));
   nodes.back() = threads > 2;
   // Never freed, as in a process that serves: the pool's threads use it until the end.
+#ifndef TILES_ARE_EMULATED
   if (k26_refusal() != 0) return 3;
+#endif
   static Process* process = k26_create();
   if (k26_start(process, cpus.data(), nodes.data(), threads) != 1) return 1;
   const Layer layer{w13.get(), w13_scale.get(), w2.get(), w2_scale.get(), experts, hidden, inner};

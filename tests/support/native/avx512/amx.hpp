@@ -6,6 +6,9 @@
 #include <cstdint>
 #include <cstring>
 
+// The system need not give them: a CPU may have none.
+#define TILES_ARE_EMULATED
+
 struct TileRegister {
   int rows = 0, row_bytes = 0;
   uint8_t data[16][64];
