@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 import time
@@ -15,6 +16,7 @@ from support.doctor import doctor
 from typer.testing import CliRunner
 
 from k26_plugins.cli import app
+from k26_plugins.common.cores import Core, cores
 from k26_plugins.common.experts.native.build import BuildError
 from k26_plugins.operate.doctor import Level, bandwidth, engines, experts, machine
 from k26_plugins.operate.doctor.pieces import piece_findings
@@ -181,7 +183,7 @@ def test_the_commands_that_mend_an_environment(
 
 def test_bandwidths(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the order that other means find: numpy's copy, and a file read as files are."""
-    rate = bandwidth.memory_rate()
+    rate = bandwidth.memory_rate(cores())
     numbers = np.ones(2**25)
     begin = time.perf_counter()
     numbers.copy()
@@ -191,6 +193,23 @@ def test_bandwidths(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found, _ = bandwidth.disk_rate(tiny_folder)
     size = sum(file.stat().st_size for file in tiny_folder.glob("*.safetensors"))
     assert size / 60 < found < 1e12
+
+
+def test_each_node_reads_its_own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pretended nodes: each is read by itself, and all are read together."""
+    cpu = cores()[0].cpu
+    read: list[list[Core]] = []
+    whole = bandwidth.memory_rate
+
+    def memory_rate(chosen: list[Core]) -> float:
+        read.append(chosen)
+        return whole(chosen)
+
+    monkeypatch.setattr(bandwidth, "memory_rate", memory_rate)
+    monkeypatch.setattr(bandwidth, "cores", lambda: [Core(0, cpu), Core(1, cpu)])
+    found = bandwidth.memory_finding()
+    assert re.fullmatch(r"\d+ GB/s read, 2 cores \(node 0 alone \d+, node 1 alone \d+\)", found.detail)
+    assert read == [[Core(0, cpu), Core(1, cpu)], [Core(0, cpu)], [Core(1, cpu)]]
 
 
 def test_caches_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import mmap
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from threading import Barrier
 
+import numpy as np
 import torch
 
-from k26_plugins.common.control_groups import usable_cpus
+from k26_plugins.common.cores import Core, cores
 from k26_plugins.common.host_memory import available_bytes
 from k26_plugins.operate.doctor.finding import Finding, Level
 
 ROUNDS = 3
+PATIENCE = 60.0  # seconds until a thread that does not read counts as lost
 MIN_BUFFER, COPIED = 2**28, 2**28
 CACHES = Path("/sys/devices/system/cpu")
 BLOCK, READERS, READ_SECONDS = 2**24, 8, 2.0
@@ -27,7 +30,7 @@ PUBLISHED_BYTES = 595_148_192_736
 
 def bandwidth_findings(checkpoint: Path | None) -> list[Finding]:
     """Memory, each GPU's link, and with a checkpoint its disk."""
-    findings = [Finding(Level.OK, "memory bandwidth", f"{memory_rate() / 1e9:.0f} GB/s read, {usable_cpus()} threads")]
+    findings = [memory_finding()]
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         rate = copy_rate(index)
         findings.append(Finding(Level.OK, f"GPU {index} link", f"{rate / 1e9:.1f} GB/s from pinned host memory"))
@@ -44,13 +47,44 @@ def bandwidth_findings(checkpoint: Path | None) -> list[Finding]:
     return findings
 
 
-def memory_rate() -> float:
-    """Bytes a second that all threads of this process read together, the best of a few rounds."""
-    size = max(MIN_BUFFER, 4 * last_level_caches())
-    words = torch.ones(min(size, available_bytes() // 4) // 8, dtype=torch.int64)
-    parts = words.chunk(max(usable_cpus(), 1))
-    with ThreadPoolExecutor(len(parts)) as pool:
-        return words.nbytes / min(_timed(lambda: list(pool.map(_read, parts))) for _ in range(ROUNDS + 1))
+def memory_finding() -> Finding:
+    """What all cores of this process read together, and of several NUMA nodes what each reads of its own memory."""
+    found = cores()
+    nodes = sorted({core.node for core in found})
+    detail = f"{memory_rate(found) / 1e9:.0f} GB/s read, {len(found)} cores"
+    if len(nodes) > 1:
+        rates = {node: memory_rate([core for core in found if core.node == node]) for node in nodes}
+        detail += f" ({', '.join(f'node {node} alone {rate / 1e9:.0f}' for node, rate in rates.items())})"
+    return Finding(Level.OK, "memory bandwidth", detail)
+
+
+def memory_rate(chosen: Sequence[Core]) -> float:
+    """Bytes a second that a thread on each of these cores reads, all at once, the best of a few rounds.
+
+    Each reads what it wrote itself, which lies on its NUMA node.
+    """
+    size = min(max(MIN_BUFFER, 4 * last_level_caches()), available_bytes() // 4) // len(chosen) // 8
+    meeting = Barrier(len(chosen) + 1, timeout=PATIENCE)
+
+    def read(core: Core) -> None:
+        with suppress(OSError):  # a core may be taken away from a control group meanwhile
+            os.sched_setaffinity(0, {core.cpu})
+        words = np.ones(size, dtype=np.int64)
+        for _ in range(ROUNDS + 1):
+            meeting.wait()
+            words.sum()
+            meeting.wait()
+
+    def round_() -> None:
+        meeting.wait()
+        meeting.wait()
+
+    with ThreadPoolExecutor(len(chosen)) as pool:
+        running = [pool.submit(read, core) for core in chosen]
+        best = min(_timed(round_) for _ in range(ROUNDS + 1))
+        for thread in running:
+            thread.result()
+    return size * 8 * len(chosen) / best
 
 
 def last_level_caches() -> int:
@@ -110,10 +144,6 @@ def _disk_rate(files: list[Path], flags: int) -> float:
     with ThreadPoolExecutor(READERS) as pool:
         done = sum(future.result() for future in [pool.submit(read) for _ in range(READERS)])
     return done / (time.perf_counter() - begin)
-
-
-def _read(part: torch.Tensor) -> None:
-    part.sum()
 
 
 def _timed(work: Callable[[], object]) -> float:
