@@ -20,8 +20,8 @@ from pathlib import Path
 from k26_plugins.common.experts.native.build import COMPILED, SOURCES, VARIANTS, file_name, flags
 
 ROOT = Path(__file__).parent.parent
-# Of the C++ library only inlined templates and `new` are used: they are linked in.
-STATIC = ("-static-libstdc++", "-static-libgcc")
+# The C++ library stays outside, torch brings it: linked in, it asks for a C library as new as the compiler's.
+OLD_GLIBC = ("-include", str(Path(__file__).parent / "old_glibc.h"))
 
 
 def wheels(folder: Path) -> list[Path]:
@@ -56,7 +56,7 @@ def with_library(pure: Path, machine: str) -> Path:
 
 
 def compile_for(machine: str, folder: Path, variant: str) -> None:
-    command = [f"{machine}-linux-gnu-g++", *flags(variant), *STATIC, "-s", str(SOURCES / "experts.cpp")]
+    command = [f"{machine}-linux-gnu-g++", *flags(variant), *OLD_GLIBC, "-s", str(SOURCES / "experts.cpp")]
     run(*command, "-o", str(folder / file_name(variant)))
 
 

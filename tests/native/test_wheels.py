@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -85,6 +86,16 @@ def test_a_wheel_is_of_one_architecture(wheels: dict[str, Path], machine: str) -
     number = {"x86_64": 62, "aarch64": 183}[machine]
     assert [int.from_bytes(file[18:20], "little") for file in libraries(wheels[machine]).values()] == [number]
     assert not libraries(wheels["any"])
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_a_wheel_loads_on_old_systems(wheels: dict[str, Path], machine: str) -> None:
+    """On all that torch's own wheels load on, which ask for glibc 2.28."""
+    if machine not in wheels:
+        pytest.skip(f"no {machine}-linux-gnu-g++ (Debian: g++-{machine.replace('_', '-')}-linux-gnu)")
+    asked = re.search(r"-manylinux_2_(\d+)_", wheels[machine].name)
+    assert asked is not None
+    assert int(asked[1]) <= 28
 
 
 @pytest.mark.long
