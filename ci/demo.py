@@ -17,6 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
+import k26_plugins
 from k26_plugins.common.tiny import make_tiny
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -44,6 +45,7 @@ def main() -> None:
     shutil.rmtree(checkpoint, ignore_errors=True)
     make_tiny(checkpoint)
     engine, more = arguments_of(arguments.run, checkpoint)
+    print(f"k26-plugins in {Path(k26_plugins.__file__).parent}")
     print(f"made {checkpoint}; starting {engine} {' '.join(more)}, log in {log} …", flush=True)
     serve = importlib.import_module(f"support.{engine}_server").serve
     with serve(checkpoint, log, *more) as server:

@@ -165,9 +165,15 @@ def vllm(session: nox.Session) -> None:
     install(session, "ray", "modelscope")
     _install_clients(session)
     session.run("pytest", "-q", "tests/vllm", *session.posargs)
-    session.run("python", "ci/demo.py", "vllm", session.create_tmp())
+    _demo(session, "vllm")
     # Not in `core`, which is to be quick.
     _fuzz(session, seconds=4)
+
+
+def _demo(session: nox.Session, run: str) -> None:
+    """The demonstration by the package as users install it: built to a wheel, not read from the clone."""
+    install(session, "--no-deps", "--force-reinstall", ".")
+    session.run("python", "ci/demo.py", run, session.create_tmp())
 
 
 def _fuzz(session: nox.Session, seconds: int) -> None:
@@ -210,7 +216,7 @@ def vllm_release(session: nox.Session, version: str) -> None:
     session.env["PYTHONDONTWRITEBYTECODE"] = ""
     session.run("pytest", "-q", "tests/vllm/test_adapter.py", "tests/vllm/test_output.py")
     if version >= "0.29":
-        session.run("python", "ci/demo.py", "vllm", session.create_tmp())
+        _demo(session, "vllm")
 
 
 def _install_sglang(session: nox.Session, version: str, *arguments: str) -> None:
@@ -274,7 +280,7 @@ def sglang_oldest(session: nox.Session) -> None:
 def demo(session: nox.Session) -> None:
     """The main job: make the tiny checkpoint, serve it, answer a text and an image request."""
     _install_vllm(session, VLLM_SERVED)
-    session.run("python", "ci/demo.py", "vllm", session.create_tmp())
+    _demo(session, "vllm")
 
 
 @environment

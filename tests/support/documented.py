@@ -40,7 +40,7 @@ and `--device cpu`, comes after it."""
 
 RUN_BY = {
     "python3 -m pip install nox && python3 -m nox -f ci/noxfile.py": (".ci/run", "README.md"),
-    "python3 -m pip install nox && python3 -m nox -f ci/noxfile.py -s demo": ("ci/noxfile.py", '"ci/demo.py", "vllm"'),
+    "python3 -m pip install nox && python3 -m nox -f ci/noxfile.py -s demo": ("ci/noxfile.py", '_demo(session, "vllm")'),
     VLLM: ("tests/vllm/test_deployments.py", "documented.VLLM"),
     SGLANG: ("tests/sglang/test_deployments.py", "documented.SGLANG"),
     HYBRID: ("tests/sglang/test_hybrid.py", "documented.HYBRID"),
