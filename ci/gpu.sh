@@ -52,7 +52,7 @@ step tests 150 python3 -m pytest -q --noconftest -p no:cacheprovider tests/kerne
 step sanitizer 60 compute-sanitizer --tool memcheck --error-exitcode 9 python3 -m bench.one_launch
 for rank in "--tp 1" "--tp 8" "--ep 8"; do
   name=tune${rank// /}
-  # shellcheck disable=SC2086 - two words
+  # shellcheck disable=SC2086 # two words
   step "${name/--/-}" 45 python3 -c "from k26_plugins.cli import app; app()" tune --quick $rank --save "$out/${name/--/-}.json"
 done
 step benchmark 140 python3 -m bench.experts --layers tp8,whole --tokens 1,8,64,512,4096 --seconds 110 --folder "$out"

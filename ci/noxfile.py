@@ -4,6 +4,8 @@
     nox -f ci/noxfile.py -s core       the developer's quick run: lint, types, the core's tests (add -r to reuse)
     nox -f ci/noxfile.py -s demo       make the tiny checkpoint, serve it with vLLM, ask about a text and an image
     nox -f ci/noxfile.py -s demo_sglang    the same with SGLang, and as a hybrid run
+    nox -f ci/noxfile.py -s docs       the documentation site, and files for other programs by their own linters
+    nox -f ci/noxfile.py -s release    the archives of a release, to dist/
     nox -f ci/noxfile.py -s long       what CI has no time for: the tests marked `long`, fuzzing for ten minutes each
     nox -f ci/noxfile.py -s vllm_release   a served text and image in each vLLM between the oldest and the newest
     nox -f ci/noxfile.py -s sglang_kt      hybrid runs in KTransformers' fork of SGLang; CI has no time for its 10 GB
@@ -20,6 +22,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 
 import nox
 
@@ -52,6 +55,14 @@ SDKS = ("openai", "anthropic")
 
 IN_PARALLEL = ("pytest", "-q", "-n", "2", "--dist", "worksteal")
 
+SCHEMAS = {
+    "github-workflows": ".github/workflows/*.yml",
+    "github-issue-forms": ".github/ISSUE_TEMPLATE/[!c]*.yml",
+    "github-issue-config": ".github/ISSUE_TEMPLATE/config.yml",
+    "dependabot": ".github/dependabot.yml",
+}
+"""What check-jsonschema calls the form of a file."""
+
 NO_TESTS = 5
 """pytest's status where none was selected."""
 
@@ -59,7 +70,18 @@ NO_TESTS = 5
 TRITON_OLDEST = "3.5.1"
 
 # The longest first, so that both cores are at work to the end.
-CI = ("sglang", "vllm", "kernels", "sglang_oldest", "core", "operate", "ktransformers", "vllm_newest", "vllm_oldest")
+CI = (
+    "sglang",
+    "vllm",
+    "kernels",
+    "sglang_oldest",
+    "core",
+    "operate",
+    "ktransformers",
+    "vllm_newest",
+    "vllm_oldest",
+    "docs",
+)
 nox.options.sessions = ["everything"]
 # The sessions run at the root, where the package and its tests are.
 nox.options.default_venv_backend = "venv"
@@ -130,6 +152,40 @@ def operate(session: nox.Session) -> None:
     install(session, "-e", ".[test]")
     session.env["OMP_NUM_THREADS"] = "1"
     session.run(*IN_PARALLEL, "tests/operate", *session.posargs)
+
+
+@environment
+def docs(session: nox.Session) -> None:
+    """The documentation site, where a dead link is an error, and files for other programs by their own linters."""
+    session.chdir(ROOT)
+    groups = nox.project.load_toml("pyproject.toml")
+    install(session, *nox.project.dependency_groups(groups, "site", "lint"))
+    # Of mkdocs-material, on a successor.
+    session.env["NO_MKDOCS_2_WARNING"] = "1"
+    session.run("mkdocs", "build", "--strict", "--quiet")
+    for schema, pattern in SCHEMAS.items():
+        session.run("check-jsonschema", "--builtin-schema", f"vendor.{schema}", *_files(pattern))
+    session.run("hadolint", *_files("containers/*.Dockerfile"))
+    session.run("shellcheck", ".ci/run", *_files("ci/*.sh"), *_files("containers/*.sh"))
+    session.run("python", "ci/kubernetes.py", *_files("containers/kubernetes/*.yaml"))
+
+
+@environment
+def release(session: nox.Session) -> None:
+    """The archives of a release, to dist/: the source, the wheels with the C++ experts, and the one for all else."""
+    _install_torch(session)
+    install(session, "-e", ".", "build", "wheel", "twine")
+    session.run("python", "-m", "build", "--sdist", "--outdir", "dist", ".")
+    session.run("python", "ci/wheels.py", "dist")
+    session.run("twine", "check", "--strict", *_files("dist/*"))
+
+
+def _files(pattern: str) -> list[str]:
+    """At the root. None is an error: a linter without files would find nothing."""
+    found = sorted(str(path) for path in Path().glob(pattern))
+    if not found:
+        raise FileNotFoundError(pattern)
+    return found
 
 
 @environment
