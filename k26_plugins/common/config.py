@@ -4,7 +4,7 @@ The hub's `config.json` (`vt_*`, `init_pos_emb_*`), SGLang's `KimiK25Config` and
 (`pos_emb_*`, `image_token_id`) name the same facts differently; `K26Config.from_dict` reads each. Where a mapping carries
 two spellings the hub's wins: engines fill the other one with class defaults, nobody fills the hub's.
 
-The defaults are the published model's, so this file is also its specification.
+The defaults are the published model's; docs/model.md has them in words.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ class Resize:
 
 
 def navit_resize(width: int, height: int, config: MediaConfig, patch_limit: int | None = None) -> Resize:
-    """The resize of an image of `width` × `height` pixels: shrunk to the limits, never enlarged (specification 4.4).
+    """The resize of an image of `width` × `height` pixels: shrunk to the limits, never enlarged (docs/model.md, 4.4).
 
     `patch_limit` is the limit on patches, an image's if not given. Raises MediaError for an empty image.
     """

@@ -61,7 +61,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 class Attention:
-    """Multi-head latent attention (specification 3.1)."""
+    """Multi-head latent attention (docs/model.md, 3.1)."""
 
     def __init__(self, config: TextConfig, weights: Weights, layer: int, low_rank_norm_eps: float) -> None:
         self.config, self.layer = config, layer

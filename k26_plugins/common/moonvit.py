@@ -1,4 +1,4 @@
-"""MoonViT-3d and its projector in plain PyTorch (specification 4.2); parameters carry the checkpoint's names.
+"""MoonViT-3d and its projector in plain PyTorch (docs/model.md, 4.2); parameters carry the checkpoint's names.
 
 A medium is an image (t = 1) or a chunk of at most four video frames. Shapes: `P` patches of all media, `D` the tower's
 width; patches are ordered by frame, row, column.

@@ -1,4 +1,4 @@
-"""Rotary embedding with YaRN scaling, on interleaved pairs (specification 3.2)."""
+"""Rotary embedding with YaRN scaling, on interleaved pairs (docs/model.md, 3.2)."""
 
 from __future__ import annotations
 

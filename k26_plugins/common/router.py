@@ -1,4 +1,4 @@
-"""Which experts a token goes to, and with which weights (specification 3.3, `noaux_tc` with one group)."""
+"""Which experts a token goes to, and with which weights (docs/model.md, 3.3, `noaux_tc` with one group)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Videos to chunks of frames as the model sees them: which frames, their timestamps, their patches (specification 4.5).
+"""Videos to chunks of frames as the model sees them: which frames, their timestamps, their patches (docs/model.md, 4.5).
 
 Frames are read one after the other and cut into patches chunk by chunk: what is in memory is the file, the patches of the
 frames used, and a few frames of full size. Times count from the first frame that a player shows.

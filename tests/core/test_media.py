@@ -21,7 +21,7 @@ from k26_plugins.common.media import (
     preprocess,
 )
 
-# Specification 4.4: width, height → resized width, height, grid h, w, tokens.
+# docs/model.md, 4.4: width, height → resized width, height, grid h, w, tokens.
 IMAGES = [
     ((1, 1), (1, 1), (2, 2), 1),
     ((28, 28), (28, 28), (2, 2), 1),

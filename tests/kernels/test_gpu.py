@@ -19,7 +19,7 @@ from k26_plugins.operate.tune.measure import random_weights
 
 pytestmark = pytest.mark.gpu
 
-# design.md: bfloat16 rounding, on every backend.
+# docs/design.md: bfloat16 rounding, on every backend.
 TOLERANCE = 4e-3
 EXPERTS = 48
 

@@ -97,3 +97,25 @@ def test_help_teaches(command: str | None) -> None:
     result = CliRunner().invoke(app, [command, "--help"] if command else ["--help"])
     assert result.exit_code == 0
     assert len(result.output) > 600
+
+
+def test_every_question_has_one_place() -> None:
+    """Twenty of them; that the places are there is held by the test of links."""
+    rows = re.findall(
+        r"^\| (.+\?) \| \[[^\]]+\]\(([^)]+)\) \|$", (ROOT / "docs/where.md").read_text(encoding="utf-8"), re.M
+    )
+    assert len(dict(rows)) == len({place for _, place in rows}) == 20
+
+
+def test_parts_of_documents_that_code_names_are_there() -> None:
+    """`docs/model.md, 4.4` in a comment, and any file of docs/ that one names."""
+    headings = re.findall(r"^(?:## |\*\*)(\d(?:\.\d)?)\b", (ROOT / "docs/model.md").read_text(encoding="utf-8"), re.M)
+    named: set[str] = set()
+    for folder in ("k26_plugins", "kernels", "tests"):
+        for file in (ROOT / folder).rglob("*.py"):
+            text = file.read_text(encoding="utf-8")
+            named |= set(re.findall(r"docs/model\.md, (\d\.\d)", text))
+            for page in re.findall(r"\bdocs/([\w-]+\.md)\b", text):
+                assert (ROOT / "docs" / page).exists(), f"{file} names docs/{page}"
+    assert named
+    assert named <= set(headings)

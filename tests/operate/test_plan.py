@@ -33,7 +33,7 @@ PUBLISHED = K26Config()
 
 
 def weights_by_hand(tp: int) -> float:
-    """Specification 1.5 and 2: bytes on a GPU under tensor parallel `tp`, the vision tower whole on each."""
+    """docs/model.md, 1.5 and 2: bytes on a GPU under tensor parallel `tp`, the vision tower whole on each."""
     routed = 570_761_441_280
     attention_cut = 61 * 2 * (12288 * 1536 + 16384 * 512 + 7168 * 8192)
     attention_whole = 61 * 2 * (1536 * 7168 + 576 * 7168)

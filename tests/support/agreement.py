@@ -11,7 +11,7 @@ import torch
 BYTES = list(range(256))
 # All of the tiny vocabulary, so that distributions can be compared whole.
 VOCABULARY = 512
-# The design's bound on an engine's distribution against the reference.
+# The bound of docs/design.md on an engine's distribution against the reference.
 MAX_MEAN_KL = 1e-3
 # What bfloat16 does to a log-probability: in the reference itself, 98 of 100 positions stay below (tests/core holds it).
 BF16_NOISE = 0.05

@@ -58,7 +58,7 @@ class TemplateInput:
 
 
 def own_template() -> str:
-    """The template that this package ships, written after the specification; the checkpoint's is preferred."""
+    """The template that this package ships, written after docs/model.md, 5.2; the checkpoint's is preferred."""
     return resources.files(__package__).joinpath(TEMPLATE_FILE).read_text(encoding="utf-8")
 
 

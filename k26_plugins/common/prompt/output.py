@@ -1,7 +1,7 @@
 """The model's answer taken apart: reasoning, content and tool calls, from pieces cut anywhere.
 
 An answer in thinking mode begins inside the think block. It ends the block with `</think>` or, without it, with a section of
-tool calls (specification 5.3); where `</think>` follows that section, the answer goes on behind it:
+tool calls (docs/model.md, 5.3); where `</think>` follows that section, the answer goes on behind it:
 
     reasoning</think>content<|tool_calls_section_begin|>
     <|tool_call_begin|>functions.NAME:INDEX<|tool_call_argument_begin|>{"a": 1}<|tool_call_end|>…

@@ -25,7 +25,7 @@ _STEPS: list[dict[str, Any]] = [
     {"role": "assistant", "content": "", "reasoning_content": "R2", "tool_calls": [_CALL, _CALL]},
     {"role": "tool", "tool_call_id": "functions.f:0", "content": "42"},
 ]
-# What the specification tells of, a conversation and the template's options for each.
+# What docs/model.md, 5.2 tells of, a conversation and the template's options for each.
 SAMPLES: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     "a message": ([_USER], {}),
     "instant mode": ([_USER], {"thinking": False}),

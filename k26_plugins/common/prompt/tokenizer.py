@@ -19,7 +19,7 @@ RANKS_FILE = "tiktoken.model"
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 _UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
 _LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
-# Specification 5.1. Runs of Han characters stand for themselves; the letter classes leave Han out.
+# docs/model.md, 5.1. Runs of Han characters stand for themselves; the letter classes leave Han out.
 SPLIT_PATTERN = "|".join(
     [
         r"[\p{Han}]+",

@@ -1,4 +1,4 @@
-"""Tools as the model was trained to see them: a TypeScript-like namespace of functions (specification 5.2).
+"""Tools as the model was trained to see them: a TypeScript-like namespace of functions (docs/model.md, 5.2).
 
 A tool's JSON Schema is read once, top down; each function here gives the text of one piece of it. `indent` is the white
 space in front of the line that the piece begins on.

@@ -20,7 +20,7 @@ OVERHEAD = round(1.5 * GIB)
 LOGITS_COPIES = 6.75
 CONTEXT_PARALLEL_BYTES = round(0.10 * GIB)
 OVERHEAD_SOURCE = "fitted to the published runs in docs/hardware.md, which are met within 4 %; not computed"
-# Tokens that an image of the largest size takes (specification 4.4).
+# Tokens that an image of the largest size takes (docs/model.md, 4.4).
 IMAGE_TOKENS = 4225
 BLOCK = 64
 """Tokens of a KV page in MLA backends."""

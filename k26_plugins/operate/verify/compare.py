@@ -13,7 +13,7 @@ from k26_plugins.operate.verify.distance import allowed_share, kl_of_reported, s
 from k26_plugins.operate.verify.endpoint import Distribution, Endpoint, EndpointError, Rendered
 from k26_plugins.operate.verify.judge import Check
 
-# The design's bound on an engine's mean divergence. Two engines that round differ by no more.
+# The bound of docs/design.md on an engine's mean divergence. Two engines that round differ by no more.
 TYPICAL = 1e-3
 LARGE = 0.1
 LARGE_SHARE = 0.05
