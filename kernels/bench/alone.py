@@ -1,0 +1,187 @@
+"""What the plugin costs an engine: the same requests to servers with the plugin and without it, in turns.
+
+    python kernels/bench/alone.py vllm [--save]         in vLLM's environment
+    python kernels/bench/alone.py sglang [--save]       in SGLang's (not run yet)
+
+No engine serves the published INT4 experts on a CPU alone. So the checkpoint is tiny and has bfloat16 experts of the same
+values, which the engine serves by itself: without the plugin, and with it. A third server has the plugin and the INT4
+experts. The model is so small that what an engine does around it is most of the time, which is where a plugin would be felt.
+
+All servers are up at once and asked one after the other, in an order that turns around each time. What is shown is the
+median of the ratios of neighbours in time, with the interval that holds the median in 95 of 100 runs, and the ratio of all
+seconds of the servers' cores, which the machine's other work changes less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+import httpx
+from bench.media import machine
+from bench.swarm import PARSERS, say_letters, with_bfloat16_experts
+from support.images import image_part, png, random_image
+from support.server import Server
+
+from k26_plugins.common.tiny import make_tiny
+
+ALONE, OURS, INT4 = "alone", "plugin", "plugin, INT4"
+OFF = {"vllm": {"VLLM_PLUGINS": "none"}, "sglang": {"SGLANG_PLUGINS": "none"}}
+# The parsers are the plugin's default.
+FLAGS = {"vllm": PARSERS, "sglang": PARSERS[1:]}
+# Of every server: compiling three takes longer than all that is measured.
+COMMON: dict[str, tuple[str, ...]] = {"vllm": ("--enforce-eager",), "sglang": ()}
+
+
+def letters(count: int, seed: int) -> str:
+    """As many tokens of the tiny tokenizer."""
+    return "".join(random.Random(seed).choices("abcdefghijklmnopqrstuvwxyz ", k=count))
+
+
+def ask(server: Server, content: Any, answer: int, *, stream: bool = False) -> int:
+    """Returns how many tokens the prompt and the answer had."""
+    body = {
+        "model": server.model, "messages": [{"role": "user", "content": content}], "max_tokens": answer, "temperature": 0,
+        "ignore_eos": True,
+    }  # fmt: skip
+    url = f"{server.url}/v1/chat/completions"
+    if not stream:
+        done = httpx.post(url, json=body, timeout=300)
+        done.raise_for_status()
+        return int(done.json()["usage"]["total_tokens"])
+    body |= {"stream": True, "stream_options": {"include_usage": True}}
+    with httpx.stream("POST", url, json=body, timeout=300) as done:
+        done.raise_for_status()
+        pieces = [line for line in done.iter_lines() if line.startswith("data: {")]
+    return int(json.loads(pieces[-1].removeprefix("data: "))["usage"]["total_tokens"])
+
+
+def at_once(server: Server, seed: int) -> int:
+    with ThreadPoolExecutor(8) as pool:
+        return sum(pool.map(lambda index: ask(server, letters(200, 8 * seed + index), 32), range(8)))
+
+
+def picture(server: Server, seed: int, count: int) -> int:
+    parts = [image_part(png(random_image(640, 480, count * seed + index))) for index in range(count)]
+    return ask(server, [*parts, {"type": "text", "text": "What?"}], 1)
+
+
+REQUESTS: dict[str, Callable[[Server, int], int]] = {
+    "a prompt of 2,000 tokens": lambda server, seed: ask(server, letters(2000, seed), 1),
+    "an answer of 100 tokens": lambda server, seed: ask(server, letters(20, seed), 100),
+    "the same, streamed": lambda server, seed: ask(server, letters(20, seed), 100, stream=True),
+    "8 at once, 200 tokens in, 32 out": at_once,
+    "an image of 640×480": lambda server, seed: picture(server, seed, 1),
+    "4 images of 640×480": lambda server, seed: picture(server, seed, 4),
+}
+"""Seeds are new each time: nothing may be found in a cache."""
+
+
+@dataclass
+class Times:
+    """Of one kind of request to one server."""
+
+    seconds: list[float] = field(default_factory=list)
+    """By the clock, one for each turn."""
+    of_cores: float = 0
+    """All of the server's processes in all turns."""
+
+
+def of_cores(leader: int) -> float:
+    """Seconds of the cores that the processes of a session have taken so far, those that ended within it included."""
+    ticks = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(fields[3]) == leader:
+            ticks += sum(map(int, fields[11:15]))
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def measure(servers: dict[str, Server], turns: int) -> dict[str, dict[str, Times]]:
+    """By kind of request and server. Raises SystemExit where servers answer one request with other counts of tokens."""
+    found = {kind: {name: Times() for name in servers} for kind in REQUESTS}
+    # The first turns compile and allocate what later ones use.
+    for turn in range(-2, turns):
+        for kind, request in REQUESTS.items():
+            counts = set()
+            for name in sorted(servers, reverse=bool(turn % 2)):
+                server, times = servers[name], found[kind][name]
+                cores, start = of_cores(server.pid), time.perf_counter()
+                counts.add(request(server, 1000 + turn))
+                if turn >= 0:
+                    times.seconds.append(time.perf_counter() - start)
+                    times.of_cores += of_cores(server.pid) - cores
+            if len(counts) != 1:
+                raise SystemExit(f"{kind}: the servers count other tokens: {counts}. No times are shown.")
+    return found
+
+
+def compared(times: dict[str, Times], name: str) -> dict[str, float | list[float]]:
+    """A server's times over those of the engine alone."""
+    pairs = zip(times[name].seconds, times[ALONE].seconds, strict=True)
+    ratios = sorted(ours / alone for ours, alone in pairs)
+    # Of the order statistics, by the binomial distribution's normal form.
+    half = 0.98 * len(ratios) ** 0.5
+    low, high = max(0, int(len(ratios) / 2 - half)), min(len(ratios) - 1, int(len(ratios) / 2 + half))
+    return {
+        "median_ratio": round(median(ratios), 3),
+        "interval": [round(ratios[low], 3), round(ratios[high], 3)],
+        "cores_ratio": round(times[name].of_cores / times[ALONE].of_cores, 3),
+        "median_ms_alone": round(1e3 * median(times[ALONE].seconds), 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("engine", choices=list(OFF))
+    parser.add_argument("--turns", type=int, default=24, help="how often each server is asked (default: 24)")
+    parser.add_argument("--save", action="store_true", help="write the results beside this file, named by date and CPU")
+    arguments = parser.parse_args()
+    engine: str = arguments.engine
+    serve = importlib.import_module(f"support.{engine}_server").serve
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        folder = Path(name)
+        make_tiny(folder / "int4")
+        say_letters(folder / "int4")
+        with_bfloat16_experts(folder / "int4", folder / "bf16")
+        ways = {ALONE: ("bf16", FLAGS[engine], OFF[engine]), OURS: ("bf16", (), {}), INT4: ("int4", (), {})}
+        servers = {}
+        for way, (checkpoint, flags, settings) in ways.items():
+            log = folder / f"{way}.log"
+            servers[way] = stack.enter_context(serve(folder / checkpoint, log, *COMMON[engine], *flags, **settings))
+            if ("k26-plugins" in log.read_text()) != (way != ALONE):
+                raise SystemExit(f"{way}: the log does not say what was to be served with. No times are shown.")
+        found = measure(servers, arguments.turns)
+    results = {kind: {way: compared(times, way) for way in (OURS, INT4)} for kind, times in found.items()}
+    for kind, ratios in results.items():
+        print(kind)
+        for way, ratio in ratios.items():
+            print(f"    {way:14}", "  ".join(f"{what} {value}" for what, value in ratio.items()))
+    if arguments.save:
+        info = machine()
+        result = {"machine": info, engine: version(engine), "turns": arguments.turns, "results": results}
+        name = f"alone-{engine}-{info['date']}-{info['cpu'].replace(' ', '_')}-{info['cores']}t.json"
+        (Path(__file__).parent / "results" / name).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()
