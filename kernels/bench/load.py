@@ -36,6 +36,7 @@ import torch
 from support.whole_load import Built, build
 
 from k26_plugins.common.config import TextConfig
+from k26_plugins.common.experts.huge_pages import advise_huge_pages
 from k26_plugins.common.experts.parameters import LayerExperts
 
 READING, INTO_NEW = "reading the files", "reading into new memory"
@@ -184,6 +185,7 @@ def clear(built: Built, *, new: bool) -> None:
             layer.experts._serving = {}
             for parameter in layer.module.parameters(recurse=False):
                 parameter.data = torch.empty_like(parameter.data)
+                advise_huge_pages(parameter.data)
 
 
 if __name__ == "__main__":
