@@ -69,6 +69,7 @@ def quantization_config(config: Mapping[str, Any]) -> Any:
 
 
 def is_yarn(scaling: object) -> TypeGuard[Mapping[str, Any]]:
+    """Whether `rope_scaling` of a configuration is YaRN, by the published type or by an engine's name for it."""
     # SGLang and vLLM rename the type for their DeepSeek rotary class.
     return isinstance(scaling, Mapping) and _rope_type(scaling) in ("yarn", "deepseek_yarn")
 

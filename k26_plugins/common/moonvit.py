@@ -67,6 +67,8 @@ class PositionEmbedding(nn.Module):
 
 
 class PatchEmbed(nn.Module):
+    """Patches `[patches, 3, patch_size, patch_size]` of all media, one after the other, to `[patches, hidden_size]`."""
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.proj = nn.Conv2d(3, config.hidden_size, config.patch_size, config.patch_size)
@@ -78,6 +80,8 @@ class PatchEmbed(nn.Module):
 
 
 class Mlp(nn.Module):
+    """Two linear layers around GELU in its tanh form; `[patches, hidden_size]` both ways."""
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.fc0 = Linear(config.hidden_size, config.intermediate_size)
@@ -89,6 +93,8 @@ class Mlp(nn.Module):
 
 
 class EncoderBlock(nn.Module):
+    """Attention and MLP, each behind a LayerNorm; `[patches, hidden_size]` both ways."""
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.num_heads = config.num_attention_heads
@@ -113,6 +119,8 @@ class EncoderBlock(nn.Module):
 
 
 class Encoder(nn.Module):
+    """The blocks and the last norm. A medium's patches attend to each other, over all frames of a chunk of video."""
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
@@ -129,6 +137,8 @@ class Encoder(nn.Module):
 
 
 class VisionTower(nn.Module):
+    """MoonViT: from patches to what the projector takes, the mean over frames and 2 × 2 patches to a token."""
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.merge = config.merge_kernel_size

@@ -26,6 +26,8 @@ _QUANTISATION_FILES = ("hf_quant_config.json", "quant_config.json", "quantize_co
 
 
 class Layout(StrEnum):
+    """Who serves a checkpoint, by how its tensors are stored."""
+
     PUBLISHED = "published"
     """As moonshotai publishes it, in any sizes: the core serves it."""
     OTHER = "other"
@@ -37,6 +39,8 @@ class Layout(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Classification:
+    """The layout of a checkpoint, and why it is that one."""
+
     layout: Layout
     config: K26Config
     """Its sizes; of the published layout, all that the core needs."""

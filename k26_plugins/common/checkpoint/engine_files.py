@@ -81,6 +81,7 @@ def with_mapped_files(
 
 
 def is_under_way() -> bool:
+    """Whether an engine is loading this model in this process now."""
     return bool(_under_way)
 
 

@@ -59,12 +59,14 @@ def compare(
 
 
 def extra(name: str, file: str | None = None) -> Problem:
+    """The problem of a tensor that the model does not have. file: the one that holds it, where that is known."""
     if file is None:
         return Problem(Fault.EXTRA, name, "is not part of this model: remove the file that it came with.")
     return Problem(Fault.EXTRA, name, f"in {file} is not part of this model: remove that file, or download it again.")
 
 
 def missing(spec: TensorSpec) -> Problem:
+    """The problem of a tensor of the table that no file holds."""
     message = f"should be {spec.dtype} {list(spec.shape)}: download the checkpoint again."
     return Problem(Fault.MISSING, spec.name, message)
 

@@ -18,6 +18,8 @@ _NUMBERED = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
 
 @dataclass(slots=True)
 class Inventory:
+    """What the files of a checkpoint's folder hold, by their headers and the index."""
+
     files: list[Path]
     index: dict[str, str] = field(default_factory=dict)
     """The file of each tensor, as the index has it."""

@@ -58,6 +58,7 @@ def examine(
 
 
 def kind_of(name: str) -> str:
+    """The name with `*` for the numbers of layers and experts: the same for all tensors of a kind."""
     return _NUMBERS.sub(r"\1.*", name)
 
 

@@ -41,6 +41,7 @@ NUM_SHOWN = 3
 
 
 def is_plain(dtype: str) -> bool:
+    """Whether weights of this dtype, as safetensors names it, are floating-point numbers that nobody quantised."""
     return dtype in _FLOATS
 
 

@@ -40,16 +40,22 @@ class Marker(str):
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
+    """The next piece of the thinking."""
+
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Content:
+    """The next piece of the answer."""
+
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class CallStart:
+    """A tool call begins."""
+
     index: int
     """Place of the call in this answer, from 0."""
     call_id: str
@@ -59,9 +65,11 @@ class CallStart:
 
 @dataclass(frozen=True, slots=True)
 class CallArguments:
+    """The next piece of a call's arguments."""
+
     index: int
     text: str
-    """The next piece of the arguments, JSON as the model wrote it; all pieces of an ended call together are not empty."""
+    """JSON as the model wrote it; all pieces of an ended call together are not empty."""
 
 
 Event: TypeAlias = Reasoning | Content | CallStart | CallArguments
