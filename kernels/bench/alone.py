@@ -17,14 +17,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import os
 import random
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -34,12 +33,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 import httpx
+import psutil
 from bench.media import machine
 from bench.swarm import PARSERS, say_letters, with_bfloat16_experts
 from support.images import image_part, png, random_image
 from support.server import Server
 
 from k26_plugins.common.tiny import make_tiny
+from k26_plugins.operate.swarm.memory import processes
 
 ALONE, OURS, INT4 = "alone", "plugin", "plugin, INT4"
 OFF = {"vllm": {"VLLM_PLUGINS": "none"}, "sglang": {"SGLANG_PLUGINS": "none"}}
@@ -56,17 +57,12 @@ def letters(count: int, seed: int) -> str:
 
 def ask(server: Server, content: Any, answer: int, *, stream: bool = False) -> int:
     """Returns how many tokens the prompt and the answer had."""
-    body = {
-        "model": server.model, "messages": [{"role": "user", "content": content}], "max_tokens": answer, "temperature": 0,
-        "ignore_eos": True,
-    }  # fmt: skip
-    url = f"{server.url}/v1/chat/completions"
+    body: dict[str, Any] = {"max_tokens": answer, "temperature": 0, "ignore_eos": True}
     if not stream:
-        done = httpx.post(url, json=body, timeout=300)
-        done.raise_for_status()
-        return int(done.json()["usage"]["total_tokens"])
+        return int(server.chat(content, **body)["usage"]["total_tokens"])
+    body |= {"model": server.model, "messages": [{"role": "user", "content": content}]}
     body |= {"stream": True, "stream_options": {"include_usage": True}}
-    with httpx.stream("POST", url, json=body, timeout=300) as done:
+    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=120) as done:
         done.raise_for_status()
         pieces = [line for line in done.iter_lines() if line.startswith("data: {")]
     return int(json.loads(pieces[-1].removeprefix("data: "))["usage"]["total_tokens"])
@@ -103,17 +99,14 @@ class Times:
     """All of the server's processes in all turns."""
 
 
-def of_cores(leader: int) -> float:
-    """Seconds of the cores that the processes of a session have taken so far, those that ended within it included."""
-    ticks = 0
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if int(fields[3]) == leader:
-            ticks += sum(map(int, fields[11:15]))
-    return ticks / os.sysconf("SC_CLK_TCK")
+def of_cores(pid: int) -> float:
+    """Seconds of the cores that a server's processes have taken so far, those that ended among them included."""
+    total = 0.0
+    for process in processes(pid):
+        with suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            total += times.user + times.system + times.children_user + times.children_system
+    return total
 
 
 def measure(servers: dict[str, Server], turns: int) -> dict[str, dict[str, Times]]:

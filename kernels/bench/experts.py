@@ -123,8 +123,7 @@ def prepare(weights: ExpertWeights) -> dict[str, Run | str]:
             runs[name] = str(reason)
         except Exception as error:  # an installed peer of another version, or another GPU than it was made for
             runs[name] = f"{type(error).__name__}: {error}"[:120]
-    tensors = (weights.w13_packed, weights.w13_scale, weights.w2_packed, weights.w2_scale)
-    experts = KernelExperts.from_checkpoint(*(tensor.clone() for tensor in tensors))
+    experts = KernelExperts.from_checkpoint(*(tensor.clone() for tensor in weights.parts()))
     return {
         OURS: lambda x, weights, ids, local: fused_experts(x, experts, ids, weights, expert_map=local),
         **runs,

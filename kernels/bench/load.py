@@ -36,7 +36,6 @@ import torch
 from support.whole_load import Built, build
 
 from k26_plugins.common.config import TextConfig
-from k26_plugins.common.experts import place_memory
 from k26_plugins.common.experts.parameters import LayerExperts
 
 READING, INTO_NEW = "reading the files", "reading into new memory"
@@ -183,10 +182,7 @@ def clear(built: Built, *, new: bool) -> None:
     if new:
         for layer in built.layers.values():
             layer.experts._serving = {}
-            for parameter in layer.module.parameters(recurse=False):
-                parameter.data = torch.empty_like(parameter.data)
-            # As at a start, whose time this is not.
-            place_memory(layer.experts._packed(), layer.experts.backend_name)
+            layer.experts._create()
 
 
 if __name__ == "__main__":

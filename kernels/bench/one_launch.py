@@ -27,7 +27,7 @@ TOLERANCE = 1e-2
 
 def load(layer: Layer, device: torch.device) -> KernelExperts:
     weights = random_weights(layer, device)
-    return KernelExperts.from_checkpoint(weights.w13_packed, weights.w13_scale, weights.w2_packed, weights.w2_scale)
+    return KernelExperts.from_checkpoint(*weights.parts())
 
 
 def compare(name: str, result: torch.Tensor, expected: torch.Tensor) -> None:

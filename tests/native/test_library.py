@@ -89,23 +89,29 @@ def test_thread_sanitizer(sample: Sample, here: torch.Tensor, tmp_path: Path) ->
     assert torch.equal(run(sample, tmp_path, COMPILER, *flags, emulator=FIXED_ADDRESSES)[0], here)
 
 
-@needs_compiler
-@needs_set
-@pytest.mark.parametrize("nodes", [(0, 1), (0, 0, 1, 1), (0, 0, 0, 1), (0, 1, 2)], ids=str)
-@pytest.mark.parametrize("inner", [512, 1056])
-def test_a_node_reads_the_pages_that_lie_there(nodes: tuple[int, ...], inner: int, tmp_path: Path) -> None:
-    """Pretended nodes, real pages, each of them noted at its first touch. 1056: 33 groups, which no number of threads
-    divides evenly."""
+@pytest.fixture(scope="module")
+def pages_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert COMPILER is not None
-    program, experts, hidden = tmp_path / "pages", 3, 1024
+    program = tmp_path_factory.mktemp("pages") / "pages"
     flags = [
         flag for flag in (*FLAGS, *VARIANTS[usable_variants()[0]].flags) if flag not in ("-O3", "-fPIC", "-shared")
     ]
     command = [COMPILER, *flags, "-O1", f"-I{SOURCES}", str(DRIVER / "pages.cpp"), "-o", str(program), "-ldl"]
     compiled = subprocess.run(command, capture_output=True, text=True, check=False)
     assert compiled.returncode == 0, compiled.stderr[-3000:]
+    return program
+
+
+@needs_compiler
+@needs_set
+@pytest.mark.parametrize("nodes", [(0, 1), (0, 0, 1, 1), (0, 0, 0, 1), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("inner", [512, 1056])
+def test_a_node_reads_the_pages_that_lie_there(nodes: tuple[int, ...], inner: int, pages_program: Path) -> None:
+    """Pretended nodes, real pages, each of them noted at its first touch. 1056: 33 groups, which no number of threads
+    divides evenly."""
+    experts, hidden = 3, 1024
     sizes = map(str, (experts, hidden, inner, *nodes))
-    shown = subprocess.run([str(program), *sizes], capture_output=True, text=True, timeout=60, check=True).stdout
+    shown = subprocess.run([str(pages_program), *sizes], capture_output=True, text=True, timeout=60, check=True).stdout
     pages, own, foreign = map(int, shown.split())
     # Where the tiles of two nodes meet, in each expert and from one expert to the next, they share a page.
     borders = 4 * experts * 2 * len(set(nodes))

@@ -112,12 +112,13 @@ class ExpertWeights:
 
     def copy_of(self, indices: list[int]) -> ExpertWeights:
         """A copy of some of the experts, in the order given."""
-        return ExpertWeights(*(tensor[indices] for tensor in self._all()))
+        return ExpertWeights(*(tensor[indices] for tensor in self.parts()))
 
     def to(self, device: torch.device) -> ExpertWeights:
-        return ExpertWeights(*(tensor.to(device) for tensor in self._all()))
+        return ExpertWeights(*(tensor.to(device) for tensor in self.parts()))
 
-    def _all(self) -> tuple[torch.Tensor, ...]:
+    def parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The four tensors, in the order of `Expert`."""
         return self.w13_packed, self.w13_scale, self.w2_packed, self.w2_scale
 
 

@@ -57,9 +57,7 @@ class TritonExperts(ExpertsBackend):
     def load(cls, weights: ExpertWeights) -> Self:
         from k26_kernels import KernelExperts
 
-        experts = KernelExperts.from_checkpoint(
-            weights.w13_packed, weights.w13_scale, weights.w2_packed, weights.w2_scale
-        )
+        experts = KernelExperts.from_checkpoint(*weights.parts())
         return cls(experts, batch_invariant_setting())
 
     def tensors(self) -> dict[str, torch.Tensor]:

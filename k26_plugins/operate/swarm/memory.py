@@ -32,15 +32,19 @@ def server_pid(url: str) -> int | None:
     return None
 
 
-def resident_bytes(pid: int) -> int:
-    """0 where the process is gone. Pages that its processes share count once for each."""
+def processes(pid: int) -> list[psutil.Process]:
+    """The process and all that it started; none where it is gone."""
     try:
         root = psutil.Process(pid)
-        family = [root, *root.children(recursive=True)]
+        return [root, *root.children(recursive=True)]
     except psutil.NoSuchProcess:
-        return 0
+        return []
+
+
+def resident_bytes(pid: int) -> int:
+    """0 where the process is gone. Pages that its processes share count once for each."""
     total = 0
-    for process in family:
+    for process in processes(pid):
         try:
             total += process.memory_info().rss
         except psutil.NoSuchProcess:

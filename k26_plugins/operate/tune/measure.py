@@ -88,7 +88,7 @@ class Measurement:
 
     def _ours(self) -> tuple[dict[str, Any], Run]:
         copy = self.weights.copy_of(list(range(self.weights.num_experts)))
-        experts = KernelExperts.from_checkpoint(copy.w13_packed, copy.w13_scale, copy.w2_packed, copy.w2_scale)
+        experts = KernelExperts.from_checkpoint(*copy.parts())
         found = regimes(experts.device, experts.shape)
         if self.effort.tile_seconds:
             searched = (self.clock, self.effort.tile_seconds, lambda what: self.on_step(f"tiles for {what}"))

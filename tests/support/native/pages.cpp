@@ -6,7 +6,6 @@
 // noted; and again before each thread reads, one after the other. Prints three counts of pages: of the weights; read by a thread
 // of the node whose thread wrote them first; read by one of another node.
 
-#include <dlfcn.h>
 #include <signal.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -46,11 +45,13 @@ namespace {
 
 struct {
   std::vector<int32_t> of_thread;
+  std::vector<Worker> workers;
   State state;
 } job;
 
 void place_and_note(const Worker& me, void*) {
   my_node = job.of_thread[me.index];
+  job.workers[me.index] = me;
   sigset_t fault;
   sigemptyset(&fault);
   sigaddset(&fault, SIGSEGV);
@@ -85,6 +86,7 @@ int main(int count, char** arguments) {
   for (int i = 0; i < threads; ++i) cpus[i] = static_cast<int32_t>(i % sysconf(_SC_NPROCESSORS_ONLN));
   static Pool pool({cpus.begin(), cpus.end()}, {job.of_thread.begin(), job.of_thread.end()});
   if (pool.failed()) return 1;
+  job.workers.resize(threads);
   State& state = job.state;
   state.layer = layer;
   pool.wait(pool.start(place_and_note, nullptr));
@@ -101,15 +103,12 @@ int main(int count, char** arguments) {
   quantise_inputs({0, 1, 0, 1, nullptr}, state, 0, experts);
   int64_t own = 0, foreign = 0;
   for (int i = 0; i < threads; ++i) {
-    Worker worker{i, threads, i, i + 1, nullptr};
-    while (worker.node_begin > 0 && job.of_thread[worker.node_begin - 1] == job.of_thread[i]) --worker.node_begin;
-    while (worker.node_end < threads && job.of_thread[worker.node_end] == job.of_thread[i]) ++worker.node_end;
     my_node = job.of_thread[i];
     for (int64_t page = 0; page < pages; ++page) touched[page] = kNobody;
     mprotect(memory, pages * page_size, PROT_NONE);
     const ThreadState mine;
-    gate_and_up(worker, state, experts);
-    down(worker, state, 0, experts);
+    gate_and_up(job.workers[i], state, experts);
+    down(job.workers[i], state, 0, experts);
     for (int64_t page = 0; page < pages; ++page) {
       if (touched[page] == kNobody) continue;
       ++(owner[page] == my_node ? own : foreign);

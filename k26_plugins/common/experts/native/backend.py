@@ -54,8 +54,7 @@ class NativeExperts(ExpertsBackend):
 
     @classmethod
     def load(cls, weights: ExpertWeights) -> Self:
-        packed = (weights.w13_packed, weights.w13_scale, weights.w2_packed, weights.w2_scale)
-        experts = cls(ExpertWeights(*(tensor.contiguous() for tensor in packed)))
+        experts = cls(ExpertWeights(*(tensor.contiguous() for tensor in weights.parts())))
         process_threads().repack(experts.layer)
         return experts
 
@@ -154,7 +153,7 @@ class NativeExperts(ExpertsBackend):
 def _layer(weights: ExpertWeights) -> Layer:
     """As the library takes it: the tensors, contiguous, must live as long as it is used."""
     return Layer(
-        *(t.data_ptr() for t in (weights.w13_packed, weights.w13_scale, weights.w2_packed, weights.w2_scale)),
+        *(tensor.data_ptr() for tensor in weights.parts()),
         weights.num_experts,
         weights.hidden_size,
         weights.intermediate_size,
