@@ -7,7 +7,7 @@ No engine serves the published INT4 experts on a CPU alone. So the checkpoint is
 values, which the engine serves by itself: without the plugin, and with it. A third server has the plugin and the INT4
 experts. The model is so small that what an engine does around it is most of the time, which is where a plugin would be felt.
 
-All servers are up at once and asked one after the other, in an order that turns around each time. What is shown is the
+All servers are up at once and asked one after the other, in each of the possible orders in turn. What is shown is the
 median of the ratios of neighbours in time, with the interval that holds the median in 95 of 100 runs, and the ratio of all
 seconds of the servers' cores, which the machine's other work changes less.
 """
@@ -25,7 +25,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
+from itertools import permutations
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -68,25 +70,28 @@ def ask(server: Server, content: Any, answer: int, *, stream: bool = False) -> i
     return int(json.loads(pieces[-1].removeprefix("data: "))["usage"]["total_tokens"])
 
 
-def at_once(server: Server, seed: int) -> int:
-    with ThreadPoolExecutor(8) as pool:
-        return sum(pool.map(lambda index: ask(server, letters(200, 8 * seed + index), 32), range(8)))
+def at_once(server: Server, prompts: list[str]) -> int:
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        return sum(pool.map(lambda prompt: ask(server, prompt, 32), prompts))
 
 
-def picture(server: Server, seed: int, count: int) -> int:
+def pictures(seed: int, count: int) -> Asking:
     parts = [image_part(png(random_image(640, 480, count * seed + index))) for index in range(count)]
-    return ask(server, [*parts, {"type": "text", "text": "What?"}], 1)
+    return partial(ask, content=[*parts, {"type": "text", "text": "What?"}], answer=1)
 
 
-REQUESTS: dict[str, Callable[[Server, int], int]] = {
-    "a prompt of 2,000 tokens": lambda server, seed: ask(server, letters(2000, seed), 1),
-    "an answer of 100 tokens": lambda server, seed: ask(server, letters(20, seed), 100),
-    "the same, streamed": lambda server, seed: ask(server, letters(20, seed), 100, stream=True),
-    "8 at once, 200 tokens in, 32 out": at_once,
-    "an image of 640×480": lambda server, seed: picture(server, seed, 1),
-    "4 images of 640×480": lambda server, seed: picture(server, seed, 4),
+Asking = Callable[[Server], int]
+REQUESTS: dict[str, Callable[[int], Asking]] = {
+    "a prompt of 2,000 tokens": lambda seed: partial(ask, content=letters(2000, seed), answer=1),
+    "an answer of 100 tokens": lambda seed: partial(ask, content=letters(20, seed), answer=100),
+    "the same, streamed": lambda seed: partial(ask, content=letters(20, seed), answer=100, stream=True),
+    "8 at once, 200 tokens in, 32 out": lambda seed: partial(
+        at_once, prompts=[letters(200, 8 * seed + index) for index in range(8)]
+    ),
+    "an image of 640×480": lambda seed: pictures(seed, 1),
+    "4 images of 640×480": lambda seed: pictures(seed, 4),
 }
-"""Seeds are new each time: nothing may be found in a cache."""
+"""By a seed, which is new each time: nothing may be found in a cache."""
 
 
 @dataclass
@@ -112,14 +117,17 @@ def of_cores(pid: int) -> float:
 def measure(servers: dict[str, Server], turns: int) -> dict[str, dict[str, Times]]:
     """By kind of request and server. Raises SystemExit where servers answer one request with other counts of tokens."""
     found = {kind: {name: Times() for name in servers} for kind in REQUESTS}
+    # What a server does after its answer is in the time of the next, which is therefore another each time.
+    orders = list(permutations(servers))
     # The first turns compile and allocate what later ones use.
     for turn in range(-2, turns):
         for kind, request in REQUESTS.items():
             counts = set()
-            for name in sorted(servers, reverse=bool(turn % 2)):
+            ask_one = request(1000 + turn)
+            for name in orders[turn % len(orders)]:
                 server, times = servers[name], found[kind][name]
                 cores, start = of_cores(server.pid), time.perf_counter()
-                counts.add(request(server, 1000 + turn))
+                counts.add(ask_one(server))
                 if turn >= 0:
                     times.seconds.append(time.perf_counter() - start)
                     times.of_cores += of_cores(server.pid) - cores
