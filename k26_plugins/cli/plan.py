@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from k26_plugins.cli.console import fail
+from k26_plugins.cli.console import err, fail
 
 if TYPE_CHECKING:
     from k26_plugins.common.config import K26Config
     from k26_plugins.operate.machine import Machine
     from k26_plugins.operate.plan.fit import Load
+    from k26_plugins.operate.plan.hybrid_speed import Rates
     from k26_plugins.operate.plan.report import Plan
 
 HUB_NAME = "moonshotai/Kimi-K2.6"
@@ -67,6 +68,12 @@ def plan(
     ram_bandwidth: RamBandwidth = None,
     cores: Cores = None,
     sockets: Sockets = None,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure", help="Measure this machine's CPU and links, a few seconds: predicts the hybrid run's speed."
+        ),
+    ] = False,
     checkpoint: Annotated[str, typer.Option(help="A folder, or a name on the hub for the published sizes.")] = HUB_NAME,
     compare: Annotated[
         bool, typer.Option(help="A table of all engines and layouts of this machine, no command.")
@@ -81,7 +88,9 @@ def plan(
     each as options of this command. GPUs of several machines get a command for each. --compare puts all engines and layouts
     into one table.
 
-    Speeds are bounds from published bandwidths; nobody measured them.
+    Speeds are bounds from published bandwidths; nobody measured them. With --measure a hybrid run's are predicted, from this
+    machine's CPU and links (of the GPUs given, or its own), and the chunk of a prompt is the one with which a request of the
+    context's length ends first.
 
     Exits with 0 where it fits and with 1 where it does not.
     """
@@ -93,7 +102,7 @@ def plan(
         )
         return
     load = load_of(context, concurrency, images, kv_dtype, gpu_memory_utilization)
-    made = plan_for(gpus, engine, load, ram, ram_bandwidth, cores, sockets, checkpoint)
+    made = plan_for(gpus, engine, load, ram, ram_bandwidth, cores, sockets, checkpoint, measure=measure)
     typer.echo(json.dumps(report.as_json(made), indent=1) if as_json else report.as_text(made))
     if not made.fits:
         raise typer.Exit(1)
@@ -132,15 +141,34 @@ def plan_for(
     cores: int | None,
     sockets: int | None,
     checkpoint: str,
+    *,
+    measure: bool = False,
 ) -> Plan:
     """The plan of these options; ends the command on one that cannot be."""
     from k26_plugins.operate.plan.report import make_plan
     from k26_plugins.operate.plan.weights import LayoutError
 
+    if measure and engine is not Engine.KTRANSFORMERS:
+        fail("--measure is for --engine ktransformers: the other engines' experts are all on the GPUs.")
     config, machine = _of(gpus, ram, ram_bandwidth, cores, sockets, checkpoint, load)
+    if measure and machine.gpu.bandwidth is None:
+        fail(f"no bandwidth is known of {machine.gpu.name}: name the GPUs for a prediction, such as --gpus 2xRTX4090.")
+    rates = _measured(config) if measure else None
     try:
-        return make_plan(config, engine.value, machine, load, checkpoint)
+        return make_plan(config, engine.value, machine, load, checkpoint, rates)
     except LayoutError as error:
+        fail(error)
+
+
+def _measured(config: K26Config) -> Rates:
+    """Of this machine; ends the command where its CPU has no experts."""
+    from k26_plugins.common.experts import ExpertsError
+    from k26_plugins.operate.hybrid_rates import measure
+
+    try:
+        with err.status("measuring the CPU's experts and the links to the GPUs"):
+            return measure(config.text)
+    except (ExpertsError, ValueError) as error:
         fail(error)
 
 

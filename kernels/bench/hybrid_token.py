@@ -2,9 +2,9 @@
 
     python kernels/bench/hybrid_token.py        the tables of docs/hybrid.md
 
-A layer is what comes before the routing is known, then the CPU's experts beside the GPUs', then their sum. Bytes are the
-planner's, read once at the memory's bandwidth, and a gap on the GPU follows each kernel. Without a graph a part takes at
-least as long as the host needs to launch it, and the host waits for the routing; in a graph the stream calls the host twice.
+The planner's model (`k26_plugins/operate/plan/hybrid_speed.py`), with a CPU's experts as fast as its memory channels allow.
+A gap on the GPU follows each kernel. Without a graph a part takes at least as long as the host needs to launch it, and the
+host waits for the routing; in a graph the stream calls the host twice.
 """
 
 from __future__ import annotations
@@ -17,18 +17,11 @@ from k26_plugins.operate.plan.fit import Fit, Load
 from k26_plugins.operate.plan.gpus import GIB
 from k26_plugins.operate.plan.hardware import parse
 from k26_plugins.operate.plan.hybrid import Hybrid, expert_slot_bytes, hybrid
+from k26_plugins.operate.plan.hybrid_speed import Rates, Step, decode_step
 
 CONTEXT = 32768
-# Measured: docs/cpu-experts.md, 80 to 99 % of what the machine reads.
-NATIVE_SHARE = 0.85
-# Assumed, as nothing below was measured on a GPU. Of the memory channels' peak:
+# Assumed, of the memory channels' peak:
 READ_SHARE = 0.8
-# Kernels of a layer: attention, norms and router; the GPUs' routed and shared experts; sums and what follows them.
-BEFORE, BESIDE, AFTER = 12, 7, 3
-# Seconds: to launch a kernel from Python, or in a graph; of a small copy; until the stream has called the host; until the
-# host is awake after the stream; of a sum over GPUs, two in a layer.
-LAUNCH, LAUNCH_IN_GRAPH, COPY, CALL, WAKE, SUM = 10e-6, 2e-6, 5e-6, 10e-6, 20e-6, 12e-6
-COPIES = 4  # activations, ids and weights there, and the result back
 
 
 @dataclass(frozen=True)
@@ -49,54 +42,25 @@ MACHINES = (
 
 
 @dataclass(frozen=True)
-class Token:
-    """Seconds of a token; the parts are those of all layers, whatever runs beside them."""
-
-    cpu: float
-    gpu: float
-    waits: float
-    launches: float
-    total: float
-
-
-@dataclass(frozen=True)
 class Prediction:
     machine: Machine
     fit: Fit
     plan: Hybrid
     cpu_bytes: float
-    waiting: Token
-    graph: Token
+    waiting: Step
+    graph: Step
 
 
 def predict(machine: Machine, config: K26Config) -> Prediction:
-    text = config.text
     count, gpu = parse(machine.gpus)
     fit = choose(config, gpu, count, Load(context=CONTEXT), "ktransformers")
     plan = hybrid(config, fit, machine.ram)
-    assert gpu.bandwidth is not None
-    layers = text.num_hidden_layers - text.first_k_dense_replace
-    on_gpu = plan.gpu_experts / plan.num_experts
-    chosen = expert_slot_bytes(config) * text.num_experts_per_tok
-    cpu_bytes = chosen * (1 - on_gpu)
-    cpu = cpu_bytes / (machine.channels * READ_SHARE * NATIVE_SHARE) / layers
-    beside = (chosen * on_gpu / fit.layout.tp + fit.weights["shared experts"]) / gpu.bandwidth / layers
-    parts = ("attention", "dense feed-forward", "router", "norms")
-    head = fit.weights["embedding and head"] / 2
-    read = sum(fit.weights[part] for part in parts) + head + CONTEXT * fit.kv_per_token
-    sums = 2 * SUM if fit.layout.tp > 1 else 0.0
-    before = read / gpu.bandwidth / layers + sums
-
-    def token(launch: float, waits: float) -> Token:
-        def part(gpu: float, kernels: int) -> float:
-            return max(gpu + kernels * LAUNCH_IN_GRAPH, kernels * launch)
-
-        layer = part(before, BEFORE) + max(cpu, part(beside, BESIDE)) + part(0, AFTER) + waits
-        times = (cpu, before + beside, waits, (BEFORE + BESIDE + AFTER) * launch, layer)
-        return Token(*(time * layers for time in times))
-
-    waiting = token(LAUNCH, COPIES * COPY + WAKE)
-    graph = token(LAUNCH_IN_GRAPH, COPIES * COPY + 2 * CALL)
+    rates = Rates.of_bandwidth(config, machine.channels * READ_SHARE)
+    cpu_bytes = expert_slot_bytes(config) * config.text.num_experts_per_tok * (1 - plan.gpu_experts / plan.num_experts)
+    waiting, graph = (
+        decode_step(config, fit, plan, rates, sequences=1, context=CONTEXT, in_graph=in_graph)
+        for in_graph in (False, True)
+    )
     return Prediction(machine, fit, plan, cpu_bytes, waiting, graph)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from k26_plugins.common.expert_costs import MEASURED_TOKENS, Line, StreamCosts
 from k26_plugins.common.experts import create_experts
 from k26_plugins.common.experts.base import ExpertsBackend
 from k26_plugins.common.experts.streamed import ExpertStream, pin
@@ -16,66 +17,11 @@ from k26_plugins.common.settings import BATCH_INVARIANT_VARIABLE, batch_invarian
 
 logger = logging.getLogger(__name__)
 
-# A prediction must save this share of the time to be followed: the measured figures are not exact.
-MARGIN = 0.1
-# What is timed: enough chunks that copies run beside computation, and tokens of each expert in the two measurements.
-MEASURED_CHUNKS, MEASURED_TOKENS = 3, (1, 256)
+# Enough chunks that copies run beside computation.
+MEASURED_CHUNKS = 3
 REPEATS = 2
 # Tokens of each expert for which the log says what to expect: of 384 experts with 8 for a token, 768 and 12288 in all.
 REPORTED_TOKENS = (16, 256)
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """Seconds that an expert takes: to read or copy its weights, and for each of its tokens."""
-
-    expert: float
-    token: float
-
-    def seconds(self, tokens: int) -> float:
-        return self.expert + self.token * tokens
-
-    @classmethod
-    def through(cls, few: float, many: float) -> Line:
-        """Of the seconds with both MEASURED_TOKENS."""
-        low, high = MEASURED_TOKENS
-        token = max(0.0, many - few) / (high - low)
-        return cls(max(0.0, few - token * low), token)
-
-
-@dataclass(frozen=True, slots=True)
-class StreamCosts:
-    """What an expert costs on the host, and streamed to the device. The two work at the same time."""
-
-    host: Line
-    streamed: Line
-
-    def choose(self, counts: Sequence[int]) -> list[int]:
-        """The experts to stream, those with the most tokens, so that both sides end together; none if little is gained.
-
-        counts: tokens of each of the host's experts.
-        """
-        used = [(count, expert) for expert, count in enumerate(counts) if count]
-        host = sum(self.host.seconds(count) for count, _ in used)
-        limit = host * (1 - MARGIN)
-        if limit <= self.streamed.expert:
-            return []
-        used.sort(key=lambda item: -item[0])
-        shortest, best = limit, 0
-        streamed = 0.0
-        for number, (count, _) in enumerate(used, 1):
-            host -= self.host.seconds(count)
-            streamed += self.streamed.seconds(count)
-            if max(host, streamed) < shortest:
-                shortest, best = max(host, streamed), number
-        return [expert for _, expert in used[:best]]
-
-    def predict(self, counts: Sequence[int]) -> float:
-        """Seconds of a batch with these experts, streamed as `choose` says."""
-        chosen = set(self.choose(counts))
-        streamed = sum(self.streamed.seconds(counts[expert]) for expert in chosen)
-        host = sum(self.host.seconds(c) for expert, c in enumerate(counts) if c and expert not in chosen)
-        return max(host, streamed)
 
 
 @dataclass(slots=True)

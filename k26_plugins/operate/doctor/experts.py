@@ -13,11 +13,11 @@ from k26_plugins.common.experts import BACKENDS, ExpertsError, ExpertWeights, ba
 from k26_plugins.common.experts.native.build import BuildError, cpu_flags
 from k26_plugins.common.experts.native.threads import process_threads
 from k26_plugins.common.experts.selftest import self_test_error
-from k26_plugins.common.int4 import GROUP_SIZE, PACK_FACTOR
 from k26_plugins.common.model import MoE
 from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, experts_setting
 from k26_plugins.operate.doctor.finding import Finding, Level
 from k26_plugins.operate.doctor.tuned import tuned_findings
+from k26_plugins.operate.random_experts import random_experts
 
 NUM_EXPERTS = 2
 # What decides how fast integers are multiplied, by Linux' name for it.
@@ -96,18 +96,4 @@ def _weights(checkpoint: Path | None) -> tuple[ExpertWeights, str]:
         moe = MoE(text, opened.tensor, text.first_k_dense_replace)
         experts = [moe.expert(index) for index in range(NUM_EXPERTS)]
         return ExpertWeights(*(torch.stack(parts) for parts in zip(*experts, strict=True))), "the checkpoint's weights"
-    text = TextConfig()
-    hidden, inner = text.hidden_size, text.moe_intermediate_size
-    generator = torch.Generator().manual_seed(0)
-
-    def packed(rows: int, inputs: int) -> torch.Tensor:
-        shape = (NUM_EXPERTS, rows, inputs // PACK_FACTOR)
-        return torch.randint(-(2**31), 2**31, shape, generator=generator, dtype=torch.int32)
-
-    def scale(rows: int, inputs: int) -> torch.Tensor:
-        shape = (NUM_EXPERTS, rows, inputs // GROUP_SIZE)
-        return (torch.rand(shape, generator=generator) * 0.01).to(torch.bfloat16)
-
-    wide = (2 * inner, hidden)
-    weights = ExpertWeights(packed(*wide), scale(*wide), packed(hidden, inner), scale(hidden, inner))
-    return weights, "random weights of the published sizes"
+    return random_experts(TextConfig(), NUM_EXPERTS), "random weights of the published sizes"

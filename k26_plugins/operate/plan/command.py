@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 
-from k26_plugins.operate.plan.fit import BATCHED_TOKENS, Fit
+from k26_plugins.operate.plan.fit import Fit
 from k26_plugins.operate.plan.hybrid import Hybrid
 
 ENGINES = ("vllm", "sglang", "ktransformers")
@@ -28,7 +28,7 @@ def vllm_command(checkpoint: str, fit: Fit) -> list[str]:
     if fit.load.kv_dtype == "fp8":
         command += ["--kv-cache-dtype", "fp8"]
     command += ["--max-model-len", str(_context(fit)), "--gpu-memory-utilization", f"{fit.load.memory_fraction:.2f}"]
-    command += ["--max-num-batched-tokens", str(BATCHED_TOKENS), "--max-num-seqs", str(fit.load.sequences)]
+    command += ["--max-num-batched-tokens", str(fit.load.batched_tokens), "--max-num-seqs", str(fit.load.sequences)]
     # Without parsers: the plugin chooses its own, and a flag would put vLLM's in their place.
     return command
 
@@ -47,13 +47,13 @@ def sglang_command(checkpoint: str, fit: Fit) -> list[str]:
     # SGLang's fraction is for weights and KV cache together; what is left of the memory is for all else.
     static = (fit.budget - fit.activations - fit.overhead) / fit.gpu.memory
     command += ["--context-length", str(_context(fit)), "--mem-fraction-static", f"{static:.2f}"]
-    return [*command, "--chunked-prefill-size", str(BATCHED_TOKENS), *PARSERS]
+    return [*command, "--chunked-prefill-size", str(fit.load.batched_tokens), *PARSERS]
 
 
-def ktransformers_command(checkpoint: str, fit: Fit, plan: Hybrid, cores: int, sockets: int) -> list[str]:
+def ktransformers_command(checkpoint: str, fit: Fit, plan: Hybrid, threads: int, sockets: int) -> list[str]:
     """SGLang with its `--kt-…` flags. `checkpoint` is a folder: the experts of both sides are read from the same files."""
     command = ["python", "-m", "sglang.launch_server", "--model", checkpoint, "--kt-weight-path", checkpoint]
-    command += ["--kt-method", "RAWINT4", "--kt-num-gpu-experts", str(plan.gpu_experts), "--kt-cpuinfer", str(cores)]
+    command += ["--kt-method", "RAWINT4", "--kt-num-gpu-experts", str(plan.gpu_experts), "--kt-cpuinfer", str(threads)]
     command += ["--kt-threadpool-count", str(sockets), "--tensor-parallel-size", str(fit.layout.tp)]
     command += [
         "--disable-cuda-graph",
@@ -61,7 +61,8 @@ def ktransformers_command(checkpoint: str, fit: Fit, plan: Hybrid, cores: int, s
         "--mem-fraction-static",
         f"{fit.load.memory_fraction:.2f}",
     ]
-    return [*command, "--context-length", str(_context(fit)), "--max-total-tokens", str(fit.load.tokens), *PARSERS]
+    command += ["--context-length", str(_context(fit)), "--max-total-tokens", str(fit.load.tokens)]
+    return [*command, "--chunked-prefill-size", str(fit.load.batched_tokens), *PARSERS]
 
 
 def of_each_node(engine: str, command: list[str], nodes: int) -> list[list[str]]:

@@ -42,6 +42,8 @@ class Load:
     """Of each GPU's memory, for the engine."""
     sequences: int = SEQUENCES
     """Requests in one step at most."""
+    batched_tokens: int = BATCHED_TOKENS
+    """Tokens in one step at most."""
 
     @property
     def tokens(self) -> int:
@@ -108,17 +110,17 @@ def kv_bytes_per_token(text: TextConfig, kv_dtype: str, num_layers: int | None =
     return layers * (text.kv_lora_rank + text.qk_rope_head_dim) * KV_BYTES[kv_dtype]
 
 
-def activation_bytes(config: K26Config, tp: int, sequences: int) -> int:
-    """What a step of BATCHED_TOKENS tokens holds at once, in bfloat16, and the sampler's logits of `sequences` requests."""
-    text, vision = config.text, config.vision
-    hidden = 4 * BATCHED_TOKENS * text.hidden_size * 2
+def activation_bytes(config: K26Config, tp: int, load: Load) -> int:
+    """What a step of the load's most tokens holds at once, in bfloat16, and the sampler's logits of its most requests."""
+    text, vision, tokens = config.text, config.vision, load.batched_tokens
+    hidden = 4 * tokens * text.hidden_size * 2
     routed_width = 3 * text.moe_intermediate_size // tp + text.hidden_size
-    routed = BATCHED_TOKENS * text.num_experts_per_tok * routed_width * 2
+    routed = tokens * text.num_experts_per_tok * routed_width * 2
     heads = text.num_attention_heads // tp
-    attention = BATCHED_TOKENS * heads * (2 * text.qk_head_dim + text.v_head_dim) * 2
-    logits = round(LOGITS_COPIES * sequences * text.vocab_size * 4)
+    attention = tokens * heads * (2 * text.qk_head_dim + text.v_head_dim) * 2
+    logits = round(LOGITS_COPIES * load.sequences * text.vocab_size * 4)
     # As many image tokens as text tokens, four patches each.
-    patches = 4 * BATCHED_TOKENS * (6 * vision.hidden_size + 2 * vision.intermediate_size) * 2
+    patches = 4 * tokens * (6 * vision.hidden_size + 2 * vision.intermediate_size) * 2
     return hidden + routed + attention + logits + patches
 
 
@@ -138,7 +140,7 @@ def fit_stages(config: K26Config, gpu: Gpu, layout: Layout, load: Load) -> list[
                 gpu=gpu,
                 load=load,
                 weights=per_gpu(config, layout, stage),
-                activations=activation_bytes(config, layout.tp, load.sequences),
+                activations=activation_bytes(config, layout.tp, load),
                 overhead=overhead,
                 budget=int(gpu.memory * load.memory_fraction),
                 kv_per_token=kv_bytes_per_token(config.text, load.kv_dtype, len(layers)) / layout.context_parallel,

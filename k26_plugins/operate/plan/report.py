@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from k26_plugins.operate.plan.draw import bars, memory_by_gpu
 from k26_plugins.operate.plan.fit import OVERHEAD_SOURCE, Fit, Load
 from k26_plugins.operate.plan.gpus import GIB
 from k26_plugins.operate.plan.hybrid import Hybrid, cpu_bound, hybrid
+from k26_plugins.operate.plan.hybrid_speed import Rates, Speed, fastest, threads_of
 from k26_plugins.operate.plan.speed import decode_bound
 from k26_plugins.operate.plan.tuned import experts_line
 from k26_plugins.operate.plan.weights import PARTS
@@ -46,6 +47,8 @@ class Plan:
     """Tokens a second, by what bounds them."""
     config: K26Config
     advice: list[Advice] = field(default_factory=list)
+    speed: Speed | None = None
+    """Predicted, of a hybrid run whose machine was measured."""
 
     @property
     def fits(self) -> bool:
@@ -61,16 +64,25 @@ class Plan:
         return self.hybrid.why if self.hybrid is not None else self.fit.why
 
 
-def make_plan(config: K26Config, engine: str, machine: Machine, load: Load, checkpoint: str) -> Plan:
-    """Plan one engine on one machine. Raises LayoutError."""
+def make_plan(
+    config: K26Config, engine: str, machine: Machine, load: Load, checkpoint: str, rates: Rates | None = None
+) -> Plan:
+    """Plan one engine on one machine. rates: for a hybrid run's speed, and its chunk of a prompt. Raises LayoutError."""
     chosen = choose(config, machine.gpu, machine.count, load, engine)
     mixed = hybrid(config, chosen, machine.ram) if engine == "ktransformers" else None
-    plan = Plan(engine, machine, chosen, mixed, [], [], {}, config)
+    speed = None
+    if rates is not None:
+        best = fastest(config, chosen, machine.ram, rates)
+        if best is not None:
+            chosen, mixed, speed = best
+    plan = Plan(engine, machine, chosen, mixed, [], [], {}, config, speed=speed)
     if not plan.fits:
         plan.advice = nearest(config, machine.gpu, machine.count, load, engine, machine.ram, machine.request)
         return plan
     if mixed is not None:
-        command = ktransformers_command(checkpoint, chosen, mixed, machine.cores, machine.sockets)
+        command = ktransformers_command(
+            checkpoint, chosen, mixed, threads_of(machine.cores, chosen.layout.tp), machine.sockets
+        )
     else:
         command = (vllm_command if engine == "vllm" else sglang_command)(checkpoint, chosen)
     nodes = chosen.layout.nodes
@@ -120,6 +132,8 @@ def as_text(plan: Plan) -> str:
         )
     for what, bound in plan.bounds.items():
         lines.append(f"  decoding at most {bound:,.0f} tokens/s ({what}; a bound from bandwidths, not a measurement)")
+    if plan.speed is not None:
+        lines += _predicted(plan.speed)
     if plan.hybrid is None:
         lines.append(f"  {experts_line(plan.engine, plan.config.text, fit)}")
     lines += _commands(plan)
@@ -130,6 +144,17 @@ def as_text(plan: Plan) -> str:
             *(f"    - {line.text}: k26 plan {shlex.join(line.options)}" for line in plan.advice),
         ]
     return "\n".join(lines)
+
+
+def _predicted(speed: Speed) -> list[str]:
+    prompt, answer = speed.prompt_tokens, speed.answer_tokens
+    return [
+        f"  predicted for one request of {prompt + answer:,} tokens, {answer:,} of them its answer, from what was measured",
+        "  here and what docs/hybrid.md assumes of a GPU, on which nobody measured it:",
+        f"    prompt {prompt / speed.prompt_seconds:,.0f} tokens/s in chunks of {speed.chunk:,}: "
+        f"{speed.prompt_seconds:,.1f} s to the first token",
+        f"    answer {1 / speed.waiting.total:,.1f} tokens/s, with CUDA graphs {1 / speed.graph.total:,.1f}",
+    ]
 
 
 def _machines(plan: Plan) -> str:
@@ -178,6 +203,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "gpu_experts": None if plan.hybrid is None else plan.hybrid.gpu_experts,
         "ram_needed": None if plan.hybrid is None else plan.hybrid.ram_needed,
         "bounds_tokens_per_second": plan.bounds,
+        "predicted": None if plan.speed is None else asdict(plan.speed),
         "nodes": fit.layout.nodes,
         "gpus_used": plan.used,
         "gpu_memory_source": plan.machine.gpu.source,

@@ -1,0 +1,97 @@
+"""What this machine does in a second for a hybrid run, measured in a few seconds: its CPU's experts, its links, its GPUs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from k26_plugins.common.checkpoint import expert_bytes
+from k26_plugins.common.config import TextConfig
+from k26_plugins.common.expert_costs import MEASURED_TOKENS, Line
+from k26_plugins.common.experts import ExpertsBackend, ExpertWeights, create_experts
+from k26_plugins.common.host_memory import available_bytes
+from k26_plugins.common.settings import host_experts_setting
+from k26_plugins.operate.doctor.bandwidth import last_level_caches
+from k26_plugins.operate.plan.hybrid_speed import Rates
+from k26_plugins.operate.random_experts import random_experts
+
+ROUNDS = 5
+MIN_BYTES, COPIED = 2**28, 2**28
+# Experts whose prompts are timed: their arithmetic takes longer than their reading.
+WITH_MANY_TOKENS = 4
+PRODUCT = 8192
+"""Rows and columns of a GPU's product."""
+
+
+def measure(text: TextConfig) -> Rates:
+    """Of experts of this configuration, on this process's cores. Raises ExpertsError where no backend can run here.
+
+    Takes a quarter of the memory that is free at most.
+    """
+    return Rates(host=host_line(text), link=links_rate(), gpu_product=gpu_product())
+
+
+def host_line(text: TextConfig) -> Line:
+    """Seconds of an expert on the CPU, by its tokens, with the backend that a hybrid run takes."""
+    one = random_experts(text, 1)
+    # So many that caches hold few of them from one call to the next, but no more than a layer has.
+    wanted = min(max(MIN_BYTES, 4 * last_level_caches()), available_bytes() // 4) // expert_bytes(text)
+    count = max(WITH_MANY_TOKENS, min(wanted, text.n_routed_experts))
+    weights = ExpertWeights(*(part.repeat(count, *[1] * (part.dim() - 1)) for part in one.parts()))
+    experts = create_experts(weights, host_experts_setting())
+    few, many = MEASURED_TOKENS
+    return Line.through(_seconds_each(experts, text, count, few), _seconds_each(experts, text, WITH_MANY_TOKENS, many))
+
+
+def links_rate() -> float | None:
+    """Bytes a second from pinned memory to all GPUs at once; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    source = torch.ones(COPIED, dtype=torch.uint8).pin_memory()
+    targets = [torch.empty_like(source, device=f"cuda:{index}") for index in range(torch.cuda.device_count())]
+
+    def copy() -> None:
+        for target in targets:
+            target.copy_(source, non_blocking=True)
+        _wait()
+
+    return COPIED * len(targets) / _fastest(copy)
+
+
+def gpu_product() -> float | None:
+    """Operations a second of a large bfloat16 product on the first GPU; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    matrix = torch.randn(PRODUCT, PRODUCT, device="cuda").to(torch.bfloat16)
+
+    def multiply() -> None:
+        matrix.matmul(matrix)
+        _wait()
+
+    return 2 * PRODUCT**3 / _fastest(multiply)
+
+
+def _seconds_each(experts: ExpertsBackend, text: TextConfig, count: int, tokens_each: int) -> float:
+    """`tokens_each` tokens choose each of the first `count` experts."""
+    x = torch.randn(count * tokens_each, text.hidden_size).to(torch.bfloat16)
+    ids = torch.arange(count, dtype=torch.int32).repeat(tokens_each).unsqueeze(1)
+    weights = torch.ones(len(x), 1)
+    return _fastest(lambda: experts.apply(x, ids, weights)) / count
+
+
+def _fastest(run: Callable[[], object]) -> float:
+    """Seconds of the fastest of a few runs, after one that warms up."""
+    run()
+    times = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _wait() -> None:
+    for index in range(torch.cuda.device_count()):
+        torch.cuda.synchronize(index)

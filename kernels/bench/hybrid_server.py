@@ -1,0 +1,147 @@
+"""A hybrid run's speed as `k26 plan --measure` predicts it, beside the time that a real server takes on this CPU.
+
+    python kernels/bench/hybrid_server.py [--save]        in SGLang's environment, about four minutes, 5 GB of memory
+
+The checkpoint has experts of the published size and few layers, and the CPU takes the GPU's place: its memory's bandwidth
+and its own product are the GPU's in the model, and since both sides have the same cores what a GPU would do beside the CPU's
+experts is added to them. What a server does once in a step, whatever its number of layers, is not in the model; of 61
+layers it would be little. So the time of a layer is compared too: that of one server less that of another with fewer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+import torch
+from bench.media import machine
+from support.quick import make_quick
+from support.server import Server
+from support.sglang_server import EAGER, serve
+
+from k26_plugins.common.config import K26Config, TextConfig
+from k26_plugins.common.cores import cores
+from k26_plugins.common.tiny import TinySizes
+from k26_plugins.operate.doctor.bandwidth import memory_rate
+from k26_plugins.operate.hybrid_rates import measure
+from k26_plugins.operate.plan.fit import Load, fit
+from k26_plugins.operate.plan.gpus import Gpu
+from k26_plugins.operate.plan.hybrid import Hybrid
+from k26_plugins.operate.plan.hybrid_speed import GPU_SHARE, Rates, Step, decode_step, prefill_step
+from k26_plugins.operate.plan.weights import Layout
+
+LAYERS, EXPERTS, ON_GPU = (2, 6), 16, 4
+PROMPTS, ANSWER = (256, 1024), 24
+TURNS = 4
+PRODUCT = 2048
+
+
+def make(folder: Path, layers: int) -> K26Config:
+    """MoE layers with experts of the published size; all else is tiny."""
+    text = TextConfig()
+    sizes = TinySizes(
+        hidden_size=text.hidden_size, moe_intermediate_size=text.moe_intermediate_size, layers=1 + layers,
+        experts=EXPERTS, top_k=text.num_experts_per_tok,
+    )  # fmt: skip
+    make_quick(folder, sizes)
+    return K26Config.from_path(folder)
+
+
+def product_rate() -> float:
+    """Operations a second of a large bfloat16 product on the CPU."""
+    matrix = torch.randn(PRODUCT, PRODUCT).to(torch.bfloat16)
+    return 2 * PRODUCT**3 / min(seconds(lambda: matrix @ matrix) for _ in range(5))
+
+
+def seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def predicted(config: K26Config, gpu: Gpu, rates: Rates) -> dict[str, float]:
+    """Milliseconds of a prompt, and of a token of an answer."""
+    found = fit(config, gpu, Layout(absorbed_copy=True), Load(context=2048))
+    plan = Hybrid(ON_GPU, EXPERTS, 0, None, 0)
+
+    def milliseconds(step: Step) -> float:
+        return 1e3 * (step.cpu + max(step.gpu, step.launches) + step.waits)
+
+    steps = {f"prompt of {count}": prefill_step(config, found, plan, rates, chunk=count, before=0) for count in PROMPTS}
+    steps["token"] = decode_step(config, found, plan, rates, sequences=1, context=PROMPTS[0], in_graph=False)
+    return {name: milliseconds(step) for name, step in steps.items()}
+
+
+def measured(server: Server) -> dict[str, float]:
+    """The same of a server, the median of several."""
+    times: dict[str, list[float]] = {}
+    for turn in range(TURNS + 1):
+        found = {}
+        for count in PROMPTS:
+            found[f"prompt of {count}"] = asked(server, count, 1, seed=turn)
+        longer = asked(server, PROMPTS[0], 1 + ANSWER, seed=turn)
+        found["token"] = (longer - found[f"prompt of {PROMPTS[0]}"]) / ANSWER
+        for name, value in found.items() if turn else ():
+            times.setdefault(name, []).append(1e3 * value)
+    return {name: median(values) for name, values in times.items()}
+
+
+def asked(server: Server, prompt: int, answer: int, *, seed: int) -> float:
+    """Seconds of a request."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 256, (prompt,), generator=generator).tolist()
+    sampling = {"max_new_tokens": answer, "temperature": 0, "ignore_eos": True}
+    start = time.perf_counter()
+    response = server.post("/generate", input_ids=ids, sampling_params=sampling)
+    response.raise_for_status()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--save", action="store_true", help="write the results beside this file, named by date and CPU")
+    arguments = parser.parse_args()
+    os.environ["SGLANG_USE_CPU_ENGINE"] = "1"  # read when SGLang is imported
+    info = machine()
+    model: list[dict[str, float]] = []
+    real: list[dict[str, float]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for layers in LAYERS:
+            folder = Path(scratch) / str(layers)
+            config = make(folder, layers)
+            rates = replace(measure(config.text), gpu_product=product_rate() / GPU_SHARE)
+            gpu = Gpu("this CPU", 2**40, memory_rate(cores()), "")
+            model.append(predicted(config, gpu, rates))
+            flags = ["--kt-weight-path", str(folder), "--kt-num-gpu-experts", str(ON_GPU), "--disable-cuda-graph"]
+            flags += ["--disable-radix-cache", "--chunked-prefill-size", str(max(PROMPTS))]
+            with serve(folder, Path(scratch) / "log", *flags, **EAGER) as server:
+                real.append(measured(server))
+    rows = {}
+    for name in model[0]:
+        for what, of in ((f"{LAYERS[1]} layers", lambda found: found[1]), ("a layer", per_layer)):
+            one, other = of([each[name] for each in model]), of([each[name] for each in real])
+            rows[f"{name}, {what}"] = {"predicted_ms": round(one, 2), "measured_ms": round(other, 2)}
+            print(f"{name + ', ' + what:28} predicted {one:8.2f} ms, measured {other:8.2f} ms, ratio {one / other:.2f}")
+    if arguments.save:
+        result = {"machine": info, "sglang": version("sglang"), "results": rows}
+        name = f"hybrid-server-{info['date']}-{str(info['cpu']).replace(' ', '_')}.json"
+        (Path(__file__).parent / "results" / name).write_text(json.dumps(result, indent=1) + "\n")
+
+
+def per_layer(found: list[float]) -> float:
+    return (found[1] - found[0]) / (LAYERS[1] - LAYERS[0])
+
+
+if __name__ == "__main__":
+    main()
