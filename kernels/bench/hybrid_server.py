@@ -2,10 +2,10 @@
 
     python kernels/bench/hybrid_server.py [--save]        in SGLang's environment, about four minutes, 5 GB of memory
 
-The checkpoint has experts of the published size and few layers, and the CPU takes the GPU's place: its memory's bandwidth
-and its own product are the GPU's in the model, and since both sides have the same cores what a GPU would do beside the CPU's
-experts is added to them. What a server does once in a step, whatever its number of layers, is not in the model; of 61
-layers it would be little. So the time of a layer is compared too: that of one server less that of another with fewer.
+The checkpoint has experts of the published size and few layers. One core of this machine takes the GPU's place: what it
+reads from memory and multiplies is the GPU's bandwidth and product in the model. Another has the CPU's experts. What a
+server does once in a step, whatever its number of layers, is not in the model; of 61 layers it would be little. So the time
+of a layer is compared too: that of one server less that of another with fewer.
 """
 
 from __future__ import annotations
@@ -38,13 +38,14 @@ from k26_plugins.operate.hybrid_rates import measure
 from k26_plugins.operate.plan.fit import Load, fit
 from k26_plugins.operate.plan.gpus import Gpu
 from k26_plugins.operate.plan.hybrid import Hybrid
-from k26_plugins.operate.plan.hybrid_speed import GPU_SHARE, Rates, Step, decode_step, prefill_step
+from k26_plugins.operate.plan.hybrid_speed import GPU_SHARE, Rates, decode_step, prefill_step
 from k26_plugins.operate.plan.weights import Layout
 
 LAYERS, EXPERTS, ON_GPU = (2, 6), 16, 4
-PROMPTS, ANSWER = (256, 1024), 24
+PROMPTS, ANSWER = (128, 512), 24
 TURNS = 4
 PRODUCT = 2048
+ONE_CORE = {"OMP_NUM_THREADS": "1"}
 
 
 def make(folder: Path, layers: int) -> K26Config:
@@ -64,6 +65,21 @@ def product_rate() -> float:
     return 2 * PRODUCT**3 / min(seconds(lambda: matrix @ matrix) for _ in range(5))
 
 
+def rates_of(config: K26Config) -> tuple[Rates, Gpu]:
+    """Of the CPU's core, and of the core in the GPU's place."""
+    usable = sorted(os.sched_getaffinity(0))
+    torch.set_num_threads(1)
+    try:
+        os.sched_setaffinity(0, {usable[0]})
+        rates = measure(config.text)
+        os.sched_setaffinity(0, {usable[-1]})
+        gpu = Gpu("a core", 2**40, memory_rate(cores()), "")
+        # The planner takes a share of a GPU's product; a core's products are what was measured.
+        return replace(rates, gpu_product=product_rate() / GPU_SHARE), gpu
+    finally:
+        os.sched_setaffinity(0, usable)
+
+
 def seconds(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
@@ -74,13 +90,9 @@ def predicted(config: K26Config, gpu: Gpu, rates: Rates) -> dict[str, float]:
     """Milliseconds of a prompt, and of a token of an answer."""
     found = fit(config, gpu, Layout(absorbed_copy=True), Load(context=2048))
     plan = Hybrid(ON_GPU, EXPERTS, 0, None, 0)
-
-    def milliseconds(step: Step) -> float:
-        return 1e3 * (step.cpu + max(step.gpu, step.launches) + step.waits)
-
     steps = {f"prompt of {count}": prefill_step(config, found, plan, rates, chunk=count, before=0) for count in PROMPTS}
     steps["token"] = decode_step(config, found, plan, rates, sequences=1, context=PROMPTS[0], in_graph=False)
-    return {name: milliseconds(step) for name, step in steps.items()}
+    return {name: 1e3 * step.total for name, step in steps.items()}
 
 
 def measured(server: Server) -> dict[str, float]:
@@ -120,12 +132,12 @@ def main() -> None:
         for layers in LAYERS:
             folder = Path(scratch) / str(layers)
             config = make(folder, layers)
-            rates = replace(measure(config.text), gpu_product=product_rate() / GPU_SHARE)
-            gpu = Gpu("this CPU", 2**40, memory_rate(cores()), "")
+            rates, gpu = rates_of(config)
             model.append(predicted(config, gpu, rates))
-            flags = ["--kt-weight-path", str(folder), "--kt-num-gpu-experts", str(ON_GPU), "--disable-cuda-graph"]
-            flags += ["--disable-radix-cache", "--chunked-prefill-size", str(max(PROMPTS))]
-            with serve(folder, Path(scratch) / "log", *flags, **EAGER) as server:
+            flags = ["--kt-weight-path", str(folder), "--kt-num-gpu-experts", str(ON_GPU)]
+            flags += ["--kt-cpuinfer", "1", "--disable-cuda-graph", "--disable-radix-cache"]
+            flags += ["--chunked-prefill-size", str(max(PROMPTS))]
+            with serve(folder, Path(scratch) / "log", *flags, **ONE_CORE, **EAGER) as server:
                 real.append(measured(server))
     rows = {}
     for name in model[0]:
