@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 import httpx
 import psutil
-from bench.media import machine
+from bench.kept import keep, machine
 from bench.swarm import PARSERS, say_letters, with_bfloat16_experts
 from support.images import image_part, png, random_image
 from support.server import Server
@@ -158,6 +158,7 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="write the results beside this file, named by date and CPU")
     arguments = parser.parse_args()
     engine: str = arguments.engine
+    here = machine()
     serve = importlib.import_module(f"support.{engine}_server").serve
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
@@ -171,17 +172,15 @@ def main() -> None:
             servers[way] = stack.enter_context(serve(folder / checkpoint, log, *COMMON[engine], *flags, **settings))
             if ("k26-plugins" in log.read_text()) != (way != ALONE):
                 raise SystemExit(f"{way}: the log does not say what was to be served with. No times are shown.")
-        found = measure(servers, arguments.turns)
-    results = {kind: {way: compared(times, way) for way in (OURS, INT4)} for kind, times in found.items()}
+        times_of = measure(servers, arguments.turns)
+    results = {kind: {way: compared(times, way) for way in (OURS, INT4)} for kind, times in times_of.items()}
     for kind, ratios in results.items():
         print(kind)
         for way, ratio in ratios.items():
             print(f"    {way:14}", "  ".join(f"{what} {value}" for what, value in ratio.items()))
     if arguments.save:
-        info = machine()
-        result = {"machine": info, engine: version(engine), "turns": arguments.turns, "results": results}
-        name = f"alone-{engine}-{info['date']}-{info['cpu'].replace(' ', '_')}-{info['cores']}t.json"
-        (Path(__file__).parent / "results" / name).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        found = {"machine": here, engine: version(engine), "turns": arguments.turns, "results": results}
+        keep(f"alone-{engine}", found)
 
 
 if __name__ == "__main__":

@@ -19,18 +19,16 @@ kt-kernel's waiting threads then keep its working ones from running.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import date
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
+from kept import keep, machine  # beside this file
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -170,26 +168,15 @@ def prepare(original: ExpertWeights, console: Console) -> tuple[dict[str, Expert
     return experts, seconds
 
 
-def machine() -> dict[str, object]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        model = platform.processor()
+def libraries() -> dict[str, object]:
+    """What the figures depend on beside the machine."""
     try:
         kt_kernel = version("kt-kernel")
     except PackageNotFoundError:
         kt_kernel = "none"
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "date": date.today().isoformat(),
-        "cpu": model,
-        "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "kt-kernel": kt_kernel,
-        "commit": commit.stdout.strip(),
-    }
+    capability = torch.backends.cpu.get_cpu_capability()
+    found = {"threads": torch.get_num_threads(), "capability": capability}
+    return {**found, "torch": torch.__version__, "kt-kernel": kt_kernel}
 
 
 def main() -> None:
@@ -197,11 +184,11 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="write the results, in a file named by date and CPU")
     arguments = parser.parse_args()
     console = Console()
-    result = {"machine": machine(), **measure(console)}
+    result: dict[str, Any] = {"machine": {**machine(), **libraries()}, **measure(console)}
     table = Table(
         "tokens", "backend", "ms", "GB/s", "of read", "GFLOP/s", "of dense", "error", title=str(result["machine"])
     )
-    for row in result["rows"]:  # type: ignore[attr-defined]
+    for row in result["rows"]:
         table.add_row(
             f"{row['tokens']}",
             row["backend"],
@@ -215,11 +202,7 @@ def main() -> None:
     console.print(table)
     console.print({name: value for name, value in result.items() if name not in ("machine", "rows")})
     if arguments.save:
-        info = result["machine"]
-        parts = (info["date"], str(info["cpu"]).replace(" ", "_"), f"{info['threads']}t", info["capability"])  # type: ignore[index]
-        file = Path(__file__).parent / "results" / f"cpu_experts-{'-'.join(map(str, parts))}.json"
-        file.write_text(json.dumps(result, indent=2) + "\n")
-        console.print(f"saved {file}")
+        keep("cpu_experts", result, result["machine"]["capability"])
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from cpu_experts import machine
+from kept import keep, machine  # beside this file
 from rich.console import Console
 from rich.table import Table
 
@@ -115,6 +115,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where the checkpoint is, or is made")
     parser.add_argument("--save", action="store_true", help="write the results beside this file, named by date")
     arguments = parser.parse_args()
+    here = machine()
     folder: Path = arguments.folder
     if not folder.exists():
         sizes = TinySizes(
@@ -143,17 +144,9 @@ def main() -> None:
     prompts, length = PUBLISHED_PROMPTS
     console.print(f"published model, {prompts} prompts of {length} tokens: projected {hours:.1f} h a pass")
     if arguments.save:
-        here = {
-            **machine(),
-            "load": os.getloadavg()[0],
-            "disk_bytes_per_second": round(disk),
-            "product_operations_per_second": round(product),
-        }
-        content = {"machine": here, "results": found, "projected_hours": round(hours, 2)}
-        name = str(here["cpu"]).replace(" ", "_")
-        file = Path(__file__).parent / "results" / f"golden-{here['date']}-{name}-{here['threads']}t.json"
-        file.write_text(json.dumps(content, indent=1) + "\n")
-        console.print(f"wrote {file.name}")
+        here |= {"disk_bytes_per_second": round(disk), "product_operations_per_second": round(product)}
+        here |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+        keep("golden", {"machine": here, "results": found, "projected_hours": round(hours, 2)})
 
 
 if __name__ == "__main__":

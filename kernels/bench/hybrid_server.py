@@ -11,7 +11,6 @@ of a layer is compared too: that of one server less that of another with fewer.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -25,7 +24,7 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 import torch
-from bench.media import machine
+from bench.kept import keep, machine
 from support.quick import make_quick
 from support.server import Server
 from support.sglang_server import EAGER, serve
@@ -125,7 +124,7 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="write the results beside this file, named by date and CPU")
     arguments = parser.parse_args()
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"  # read when SGLang is imported
-    info = machine()
+    here = machine()
     model: list[dict[str, float]] = []
     real: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -146,9 +145,7 @@ def main() -> None:
             rows[f"{name}, {what}"] = {"predicted_ms": round(one, 2), "measured_ms": round(other, 2)}
             print(f"{name + ', ' + what:28} predicted {one:8.2f} ms, measured {other:8.2f} ms, ratio {one / other:.2f}")
     if arguments.save:
-        result = {"machine": info, "sglang": version("sglang"), "results": rows}
-        name = f"hybrid-server-{info['date']}-{str(info['cpu']).replace(' ', '_')}.json"
-        (Path(__file__).parent / "results" / name).write_text(json.dumps(result, indent=1) + "\n")
+        keep("hybrid-server", {"machine": here, "sglang": version("sglang"), "results": rows})
 
 
 def per_layer(found: list[float]) -> float:

@@ -20,22 +20,21 @@ the median over the turns, each turn's reading over the same turn's loading.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import date
 from pathlib import Path
 from statistics import median
-from typing import Any
 from zlib import crc32
 
 from rich.progress import Progress, TimeElapsedColumn
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 import torch
+from bench.kept import keep, machine
 from support.whole_load import Built, build
 
 from k26_plugins.common.config import TextConfig
@@ -119,14 +118,6 @@ def turns(built: Built, files: list[Path], *, cold: bool) -> dict[str, Callable[
     return {READING: lambda: read(files), **other, OURS: later, REPACKING: close, BESIDE: built.ours}
 
 
-def machine() -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    # What else runs on the cores lengthens the clock's seconds, less so those of the process.
-    load = round(os.getloadavg()[0], 1)
-    return {"date": date.today().isoformat(), "cpu": model, "cores": len(os.sched_getaffinity(0)), "load": load}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a checkpoint's folder, such as the one that the first command makes")
@@ -138,7 +129,7 @@ def main() -> None:
     if cold and not arguments.folder.exists():
         make_real(arguments.folder, *map(int, arguments.make.split("x")))
     files = sorted(arguments.folder.glob("*.safetensors"))
-    info = machine()
+    here = machine()
     timed: dict[str, dict[str, float]] = {}
     turn_seconds: dict[str, list[float]] = {}
     seen: dict[str, list[int]] = {}
@@ -173,10 +164,8 @@ def main() -> None:
         )
     if arguments.save:
         num_bytes = sum(file.stat().st_size for file in files)
-        result = {"machine": info, built.engine: built.version, "bytes": num_bytes, "results": timed}
-        kind = "load-real" if cold else "load"
-        name = f"{kind}-{built.engine}-{info['date']}-{info['cpu'].replace(' ', '_')}-{info['cores']}t.json"
-        (Path(__file__).parent / "results" / name).write_text(json.dumps(result, indent=1) + "\n")
+        found = {"machine": here, built.engine: built.version, "bytes": num_bytes, "results": timed}
+        keep(f"{'load-real' if cold else 'load'}-{built.engine}", found)
 
 
 def weights_of(built: Built) -> list[int]:

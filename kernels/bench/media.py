@@ -12,19 +12,16 @@ PyPI has torchvision as a CUDA build; beside a CPU torch its Python part will do
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import time
 from collections.abc import Callable
-from datetime import date
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from kept import keep, machine  # beside this file
 from PIL import Image
 
 from k26_plugins.common.media import MediaConfig
@@ -56,18 +53,11 @@ def best(functions: dict[str, Callable[[], Any]]) -> dict[str, tuple[float, floa
     return found
 
 
-def machine() -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    # Others' work on the same cores slows what runs in several threads most: the load is part of the figures.
-    load = os.getloadavg()[0]
-    return {"date": date.today().isoformat(), "cpu": model, "cores": len(os.sched_getaffinity(0)), "load": load}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--save", action="store_true", help="write the results beside this file, named by date and CPU")
     arguments = parser.parse_args()
+    here = machine()
     settings: dict[str, Any] = {"media_proc_cfg": {"config_type": "MoonViTMediaProcessorConfig", **_settings()}}
     declare_torchvision_operators()
     core = MediaProcessor(settings)
@@ -106,12 +96,9 @@ def main() -> None:
             results.append({"case": name, "output": kind, "frames_per_second": rates, "cpu_ms_per_frame": cores})
             print(f"{name:32} {kind:8}", "  ".join(f"{key} {rates[key]:8.1f}/s {cores[key]:7.2f} ms" for key in rates))
     if arguments.save:
-        info = machine()
         rivals = {"vllm": fused, "transformers": transformers}
         judge = "-".join(name for name, rival in rivals.items() if rival is not None)
-        name = f"media-{judge}-{info['date']}-{info['cpu'].replace(' ', '_')}-{info['cores']}t.json"
-        result = {"machine": info, "results": results}
-        (Path(__file__).parent / "results" / name).write_text(json.dumps(result, indent=1) + "\n")
+        keep(f"media-{judge}", {"machine": here, "results": results})
 
 
 def fused_processor() -> Any:

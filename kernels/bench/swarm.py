@@ -34,7 +34,7 @@ from typing import Any
 
 import httpx
 import numpy as np
-from bench.media import machine
+from bench.kept import keep, machine
 from safetensors.torch import load_file, save_file
 
 from k26_plugins.common.checkpoint import Checkpoint
@@ -245,6 +245,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=2, help="how often each server of `peer` is measured")
     parser.add_argument("--save", action="store_true", help="write JSON and a plot beside the other results")
     arguments = parser.parse_args()
+    here = machine()
     with tempfile.TemporaryDirectory() as folder:
         if arguments.kind == "peer":
             results = peer(arguments.python, Path(folder), arguments.turns)
@@ -262,15 +263,11 @@ def main() -> None:
             f"{1e3 * costs[0]:.1f} ms a request and {1e9 * costs[1]:.1f} ns a pair explain each run within {error:.0%}"
         )
     if arguments.save:
-        info = machine()
-        stem = f"swarm-{arguments.kind}-{info['date']}-{info['cpu'].replace(' ', '_')}-{info['cores']}t"
         shape = PEER if arguments.kind == "peer" else BASE
-        found: dict[str, Any] = {"machine": info, "server": [*FLAGS], "shape": shape, "results": results}
+        found: dict[str, Any] = {"machine": here, "server": [*FLAGS], "shape": shape, "results": results}
         if arguments.kind == "sweep":
             found |= {"exponents": exponents(results), "seconds_a_request": costs[0], "seconds_a_pair": costs[1]}
-        file = Path(__file__).parent / "results" / f"{stem}.json"
-        file.write_text(json.dumps(found, indent=1) + "\n")
-        plot(arguments.kind, results, file.with_suffix(".svg"))
+        plot(arguments.kind, results, keep(f"swarm-{arguments.kind}", found).with_suffix(".svg"))
 
 
 if __name__ == "__main__":

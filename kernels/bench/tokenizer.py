@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -22,7 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from media import machine  # beside this file
+from kept import keep, machine  # beside this file
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer
 
@@ -122,6 +121,7 @@ def main() -> None:
     parser.add_argument("--ranks", default="of the folder", help="what the ranks are, for the saved results")
     parser.add_argument("--save", action="store_true", help="write the results beside this file, named by date and CPU")
     arguments = parser.parse_args()
+    here = machine()
     plain, found = KimiTokenizer(arguments.folder), rivals(arguments.folder)
     results = []
 
@@ -153,11 +153,8 @@ def main() -> None:
             right = function() == text
             measured(f"stream, {code}", who, many * rate(len(token_ids), function, 3), "" if right else "other text")
     if arguments.save:
-        info = machine()
         engine = "vllm" if find_spec("vllm") else "sglang" if find_spec("sglang") else "core"
-        name = f"tokenizer-{engine}-{info['date']}-{info['cpu'].replace(' ', '_')}-{info['cores']}t.json"
-        result = {"machine": info, "ranks": arguments.ranks, "results": results}
-        (Path(__file__).parent / "results" / name).write_text(json.dumps(result, indent=1) + "\n")
+        keep(f"tokenizer-{engine}", {"machine": here, "ranks": arguments.ranks, "results": results})
 
 
 if __name__ == "__main__":

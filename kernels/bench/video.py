@@ -25,7 +25,8 @@ from typing import Any
 
 import av
 import numpy as np
-from media import declare_torchvision_operators, fused_processor, machine  # beside this file
+from kept import keep, machine  # beside this file
+from media import declare_torchvision_operators, fused_processor  # beside this file
 from PIL import Image
 
 from k26_plugins.common.media import MediaConfig
@@ -122,6 +123,7 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="write the results beside this file, named by date and CPU")
     parser.add_argument("--one", nargs=2, metavar=("NAME", "FILE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    here = machine()
     if arguments.one:
         print(json.dumps(measure(arguments.one[0], Path(arguments.one[1]))))
         return
@@ -148,10 +150,7 @@ def main() -> None:
                     f"{found['megabytes']:6,.0f} MB"
                 )
     if arguments.save:
-        info = machine()
-        name = f"video-{info['date']}-{info['cpu'].replace(' ', '_')}-{info['cores']}t.json"
-        result = {"machine": info, "size": SIZE, "results": results}
-        (Path(__file__).parent / "results" / name).write_text(json.dumps(result, indent=1) + "\n")
+        keep("video", {"machine": here, "size": SIZE, "results": results})
 
 
 if __name__ == "__main__":
