@@ -47,25 +47,22 @@ def tune(
     more with an error that is no larger, and the engine's own otherwise. Give --tp and --ep as the server has them, on an
     idle GPU.
     """
-    from k26_plugins.common.experts.outcome import Outcome, outcome_file, write_outcome
+    from k26_plugins.common.experts.outcome import outcome_file, write_outcome
     from k26_plugins.common.experts.rule import choose
-    from k26_plugins.common.experts.tuned import here, installed_engine
-    from k26_plugins.operate.tune.clock import clock_of
-    from k26_plugins.operate.tune.device import engine_to_measure, gpu, peers_of
-    from k26_plugins.operate.tune.measure import FULL, QUICK, Measurement, random_weights
+    from k26_plugins.operate.tune.measure import FULL, QUICK
     from k26_plugins.operate.tune.report import as_table, notes
     from k26_plugins.operate.tune.report import plot as draw
+    from k26_plugins.operate.tune.run import Run
 
     if plot is not None and find_spec("matplotlib") is None:
         fail("--plot needs matplotlib. pip install 'k26-plugins[report]'")
     require_writable(plot, save)
     layer = _layer(checkpoint, tp, ep)
     try:
-        device, name = gpu(), engine_to_measure(engine)
-        key = here(device, installed_engine(name), layer.shape)
+        run = Run(layer, engine, QUICK if quick else FULL)
     except ValueError as error:
         fail(error)
-    file = save or outcome_file(key)
+    file = save or outcome_file(run.key)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -73,21 +70,16 @@ def tune(
     require_writable(file)
     with progress_bar() as bar:
         task = bar.add_task("weights")
-
-        def on_step(what: str) -> None:
-            bar.update(task, description=what, advance=1)
-
-        measurement = Measurement(
-            layer, random_weights(layer, device), peers_of(name), QUICK if quick else FULL, clock_of(device), on_step
+        outcome = run.outcome(
+            purpose,
+            on_begin=lambda steps: bar.update(task, total=steps),
+            on_step=lambda step: bar.update(task, description=step, advance=1),
         )
-        bar.update(task, total=measurement.steps)
-        tiles, timings = measurement.run()
-    outcome = Outcome(key, purpose, tiles, timings)
     write_outcome(outcome, file)
     out.print(as_table(outcome))
     for note in notes(outcome):
         out.print(note, highlight=False, markup=False, soft_wrap=True)
-    choice = choose(timings, outcome.purpose)
+    choice = choose(outcome.timings, outcome.purpose)
     typer.echo(f"chosen: {choice.kernel or 'the engine itself'}: {choice.why}")
     typer.echo(f"outcome: {file}")
     if plot is not None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 EXPERTS_VARIABLE = "K26_EXPERTS"
 TUNED_VARIABLE = "K26_TUNED"
+TUNE_VARIABLE = "K26_TUNE"
 HOST_EXPERTS_VARIABLE = "K26_CPU_EXPERTS"
 CPU_THREADS_VARIABLE = "K26_CPU_THREADS"
 ENGINE = "engine"
@@ -60,6 +61,17 @@ def tuned_setting() -> Path | None:
     if not file.is_file():
         raise ValueError(f"{TUNED_VARIABLE} is {value!r}: no such file. Give one that `k26 tune` wrote, or unset it.")
     return file
+
+
+def tune_at_start() -> bool:
+    """Whether a server measures the experts of a GPU that `k26 tune` has not: K26_TUNE=start.
+
+    Raises ValueError for any other value.
+    """
+    value = os.environ.get(TUNE_VARIABLE, "").strip().lower()
+    if value not in ("", "start"):
+        raise ValueError(f"{TUNE_VARIABLE} is {value!r}: choose start, or unset it.")
+    return value == "start"
 
 
 def control_tokens_as_text() -> bool:
@@ -174,6 +186,7 @@ def check_settings() -> None:
         experts_setting,
         host_experts_setting,
         tuned_setting,
+        tune_at_start,
         cpu_threads_setting,
         stream_from_setting,
         batch_invariant_setting,

@@ -18,7 +18,7 @@ from k26_kernels.experts import make_plan
 from k26_kernels.target import TARGETS, Device
 from support.experts import error, inputs, judge, make_weights, route, to_device
 
-from k26_plugins.common.experts import BACKENDS, Expert, ExpertsError, create_experts
+from k26_plugins.common.experts import BACKENDS, Expert, ExpertsError, create_experts, tune_at_start
 from k26_plugins.common.experts.base import LayerSizes
 from k26_plugins.common.experts.outcome import OURS, Outcome, Timing, outcome_file, write_outcome
 from k26_plugins.common.experts.triton import TritonExperts, unusable_on
@@ -184,6 +184,28 @@ def test_auto_takes_what_won(measured: Callable[..., Path]) -> None:
     for other in (SIZES._replace(hidden_size=128), SIZES._replace(num_experts=47)):
         assert tuned_answer(other, "vllm 1.0").backend == "engine"
     assert tuned_answer(SIZES, "vllm 1.1").backend == "engine"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="its GPU is the interpreter")
+@pytest.mark.usefixtures("interpreted")
+def test_auto_measures_at_the_start_where_it_is_asked_to(
+    measured: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once; where that fails the engine's own serve, and it is said."""
+    monkeypatch.setenv("K26_TUNE", "start")
+    failed = "import sys; sys.exit('no memory for the weights.')"
+    monkeypatch.setattr(tune_at_start, "COMMAND", (sys.executable, "-c", failed))
+    answer = tuned_answer(SIZES, "vllm 1.0")
+    assert answer.backend == "engine"
+    assert "engine, and measuring failed: no memory for the weights; `k26 tune` would measure it" in answer.why
+    file = measured()
+    made = file.read_bytes()
+    file.unlink()
+    code = f"import pathlib; pathlib.Path({str(file)!r}).write_bytes({made!r})"
+    monkeypatch.setattr(tune_at_start, "COMMAND", (sys.executable, "-c", code))
+    assert tuned_answer(SIZES, "vllm 1.0").backend == "triton"
+    monkeypatch.setattr(tune_at_start, "COMMAND", (sys.executable, "-c", failed))
+    assert tuned_answer(SIZES, "vllm 1.0").backend == "triton"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="its GPU is the interpreter")

@@ -18,10 +18,11 @@ from typer.testing import CliRunner
 
 from k26_plugins.cli import app
 from k26_plugins.common.experts.base import ExpertWeights
-from k26_plugins.common.experts.outcome import OURS, read_outcome
+from k26_plugins.common.experts.outcome import OURS, outcome_file, read_outcome
 from k26_plugins.common.experts.peer import NotHereError, Run
 from k26_plugins.common.purpose import Purpose
 from k26_plugins.common.tiny import TinySizes, make_tiny
+from k26_plugins.operate.tune import __main__ as at_start
 from k26_plugins.operate.tune import measure, tiles
 from k26_plugins.operate.tune.clock import Clock, clock_of
 from k26_plugins.operate.tune.routing import Layer
@@ -148,13 +149,26 @@ def tunable(tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("k26_plugins.operate.tune.device.gpu", lambda: device)
     monkeypatch.setattr("k26_plugins.operate.tune.device.peers_of", lambda engine: peers)
     monkeypatch.setattr("k26_plugins.operate.tune.device.is_installed", lambda name: name == "sglang")
-    monkeypatch.setattr(measure, "QUICK", measure.Effort((33, 40), ("uniform",), 0.0))
+    for module in (measure, at_start):
+        monkeypatch.setattr(module, "QUICK", measure.Effort((33, 40), ("uniform",), 0.0))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     make_tiny(tmp_path / "tiny", TinySizes(moe_intermediate_size=256, experts=16))
     before = dict(measured)
     yield tmp_path / "tiny"
     measured.clear()
     measured.update(before)
+
+
+def test_what_a_server_s_start_runs(tunable: Path, tmp_path: Path) -> None:
+    """Under the interpreter, in this process: the outcome is where the server looks for it."""
+    del tunable
+    at_start.main("128x128x8", "sglang")
+    (file,) = (tmp_path / "cache/k26-plugins/tuned").glob("*.json")
+    outcome = read_outcome(file)
+    assert (outcome.key.shape, outcome.purpose) == ("128x128x8", Purpose.BOTH)
+    assert outcome_file(outcome.key) == file
+    with pytest.raises(SystemExit, match="names no sizes"):
+        at_start.main("128", "sglang")
 
 
 def test_the_whole_of_k26_tune(tunable: Path, tmp_path: Path) -> None:

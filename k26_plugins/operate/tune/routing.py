@@ -31,6 +31,21 @@ class Layer:
         name = "-".join(f"{word}{count}" for word, count in (("tp", tp), ("ep", ep)) if count > 1) or "whole"
         return cls(name, text.hidden_size, inner // tp, experts // ep, experts, text.num_experts_per_tok)
 
+    @classmethod
+    def of_shape(cls, shape: str) -> Layer:
+        """Of a rank's sizes as an outcome names them, with the published model's number of experts and choices.
+
+        Raises ValueError for anything else.
+        """
+        try:
+            hidden, inner, experts = map(int, shape.split("x"))
+        except ValueError:
+            raise ValueError(
+                f"{shape!r} names no sizes: give hidden, intermediate and experts, as 7168x256x384."
+            ) from None
+        text = TextConfig()
+        return cls(shape, hidden, inner, experts, max(experts, text.n_routed_experts), text.num_experts_per_tok)
+
     @property
     def shape(self) -> str:
         """As an outcome names it. Raises ValueError for sizes that the kernels do not have."""
