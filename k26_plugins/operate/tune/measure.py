@@ -62,7 +62,7 @@ class Measurement:
     peers: Mapping[str, Peer]
     effort: Effort
     clock: Clock
-    on_step: Callable[[str], None] = lambda step: None
+    on_step: Callable[[str], object] = lambda step: None
 
     @property
     def steps(self) -> int:
