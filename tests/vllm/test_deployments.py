@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -71,6 +72,38 @@ def test_the_documented_command_on_two_ranks_answers_as_one(one_rank: Server, ti
 
 def test_expert_parallel_ranks_answer_as_one(one_rank: Server) -> None:
     assert_two_ranks_answer_as_one(one_rank, "--tensor-parallel-size", "2", "--enable-expert-parallel")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    # By itself vLLM starts as many API servers as ranks.
+    "more",
+    [(), ("--enable-expert-parallel", "--api-server-count", "1")],
+    ids=["tensor", "expert"],
+)
+def test_data_parallel_ranks_answer_as_one(
+    one_rank: Server, golden_file: Path, tmp_path: Path, more: Sequence[str]
+) -> None:
+    """Each rank has requests of its own, and a part of every layer's experts: they exchange tokens at every step."""
+    arguments = ["--data-parallel-size", "2", "--worker-extension-cls", "support.vllm_gathers.Worker", *more]
+    settings = {"PYTHONPATH": python_path(), **TWO_RANKS}
+    expected = first_tokens(one_rank)
+    with serve(Path(one_rank.model), tmp_path / "log", "--enforce-eager", *arguments, **settings) as server:
+        # Alone a request leaves the other rank without any; of many at once both ranks have some, of other lengths.
+        assert_same_top(first_tokens(server), expected)
+        with ThreadPoolExecutor(6) as pool:
+            verified = pool.submit(
+                CliRunner().invoke, app, ["verify", "--url", server.url, "--golden", str(golden_file)]
+            )
+            for found in pool.map(lambda _: first_tokens(server), range(5)):
+                assert_same_top(found, expected)
+        assert verified.result().exit_code == 0, verified.result().output
+        assert len(metric(server, "k26_experts_layers")) == 2
+        answered = dict.fromkeys(("0", "1"), 0.0)
+        for labels, count in metric(server, "vllm:request_success_total").items():
+            answered[re.findall(r'engine="(\d+)"', labels)[0]] += count
+        print(f"requests answered by rank: {answered}")
+        assert min(answered.values()) >= 10
 
 
 RAY = ["--distributed-executor-backend", "ray", "--tensor-parallel-size", "2"]
