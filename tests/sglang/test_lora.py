@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from support import sglang_unpinned
@@ -44,8 +45,29 @@ def server(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield running
 
 
-def served(server: Server, name: str | None) -> torch.Tensor:
-    answer = server.post(
+@pytest.fixture(scope="module")
+def adapters(tiny_folder: Path) -> dict[str, Adapter]:
+    checkpoint = Checkpoint(tiny_folder)
+    return {name: Adapter.draw(checkpoint, MODULES, seed) for seed, name in enumerate(BEGINNINGS)}
+
+
+@pytest.fixture(scope="module")
+def folders(server: Server, adapters: dict[str, Adapter], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Of the adapters, all loaded while the server serves."""
+    work = tmp_path_factory.mktemp("adapters")
+    found = {name: adapter.write(work / name, BEGINNINGS[name]) for name, adapter in adapters.items()}
+    for name, folder in found.items():
+        load(server, name, folder)
+    return found
+
+
+def load(server: Server, name: str, folder: Path) -> None:
+    answer = server.post("/load_lora_adapter", lora_name=name, lora_path=str(folder))
+    assert answer.status_code == 200, answer.text
+
+
+def ask(server: Server, name: str | None) -> httpx.Response:
+    return server.post(
         "/generate",
         input_ids=PROMPT.tolist(),
         lora_path=name,
@@ -54,28 +76,58 @@ def served(server: Server, name: str | None) -> torch.Tensor:
         top_logprobs_num=VOCABULARY,
         logprob_start_len=0,
     )
+
+
+def served(server: Server, name: str | None) -> torch.Tensor:
+    answer = ask(server, name)
     assert answer.status_code == 200, answer.text
     return rows(answer.json()["meta_info"]["input_top_logprobs"][1:])
 
 
-def test_adapters_answer_as_merged(server: Server, tiny_folder: Path, tmp_path: Path) -> None:
-    """Loaded while serving, all at once beside the model without one, and taken out again."""
+def all_served(server: Server, names: Iterable[str | None]) -> dict[str | None, torch.Tensor]:
+    """At the same time, in one batch if the server likes."""
+    asked = list(names)
+    with ThreadPoolExecutor(len(asked)) as pool:
+        return dict(zip(asked, pool.map(lambda name: served(server, name), asked), strict=True))
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_folder: Path, adapters: dict[str, Adapter]) -> dict[str | None, torch.Tensor]:
+    """By the adapter's name, None for the model without one."""
     checkpoint = Checkpoint(tiny_folder)
-    adapters = {name: Adapter.draw(checkpoint, MODULES, seed) for seed, name in enumerate(BEGINNINGS)}
-    for name, adapter in adapters.items():
-        folder = adapter.write(tmp_path / name, BEGINNINGS[name])
-        answer = server.post("/load_lora_adapter", lora_name=name, lora_path=str(folder))
-        assert answer.status_code == 200, answer.text
-    names = [*adapters, None]
-    with ThreadPoolExecutor(len(names)) as pool:
-        found = dict(zip(names, pool.map(lambda name: served(server, name), names), strict=True))
-    base = KimiK26(checkpoint, torch.float32).logprobs(PROMPT)[:-1]
-    assert_same_distribution(found[None], base)
-    for name, adapter in adapters.items():
-        expected = merged(adapter, checkpoint).logprobs(PROMPT)[:-1]
-        assert divergence(base, expected).mean() > 0.05
-        assert_same_distribution(found[name], expected)
+    base = KimiK26(checkpoint, torch.float32)
+    models = {None: base, **{name: merged(adapter, checkpoint) for name, adapter in adapters.items()}}
+    return {name: model.logprobs(PROMPT)[:-1] for name, model in models.items()}
+
+
+@pytest.mark.usefixtures("folders")
+def test_adapters_answer_as_merged(server: Server, expected: dict[str | None, torch.Tensor]) -> None:
+    """All at once beside the model without one."""
+    for name, found in all_served(server, expected).items():
+        if name is not None:
+            assert divergence(expected[None], expected[name]).mean() > 0.05
+        assert_same_distribution(found, expected[name])
+
+
+def test_an_adapter_is_unloaded_and_loaded_again(
+    server: Server, folders: dict[str, Path], expected: dict[str | None, torch.Tensor]
+) -> None:
+    """SGLang loads an unloaded one by itself when a request names it, from the folder that it had: once that is gone the
+    request is refused, by name, and nothing else is the worse for it."""
+    gone, away = folders["hub"], folders["hub"].with_name("elsewhere")
     assert server.post("/unload_lora_adapter", lora_name="hub").status_code == 200
+    gone.rename(away)
+    refused = ask(server, "hub")
+    assert refused.status_code == 400
+    assert "Failed to implicitly load LoRA adapter hub" in refused.text
+    never = ask(server, "nobody's")
+    assert never.status_code == 400
+    assert "Got LoRA adapter that has never been loaded: nobody's" in never.text
+    for name, found in all_served(server, expected.keys() - {"hub"}).items():
+        assert_same_distribution(found, expected[name])
+    load(server, "hub", away)
+    for name, found in all_served(server, expected).items():
+        assert_same_distribution(found, expected[name])
 
 
 REFUSED = {
