@@ -77,7 +77,7 @@ def searches(experts: KernelExperts, layer: Layer) -> Iterator[tuple[str, str, l
 
 
 def fastest_tiles(
-    experts: KernelExperts, layer: Layer, clock: Clock, seconds: float, on_search: Callable[[str], None]
+    experts: KernelExperts, layer: Layer, clock: Clock, seconds: float, on_search: Callable[[str], object]
 ) -> dict[str, Regime]:
     """The best regime for each block of tokens, starting from the present ones.
 
