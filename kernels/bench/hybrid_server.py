@@ -3,9 +3,10 @@
     python kernels/bench/hybrid_server.py [--save]        in SGLang's environment, about four minutes, 5 GB of memory
 
 The checkpoint has experts of the published size and few layers. One core of this machine takes the GPU's place: what it
-reads from memory and multiplies is the GPU's bandwidth and product in the model. Another has the CPU's experts. What a
-server does once in a step, whatever its number of layers, is not in the model; of 61 layers it would be little. So the time
-of a layer is compared too: that of one server less that of another with fewer.
+multiplies, and what it reads in a product of one row, is the GPU's product and bandwidth in the model. Another has the CPU's
+experts. What a GPU would do beside these is added to them: here one library computes both sides' experts, a call at a time.
+What a server does once in a step, whatever its number of layers, is not in the model; of 61 layers it would be little. So
+the time of a layer is compared too: that of one server less that of another with fewer.
 """
 
 from __future__ import annotations
@@ -30,9 +31,7 @@ from support.server import Server
 from support.sglang_server import EAGER, serve
 
 from k26_plugins.common.config import K26Config, TextConfig
-from k26_plugins.common.cores import cores
 from k26_plugins.common.tiny import TinySizes
-from k26_plugins.operate.doctor.bandwidth import memory_rate
 from k26_plugins.operate.hybrid_rates import measure
 from k26_plugins.operate.plan.fit import Load, fit
 from k26_plugins.operate.plan.gpus import Gpu
@@ -64,6 +63,13 @@ def product_rate() -> float:
     return 2 * PRODUCT**3 / min(seconds(lambda: matrix @ matrix) for _ in range(5))
 
 
+def row_rate(text: TextConfig) -> float:
+    """Bytes a second of a bfloat16 matrix that a product with one row reads."""
+    matrix = torch.randn(2 * text.moe_intermediate_size, text.hidden_size).to(torch.bfloat16)
+    row = torch.randn(1, text.hidden_size).to(torch.bfloat16)
+    return matrix.nbytes / min(seconds(lambda: torch.nn.functional.linear(row, matrix)) for _ in range(9))
+
+
 def rates_of(config: K26Config) -> tuple[Rates, Gpu]:
     """Of the CPU's core, and of the core in the GPU's place."""
     usable = sorted(os.sched_getaffinity(0))
@@ -72,7 +78,7 @@ def rates_of(config: K26Config) -> tuple[Rates, Gpu]:
         os.sched_setaffinity(0, {usable[0]})
         rates = measure(config.text)
         os.sched_setaffinity(0, {usable[-1]})
-        gpu = Gpu("a core", 2**40, memory_rate(cores()), "")
+        gpu = Gpu("a core", 2**40, row_rate(config.text), "")
         # The planner takes a share of a GPU's product; a core's products are what was measured.
         return replace(rates, gpu_product=product_rate() / GPU_SHARE), gpu
     finally:
@@ -91,7 +97,7 @@ def predicted(config: K26Config, gpu: Gpu, rates: Rates) -> dict[str, float]:
     plan = Hybrid(ON_GPU, EXPERTS, 0, None, 0)
     steps = {f"prompt of {count}": prefill_step(config, found, plan, rates, chunk=count, before=0) for count in PROMPTS}
     steps["token"] = decode_step(config, found, plan, rates, sequences=1, context=PROMPTS[0], in_graph=False)
-    return {name: 1e3 * step.total for name, step in steps.items()}
+    return {name: 1e3 * (step.cpu + max(step.gpu, step.launches) + step.waits) for name, step in steps.items()}
 
 
 def measured(server: Server) -> dict[str, float]:
