@@ -12,7 +12,7 @@ packages=$PWD/ci/gpu-packages
 
 if [ "${1:-}" = --packages ]; then
   exec python3 -m pip install --quiet --upgrade --target "$packages" --no-deps \
-    typer rich markdown-it-py mdurl pygments shellingham click annotated-doc \
+    click rich markdown-it-py mdurl pygments \
     safetensors pillow jinja2 markupsafe tiktoken regex
 fi
 

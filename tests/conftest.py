@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from support.images import png, random_image
 from support.instruction_sets import summarise
-from typer.testing import CliRunner
 
 from k26_plugins.cli import app
 from k26_plugins.common.tiny import make_tiny

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import typer
-
 from k26_plugins.cli.checkpoint import check, tensors, tiny
+from k26_plugins.cli.command import Group
 from k26_plugins.cli.doctor import doctor
 from k26_plugins.cli.generate import generate
 from k26_plugins.cli.golden import golden
@@ -17,28 +16,25 @@ from k26_plugins.cli.swarm import swarm
 from k26_plugins.cli.tune import tune
 from k26_plugins.cli.verify import compare, verify
 
-app = typer.Typer(
-    name="k26",
+app = Group(
+    "k26",
     help="Kimi-K2.6 for vLLM, SGLang and KTransformers: does it fit, what do I run, is it right, why is it not.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
+    commands=[
+        tensors,
+        check,
+        tiny,
+        merge,
+        generate,
+        media,
+        plan,
+        doctor,
+        golden,
+        verify,
+        compare,
+        profile,
+        swarm,
+        tune,
+        serve,
+    ],
+    context_settings={"show_default": True},
 )
-for command in (
-    tensors,
-    check,
-    tiny,
-    merge,
-    generate,
-    media,
-    plan,
-    doctor,
-    golden,
-    verify,
-    compare,
-    profile,
-    swarm,
-    tune,
-):
-    app.command()(command)
-# What follows `--` is the engine's.
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": False})(serve)

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-from rich.table import Column, Table
+import click
 
-from k26_plugins.cli.console import Folder, bytes_bar, fail, out, progress_bar
+from k26_plugins.cli.command import PATH, Argument, Command
+from k26_plugins.cli.console import bytes_bar, fail, folder_argument, out, progress_bar
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from k26_plugins.common.checkpoint import Problem, TensorSpec
 
 
-def tensors(
-    config: Annotated[
-        Path, typer.Argument(metavar="CONFIG", help="A config.json, or a checkpoint's folder.", show_default=False)
-    ],
-    every: Annotated[bool, typer.Option("--all", help="A tab-separated line for every single tensor.")] = False,
-) -> None:
+@click.command(cls=Command)
+@click.argument("config", cls=Argument, type=PATH, metavar="CONFIG", about="A config.json, or a checkpoint's folder.")
+@click.option("--all", "every", is_flag=True, help="A tab-separated line for every single tensor.")
+def tensors(config: Path, every: bool) -> None:
     """Print the tensors that a configuration implies, with their sums.
 
     Reads the configuration only. Layers and experts that repeat are folded into one line unless --all is given.
@@ -35,14 +35,16 @@ def tensors(
     if every:
         for spec in specs:
             cut = "-" if spec.shard_dim is None else str(spec.shard_dim)
-            typer.echo(f"{spec.name}\t{spec.dtype}\t{list(spec.shape)}\t{cut}\t{spec.num_bytes}")
+            click.echo(f"{spec.name}\t{spec.dtype}\t{list(spec.shape)}\t{cut}\t{spec.num_bytes}")
     else:
-        out.print(_folded_table(specs))
+        out().print(_folded_table(specs))
     total = sum(spec.num_bytes for spec in specs)
-    typer.echo(f"{len(specs):,} tensors, {total:,} bytes ({total / 2**30:.2f} GiB)")
+    click.echo(f"{len(specs):,} tensors, {total:,} bytes ({total / 2**30:.2f} GiB)")
 
 
 def _folded_table(specs: list[TensorSpec]) -> Table:
+    from rich.table import Column, Table
+
     folded: dict[str, list[TensorSpec]] = {}
     for spec in specs:
         pattern = re.sub(r"(layers|experts|blocks)\.\d+", r"\1.*", spec.name)
@@ -64,21 +66,14 @@ def _folded_table(specs: list[TensorSpec]) -> Table:
     return table
 
 
-def check(
-    folder: Folder,
-    hashes: Annotated[
-        bool, typer.Option("--hash", help="Read every byte too, and hold each file against the hub's hash of it.")
-    ] = False,
-    manifest: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="The hashes, as `sha256sum` writes them; implies --hash.", show_default=False
-        ),
-    ] = None,
-    repair: Annotated[
-        bool, typer.Option("--repair", help="Print the commands that download just the bad files; implies --hash.")
-    ] = False,
-) -> None:
+@click.command(cls=Command)
+@folder_argument
+@click.option(
+    "--hash", "hashes", is_flag=True, help="Read every byte too, and hold each file against the hub's hash of it."
+)
+@click.option("--manifest", type=PATH, metavar="FILE", help="The hashes, as `sha256sum` writes them; implies --hash.")
+@click.option("--repair", is_flag=True, help="Print the commands that download just the bad files; implies --hash.")
+def check(folder: Path, hashes: bool, manifest: Path | None, repair: bool) -> None:
     """Hold a checkpoint against its table of tensors: names, shapes, dtypes and file sizes.
 
     What is wrong with files comes first, then tensors, a line for all of a kind in a layer. A checkpoint of this
@@ -99,7 +94,7 @@ def check(
 
     contents = _contents(folder, manifest) if hashes or repair or manifest else []
     for line in folded(contents):
-        out.print(line, highlight=False, markup=False, soft_wrap=True)
+        out().print(line, highlight=False, markup=False, soft_wrap=True)
     with progress_bar() as progress:
         task = progress.add_task("reading headers")
         try:
@@ -112,16 +107,16 @@ def check(
     said = {(problem.fault, problem.name) for problem in contents}
     report.problems = [problem for problem in report.problems if (problem.fault, problem.name) not in said]
     for line in folded(report.problems):
-        out.print(line, highlight=False, markup=False, soft_wrap=True)
+        out().print(line, highlight=False, markup=False, soft_wrap=True)
     sums = f"{report.num_tensors:,} tensors, {report.num_bytes:,} bytes in {report.num_files} files"
     if report.other_layout:
-        typer.echo(f"{sums}, this architecture in another layout, which an engine's own code serves:")
+        click.echo(f"{sums}, this architecture in another layout, which an engine's own code serves:")
         for reason in report.other_layout:
-            typer.echo(f"  {reason}")
+            click.echo(f"  {reason}")
     else:
-        typer.echo(f"{sums} are right.")
+        click.echo(f"{sums} are right.")
     if differing := differing_samples(folder):
-        typer.echo(f"chat_template.jinja renders otherwise than the one that ships: {', '.join(differing)}.")
+        click.echo(f"chat_template.jinja renders otherwise than the one that ships: {', '.join(differing)}.")
     problems = [*contents, *report.problems]
     if repair:
         _print_repair(folder, problems)
@@ -145,11 +140,11 @@ def _contents(folder: Path, manifest: Path | None) -> list[Problem]:
         task = progress.add_task("hashing", total=sum(file.stat().st_size for file in files if file.is_file()))
         problems = verify_contents(folder, expected, verified, lambda count: progress.advance(task, count))
     known = f", {verified.num_known} of them in an earlier run ({verified.file})" if verified.num_known else ""
-    typer.echo(f"{len(expected) - len(problems)} of {len(expected)} files hold what they should{known}.")
+    click.echo(f"{len(expected) - len(problems)} of {len(expected)} files hold what they should{known}.")
     hashed = {one.name for one in expected}
     for file in sorted(folder.glob("*.safetensors")):
         if file.name not in hashed:
-            typer.echo(f"{file.name} has no hash to hold it against.")
+            click.echo(f"{file.name} has no hash to hold it against.")
     return problems
 
 
@@ -161,37 +156,47 @@ def _print_repair(folder: Path, problems: list[Problem]) -> None:
     bad = (Fault.MISSING_FILE, Fault.UNREADABLE, Fault.WRONG_CONTENT)
     names = sorted({problem.name for problem in problems if problem.fault in bad})
     for command in repair_commands(folder, names, HUB_NAME):
-        typer.echo(command)
+        click.echo(command)
 
 
+@click.command(cls=Command)
+@click.argument("folder", cls=Argument, type=PATH, metavar="DIR", about="A new folder.")
+@click.option("--layers", default=3, help="Decoder layers; the first is dense.")
+@click.option("--experts", default=8, help="Routed experts of a layer.")
+@click.option("--top-k", default=2, help="Experts that a token goes to.")
+@click.option("--hidden-size", default=128, help="A multiple of 64.")
+@click.option("--moe-intermediate-size", default=64, help="Of one expert; a multiple of 32.")
+@click.option("--heads", default=4, help="Attention heads.")
+@click.option("--vocab-size", default=512, help="163840 gives the special tokens their published ids.")
+@click.option("--vision-layers", default=2, help="Layers of the vision tower.")
+@click.option("--shards", default=3, help="Weight files.")
+@click.option("--seed", default=0, help="The same sizes and seed give the same bytes.")
+@click.option(
+    "--lora",
+    type=PATH,
+    metavar="OUT",
+    help="Write LoRA adapters for it too, one of each way in which trainers name modules, as PEFT writes them.",
+)
+@click.option(
+    "--eagle3",
+    type=PATH,
+    metavar="OUT",
+    help="Write an Eagle3 draft for it too, in the layout of the published ones; needs five layers.",
+)
 def tiny(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.", show_default=False)],
-    layers: Annotated[int, typer.Option(help="Decoder layers; the first is dense.")] = 3,
-    experts: Annotated[int, typer.Option(help="Routed experts of a layer.")] = 8,
-    top_k: Annotated[int, typer.Option(help="Experts that a token goes to.")] = 2,
-    hidden_size: Annotated[int, typer.Option(help="A multiple of 64.")] = 128,
-    moe_intermediate_size: Annotated[int, typer.Option(help="Of one expert; a multiple of 32.")] = 64,
-    heads: Annotated[int, typer.Option(help="Attention heads.")] = 4,
-    vocab_size: Annotated[int, typer.Option(help="163840 gives the special tokens their published ids.")] = 512,
-    vision_layers: Annotated[int, typer.Option(help="Layers of the vision tower.")] = 2,
-    shards: Annotated[int, typer.Option(help="Weight files.")] = 3,
-    seed: Annotated[int, typer.Option(help="The same sizes and seed give the same bytes.")] = 0,
-    lora: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="OUT",
-            help="Write LoRA adapters for it too, one of each way in which trainers name modules, as PEFT writes them.",
-            show_default=False,
-        ),
-    ] = None,
-    eagle3: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="OUT",
-            help="Write an Eagle3 draft for it too, in the layout of the published ones; needs five layers.",
-            show_default=False,
-        ),
-    ] = None,
+    folder: Path,
+    layers: int,
+    experts: int,
+    top_k: int,
+    hidden_size: int,
+    moe_intermediate_size: int,
+    heads: int,
+    vocab_size: int,
+    vision_layers: int,
+    shards: int,
+    seed: int,
+    lora: Path | None,
+    eagle3: Path | None,
 ) -> None:
     """Write a small random checkpoint with exactly Kimi-K2.6's structure: a few MB, in seconds.
 
@@ -227,4 +232,4 @@ def tiny(
         fail(error)
     for made in written:
         size = sum(file.stat().st_size for file in made.iterdir())
-        typer.echo(f"{made}: {size / 1e6:.1f} MB")
+        click.echo(f"{made}: {size / 1e6:.1f} MB")

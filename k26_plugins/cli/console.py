@@ -2,42 +2,67 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, NoReturn
+from functools import cache
+from typing import TYPE_CHECKING, NoReturn
 
-import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+import click
 
-out = Console()
-err = Console(stderr=True)
+from k26_plugins.cli.command import PATH, Argument
 
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint's folder.", show_default=False)]
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, ProgressColumn
+
+folder_argument = click.argument("folder", cls=Argument, type=PATH, metavar="DIR", about="A checkpoint's folder.")
+
+
+# Functions, since rich takes as long to import as all else that `k26 --help` does.
+@cache
+def out() -> Console:
+    """Prints on the output stream."""
+    from rich.console import Console
+
+    return Console()
+
+
+@cache
+def err() -> Console:
+    """Prints on the error stream."""
+    from rich.console import Console
+
+    return Console(stderr=True)
 
 
 def fail(error: Exception | str, code: int = 1) -> NoReturn:
     """Say what is wrong on the error stream and end with `code`."""
-    err.print("[red]error:[/]", end=" ")
-    err.print(str(error), highlight=False, markup=False, soft_wrap=True)
-    raise typer.Exit(code)
+    err().print("[red]error:[/]", end=" ")
+    err().print(str(error), highlight=False, markup=False, soft_wrap=True)
+    raise click.exceptions.Exit(code)
 
 
 def progress_bar() -> Progress:
     """A bar on the error stream with counts, the time it took and an estimate of what is left."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=err, transient=True)
+    from rich import progress
+
+    return _bar(progress.MofNCompleteColumn(), progress.TimeElapsedColumn())
 
 
 def bytes_bar() -> Progress:
     """As `progress_bar`, for bytes, with their rate."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    return Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=err, transient=True)
+    from rich import progress
+
+    return _bar(progress.DownloadColumn(), progress.TransferSpeedColumn())
+
+
+def _bar(*figures: ProgressColumn) -> Progress:
+    from rich import progress
+
+    return progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        *figures,
+        progress.TextColumn("left"),
+        progress.TimeRemainingColumn(),
+        console=err(),
+        transient=True,
+    )

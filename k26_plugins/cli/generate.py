@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
+import click
 
-from k26_plugins.cli.console import Folder, err, fail
+from k26_plugins.cli.command import PATH, Argument, Command
+from k26_plugins.cli.console import err, fail, folder_argument
 
 
+@click.command(cls=Command)
+@folder_argument
+@click.argument("prompt", cls=Argument, about="The user's message.")
+@click.option("--image", type=PATH, multiple=True, help="An image that comes before the text; repeatable.")
+@click.option("--max-new-tokens", default=32, help="Tokens to generate at most.")
+@click.option("--temperature", default=0.0, help="0 takes the likeliest token.")
+@click.option("--top-p", default=1.0, help="Draw from the smallest set with this probability.")
+@click.option("--seed", default=0, help="Of the drawing.")
+@click.option("--thinking/--no-thinking", default=True, help="Thinking mode, or instant.")
 def generate(
-    folder: Folder,
-    prompt: Annotated[str, typer.Argument(help="The user's message.", show_default=False)],
-    image: Annotated[list[Path] | None, typer.Option(help="An image that comes before the text; repeatable.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 32,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Draw from the smallest set with this probability.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
-    thinking: Annotated[bool, typer.Option(help="Thinking mode, or instant.")] = True,
+    folder: Path,
+    prompt: str,
+    image: tuple[Path, ...],
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    thinking: bool,
 ) -> None:
     """Answer a message with the plain reference model, on the CPU.
 
@@ -37,7 +46,7 @@ def generate(
         checkpoint = Checkpoint(folder)
         tokenizer = KimiTokenizer(folder)
         tokenizer.check(checkpoint.config)
-        media = [[open_image(path.read_bytes())] for path in image or []]
+        media = [[open_image(path.read_bytes())] for path in image]
         parts: list[dict[str, str]] = [{"type": "image"} for _ in media]
         text = render(
             [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}], folder, thinking=thinking
@@ -53,7 +62,7 @@ def generate(
             counts = [h * w // media_config.merge_kernel_size**2 for _, h, w in grids.tolist()]
             placeholder = checkpoint.config.media_placeholder_token_id
             token_ids = expand_media_placeholders(token_ids, counts, placeholder)
-        with err.status("reading the checkpoint"):
+        with err().status("reading the checkpoint"):
             model = KimiK26(checkpoint)
     except (CheckpointError, ConfigError, MediaError, TokenizerError, OSError) as error:
         fail(error)
@@ -72,6 +81,6 @@ def generate(
         whole = tokenizer.decode(answer)
         # A character may take several tokens: what does not decode yet waits.
         if not whole.endswith("\ufffd"):
-            typer.echo(whole[printed:], nl=False)
+            click.echo(whole[printed:], nl=False)
             printed = len(whole)
-    typer.echo(tokenizer.decode(answer)[printed:])
+    click.echo(tokenizer.decode(answer)[printed:])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
+import click
 
-from k26_plugins.cli.console import Folder, err, fail, progress_bar
+from k26_plugins.cli.command import PATH, Command
+from k26_plugins.cli.console import err, fail, folder_argument, progress_bar
 from k26_plugins.cli.reports import require_writable
 
 if TYPE_CHECKING:
@@ -18,16 +19,18 @@ if TYPE_CHECKING:
 ENOUGH_TOKENS = 12
 
 
-def golden(
-    folder: Folder,
-    prompts: Annotated[Path, typer.Option(help="A file with a prompt a line, as JSON; see below.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="The golden file to write (safetensors).", show_default=False)],
-    answer_tokens: Annotated[
-        int,
-        typer.Option(min=1, help="Tokens of each prompt's greedy answer. Each after the first reads experts again."),
-    ] = 8,
-    top_k: Annotated[int, typer.Option(min=1, help="Likeliest tokens to keep at each position.")] = 64,
-) -> None:
+@click.command(cls=Command)
+@folder_argument
+@click.option("--prompts", type=PATH, required=True, help="A file with a prompt a line, as JSON; see below.")
+@click.option("--out", type=PATH, required=True, help="The golden file to write (safetensors).")
+@click.option(
+    "--answer-tokens",
+    type=click.IntRange(min=1),
+    default=8,
+    help="Tokens of each prompt's greedy answer. Each after the first reads experts again.",
+)
+@click.option("--top-k", type=click.IntRange(min=1), default=64, help="Likeliest tokens to keep at each position.")
+def golden(folder: Path, prompts: Path, out: Path, answer_tokens: int, top_k: int) -> None:
     """Compute what the reference answers, for `k26 verify` to hold an endpoint against.
 
     Needs no GPU and little memory: one layer is in memory at a time, all prompts go through it together, and a routed
@@ -54,9 +57,9 @@ def golden(
     expected = (CheckpointError, ConfigError, MediaError, PromptError, StateError, TokenizerError, OSError)
     try:
         with StreamedCheckpoint(folder) as checkpoint:
-            with err.status("reading headers and prompts"):
+            with err().status("reading headers and prompts"):
                 job = GoldenJob(checkpoint, read_prompts(prompts, folder), out, top_k, answer_tokens)
-            typer.echo(_what_it_takes(job))
+            click.echo(_what_it_takes(job))
             begin = time.perf_counter()
             with progress_bar() as progress:
                 task = progress.add_task("layers", total=job.steps)
@@ -65,8 +68,8 @@ def golden(
     except expected as error:
         fail(error)
     rate = checkpoint.bytes_read / seconds / 1e9
-    typer.echo(_what_experts_saw(made))
-    typer.echo(f"{out}: {checkpoint.bytes_read / 1e9:.2f} GB read in {seconds:.0f} s ({rate:.2f} GB/s).")
+    click.echo(_what_experts_saw(made))
+    click.echo(f"{out}: {checkpoint.bytes_read / 1e9:.2f} GB read in {seconds:.0f} s ({rate:.2f} GB/s).")
 
 
 def _what_experts_saw(made: Golden) -> str:

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
-from rich.table import Table
+import click
 
+from k26_plugins.cli.command import PATH, Argument, Command
 from k26_plugins.cli.console import fail, out
 from k26_plugins.cli.reports import require_writable
 
 
-def media(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="An image or a video.", show_default=False)],
-    sheet: Annotated[Path | None, typer.Option(help="Where the picture goes. [default: FILE-k26.png, here]")] = None,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Take its preprocessor_config.json. [default: the published settings]")
-    ] = None,
-) -> None:
+@click.command(cls=Command)
+@click.argument("file", cls=Argument, type=PATH, metavar="FILE", about="An image or a video.")
+@click.option("--sheet", type=PATH, help="Where the picture goes. [default: FILE-k26.png, here]")
+@click.option("--checkpoint", type=PATH, help="Take its preprocessor_config.json. [default: the published settings]")
+def media(file: Path, sheet: Path | None, checkpoint: Path | None) -> None:
     """Show what the model sees of an image or a video: frames, grid of patches, tokens, and a picture of the frames.
 
     Width and height of the picture's frames are those that the model gets, padding included, shrunk to 320 pixels.
     """
+    from rich.table import Table
+
     from k26_plugins.common.contact_sheet import Frame, contact_sheet, thumbnail, unpatchify
     from k26_plugins.common.media import MediaConfig, MediaError, open_image, preprocess
     from k26_plugins.common.video import read_chunks
@@ -60,5 +59,5 @@ def media(
         contact_sheet(frames).save(target)
     except (MediaError, OSError) as error:
         fail(error)
-    out.print(table)
-    typer.echo(f"{len(frames):,} frames, {total:,} tokens; picture: {target}")
+    out().print(table)
+    click.echo(f"{len(frames):,} frames, {total:,} tokens; picture: {target}")

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
+import click
 
-from k26_plugins.cli.console import Folder, bytes_bar, fail
+from k26_plugins.cli.command import PATH, Argument, Command
+from k26_plugins.cli.console import bytes_bar, fail, folder_argument
 
 
-def merge(
-    folder: Folder,
-    adapter: Annotated[
-        Path, typer.Argument(metavar="ADAPTER", help="A LoRA adapter's folder, as PEFT writes it.", show_default=False)
-    ],
-    target: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.", show_default=False)],
-) -> None:
+@click.command(cls=Command)
+@folder_argument
+@click.argument(
+    "adapter", cls=Argument, type=PATH, metavar="ADAPTER", about="A LoRA adapter's folder, as PEFT writes it."
+)
+@click.argument("target", cls=Argument, type=PATH, metavar="OUT", about="A new folder.")
+def merge(folder: Path, adapter: Path, target: Path) -> None:
     """Write a checkpoint into which a LoRA adapter is merged: every engine serves it, also where it refuses the adapter.
 
     Modules may be named as the hub's class, transformers' own, or a class of the language model alone names them. Routed
@@ -36,6 +36,6 @@ def merge(
             report = run_merge(folder, adapter, target, lambda count: progress.advance(task, count))
     except (MergeError, CheckpointError, ConfigError, OSError) as error:
         fail(error)
-    typer.echo(f"{report.num_modules} linear layers were changed, {report.num_int4} of them INT4.")
+    click.echo(f"{report.num_modules} linear layers were changed, {report.num_int4} of them INT4.")
     if report.num_int4:
-        typer.echo(f"Rounding those to INT4 is an error of {report.share_lost:.0%} of the adapter's change of them.")
+        click.echo(f"Rounding those to INT4 is an error of {report.share_lost:.0%} of the adapter's change of them.")

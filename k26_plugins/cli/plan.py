@@ -7,10 +7,11 @@ import re
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
+import click
 
+from k26_plugins.cli.command import Command, FloatRange, OneOf
 from k26_plugins.cli.console import err, fail
 
 if TYPE_CHECKING:
@@ -34,51 +35,78 @@ class KvDtype(StrEnum):
     FP8 = "fp8"
 
 
-Gpus = Annotated[
-    str | None,
-    typer.Option(help="Such as 8xH200, 4x'RTX 4090 48GB' or memory in GiB: 8x96. [default: this machine's]"),
-]
-EngineOption = Annotated[Engine, typer.Option(help="Which engine serves.")]
-Context = Annotated[int, typer.Option(min=1, help="Tokens of one request, prompt and answer.")]
-Concurrency = Annotated[int, typer.Option(min=1, help="Requests of that length at the same time.")]
-Images = Annotated[int, typer.Option(min=0, help="Images of the largest size in each request, beside the context.")]
-KvDtypeOption = Annotated[KvDtype, typer.Option(help="Of the KV cache.")]
-MemoryFraction = Annotated[
-    float, typer.Option(min=0.05, max=1.0, help="Share of each GPU's memory that the engine may use.")
-]
-Ram = Annotated[float | None, typer.Option(help="System memory, GB, for the hybrid run. [default: this machine's]")]
-RamBandwidth = Annotated[float | None, typer.Option(help="Of system memory, GB/s: bounds the hybrid run's speed.")]
-Cores = Annotated[
-    int | None, typer.Option(min=1, help="Physical CPU cores, for the hybrid run's command. [default: this machine's]")
-]
-Sockets = Annotated[
-    int | None, typer.Option(min=1, help="CPU sockets (NUMA nodes), likewise. [default: this machine's]")
-]
+engine_option = click.option("--engine", type=OneOf(Engine), default=Engine.VLLM.value, help="Which engine serves.")
+context_option = click.option(
+    "--context", type=click.IntRange(min=1), default=131072, help="Tokens of one request, prompt and answer."
+)
+concurrency_option = click.option(
+    "--concurrency", type=click.IntRange(min=1), default=1, help="Requests of that length at the same time."
+)
+images_option = click.option(
+    "--images",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Images of the largest size in each request, beside the context.",
+)
+kv_dtype_option = click.option("--kv-dtype", type=OneOf(KvDtype), default=KvDtype.BF16.value, help="Of the KV cache.")
+memory_fraction_option = click.option(
+    "--gpu-memory-utilization",
+    type=FloatRange(min=0.05, max=1.0),
+    default=0.9,
+    help="Share of each GPU's memory that the engine may use.",
+)
+ram_option = click.option("--ram", type=float, help="System memory, GB, for the hybrid run. [default: this machine's]")
+ram_bandwidth_option = click.option(
+    "--ram-bandwidth", type=float, help="Of system memory, GB/s: bounds the hybrid run's speed."
+)
+cores_option = click.option(
+    "--cores",
+    type=click.IntRange(min=1),
+    help="Physical CPU cores, for the hybrid run's command. [default: this machine's]",
+)
+sockets_option = click.option(
+    "--sockets", type=click.IntRange(min=1), help="CPU sockets (NUMA nodes), likewise. [default: this machine's]"
+)
 
 
+@click.command(cls=Command)
+@click.option("--gpus", help="Such as 8xH200, 4x'RTX 4090 48GB' or memory in GiB: 8x96. [default: this machine's]")
+@engine_option
+@context_option
+@concurrency_option
+@images_option
+@kv_dtype_option
+@memory_fraction_option
+@ram_option
+@ram_bandwidth_option
+@cores_option
+@sockets_option
+@click.option(
+    "--measure",
+    is_flag=True,
+    help="Measure this machine's CPU and links, a few seconds: predicts the hybrid run's speed.",
+)
+@click.option("--checkpoint", default=HUB_NAME, help="A folder, or a name on the hub for the published sizes.")
+@click.option(
+    "--compare/--no-compare", default=False, help="A table of all engines and layouts of this machine, no command."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def plan(
-    gpus: Gpus = None,
-    engine: EngineOption = Engine.VLLM,
-    context: Context = 131072,
-    concurrency: Concurrency = 1,
-    images: Images = 0,
-    kv_dtype: KvDtypeOption = KvDtype.BF16,
-    gpu_memory_utilization: MemoryFraction = 0.9,
-    ram: Ram = None,
-    ram_bandwidth: RamBandwidth = None,
-    cores: Cores = None,
-    sockets: Sockets = None,
-    measure: Annotated[
-        bool,
-        typer.Option(
-            "--measure", help="Measure this machine's CPU and links, a few seconds: predicts the hybrid run's speed."
-        ),
-    ] = False,
-    checkpoint: Annotated[str, typer.Option(help="A folder, or a name on the hub for the published sizes.")] = HUB_NAME,
-    compare: Annotated[
-        bool, typer.Option(help="A table of all engines and layouts of this machine, no command.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    gpus: str | None,
+    engine: Engine,
+    context: int,
+    concurrency: int,
+    images: int,
+    kv_dtype: KvDtype,
+    gpu_memory_utilization: float,
+    ram: float | None,
+    ram_bandwidth: float | None,
+    cores: int | None,
+    sockets: int | None,
+    measure: bool,
+    checkpoint: str,
+    compare: bool,
+    as_json: bool,
 ) -> None:
     """Say whether Kimi-K2.6 fits on a machine, why, what is left for the KV cache, and the exact launch command.
 
@@ -103,9 +131,9 @@ def plan(
         return
     load = load_of(context, concurrency, images, kv_dtype, gpu_memory_utilization)
     made = plan_for(gpus, engine, load, ram, ram_bandwidth, cores, sockets, checkpoint, measure=measure)
-    typer.echo(json.dumps(report.as_json(made), indent=1) if as_json else report.as_text(made))
+    click.echo(json.dumps(report.as_json(made), indent=1) if as_json else report.as_text(made))
     if not made.fits:
-        raise typer.Exit(1)
+        raise click.exceptions.Exit(1)
 
 
 def _compare(gpus: str | None, load: Load, ram: float | None, checkpoint: str, as_json: bool) -> None:
@@ -113,9 +141,9 @@ def _compare(gpus: str | None, load: Load, ram: float | None, checkpoint: str, a
 
     config, machine = _of(gpus, ram, None, None, None, checkpoint, load)
     rows = compare(config, machine, load)
-    typer.echo(json.dumps([asdict(row) for row in rows], indent=1) if as_json else as_table(rows))
+    click.echo(json.dumps([asdict(row) for row in rows], indent=1) if as_json else as_table(rows))
     if not any(row.fits for row in rows):
-        raise typer.Exit(1)
+        raise click.exceptions.Exit(1)
 
 
 def load_of(context: int, concurrency: int, images: int, kv_dtype: KvDtype, memory_fraction: float) -> Load:
@@ -166,7 +194,7 @@ def _measured(config: K26Config) -> Rates:
     from k26_plugins.operate.hybrid_rates import measure
 
     try:
-        with err.status("measuring the CPU's experts and the links to the GPUs"):
+        with err().status("measuring the CPU's experts and the links to the GPUs"):
             return measure(config.text)
     except (ExpertsError, ValueError) as error:
         fail(error)

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
-from rich.table import Table
+import click
 
-from k26_plugins.cli.console import Folder, fail, out, progress_bar
+from k26_plugins.cli.command import PATH, Command
+from k26_plugins.cli.console import fail, folder_argument, out, progress_bar
+from k26_plugins.cli.plan import ram_bandwidth_option
 from k26_plugins.cli.reports import require_writable
 
 # Shares of the experts on the GPUs that the table shows.
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 3, 1 / 2, 3 / 4)
 
 
-def profile(
-    folder: Folder,
-    prompts: Annotated[
-        Path, typer.Option(help="A file with a prompt a line, as for `k26 golden`.", show_default=False)
-    ],
-    save: Annotated[Path | None, typer.Option(help="Where the profile goes. [default: beside the checkpoint]")] = None,
-    ram_bandwidth: Annotated[
-        float | None, typer.Option(help="Of system memory, GB/s: bounds the hybrid run's speed.")
-    ] = None,
-) -> None:
+@click.command(cls=Command)
+@folder_argument
+@click.option("--prompts", type=PATH, required=True, help="A file with a prompt a line, as for `k26 golden`.")
+@click.option("--save", type=PATH, help="Where the profile goes. [default: beside the checkpoint]")
+@ram_bandwidth_option
+def profile(folder: Path, prompts: Path, save: Path | None, ram_bandwidth: float | None) -> None:
     """Count which experts your prompts use, so that a hybrid run keeps those on the GPUs.
 
     Runs the plain reference model over the prompts, on the CPU: each expert that a prompt chooses is read from the mapped
@@ -34,6 +30,8 @@ def profile(
 
     The speed is a bound: the experts that are left, read once a token at the bandwidth given. Nobody measured it.
     """
+    from rich.table import Table
+
     from k26_plugins.common.checkpoint import CheckpointError
     from k26_plugins.common.config import ConfigError, K26Config
     from k26_plugins.common.experts.placement import PROFILE_FILE
@@ -64,5 +62,5 @@ def profile(
         table.add_row(
             f"{count} of {text.n_routed_experts}", f"{hits:.0%}", f"{found.hit_rate_of_first(count):.0%}", speed
         )
-    out.print(table)
-    typer.echo(f"{found.num_tokens:,} tokens; profile: {target}")
+    out().print(table)
+    click.echo(f"{found.num_tokens:,} tokens; profile: {target}")

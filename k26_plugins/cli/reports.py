@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
 
-import typer
+import click
 
+from k26_plugins.cli.command import PATH
 from k26_plugins.cli.console import fail
 
-JsonOut = Annotated[Path | None, typer.Option("--json", help="Write everything measured as JSON.")]
-HtmlOut = Annotated[Path | None, typer.Option("--html", help="Write one page with plots.")]
+json_option = click.option("--json", "json_out", type=PATH, help="Write everything measured as JSON.")
+html_option = click.option("--html", "html_out", type=PATH, help="Write one page with plots.")
 
 
 def require_plots(html_out: Path | None, code: int) -> None:

@@ -5,44 +5,60 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
 
-import typer
+import click
 
-from k26_plugins.cli.console import Folder, err, fail
+from k26_plugins.cli.command import Command
+from k26_plugins.cli.console import err, fail, folder_argument, out
 from k26_plugins.cli.doctor import show
 from k26_plugins.cli.plan import (
-    Concurrency,
-    Context,
-    Cores,
     Engine,
-    EngineOption,
-    Images,
     KvDtype,
-    KvDtypeOption,
-    MemoryFraction,
-    Ram,
-    Sockets,
+    concurrency_option,
+    context_option,
+    cores_option,
+    engine_option,
+    images_option,
+    kv_dtype_option,
     load_of,
+    memory_fraction_option,
     plan_for,
+    ram_option,
+    sockets_option,
 )
 
 
+# What follows `--` is the engine's.
+@click.command(cls=Command, context_settings={"allow_extra_args": True})
+@folder_argument
+@engine_option
+@click.option("--gpus", help="As for `k26 plan`; by default those of this machine.")
+@context_option
+@concurrency_option
+@images_option
+@kv_dtype_option
+@memory_fraction_option
+@ram_option
+@cores_option
+@sockets_option
+@click.option("--anyway/--no-anyway", default=False, help="Start although the doctor found something bad.")
+@click.option("--dry-run/--no-dry-run", default=False, help="Print the command and stop.")
+@click.pass_context
 def serve(
-    context_of_command: typer.Context,
-    folder: Folder,
-    engine: EngineOption = Engine.VLLM,
-    gpus: Annotated[str | None, typer.Option(help="As for `k26 plan`; by default those of this machine.")] = None,
-    context: Context = 131072,
-    concurrency: Concurrency = 1,
-    images: Images = 0,
-    kv_dtype: KvDtypeOption = KvDtype.BF16,
-    gpu_memory_utilization: MemoryFraction = 0.9,
-    ram: Ram = None,
-    cores: Cores = None,
-    sockets: Sockets = None,
-    anyway: Annotated[bool, typer.Option(help="Start although the doctor found something bad.")] = False,
-    dry_run: Annotated[bool, typer.Option(help="Print the command and stop.")] = False,
+    context_of_command: click.Context,
+    folder: Path,
+    engine: Engine,
+    gpus: str | None,
+    context: int,
+    concurrency: int,
+    images: int,
+    kv_dtype: KvDtype,
+    gpu_memory_utilization: float,
+    ram: float | None,
+    cores: int | None,
+    sockets: int | None,
+    anyway: bool,
+    dry_run: bool,
 ) -> None:
     """Plan, look at the environment, and start the engine's own command, which is printed first.
 
@@ -57,7 +73,7 @@ def serve(
     if _is_other_layout(folder):
         if engine == Engine.KTRANSFORMERS:
             fail("KTransformers reads the published layout only.")
-        err.print("another layout of this architecture: nothing is planned for it.")
+        err().print("another layout of this architecture: nothing is planned for it.")
         command = plain_command(engine.value, str(folder), None if gpus or _has_gpu() else "cpu")
     elif gpus is None and not _has_gpu():
         if engine == Engine.KTRANSFORMERS:
@@ -66,20 +82,20 @@ def serve(
     else:
         load = load_of(context, concurrency, images, kv_dtype, gpu_memory_utilization)
         made = plan_for(gpus, engine, load, ram, None, cores, sockets, str(folder))
-        err.print(as_text(made), highlight=False, markup=False, soft_wrap=True)
+        err().print(as_text(made), highlight=False, markup=False, soft_wrap=True)
         if not made.fits:
-            raise typer.Exit(1)
+            raise click.exceptions.Exit(1)
         if len(made.commands) > 1:
             fail(f"this plan is for {len(made.commands)} machines: start the commands above, one on each.")
         command = made.commands[0]
-    with err.status("looking at this environment"):
+    with err().status("looking at this environment"):
         bad = [finding for finding in examine(folder, engine.value, measure=False) if finding.level == Level.BAD]
     if bad:
-        show(bad)
+        show(bad, out())
         if not anyway:
             fail("this would not serve as it should: mend it, or give --anyway.")
     command += context_of_command.args
-    typer.echo(shown(command))
+    click.echo(shown(command))
     if dry_run:
         return
     sys.stdout.flush()

@@ -4,61 +4,91 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
 
-import typer
+import click
 
+from k26_plugins.cli.command import PATH, Command, FloatRange
 from k26_plugins.cli.console import fail, progress_bar
-from k26_plugins.cli.reports import HtmlOut, JsonOut, require_plots, require_writable, write
+from k26_plugins.cli.reports import html_option, json_option, require_plots, require_writable, write
+from k26_plugins.cli.verify import api_key_option, model_option, url_option
 
 NOT_HELD = 1
 NOT_ASKED = 2
 
 
+@click.command(cls=Command)
+@url_option
+@click.option("--agents", type=click.IntRange(min=1), default=300, help="Sub-agents, all working at once.")
+@click.option(
+    "--steps", type=click.IntRange(min=1), default=4000, help="Requests in all, the orchestrator's among them."
+)
+@click.option(
+    "--prefix-tokens",
+    type=click.IntRange(min=0),
+    default=4000,
+    help="Length of the records that all share, beside the system prompt and four tools. Without --checkpoint four "
+    "characters count as a token.",
+)
+@click.option("--answer-tokens", type=click.IntRange(min=1), default=48, help="Longest answer to a step.")
+@click.option("--images", type=FloatRange(min=0, max=1), default=0.1, help="Share of agents whose task has an image.")
+@click.option(
+    "--concurrency", type=click.IntRange(min=1), help="Closed loop: requests at once. As many as agents by default."
+)
+@click.option(
+    "--rate", type=FloatRange(min=0.001), help="Open loop: Poisson arrivals a second, in place of --concurrency."
+)
+@click.option("--tool-latency", type=FloatRange(min=0), default=0.2, help="Mean seconds that a tool takes.")
+@click.option("--thinking/--no-thinking", default=False, help="Let the model think before it answers.")
+@click.option(
+    "--checkpoint",
+    type=PATH,
+    metavar="DIR",
+    help="The served checkpoint: every prompt's tokens are held against it.",
+)
+@click.option(
+    "--secrets/--no-secrets",
+    default=None,
+    help="Whether agents must know their code words; by default the model is tried.",
+)
+@click.option("--replays", type=click.IntRange(min=0), default=40, help="Steps that are asked again alone in the end.")
+@click.option(
+    "--deterministic/--no-deterministic",
+    default=False,
+    help="Those must be answered word for word as before: for batch-invariant servers.",
+)
+@click.option("--hostile", type=click.IntRange(min=0), default=0, help="Hostile requests during the run.")
+@click.option("--drops", type=click.IntRange(min=0), default=0, help="Clients that hang up in the middle of an answer.")
+@click.option("--pid", type=int, help="The server's process, for its memory. Found by the port on this machine.")
+@click.option("--seed", default=0, help="Everything sent follows from it.")
+@click.option("--timeout", type=FloatRange(min=1), default=600, help="Seconds without a byte until a request is lost.")
+@model_option
+@api_key_option
+@json_option
+@html_option
 def swarm(
-    url: Annotated[str, typer.Option(help="The server, such as http://localhost:8000.", show_default=False)],
-    agents: Annotated[int, typer.Option(min=1, help="Sub-agents, all working at once.")] = 300,
-    steps: Annotated[int, typer.Option(min=1, help="Requests in all, the orchestrator's among them.")] = 4000,
-    prefix_tokens: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            help="Length of the records that all share, beside the system prompt and four tools. Without --checkpoint "
-            "four characters count as a token.",
-        ),
-    ] = 4000,
-    answer_tokens: Annotated[int, typer.Option(min=1, help="Longest answer to a step.")] = 48,
-    images: Annotated[float, typer.Option(min=0, max=1, help="Share of agents whose task has an image.")] = 0.1,
-    concurrency: Annotated[
-        int | None, typer.Option(min=1, help="Closed loop: requests at once. As many as agents by default.")
-    ] = None,
-    rate: Annotated[
-        float | None, typer.Option(min=0.001, help="Open loop: Poisson arrivals a second, in place of --concurrency.")
-    ] = None,
-    tool_latency: Annotated[float, typer.Option(min=0, help="Mean seconds that a tool takes.")] = 0.2,
-    thinking: Annotated[bool, typer.Option(help="Let the model think before it answers.")] = False,
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="The served checkpoint: every prompt's tokens are held against it."),
-    ] = None,
-    secrets: Annotated[
-        bool | None, typer.Option(help="Whether agents must know their code words; by default the model is tried.")
-    ] = None,
-    replays: Annotated[int, typer.Option(min=0, help="Steps that are asked again alone in the end.")] = 40,
-    deterministic: Annotated[
-        bool, typer.Option(help="Those must be answered word for word as before: for batch-invariant servers.")
-    ] = False,
-    hostile: Annotated[int, typer.Option(min=0, help="Hostile requests during the run.")] = 0,
-    drops: Annotated[int, typer.Option(min=0, help="Clients that hang up in the middle of an answer.")] = 0,
-    pid: Annotated[
-        int | None, typer.Option(help="The server's process, for its memory. Found by the port on this machine.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Everything sent follows from it.")] = 0,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds without a byte until a request is lost.")] = 600,
-    model: Annotated[str | None, typer.Option(help="Which model, where the server has several.")] = None,
-    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="Where the server wants one.")] = None,
-    json_out: JsonOut = None,
-    html_out: HtmlOut = None,
+    url: str,
+    agents: int,
+    steps: int,
+    prefix_tokens: int,
+    answer_tokens: int,
+    images: float,
+    concurrency: int | None,
+    rate: float | None,
+    tool_latency: float,
+    thinking: bool,
+    checkpoint: Path | None,
+    secrets: bool | None,
+    replays: int,
+    deterministic: bool,
+    hostile: int,
+    drops: int,
+    pid: int | None,
+    seed: int,
+    timeout: float,
+    model: str | None,
+    api_key: str | None,
+    json_out: Path | None,
+    html_out: Path | None,
 ) -> None:
     """Send an agent swarm's traffic to a running server, and say how fast and how rightly it was served.
 
@@ -160,12 +190,12 @@ def swarm(
     except (EndpointError, ShapeError, ConfigError, TokenizerError, ConnectionError, OSError) as error:
         fail(error, NOT_ASKED)
     figures = figures_of(run)
-    typer.echo(as_text(endpoint.url, endpoint.engine, figures, verdict))
+    click.echo(as_text(endpoint.url, endpoint.engine, figures, verdict))
     if accountant is None:
-        typer.echo("  not shown: whether prompts held their tokens. Give --checkpoint.")
+        click.echo("  not shown: whether prompts held their tokens. Give --checkpoint.")
     if not repeats:
-        typer.echo("  not shown: code words. This model does not repeat one.")
+        click.echo("  not shown: code words. This model does not repeat one.")
     write(json_out, lambda: json.dumps(as_json(endpoint.url, endpoint.engine, run, figures, verdict)) + "\n")
     write(html_out, lambda: as_html(endpoint.url, endpoint.engine, run, figures, verdict))
     if not verdict.passed:
-        raise typer.Exit(NOT_HELD)
+        raise click.exceptions.Exit(NOT_HELD)

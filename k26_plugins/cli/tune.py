@@ -5,10 +5,11 @@ from __future__ import annotations
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
+import click
 
+from k26_plugins.cli.command import PATH, Command, OneOf
 from k26_plugins.cli.console import fail, out, progress_bar
 from k26_plugins.cli.plan import HUB_NAME, is_hub_name
 from k26_plugins.cli.reports import require_writable
@@ -25,19 +26,35 @@ class Engine(StrEnum):
     SGLANG = "sglang"
 
 
+@click.command(cls=Command)
+@click.option("--tp", type=click.IntRange(min=1), default=1, help="Ranks that each expert is cut for.")
+@click.option(
+    "--ep",
+    type=click.IntRange(min=1),
+    default=1,
+    help="Ranks that the experts are dealt out to; vLLM's -tp 8 with expert parallel: 8.",
+)
+@click.option("--engine", type=OneOf(Engine), help="Whose kernels are compared. [default: the one that is installed]")
+@click.option(
+    "--for",
+    "purpose",
+    type=OneOf(Purpose),
+    default=Purpose.BOTH.value,
+    help="Which batches the server is for.",
+)
+@click.option("--quick/--no-quick", default=False, help="Five sizes, even routing, no search for tiles.")
+@click.option("--checkpoint", default=HUB_NAME, help="A folder, or a name on the hub for the published sizes.")
+@click.option("--save", type=PATH, help="Where the outcome goes. [default: the cache folder]")
+@click.option("--plot", type=PATH, help="Write a plot, such as tune.png.")
 def tune(
-    tp: Annotated[int, typer.Option(min=1, help="Ranks that each expert is cut for.")] = 1,
-    ep: Annotated[
-        int, typer.Option(min=1, help="Ranks that the experts are dealt out to; vLLM's -tp 8 with expert parallel: 8.")
-    ] = 1,
-    engine: Annotated[
-        Engine | None, typer.Option(help="Whose kernels are compared. [default: the one that is installed]")
-    ] = None,
-    purpose: Annotated[Purpose, typer.Option("--for", help="Which batches the server is for.")] = Purpose.BOTH,
-    quick: Annotated[bool, typer.Option(help="Five sizes, even routing, no search for tiles.")] = False,
-    checkpoint: Annotated[str, typer.Option(help="A folder, or a name on the hub for the published sizes.")] = HUB_NAME,
-    save: Annotated[Path | None, typer.Option(help="Where the outcome goes. [default: the cache folder]")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write a plot, such as tune.png.")] = None,
+    tp: int,
+    ep: int,
+    engine: Engine | None,
+    purpose: Purpose,
+    quick: bool,
+    checkpoint: str,
+    save: Path | None,
+    plot: Path | None,
 ) -> None:
     """Time the core's kernels and the engine's for the INT4 experts on this GPU, so that servers take what wins.
 
@@ -76,12 +93,12 @@ def tune(
             on_step=lambda step: bar.update(task, description=step, advance=1),
         )
     write_outcome(outcome, file)
-    out.print(as_table(outcome))
+    out().print(as_table(outcome))
     for note in notes(outcome):
-        out.print(note, highlight=False, markup=False, soft_wrap=True)
+        out().print(note, highlight=False, markup=False, soft_wrap=True)
     choice = choose(outcome.timings, outcome.purpose)
-    typer.echo(f"chosen: {choice.kernel or 'the engine itself'}: {choice.why}")
-    typer.echo(f"outcome: {file}")
+    click.echo(f"chosen: {choice.kernel or 'the engine itself'}: {choice.why}")
+    click.echo(f"outcome: {file}")
     if plot is not None:
         draw(outcome, plot)
 

@@ -4,34 +4,51 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
 
-import typer
+import click
 
+from k26_plugins.cli.command import PATH, Argument, Command
 from k26_plugins.cli.console import fail, progress_bar
-from k26_plugins.cli.reports import HtmlOut, JsonOut, require_plots, require_writable, write
+from k26_plugins.cli.reports import html_option, json_option, require_plots, require_writable, write
 
 NOT_RIGHT = 1
 NOT_ASKED = 2
 
-ApiKey = Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="Where the server wants one.")]
+url_option = click.option("--url", required=True, help="The server, such as http://localhost:8000.")
+model_option = click.option("--model", help="Which model, where the server has several.")
+api_key_option = click.option(
+    "--api-key", envvar="OPENAI_API_KEY", show_envvar=True, help="Where the server wants one."
+)
 
 
+@click.command(cls=Command)
+@url_option
+@click.option("--golden", type=PATH, required=True, help="A file of `k26 golden`.")
+@model_option
+@api_key_option
+@click.option("--tools/--no-tools", default=False, help="Ask for tool calls too. The server needs its kimi_k2 parsers.")
+@click.option(
+    "--conformance/--no-conformance",
+    default=False,
+    help="Ask what published suites ask too: image token counts, parameters, tool calls by schema.",
+)
+@click.option(
+    "--needle/--no-needle",
+    default=False,
+    help="Ask for one line of prompts of 8,000, 70,000 and 200,000 tokens too, where they fit.",
+)
+@json_option
+@html_option
 def verify(
-    url: Annotated[str, typer.Option(help="The server, such as http://localhost:8000.", show_default=False)],
-    golden: Annotated[Path, typer.Option(help="A file of `k26 golden`.", show_default=False)],
-    model: Annotated[str | None, typer.Option(help="Which model, where the server has several.")] = None,
-    api_key: ApiKey = None,
-    tools: Annotated[bool, typer.Option(help="Ask for tool calls too. The server needs its kimi_k2 parsers.")] = False,
-    conformance: Annotated[
-        bool,
-        typer.Option(help="Ask what published suites ask too: image token counts, parameters, tool calls by schema."),
-    ] = False,
-    needle: Annotated[
-        bool, typer.Option(help="Ask for one line of prompts of 8,000, 70,000 and 200,000 tokens too, where they fit.")
-    ] = False,
-    json_out: JsonOut = None,
-    html_out: HtmlOut = None,
+    url: str,
+    golden: Path,
+    model: str | None,
+    api_key: str | None,
+    tools: bool,
+    conformance: bool,
+    needle: bool,
+    json_out: Path | None,
+    html_out: Path | None,
 ) -> None:
     """Hold a running server against golden logits: vLLM, SGLang, KTransformers, or any OpenAI-compatible endpoint.
 
@@ -86,20 +103,27 @@ def verify(
                 measured.not_shown += notes
     except (GoldenError, EndpointError, OSError) as error:
         fail(error, NOT_ASKED)
-    typer.echo(as_text(measured, verdict))
+    click.echo(as_text(measured, verdict))
     write(json_out, lambda: json.dumps(as_json(expected, measured, verdict), indent=1) + "\n")
     write(html_out, lambda: as_html(expected, measured, verdict))
     if not verdict.passed:
-        raise typer.Exit(NOT_RIGHT)
+        raise click.exceptions.Exit(NOT_RIGHT)
 
 
+@click.command(cls=Command)
+@click.argument("urls", cls=Argument, nargs=-1, required=True, metavar="URL URL...", about="Two servers or more.")
+@click.option("--prompts", type=PATH, required=True, help="A file of prompts, as `k26 golden` takes it.")
+@click.option("--answer-tokens", type=click.IntRange(min=1), default=8, help="Tokens of each greedy answer.")
+@api_key_option
+@json_option
+@html_option
 def compare(
-    urls: Annotated[list[str], typer.Argument(metavar="URL URL...", help="Two servers or more.", show_default=False)],
-    prompts: Annotated[Path, typer.Option(help="A file of prompts, as `k26 golden` takes it.", show_default=False)],
-    answer_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each greedy answer.")] = 8,
-    api_key: ApiKey = None,
-    json_out: JsonOut = None,
-    html_out: HtmlOut = None,
+    urls: tuple[str, ...],
+    prompts: Path,
+    answer_tokens: int,
+    api_key: str | None,
+    json_out: Path | None,
+    html_out: Path | None,
 ) -> None:
     """Hold running servers against each other, every pair of them, where there is no golden file.
 
@@ -128,8 +152,8 @@ def compare(
             )
     except (EndpointError, PromptError) as error:
         fail(error, NOT_ASKED)
-    typer.echo(as_text(pairs, endpoints))
+    click.echo(as_text(pairs, endpoints))
     write(json_out, lambda: json.dumps(as_json(pairs, endpoints), indent=1) + "\n")
     write(html_out, lambda: as_html(pairs, endpoints))
     if not all(pair.agree for pair in pairs):
-        raise typer.Exit(NOT_RIGHT)
+        raise click.exceptions.Exit(NOT_RIGHT)

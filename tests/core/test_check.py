@@ -8,10 +8,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from support.layouts import OTHER, make
-from typer.testing import CliRunner
 
 from k26_plugins.cli import app
 from k26_plugins.common.checkpoint import CheckpointError, check, classify_folder

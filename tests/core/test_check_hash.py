@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
 from k26_plugins.cli import app
 from k26_plugins.common.checkpoint import content

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 from k26_plugins.cli import app
 from k26_plugins.common.checkpoint import (

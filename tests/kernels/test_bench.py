@@ -12,9 +12,9 @@ from bench import experts as bench
 from bench import one_launch
 from bench.dense import WAITS_FOR_DEVICE, dequantise_and_dense
 from bench.layers import GLOBAL_EXPERTS, LAYERS
+from click.testing import CliRunner
 from k26_kernels import KernelExperts
 from k26_kernels.config import Regime, Tile, default_regimes, measured
-from typer.testing import CliRunner
 
 from k26_plugins.cli import app
 from k26_plugins.common.experts.base import ExpertWeights

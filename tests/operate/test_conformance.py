@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from support.conforming import Conforming, conforming
 from support.endpoint import serve_reference
-from typer.testing import CliRunner
 
 from k26_plugins.cli import app
 from k26_plugins.operate.verify.conformance import CASES, FAIL, NOT_ASKED, PASS, check_conformance, counts

@@ -8,9 +8,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from support import containers
 from support.containers import IMAGES, MANIFESTS, RAY, instruction, manifest, pods, ray_commands, served
-from typer.testing import CliRunner
 
 from k26_plugins.cli import app
 from k26_plugins.operate.plan.command import with_ray

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from support.adapters import MODULES
 from support.documented import NOT_RUN, PAGES, README, ROOT, RUN_BY, commands, lines
 from support.endpoint import serve_reference
-from typer.testing import CliRunner
 
 from k26_plugins.cli import app
 from k26_plugins.common.checkpoint import Checkpoint

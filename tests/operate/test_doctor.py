@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from support.checkpoints import DAMAGES
 from support.doctor import doctor
-from typer.testing import CliRunner
 
 from k26_plugins.cli import app
 from k26_plugins.common.cores import Core, cores

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from support.agreement import divergence
 from support.quick import make_quick
-from typer.testing import CliRunner
 
 from k26_plugins.cli import app
 from k26_plugins.common.checkpoint import Checkpoint, tensor_table

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from support.doctor import doctor
 from support.local_http import QuietHandler, serving
-from typer.testing import CliRunner
 
 from k26_plugins.cli import app
 from k26_plugins.common.tiny import make_tiny

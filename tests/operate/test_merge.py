@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from support.adapters import KV_B, LAYER, MODULES, merged
 from support.agreement import divergence
-from typer.testing import CliRunner
 
 from k26_plugins.cli import app
 from k26_plugins.common.adapter_names import BEGINNINGS

@@ -13,8 +13,8 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from support.documented import ROOT
-from typer.testing import CliRunner
 
 from k26_plugins.cli import app
 

@@ -10,8 +10,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from click.testing import CliRunner
 from support.documented import ROOT
-from typer.testing import CliRunner
 
 from k26_plugins.cli import app
 from k26_plugins.common.config import K26Config

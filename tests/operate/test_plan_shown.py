@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
 from k26_plugins.cli import app
 from k26_plugins.common.experts.outcome import OURS, Key, Outcome, Timing, outcome_file, write_outcome

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
 from k26_plugins.cli import app
 from k26_plugins.common.config import K26Config

@@ -16,9 +16,9 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
+from click.testing import CliRunner
 from support.endpoint import serve_reference
 from support.mixing import ANSWER, HISTORY, mix
-from typer.testing import CliRunner
 
 from k26_plugins.cli import app
 from k26_plugins.operate.swarm import tools

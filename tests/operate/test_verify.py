@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from support.endpoint import Fault, serve_reference, yarn_factor
 from support.faults import FAULTY_EXPERT, FAULTY_LAYER, LOCATED, causes, shift_by_three
-from typer.testing import CliRunner
 
 from k26_plugins.cli import app
 from k26_plugins.common.checkpoint.table import expert_name

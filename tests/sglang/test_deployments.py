@@ -7,6 +7,7 @@ from itertools import cycle
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from support import documented
 from support.absent import plugin_that_rank_1_lacks
 from support.agreement import assert_same_top
@@ -19,7 +20,6 @@ from support.swarm import (
     assert_a_swarm_is_held,
     assert_the_metrics_are_there,
 )
-from typer.testing import CliRunner
 
 from k26_plugins.cli import app
 

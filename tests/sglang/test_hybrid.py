@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from bench.deferred import deferring_model
+from click.testing import CliRunner
 from support import documented
 from support.agreement import assert_same_distribution, assert_same_top, divergence
 from support.experts import error, inputs, judge, make_weights, route
@@ -26,7 +27,6 @@ from support.pretended_device import PretendedDevice, be_late, compile_runtime
 from support.server import Server
 from support.sglang_server import EAGER, HAS_ENTRY_POINT, IS_FORK, TWO_RANKS, first_tokens, generate, rows, serve
 from support.swarm import metric
-from typer.testing import CliRunner
 
 from k26_plugins.cli import app
 from k26_plugins.common import device_runtime

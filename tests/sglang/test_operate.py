@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner, Result
 from support.conformance import call_to_order, holds_to_all
 from support.doctor import doctor
 from support.faults import LOCATED, causes
 from support.server import Server
 from support.sglang_scripted import FAULTS, Scripted, order
-from typer.testing import CliRunner, Result
 
 from k26_plugins.cli import app
 from k26_plugins.common.config import K26Config

@@ -14,13 +14,13 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from click.testing import CliRunner
 from support.agreement import BYTES, VOCABULARY, assert_same_distribution, assert_same_logprobs
 from support.expected import image_request, text_prompt
 from support.images import BAD_IMAGES, image_part, png_header
 from support.server import Server, said
 from support.sglang_server import CHUNK, HAS_ENTRY_POINT, generate, rows
 from support.sglang_updates import WAYS, from_disk
-from typer.testing import CliRunner
 
 from k26_plugins.cli import app
 from k26_plugins.common.checkpoint import Checkpoint

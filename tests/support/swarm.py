@@ -13,9 +13,9 @@ from typing import Any
 
 import httpx
 import psutil
+from click.testing import CliRunner, Result
 from support.mixing import ANSWER, mix
 from support.server import Server
-from typer.testing import CliRunner, Result
 
 from k26_plugins.cli import app
 from k26_plugins.operate.swarm.memory import server_pid

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from support import documented, vllm_updates
 from support.absent import plugin_that_rank_1_lacks
 from support.agreement import BYTES, assert_same_top
@@ -22,7 +23,6 @@ from support.server import Server, python_path, start_fails
 from support.swarm import assert_a_killed_worker_is_said, metric, run_swarm
 from support.videos import make_video
 from support.vllm_server import TWO_RANKS, serve
-from typer.testing import CliRunner
 
 from k26_plugins.cli import app
 

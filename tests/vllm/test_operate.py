@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner, Result
 from support import documented
 from support.conformance import call_to_order, holds_to_all
 from support.doctor import doctor
@@ -18,7 +19,6 @@ from support.server import Server, python_path
 from support.vllm_faults import FAULTS, STOPS_FOR_STOP, order, weights_of
 from support.vllm_scripted import script
 from support.vllm_server import TWO_RANKS, serve
-from typer.testing import CliRunner, Result
 
 from k26_plugins.cli import app
 from k26_plugins.common.config import K26Config
