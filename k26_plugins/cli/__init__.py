@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from k26_plugins.cli.checkpoint import check, tensors, tiny
 from k26_plugins.cli.command import Group
+from k26_plugins.cli.completion import COMPLETION
 from k26_plugins.cli.doctor import doctor
 from k26_plugins.cli.generate import generate
 from k26_plugins.cli.golden import golden
@@ -36,5 +37,6 @@ app = Group(
         tune,
         serve,
     ],
+    params=COMPLETION,
     context_settings={"show_default": True},
 )

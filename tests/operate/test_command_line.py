@@ -1,8 +1,9 @@
-"""What `k26` does beside its commands: help, values that cannot be, and an interrupt."""
+"""What `k26` does beside its commands: help, values that cannot be, an interrupt, and what a shell completes."""
 
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -54,3 +55,26 @@ def test_an_interrupt_ends_with_its_own_status(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr("k26_plugins.operate.doctor.examine", interrupted)
     assert CliRunner().invoke(app, ["doctor"]).exit_code == 130
+
+
+def test_a_shell_completes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The installed line asks for the script, and the script for words."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SHELL", "/bin/bash")
+    (tmp_path / ".bashrc").write_text("alias ll='ls -l'")
+    for _ in range(2):
+        assert CliRunner().invoke(app, ["--install-completion"]).exit_code == 0
+    line = 'eval "$(_K26_COMPLETE=bash_source k26)"'
+    assert (tmp_path / ".bashrc").read_text() == f"alias ll='ls -l'\n{line}\n"
+    script = CliRunner().invoke(app, [], env={"_K26_COMPLETE": "bash_source"}).output
+    assert "_K26_COMPLETE=bash_complete" in script
+    assert CliRunner().invoke(app, ["--show-completion"]).output.strip() == script.strip()
+    typed = {"COMP_WORDS": "k26 plan --engine v", "COMP_CWORD": "3", "_K26_COMPLETE": "bash_complete"}
+    assert CliRunner().invoke(app, [], env=typed).output.split() == ["plain,vllm"]
+
+
+def test_completion_in_a_shell_that_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHELL", "/bin/dash")
+    result = CliRunner().invoke(app, ["--install-completion"])
+    assert result.exit_code == 1
+    assert "SHELL names dash: completion is there for bash, zsh, fish." in result.stderr
