@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,6 +41,8 @@ def take_inventory(
     saved_state: the files of one, in the place of a checkpoint's: each rank's have the same tensors' names. Raises
     CheckpointError where there is no weight file or the index is damaged.
     """
+    from concurrent.futures import ThreadPoolExecutor  # brings logging, and `k26 plan` reads no header
+
     index = {} if saved_state else index_of(folder)
     named = saved_state or weight_files(folder, index)
     files = [file for file in named if file.is_file()]
