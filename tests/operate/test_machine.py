@@ -103,7 +103,8 @@ def test_plan_reads_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     found = json.loads(result.output)
     assert (found["gpus"], found["gpu"]) == (4, "H100")
     command = found["command"]
-    assert command[command.index("--kt-cpuinfer") + 1] == "48"
+    # Of 48 cores each of four ranks keeps one.
+    assert command[command.index("--kt-cpuinfer") + 1] == "44"
     assert command[command.index("--kt-threadpool-count") + 1] == "3"
 
 
