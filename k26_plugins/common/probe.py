@@ -31,12 +31,24 @@ def serves_with_ours(load: Callable[[], type | None], errors: KeptErrors) -> boo
     return found is not None and found.__module__.startswith("k26_plugins.")
 
 
-def say(version: str, checked: str, errors: KeptErrors, *, active: bool, hint: str, no_start: str = "") -> None:
-    """Print the engine's version, the versions checked, and whether the plugin is active; if not, its errors or `hint`.
+def say(
+    package: str,
+    version: str,
+    checked: str,
+    errors: KeptErrors,
+    *,
+    active: bool,
+    hint: str,
+    fix: str = "",
+    no_start: str = "",
+) -> None:
+    """Print the engine's package and version, the versions checked, and whether the plugin is active; if not, its errors or
+    `hint`.
 
-    no_start: what would end a server of this user at its start, with the remedy.
+    fix: the shell command that activates it where nothing failed. no_start: what would end a server of this user at its
+    start, with the remedy.
     """
-    why_not = "" if active else " ".join(errors.lines) or hint
-    print(
-        json.dumps({"version": version, "checked": checked, "active": active, "why_not": why_not, "no_start": no_start})
-    )
+    failed = " ".join(errors.lines)
+    state = {"package": package, "version": version, "checked": checked, "active": active, "no_start": no_start}
+    why_not, fix = ("", "") if active else (failed, "") if failed else (hint, fix)
+    print(json.dumps({**state, "why_not": why_not, "fix": fix}))

@@ -14,20 +14,24 @@ from importlib.util import find_spec
 from k26_plugins.common.probe import KeptErrors, say, serves_with_ours
 from k26_plugins.sglang import compat, logger
 
+# What a user types where SGLang has no entry point; the rest of the path is kept.
+PATH_LINE = 'export PYTHONPATH="$(python -m k26_plugins.sglang.boot)${PYTHONPATH:+:$PYTHONPATH}"'
+
 
 def main() -> None:
     errors = KeptErrors(logger)
-    hint = "SGLANG_PLUGINS is set and has no k26 in it, or the entry point is gone"
+    hint, fix = "SGLANG_PLUGINS is set and has no k26 in it, or the entry point is gone", ""
     if find_spec("sglang.srt.plugins") is not None:
         compat.private("sglang.srt.plugins", "load_plugins")()
     else:
-        hint = "this SGLang has no plugins: start it with PYTHONPATH=$(python -m k26_plugins.sglang.boot)"
+        hint = f"this SGLang has no plugins, and takes this one from its path alone: {PATH_LINE}"
+        fix = PATH_LINE
         importlib.import_module("sglang.srt.utils.hf_transformers_utils")
     registered = compat.registered_config()
     active = registered is not None and registered.__module__.startswith("k26_plugins.")
     active = active and serves_with_ours(compat.registered_model, errors)
     package, found = compat.distribution()
-    say(found, compat.CHECKED_VERSIONS[package], errors, active=active, hint=hint)
+    say(package, found, compat.CHECKED_VERSIONS[package], errors, active=active, hint=hint, fix=fix)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ def main() -> None:
     compat.private("vllm.plugins", "load_general_plugins")()
     registry = compat.private("vllm.model_executor.models.registry", "ModelRegistry")
     say(
+        "vllm",
         compat.vllm_version(),
         compat.CHECKED_VERSIONS,
         errors,

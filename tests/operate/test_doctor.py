@@ -36,7 +36,15 @@ def fake_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def state(**changes: Any) -> str:
-    content = {"version": "0.32.0", "checked": "0.19.1 to 0.32.0", "active": True, "why_not": "", **changes}
+    content = {
+        "package": "vllm",
+        "version": "0.32.0",
+        "checked": "0.19.1 to 0.32.0",
+        "active": True,
+        "why_not": "",
+        "fix": "",
+        **changes,
+    }
     return f"import json; print('noise'); print(json.dumps({content!r}))"
 
 
@@ -101,6 +109,20 @@ def test_an_engine_that_is_not_as_it_should(
     found = doctor("--checkpoint", str(tiny_folder), code=1 if level == "BAD" else 0)["vllm"]
     assert found["level"] == level
     assert detail in found["detail"]
+
+
+def test_what_kt_run_would_start(tiny_folder: Path, fake_engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """KTransformers' SGLang, without an entry point: with the plugin where this environment's path has it."""
+    line = "export PYTHONPATH=HERE"
+    monkeypatch.setattr(engines, "installed", lambda package: "0.7.2")
+    for active in (True, False):
+        fake_engine(state(package="sglang-kt", version="0.7.2", checked="0.7.2 to 0.7.2", active=active, fix=line))
+        monkeypatch.setattr(engines, "PROBES", {"sglang": "probe"})
+        found = doctor("--checkpoint", str(tiny_folder), code=0 if active else 1)
+        assert found["sglang"]["detail"].startswith("sglang-kt 0.7.2: the plugin is ")
+        word = "with" if active else "WITHOUT"
+        assert found["ktransformers"]["detail"].endswith(f"`kt run` starts sglang-kt 0.7.2 {word} the plugin")
+    assert found["sglang"]["fix"] == line
 
 
 def test_an_engine_that_is_asked_for_and_missing(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

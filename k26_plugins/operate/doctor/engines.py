@@ -17,6 +17,8 @@ from k26_plugins.operate.doctor.machine import installed, numbers
 PROBES = {"vllm": "k26_plugins.vllm.probe", "sglang": "k26_plugins.sglang.probe"}
 PLUGIN_LISTS = {"vllm": "VLLM_PLUGINS", "sglang": "SGLANG_PLUGINS"}
 ENGINES = (*PROBES, "ktransformers")
+# KTransformers' SGLang, the only one that its command line starts.
+FORK = "sglang-kt"
 # Against one that hangs: SGLang imports all of its models, which takes minutes where other work is on the cores.
 PROBE_SECONDS = 900
 
@@ -35,6 +37,10 @@ def engine_findings(required: str | None) -> list[Finding]:
     kernel = installed("kt-kernel")
     if kernel is not None:
         detail = f"kt-kernel {kernel}: its CPU experts are tested as `experts: kt`"
+        fork = installed(FORK)
+        if fork is not None:
+            is_active = any(finding.what == "sglang" and finding.level is Level.OK for finding in findings)
+            detail += f"; `kt run` starts {FORK} {fork} {'with' if is_active else 'WITHOUT'} the plugin"
         findings.append(Finding(Level.NOTE, "ktransformers", detail))
     names = {finding.what for finding in findings}
     if required is not None and required not in names:
@@ -60,7 +66,7 @@ def _probe(engine: str, module: str) -> list[Finding]:
         return [Finding(Level.BAD, engine, f"it cannot be asked: {last}", f"see all of it with: {' '.join(command)}")]
     state = json.loads(answer)
     oldest, newest = (numbers(end) for end in state["checked"].split(" to "))
-    name = f"{engine} {state['version']}"
+    name = f"{state['package']} {state['version']}"
     findings = []
     if state["active"]:
         findings.append(Finding(Level.OK, engine, f"{name}: the plugin is active"))
@@ -69,9 +75,8 @@ def _probe(engine: str, module: str) -> list[Finding]:
         detail = f"{name}: the plugin is NOT active: {state['why_not']}"
         # An engine's list of plugins that leaves this one out.
         variable = PLUGIN_LISTS[engine]
-        findings.append(
-            Finding(Level.BAD, engine, detail, remedy, f"unset {variable}" if variable in os.environ else "")
-        )
+        fix = state["fix"] or (f"unset {variable}" if variable in os.environ else "")
+        findings.append(Finding(Level.BAD, engine, detail, remedy, fix))
     if state.get("no_start"):
         fix = 'export NUMBA_CACHE_DIR="$(mktemp -d)"'
         findings.append(Finding(Level.BAD, f"{engine}: cache", state["no_start"], fix, fix))
