@@ -21,6 +21,8 @@ ON_GPU = ("triton", "reference")
 def before_settling(original: Callable[[Any], Any], server_args: Any) -> Any:
     compat.keep_given_runner(server_args)
     if is_this_model(_readable_name(server_args), server_args.revision):
+        if getattr(server_args, "kt_weight_path", None) is not None:
+            refuse_two_batches(server_args)
         _choose_parsers(server_args)
         _choose_runner(server_args)
         _leave_prompts_out_of_graphs(server_args)
@@ -67,6 +69,19 @@ def _choose_runner(server_args: Any) -> None:
     by_the_core = hybrid or experts_setting() in ON_GPU
     if by_the_core and server_args.moe_runner_backend == "auto" and compat.on_gpu(server_args):
         server_args.moe_runner_backend = "triton"
+
+
+def refuse_two_batches(server_args: Any) -> None:
+    """Raises ValueError where a hybrid run is to compute two halves of a batch beside each other.
+
+    Before SGLang checks the flag: what it asks for without an all-to-all is DP attention, and with that the first batch
+    would end the server, as its operations of this model's layers hand tokens to experts by the all-to-all alone.
+    """
+    if getattr(server_args, "enable_two_batch_overlap", False):
+        raise ValueError(
+            "--enable-two-batch-overlap needs expert parallelism (--moe-a2a-backend) for this model, and a hybrid run "
+            "places experts itself: leave it out."
+        )
 
 
 def _leave_prompts_out_of_graphs(server_args: Any) -> None:

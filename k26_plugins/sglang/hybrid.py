@@ -39,6 +39,7 @@ from k26_plugins.common.settings import (
     stream_from_setting,
 )
 from k26_plugins.sglang import compat, compat_hybrid, compat_loading, logger
+from k26_plugins.sglang.arguments import refuse_two_batches
 from k26_plugins.sglang.experts import K26MoEScheme
 
 DEFERRED_FLAG = "--kt-max-deferred-experts-per-token"
@@ -124,10 +125,8 @@ def _deferral(arguments: Any, last_layer: int) -> Deferral | None:
         return None
     if per_token < 0:
         raise HybridError(f"{flag} is {per_token}: give a number of experts, or leave it out.")
-    if arguments.pp_size > 1 or getattr(arguments, "enable_two_batch_overlap", False):
-        raise HybridError(
-            f"{flag} hands experts from a layer to the next: leave it out, or --pp-size and --enable-two-batch-overlap."
-        )
+    if arguments.pp_size > 1:
+        raise HybridError(f"{flag} hands experts from a layer to the next: leave it out, or --pp-size.")
     if batch_invariant_setting():
         raise HybridError(f"{flag} defers none in long batches, and {BATCH_INVARIANT_VARIABLE} asks for no difference.")
     logger.warning(
@@ -169,8 +168,12 @@ def _refuse(arguments: Any) -> None:
     method = getattr(arguments, "kt_method", None)
     if method not in METHODS:
         raise HybridError(f"--kt-method {method} needs converted weights: give RAWINT4, the checkpoint's own format.")
+    refuse_two_batches(arguments)
     if arguments.ep_size > 1 or getattr(arguments, "enable_eplb", False):
-        raise HybridError("a hybrid run places experts itself: leave out --ep-size and --enable-eplb, use --tp-size.")
+        # An all-to-all has SGLang set the size of expert parallelism.
+        raise HybridError(
+            "a hybrid run places experts itself: leave out --ep-size, --moe-a2a-backend and --enable-eplb, use --tp-size."
+        )
 
 
 def _runtime(arguments: Any, host_backend: str) -> DeviceRuntime | None:

@@ -193,7 +193,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "deferred-across-ranks": (
         {"kt_max_deferred_experts_per_token": 2, "pp_size": 2},
         ValueError,
-        "from a layer to the next: leave it out, or --pp-size",
+        "from a layer to the next: leave it out, or --pp-size\\.",
     ),
     "deferred-less-than-none": (
         {"kt_max_deferred_experts_per_token": -1},
@@ -201,6 +201,11 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "is -1: give a number of experts",
     ),
     "expert-parallel": ({"ep_size": 2}, ValueError, "leave out --ep-size"),
+    "two-batches": (
+        {"enable_two_batch_overlap": True, "moe_a2a_backend": "deepep", "ep_size": 2},
+        ValueError,
+        "--enable-two-batch-overlap needs expert parallelism .*leave it out",
+    ),
     "saved-state": ({"load_format": "sharded_state"}, ValueError, "--load-format sharded_state .*leave it out"),
     "no-number": ({"kt_num_gpu_experts": None}, ValueError, "needs --kt-num-gpu-experts"),
     "all": ({"kt_num_gpu_experts": 8}, PlacementError, "8 of 8 experts.*choose 0 to 7"),
@@ -231,6 +236,39 @@ def test_what_would_be_wrong_is_refused(
         monkeypatch.setattr(arguments, argument, value, raising=False)
     with pytest.raises(error, match=message):
         hybrid_settings(K26Config.from_path(tiny_folder))
+
+
+@pytest.mark.skipif(not HAS_ENTRY_POINT, reason="this SGLang reads its arguments before the plugin is there")
+def test_two_halves_of_a_batch_are_refused_before_sglang_asks_for_more(tiny_folder: Path) -> None:
+    """Namely DP attention, with which a start goes on."""
+    from sglang.srt.server_args import ServerArgs
+
+    from k26_plugins.sglang.arguments import before_settling
+
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    command = ["--model-path", str(tiny_folder), "--device", "cpu", "--enable-two-batch-overlap"]
+    settled = []
+    before_settling(settled.append, ServerArgs.from_cli_args(parser.parse_args(command)))
+    assert len(settled) == 1
+    with pytest.raises(ValueError, match=r"--enable-two-batch-overlap needs expert parallelism .*leave it out"):
+        before_settling(settled.append, ServerArgs.from_cli_args(parser.parse_args([*command, *flags(tiny_folder, 4)])))
+    assert len(settled) == 1
+
+
+@pytest.mark.skipif(not HAS_ENTRY_POINT, reason="that of the newest SGLang")
+def test_sglang_s_halves_of_a_batch_go_to_experts_by_an_all_to_all_alone() -> None:
+    """Its own operations of a layer, without one: where they hand the experts something, the refusal has lost its reason."""
+    from sglang.srt.batch_overlap.operations import _StateDict
+    from sglang.srt.models.deepseek_v2 import DeepseekV2MoE
+
+    state = _StateDict()
+    state.update({"hidden_states_mlp_input": torch.zeros(2, 8), "topk_output": None})
+    block = SimpleNamespace(ep_size=1, experts=SimpleNamespace(run_moe_core=lambda dispatch_output: dispatch_output))
+    DeepseekV2MoE.op_dispatch_a(block, state)
+    DeepseekV2MoE.op_dispatch_b(block, state)
+    with pytest.raises(KeyError, match="dispatch_output"):
+        DeepseekV2MoE.op_experts(block, state)
 
 
 @pytest.mark.skipif(find_spec("kt_kernel") is None, reason="kt-kernel is not installed in this environment")
