@@ -7,6 +7,8 @@ import inspect
 import logging
 import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -20,16 +22,28 @@ from bench.deferred import deferring_model
 from click.testing import CliRunner
 from support import documented
 from support.agreement import assert_same_distribution, assert_same_top, divergence
+from support.doctor import doctor
 from support.experts import error, inputs, judge, make_weights, route
 from support.images import image_part, png, random_image
 from support.native_sample import needs_compiler, needs_set
 from support.pretended_device import PretendedDevice, be_late, compile_runtime
 from support.server import Server
-from support.sglang_server import EAGER, HAS_ENTRY_POINT, IS_FORK, TWO_RANKS, first_tokens, generate, rows, serve
+from support.sglang_server import (
+    EAGER,
+    HAS_ENTRY_POINT,
+    IS_FORK,
+    TWO_RANKS,
+    boot_folder,
+    first_tokens,
+    generate,
+    rows,
+    serve,
+)
 from support.swarm import metric
 
 from k26_plugins.cli import app
 from k26_plugins.common import device_runtime
+from k26_plugins.common.cache_folder import cache_folder
 from k26_plugins.common.checkpoint import Checkpoint
 from k26_plugins.common.config import K26Config
 from k26_plugins.common.device_runtime import DeviceRuntimeError
@@ -236,6 +250,46 @@ def test_what_would_be_wrong_is_refused(
         monkeypatch.setattr(arguments, argument, value, raising=False)
     with pytest.raises(error, match=message):
         hybrid_settings(K26Config.from_path(tiny_folder))
+
+
+needs_fork = pytest.mark.skipif(not IS_FORK, reason="`kt run` starts KTransformers' fork of SGLang, which is not here")
+
+
+@needs_fork
+def test_kt_run_starts_a_hybrid_run_that_answers_as_one_started_directly(
+    half: Server, folder: Path, tmp_path: Path
+) -> None:
+    """KTransformers' command line as documented, on two ranks with the CPU in the GPUs' place."""
+    command = [*documented.as_run(documented.KT_RUN, folder), "--attention-backend", "torch_native"]
+    # What it keeps in the home it keeps for good; the compiled experts are those that are there.
+    settings = {**TWO_RANKS, **EAGER, "HOME": str(tmp_path), "XDG_CACHE_HOME": str(cache_folder().parent)}
+    prompt = torch.randint(0, 256, (200,), generator=torch.Generator().manual_seed(0)).tolist()
+    with serve(folder, tmp_path / "log", command=command, **settings) as server:
+        assert "k26-plugins: hybrid run, 4 of 8 experts of each layer on the device" in server.log.read_text()
+        found, expected = (
+            rows(generate(one, prompt, 1)["meta_info"]["input_top_logprobs"][1:]) for one in (server, half)
+        )
+        assert_same_distribution(found, expected)
+        assert_same_top(first_tokens(server), first_tokens(half))
+
+
+@needs_fork
+@pytest.mark.parametrize("is_on_path", [True, False])
+def test_the_doctor_says_what_kt_run_would_start(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, is_on_path: bool
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", boot_folder() if is_on_path else "")
+    found = doctor("--checkpoint", str(tiny_folder), "--engine", "sglang", code=0 if is_on_path else 1)
+    word, starts = ("active", "with") if is_on_path else ("NOT active: this SGLang has no plugins", "WITHOUT")
+    assert found["sglang"]["detail"].startswith(f"sglang-kt 0.7.2: the plugin is {word}")
+    assert f"`kt run` starts sglang-kt 0.7.2 {starts} the plugin" in found["ktransformers"]["detail"]
+    if not is_on_path:
+        line = f"{found['sglang']['fix']} && printenv PYTHONPATH"
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        printed = subprocess.run(
+            ["bash", "-c", line], capture_output=True, text=True, check=True, env={**os.environ, "PATH": path}
+        )
+        assert printed.stdout.strip() == boot_folder()
 
 
 @pytest.mark.skipif(not HAS_ENTRY_POINT, reason="this SGLang reads its arguments before the plugin is there")

@@ -20,6 +20,9 @@ HYBRID = (
     "python -m sglang.launch_server --model-path DIR --kt-weight-path DIR --tp 4 --kt-num-gpu-experts 96 --kt-cpuinfer 64 "
     "--disable-cuda-graph"
 )
+KT_RUN = (
+    "kt run DIR --kt-method RAWINT4 --gpu-experts 96 --cpu-threads 64 --numa-nodes 2 --tp 4 --max-total-tokens 131072"
+)
 PLAIN_VLLM, PLAIN_SGLANG = "vllm serve DIR", "python -m sglang.launch_server --model-path DIR"
 LORA_VLLM = "vllm serve moonshotai/Kimi-K2.6 --enable-lora --max-loras 2 --max-lora-rank 32"
 EAGLE3_VLLM = (
@@ -34,6 +37,9 @@ SUBSTITUTED = {
     "--tp 4": "--tp 2",
     "--kt-num-gpu-experts 96": "--kt-num-gpu-experts 3",
     "--kt-cpuinfer 64": "--kt-cpuinfer 2",
+    "--gpu-experts 96": "--gpu-experts 4",
+    "--cpu-threads 64": "--cpu-threads 2",
+    "--max-total-tokens 131072": "--max-total-tokens 20000",
 }
 """In a command as it is run. Programs are those of the tests' own environment; what a test needs besides, such as its port
 and `--device cpu`, comes after it."""
@@ -44,6 +50,7 @@ RUN_BY = {
     VLLM: ("tests/vllm/test_deployments.py", "documented.VLLM"),
     SGLANG: ("tests/sglang/test_deployments.py", "documented.SGLANG"),
     HYBRID: ("tests/sglang/test_hybrid.py", "documented.HYBRID"),
+    KT_RUN: ("tests/sglang/test_hybrid.py", "documented.KT_RUN"),
     SERVE_VLLM: ("tests/vllm/test_operate.py", "documented.SERVE_VLLM"),
     SERVE_SGLANG: ("tests/sglang/conftest.py", "documented.SERVE_SGLANG"),
     LORA_VLLM: ("tests/vllm/test_lora.py", "documented.LORA_VLLM"),
@@ -66,7 +73,7 @@ NOT_RUN = {
 }
 """Why a command is not run in CI."""
 
-_COMMAND = re.compile(r"(\w+=\S+ )*(\w+=\"[^\"]*\" )*(k26|pip|python3?|vllm) .+")
+_COMMAND = re.compile(r"(\w+=\S+ )*(\w+=\"[^\"]*\" )*(k26|kt|pip|python3?|vllm) .+")
 
 
 def lines(page: Path) -> list[str]:

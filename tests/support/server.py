@@ -122,6 +122,7 @@ def run_server(
     with log.open("w") as stream:
         process = subprocess.Popen(
             [*command, "--host", "127.0.0.1", "--port", str(port)],
+            stdin=subprocess.DEVNULL,  # KTransformers' command line would ask at a terminal
             stdout=stream,
             stderr=subprocess.STDOUT,
             env=settings,
