@@ -242,6 +242,8 @@ def vllm_long(session: nox.Session) -> None:
     """Of the session `vllm` what CI leaves out."""
     _install_vllm(session, VLLM_SERVED)
     install(session, "ray")
+    # Its requirements are in vLLM's environment; the first is the name that vLLM imports, the second has the library.
+    install(session, "--no-deps", "nixl", "nixl-cu12")
     session.run("pytest", "-q", "tests/vllm", "-m", "long")
     _fuzz(session, seconds=600)
 

@@ -1,6 +1,6 @@
-"""What vLLM's servers hand on to each other through files: KV caches of prompts, and what the encoder made of images.
+"""What vLLM's servers hand on to each other: KV caches of prompts, and what the encoder made of images.
 
-vLLM's own connectors for trying this out. Those for deployments need GPUs or packages that the environments have not.
+Through files by vLLM's own connectors for trying this out, and from memory to memory by NIXL, as deployments do.
 """
 
 from __future__ import annotations
@@ -8,6 +8,15 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
+
+# Flags of servers that hand KV caches on to each other by NIXL.
+NIXL = [
+    "--kv-transfer-config",
+    json.dumps({"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_device": "cpu"}),
+]
+TO_HAND_ON: dict[str, Any] = {"do_remote_decode": True, "do_remote_prefill": False}
+"""What a request says whose prompt another server is to answer. The answer says where its KV cache is."""
 
 
 def kv(folder: Path, role: str) -> list[str]:

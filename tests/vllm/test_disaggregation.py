@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 from support.agreement import BYTES, assert_same_top
 from support.images import image_part, png, random_image
-from support.server import Server
-from support.vllm_handed_on import encoded, exchange, items, kv
+from support.server import Server, free_port
+from support.swarm import metric
+from support.vllm_handed_on import NIXL, TO_HAND_ON, encoded, exchange, items, kv
 from support.vllm_server import serve
 
 pytestmark = pytest.mark.long
@@ -42,7 +44,7 @@ def to_images(server: Server) -> list[dict[int, float]]:
     return found
 
 
-def exchanged(answers: list[dict[int, float]]) -> list[dict[int, float]]:
+def exchanged(answers: list[Any]) -> list[Any]:
     """As they are where each two items handed on were exchanged."""
     return [answers[index ^ 1] for index in range(len(answers))]
 
@@ -65,6 +67,36 @@ def test_a_server_answers_with_the_kv_cache_of_another(tiny_folder: Path, tmp_pa
         exchange_each_two(stored)
         assert_same_top(to_prompts(decode), exchanged(computed))
         assert f"Inject KV cache of {HANDED_ON} tokens" in decode.log.read_text()
+
+
+@pytest.mark.skipif(find_spec("nixl") is None, reason="NIXL is not installed")
+def test_a_server_answers_with_the_kv_cache_that_nixl_brings(tiny_folder: Path, tmp_path: Path) -> None:
+    """Of vLLM's MLA for CPUs too: it computes a prompt's last token alone, and with another's cache answers the other."""
+
+    def channel() -> dict[str, str]:
+        return {"VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())}
+
+    def handed_on(prompt: list[int]) -> dict[str, Any]:
+        """Where the prompt's cache is, for one request: whoever has read it lets the other server forget it."""
+        params: dict[str, Any] = prefill.complete(prompt, kv_transfer_params=TO_HAND_ON, **ASKED)["kv_transfer_params"]
+        return params
+
+    def answer(prompt: list[int], **fields: Any) -> dict[int, float]:
+        top = decode.complete(prompt, logprobs=5, **ASKED, **fields)["choices"][0]["logprobs"]["top_logprobs"][0]
+        return {int(key.removeprefix("token_id:")): value for key, value in top.items()}
+
+    with (
+        serve(tiny_folder, tmp_path / "prefill.log", "--enforce-eager", *NIXL, **channel()) as prefill,
+        serve(tiny_folder, tmp_path / "decode.log", "--enforce-eager", *NIXL, **channel()) as decode,
+    ):
+        computed = [answer(prompt) for prompt in PROMPTS]
+        assert_same_top([answer(one, kv_transfer_params=handed_on(one)) for one in PROMPTS], computed)
+        others = [
+            answer(one, kv_transfer_params=handed_on(other))
+            for one, other in zip(PROMPTS, exchanged(PROMPTS), strict=True)
+        ]
+        assert_same_top(others, exchanged(computed))
+        assert sum(metric(decode, "vllm:nixl_xfer_time_seconds_count").values()) == 2 * len(PROMPTS)
 
 
 def test_a_server_answers_with_the_embeddings_of_an_encoder(tiny_folder: Path, tmp_path: Path, server: Server) -> None:
