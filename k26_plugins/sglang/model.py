@@ -17,8 +17,8 @@ from k26_plugins.common.config import K26Config
 from k26_plugins.common.experts.loading import is_needed, load_experts
 from k26_plugins.common.experts.saving import in_checkpoint_form
 from k26_plugins.common.ranks import require_everywhere
-from k26_plugins.common.settings import experts_setting
-from k26_plugins.sglang import compat, compat_adapters, compat_loading, logger
+from k26_plugins.common.settings import core_media, experts_setting
+from k26_plugins.sglang import compat, compat_adapters, compat_encoder, compat_loading, encoder, logger
 from k26_plugins.sglang.engine_experts import watch_engine_experts
 from k26_plugins.sglang.experts import K26MoEScheme, chosen_backend, experts_of, schemes_of, use_core_experts
 from k26_plugins.sglang.hybrid import HybridError, K26HybridScheme, hybrid_settings
@@ -61,6 +61,9 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
             compat.use_absorbed_mla_on_torch_native(K26TorchNativeAttnBackend)
         compat_loading.hook_checkpoint_loader(whole_checkpoint, files_of_checkpoint)
         compat_loading.hook_saving(saved_state)
+        if getattr(config, "language_only", False) and compat_encoder.encodes_here_too():
+            # SGLang would leave the vision tower as it was drawn, and encode with it.
+            config.language_only = False
         if self.core_config is None:
             super().__init__(config, quant_config, prefix, **kwargs)
         else:
@@ -80,6 +83,9 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
             if experts_of(self) and compat_adapters.serves_adapters():
                 compat_adapters.hook_adapters(refuse_unserved)
         watch_engine_experts(self, self.core_config)
+        if getattr(config, "encoder_only", False) and core_media() and compat_encoder.asks_the_model():
+            self.preprocess_mm_for_encoder = encoder.prepare_by_core()
+            self.encoder_media_processor_config = compat_encoder.in_its_threads()
         # A float32 buffer, which would make all that it is added to float32: no image meets it, only videos do.
         position = self.vision_tower.patch_embed.pos_emb
         position.time_weight = position.time_weight.to(position.weight.dtype)
@@ -155,7 +161,9 @@ def whole_checkpoint(
     """What SGLang's loader of checkpoints gives a model, accounted for: it promises the whole, at a start or an update."""
     config = getattr(model, "core_config", None)
     if isinstance(model, KimiK25ForConditionalGeneration) and config is not None:
-        if layers := experts_of(model):
+        layers = experts_of(model)
+        # A server of the encoder alone would read all experts to drop them.
+        if layers or model.language_model is None:
             weights = with_mapped_files(weights, config, is_needed(layers, config))
         weights = account(weights, config, lambda spec: spec.name not in model.left_out)
     return original(model, weights, target_device)

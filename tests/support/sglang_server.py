@@ -37,9 +37,9 @@ CHUNK = 64
 
 
 def serve(
-    folder: Path, log: Path, *arguments: str, command: Sequence[str] = (), **environment: str
+    folder: Path, log: Path, *arguments: str, command: Sequence[str] = (), ready: str = "fired up", **environment: str
 ) -> AbstractContextManager[Server]:
-    """command: another that starts it, `python -m sglang.launch_server` by default."""
+    """command: another that starts it, `python -m sglang.launch_server` by default. ready: what its log then says."""
     started = command or documented.as_run(documented.PLAIN_SGLANG, folder)
     # An idle scheduler would take a core from the tests.
     command = [*started, "--device", "cpu", "--max-total-tokens", "20000", "--mem-fraction-static", "0.2"]
@@ -48,7 +48,7 @@ def serve(
     settings = {"SGLANG_USE_CPU_ENGINE": "1", **environment}
     if not HAS_ENTRY_POINT:
         settings["PYTHONPATH"] = boot_folder()
-    return run_server(command, folder, log, settings, ready="fired up")
+    return run_server(command, folder, log, settings, ready=ready)
 
 
 @cache

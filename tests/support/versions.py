@@ -36,6 +36,7 @@ ABSENT = {
         f"{_CHAT}.serving_chat:normalize_assistant_tool_call_arguments": "before 0.5.14: said in the log",
         f"{_CHAT}.serving_chat:OpenAIServingChat.supports_native_reasoning_history": "said in the log",
         f"{_CHAT}.serving_responses:OpenAIServingResponses._": "before 0.5.20: said in the log",
+        "sglang.srt.disaggregation.encoder": "before 0.5.19 a server of the encoder alone is as SGLang has it",
         "sglang.srt.function_call.kimik2_detector:KimiK2Detector.finish": "before 0.5.18 SGLang calls no such method",
         "sglang.srt.layers.moe.fused_moe_triton.layer:create_kt_config_from_server_args": "the fork has a switch",
         "sglang.srt.layers.moe.utils:speculative_kt_ep_disabled_context": "the fork's alone",

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+from http import HTTPStatus
 from typing import Any
+
+from fastapi import HTTPException
 
 from k26_plugins.common import metrics
 from k26_plugins.common.media import open_image
 from k26_plugins.common.prompt.places import media_kinds, place_videos
 from k26_plugins.common.settings import core_media
 from k26_plugins.common.video import MAX_TOKENS, VideoChunk, read_chunks
-from k26_plugins.sglang import compat
+from k26_plugins.sglang import compat, compat_encoder
 from k26_plugins.sglang.model import KimiK25ForConditionalGeneration
 
 _in_tree = compat.in_tree_media()
+_NO_ENCODER = (
+    "this server was started without the vision tower (--language-only), and no server of the encoder has encoded the "
+    "request's images: start one with --encoder-only, and name it here (--encoder-urls) or have it report here "
+    "(--encoder-register-urls)."
+)
 
 # 0.5.10 prepares images nowhere but in the processor, which is the core's.
 if core_media() and hasattr(_in_tree, "KimiGPUProcessorWrapper"):
@@ -50,6 +58,9 @@ class K26MediaProcessor(_in_tree.KimiK2_5VLImageProcessor):  # type: ignore[misc
     async def process_mm_data_async(
         self, image_data: Any, input_text: Any, request_obj: Any, *args: Any, **kwargs: Any
     ) -> Any:
+        if compat_encoder.encodes_elsewhere():
+            # SGLang would encode here, by a vision tower that was never given its weights.
+            raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, _NO_ENCODER)
         videos = request_obj.video_data
         if videos:
             limit = kwargs.get("max_req_input_len") or MAX_TOKENS
