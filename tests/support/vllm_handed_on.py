@@ -19,6 +19,20 @@ TO_HAND_ON: dict[str, Any] = {"do_remote_decode": True, "do_remote_prefill": Fal
 """What a request says whose prompt another server is to answer. The answer says where its KV cache is."""
 
 
+def lmcache(port: int, http_port: int) -> list[str]:
+    """Flags of a server that keeps its prompts' KV caches in LMCache's own server, which it starts."""
+    # The mode in which vLLM's connector copies a CPU's cache; LMCache's server has it only when it is asked for.
+    options = f"--l1-size-gb 1 --eviction-policy LRU --http-port {http_port} --supported-transfer-mode engine_driven"
+    extra = {
+        "lmcache.mp.host": "tcp://127.0.0.1",
+        "lmcache.mp.port": port,
+        "lmcache.mp.autostart": True,
+        "lmcache.mp.autostart.server_args": options,
+    }
+    config = {"kv_connector": "LMCacheMPConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
+    return ["--kv-transfer-config", json.dumps(config)]
+
+
 def kv(folder: Path, role: str) -> list[str]:
     """Flags of a server that is `kv_producer` or `kv_consumer`, or `kv_both`."""
     return ["--kv-transfer-config", _config("kv", "ExampleConnector", folder, role)]

@@ -12,7 +12,7 @@ from support.agreement import BYTES, assert_same_top
 from support.images import image_part, png, random_image
 from support.server import Server, free_port
 from support.swarm import metric
-from support.vllm_handed_on import NIXL, TO_HAND_ON, encoded, exchange, items, kv
+from support.vllm_handed_on import NIXL, TO_HAND_ON, encoded, exchange, items, kv, lmcache
 from support.vllm_server import serve
 
 pytestmark = pytest.mark.long
@@ -97,6 +97,17 @@ def test_a_server_answers_with_the_kv_cache_that_nixl_brings(tiny_folder: Path, 
         ]
         assert_same_top(others, exchanged(computed))
         assert sum(metric(decode, "vllm:nixl_xfer_time_seconds_count").values()) == 2 * len(PROMPTS)
+
+
+@pytest.mark.skipif(find_spec("lmcache") is None, reason="LMCache is not installed")
+def test_a_server_answers_with_the_kv_cache_that_lmcache_kept(tiny_folder: Path, tmp_path: Path) -> None:
+    """It keeps none itself."""
+    flags = ("--enforce-eager", "--no-enable-prefix-caching", *lmcache(free_port(), free_port()))
+    with serve(tiny_folder, tmp_path / "log", *flags, VLLM_MLA_DISABLE="1") as server:
+        computed = to_prompts(server)
+        assert sum(metric(server, "vllm:external_prefix_cache_hits_total").values()) == 0
+        assert_same_top(to_prompts(server), computed)
+        assert sum(metric(server, "vllm:external_prefix_cache_hits_total").values()) == HANDED_ON * len(PROMPTS)
 
 
 def test_a_server_answers_with_the_embeddings_of_an_encoder(tiny_folder: Path, tmp_path: Path, server: Server) -> None:
