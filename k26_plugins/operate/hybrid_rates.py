@@ -11,14 +11,12 @@ from k26_plugins.common.checkpoint import expert_bytes
 from k26_plugins.common.config import TextConfig
 from k26_plugins.common.expert_costs import MEASURED_TOKENS, Line
 from k26_plugins.common.experts import ExpertsBackend, ExpertWeights, create_experts
-from k26_plugins.common.host_memory import available_bytes
 from k26_plugins.common.settings import host_experts_setting
-from k26_plugins.operate.doctor.bandwidth import last_level_caches
+from k26_plugins.operate.doctor.bandwidth import beyond_caches, copy_rate
 from k26_plugins.operate.plan.hybrid_speed import Rates
 from k26_plugins.operate.random_experts import random_experts
 
 ROUNDS = 5
-MIN_BYTES, COPIED = 2**28, 2**28
 # Experts whose prompts are timed: their arithmetic takes longer than their reading.
 WITH_MANY_TOKENS = 4
 PRODUCT = 8192
@@ -37,8 +35,7 @@ def host_line(text: TextConfig) -> Line:
     """Seconds of an expert on the CPU, by its tokens, with the backend that a hybrid run takes."""
     one = random_experts(text, 1)
     # So many that caches hold few of them from one call to the next, but no more than a layer has.
-    wanted = min(max(MIN_BYTES, 4 * last_level_caches()), available_bytes() // 4) // expert_bytes(text)
-    count = max(WITH_MANY_TOKENS, min(wanted, text.n_routed_experts))
+    count = max(WITH_MANY_TOKENS, min(beyond_caches() // expert_bytes(text), text.n_routed_experts))
     weights = ExpertWeights(*(part.repeat(count, *[1] * (part.dim() - 1)) for part in one.parts()))
     experts = create_experts(weights, host_experts_setting())
     few, many = MEASURED_TOKENS
@@ -47,17 +44,7 @@ def host_line(text: TextConfig) -> Line:
 
 def links_rate() -> float | None:
     """Bytes a second from pinned memory to all GPUs at once; None without one."""
-    if not torch.cuda.is_available():
-        return None
-    source = torch.ones(COPIED, dtype=torch.uint8).pin_memory()
-    targets = [torch.empty_like(source, device=f"cuda:{index}") for index in range(torch.cuda.device_count())]
-
-    def copy() -> None:
-        for target in targets:
-            target.copy_(source, non_blocking=True)
-        _wait()
-
-    return COPIED * len(targets) / _fastest(copy)
+    return copy_rate(range(torch.cuda.device_count())) if torch.cuda.is_available() else None
 
 
 def gpu_product() -> float | None:
@@ -68,7 +55,7 @@ def gpu_product() -> float | None:
 
     def multiply() -> None:
         matrix.matmul(matrix)
-        _wait()
+        torch.cuda.synchronize()
 
     return 2 * PRODUCT**3 / _fastest(multiply)
 
@@ -90,8 +77,3 @@ def _fastest(run: Callable[[], object]) -> float:
         run()
         times.append(time.perf_counter() - start)
     return min(times)
-
-
-def _wait() -> None:
-    for index in range(torch.cuda.device_count()):
-        torch.cuda.synchronize(index)

@@ -32,7 +32,7 @@ def bandwidth_findings(checkpoint: Path | None) -> list[Finding]:
     """Memory, each GPU's link, and with a checkpoint its disk."""
     findings = [memory_finding()]
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        rate = copy_rate(index)
+        rate = copy_rate([index])
         findings.append(Finding(Level.OK, f"GPU {index} link", f"{rate / 1e9:.1f} GB/s from pinned host memory"))
     if checkpoint is not None and any(checkpoint.glob("*.safetensors")):
         try:
@@ -63,7 +63,7 @@ def memory_rate(chosen: Sequence[Core]) -> float:
 
     Each reads what it wrote itself, which lies on its NUMA node.
     """
-    size = min(max(MIN_BUFFER, 4 * last_level_caches()), available_bytes() // 4) // len(chosen) // 8
+    size = beyond_caches() // len(chosen) // 8
     meeting = Barrier(len(chosen) + 1, timeout=PATIENCE)
 
     def read(core: Core) -> None:
@@ -87,6 +87,11 @@ def memory_rate(chosen: Sequence[Core]) -> float:
     return size * 8 * len(chosen) / best
 
 
+def beyond_caches() -> int:
+    """Bytes of which caches hold little from one reading to the next, a quarter of the free memory at most."""
+    return min(max(MIN_BUFFER, 4 * last_level_caches()), available_bytes() // 4)
+
+
 def last_level_caches() -> int:
     """Bytes of all caches of the third level, each counted once; what fits there is not read from memory."""
     found = {}
@@ -99,17 +104,19 @@ def last_level_caches() -> int:
     return sum(found.values())
 
 
-def copy_rate(index: int) -> float:
-    """Bytes a second from pinned host memory to a GPU."""
-    device = torch.device("cuda", index)
+def copy_rate(gpus: Sequence[int]) -> float:
+    """Bytes a second from pinned host memory to these GPUs, all at once."""
+    devices = [torch.device("cuda", index) for index in gpus]
     source = torch.ones(COPIED, dtype=torch.uint8).pin_memory()
-    target = torch.empty_like(source, device=device)
+    targets = [torch.empty_like(source, device=device) for device in devices]
 
     def copy() -> None:
-        target.copy_(source, non_blocking=True)
-        torch.cuda.synchronize(device)
+        for target in targets:
+            target.copy_(source, non_blocking=True)
+        for device in devices:
+            torch.cuda.synchronize(device)
 
-    return COPIED / min(_timed(copy) for _ in range(ROUNDS + 1))
+    return COPIED * len(targets) / min(_timed(copy) for _ in range(ROUNDS + 1))
 
 
 def disk_rate(folder: Path) -> tuple[float, str]:

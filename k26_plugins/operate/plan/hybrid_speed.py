@@ -14,8 +14,7 @@ from k26_plugins.common.config import K26Config
 from k26_plugins.common.expert_costs import Line, StreamCosts
 from k26_plugins.operate.plan.fit import Fit, fit
 from k26_plugins.operate.plan.hybrid import Hybrid, hybrid
-from k26_plugins.operate.plan.speed import experts_touched
-from k26_plugins.operate.plan.weights import absorbed_bytes
+from k26_plugins.operate.plan.speed import experts_touched, plain_bytes
 
 NATIVE_SHARE = 0.85
 """Of what a CPU reads the C++ experts reach with one token: measured, 80 to 99 % (docs/cpu-experts.md)."""
@@ -131,8 +130,9 @@ def prefill_step(config: K26Config, fit: Fit, plan: Hybrid, rates: Rates, *, chu
     )
     # Each token is multiplied by two bytes' weights once, and attends to those before it and half of its chunk.
     attended = 2.0 * chunk * (before + chunk / 2) * text.num_attention_heads * (text.qk_head_dim + text.v_head_dim)
-    dense = chunk * _before_bytes(config, fit) * tp / layers
-    attention = on_gpu(dense + attended, (_before_bytes(config, fit) + (before + chunk) * fit.kv_per_token) / layers)
+    read = _before_bytes(config, fit)
+    dense = chunk * read * tp / layers
+    attention = on_gpu(dense + attended, (read + (before + chunk) * fit.kv_per_token) / layers)
     launches = (BEFORE + BESIDE + AFTER) * LAUNCH
     layer = max(attention, BEFORE * LAUNCH) + max(cpu, beside, BESIDE * LAUNCH) + AFTER * LAUNCH + WAKE
     return Step(*(time * layers for time in (cpu, attention + beside, WAKE, launches, layer)))
@@ -183,12 +183,5 @@ def threads_of(cores: int, ranks: int) -> int:
 
 
 def _before_bytes(config: K26Config, fit: Fit) -> float:
-    """Weights that each GPU reads before the routings of all layers.
-
-    A token's row of the embedding is nothing, and of two copies of kv_b_proj one is read.
-    """
-    parts = ("attention", "dense feed-forward", "router", "norms")
-    read = sum(fit.weights[part] for part in parts) + fit.weights["embedding and head"] / 2
-    if fit.layout.absorbed_copy:
-        read -= absorbed_bytes(config.text, config.text.num_hidden_layers, fit.layout.tp)
-    return read
+    """Weights that each GPU reads before the routings of all layers."""
+    return plain_bytes(config, fit) - fit.weights["shared experts"]
