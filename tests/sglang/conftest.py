@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from support import documented, sglang_orders
+from support.entry_point import of_sglang
 from support.grpc_chat import HAS_GRPC
 from support.server import Server, free_port
 from support.sglang_server import CHUNK, EAGER, serve
@@ -25,7 +26,7 @@ def scripted_server(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory)
     """Answers are made to order, tests are let into its process, and it takes requests by gRPC where it can."""
     log = tmp_path_factory.mktemp("scripted") / "server.log"
     command = [*documented.as_run(documented.SERVE_SGLANG, tiny_folder), "--"]
-    settings = {**EAGER, **sglang_orders.settings(tmp_path_factory.mktemp("orders") / "plugin")}
+    settings = {**EAGER, **of_sglang(sglang_orders, tmp_path_factory.mktemp("orders") / "plugin")}
     # A prompt in one piece: what writes the ordered answer is called for each piece, and would begin too early.
     arguments = ["--enable-custom-logit-processor", "--enable-metrics", "--chunked-prefill-size", "-1"]
     if HAS_GRPC:

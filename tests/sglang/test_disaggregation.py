@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from support import sglang_foreign_kernels
 from support.agreement import assert_same_top
+from support.entry_point import of_sglang
 from support.images import image_part, png, random_image
 from support.server import Server, free_port
 from support.sglang_server import EAGER, HAS_ENTRY_POINT, serve
@@ -59,7 +60,7 @@ def answering(
 def encoder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory, answering: Apart) -> Iterator[Server]:
     work = tmp_path_factory.mktemp("encoder")
     arguments = ["--encoder-only", *answering.transfer, "--encoder-register-urls", answering.reports]
-    settings = {**EAGER, **sglang_foreign_kernels.settings(work / "plugin")}
+    settings = {**EAGER, **of_sglang(sglang_foreign_kernels, work / "plugin")}
     with serve(tiny_folder, work / "server.log", *arguments, ready="init finish", **settings) as server:
         end = time.monotonic() + 60
         while server.url not in httpx.get(f"{answering.reports}/list_encoder_urls").json()["encoder_urls"]:

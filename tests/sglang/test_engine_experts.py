@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from support import layouts, sglang_wrong_experts
+from support.entry_point import of_sglang
 from support.server import start_fails
 from support.sglang_server import HAS_ENTRY_POINT, serve
 
@@ -27,7 +28,7 @@ def test_the_right_ones_serve(dense_folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not HAS_ENTRY_POINT, reason="the wrong ones are put in their place by a plugin")
 def test_wrong_ones_stop_the_start(dense_folder: Path, tmp_path: Path) -> None:
-    settings = sglang_wrong_experts.settings(tmp_path / "plugin")
+    settings = of_sglang(sglang_wrong_experts, tmp_path / "plugin")
     said = r"SGLang's own experts \(UnquantizedFusedMoEMethod.*\) are wrong on cpu: relative error .*, and the core's cannot"
     with start_fails(said), serve(dense_folder, tmp_path / "log", **settings):
         pass

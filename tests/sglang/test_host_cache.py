@@ -9,6 +9,7 @@ import pytest
 import torch
 from support import sglang_host_cache
 from support.agreement import assert_same_top
+from support.entry_point import of_sglang
 from support.server import Server
 from support.sglang_server import EAGER, HAS_ENTRY_POINT, serve
 
@@ -40,7 +41,7 @@ def answers(server: Server) -> tuple[list[dict[int, float]], list[int]]:
 
 
 def test_prompts_come_back_from_the_host_s_memory(tiny_folder: Path, tmp_path: Path) -> None:
-    settings = {**EAGER, **sglang_host_cache.settings(tmp_path / "plugin")}
+    settings = {**EAGER, **of_sglang(sglang_host_cache, tmp_path / "plugin")}
     with serve(tiny_folder, tmp_path / "log", *sglang_host_cache.FLAGS, *SIZES, **settings) as server:
         computed, at_first = answers(server)
         again, from_host = answers(server)

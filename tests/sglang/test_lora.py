@@ -12,6 +12,7 @@ import torch
 from support import sglang_unpinned
 from support.adapters import LAYER, MODULES, merged
 from support.agreement import VOCABULARY, assert_same_distribution, divergence
+from support.entry_point import of_sglang
 from support.server import Server
 from support.sglang_server import EAGER, HAS_ENTRY_POINT, rows, serve
 
@@ -40,7 +41,7 @@ def server(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         "--max-loras-per-batch",
         "4",
     ]
-    settings = {**EAGER, **sglang_unpinned.settings(work / "plugin")}
+    settings = {**EAGER, **of_sglang(sglang_unpinned, work / "plugin")}
     with serve(tiny_folder, work / "server.log", *arguments, "--lora-target-modules", *TARGETS, **settings) as running:
         yield running
 

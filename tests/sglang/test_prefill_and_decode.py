@@ -10,6 +10,7 @@ import pytest
 import torch
 from support import sglang_prefill
 from support.agreement import assert_same_top
+from support.entry_point import of_sglang
 from support.server import Server, free_port
 from support.sglang_server import EAGER, serve
 
@@ -41,7 +42,7 @@ def test_a_server_goes_on_from_the_kv_cache_of_another(tiny_folder: Path, tmp_pa
     # Without overlap: with it, SGLang notes by CUDA's events what it may send early.
     flags = ["--disaggregation-transfer-backend", "mooncake_tcp", "--disaggregation-bootstrap-port", str(port)]
     flags += ["--disable-overlap-schedule"]
-    settings = {**EAGER, **sglang_prefill.settings(tmp_path / "plugin")}
+    settings = {**EAGER, **of_sglang(sglang_prefill, tmp_path / "plugin")}
     mode = "--disaggregation-mode"
     with (
         serve(tiny_folder, tmp_path / "prefill.log", mode, "prefill", *flags, **settings) as prefill,

@@ -6,12 +6,6 @@ tests' own, in each process of the server, gives the names something to be.
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
-from support.entry_point import write_entry_point
-from support.server import python_path
-
 NAMES = (
     "fused_sigmoid_mul_cpu",
     "fused_qk_gemma_rmsnorm_cpu",
@@ -26,9 +20,3 @@ def register() -> None:
     for name in NAMES:
         if not hasattr(torch.ops.sgl_kernel, name):
             setattr(torch.ops.sgl_kernel, name, None)
-
-
-def settings(folder: Path) -> dict[str, str]:
-    """What to set for the server. folder: an empty one, for the plugin's metadata."""
-    write_entry_point(folder, "k26_foreign_kernels", "sglang.srt.plugins", "support.sglang_foreign_kernels:register")
-    return {"PYTHONPATH": os.pathsep.join([str(folder), python_path()])}

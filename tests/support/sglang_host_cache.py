@@ -6,13 +6,9 @@ cache between two memories is a plain copy. All else is SGLang's: what is kept, 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
-from support.entry_point import write_entry_point
-from support.server import python_path
 
 _POOLS = "sglang.srt.mem_cache.pool_host"
 FLAGS = [
@@ -45,9 +41,3 @@ def copy_rows(
     """Of each layer, rows `src_indices` of a cache to rows `dst_indices` of another."""
     for source, destination in zip(src_layers, dst_layers, strict=True):
         destination[dst_indices] = source[src_indices]
-
-
-def settings(folder: Path) -> dict[str, str]:
-    """What to set for the server. folder: an empty one, for the plugin's metadata."""
-    write_entry_point(folder, "k26_host_cache", "sglang.srt.plugins", "support.sglang_host_cache:register")
-    return {"PYTHONPATH": os.pathsep.join([str(folder), python_path()])}

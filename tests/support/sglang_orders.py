@@ -6,13 +6,8 @@ A plugin of the tests' own in the API server, through SGLang's entry point: it r
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 from typing import Any
-
-from support.entry_point import write_entry_point
-from support.server import python_path
 
 _TARGET = "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request"
 
@@ -34,9 +29,3 @@ async def order(
         obj.sampling_params["custom_params"] = sent["custom_params"]
     async for chunk in original(manager, obj, request):
         yield chunk
-
-
-def settings(folder: Path) -> dict[str, str]:
-    """What to set for the server. folder: an empty one, for the plugin's metadata."""
-    write_entry_point(folder, "k26_orders", "sglang.srt.plugins", "support.sglang_orders:register")
-    return {"PYTHONPATH": os.pathsep.join([str(folder), python_path()])}

@@ -6,13 +6,8 @@ plainly. A plugin of the tests' own, in each process of the server, has it do th
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
-
-from support.entry_point import write_entry_point
-from support.server import python_path
 
 _TARGET = "sglang.srt.disaggregation.prefill.SchedulerDisaggregationPrefillMixin.send_kv_chunk"
 
@@ -26,9 +21,3 @@ def register() -> None:
 def plainly(original: Callable[..., None], scheduler: Any, request: Any, *args: Any, **kwargs: Any) -> None:
     request.disagg_kv_sender.supports_host_tensor_indices = False
     original(scheduler, request, *args, **kwargs)
-
-
-def settings(folder: Path) -> dict[str, str]:
-    """What to set for the server. folder: an empty one, for the plugin's metadata."""
-    write_entry_point(folder, "k26_prefill", "sglang.srt.plugins", "support.sglang_prefill:register")
-    return {"PYTHONPATH": os.pathsep.join([str(folder), python_path()])}

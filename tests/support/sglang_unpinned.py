@@ -6,13 +6,8 @@ A plugin of the tests' own, in each process of the server. Memory that is not pi
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
-
-from support.entry_point import write_entry_point
-from support.server import python_path
 
 
 def register() -> None:
@@ -29,9 +24,3 @@ def register() -> None:
     for name in ("tensor", "empty", "zeros"):
         setattr(torch, name, unpinned(getattr(torch, name)))
     torch.Tensor.pin_memory = lambda tensor, *args: tensor  # type: ignore[method-assign, assignment]
-
-
-def settings(folder: Path) -> dict[str, str]:
-    """What to set for the server. folder: an empty one, for the plugin's metadata."""
-    write_entry_point(folder, "k26_unpinned", "sglang.srt.plugins", "support.sglang_unpinned:register")
-    return {"PYTHONPATH": os.pathsep.join([str(folder), python_path()])}

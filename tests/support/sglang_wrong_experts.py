@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
-
-from support.entry_point import write_entry_point
-from support.server import python_path
 
 
 def register() -> None:
@@ -21,9 +16,3 @@ def register() -> None:
         return result._replace(hidden_states=states[:1].expand(states.shape).clone())
 
     unquant.UnquantizedFusedMoEMethod.apply = apply
-
-
-def settings(folder: Path) -> dict[str, str]:
-    """What to set for the server. folder: an empty one, for the plugin's metadata."""
-    write_entry_point(folder, "k26_wrong_experts", "sglang.srt.plugins", "support.sglang_wrong_experts:register")
-    return {"PYTHONPATH": os.pathsep.join([str(folder), python_path()])}
