@@ -413,6 +413,7 @@ def download(requirement: str, folder: Path) -> Release:
             platforms = (
                 "manylinux_2_35_x86_64",
                 "manylinux_2_34_x86_64",
+                "manylinux_2_31_x86_64",
                 "manylinux_2_28_x86_64",
                 "manylinux_2_24_x86_64",
             )

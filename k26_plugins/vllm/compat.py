@@ -379,6 +379,14 @@ def hook_cpu_adapters(hook: Callable[..., Any]) -> None:
     changes.apply()
 
 
+def hook_guesses(hook: Callable[..., Any]) -> None:
+    """Put `hook(original, values, ends, num_tokens, …)` around what repeats a request's temperature, top_k and top_p for
+    each of its guesses."""
+    changes = Registration()
+    wrap(changes, "vllm.v1.sample.rejection_sampler", "expand_batch_to_tokens", hook)
+    changes.apply()
+
+
 def loader_filters(loader: Any) -> tuple[set[int] | None, tuple[str, ...]]:
     """The ids of the experts that a loader of checkpoints reads, None for all; and the beginnings of the names that
     `--mm-encoder-only` lets it leave out."""

@@ -22,6 +22,7 @@ from k26_plugins.vllm import compat, logger
 from k26_plugins.vllm.engine_experts import files_read, watch_engine_experts
 from k26_plugins.vllm.experts import experts_of, use_core_experts
 from k26_plugins.vllm.files import readable_by_vllm
+from k26_plugins.vllm.guesses import repeated
 from k26_plugins.vllm.lora import NAMES, TakesAdapters, prepare_adapters
 from k26_plugins.vllm.processing import K26MultiModalProcessor, K26ProcessingInfo
 
@@ -58,6 +59,8 @@ class KimiK25ForConditionalGeneration(TakesAdapters, _in_tree.KimiK25ForConditio
             use_core_experts(vllm_config, setting, required=required)
         if current_platform.is_cpu():
             compat.use_cpu_prefill_backend("k26_plugins.vllm.attention.K26CPUPrefillBackend")
+            if vllm_config.speculative_config is not None:
+                compat.hook_guesses(repeated)
         prepare_adapters(vllm_config)
         compat.hook_checkpoint_loader(whole_checkpoint, files_of_checkpoint)
         compat.hook_saving(saved_state)

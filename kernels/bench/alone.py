@@ -1,11 +1,13 @@
-"""What the plugin costs an engine: the same requests to servers with the plugin and without it, in turns.
+"""What the plugin costs vLLM: the same requests to servers with the plugin and without it, in turns.
 
-    python kernels/bench/alone.py vllm [--save]         in vLLM's environment
-    python kernels/bench/alone.py sglang [--save]       in SGLang's (not run yet)
+    python kernels/bench/alone.py [--save]         in vLLM's environment
 
 No engine serves the published INT4 experts on a CPU alone. So the checkpoint is tiny and has bfloat16 experts of the same
-values, which the engine serves by itself: without the plugin, and with it. A third server has the plugin and the INT4
+values, which vLLM serves by itself: without the plugin, and with it. A third server has the plugin and the INT4
 experts. The model is so small that what an engine does around it is most of the time, which is where a plugin would be felt.
+There is no such run of SGLang: alone, 0.5.23 starts only with the checkpoint's own code for images, and with a stand-in for
+that its plain torch attention ends at the first prompt of this model, on a CPU without AMX ("Expected size for first two
+dimensions of batch2 tensor to be: [4, 192] but got: [4, 576]").
 
 All servers are up at once and asked one after the other, in each of the possible orders in turn. What is shown is the
 median of the ratios of neighbours in time, with the interval that holds the median in 95 of 100 runs, and the ratio of all
@@ -15,7 +17,6 @@ seconds of the servers' cores, which the machine's other work changes less.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import random
 import sys
@@ -40,16 +41,15 @@ from bench.kept import keep, machine
 from bench.swarm import PARSERS, say_letters, with_bfloat16_experts
 from support.images import image_part, png, random_image
 from support.server import Server
+from support.vllm_server import serve
 
 from k26_plugins.common.tiny import make_tiny
 from k26_plugins.operate.swarm.memory import processes
 
 ALONE, OURS, INT4 = "alone", "plugin", "plugin, INT4"
-OFF = {"vllm": {"VLLM_PLUGINS": "none"}, "sglang": {"SGLANG_PLUGINS": "none"}}
-# The parsers are the plugin's default.
-FLAGS = {"vllm": PARSERS, "sglang": PARSERS[1:]}
+OFF = {"VLLM_PLUGINS": "none"}
 # Of every server: compiling three takes longer than all that is measured.
-COMMON: dict[str, tuple[str, ...]] = {"vllm": ("--enforce-eager",), "sglang": ()}
+COMMON = "--enforce-eager"
 
 
 def letters(count: int, seed: int) -> str:
@@ -153,23 +153,21 @@ def compared(times: dict[str, Times], name: str) -> dict[str, float | list[float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("engine", choices=list(OFF))
     parser.add_argument("--turns", type=int, default=24, help="how often each server is asked (default: 24)")
     parser.add_argument("--save", action="store_true", help="write the results beside this file, named by date and CPU")
     arguments = parser.parse_args()
-    engine: str = arguments.engine
     here = machine()
-    serve = importlib.import_module(f"support.{engine}_server").serve
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
         make_tiny(folder / "int4")
         say_letters(folder / "int4")
         with_bfloat16_experts(folder / "int4", folder / "bf16")
-        ways = {ALONE: ("bf16", FLAGS[engine], OFF[engine]), OURS: ("bf16", (), {}), INT4: ("int4", (), {})}
+        # The parsers are the plugin's default.
+        ways = {ALONE: ("bf16", PARSERS, OFF), OURS: ("bf16", (), {}), INT4: ("int4", (), {})}
         servers = {}
         for way, (checkpoint, flags, settings) in ways.items():
             log = folder / f"{way}.log"
-            servers[way] = stack.enter_context(serve(folder / checkpoint, log, *COMMON[engine], *flags, **settings))
+            servers[way] = stack.enter_context(serve(folder / checkpoint, log, COMMON, *flags, **settings))
             if ("k26-plugins" in log.read_text()) != (way != ALONE):
                 raise SystemExit(f"{way}: the log does not say what was to be served with. No times are shown.")
         times_of = measure(servers, arguments.turns)
@@ -179,8 +177,8 @@ def main() -> None:
         for way, ratio in ratios.items():
             print(f"    {way:14}", "  ".join(f"{what} {value}" for what, value in ratio.items()))
     if arguments.save:
-        found = {"machine": here, engine: version(engine), "turns": arguments.turns, "results": results}
-        keep(f"alone-{engine}", found)
+        found = {"machine": here, "vllm": version("vllm"), "turns": arguments.turns, "results": results}
+        keep("alone-vllm", found)
 
 
 if __name__ == "__main__":

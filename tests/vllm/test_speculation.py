@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import string
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ import pytest
 import torch
 from support import documented
 from support.agreement import BYTES, VOCABULARY, rows
-from support.grammar import REGEX, SCHEMA
+from support.grammar import CHOICES, REGEX, SCHEMA, is_valid
 from support.guesses import Greedy, Steps, assert_no_farther, assert_parts_no_more
 from support.hidden_states import LAYERS_READ, assert_read_in_front_of, make_with_draft
 from support.images import image_part, png, random_image
@@ -27,6 +28,8 @@ from support.vllm_server import serve
 
 from k26_plugins.common.checkpoint import Checkpoint
 from k26_plugins.common.multimodal import KimiK26
+from k26_plugins.common.prompt.output import THINK_END
+from k26_plugins.common.prompt.tokenizer import KimiTokenizer
 
 pytestmark = pytest.mark.long
 # The guesses are what followed the same tokens before: in such a text there is much to guess.
@@ -68,6 +71,11 @@ def guessing(
     log = tmp_path_factory.mktemp(request.param) / "server.log"
     with serve(folder, log, *arguments, command=command, **settings) as running:
         yield Guessing(request.param, running)
+
+
+@pytest.fixture(scope="module")
+def special(folders: tuple[Path, Path]) -> dict[str, int]:
+    return dict(KimiTokenizer(folders[0]).special)
 
 
 def counted(server: Server, what: str) -> float:
@@ -170,6 +178,52 @@ def test_images_thinking_grammars_and_calls_are_answered_as_without(
     guessing: Guessing, alone: dict[str, Steps], together: dict[str, Steps]
 ) -> None:
     assert_parts_no_more({name: asked(guessing.server, name) for name in QUESTIONS}, alone, together, unseen)
+
+
+# By kind, the bytes of all answers: where allowed tokens and a grammar have none in common, vLLM answers with an error.
+DRAWN = {
+    "json": (string.ascii_lowercase + string.digits + '{}[]":,-').encode(),
+    "choice": "".join(CHOICES).encode(),
+    "regex": (string.ascii_lowercase + string.digits + "é").encode(),
+}
+# A random model goes on with digits for ever.
+DAYS = {"type": "array", "items": {"enum": [1, 2, 30]}, "minItems": 1, "maxItems": 3}
+PLAIN_SCHEMA = {**SCHEMA, "properties": {**SCHEMA["properties"], "days": DAYS, "wet": {"enum": ["yes", "no"]}}}
+HELD_TO: dict[str, Any] = {"json": PLAIN_SCHEMA, "choice": CHOICES, "regex": REGEX}
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+def test_answers_drawn_at_random_are_valid_and_the_reasoning_is_free(
+    guessing: Guessing, special: dict[str, int], thinking: bool
+) -> None:
+    """Guesses are taken or not by chance then. Of few tokens, so that the thinking ends soon: there is no `logit_bias`
+    beside guesses."""
+    ends = [special["<|im_end|>"], *([special[THINK_END]] if thinking else [])]
+
+    def ask(kind: str, seed: int) -> dict[str, Any]:
+        answer = guessing.server.chat(
+            "Where? " * 9, max_tokens=200, temperature=1, seed=seed, allowed_token_ids=[*DRAWN[kind], *ends],
+            structured_outputs={kind: HELD_TO[kind]}, chat_template_kwargs={"thinking": thinking}, return_token_ids=True,
+        )  # fmt: skip
+        choice: dict[str, Any] = answer["choices"][0]
+        return choice
+
+    before = counted(guessing.server, "draft")
+    asked = [(kind, seed) for kind in HELD_TO for seed in range(6)]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        choices = list(pool.map(lambda one: ask(*one), asked))
+    assert counted(guessing.server, "draft") > before
+    answered, free = 0, 0
+    for (kind, _), choice in zip(asked, choices, strict=True):
+        thought = choice["message"]["reasoning"] or ""
+        free += bool(thought) and not is_valid(kind, thought)
+        # Some think for ever, and some end their answer while they think.
+        if not thinking or (special[THINK_END] in choice["token_ids"] and choice["finish_reason"] == "stop"):
+            answered += 1
+            assert is_valid(kind, choice["message"]["content"] or ""), choice
+    print(f"{guessing.method}: {answered} answers, {free} thoughts that are none, of {len(asked)}")
+    assert answered >= 3
+    assert (free > 0) == thinking
 
 
 # Answers that a grammar leaves one way: which greedy answer is the likeliest hangs on when guesses came, near a tie.
