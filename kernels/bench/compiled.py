@@ -24,7 +24,7 @@ from typing import Any
 import triton
 from k26_kernels.align import SLOTS_AT_ONCE, SLOTS_RANKED, align_kernel, count_kernel, place_kernel
 from k26_kernels.combine import activate_kernel, reduce_kernel
-from k26_kernels.config import SINGLE, Regime, Shape, Tile, default_regimes
+from k26_kernels.config import INVARIANT, SINGLE, Regime, Shape, Tile, default_regimes
 from k26_kernels.dequantise import dequantise_kernel
 from k26_kernels.layout import ROWS
 from k26_kernels.product import product_kernel
@@ -130,7 +130,7 @@ def variants() -> Iterator[Variant]:
         for name, regime in default_regimes(target.name).items():
             yield product_variant(target, LAYER, name, regime, regime.w13, True, 1)
             yield product_variant(target, LAYER, name, regime, regime.w2, False, 1)
-            if name == SINGLE:
+            if name in (SINGLE, INVARIANT):
                 yield product_variant(target, LAYER, name, regime, regime.w13, True, 2)
         for name, regime in default_regimes(target.name, SHARD.intermediate_size).items():
             if regime.w2 != default_regimes(target.name)[name].w2:

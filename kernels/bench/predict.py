@@ -4,15 +4,17 @@
     cd kernels && python -m bench.predict --save     and bench/results/predicted-H200.json
 
 A product takes at least as long as its bytes at the copy bandwidth, its matrix instructions at the matmul rate (empty
-columns of a block included), and its instructions at one a cycle and scheduler. The prediction is the largest of the
-three, summed over the products, plus the traffic of the sums and a fixed cost for each launch. What they cost each other
-by overlapping badly is not in it, so a measurement will be above.
+columns of a block included), its instructions at one a cycle and scheduler, and the tiles of the program that has most of
+them, whose warps issue every other cycle at best: that is an assumption. The prediction is the largest of the four, summed
+over the products, plus the traffic of the sums and a fixed cost for each launch. What they cost each other by overlapping
+badly is not in it, so a measurement will be above.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from bench.compiled import Facts, compile_variant, product_variant
 from bench.layers import GLOBAL_EXPERTS, LAYERS, TOKENS, TOP_K
 from k26_kernels.align import SLOTS_AT_ONCE
 from k26_kernels.config import SINGLE, Shape, Tile
-from k26_kernels.experts import TOKENS_AT_ONCE, Plan, make_plan
+from k26_kernels.experts import PROGRAMS_PER_PROCESSOR, TOKENS_AT_ONCE, Plan, make_plan
 from k26_kernels.target import TARGETS, Device
 
 from k26_plugins.operate.tune.routing import Layer
@@ -36,6 +38,8 @@ class Machine:
     matmul: float
     clock: float
     launch: float
+    cycles: float
+    """Between two instructions of a warp."""
 
     @property
     def instructions(self) -> float:
@@ -43,8 +47,8 @@ class Machine:
         return 4 * self.device.processors * self.clock
 
 
-# 1.7 GHz is assumed for a busy H200, 2 µs for a launch inside a CUDA graph.
-H200 = Machine(Device(TARGETS["sm_90"], "NVIDIA H200", 132), 4.3e12, 790e12, 1.7e9, 2e-6)
+# 1.7 GHz is assumed for a busy H200, 2 µs for a launch inside a CUDA graph, and that half of a warp's cycles are waits.
+H200 = Machine(Device(TARGETS["sm_90"], "NVIDIA H200", 132), 4.3e12, 790e12, 1.7e9, 2e-6, 2.0)
 
 
 def shape_of(layer: Layer) -> Shape:
@@ -58,7 +62,7 @@ class Compiled:
         self.facts: dict[tuple[object, ...], Facts] = {}
 
     def of(self, layer: Layer, plan: Plan, gated: bool) -> Facts:
-        parts = plan.split_w13 if gated else 1
+        parts = plan.split_w13 if gated else plan.split_w2
         name = SINGLE if not plan.sorted else str(plan.regime.block_tokens)
         key = (layer.name, name, gated, parts > 1)
         if key not in self.facts:
@@ -78,15 +82,18 @@ def product_seconds(
     blocks: int,
     touched: int,
     block: int,
+    parts: int,
     extra: int,
 ) -> dict[str, float]:
-    """The three floors of one product. extra: bytes of activations that it reads and writes."""
-    tiles = blocks * (rows // tile.block_rows)
-    instructions = facts.tile_instructions + inputs // tile.block_k * facts.loop_instructions
+    """The floors of one product, cut in `parts` along K. extra: bytes of activations that it reads and writes."""
+    tiles = blocks * (rows // tile.block_rows) * parts
+    instructions = facts.tile_instructions + inputs // parts // tile.block_k * facts.loop_instructions
+    rounds = math.ceil(tiles / (machine.device.processors * PROGRAMS_PER_PROCESSOR))
     return {
         "bytes": (touched * rows * inputs * 9 / 16 + extra) / machine.bandwidth,
         "matmul": 2 * blocks * block * rows * inputs / machine.matmul,
         "issue": tiles * tile.num_warps * instructions / machine.instructions,
+        "program": rounds * instructions * machine.cycles / machine.clock,
     }
 
 
@@ -103,19 +110,25 @@ def predict(machine: Machine, compiled: Compiled, layer: Layer, kind: str, num_t
         block = plan.regime.block_tokens
         blocks = int(((counts + block - 1) // block).sum()) if plan.sorted else len(here)
         touched, slots = int((counts > 0).sum()), len(here)
-        weighted = plan.weighted.itemsize * hidden * slots
+        weighted = plan.split_w2 * plan.weighted.itemsize * hidden * slots
+        activated, partial = 2 * slots * inner, 4 * plan.split_w13 * 2 * inner
+        written = activated if plan.split_w13 == 1 else slots * partial
         products = (
-            (True, plan.regime.w13, 2 * inner, hidden, 2 * slots * (hidden + inner)),
-            (False, plan.regime.w2, hidden, inner, 2 * slots * inner + weighted),
+            (True, plan.regime.w13, 2 * inner, hidden, plan.split_w13, 2 * slots * hidden + written),
+            (False, plan.regime.w2, hidden, inner, plan.split_w2, activated + weighted),
         )
-        for gated, tile, rows, inputs, extra in products:
+        for gated, tile, rows, inputs, parts, extra in products:
             facts = compiled.of(layer, plan, gated)
-            floors = product_seconds(machine, facts, tile, rows, inputs, blocks, touched, block, extra)
+            floors = product_seconds(machine, facts, tile, rows, inputs, blocks, touched, block, parts, extra)
             bound = max(floors, key=lambda name: floors[name])
             seconds += floors[bound]
             bounds.append(bound)
         launches = 3 + plan.sorted + (plan.num_slots > SLOTS_AT_ONCE) + (plan.split_w13 > 1)
-        seconds += launches * machine.launch + (weighted + 2 * len(part) * hidden) / machine.bandwidth
+        summed = weighted + 2 * len(part) * hidden
+        if plan.split_w13 > 1:
+            # The sum of the parts takes the slots of other ranks along.
+            summed += plan.num_slots * (partial + 2 * inner)
+        seconds += launches * machine.launch + summed / machine.bandwidth
     touched = len(layer.slots_here(ids).unique())
     return {
         "layer": layer.name,

@@ -21,6 +21,9 @@ from k26_kernels.unpack import INTERPRETED
 TOKENS_AT_ONCE = 8192
 # Up to as many slots an expert's output stays float32 until the sum. Beyond, its traffic would show.
 EXACT_SLOTS = 4096
+# Up to as many slots a product of sorted ones may be cut along K. Beyond, the sum of w13's parts, which reads those of all
+# ranks' slots, and their memory would show.
+SPLIT_SLOTS = 256
 # Programs that a processor holds at a time, as many as the default tiles' registers and shared memory leave room for.
 PROGRAMS_PER_PROCESSOR = 4
 _ALIGNMENT = 256
@@ -91,22 +94,45 @@ def split_k(tiles: float, inputs: int, block_k: int, processors: int) -> int:
     return parts
 
 
+def expected_blocks(num_tokens: int, top_k: int, num_experts: int, global_experts: int, block_tokens: int) -> float:
+    """Blocks of an even choice of experts: one for each expert here that a token chose, until blocks fill."""
+    chosen = min(1.0, top_k / global_experts)
+    touched = num_experts * (1 - (1 - chosen) ** num_tokens)
+    return max(touched, num_tokens * chosen * num_experts / block_tokens)
+
+
 @lru_cache(maxsize=4096)
 def make_plan(
     device: Device, shape: Shape, num_tokens: int, top_k: int, global_experts: int, batch_invariant: bool = False
 ) -> Plan:
     """How a batch of at most TOKENS_AT_ONCE tokens is computed. global_experts: over all ranks."""
     choices = regimes(device, shape)
+    name = choose(choices, num_tokens, num_tokens * top_k / global_experts, batch_invariant)
+    return plan_of(device, shape, choices[name], name != SINGLE, num_tokens, top_k, global_experts, batch_invariant)
+
+
+def plan_of(
+    device: Device,
+    shape: Shape,
+    regime: Regime,
+    is_sorted: bool,
+    num_tokens: int,
+    top_k: int,
+    global_experts: int,
+    batch_invariant: bool = False,
+) -> Plan:
+    """`make_plan` with the tiles given."""
     num_slots = num_tokens * top_k
-    name = choose(choices, num_tokens, num_slots / global_experts, batch_invariant)
-    regime, is_sorted = choices[name], name != SINGLE
     splits = [1, 1]
-    if not is_sorted:
-        here = num_slots * shape.num_experts / global_experts
+    # Batch-invariant: one order of the sums for all batches.
+    if not batch_invariant and (not is_sorted or num_slots <= SPLIT_SLOTS):
+        blocks = num_slots * shape.num_experts / global_experts
+        if is_sorted:
+            blocks = expected_blocks(num_tokens, top_k, shape.num_experts, global_experts, regime.block_tokens)
         rows = (2 * shape.intermediate_size, shape.hidden_size)
         inputs = (shape.hidden_size, shape.intermediate_size)
         splits = [
-            split_k(here * n / tile.block_rows, k, tile.block_k, device.processors)
+            split_k(blocks * n / tile.block_rows, k, tile.block_k, device.processors)
             for n, k, tile in zip(rows, inputs, (regime.w13, regime.w2), strict=True)
         ]
     # Batch-invariant: one dtype for all batches.
@@ -120,7 +146,7 @@ def make_plan(
     if is_sorted:
         sizes["slots"] = 4 * num_slots
         # Room for the smallest blocks, so that more tokens never need less.
-        smallest = min(choice.block_tokens for choice in choices.values())
+        smallest = min(choice.block_tokens for choice in regimes(device, shape).values())
         sizes["blocks"] = 4 * (1 + COLUMNS.value * max_blocks(num_slots, shape.num_experts, smallest))
         sizes["counts"] = counts_bytes(num_slots, shape.num_experts)
     sections, offset = {}, 0
@@ -146,8 +172,9 @@ def workspace_bytes(
 ) -> int:
     """Bytes that `fused_experts` needs for up to `num_tokens` tokens. global_experts: the length of its expert map."""
     shape, total = experts.shape, global_experts or experts.shape.num_experts
-    # What is needed grows with the tokens, but for the first few, which may be cut along K, and where float32 ends.
-    ends = (*range(1, SINGLE_TOKENS + 1), EXACT_SLOTS // top_k, TOKENS_AT_ONCE)
+    # What is needed grows with the tokens, but where products may be cut along K, and where float32 ends.
+    cut = max(SINGLE_TOKENS, SPLIT_SLOTS // top_k)
+    ends = (*range(1, cut + 1), EXACT_SLOTS // top_k, TOKENS_AT_ONCE)
     counts = {min(num_tokens, end) for end in ends} - {0}
     plans = (make_plan(experts.device, shape, count, top_k, total, batch_invariant) for count in counts)
     return max((plan.bytes for plan in plans), default=0)

@@ -84,13 +84,15 @@ def test_the_other_members_of_a_family(compiled_for: CompiledFor, capability: in
     assert error(result, judge(weights, x, ids, topk_weights)) <= TOLERANCE
 
 
+@pytest.mark.parametrize("num_tokens", [1, 5])
 @pytest.mark.parametrize("target", NVIDIA)
-def test_split_along_k(compiled_for: CompiledFor, target: str) -> None:
+def test_split_along_k(compiled_for: CompiledFor, target: str, num_tokens: int) -> None:
     compiled_for(target, processors=132)
     weights = make_weights(2, 1024, INNER)
-    x, ids, topk_weights = inputs(1, 1024), torch.tensor([[1]], dtype=torch.int32), torch.tensor([[0.7]])
+    ids = torch.tensor([[1], [0], [1], [-1], [1]], dtype=torch.int32)[:num_tokens]
+    x, topk_weights = inputs(num_tokens, 1024), torch.full((num_tokens, 1), 0.7)
     experts = load(weights)
-    assert make_plan(experts.device, experts.shape, 1, 1, 2).split_w13 > 1
+    assert make_plan(experts.device, experts.shape, num_tokens, 1, 2).split_w13 > 1
     result = fused_experts(x, experts, ids, topk_weights)
     assert error(result, judge(weights, x, ids, topk_weights)) <= TOLERANCE
 

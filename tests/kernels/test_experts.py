@@ -7,13 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from k26_kernels import KernelExperts, fused_experts, workspace_bytes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from k26_kernels import KernelExperts, Shape, fused_experts, workspace_bytes
 from k26_kernels.config import regimes
-from k26_kernels.experts import make_plan
+from k26_kernels.experts import TOKENS_AT_ONCE, expected_blocks, make_plan
 from k26_kernels.reference import fused_experts_reference
+from k26_kernels.target import TARGETS, Device
 from support.experts import error, inputs, judge, make_weights, route, to_device
 
 from k26_plugins.common.experts import ExpertWeights
+from k26_plugins.operate.tune.routing import Layer
 
 experts_module, align = (import_module(f"k26_kernels.{name}") for name in ("experts", "align"))
 
@@ -84,18 +88,51 @@ def test_the_largest_blocks(device: torch.device, monkeypatch: pytest.MonkeyPatc
     assert error(result, judge(weights, x, ids, topk_weights)) <= TOLERANCE
 
 
+@pytest.mark.parametrize("num_tokens", [1, 5])
 @pytest.mark.parametrize(("hidden", "inner", "parts"), [(1024, 128, (2, 1)), (128, 1024, (1, 2))], ids=str)
-def test_split_along_k(device: torch.device, hidden: int, inner: int, parts: tuple[int, int]) -> None:
-    """Where the tiles of a few tokens do not fill the GPU, the parts of a product are summed in their order."""
+def test_split_along_k(device: torch.device, hidden: int, inner: int, parts: tuple[int, int], num_tokens: int) -> None:
+    """Where the tiles of a few tokens, sorted or not, do not fill the GPU, a product's parts are summed in their order."""
     weights = make_weights(2, hidden, inner)
-    ids, topk_weights = torch.tensor([[1]]), torch.tensor([[0.7]])
-    x = inputs(1, hidden)
+    ids, topk_weights = torch.tensor([[1], [0], [1], [-1], [1]])[:num_tokens], torch.full((num_tokens, 1), 0.7)
+    x = inputs(num_tokens, hidden)
     experts = on(device, weights)
-    plan = make_plan(experts.device, experts.shape, 1, 1, 2)
+    plan = make_plan(experts.device, experts.shape, num_tokens, 1, 2)
+    assert plan.sorted == (num_tokens > 1)
     if device.type == "cpu":
         assert (plan.split_w13, plan.split_w2) == parts
     result = fused_experts(x.to(device), experts, ids.to(device), topk_weights.to(device)).cpu()
     assert error(result, judge(weights, x, ids, topk_weights)) <= TOLERANCE
+
+
+H200 = Device(TARGETS["sm_90"], "NVIDIA H200", 132)
+TP8, EP8, EP64 = Shape(7168, 256, 384), Shape(7168, 2048, 48), Shape(7168, 2048, 6)
+PARTS = {
+    (TP8, 4): (4, 1), (TP8, 5): (2, 1), (TP8, 8): (2, 1), (TP8, 9): (1, 1), (TP8, 64): (1, 1),
+    (EP8, 4): (4, 2), (EP8, 5): (2, 1), (EP8, 8): (2, 1), (EP8, 9): (1, 1),
+    (EP64, 5): (8, 4), (EP64, 32): (4, 2), (EP64, 33): (1, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("shape", "num_tokens"), PARTS)
+def test_into_how_many_parts_a_rank_s_products_are_cut(shape: Shape, num_tokens: int) -> None:
+    """Of few tokens, sorted or not, and never where a token's bits must not depend on its batch."""
+    plan = make_plan(H200, shape, num_tokens, 8, 384)
+    assert (plan.split_w13, plan.split_w2) == PARTS[shape, num_tokens]
+    fixed = make_plan(H200, shape, num_tokens, 8, 384, batch_invariant=True)
+    assert (fixed.split_w13, fixed.split_w2) == (1, 1)
+
+
+@pytest.mark.parametrize(("num_tokens", "num_experts"), [(5, 384), (16, 48), (64, 6), (1000, 384)])
+def test_the_expected_blocks_are_those_of_an_even_choice(num_tokens: int, num_experts: int) -> None:
+    """On average; of blocks that fill, the fewest that the tokens can have."""
+    layer = Layer("a rank's", 7168, 256, num_experts)
+    counts = [
+        layer.slots_here(layer.choose("uniform", num_tokens, seed)).bincount(minlength=num_experts)
+        for seed in range(40)
+    ]
+    blocks = sum(((count + 15) // 16).sum().item() for count in counts) / len(counts)
+    expected = expected_blocks(num_tokens, 8, num_experts, 384, 16)
+    assert 0.6 * blocks <= expected <= 1.15 * blocks
 
 
 @pytest.mark.parametrize("num_tokens", [3, 20])
@@ -233,13 +270,24 @@ def test_the_callers_workspace(device: torch.device) -> None:
         assert torch.equal(out.bfloat16(), fused_experts(x, experts, ids, topk_weights))
 
 
-def test_workspaces_cover_every_smaller_batch(device: torch.device) -> None:
-    experts = on(device, make_weights(16, 128, 128))
-    for num_tokens in (1, 3, 30, 600, 3000, 9000):
-        room = workspace_bytes(experts, num_tokens, 8, 64)
-        for count in {1, 2, 3, 4, 5, 100, 512, 513, num_tokens}:
-            if count <= min(num_tokens, 8192):
-                assert make_plan(experts.device, experts.shape, count, 8, 64).bytes <= room
+@settings(max_examples=40, deadline=None)
+@given(
+    num_tokens=st.integers(1, 9000),
+    top_k=st.sampled_from([1, 2, 8]),
+    here=st.sampled_from([1, 3, 48, 384]),
+    inner=st.sampled_from([128, 256, 2048]),
+    target=st.sampled_from(list(TARGETS)),
+    batch_invariant=st.booleans(),
+)
+def test_workspaces_cover_every_smaller_batch(
+    num_tokens: int, top_k: int, here: int, inner: int, target: str, batch_invariant: bool
+) -> None:
+    device, shape = Device(TARGETS[target], "a GPU", 132), Shape(7168, inner, here)
+    experts = KernelExperts(*[torch.empty(0)] * 4, device, shape)
+    room = workspace_bytes(experts, num_tokens, top_k, 384, batch_invariant)
+    most = min(num_tokens, TOKENS_AT_ONCE)
+    for count in {*range(1, min(most, 600) + 1), *range(1, most + 1, 37), most}:
+        assert make_plan(device, shape, count, top_k, 384, batch_invariant).bytes <= room, count
 
 
 def test_inputs_that_are_refused(device: torch.device) -> None:

@@ -14,8 +14,8 @@ from dataclasses import replace
 import torch
 import triton
 from k26_kernels import KernelExperts
-from k26_kernels.config import SINGLE, Regime, Tile, regimes
-from k26_kernels.experts import Launcher, make_plan
+from k26_kernels.config import SINGLE, SINGLE_TOKENS, Regime, Tile, regimes
+from k26_kernels.experts import Launcher, plan_of
 from k26_kernels.layout import FRAGMENTS
 from k26_kernels.target import Target
 
@@ -48,7 +48,8 @@ def time_of(experts: KernelExperts, layer: Layer, regime: Regime, tokens: int, c
     """Seconds of a batch with these tiles; infinite where they do not run."""
     device = experts.w13_packed.device
     local = layer.expert_map(device)
-    plan = replace(make_plan(experts.device, experts.shape, tokens, layer.top_k, layer.global_experts), regime=regime)
+    sizes = tokens, layer.top_k, layer.global_experts
+    plan = plan_of(experts.device, experts.shape, regime, tokens > SINGLE_TOKENS, *sizes)
     workspace = torch.empty(plan.bytes, dtype=torch.uint8, device=device)
     data = layer.batches("uniform", tokens, device)
     out = torch.empty_like(data[0].hidden_states)
