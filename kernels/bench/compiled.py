@@ -29,7 +29,7 @@ from k26_kernels.dequantise import dequantise_kernel
 from k26_kernels.layout import ROWS
 from k26_kernels.product import product_kernel
 from k26_kernels.router import router_kernel
-from k26_kernels.target import TARGETS, Target
+from k26_kernels.target import TARGETS, Device, Target
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -63,6 +63,10 @@ class Facts:
     """Of a thread."""
     spilled_bytes: int
     shared_memory: int
+    tensor_memory: int
+    """Columns, on sm_100."""
+    programs: int
+    """That a processor of the smallest GPU of its family holds at a time."""
     matrix_instructions: dict[str, int]
     weight_loads: dict[str, int]
     """Widest loads from global memory, by instruction."""
@@ -152,11 +156,15 @@ def compile_variant(variant: Variant) -> Facts:
     compiled = triton.compile(source, target=gpu, options=options)
     read = read_amd if target.amd else read_nvidia
     facts = read(compiled.asm)
+    threads, metadata = variant.num_warps * gpu.warp_size, compiled.metadata
+    columns = getattr(metadata, "tmem_size", None) or 0
     return Facts(
         variant.name,
         variant.target,
-        shared_memory=compiled.metadata.shared,
-        threads=variant.num_warps * gpu.warp_size,
+        shared_memory=metadata.shared,
+        tensor_memory=columns,
+        programs=Device(target, "", 0).programs(threads, facts["registers"], metadata.shared, columns),
+        threads=threads,
         **facts,
     )
 
@@ -234,8 +242,8 @@ def main() -> None:
     for facts in results:
         print(
             f"{facts.target:7} {facts.name:18} registers {facts.registers:4} spilled {facts.spilled_bytes:4} "
-            f"shared {facts.shared_memory:6} {facts.matrix_instructions} {facts.weight_loads} shuffles {facts.shuffles} "
-            f"loop {facts.loop_instructions} tile {facts.tile_instructions}"
+            f"shared {facts.shared_memory:6} programs {facts.programs} {facts.matrix_instructions} {facts.weight_loads} "
+            f"shuffles {facts.shuffles} loop {facts.loop_instructions} tile {facts.tile_instructions}"
         )
     if arguments.json:
         document = {"triton": triton.__version__, "facts": [asdict(facts) for facts in results]}

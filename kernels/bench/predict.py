@@ -23,7 +23,7 @@ from bench.compiled import Facts, compile_variant, product_variant
 from bench.layers import GLOBAL_EXPERTS, LAYERS, TOKENS, TOP_K
 from k26_kernels.align import SLOTS_AT_ONCE
 from k26_kernels.config import SINGLE, Shape, Tile
-from k26_kernels.experts import PROGRAMS_PER_PROCESSOR, TOKENS_AT_ONCE, Plan, make_plan
+from k26_kernels.experts import TOKENS_AT_ONCE, Plan, make_plan
 from k26_kernels.target import TARGETS, Device
 
 from k26_plugins.operate.tune.routing import Layer
@@ -88,7 +88,7 @@ def product_seconds(
     """The floors of one product, cut in `parts` along K. extra: bytes of activations that it reads and writes."""
     tiles = blocks * (rows // tile.block_rows) * parts
     instructions = facts.tile_instructions + inputs // parts // tile.block_k * facts.loop_instructions
-    rounds = math.ceil(tiles / (machine.device.processors * PROGRAMS_PER_PROCESSOR))
+    rounds = math.ceil(tiles / (machine.device.processors * facts.programs))
     return {
         "bytes": (touched * rows * inputs * 9 / 16 + extra) / machine.bandwidth,
         "matmul": 2 * blocks * block * rows * inputs / machine.matmul,

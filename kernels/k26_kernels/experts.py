@@ -24,8 +24,11 @@ EXACT_SLOTS = 4096
 # Up to as many slots a product of sorted ones may be cut along K. Beyond, the sum of w13's parts, which reads those of all
 # ranks' slots, and their memory would show.
 SPLIT_SLOTS = 256
-# Programs that a processor holds at a time, as many as the default tiles' registers and shared memory leave room for.
-PROGRAMS_PER_PROCESSOR = 4
+# Programs that are launched for each processor, by the variant of the product: as many as it holds at a time. What the
+# compiler made of a variant is known with its first launch only, which takes PROGRAMS_AT_FIRST; to compute it beforehand
+# would be to guess at registers, which change with Triton's version. No result depends on it.
+PROGRAMS_AT_FIRST = 4
+programs: dict[tuple[object, ...], int] = {}
 _ALIGNMENT = 256
 _REDUCE_BLOCK = 1024
 
@@ -304,11 +307,15 @@ class Launcher:
     ) -> None:
         plan, device = self.plan, self.experts.device
         tiles = plan.max_blocks * (rows // tile.block_rows) * parts
-        grid = min(tiles, device.processors * PROGRAMS_PER_PROCESSOR)
+        variant = (
+            device, tile, plan.regime.block_tokens, plan.sorted, rows, inputs, slots_per_x, epilogue, parts, out.dtype,
+            self.has_map,
+        )  # fmt: skip
+        grid = min(tiles, device.processors * programs.get(variant, PROGRAMS_AT_FIRST))
         slots, blocks = (
             self.section(name, torch.int32) if plan.sorted else self.topk_ids for name in ("slots", "blocks")
         )
-        product_kernel[(grid,)](
+        compiled = product_kernel[(grid,)](
             x, packed, scale, out, self.topk_ids, self.map, self.topk_weights, slots, blocks,
             plan.num_slots, self.experts.shape.num_experts, self.num_global,
             N=rows, K=inputs, SLOTS_PER_X=slots_per_x, EPILOGUE=epilogue,
@@ -318,3 +325,8 @@ class Launcher:
             WAIT=device.target.waits and not INTERPRETED.value,
             num_warps=tile.num_warps, num_stages=tile.num_stages, **device.target.options,
         )  # fmt: skip
+        if variant not in programs and compiled is not None:  # None from the interpreter
+            metadata = compiled.metadata
+            threads = metadata.num_warps * metadata.target.warp_size
+            columns = getattr(metadata, "tmem_size", None) or 0
+            programs[variant] = device.programs(threads, compiled.n_regs, metadata.shared, columns)

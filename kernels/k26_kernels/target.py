@@ -17,11 +17,13 @@ OVERWRITES_WEIGHTS = tuple(int(part) for part in triton.__version__.split(".")[:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A kind of GPU. `fragment` names the weights' layout for it, `shared_memory` what one program may use, in bytes."""
+    """A kind of GPU. `fragment` names the weights' layout for it. Bytes of shared memory: what one program may use, and
+    what a processor has for all of them."""
 
     name: str
     fragment: str
     shared_memory: int
+    processor_memory: int
     amd: bool = False
 
     @property
@@ -42,13 +44,14 @@ class Target:
 TARGETS = {
     target.name: target
     for target in (
-        Target("sm_80", "mma", 101376),
-        Target("sm_90", "wgmma", 232448),
-        Target("sm_100", "tmem", 232448),
-        Target("sm_120", "mma", 101376),
-        Target("gfx942", "mfma", 65536, amd=True),
+        Target("sm_80", "mma", 101376, 102400),
+        Target("sm_90", "wgmma", 232448, 233472),
+        Target("sm_100", "tmem", 232448, 233472),
+        Target("sm_120", "mma", 101376, 102400),
+        Target("gfx942", "mfma", 65536, 65536, amd=True),
     )
 }
+TENSOR_COLUMNS = 512  # of a processor of sm_100
 _BY_MAJOR = {8: "sm_80", 9: "sm_90", 10: "sm_100", 12: "sm_120"}
 
 
@@ -59,6 +62,24 @@ class Device:
     target: Target
     name: str
     processors: int
+    processor_memory: int = 0
+    """Bytes of shared memory of a processor; 0 for the target's."""
+
+    def programs(self, threads: int, registers: int, shared: int, columns: int = 0) -> int:
+        """How many programs a processor holds at a time, at least one.
+
+        registers: of a thread. shared: bytes of shared memory, columns: of tensor memory, where there is such. Threads run
+        out later than registers, of which the products have more than 42 each.
+        """
+        # Registers are given out eight at a time; on AMD there are twice as many. NVIDIA keeps 1 KB for each program.
+        amd = self.target.amd
+        limits = [
+            (131072 if amd else 65536) // (threads * -(-registers // 8) * 8),
+            (self.processor_memory or self.target.processor_memory) // max(1, shared + (0 if amd else 1024)),
+        ]
+        if columns:
+            limits.append(TENSOR_COLUMNS // columns)
+        return max(1, min(limits))
 
 
 @cache
@@ -79,4 +100,5 @@ def device_of(device: torch.device) -> Device:
         raise ValueError(
             f"the Triton kernels have no layout for {properties.name} ({found}), only for {', '.join(TARGETS)}."
         )
-    return Device(target, properties.name, properties.multi_processor_count)
+    memory = getattr(properties, "shared_memory_per_multiprocessor", 0)  # not in every torch
+    return Device(target, properties.name, properties.multi_processor_count, memory)

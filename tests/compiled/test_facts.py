@@ -62,8 +62,4 @@ def test_enough_programs_of_a_small_batch_fit_on_a_processor(
 ) -> None:
     """Only several at a time keep enough loads in flight: four, three under Triton 3.5. A tile of one step is twice as
     many bytes, so that two do."""
-    fact = facts[target, name]
-    programs = 2 if name.endswith("short") else 3
-    # Registers are given out eight at a time, and on gfx942 a processor holds twice as many.
-    registers = REGISTERS * (2 if TARGETS[target].amd else 1)
-    assert programs * fact["threads"] * -(-fact["registers"] // 8) * 8 <= registers
+    assert facts[target, name]["programs"] >= (2 if name.endswith("short") else 3)
