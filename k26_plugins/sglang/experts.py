@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from k26_plugins.common.experts import ExpertsError, why_unsupported
-from k26_plugins.common.experts.base import LayerSizes
+from k26_plugins.common.experts.base import Batches, LayerSizes
 from k26_plugins.common.experts.loading import ExpertsOfLayer, Places
 from k26_plugins.common.experts.parameters import LayerExperts
 from k26_plugins.common.experts.tuned import backend_for, installed_engine
@@ -38,7 +38,7 @@ class K26MoEScheme(compat.moe_scheme_base()):  # type: ignore[misc]
 
     def create_weights(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         num_experts: int,
         hidden_size: int,
         intermediate_size_per_partition: int,
@@ -46,6 +46,8 @@ class K26MoEScheme(compat.moe_scheme_base()):  # type: ignore[misc]
         **extra_weight_attrs: Any,
     ) -> None:
         sizes = (num_experts, hidden_size, intermediate_size_per_partition)
+        # SGLang's dispatcher gives local ids.
+        self.batches = Batches(layer.top_k, None, params_dtype, logger)
         self.experts = LayerExperts(layer, *sizes, self.backend_name, self.loader_attributes(extra_weight_attrs))
         self.on_host = self.experts
 
@@ -89,7 +91,7 @@ class K26MoEScheme(compat.moe_scheme_base()):  # type: ignore[misc]
 
     def close(self) -> None:
         """Make them as the backend repacks them."""
-        self.experts.close()
+        self.experts.close(self.batches)
 
     def apply_weights(self, layer: torch.nn.Module, dispatch_output: Any) -> Any:
         hidden_states = dispatch_output.hidden_states

@@ -14,7 +14,7 @@ from k26_plugins.common.checkpoint import expert_bytes
 from k26_plugins.common.config import K26Config
 from k26_plugins.common.device_runtime import DeviceRuntime, DeviceRuntimeError, device_runtime
 from k26_plugins.common.experts import BACKENDS
-from k26_plugins.common.experts.base import LayerSizes
+from k26_plugins.common.experts.base import Batches, LayerSizes
 from k26_plugins.common.experts.deferred import Deferral
 from k26_plugins.common.experts.hybrid import FEW_TOKENS, HybridExperts
 from k26_plugins.common.experts.loading import Places
@@ -24,6 +24,7 @@ from k26_plugins.common.experts.native.threads import process_threads
 from k26_plugins.common.experts.op import held_experts, number_of
 from k26_plugins.common.experts.parameters import LayerExperts
 from k26_plugins.common.experts.placement import PROFILE_FILE, LayerPlacement, Profile, place
+from k26_plugins.common.experts.streamed import SUM_DTYPE
 from k26_plugins.common.experts.streaming import Streaming
 from k26_plugins.common.host_memory import require_host_memory
 from k26_plugins.common.int4 import GROUP_SIZE
@@ -89,7 +90,8 @@ def hybrid_settings(config: K26Config) -> HybridSettings | None:
     last_layer = config.text.num_hidden_layers - 1
     deferral = _deferral(arguments, last_layer)
     uses = Uses(logger, _moves(arguments, host_backend))
-    streaming = _streaming(arguments)
+    batches = Batches(config.text.num_experts_per_tok, num_experts, SUM_DTYPE, logger)
+    streaming = _streaming(arguments, batches)
     settings = HybridSettings(num_experts, on_device, profile, host_backend, streaming, runtime, deferral, uses)
     settings.placement(last_layer)  # a number of experts that cannot be is refused here
     _require_memory(arguments, config, num_experts - on_device)
@@ -109,13 +111,13 @@ def hybrid_settings(config: K26Config) -> HybridSettings | None:
     return settings
 
 
-def _streaming(arguments: Any) -> Streaming | None:
+def _streaming(arguments: Any, batches: Batches) -> Streaming | None:
     stream_from = stream_from_setting()
     if stream_from == "never":
         return None
     # sglang-kt's flag says the same, its answer to batches of so many tokens being to stream all experts.
     number = stream_from if isinstance(stream_from, int) else getattr(arguments, "kt_gpu_prefill_token_threshold", None)
-    return Streaming(experts_setting(), number)
+    return Streaming(experts_setting(), number, batches)
 
 
 def _deferral(arguments: Any, last_layer: int) -> Deferral | None:
@@ -240,7 +242,7 @@ class K26HybridScheme(K26MoEScheme):
 
     def create_weights(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         num_experts: int,
         hidden_size: int,
         intermediate_size_per_partition: int,
@@ -251,6 +253,7 @@ class K26HybridScheme(K26MoEScheme):
         self._placement = self.settings.placement(self.layer_number)
         sizes = (hidden_size, intermediate_size_per_partition)
         set_attributes = self.loader_attributes(extra_weight_attrs)
+        self.batches = Batches(layer.top_k, self.settings.num_experts, params_dtype, logger)
         host_ids, device_ids = self.placement.host_ids, self.placement.device_ids
         host = (self.host, len(host_ids), *sizes, self.settings.host_backend, set_attributes)
         self.on_host = LayerExperts(*host, device=torch.device("cpu"))
@@ -300,7 +303,7 @@ class K26HybridScheme(K26MoEScheme):
         device = self.experts.device
         on_device = None
         if self.placement.device_ids:
-            self.experts.close()
+            self.experts.close(self.batches)
             on_device = self.experts.backend()
         host = self.on_host.backend()
         if self.backend is not None:

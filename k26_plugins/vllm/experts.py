@@ -14,7 +14,7 @@ from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeig
 from vllm.model_executor.utils import set_weight_attrs
 
 from k26_plugins.common.experts import ExpertsError, why_unsupported
-from k26_plugins.common.experts.base import LayerSizes
+from k26_plugins.common.experts.base import Batches, LayerSizes
 from k26_plugins.common.experts.loading import ExpertsOfLayer, Places
 from k26_plugins.common.experts.parameters import LayerExperts
 from k26_plugins.common.experts.tuned import backend_for, installed_engine
@@ -52,8 +52,10 @@ class K26ExpertsMethod(FusedMoEMethodBase):
             lambda parameter: set_weight_attrs(parameter, extra_weight_attrs),
         )
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        self.experts.close()
+    def process_weights_after_loading(self, layer: Any) -> None:
+        expert_map, moe = layer.expert_map, self.moe
+        num_global = None if expert_map is None else len(expert_map)
+        self.experts.close(Batches(moe.experts_per_token, num_global, moe.in_dtype, logger))
         if self.moe_kernel is None:
             self.moe_quant_config = self.get_fused_moe_quant_config(layer)
             if compat.kernel_takes_experts_only():

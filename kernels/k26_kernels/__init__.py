@@ -6,10 +6,12 @@ from k26_kernels.experts import KernelExperts, fused_experts, use_tiles, workspa
 from k26_kernels.layout import repack, restore
 from k26_kernels.router import route
 from k26_kernels.target import device_of
+from k26_kernels.variants import compile_variants
 
 __all__ = [
     "KernelExperts",
     "Shape",
+    "compile_variants",
     "dequantise",
     "device_of",
     "fused_experts",

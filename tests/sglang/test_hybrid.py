@@ -172,7 +172,7 @@ def test_an_update_finds_moved_experts_and_leaves_what_graphs_hold() -> None:
     weights, slots = make_weights(8, 128, 64), list[int]()
     settings = HybridSettings(8, 3, None, "auto", None, None, None, Uses(logging.getLogger("moving"), moves=True))
     scheme, layer = K26HybridScheme("auto", settings), torch.nn.Module()
-    layer.layer_id = 1  # type: ignore[assignment]
+    layer.layer_id, layer.top_k = 1, 3  # type: ignore[assignment]
     loader = {"weight_loader": lambda *_, shard_id, expert_id: slots.append(expert_id)}
     scheme.create_weights(layer, 8, 128, 64, torch.bfloat16, **loader)
 

@@ -8,7 +8,15 @@ from functools import cache
 from importlib.metadata import entry_points
 
 from k26_plugins.common import metrics
-from k26_plugins.common.experts.base import Expert, ExpertsBackend, ExpertsError, ExpertWeights, RoutedExperts, Sizes
+from k26_plugins.common.experts.base import (
+    Batches,
+    Expert,
+    ExpertsBackend,
+    ExpertsError,
+    ExpertWeights,
+    RoutedExperts,
+    Sizes,
+)
 from k26_plugins.common.experts.cpu import CpuExperts
 from k26_plugins.common.experts.native import NativeExperts
 from k26_plugins.common.experts.reference import ReferenceExperts, reference_experts
@@ -18,6 +26,7 @@ from k26_plugins.common.int4 import GROUP_SIZE
 
 __all__ = [
     "BACKENDS",
+    "Batches",
     "Expert",
     "ExpertWeights",
     "ExpertsBackend",
@@ -102,12 +111,14 @@ def _refusal(candidate: type[ExpertsBackend], reason: str) -> str:
     return f"{candidate.name} is not, because {reason.rstrip('.')}"
 
 
-def create_experts(weights: ExpertWeights, backend: str = "auto", *, update: bool = False) -> ExpertsBackend:
+def create_experts(
+    weights: ExpertWeights, backend: str = "auto", *, update: bool = False, batches: Batches | None = None
+) -> ExpertsBackend:
     """Choose a backend for these weights and give them to it.
 
     `auto` takes the first that supports the weights on their device and passes the self-test with them; a backend that
     fails is named in a warning. A backend given by name is taken or refused, never replaced. update: these are new weights
-    of a layer that is there. Raises ExpertsError.
+    of a layer that is there. batches: for which the backend makes itself ready. Raises ExpertsError.
     """
     refused: list[str] = []
     for candidate in _candidates(weights, backend):
@@ -115,8 +126,11 @@ def create_experts(weights: ExpertWeights, backend: str = "auto", *, update: boo
         if reason is None:
             began = time.perf_counter()
             error, reason = _self_test(candidate, weights)
+            seconds = time.perf_counter() - began
+            if reason is None and batches is not None:
+                reason = _make_ready(candidate, weights, batches)
             if reason is None:
-                metrics.experts_loaded(candidate.name, error, time.perf_counter() - began, update=update)
+                metrics.experts_loaded(candidate.name, error, seconds, update=update)
                 if refused:
                     _warn_once(f"experts backend {candidate.name} is used: {'; '.join(refused)}")
                 return candidate.load(weights)
@@ -143,3 +157,12 @@ def _self_test(candidate: type[ExpertsBackend], weights: ExpertWeights) -> tuple
     if error <= limit:
         return error, None
     return error, f"it failed the self-test on {weights.device}, relative error {error:.3g} (limit {limit:g})"
+
+
+def _make_ready(candidate: type[ExpertsBackend], sizes: Sizes, batches: Batches) -> str | None:
+    """Why a backend's kernels cannot serve batches of every size, or None."""
+    try:
+        candidate.make_ready(sizes, batches)
+    except Exception as failure:  # as in the self-test, of a size that it does not reach
+        return f"its kernels cannot be compiled for {sizes.device}: {type(failure).__name__}: {failure}"
+    return None

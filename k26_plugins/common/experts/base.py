@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -40,6 +41,18 @@ class Sizes(Protocol):
     def intermediate_size(self) -> int: ...
     @property
     def device(self) -> torch.device: ...
+
+
+class Batches(NamedTuple):
+    """What of an engine's batches, of whatever size, decides which kernels compute them."""
+
+    top_k: int
+    num_global_experts: int | None
+    """The length of the expert map that they come with; None where they come without."""
+    dtype: torch.dtype
+    """Of the sum."""
+    logger: logging.Logger
+    """The engine's, for what is done for them."""
 
 
 class LayerSizes(NamedTuple):
@@ -192,6 +205,13 @@ class ExpertsBackend(RoutedExperts):
     @abstractmethod
     def unsupported(cls, weights: Sizes) -> str | None:
         """Why this backend cannot run weights of these sizes on their device, or None. Asked before they are created."""
+
+    @classmethod
+    def make_ready(cls, sizes: Sizes, batches: Batches) -> None:
+        """Compile whatever these batches may run, so that no request waits for a compiler: by default there is nothing.
+
+        Asked for each layer, before its weights are taken over: what layers have in common is to be done once.
+        """
 
     @classmethod
     def place(cls, weights: ExpertWeights) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from k26_plugins.common.experts import create_experts, find_backend, place_memory, why_unsupported
-from k26_plugins.common.experts.base import Expert, ExpertsBackend, ExpertsError, ExpertWeights, LayerSizes
+from k26_plugins.common.experts.base import Batches, Expert, ExpertsBackend, ExpertsError, ExpertWeights, LayerSizes
 from k26_plugins.common.experts.op import held_experts, number_of, routed_experts
 from k26_plugins.common.int4 import GROUP_SIZE, PACK_FACTOR
 
@@ -136,9 +136,10 @@ class LayerExperts:
             self._register(name, tensor)
         return True
 
-    def close(self) -> bool:
+    def close(self, batches: Batches | None = None) -> bool:
         """Give the loaded weights to the backend, after its self-test with them. Returns False where the layer was closed.
 
+        batches: for which the backend makes itself ready; left out where it did for the layer before, as at an update.
         Raises ExpertsError where no backend may serve them, or where an update did not bring all that it had to.
         """
         if not self.is_open:
@@ -149,7 +150,7 @@ class LayerExperts:
                 f"itself: send whole layers, or choose the core's experts (K26_EXPERTS=auto, K26_CPU_EXPERTS=auto)."
             )
         weights = self._packed()
-        backend = create_experts(weights, self.backend_name, update=self._was_closed)
+        backend = create_experts(weights, self.backend_name, update=self._was_closed, batches=batches)
         # An update keeps to what `auto` chose.
         self.backend_name, self._was_closed = backend.name, True
         for name in PACKED_NAMES:

@@ -12,6 +12,8 @@ from k26_plugins.common.experts.base import ExpertsBackend
 # Weights that are copied at a time. Two such buffers, and what the device's backend needs to repack them, are all that
 # the device holds.
 CHUNK_BYTES = 128 * 2**20
+# Of what is added up over the chunks.
+SUM_DTYPE = torch.float32
 # cudaErrorHostMemoryAlreadyRegistered
 ALREADY_REGISTERED = 712
 
@@ -57,7 +59,7 @@ class ExpertStream:
 
         chosen: places in `host`, of which expert_map, on the device, gives those of the global ids in `topk_ids`.
         """
-        total = torch.zeros(hidden_states.shape, dtype=torch.float32, device=self.device)
+        total = torch.zeros(hidden_states.shape, dtype=SUM_DTYPE, device=self.device)
         out = torch.empty_like(total)
         stored = host.tensors()
         for turn, start in enumerate(range(0, len(chosen), self.chunk)):
@@ -73,7 +75,9 @@ class ExpertStream:
         return total
 
     def _copy(self, stored: dict[str, torch.Tensor], part: list[int], side: int) -> dict[str, torch.Tensor]:
-        rows = {name: buffer[: len(part)] for name, buffer in self._buffers[side].items()}
+        """A buffer with these experts in its first places. It is computed with as a whole, so that kernels are compiled for
+        one number of experts; no token chooses what is left in the others."""
+        rows = self._buffers[side]
         if self._copying is None:
             _copy_rows(stored, part, rows)
             return rows
@@ -88,7 +92,7 @@ class ExpertStream:
 
 def _copy_rows(stored: dict[str, torch.Tensor], part: list[int], rows: dict[str, torch.Tensor]) -> None:
     for name, target in rows.items():
-        for row, expert in zip(target, part, strict=True):
+        for row, expert in zip(target, part, strict=False):
             row.copy_(stored[name][expert], non_blocking=True)
 
 

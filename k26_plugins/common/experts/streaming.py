@@ -11,7 +11,7 @@ import torch
 
 from k26_plugins.common.expert_costs import MEASURED_TOKENS, Line, StreamCosts
 from k26_plugins.common.experts import create_experts
-from k26_plugins.common.experts.base import ExpertsBackend
+from k26_plugins.common.experts.base import Batches, ExpertsBackend, LayerSizes
 from k26_plugins.common.experts.streamed import ExpertStream, pin
 from k26_plugins.common.settings import BATCH_INVARIANT_VARIABLE, batch_invariant_setting
 
@@ -29,11 +29,12 @@ class Streaming:
     """The decision and the stream, for all layers of a process.
 
     device_backend: as `create_experts` takes it. threshold: batches of at least as many tokens are streamed whole, shorter
-    ones not at all; None for what the measured times say.
+    ones not at all; None for what the measured times say. batches: for which the device's backend makes itself ready.
     """
 
     device_backend: str
     threshold: int | None = None
+    batches: Batches | None = None
     costs: StreamCosts | None = field(default=None, init=False)
     _stream: ExpertStream | None = field(default=None, init=False)
     _off: bool = field(default=False, init=False)
@@ -91,6 +92,9 @@ class Streaming:
             # As the device's own experts: self-tested with weights of the host's.
             backend = type(create_experts(first, self.device_backend))
             stream = ExpertStream(host, device, backend)
+            if self.batches is not None:
+                sizes = LayerSizes(stream.chunk, first.hidden_size, first.intermediate_size, device)
+                backend.make_ready(sizes, self.batches)
             probe = Probe(host, stream, hidden_size)
             error = probe.error()
             if not error <= host.tolerance:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Self
 
 import torch
 
-from k26_plugins.common.experts.base import ExpertsBackend, ExpertWeights, Sizes
+from k26_plugins.common.experts.base import Batches, ExpertsBackend, ExpertWeights, LayerSizes, Sizes
 from k26_plugins.common.settings import batch_invariant_setting
 
 if TYPE_CHECKING:
@@ -27,6 +29,28 @@ def unusable_on(device: torch.device) -> str | None:
     except ValueError as error:
         return str(error)
     return None
+
+
+@cache
+def _make_ready(sizes: LayerSizes, batches: Batches, batch_invariant: bool) -> None:
+    """Once in a process: its layers are alike."""
+    from k26_kernels import Shape, compile_variants
+
+    began = time.perf_counter()
+    number = compile_variants(
+        sizes.device,
+        Shape(sizes.hidden_size, sizes.intermediate_size, sizes.num_experts),
+        batches.top_k,
+        batches.dtype,
+        num_global_experts=batches.num_global_experts,
+        batch_invariant=batch_invariant,
+    )
+    batches.logger.info(
+        "k26-plugins: the Triton kernels are compiled for batches of every size, %d variants of %d experts in %.1f s.",
+        number,
+        sizes.num_experts,
+        time.perf_counter() - began,
+    )
 
 
 class TritonExperts(ExpertsBackend):
@@ -52,6 +76,11 @@ class TritonExperts(ExpertsBackend):
         except ValueError as error:
             return str(error)
         return None
+
+    @classmethod
+    def make_ready(cls, sizes: Sizes, batches: Batches) -> None:
+        found = LayerSizes(sizes.num_experts, sizes.hidden_size, sizes.intermediate_size, sizes.device)
+        _make_ready(found, batches, batch_invariant_setting())
 
     @classmethod
     def load(cls, weights: ExpertWeights) -> Self:
@@ -101,13 +130,14 @@ class TritonExperts(ExpertsBackend):
 
         if out is None:
             out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
-        # Other dtypes are rounded to bfloat16, which the kernels are made for; the sum is in the dtype of `out`.
+        # Other dtypes are rounded to bfloat16, which the kernels are made for; the sum is in the dtype of `out`. Ids and map
+        # have one dtype, or a request might be the first with another.
         return fused_experts(
             hidden_states.to(torch.bfloat16),
             self.experts,
-            topk_ids,
+            topk_ids.to(torch.int32),
             topk_weights.float(),
-            expert_map=expert_map,
+            expert_map=None if expert_map is None else expert_map.to(torch.int32),
             out=out,
             workspace=workspace,
             batch_invariant=self.batch_invariant,

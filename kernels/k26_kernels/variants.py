@@ -1,0 +1,76 @@
+"""Every variant of the kernels that batches of any size can launch, compiled before the first of them comes."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+from k26_kernels.config import Shape
+from k26_kernels.experts import TOKENS_AT_ONCE, KernelExperts, Plan, fused_experts, make_plan
+from k26_kernels.target import Device, device_of
+
+# Of a plan, what is an argument of the launches, or the size of a grid: the code is the same for any of it.
+_NUMBERS = {"num_slots", "max_blocks", "sections", "bytes"}
+
+
+def batch_sizes(
+    device: Device, shape: Shape, top_k: int, global_experts: int, batch_invariant: bool = False
+) -> list[int]:
+    """Numbers of tokens whose plans launch all that a plan for any number of tokens does: of each variant the least."""
+    least: dict[tuple[Any, ...], int] = {}
+    for num_tokens in range(1, TOKENS_AT_ONCE + 1):
+        # Past the cache, which would forget the plans of real batches.
+        plan = make_plan.__wrapped__(device, shape, num_tokens, top_k, global_experts, batch_invariant)
+        least.setdefault(_variant(plan), num_tokens)
+    return list(least.values())
+
+
+def _variant(plan: Plan) -> tuple[Any, ...]:
+    """What of a plan decides which code its launches run. A section that is empty stands for a launch that is not made."""
+    decided = tuple(getattr(plan, field.name) for field in fields(plan) if field.name not in _NUMBERS)
+    return *decided, *(name for name, (_, size) in plan.sections.items() if size)
+
+
+def compile_variants(
+    device: torch.device,
+    shape: Shape,
+    top_k: int,
+    out_dtype: torch.dtype,
+    *,
+    num_global_experts: int | None = None,
+    batch_invariant: bool = False,
+) -> int:
+    """Launch all variants of `fused_experts` for experts of this shape, with slots that choose none; their number.
+
+    num_global_experts: the length of the expert map that batches come with, None where they come without. ids and map are
+    int32, as they must be later. Needs the memory of one expert and of the largest of `batch_sizes`.
+    """
+    hidden, inner = shape.hidden_size, shape.intermediate_size
+
+    def filled(value: int, *size: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.full(size, value, dtype=dtype, device=device)
+
+    # Of an expert that no slot chooses nothing is computed, though the first one's weights may be loaded ahead.
+    experts = KernelExperts(
+        filled(0, 1, 2 * inner, hidden // 8, dtype=torch.int32),
+        filled(0, 1, 2 * inner, hidden // 32, dtype=torch.bfloat16),
+        filled(0, 1, hidden, inner // 8, dtype=torch.int32),
+        filled(0, 1, hidden, inner // 32, dtype=torch.bfloat16),
+        device_of(device),
+        shape,
+    )
+    expert_map = None if num_global_experts is None else filled(-1, num_global_experts, dtype=torch.int32)
+    sizes = batch_sizes(experts.device, shape, top_k, num_global_experts or shape.num_experts, batch_invariant)
+    for num_tokens in sizes:
+        fused_experts(
+            filled(0, num_tokens, hidden, dtype=torch.bfloat16),
+            experts,
+            filled(-1, num_tokens, top_k, dtype=torch.int32),
+            filled(0, num_tokens, top_k, dtype=torch.float32),
+            expert_map=expert_map,
+            out=filled(0, num_tokens, hidden, dtype=out_dtype),
+            batch_invariant=batch_invariant,
+        )
+    return len(sizes)

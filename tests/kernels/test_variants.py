@@ -1,0 +1,145 @@
+"""What is compiled before the first request: all that batches of any size launch."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from k26_kernels import KernelExperts, Shape, compile_variants, fused_experts
+from k26_kernels.experts import EXACT_SLOTS, TOKENS_AT_ONCE, make_plan
+from k26_kernels.product import product_kernel
+from k26_kernels.target import TARGETS, Device
+from k26_kernels.variants import batch_sizes
+from support.experts import error, inputs, judge, make_weights, route, to_device
+
+from k26_plugins.common.experts import Batches, ExpertsError, create_experts, triton
+from k26_plugins.common.experts.triton import TritonExperts
+
+LAUNCHER = type(product_kernel)
+"""Triton's own class of kernels: its interpreter's without a GPU."""
+
+
+@contextmanager
+def launches(monkeypatch: pytest.MonkeyPatch, *, run: bool) -> Iterator[set[Any]]:
+    """What decides which code each launch runs: its kernel, its compile-time arguments, the dtypes of its tensors and
+    whether they are aligned. Without `run` the launches stop there."""
+    seen: set[Any] = set()
+    original = LAUNCHER.run
+
+    def launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        tensors = [(arg.dtype, arg.data_ptr() % 16 == 0) for arg in args if isinstance(arg, torch.Tensor)]
+        seen.add((kernel.fn.__name__, *tensors, *sorted(kwargs.items())))
+        return original(kernel, *args, grid=grid, warmup=warmup, **kwargs) if run else None
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LAUNCHER, "run", launch)
+        yield seen
+
+
+HIDDEN, INNER, EXPERTS, TOP_K = 1024, 128, 16, 4
+ALL_SIZES = range(1, EXACT_SLOTS // TOP_K + 20)
+
+
+@pytest.mark.parametrize("with_map", [False, True], ids=["local ids", "a map"])
+@pytest.mark.parametrize("batch_invariant", [False, True], ids=["", "batch-invariant"])
+def test_no_batch_launches_what_was_not_compiled(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, with_map: bool, batch_invariant: bool
+) -> None:
+    """Of any size, among them those that are computed in two parts; and nothing is compiled that none launches."""
+    if device.type == "cpu":
+        # Few tokens leave a real GPU idle, and its products are cut along K.
+        large = Device(TARGETS["sm_90"], "interpreter", 132)
+        for module in ("experts", "variants"):
+            monkeypatch.setattr(sys.modules[f"k26_kernels.{module}"], "device_of", lambda device: large)
+    shape, num_global = Shape(HIDDEN, INNER, EXPERTS), 3 * EXPERTS if with_map else None
+    with launches(monkeypatch, run=False) as compiled:
+        compile_variants(
+            device, shape, TOP_K, torch.float16, num_global_experts=num_global, batch_invariant=batch_invariant
+        )
+    weights = to_device(make_weights(EXPERTS, HIDDEN, INNER), device)
+    experts = KernelExperts.from_checkpoint(*weights.parts())
+    expert_map = torch.arange(num_global, dtype=torch.int32, device=device) - EXPERTS if num_global else None
+    with launches(monkeypatch, run=False) as launched:
+        for num_tokens in (*ALL_SIZES, TOKENS_AT_ONCE, TOKENS_AT_ONCE + 3):
+            x = torch.zeros(num_tokens, HIDDEN, dtype=torch.bfloat16, device=device)
+            ids = torch.zeros(num_tokens, TOP_K, dtype=torch.int32, device=device)
+            options = {"expert_map": expert_map, "out": x.half(), "batch_invariant": batch_invariant}
+            fused_experts(x, experts, ids, ids.float(), **options)  # type: ignore[arg-type]
+    assert launched == compiled
+    assert {name for name, *_ in launched} >= {"align_kernel", "count_kernel", "product_kernel", "reduce_kernel"}
+    assert batch_invariant or "activate_kernel" in {name for name, *_ in launched}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("shape", [Shape(7168, 2048, 384), Shape(7168, 256, 384), Shape(7168, 2048, 48)], ids=str)
+def test_they_are_few_and_small(target: str, shape: Shape) -> None:
+    """At the real sizes: a start compiles each, and needs the largest one's memory."""
+    device = Device(TARGETS[target], "a GPU without a file", 132)
+    sizes = batch_sizes(device, shape, 8, 384)
+    assert len(sizes) == len(set(sizes)) <= 12
+    assert {make_plan(device, shape, size, 8, 384).regime for size in sizes} == {
+        make_plan(device, shape, size, 8, 384).regime for size in range(1, TOKENS_AT_ONCE + 1, 7)
+    }
+    assert max(make_plan(device, shape, size, 8, 384).bytes for size in sizes) < 2**30
+
+
+@pytest.fixture
+def ready(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Iterator[Callable[..., Batches]]:
+    """The backend where the interpreter runs, in a process that has compiled nothing."""
+    if device.type == "cpu":
+        monkeypatch.setattr("k26_plugins.common.experts.triton.unusable_on", lambda device: None)
+        monkeypatch.setattr(TritonExperts, "device_type", "cpu")
+    monkeypatch.setattr(TritonExperts, "self_test_tokens", (1, 5))
+    triton._make_ready.cache_clear()
+    yield lambda dtype=torch.bfloat16: Batches(6, 6, dtype, logging.getLogger("engine"))
+    triton._make_ready.cache_clear()
+
+
+def test_a_server_s_layers_are_compiled_for_once(
+    ready: Callable[..., Batches],
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """With the first layer's weights, and said; ids and maps of any dtype then run it."""
+    caplog.set_level(logging.INFO, "engine")
+    weights = make_weights(4, 128, 128)
+    with launches(monkeypatch, run=True) as compiled:
+        layers = [create_experts(to_device(weights, device), "triton", batches=ready()) for _ in range(2)]
+    assert caplog.text.count("the Triton kernels are compiled for batches of every size, ") == 1
+    assert "7 variants of 4 experts in " in caplog.text
+    ids, topk_weights = route(9, 6, 6)
+    x = inputs(9, 128)
+    expert_map = torch.tensor([-1, 0, 1, 2, 3, -1])
+    with launches(monkeypatch, run=True) as launched:
+        result = layers[1].apply(
+            x.to(device), ids.long().to(device), topk_weights.to(device), expert_map=expert_map.to(device)
+        )
+    assert launched <= compiled
+    here = expert_map[ids.long()]
+    assert error(result.cpu(), judge(weights, x, here, topk_weights)) <= 5e-3
+    with launches(monkeypatch, run=False):
+        TritonExperts.make_ready(weights, ready(torch.float32))
+    assert caplog.text.count("the Triton kernels are compiled") == 2
+
+
+def test_kernels_that_do_not_compile_never_serve(
+    ready: Callable[..., Batches], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a size that the self-test does not reach."""
+    original = LAUNCHER.run
+
+    def run(kernel: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("BLOCK_TOKENS") == 128:
+            raise RuntimeError("out of resource: shared memory")
+        return original(kernel, *args, **kwargs)
+
+    monkeypatch.setattr(LAUNCHER, "run", run)
+    said = rf"triton is not, because its kernels cannot be compiled for {device.type}.*: RuntimeError: out of resource"
+    with pytest.raises(ExpertsError, match=said):
+        create_experts(to_device(make_weights(4, 128, 128), device), "triton", batches=ready())
