@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from typing import Any
 import pytest
 import torch
 from support.experts import dense, error, inputs, judge, route
+from support.live_bytes import LiveBytes
 from vllm.config import VllmConfig, set_current_vllm_config
 
 from k26_plugins.common.checkpoint import Checkpoint
 from k26_plugins.common.checkpoint.mapped import mapped_tensors
 from k26_plugins.common.config import K26Config
 from k26_plugins.common.experts import ExpertsError, ExpertWeights
+from k26_plugins.common.experts.engine_test import BATCHES, EngineTest
 from k26_plugins.common.experts.loading import ExpertsOfLayer, load_experts
 from k26_plugins.common.model import MoE
 from k26_plugins.vllm import compat
@@ -122,6 +125,31 @@ def test_the_right_ones_serve(config: K26Config, log: pytest.LogCaptureFixture) 
     assert re.search(rf"vLLM's own experts \({KERNEL}\) passed the test on cpu: relative error 0\.00", line)
     assert f", {min(3, len(model.experts()))} layers, " in line
     assert all("process_weights_after_loading" not in vars(layer.quant_method) for layer in model.experts().values())
+
+
+def test_the_test_takes_the_memory_of_a_few_experts(
+    config: K26Config, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+) -> None:
+    """Of a layer with many. What it holds is over before the next layer's turn."""
+    text = replace(config.text, n_routed_experts=96, num_experts_per_tok=4, hidden_size=512, moe_intermediate_size=256)
+    vision = replace(config.vision, text_hidden_size=text.hidden_size)
+    model = dense_model(replace(config, text=text, vision=vision))
+    counted, original = LiveBytes(), EngineTest._attempt
+
+    def attempt(*arguments: Any) -> Any:
+        with counted:
+            return original(*arguments)
+
+    monkeypatch.setattr(EngineTest, "_attempt", attempt)
+    watch_engine_experts(model, None)
+    finish(model)
+    assert "passed the test on cpu" in log.text
+    expert_bytes = 4 * 3 * text.hidden_size * text.moe_intermediate_size
+    # In float32: the copies are half of that, one is made dense at a time, and a token's rows are for the largest batch.
+    batch_bytes = 4 * max(BATCHES) * text.num_experts_per_tok * (text.hidden_size + 2 * text.moe_intermediate_size)
+    assert text.num_experts_per_tok / 2 * expert_bytes < counted.peak
+    assert counted.peak < text.num_experts_per_tok * expert_bytes + 2 * batch_bytes
+    assert counted.live == 0
 
 
 def repeat_one_token(monkeypatch: pytest.MonkeyPatch) -> None:

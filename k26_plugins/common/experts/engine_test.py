@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -105,6 +106,8 @@ class EngineTest:
     tested: int = 0
     worst: float = 0.0
     seconds: float = 0.0
+    extra_bytes: int = 0
+    """Of the device's memory, at most, beside what was there; 0 on a CPU, which does not count."""
     _left: int = 0
     _over: bool = False
     _said: set[str] = field(default_factory=set)
@@ -123,18 +126,31 @@ class EngineTest:
                 return original(module, *args, **kwargs)
             # Once: an update of the weights is not a start.
             del layer.method.process_weights_after_loading
-            begin = time.perf_counter()
-            raw = self._attempt(layer, lambda: self._prepare(layer))
-            self.seconds += time.perf_counter() - begin
+            device = next(module.parameters(recurse=False)).device
+            with self._measured(device, 0):
+                before = _allocated(device)
+                raw = self._attempt(layer, lambda: self._prepare(layer))
+                held = _allocated(device) - before
             result = original(module, *args, **kwargs)
-            begin = time.perf_counter()
-            error = None if raw is None else self._attempt(layer, lambda: self._error(layer, batches, *raw))
-            self.seconds += time.perf_counter() - begin
+            with self._measured(device, held):
+                error = None if raw is None else self._attempt(layer, lambda: self._error(layer, batches, *raw))
             self._left -= 1
             self._judge(layer, error)
             return result
 
         layer.method.process_weights_after_loading = process
+
+    @contextmanager
+    def _measured(self, device: torch.device, held: int) -> Iterator[None]:
+        """What the body costs counts as the test's. held: bytes that the test has there before."""
+        before = _allocated(device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        begin = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - begin
+        if device.type == "cuda":
+            self.extra_bytes = max(self.extra_bytes, held + torch.cuda.max_memory_allocated(device) - before)
 
     def _attempt(self, layer: EngineLayer, what: Callable[[], Any]) -> Any:
         """Its result, or None and a line in the log: what the test cannot do must not end a start."""
@@ -194,19 +210,24 @@ class EngineTest:
             )
         elif self._left == 0 and self.tested:
             self.logger.info(
-                "k26-plugins: %s's own experts (%s) passed the test on %s: relative error %.2g, %d layers, %.2f s.",
+                "k26-plugins: %s's own experts (%s) passed the test on %s: relative error %.2g, %d layers, %.2f s%s.",
                 self.engine,
                 layer.kernel(),
                 _name(device),
                 self.worst,
                 self.tested,
                 self.seconds,
+                f", {self.extra_bytes / 1e6:.0f} MB for that time" if self.extra_bytes else "",
             )
 
 
 def stop(wrong: str, why_not: str) -> None:
     """Raises ExpertsError: neither the engine's experts nor the core's may serve."""
     raise ExpertsError(f"{wrong}, and the core's cannot take their place: {why_not}. Serving would give garbage.")
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def _name(device: torch.device) -> str:
