@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import jsonschema
 import pytest
 import torch
@@ -26,9 +27,10 @@ from k26_plugins.operate.swarm.client import Step
 from k26_plugins.operate.swarm.hostile import hostile_requests
 from k26_plugins.operate.swarm.integrity import compare_alone
 from k26_plugins.operate.swarm.memory import growth, resident_bytes
-from k26_plugins.operate.swarm.metrics import PrefixCache, hit_rate
+from k26_plugins.operate.swarm.metrics import PrefixCache, hit_rate, read_prefix_cache
 from k26_plugins.operate.swarm.pace import Pace
 from k26_plugins.operate.swarm.scenario import Shape, ShapeError, make_agents, shared_prefix
+from k26_plugins.operate.verify.endpoint import connect
 
 SMALL = ["--agents", "4", "--steps", "26", "--prefix-tokens", "40", "--answer-tokens", "2", "--tool-latency", "0.01"]
 SMALL += ["--images", "0.5"]
@@ -196,6 +198,40 @@ def test_memory_that_grows_is_seen() -> None:
     assert growth([(second, 400 + second) for second in range(400)]) == pytest.approx(0.36, abs=0.02)
     assert growth([(second, 100 + second) for second in range(100)]) is None
     assert resident_bytes(2**22 + 1) == 0
+
+
+def test_a_line_separator_in_an_answer_ends_no_event(tiny_folder: Path, tmp_path: Path) -> None:
+    """Characters at which Python splits lines and a stream of events does not."""
+    said = "one\u2028two\u2029three\x85four"
+    with serve_reference(tiny_folder, speak=lambda messages: said) as address:
+        code, output, found = swarm(address, out=tmp_path)
+        assert connect(address).streamed_chat([{"role": "user", "content": "?"}])["message"]["content"] == said
+    assert code == 0, output
+    assert {dict(zip(found["step_fields"], step, strict=True))["outcome"] for step in found["steps"]} == {"ok"}
+
+
+METRICS = """# HELP vllm:prefix_cache_queries_total Tokens asked for.
+# TYPE vllm:prefix_cache_queries_total counter
+vllm:prefix_cache_queries_total{engine="0",model_name="a } b"} 100.0
+vllm:prefix_cache_queries_total{engine="1",model_name="a } b"} 20.0
+# TYPE vllm:prefix_cache_hits_total counter
+vllm:prefix_cache_hits_total{engine="0",model_name="a } b"} 1.5e+01
+# TYPE vllm:prefix_cache_hits_created gauge
+vllm:prefix_cache_hits_created{engine="0",model_name="a } b"} 1.7e+09
+"""
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "found"),
+    [(200, METRICS, PrefixCache(120, 15)), (200, "a b c d", None), (200, "", None), (404, METRICS, None)],
+)
+def test_the_engines_counters_are_summed_over_its_ranks(status: int, text: str, found: PrefixCache | None) -> None:
+    async def read() -> PrefixCache | None:
+        transport = httpx.MockTransport(lambda request: httpx.Response(status, text=text))
+        async with httpx.AsyncClient(transport=transport) as http:
+            return await read_prefix_cache(http, "http://server")
+
+    assert asyncio.run(read()) == found
 
 
 def test_the_hit_rate_is_of_the_run_alone() -> None:

@@ -205,7 +205,9 @@ def streamed(answer: dict[str, Any]) -> bytes:
         {"choices": [{"delta": {}, "finish_reason": choice["finish_reason"]}]},
         {"choices": [], "usage": answer["usage"]},
     ]
-    return b"".join(b"data: %s\n\n" % json.dumps(chunk).encode() for chunk in chunks) + b"data: [DONE]\n\n"
+    # As engines write them: without escapes for what is no ASCII.
+    events = [*(json.dumps(chunk, ensure_ascii=False) for chunk in chunks), "[DONE]"]
+    return b"".join(b"data: %s\n\n" % event.encode() for event in events)
 
 
 @contextmanager

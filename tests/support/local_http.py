@@ -18,6 +18,8 @@ class QuietHandler(BaseHTTPRequestHandler):
 
     def send(self, status: int, content: bytes) -> None:
         self.send_response(status)
+        if content.startswith(b"data: "):
+            self.send_header("Content-Type", "text/event-stream")
         self.end_headers()
         self.wfile.write(content)
 

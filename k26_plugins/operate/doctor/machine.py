@@ -7,6 +7,8 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from packaging.version import InvalidVersion, Version
+
 from k26_plugins.common.control_groups import cpu_quota, usable_cpus
 from k26_plugins.common.host_memory import available_bytes, total_bytes
 from k26_plugins.operate.accelerators import AcceleratorError, accelerators
@@ -25,14 +27,11 @@ def installed(package: str) -> str | None:
 
 
 def numbers(text: str) -> tuple[int, ...]:
-    """The leading numbers of a version: `0.32.0+cpu` is (0, 32, 0)."""
-    parts = []
-    for part in text.split("+")[0].split("."):
-        digits = part[: len(part) - len(part.lstrip("0123456789"))]
-        if not digits:
-            break
-        parts.append(int(digits))
-    return tuple(parts)
+    """A version's release: `0.32.0+cpu` is (0, 32, 0), a `dev` that was built without its history ()."""
+    try:
+        return Version(text).release
+    except InvalidVersion:
+        return ()
 
 
 def version_findings() -> list[Finding]:

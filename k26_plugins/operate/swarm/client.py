@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+from httpx_sse import EventSource
 
 OK = "ok"
 TOP_LOGPROBS = 20
@@ -94,15 +95,12 @@ class Client:
 
     async def _read(self, response: httpx.Response, step: Step) -> None:
         previous = None
-        async for line in response.aiter_lines():
-            if not line.startswith("data:"):
-                continue
-            text = line[5:].strip()
-            if text == "[DONE]":
+        async for event in EventSource(response).aiter_sse():
+            if event.data == "[DONE]":
                 if step.finish_reason is None:
                     step.outcome, step.detail = "cut", "the stream ended without a finish reason"
                 return
-            chunk = json.loads(text)
+            chunk = json.loads(event.data)
             if "error" in chunk:
                 step.outcome, step.detail = "error in the stream", json.dumps(chunk["error"])[:500]
                 return

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import re
+from collections import defaultdict
 from dataclasses import dataclass
 
 import httpx
+from prometheus_client.parser import text_string_to_metric_families
 
 # Tokens asked for and tokens found, by engine: vLLM's, then SGLang's (with --enable-metrics).
 _COUNTERS = (
     ("vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total"),
     ("sglang:prompt_tokens_total", "sglang:cached_tokens_total"),
 )
-_LINE = re.compile(r"^([\w:]+)(?:\{[^}]*\})? ([-+\w.]+)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,16 @@ async def read_prefix_cache(http: httpx.AsyncClient, url: str) -> PrefixCache | 
         return None
     if response.status_code != 200:
         return None
-    sums: dict[str, float] = {}
-    for name, value in _LINE.findall(response.text):
-        sums[name] = sums.get(name, 0.0) + float(value)
+    sums: defaultdict[str, float] = defaultdict(float)
+    try:
+        for family in text_string_to_metric_families(response.text):
+            for sample in family.samples:
+                sums[sample.name] += sample.value
+    except ValueError:
+        return None
     for asked, found in _COUNTERS:
         if asked in sums:
-            return PrefixCache(sums[asked], sums.get(found, 0.0))
+            return PrefixCache(sums[asked], sums[found])
     return None
 
 

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from urllib.request import proxy_bypass
 
 import httpx
+from httpx_sse import EventSource
 
 from k26_plugins.operate.golden import Prompt
 
@@ -119,10 +120,10 @@ class Endpoint(ABC):
                     raise EndpointError(
                         f"{self.url} answered {response.status_code} to a streamed chat: {answer}", response.status_code
                     )
-                for line in response.iter_lines():
-                    if not line.startswith("data: {"):
+                for event in EventSource(response).iter_sse():
+                    if event.data == "[DONE]":
                         continue
-                    chunk = json.loads(line.removeprefix("data: "))
+                    chunk = json.loads(event.data)
                     usage = chunk.get("usage") or usage
                     for choice in chunk.get("choices") or []:
                         _take_in(choice.get("delta") or {}, message, calls)
