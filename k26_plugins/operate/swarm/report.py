@@ -10,7 +10,7 @@ from k26_plugins import __version__
 from k26_plugins.operate.swarm.client import OK, Step
 from k26_plugins.operate.swarm.judge import Figures, Verdict
 from k26_plugins.operate.swarm.run import Run
-from k26_plugins.operate.verify.page import bullets, check_lines, checks_table, empty_figure, heading, page
+from k26_plugins.operate.verify.page import Section, check_lines, empty_figure, page
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,19 +56,20 @@ def as_html(url: str, engine: str, run: Run, figures: Figures, verdict: Verdict)
     """One page that needs nothing beside it. Needs matplotlib: `pip install 'k26-plugins[report]'`."""
     shape = run.shape
     pace = f"{run.load.rate:g} arrivals/s" if run.load.rate else f"{run.load.concurrency or shape.agents} at once"
-    parts = (
-        heading(
-            f"{engine} {'holds' if verdict.passed else 'does not hold'} a swarm of {shape.agents} agents",
-            f"{url}, {shape.steps} steps, {pace}, seed {shape.seed}",
-        ),
-        checks_table(verdict.checks),
-        bullets(line.strip() for line in _lines(figures)),
-        bullets(f"agent {fault.agent}, turn {fault.turn}: {fault.what}" for fault in verdict.faults[:50]),
+    lists = (
+        [line.strip() for line in _lines(figures)],
+        [f"agent {fault.agent}, turn {fault.turn}: {fault.what}" for fault in verdict.faults[:50]],
     )
     drawn = [_lanes(run), _over_time(run), _spread(run)]
     if run.memory:
         drawn.insert(2, _memory(run))
-    return page("k26 swarm", parts, drawn)
+    return page(
+        "k26 swarm",
+        f"{engine} {'holds' if verdict.passed else 'does not hold'} a swarm of {shape.agents} agents",
+        f"{url}, {shape.steps} steps, {pace}, seed {shape.seed}",
+        [Section(verdict.checks, lists)],
+        drawn,
+    )
 
 
 def _lines(figures: Figures) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from dataclasses import asdict
 from statistics import mean, median
@@ -11,7 +10,7 @@ from typing import Any
 from k26_plugins import __version__
 from k26_plugins.operate.verify.compare import Pair
 from k26_plugins.operate.verify.endpoint import Endpoint
-from k26_plugins.operate.verify.page import bullets, check_lines, checks_table, heading, page, shares_below
+from k26_plugins.operate.verify.page import Section, check_lines, page, shares_below
 
 
 def as_text(pairs: Sequence[Pair], endpoints: Sequence[Endpoint]) -> str:
@@ -46,16 +45,16 @@ def as_html(pairs: Sequence[Pair], endpoints: Sequence[Endpoint]) -> str:
     """One page that needs nothing beside it. Needs matplotlib: `pip install 'k26-plugins[report]'`."""
     agree = all(pair.agree for pair in pairs)
     asked = ", ".join(f"{endpoint.engine} ({endpoint.url})" for endpoint in endpoints)
-    parts = [heading("The endpoints agree" if agree else "The endpoints do not agree", asked)]
-    for pair in pairs:
-        parts.append(f"<h2>{_verdict(pair)}: {html.escape(_names(pair, endpoints))}</h2>\n")
-        parts += [checks_table(pair.checks), bullets(_notes(pair))]
+    sections = [
+        Section(pair.checks, [_notes(pair)], heading=f"{_verdict(pair)}: {_names(pair, endpoints)}") for pair in pairs
+    ]
     curves = [
         (f"{endpoints[pair.first].url} and {endpoints[pair.second].url}: {name}", group, None)
         for pair in pairs
         for name, group in pair.groups.items()
     ]
-    return page("k26 compare", parts, [shares_below(curves, "one another")])
+    heading = "The endpoints agree" if agree else "The endpoints do not agree"
+    return page("k26 compare", heading, asked, sections, [shares_below(curves, "one another")])
 
 
 def _verdict(pair: Pair) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -11,16 +10,7 @@ from k26_plugins.operate.golden import Golden
 from k26_plugins.operate.verify.judge import Verdict, large, typical_bound
 from k26_plugins.operate.verify.localise import EXPERT, Localiser
 from k26_plugins.operate.verify.measure import ANSWER, IMAGE, TEXT, Measured
-from k26_plugins.operate.verify.page import (
-    SMALLEST,
-    bullets,
-    check_lines,
-    checks_table,
-    empty_figure,
-    heading,
-    page,
-    shares_below,
-)
+from k26_plugins.operate.verify.page import SMALLEST, Section, check_lines, empty_figure, page, shares_below
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -77,23 +67,16 @@ def as_html(golden: Golden, measured: Measured, verdict: Verdict) -> str:
     figures = [_over_positions(golden, measured), shares_below(curves, "the reference")]
     if len(golden.prompts[0].experts.flatten()):
         figures.append(_experts(golden, measured, verdict))
-    causes = "".join(
-        f"<dt>{html.escape(cause.what)}</dt><dd>because {html.escape(cause.evidence)}<br>"
-        f"remedy: {html.escape(cause.remedy)}</dd>"
-        for cause in verdict.causes
-    )
     word = "answers as the reference does" if verdict.passed else "does not answer as the reference does"
     weights = golden.info["fingerprint"][:23]
-    parts = (
-        heading(
-            f"{measured.engine} {word}",
-            f"{measured.url}, against {len(golden.prompts)} prompts of weights {weights}…",
-        ),
-        checks_table(verdict.checks),
-        f"<dl>{causes}</dl>\n",
-        bullets([*verdict.diverged, *measured.not_shown]),
+    lines = [*verdict.diverged, *measured.not_shown]
+    return page(
+        "k26 verify",
+        f"{measured.engine} {word}",
+        f"{measured.url}, against {len(golden.prompts)} prompts of weights {weights}…",
+        [Section(verdict.checks, [lines], verdict.causes)],
+        figures,
     )
-    return page("k26 verify", parts, figures)
 
 
 def _over_positions(golden: Golden, measured: Measured) -> Figure:
