@@ -142,6 +142,7 @@ class TextConfig:
 
     @property
     def qk_head_dim(self) -> int:
+        """Width of a head's query and key: the part without rotary embedding and the part with it."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
@@ -151,6 +152,7 @@ class TextConfig:
         return scale
 
     def is_moe_layer(self, layer: int) -> bool:
+        """Whether the layer, counted from 0, has routed experts; the first ones are dense."""
         return layer >= self.first_k_dense_replace
 
 
@@ -184,6 +186,7 @@ class VisionConfig:
 
     @property
     def head_dim(self) -> int:
+        """Width of one attention head."""
         return self.hidden_size // self.num_attention_heads
 
     @property

@@ -22,6 +22,7 @@ class Line:
     token: float
 
     def seconds(self, tokens: int) -> float:
+        """Seconds for one expert that `tokens` tokens chose."""
         return self.expert + self.token * tokens
 
     @classmethod

@@ -25,6 +25,7 @@ class Linear(nn.Linear):
     """`linear` as a module."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: `[..., in_features]`; returns `[..., out_features]`."""
         return linear(x, self.weight, self.bias)
 
 

@@ -146,6 +146,7 @@ class SwiGLU:
         self.down_proj = weights(f"{prefix}.down_proj.weight")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: `[T, H]`; returns the same shape."""
         return linear(F.silu(linear(x, self.gate_proj)) * linear(x, self.up_proj), self.down_proj)
 
 
@@ -185,6 +186,7 @@ class MoE:
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: `[T, H]`; returns the same shape."""
         topk_weights, topk_ids = self.choose(x)
         routed = reference_experts(x, topk_ids, topk_weights, self.expert, self.config.n_routed_experts)
         return routed.to(x.dtype) + self.shared_experts.forward(x)
@@ -202,6 +204,7 @@ class Block:
         self.mlp = MoE(config, weights, layer) if config.is_moe_layer(layer) else SwiGLU(weights, f"{prefix}.mlp")
 
     def forward(self, x: torch.Tensor, cache: KVCache, *, absorbed: bool) -> torch.Tensor:
+        """x: `[T, H]`, appended to `cache`; returns the same shape. absorbed: the form of attention, see `Attention`."""
         x = x + self.self_attn.forward(rms_norm(x, self.input_layernorm, self.eps), cache, absorbed=absorbed)
         return x + self.mlp.forward(rms_norm(x, self.post_attention_layernorm, self.eps))
 

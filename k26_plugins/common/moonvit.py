@@ -75,6 +75,7 @@ class PatchEmbed(nn.Module):
         self.pos_emb = PositionEmbedding(config)
 
     def forward(self, pixel_values: torch.Tensor, grids: list[tuple[int, int, int]]) -> torch.Tensor:
+        """Embed patches and add each one's position. grids: (frames, rows, columns) of each medium."""
         x: torch.Tensor = self.proj(pixel_values).flatten(1)
         return x + torch.cat([self.pos_emb(*grid) for grid in grids])
 
@@ -88,6 +89,7 @@ class Mlp(nn.Module):
         self.fc1 = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: `[N, D]`; returns the same shape."""
         out: torch.Tensor = self.fc1(F.gelu(self.fc0(x), approximate="tanh"))
         return out
 
@@ -105,6 +107,7 @@ class EncoderBlock(nn.Module):
         self.mlp = Mlp(config)
 
     def forward(self, x: torch.Tensor, angles: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+        """x: `[N, D]`. angles: each patch's rotary angles. lengths: patches of each medium, which attend to each other."""
         x = x + self.wo(self._attention(self.wqkv(self.norm0(x)), angles, lengths))
         out: torch.Tensor = x + self.mlp(self.norm1(x))
         return out
@@ -128,6 +131,7 @@ class Encoder(nn.Module):
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, x: torch.Tensor, grids: list[tuple[int, int, int]]) -> torch.Tensor:
+        """x: `[N, D]`, the patches of all media; returns the same shape. grids: (frames, rows, columns) of each medium."""
         angles = torch.cat([rope_angles(*grid, self.head_dim) for grid in grids])
         lengths = [t * h * w for t, h, w in grids]
         for block in self.blocks:
@@ -169,6 +173,7 @@ class Projector(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: `[tokens, 4, D]`, 2 × 2 patches each; returns `[tokens, hidden size of the text model]`."""
         out: torch.Tensor = self.proj(self.pre_norm(x).flatten(1))
         return out
 

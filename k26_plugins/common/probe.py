@@ -16,6 +16,7 @@ class KeptErrors(logging.Handler):
         logger.addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Keep the record's message and the error that it was logged with."""
         cause = record.exc_info[1] if record.exc_info else None
         self.lines.append(f"{record.getMessage()} {cause or ''}".strip())
 

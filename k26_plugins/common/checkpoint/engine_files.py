@@ -32,6 +32,7 @@ class Progress:
         self._start = self._said = clock()
 
     def advance(self, count: int) -> None:
+        """Count `count` bytes more as loaded; a line is written where the last one is old enough."""
         self.done += count
         now = self._clock()
         if now - self._said >= SECONDS_BETWEEN_LINES:
@@ -40,6 +41,7 @@ class Progress:
             self._say(f"weights: {_gb(self.done)} of {_gb(self.num_bytes)} GB, {self._rate(now)}, {left:.0f} s left")
 
     def end(self) -> None:
+        """Write the last line: how much was loaded, and how long it took."""
         now = self._clock()
         self._say(f"weights: {_gb(self.done)} GB in {now - self._start:.1f} s, {self._rate(now)}")
 

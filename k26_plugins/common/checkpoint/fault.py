@@ -40,6 +40,7 @@ class Problem:
 
     @property
     def order(self) -> tuple[int, str]:
+        """The key by which problems are sorted: by their kind, then by name."""
         return list(Fault).index(self.fault), self.name
 
 

@@ -85,6 +85,7 @@ class StreamedCheckpoint:
         return os.pread(place.descriptor, min(num_bytes, place.end - place.start), place.start)
 
     def in_file_order(self, names: Iterable[str]) -> list[str]:
+        """Sort tensors by where they lie: file by file, and within a file by their first byte."""
         return sorted(names, key=lambda name: self._place(name)[:2])
 
     def _spec(self, name: str) -> TensorSpec:

@@ -44,6 +44,7 @@ class TensorSpec(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of the tensor as it is published."""
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 

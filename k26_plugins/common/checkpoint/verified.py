@@ -25,12 +25,14 @@ class Verified:
         """Files that were not read again."""
 
     def is_known(self, file: Path, status: os.stat_result, digest: str) -> bool:
+        """Whether this hash was found for the file as `status` describes it. A hit counts in `num_known`."""
         with self._lock:
             known = self._read().get(str(file.resolve())) == [*_mark(status), digest]
             self.num_known += known
         return known
 
     def remember(self, file: Path, status: os.stat_result, digest: str) -> None:
+        """Keep a file's hash for later runs; nothing happens where the folder cannot be written."""
         with self._lock:
             # Read again: another run may have written meanwhile.
             known = self._read() | {str(file.resolve()): [*_mark(status), digest]}

@@ -34,13 +34,20 @@ class Sizes(Protocol):
     """What a backend must know of a layer's experts on this rank to say whether it can run them."""
 
     @property
-    def num_experts(self) -> int: ...
+    def num_experts(self) -> int:
+        """How many experts lie on this rank."""
+
     @property
-    def hidden_size(self) -> int: ...
+    def hidden_size(self) -> int:
+        """Width of an expert's input and output."""
+
     @property
-    def intermediate_size(self) -> int: ...
+    def intermediate_size(self) -> int:
+        """This rank's part of an expert's width between its two products."""
+
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """Where the weights lie, or will."""
 
 
 class Batches(NamedTuple):
@@ -106,21 +113,26 @@ class ExpertWeights:
 
     @property
     def num_experts(self) -> int:
+        """How many experts lie on this rank."""
         return self.w13_packed.shape[0]
 
     @property
     def hidden_size(self) -> int:
+        """Width of an expert's input and output."""
         return self.w2_packed.shape[1]
 
     @property
     def intermediate_size(self) -> int:
+        """This rank's part of an expert's width between its two products."""
         return self.w2_packed.shape[2] * PACK_FACTOR
 
     @property
     def device(self) -> torch.device:
+        """Where all four tensors lie."""
         return self.w13_packed.device
 
     def expert(self, index: int) -> Expert:
+        """Views of one expert's tensors; `index` is local."""
         return Expert(self.w13_packed[index], self.w13_scale[index], self.w2_packed[index], self.w2_scale[index])
 
     def copy_of(self, indices: list[int]) -> ExpertWeights:
@@ -128,6 +140,7 @@ class ExpertWeights:
         return ExpertWeights(*(tensor[indices] for tensor in self.parts()))
 
     def to(self, device: torch.device) -> ExpertWeights:
+        """The same weights on another device; without a copy where they are there already."""
         return ExpertWeights(*(tensor.to(device) for tensor in self.parts()))
 
     def parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

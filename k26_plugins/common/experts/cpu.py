@@ -139,6 +139,7 @@ class CpuExperts(ExpertsBackend):
 
     @classmethod
     def unsupported(cls, weights: Sizes) -> str | None:
+        """It takes CPUs on which torch packs INT4 in a known layout, and sizes that this layout divides."""
         if weights.device.type != "cpu":
             return f"the weights are on {weights.device}"
         layout = packed_layout()
@@ -151,6 +152,7 @@ class CpuExperts(ExpertsBackend):
 
     @classmethod
     def load(cls, weights: ExpertWeights) -> Self:
+        """Repack into the layout of torch's own operator for INT4 products."""
         layout = packed_layout()
         assert layout is not None, "load follows unsupported"
         return cls(
@@ -160,6 +162,7 @@ class CpuExperts(ExpertsBackend):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> Self:
+        """Take over matrices that are in the operator's layout."""
         layout = packed_layout()
         assert layout is not None, "they were repacked in this layout"
         return cls(
@@ -168,6 +171,7 @@ class CpuExperts(ExpertsBackend):
         )
 
     def tensors(self) -> dict[str, torch.Tensor]:
+        """The operator's packed weights, with scales and zero points side by side."""
         return {
             "w13_packed": self.w13.packed,
             "w13_scale": self.w13.scale_and_zero,
@@ -176,6 +180,7 @@ class CpuExperts(ExpertsBackend):
         }
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> ExpertWeights:
+        """Unpack the operator's layout."""
         return ExpertWeights(
             *self.w13.restore(tensors["w13_packed"], tensors["w13_scale"]),
             *self.w2.restore(tensors["w2_packed"], tensors["w2_scale"]),
@@ -191,6 +196,7 @@ class CpuExperts(ExpertsBackend):
         out: torch.Tensor | None = None,
         workspace: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """Compute one expert after the other, each by two of torch's INT4 products."""
         # Other dtypes are rounded to bfloat16, the only one that torch's product takes on every CPU at full speed.
         x = hidden_states.to(torch.bfloat16)
         weights = topk_weights.float().flatten()

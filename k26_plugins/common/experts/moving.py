@@ -47,6 +47,7 @@ class Uses:
     """The layer where the next move is looked for."""
 
     def add(self, experts: HybridExperts) -> None:
+        """Watch a layer: what was counted before is no reason to move its experts."""
         counts = experts.counts
         self._layers.append(_Layer(experts, counts.clone(), torch.zeros(len(counts), dtype=torch.float64)))
 

@@ -30,6 +30,7 @@ class LayerPlacement:
         return self._map(self.device_ids)
 
     def host_map(self) -> torch.Tensor:
+        """int32 `[num_experts]`: the index of a global id on the host, or −1."""
         return self._map(self.host_ids)
 
     @cached_property
@@ -61,6 +62,7 @@ class Profile:
     counts: list[list[int]]
 
     def save(self, path: Path) -> None:
+        """Write the profile as JSON, which `load` reads. Raises OSError."""
         content = {"num_tokens": self.num_tokens, "counts": self.counts}
         path.write_text(json.dumps(content) + "\n", encoding="utf-8")
 

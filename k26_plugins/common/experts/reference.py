@@ -73,13 +73,16 @@ class ReferenceExperts(ExpertsBackend):
 
     @classmethod
     def unsupported(cls, weights: Sizes) -> str | None:
+        """It takes every size and every device."""
         return None
 
     @classmethod
     def load(cls, weights: ExpertWeights) -> Self:
+        """Keep the weights as they are."""
         return cls(weights)
 
     def tensors(self) -> dict[str, torch.Tensor]:
+        """The checkpoint's four tensors."""
         return {
             "w13_packed": self.weights.w13_packed,
             "w13_scale": self.weights.w13_scale,
@@ -89,9 +92,11 @@ class ReferenceExperts(ExpertsBackend):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> Self:
+        """Take the checkpoint's four tensors over."""
         return cls(ExpertWeights(**tensors))
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> ExpertWeights:
+        """Nothing was repacked: the tensors as they are."""
         return ExpertWeights(**tensors)
 
     def apply(
@@ -104,6 +109,7 @@ class ReferenceExperts(ExpertsBackend):
         out: torch.Tensor | None = None,
         workspace: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """Dequantise one expert after the other and multiply in plain PyTorch."""
         result = reference_experts(
             hidden_states, topk_ids, topk_weights, self.weights.expert, self.weights.num_experts, expert_map
         ).to(hidden_states.dtype)

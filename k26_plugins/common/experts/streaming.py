@@ -136,6 +136,7 @@ class Probe:
         return float((streamed().cpu() - expected).norm() / expected.norm())
 
     def costs(self) -> StreamCosts:
+        """Measure both sides with few and with many tokens, and lay a line through each side's two times."""
         seconds = [[self._seconds(run) / len(self.experts) for run in self._runs(n)] for n in MEASURED_TOKENS]
         (host_few, stream_few), (host_many, stream_many) = seconds
         return StreamCosts(Line.through(host_few, host_many), Line.through(stream_few, stream_many))

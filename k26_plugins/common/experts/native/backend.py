@@ -40,6 +40,7 @@ class NativeExperts(ExpertsBackend):
 
     @classmethod
     def unsupported(cls, weights: Sizes) -> str | None:
+        """It takes any CPU for which the library can be built."""
         if weights.device.type != "cpu":
             return f"the weights are on {weights.device}"
         try:
@@ -50,15 +51,18 @@ class NativeExperts(ExpertsBackend):
 
     @classmethod
     def place(cls, weights: ExpertWeights) -> None:
+        """Have the threads that will compute the layer write its pages first."""
         process_threads().place(_layer(weights))
 
     @classmethod
     def load(cls, weights: ExpertWeights) -> Self:
+        """Repack in place, by the threads that will compute the layer."""
         experts = cls(ExpertWeights(*(tensor.contiguous() for tensor in weights.parts())))
         process_threads().repack(experts.layer)
         return experts
 
     def tensors(self) -> dict[str, torch.Tensor]:
+        """The checkpoint's four tensors, whose rows are repacked in place."""
         return {
             "w13_packed": self.weights.w13_packed,
             "w13_scale": self.weights.w13_scale,
@@ -68,9 +72,11 @@ class NativeExperts(ExpertsBackend):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> Self:
+        """Take over weights whose rows are repacked."""
         return cls(ExpertWeights(**tensors))
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> ExpertWeights:
+        """Undo the repacking of rows."""
         return ExpertWeights(
             *restore_rows(tensors["w13_packed"], tensors["w13_scale"], gated=True),
             *restore_rows(tensors["w2_packed"], tensors["w2_scale"], gated=False),
@@ -85,6 +91,7 @@ class NativeExperts(ExpertsBackend):
         expert_map: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
     ) -> Callable[[], torch.Tensor]:
+        """Start the work on the pool's threads and return at once."""
         prepared = self._prepare(hidden_states, topk_ids, topk_weights, expert_map, out)
         running = process_threads().submit(self.layer, prepared.call, (*prepared.tensors, *self.tensors().values()))
 
@@ -104,6 +111,7 @@ class NativeExperts(ExpertsBackend):
         out: torch.Tensor | None = None,
         workspace: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """Compute in C++, on torch's threads or the pool's."""
         prepared = self._prepare(hidden_states, topk_ids, topk_weights, expert_map, out)
         process_threads().run(self.layer, prepared.call)
         return prepared.finish()

@@ -25,6 +25,7 @@ class Buffers:
         self.out = runtime.pinned(tokens * hidden_size * 2).view(torch.bfloat16)
 
     def hold(self, tokens: int, hidden_size: int, top_k: int) -> bool:
+        """Whether a batch of these sizes fits."""
         return all(have >= need for have, need in zip(self.sizes, (tokens, hidden_size, top_k), strict=True))
 
 
@@ -68,6 +69,7 @@ class ExpertsInStream:
 
     @property
     def is_capturing(self) -> bool:
+        """Whether the device's current stream is being captured into a graph."""
         return self.runtime.is_capturing(self.runtime.current_stream(self.device))
 
     def submit(

@@ -155,6 +155,7 @@ class Threads:
             )
 
     def wait(self, job: int) -> None:
+        """Wait for a job of `submit`; in a child of fork return at once."""
         # In a child of fork the work is the parent's, and so are the threads.
         if self.process == os.getpid():
             self.native.k26_wait(self._process, ctypes.c_int64(job))
@@ -167,6 +168,7 @@ class Running:
         self._threads, self._job, self._tensors = threads, job, tensors
 
     def wait(self) -> None:
+        """Wait for the end; a second time returns at once."""
         self._threads.wait(self._job)
 
     def __del__(self) -> None:
