@@ -4,34 +4,17 @@ from __future__ import annotations
 
 import importlib
 import re
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from k26_plugins.common.engine import Engine
 from k26_plugins.common.experts.native.build import cpu_flags
 
 CHECKED_VERSIONS = "0.6.1 to 0.7.2"
 
 
-class UnsupportedEngineError(RuntimeError):
-    """A kt-kernel in which something that the adapter needs is not where it was."""
-
-
-def kt_kernel_version() -> str:
-    try:
-        return version("kt-kernel")
-    except PackageNotFoundError:
-        return "of an unknown version"
-
-
-def private(module: str, name: str) -> Any:
-    """A private `name` of kt-kernel, or one error that says which versions have it. Raises ImportError without kt-kernel."""
-    try:
-        return getattr(importlib.import_module(module), name)
-    except AttributeError as error:
-        raise UnsupportedEngineError(
-            f"kt-kernel {kt_kernel_version()} has no {module}.{name}, which k26-plugins needs: it was checked on kt-kernel "
-            f"{CHECKED_VERSIONS}. Install one of these, or choose the core's experts with K26_CPU_EXPERTS=auto."
-        ) from error
+ENGINE = Engine({"kt-kernel": CHECKED_VERSIONS}, "choose the core's experts with K26_CPU_EXPERTS=auto")
+private = ENGINE.private
+kt_kernel_version = ENGINE.release
 
 
 def extension() -> Any:

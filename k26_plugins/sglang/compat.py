@@ -12,7 +12,6 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import torch
 
 from k26_plugins.common.config import ARCHITECTURE
 from k26_plugins.common.data_url import data_url_bytes, is_data_url, require_url
+from k26_plugins.common.engine import Engine, UnsupportedEngineError
 from k26_plugins.common.registration import Registration
 
 # By the distribution's name, in the order in which they are looked for.
@@ -32,33 +32,10 @@ _REGISTRY = "sglang.srt.models.registry"
 _TRANSFORMERS = "sglang.srt.utils.hf_transformers_utils"
 
 
-class UnsupportedEngineError(RuntimeError):
-    """An SGLang in which something that the adapter needs is not where it was."""
-
-
-def distribution() -> tuple[str, str]:
-    """The name and the version of the SGLang that is installed: upstream's, or KTransformers' fork."""
-    for name in CHECKED_VERSIONS:
-        with contextlib.suppress(PackageNotFoundError):
-            return name, version(name)
-    return "sglang", "of an unknown version"
-
-
-def sglang_version() -> str:
-    return distribution()[1]
-
-
-def private(module: str, name: str) -> Any:
-    """An engine-private `name`, or one error that says which versions have it."""
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        package, found = distribution()
-        raise UnsupportedEngineError(
-            f"{package} {found} has no {module}.{name}, which k26-plugins needs: it was checked on {package} "
-            f"{CHECKED_VERSIONS[package]}. Install one of these, or a newer k26-plugins; SGLANG_PLUGINS=none runs SGLang "
-            f"without it."
-        ) from error
+ENGINE = Engine(CHECKED_VERSIONS, "a newer k26-plugins; SGLANG_PLUGINS=none runs SGLang without it")
+private = ENGINE.private
+distribution = ENGINE.distribution
+sglang_version = ENGINE.release
 
 
 # Each `register_…` looks up what it needs and notes what it will change; `Registration.apply` changes it.

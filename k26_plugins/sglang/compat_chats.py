@@ -8,9 +8,10 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
+from k26_plugins.common.engine import UnsupportedEngineError
 from k26_plugins.common.registration import Registration, go_without
 from k26_plugins.sglang import logger
-from k26_plugins.sglang.compat import UnsupportedEngineError, private, sglang_version, wrap
+from k26_plugins.sglang.compat import private, sglang_version, wrap
 
 CHAT = "sglang.srt.entrypoints.openai.serving_chat"
 COMPLETIONS = "sglang.srt.entrypoints.openai.serving_completions"

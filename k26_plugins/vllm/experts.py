@@ -13,6 +13,7 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
 from vllm.model_executor.utils import set_weight_attrs
 
+from k26_plugins.common.engine import UnsupportedEngineError
 from k26_plugins.common.experts import ExpertsError, why_unsupported
 from k26_plugins.common.experts.base import Batches, LayerSizes
 from k26_plugins.common.experts.loading import ExpertsOfLayer, Places
@@ -230,7 +231,7 @@ def use_core_experts(vllm_config: Any, setting: str, *, required: bool = True) -
     if not isinstance(quant_config, base):
         if not required:
             return
-        raise compat.UnsupportedEngineError(
+        raise UnsupportedEngineError(
             f"vLLM {compat.vllm_version()} read the INT4 checkpoint as {type(quant_config).__name__}, expected "
             f"{base.__name__}: remove --quantization, or set K26_EXPERTS=engine to keep vLLM's experts."
         )

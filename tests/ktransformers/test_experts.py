@@ -12,6 +12,7 @@ from support.experts import error, inputs, judge, make_weights, overwritten_when
 from support.instruction_sets import INSTRUCTION_SET
 
 from k26_plugins.common.cores import Core
+from k26_plugins.common.engine import UnsupportedEngineError
 from k26_plugins.common.experts import ExpertsError, create_experts
 from k26_plugins.common.experts.base import ExpertWeights
 from k26_plugins.common.experts.deferred import Deferral
@@ -171,5 +172,5 @@ def test_a_shape_that_would_end_the_process_is_refused() -> None:
 
 
 def test_a_name_that_kt_kernel_lost_is_one_clear_error() -> None:
-    with pytest.raises(compat.UnsupportedEngineError, match=r"kt-kernel .* has no json.Here.*checked on kt-kernel"):
+    with pytest.raises(UnsupportedEngineError, match=r"kt-kernel .* has no json.Here.*checked on kt-kernel"):
         compat.private("json", "Here")

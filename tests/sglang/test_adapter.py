@@ -32,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from k26_plugins.common.checkpoint import Checkpoint, expert_name
 from k26_plugins.common.config import ARCHITECTURE, ConfigError
+from k26_plugins.common.engine import UnsupportedEngineError
 from k26_plugins.common.experts import ExpertWeights
 from k26_plugins.common.experts.loading import load_experts
 from k26_plugins.common.prompt.hf_tokenizer import KimiTokenizerFast
@@ -157,7 +158,7 @@ def test_sglangs_own_class_serves_where_ours_lacks_a_name(
 
 
 def test_a_name_that_sglang_lost_is_one_clear_error() -> None:
-    with pytest.raises(compat.UnsupportedEngineError, match=r"sglang .* has no sglang.nothing.Here.*checked on sglang"):
+    with pytest.raises(UnsupportedEngineError, match=r"sglang .* has no sglang.nothing.Here.*checked on sglang"):
         compat.private("sglang.nothing", "Here")
 
 
@@ -305,7 +306,7 @@ def test_sglangs_media_class_takes_the_core_s_pixels_on_any_device(
 
 def test_another_media_package_of_the_user_s_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(compat.MEDIA_VARIABLE, "theirs")
-    with pytest.raises(compat.UnsupportedEngineError, match=r"SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE is 'theirs'"):
+    with pytest.raises(UnsupportedEngineError, match=r"SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE is 'theirs'"):
         compat.register_media(Registration(), "k26_plugins.sglang.media")
 
 

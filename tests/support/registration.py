@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from k26_plugins.common.engine import UnsupportedEngineError
 from k26_plugins.common.registration import Registration
 
 
@@ -26,7 +27,7 @@ def assert_all_or_nothing(
             nonlocal looked_up
             looked_up += 1
             if looked_up == number:
-                raise compat.UnsupportedEngineError(f"no {module}.{name}")
+                raise UnsupportedEngineError(f"no {module}.{name}")
             return private(module, name)
 
         return look_up

@@ -29,6 +29,7 @@ from support.vllm_server import cli_args_module
 
 from k26_plugins.common.checkpoint import Checkpoint, CheckpointError, expert_name, shard
 from k26_plugins.common.config import ARCHITECTURE, K26Config
+from k26_plugins.common.engine import UnsupportedEngineError
 from k26_plugins.common.media import MediaError
 from k26_plugins.common.prompt.hf_tokenizer import core_serves_prompts
 from k26_plugins.common.serving import core_answer
@@ -131,7 +132,7 @@ def test_vllms_own_class_serves_where_ours_lacks_a_name(
 
 
 def test_a_name_that_vllm_lost_is_one_clear_error() -> None:
-    with pytest.raises(compat.UnsupportedEngineError, match=r"vLLM .* has no vllm.nothing.Here.*checked on vLLM"):
+    with pytest.raises(UnsupportedEngineError, match=r"vLLM .* has no vllm.nothing.Here.*checked on vLLM"):
         compat.private("vllm.nothing", "Here")
 
 

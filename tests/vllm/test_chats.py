@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from k26_plugins.common.engine import UnsupportedEngineError
 from k26_plugins.common.registration import Registration
 from k26_plugins.vllm import chats, compat
 
@@ -130,5 +131,5 @@ def test_a_vllm_without_a_place_is_told_of(monkeypatch: pytest.MonkeyPatch, capl
     monkeypatch.setattr(compat, "RESPONSES_ROUTER", "vllm.nowhere")
     chats.install()
     assert "has no vllm.nowhere._convert_stream_to_sse_events" in caplog.text
-    with pytest.raises(compat.UnsupportedEngineError):
+    with pytest.raises(UnsupportedEngineError):
         compat.wrap(Registration(), "vllm.sampling_params", "SamplingParams.nothing", chats.length_wins)

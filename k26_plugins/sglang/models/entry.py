@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from k26_plugins.common.engine import UnsupportedEngineError
 from k26_plugins.common.registration import go_without
-from k26_plugins.sglang import compat, logger
+from k26_plugins.sglang import logger
 
 EntryClass: list[type]
 try:
     from k26_plugins.sglang.model import KimiK25ForConditionalGeneration
 
     EntryClass = [KimiK25ForConditionalGeneration]
-except (ImportError, AttributeError, compat.UnsupportedEngineError) as error:
+except (ImportError, AttributeError, UnsupportedEngineError) as error:
     go_without(error, "SGLang's own model class serves, with its own experts and media", logger)
     EntryClass = []
