@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.metadata import entry_points
 from pathlib import Path
 
 EXPERTS_VARIABLE = "K26_EXPERTS"
@@ -20,6 +21,16 @@ STREAM_FROM_VARIABLE = "K26_STREAM_FROM"
 MOVE_EXPERTS_VARIABLE = "K26_MOVE_EXPERTS"
 BATCH_INVARIANT_VARIABLE = "K26_BATCH_INVARIANT"
 STRICT_VARIABLE = "K26_STRICT"
+CORE_BACKENDS = ("triton", "native", "cpu", "reference")
+"""Names of the core's experts, in the order in which `auto` tries them."""
+BACKENDS_GROUP = "k26_plugins.experts"
+"""The entry points by which a package offers a backend that `auto` does not try: the KTransformers adapter's kt-kernel."""
+
+
+def backend_names() -> tuple[str, ...]:
+    """Every backend of experts that can be asked for by name."""
+    offered = (point.name for point in entry_points(group=BACKENDS_GROUP))
+    return (*CORE_BACKENDS, *(name for name in offered if name not in CORE_BACKENDS))
 
 
 def experts_setting() -> str:
@@ -27,9 +38,7 @@ def experts_setting() -> str:
 
     Raises ValueError for any other value of K26_EXPERTS.
     """
-    from k26_plugins.common.experts import BACKENDS
-
-    return _choice(EXPERTS_VARIABLE, ("auto", ENGINE, *BACKENDS))
+    return _choice(EXPERTS_VARIABLE, ("auto", ENGINE, *CORE_BACKENDS))
 
 
 def host_experts_setting() -> str:
@@ -37,8 +46,6 @@ def host_experts_setting() -> str:
 
     Raises ValueError for any other value of K26_CPU_EXPERTS.
     """
-    from k26_plugins.common.experts import backend_names
-
     return _choice(HOST_EXPERTS_VARIABLE, ("auto", *backend_names()))
 
 

@@ -29,6 +29,10 @@ from k26_plugins.common.int4 import quantise
 TOLERANCE = 6e-3
 
 
+def test_backends_are_found_by_their_own_names() -> None:
+    assert all(backend.name == name for name, backend in BACKENDS.items())
+
+
 @pytest.mark.parametrize("backend", backends())
 @pytest.mark.parametrize(
     ("num_tokens", "top_k", "num_experts", "hidden", "inner"),

@@ -23,6 +23,7 @@ from k26_plugins.common.experts.reference import ReferenceExperts, reference_exp
 from k26_plugins.common.experts.selftest import self_test_error
 from k26_plugins.common.experts.triton import TritonExperts
 from k26_plugins.common.int4 import GROUP_SIZE
+from k26_plugins.common.settings import BACKENDS_GROUP, CORE_BACKENDS, backend_names
 
 __all__ = [
     "BACKENDS",
@@ -32,7 +33,6 @@ __all__ = [
     "ExpertsBackend",
     "ExpertsError",
     "RoutedExperts",
-    "backend_names",
     "create_experts",
     "find_backend",
     "place_memory",
@@ -42,26 +42,16 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# In the order in which `auto` tries them.
-BACKENDS: dict[str, type[ExpertsBackend]] = {
-    backend.name: backend for backend in (TritonExperts, NativeExperts, CpuExperts, ReferenceExperts)
-}
-
-
-# Where a package offers a backend that `auto` does not try: the kt-kernel of the KTransformers adapter.
-ENTRY_POINTS = "k26_plugins.experts"
-
-
-def backend_names() -> tuple[str, ...]:
-    """Every backend that can be asked for by name."""
-    return (*BACKENDS, *(point.name for point in entry_points(group=ENTRY_POINTS) if point.name not in BACKENDS))
+BACKENDS: dict[str, type[ExpertsBackend]] = dict(
+    zip(CORE_BACKENDS, (TritonExperts, NativeExperts, CpuExperts, ReferenceExperts), strict=True)
+)
 
 
 def find_backend(name: str) -> type[ExpertsBackend]:
     """The backend of this name. Raises ExpertsError where there is none, or what it needs is not installed."""
     if name in BACKENDS:
         return BACKENDS[name]
-    for point in entry_points(group=ENTRY_POINTS):
+    for point in entry_points(group=BACKENDS_GROUP):
         if point.name == name:
             try:
                 found: type[ExpertsBackend] = point.load()

@@ -90,7 +90,7 @@ class HybridExperts(RoutedExperts):
         out: torch.Tensor | None = None,
         workspace: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Add what the device's, the host's and the streamed experts give. The maps are the placement's: it takes no other."""
+        """Add what the device's, the host's and the streamed experts give. It takes no map: the placement has its own."""
         if expert_map is not None:
             raise ExpertsError("hybrid experts place global ids themselves and take no expert map: run without EP.")
         inputs = (hidden_states, topk_ids, topk_weights)

@@ -9,12 +9,12 @@ import torch
 
 from k26_plugins.common.checkpoint import Checkpoint, CheckpointError, Layout, classify_folder
 from k26_plugins.common.config import ConfigError, OtherLayoutError, TextConfig
-from k26_plugins.common.experts import BACKENDS, ExpertsError, ExpertWeights, backend_names, find_backend
+from k26_plugins.common.experts import BACKENDS, ExpertsError, ExpertWeights, find_backend
 from k26_plugins.common.experts.native.build import BuildError, cpu_flags
 from k26_plugins.common.experts.native.threads import process_threads
 from k26_plugins.common.experts.selftest import self_test_error
 from k26_plugins.common.model import MoE
-from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, experts_setting
+from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, backend_names, experts_setting
 from k26_plugins.operate.doctor.finding import Finding, Level
 from k26_plugins.operate.doctor.tuned import tuned_findings
 from k26_plugins.operate.random_experts import random_experts
