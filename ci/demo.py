@@ -18,7 +18,7 @@ from pathlib import Path
 from PIL import Image
 
 import k26_plugins
-from k26_plugins.common.tiny import make_tiny
+from k26_plugins.common.tiny.checkpoint import make_tiny
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from support.images import image_part, png

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from published_runs import RUNS, Run
 
-from k26_plugins.common.config import K26Config
+from k26_plugins.common.model.config import K26Config
 from k26_plugins.operate.plan.advise import choose
 from k26_plugins.operate.plan.fit import Fit, Load, fit
 from k26_plugins.operate.plan.gpus import GIB, GPUS, MIB, SECONDARY

@@ -12,7 +12,7 @@ from support.images import png, random_image
 from support.instruction_sets import summarise
 
 from k26_plugins.cli import app
-from k26_plugins.common.tiny import make_tiny
+from k26_plugins.common.tiny.checkpoint import make_tiny
 
 # Tests that both engines derive: what they assert is told as that of other tests.
 pytest.register_assert_rewrite("support.agents", "support.clients", "support.prompt_path")

@@ -26,7 +26,7 @@ def tensors(config: Path, every: bool) -> None:
     Reads the configuration only. Layers and experts that repeat are folded into one line unless --all is given.
     """
     from k26_plugins.common.checkpoint import tensor_table
-    from k26_plugins.common.config import ConfigError, K26Config
+    from k26_plugins.common.model.config import ConfigError, K26Config
 
     try:
         specs = list(tensor_table(K26Config.from_path(config)).values())
@@ -89,7 +89,7 @@ def check(folder: Path, hashes: bool, manifest: Path | None, repair: bool) -> No
     """
     from k26_plugins.common.checkpoint import CheckpointError, folded
     from k26_plugins.common.checkpoint import check as run_check
-    from k26_plugins.common.config import ConfigError
+    from k26_plugins.common.model.config import ConfigError
     from k26_plugins.common.prompt.template_check import differing_samples
 
     contents = _contents(folder, manifest) if hashes or repair or manifest else []
@@ -202,10 +202,10 @@ def tiny(
 
     Every engine can be tried on it without a GPU. Its answers are noise, the same noise in every engine.
     """
-    from k26_plugins.common.config import ConfigError
-    from k26_plugins.common.tiny import TinySizes, make_tiny
-    from k26_plugins.common.tiny_adapter import make_adapters
-    from k26_plugins.common.tiny_draft import layers_read, make_eagle3
+    from k26_plugins.common.model.config import ConfigError
+    from k26_plugins.common.tiny.adapter import make_adapters
+    from k26_plugins.common.tiny.checkpoint import TinySizes, make_tiny
+    from k26_plugins.common.tiny.draft import layers_read, make_eagle3
 
     sizes = TinySizes(
         layers=layers,

@@ -36,11 +36,11 @@ def generate(
     import torch
 
     from k26_plugins.common.checkpoint import Checkpoint, CheckpointError
-    from k26_plugins.common.config import ConfigError
-    from k26_plugins.common.media import MediaConfig, MediaError, normalise, open_image, preprocess
-    from k26_plugins.common.multimodal import KimiK26
+    from k26_plugins.common.model.config import ConfigError
+    from k26_plugins.common.multimodal.image import MediaConfig, MediaError, normalise, open_image, preprocess
     from k26_plugins.common.prompt.chat import expand_media_placeholders, render
     from k26_plugins.common.prompt.tokenizer import KimiTokenizer, TokenizerError
+    from k26_plugins.common.reference.kimi_k26 import KimiK26
 
     try:
         checkpoint = Checkpoint(folder)

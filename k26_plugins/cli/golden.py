@@ -48,8 +48,8 @@ def golden(folder: Path, prompts: Path, out: Path, answer_tokens: int, top_k: in
     with "thinking": false and "tools": [...] beside messages on demand. Twenty prompts of a few hundred tokens are plenty.
     """
     from k26_plugins.common.checkpoint import CheckpointError, StreamedCheckpoint
-    from k26_plugins.common.config import ConfigError
-    from k26_plugins.common.media import MediaError
+    from k26_plugins.common.model.config import ConfigError
+    from k26_plugins.common.multimodal.image import MediaError
     from k26_plugins.common.prompt.tokenizer import TokenizerError
     from k26_plugins.operate.golden import GoldenJob, PromptError, StateError, read_prompts
 

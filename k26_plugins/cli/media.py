@@ -22,9 +22,9 @@ def media(file: Path, sheet: Path | None, checkpoint: Path | None) -> None:
     """
     from rich.table import Table
 
-    from k26_plugins.common.contact_sheet import Frame, contact_sheet, thumbnail, unpatchify
-    from k26_plugins.common.media import MediaConfig, MediaError, open_image, preprocess
-    from k26_plugins.common.video import read_chunks
+    from k26_plugins.common.multimodal.contact_sheet import Frame, contact_sheet, thumbnail, unpatchify
+    from k26_plugins.common.multimodal.image import MediaConfig, MediaError, open_image, preprocess
+    from k26_plugins.common.multimodal.video import read_chunks
 
     target = sheet or Path(f"{file.stem}-k26.png")
     require_writable(target)

@@ -25,7 +25,7 @@ def merge(folder: Path, adapter: Path, target: Path) -> None:
     """
     from k26_plugins.common.checkpoint import CheckpointError
     from k26_plugins.common.checkpoint.header import weight_files
-    from k26_plugins.common.config import ConfigError
+    from k26_plugins.common.model.config import ConfigError
     from k26_plugins.operate.merge import MergeError
     from k26_plugins.operate.merge import merge as run_merge
 

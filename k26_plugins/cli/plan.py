@@ -15,7 +15,7 @@ from k26_plugins.cli.command import Command, FloatRange, OneOf
 from k26_plugins.cli.console import err, fail
 
 if TYPE_CHECKING:
-    from k26_plugins.common.config import K26Config
+    from k26_plugins.common.model.config import K26Config
     from k26_plugins.operate.machine import Machine
     from k26_plugins.operate.plan.fit import Load
     from k26_plugins.operate.plan.hybrid_speed import Rates
@@ -210,7 +210,7 @@ def _of(
     load: Load,
 ) -> tuple[K26Config, Machine]:
     """The model and the machine of these options; ends the command where they, or the load, cannot be."""
-    from k26_plugins.common.config import ConfigError, K26Config
+    from k26_plugins.common.model.config import ConfigError, K26Config
     from k26_plugins.operate.accelerators import AcceleratorError
     from k26_plugins.operate.machine import machine_of
     from k26_plugins.operate.plan.hardware import HardwareError

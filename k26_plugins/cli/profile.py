@@ -33,9 +33,9 @@ def profile(folder: Path, prompts: Path, save: Path | None, ram_bandwidth: float
     from rich.table import Table
 
     from k26_plugins.common.checkpoint import CheckpointError
-    from k26_plugins.common.config import ConfigError, K26Config
     from k26_plugins.common.experts.placement import PROFILE_FILE
-    from k26_plugins.common.media import MediaError
+    from k26_plugins.common.model.config import ConfigError, K26Config
+    from k26_plugins.common.multimodal.image import MediaError
     from k26_plugins.common.prompt.tokenizer import TokenizerError
     from k26_plugins.operate.golden import PromptError, read_prompts
     from k26_plugins.operate.plan.hybrid import expert_slot_bytes

@@ -118,7 +118,7 @@ def _beside_python(program: str) -> str:
 
 def _is_other_layout(folder: Path) -> bool:
     from k26_plugins.common.checkpoint import CheckpointError, Layout, classify_folder
-    from k26_plugins.common.config import ConfigError
+    from k26_plugins.common.model.config import ConfigError
 
     try:
         return classify_folder(folder).layout is not Layout.PUBLISHED

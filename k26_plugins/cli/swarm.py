@@ -113,7 +113,7 @@ def swarm(
 
     import httpx
 
-    from k26_plugins.common.config import ConfigError
+    from k26_plugins.common.model.config import ConfigError
     from k26_plugins.common.prompt.tokenizer import TokenizerError
     from k26_plugins.operate.swarm.accounting import Accountant
     from k26_plugins.operate.swarm.client import OK, Step

@@ -105,7 +105,7 @@ def tune(
 
 def _layer(checkpoint: str, tp: int, ep: int) -> Layer:
     """A rank's part of a layer of this model; ends the command where it cannot be."""
-    from k26_plugins.common.config import ConfigError, K26Config
+    from k26_plugins.common.model.config import ConfigError, K26Config
     from k26_plugins.operate.tune.routing import Layer
 
     try:

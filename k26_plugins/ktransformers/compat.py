@@ -6,7 +6,7 @@ import importlib
 import re
 from typing import Any
 
-from k26_plugins.common.engine import Engine
+from k26_plugins.common.adapters.engine import Engine
 from k26_plugins.common.experts.native.build import cpu_flags
 
 CHECKED_VERSIONS = "0.6.1 to 0.7.2"

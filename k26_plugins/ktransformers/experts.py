@@ -7,9 +7,9 @@ from typing import Any, ClassVar, Self
 
 import torch
 
-from k26_plugins.common.cores import Core, cores
 from k26_plugins.common.experts.base import ExpertsBackend, ExpertsError, ExpertWeights, Sizes, local_ids
-from k26_plugins.common.int4 import GROUP_SIZE
+from k26_plugins.common.host.cores import Core, cores
+from k26_plugins.common.model.int4 import GROUP_SIZE
 from k26_plugins.common.settings import cpu_threads_setting
 from k26_plugins.ktransformers import compat
 

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 
 from k26_plugins.common.checkpoint import expert_bytes
-from k26_plugins.common.config import TextConfig
 from k26_plugins.common.expert_costs import MEASURED_TOKENS, Line
 from k26_plugins.common.experts import ExpertsBackend, ExpertWeights, create_experts
+from k26_plugins.common.model.config import TextConfig
 from k26_plugins.common.settings import host_experts_setting
 from k26_plugins.operate.doctor.bandwidth import beyond_caches, copy_rate
 from k26_plugins.operate.plan.hybrid_speed import Rates

@@ -6,9 +6,9 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from k26_plugins.common.control_groups import usable_cpus
-from k26_plugins.common.cores import cores
-from k26_plugins.common.host_memory import total_bytes
+from k26_plugins.common.host.control_groups import usable_cpus
+from k26_plugins.common.host.cores import cores
+from k26_plugins.common.host.memory import total_bytes
 from k26_plugins.operate.accelerators import accelerators
 from k26_plugins.operate.plan.gpus import GIB, Gpu
 from k26_plugins.operate.plan.hardware import HardwareError, named, parse

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from k26_plugins.common.adapter_names import SPELLINGS
 from k26_plugins.common.checkpoint import Checkpoint
+from k26_plugins.common.checkpoint.adapter_names import SPELLINGS
 from k26_plugins.common.checkpoint.header import HeaderEntry, read_header, weight_files
-from k26_plugins.common.int4 import GROUP_SIZE, dequantise, quantise
+from k26_plugins.common.model.int4 import GROUP_SIZE, dequantise, quantise
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

@@ -10,8 +10,8 @@ import torch
 
 from k26_plugins.common.checkpoint import Checkpoint
 from k26_plugins.common.experts.placement import Profile
-from k26_plugins.common.model import MoE
-from k26_plugins.common.multimodal import KimiK26
+from k26_plugins.common.reference.decoder import MoE
+from k26_plugins.common.reference.kimi_k26 import KimiK26
 from k26_plugins.operate.golden.prompts import Prompt, pixels
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from k26_plugins.common.config import TextConfig
 from k26_plugins.common.experts import ExpertWeights
-from k26_plugins.common.int4 import GROUP_SIZE, PACK_FACTOR
+from k26_plugins.common.model.config import TextConfig
+from k26_plugins.common.model.int4 import GROUP_SIZE, PACK_FACTOR
 
 
 def random_experts(text: TextConfig, count: int) -> ExpertWeights:

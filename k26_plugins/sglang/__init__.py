@@ -19,8 +19,8 @@ def register() -> None:
     `SGLANG_PLUGINS` without `k26` in it switches the plugin off.
     """
     try:
-        from k26_plugins.common.registration import Registration
-        from k26_plugins.common.remote_code import refuse_remote_code
+        from k26_plugins.common.adapters.registration import Registration
+        from k26_plugins.common.adapters.remote_code import refuse_remote_code
         from k26_plugins.sglang import compat
 
         changes = Registration()

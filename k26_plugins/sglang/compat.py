@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from k26_plugins.common.config import ARCHITECTURE
-from k26_plugins.common.data_url import data_url_bytes, is_data_url, require_url
-from k26_plugins.common.engine import Engine, UnsupportedEngineError
-from k26_plugins.common.registration import Registration
+from k26_plugins.common.adapters.engine import Engine, UnsupportedEngineError
+from k26_plugins.common.adapters.registration import Registration
+from k26_plugins.common.model.config import ARCHITECTURE
+from k26_plugins.common.multimodal.data_url import data_url_bytes, is_data_url, require_url
 
 # By the distribution's name, in the order in which they are looked for.
 CHECKED_VERSIONS = {"sglang": "0.5.10 to 0.5.23", "sglang-kt": "0.7.2 to 0.7.2"}

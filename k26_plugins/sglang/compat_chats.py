@@ -8,8 +8,8 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
-from k26_plugins.common.engine import UnsupportedEngineError
-from k26_plugins.common.registration import Registration, go_without
+from k26_plugins.common.adapters.engine import UnsupportedEngineError
+from k26_plugins.common.adapters.registration import Registration, go_without
 from k26_plugins.sglang import logger
 from k26_plugins.sglang.compat import private, sglang_version, wrap
 

@@ -7,7 +7,7 @@ from dataclasses import fields
 from importlib.util import find_spec
 from typing import Any
 
-from k26_plugins.common.registration import Registration
+from k26_plugins.common.adapters.registration import Registration
 from k26_plugins.sglang import compat
 
 _MEDIA = "sglang.srt.multimodal.encoder_preprocessing"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from k26_plugins.common.registration import Registration
+from k26_plugins.common.adapters.registration import Registration
 from k26_plugins.sglang import compat
 
 

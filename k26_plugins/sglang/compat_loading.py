@@ -7,7 +7,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
-from k26_plugins.common.registration import Registration
+from k26_plugins.common.adapters.registration import Registration
 from k26_plugins.sglang import compat
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import multiprocessing
 from typing import Any
 
+from k26_plugins.common.adapters.serving import core_answer, write_vision
 from k26_plugins.common.checkpoint import Layout, weights_folder
-from k26_plugins.common.serving import core_answer, write_vision
 from k26_plugins.common.settings import check_settings
 from k26_plugins.sglang import compat, logger
 

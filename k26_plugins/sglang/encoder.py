@@ -13,8 +13,8 @@ import torch
 from transformers import BaseImageProcessor
 
 from k26_plugins.common import metrics
-from k26_plugins.common.media import MediaError, open_image
-from k26_plugins.common.media_processor import MediaProcessor
+from k26_plugins.common.multimodal.image import MediaError, open_image
+from k26_plugins.common.multimodal.processor import MediaProcessor
 from k26_plugins.sglang import compat, compat_encoder
 
 Prepare = Callable[[Sequence[Mapping[str, Any]], Any, Any], dict[str, torch.Tensor]]

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from k26_plugins.common.config import K26Config
 from k26_plugins.common.experts.engine_test import EngineLayer, EngineTest, UntestableError, some_layers, stop
 from k26_plugins.common.experts.triton import TritonExperts
+from k26_plugins.common.model.config import K26Config
 from k26_plugins.common.settings import EXPERTS_VARIABLE
 from k26_plugins.sglang import compat, logger
 from k26_plugins.sglang.experts import K26MoEScheme

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from k26_plugins.common.engine import UnsupportedEngineError
+from k26_plugins.common.adapters.engine import UnsupportedEngineError
+from k26_plugins.common.adapters.serving import core_serves_layer
 from k26_plugins.common.experts import ExpertsError, why_unsupported
 from k26_plugins.common.experts.base import Batches, LayerSizes
 from k26_plugins.common.experts.loading import ExpertsOfLayer, Places
 from k26_plugins.common.experts.parameters import LayerExperts
 from k26_plugins.common.experts.tuned import backend_for, installed_engine
-from k26_plugins.common.serving import core_serves_layer
 from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, experts_setting
 from k26_plugins.sglang import compat, compat_loading, logger
 

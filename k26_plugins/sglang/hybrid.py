@@ -11,8 +11,6 @@ from typing import Any
 import torch
 
 from k26_plugins.common.checkpoint import expert_bytes
-from k26_plugins.common.config import K26Config
-from k26_plugins.common.device_runtime import DeviceRuntime, DeviceRuntimeError, device_runtime
 from k26_plugins.common.experts import BACKENDS
 from k26_plugins.common.experts.base import Batches, LayerSizes
 from k26_plugins.common.experts.deferred import Deferral
@@ -26,8 +24,10 @@ from k26_plugins.common.experts.parameters import LayerExperts
 from k26_plugins.common.experts.placement import PROFILE_FILE, LayerPlacement, Profile, place
 from k26_plugins.common.experts.streamed import SUM_DTYPE
 from k26_plugins.common.experts.streaming import Streaming
-from k26_plugins.common.host_memory import require_host_memory
-from k26_plugins.common.int4 import GROUP_SIZE
+from k26_plugins.common.host.device_runtime import DeviceRuntime, DeviceRuntimeError, device_runtime
+from k26_plugins.common.host.memory import require_host_memory
+from k26_plugins.common.model.config import K26Config
+from k26_plugins.common.model.int4 import GROUP_SIZE
 from k26_plugins.common.settings import (
     BATCH_INVARIANT_VARIABLE,
     CPU_THREADS_VARIABLE,

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
+from k26_plugins.common.adapters.ranks import require_everywhere
 from k26_plugins.common.checkpoint import account
 from k26_plugins.common.checkpoint.engine_files import engine_files, is_under_way, with_mapped_files
 from k26_plugins.common.checkpoint.saved_state import require_its_loader
 from k26_plugins.common.checkpoint.watched import watched_files
-from k26_plugins.common.config import K26Config
 from k26_plugins.common.experts.loading import is_needed, load_experts
 from k26_plugins.common.experts.saving import in_checkpoint_form
-from k26_plugins.common.ranks import require_everywhere
+from k26_plugins.common.model.config import K26Config
 from k26_plugins.common.settings import core_media, experts_setting
 from k26_plugins.sglang import compat, compat_adapters, compat_encoder, compat_loading, encoder, logger
 from k26_plugins.sglang.engine_experts import watch_engine_experts

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from importlib.util import find_spec
 
-from k26_plugins.common.probe import KeptErrors, say, serves_with_ours
+from k26_plugins.common.adapters.probe import KeptErrors, say, serves_with_ours
 from k26_plugins.sglang import compat, logger
 
 # What a user types where SGLang has no entry point; the rest of the path is kept.

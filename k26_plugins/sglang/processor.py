@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import AutoProcessor, BaseImageProcessor, BatchFeature
 
-from k26_plugins.common.media_processor import MediaProcessor
+from k26_plugins.common.multimodal.processor import MediaProcessor
 from k26_plugins.common.settings import core_media
 from k26_plugins.sglang import compat
 

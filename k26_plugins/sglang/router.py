@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from k26_plugins.common.router import router_logits
+from k26_plugins.common.model.router import router_logits
 from k26_plugins.sglang import compat
 
 

@@ -6,10 +6,10 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from k26_plugins.common.adapters.registration import Hook, Registration, wanted_hooks
 from k26_plugins.common.prompt.hf_tokenizer import CONTINUE_KEY
 from k26_plugins.common.prompt.output import MARKERS
 from k26_plugins.common.prompt.thinking import template_options
-from k26_plugins.common.registration import Hook, Registration, wanted_hooks
 from k26_plugins.common.settings import ENGINE, parsers_setting
 from k26_plugins.sglang import compat, compat_chats
 from k26_plugins.sglang.answers import K26Answers

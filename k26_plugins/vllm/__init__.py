@@ -17,8 +17,8 @@ def register() -> None:
     off.
     """
     try:
-        from k26_plugins.common.registration import Registration
-        from k26_plugins.common.remote_code import refuse_remote_code
+        from k26_plugins.common.adapters.registration import Registration
+        from k26_plugins.common.adapters.remote_code import refuse_remote_code
         from k26_plugins.vllm import compat
 
         changes = Registration()

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from k26_plugins.common.config import ARCHITECTURE
-from k26_plugins.common.engine import Engine
-from k26_plugins.common.registration import Registration
+from k26_plugins.common.adapters.engine import Engine
+from k26_plugins.common.adapters.registration import Registration
+from k26_plugins.common.model.config import ARCHITECTURE
 
 CHECKED_VERSIONS = "0.19.1 to 0.33.0"
 TOKENIZER_MODE = "k26"

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from k26_plugins.common import metrics
+from k26_plugins.common.adapters.serving import core_answer, write_vision
 from k26_plugins.common.checkpoint import Layout
-from k26_plugins.common.config import ARCHITECTURE, K26Config
+from k26_plugins.common.model.config import ARCHITECTURE, K26Config
 from k26_plugins.common.prompt.hf_tokenizer import core_serves_prompts
-from k26_plugins.common.serving import core_answer, write_vision
 from k26_plugins.common.settings import check_settings, core_media
 from k26_plugins.vllm import compat, files, logger
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from k26_plugins.common.config import ARCHITECTURE
+from k26_plugins.common.model.config import ARCHITECTURE
 from k26_plugins.common.settings import PARSERS_VARIABLE, parsers_setting
 from k26_plugins.vllm import chats, compat, logger
 

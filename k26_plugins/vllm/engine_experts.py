@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from k26_plugins.common.checkpoint.mapped import mapped_tensors
-from k26_plugins.common.config import K26Config
 from k26_plugins.common.experts.engine_test import EngineLayer, EngineTest, UntestableError, some_layers, stop
 from k26_plugins.common.experts.loading import load_experts
 from k26_plugins.common.experts.triton import TritonExperts
+from k26_plugins.common.model.config import K26Config
 from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, experts_setting
 from k26_plugins.vllm import compat, logger
 from k26_plugins.vllm.experts import K26ExpertsMethod, core_serves, experts_of, layer_number

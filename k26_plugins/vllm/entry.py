@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from k26_plugins.common.engine import UnsupportedEngineError
-from k26_plugins.common.registration import go_without
+from k26_plugins.common.adapters.engine import UnsupportedEngineError
+from k26_plugins.common.adapters.registration import go_without
 from k26_plugins.vllm import compat, logger
 
 try:

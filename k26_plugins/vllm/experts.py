@@ -13,13 +13,13 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
 from vllm.model_executor.utils import set_weight_attrs
 
-from k26_plugins.common.engine import UnsupportedEngineError
+from k26_plugins.common.adapters.engine import UnsupportedEngineError
+from k26_plugins.common.adapters.serving import core_serves_layer
 from k26_plugins.common.experts import ExpertsError, why_unsupported
 from k26_plugins.common.experts.base import Batches, LayerSizes
 from k26_plugins.common.experts.loading import ExpertsOfLayer, Places
 from k26_plugins.common.experts.parameters import LayerExperts
 from k26_plugins.common.experts.tuned import backend_for, installed_engine
-from k26_plugins.common.serving import core_serves_layer
 from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, experts_setting
 from k26_plugins.vllm import compat, logger
 

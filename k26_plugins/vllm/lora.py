@@ -10,7 +10,7 @@ from vllm.model_executor.models.module_mapping import MultiModelKeys
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.platforms import current_platform
 
-from k26_plugins.common.adapter_names import SPELLINGS
+from k26_plugins.common.checkpoint.adapter_names import SPELLINGS
 from k26_plugins.vllm import compat
 from k26_plugins.vllm.experts import experts_of
 

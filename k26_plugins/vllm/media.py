@@ -15,9 +15,9 @@ from vllm.multimodal.media.base import MediaIO
 from vllm.multimodal.media.image import ImageMediaIO
 
 from k26_plugins.common import metrics
-from k26_plugins.common.data_url import base64_bytes, data_url_bytes, require_url
-from k26_plugins.common.media import MAX_PIXELS, MediaConfig, MediaError, open_image
-from k26_plugins.common.video import VideoChunk, read_chunks
+from k26_plugins.common.multimodal.data_url import base64_bytes, data_url_bytes, require_url
+from k26_plugins.common.multimodal.image import MAX_PIXELS, MediaConfig, MediaError, open_image
+from k26_plugins.common.multimodal.video import VideoChunk, read_chunks
 from k26_plugins.vllm.files import image_settings
 
 CONNECTOR = "k26"

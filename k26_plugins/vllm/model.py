@@ -10,13 +10,13 @@ import torch
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.platforms import current_platform
 
+from k26_plugins.common.adapters.ranks import require_everywhere
 from k26_plugins.common.checkpoint import TensorSpec, account
 from k26_plugins.common.checkpoint.engine_files import engine_files, is_under_way, with_mapped_files
 from k26_plugins.common.checkpoint.saved_state import require_its_loader
 from k26_plugins.common.experts import ExpertsError
 from k26_plugins.common.experts.loading import is_needed, load_experts
 from k26_plugins.common.experts.saving import in_checkpoint_form
-from k26_plugins.common.ranks import require_everywhere
 from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, core_media, experts_setting
 from k26_plugins.vllm import compat, logger
 from k26_plugins.vllm.engine_experts import files_read, watch_engine_experts

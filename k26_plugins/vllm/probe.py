@@ -10,8 +10,8 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any
 
-from k26_plugins.common.config import ARCHITECTURE
-from k26_plugins.common.probe import KeptErrors, say, serves_with_ours
+from k26_plugins.common.adapters.probe import KeptErrors, say, serves_with_ours
+from k26_plugins.common.model.config import ARCHITECTURE
 from k26_plugins.vllm import compat, logger
 
 

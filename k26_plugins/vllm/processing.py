@@ -10,8 +10,8 @@ from transformers import BatchFeature
 from vllm.multimodal.processing import BaseProcessingInfo
 from vllm.transformers_utils.processors.kimi_k25 import KimiK25Processor
 
-from k26_plugins.common.media_processor import MediaProcessor
-from k26_plugins.common.video import VideoChunk
+from k26_plugins.common.multimodal.processor import MediaProcessor
+from k26_plugins.common.multimodal.video import VideoChunk
 from k26_plugins.vllm import compat
 from k26_plugins.vllm.files import image_settings
 

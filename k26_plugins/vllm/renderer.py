@@ -11,12 +11,12 @@ from uuid import uuid4
 import numpy as np
 from vllm.renderers.hf import HfRenderer
 
-from k26_plugins.common.data_url import require_url
+from k26_plugins.common.multimodal.data_url import require_url
+from k26_plugins.common.multimodal.video import VideoChunk
 from k26_plugins.common.prompt.chat import keep_arguments
 from k26_plugins.common.prompt.control_tokens import escape_deep, unescape_deep
 from k26_plugins.common.prompt.thinking import template_options
 from k26_plugins.common.settings import control_tokens_as_text
-from k26_plugins.common.video import VideoChunk
 
 
 class K26Renderer(HfRenderer):

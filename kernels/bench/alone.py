@@ -43,7 +43,7 @@ from support.images import image_part, png, random_image
 from support.server import Server
 from support.vllm_server import serve
 
-from k26_plugins.common.tiny import make_tiny
+from k26_plugins.common.tiny.checkpoint import make_tiny
 from k26_plugins.operate.swarm.memory import processes
 
 ALONE, OURS, INT4 = "alone", "plugin", "plugin, INT4"

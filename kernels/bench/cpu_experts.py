@@ -36,8 +36,8 @@ from rich.table import Table
 from k26_plugins.common.checkpoint import Checkpoint, expert_name
 from k26_plugins.common.experts import ExpertsBackend, ExpertsError, ExpertWeights, create_experts, reference_experts
 from k26_plugins.common.experts.native.threads import process_threads
-from k26_plugins.common.linear import multiplies_bfloat16
-from k26_plugins.common.tiny import TinySizes, make_tiny
+from k26_plugins.common.model.linear import multiplies_bfloat16
+from k26_plugins.common.tiny.checkpoint import TinySizes, make_tiny
 
 HIDDEN, INNER, EXPERTS, TOP_K = 7168, 2048, 16, 8
 TOKENS = (1, 4, 16, 64, 512)

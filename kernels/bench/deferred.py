@@ -16,9 +16,9 @@ import torch
 
 from k26_plugins.common.checkpoint import Checkpoint
 from k26_plugins.common.experts.reference import reference_experts
-from k26_plugins.common.model import MoE
-from k26_plugins.common.multimodal import KimiK26
-from k26_plugins.common.tiny import TinySizes, make_tiny
+from k26_plugins.common.reference.decoder import MoE
+from k26_plugins.common.reference.kimi_k26 import KimiK26
+from k26_plugins.common.tiny.checkpoint import TinySizes, make_tiny
 
 SIZES = TinySizes(layers=16, experts=32, top_k=8)
 PROMPTS, TOKENS = 2, 64

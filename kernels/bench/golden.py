@@ -30,8 +30,8 @@ from rich.console import Console
 from rich.table import Table
 
 from k26_plugins.common.checkpoint import StreamedCheckpoint, expert_bytes
-from k26_plugins.common.config import TextConfig
-from k26_plugins.common.tiny import TinySizes
+from k26_plugins.common.model.config import TextConfig
+from k26_plugins.common.tiny.checkpoint import TinySizes
 from k26_plugins.operate.golden import GoldenJob, read_prompts
 from k26_plugins.operate.golden.variants import SUSPECT_TEXTS, SUSPECT_TOKENS, VARIANTS
 

@@ -30,8 +30,8 @@ from support.quick import make_quick
 from support.server import Server
 from support.sglang_server import EAGER, serve
 
-from k26_plugins.common.config import K26Config, TextConfig
-from k26_plugins.common.tiny import TinySizes
+from k26_plugins.common.model.config import K26Config, TextConfig
+from k26_plugins.common.tiny.checkpoint import TinySizes
 from k26_plugins.operate.hybrid_rates import measure
 from k26_plugins.operate.plan.fit import Load, fit
 from k26_plugins.operate.plan.gpus import Gpu

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from k26_plugins.common.config import K26Config
+from k26_plugins.common.model.config import K26Config
 from k26_plugins.operate.plan.advise import choose
 from k26_plugins.operate.plan.fit import Fit, Load
 from k26_plugins.operate.plan.gpus import GIB

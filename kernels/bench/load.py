@@ -37,8 +37,8 @@ import torch
 from bench.kept import keep, machine
 from support.whole_load import Built, build
 
-from k26_plugins.common.config import TextConfig
 from k26_plugins.common.experts.parameters import LayerExperts
+from k26_plugins.common.model.config import TextConfig
 
 READING, INTO_NEW = "reading the files", "reading into new memory"
 OWN, OURS, INTO_OLD = "the engine's own loader", "ours", "ours into old memory"
@@ -51,7 +51,7 @@ def make_real(folder: Path, layers: int, experts: int) -> None:
     """Experts of the published size; all else is tiny."""
     from support.quick import make_quick
 
-    from k26_plugins.common.tiny import TinySizes
+    from k26_plugins.common.tiny.checkpoint import TinySizes
 
     text = TextConfig()
     sizes = TinySizes(

@@ -24,8 +24,8 @@ import torch
 from kept import keep, machine  # beside this file
 from PIL import Image
 
-from k26_plugins.common.media import MediaConfig
-from k26_plugins.common.media_processor import MediaProcessor
+from k26_plugins.common.multimodal.image import MediaConfig
+from k26_plugins.common.multimodal.processor import MediaProcessor
 
 CASES = {
     "image 640x480": ([(640, 480)], 1),

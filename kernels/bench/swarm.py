@@ -39,8 +39,8 @@ from safetensors.torch import load_file, save_file
 
 from k26_plugins.common.checkpoint import Checkpoint
 from k26_plugins.common.checkpoint.header import INDEX_FILE
-from k26_plugins.common.int4 import dequantise
-from k26_plugins.common.tiny import make_tiny
+from k26_plugins.common.model.int4 import dequantise
+from k26_plugins.common.tiny.checkpoint import make_tiny
 
 PEER = {"agents": 40, "steps": 200, "prefix-tokens": 500, "answer-tokens": 8}
 BASE = {"agents": 20, "steps": 100, "prefix-tokens": 500, "answer-tokens": 4}

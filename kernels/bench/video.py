@@ -29,8 +29,8 @@ from kept import keep, machine  # beside this file
 from media import declare_torchvision_operators, fused_processor  # beside this file
 from PIL import Image
 
-from k26_plugins.common.media import MediaConfig
-from k26_plugins.common.video import read_chunks
+from k26_plugins.common.multimodal.image import MediaConfig
+from k26_plugins.common.multimodal.video import read_chunks
 
 SIZE, RATE, USED = (1280, 720), 30, 2
 SECONDS = (10, 30)

@@ -22,7 +22,7 @@ from k26_plugins.common.checkpoint import (
     shard,
     tensor_table,
 )
-from k26_plugins.common.config import K26Config
+from k26_plugins.common.model.config import K26Config
 
 GATE = "language_model.model.layers.1.mlp.experts.3.gate_proj.weight_packed"
 SCALE = "language_model.model.layers.1.mlp.experts.3.gate_proj.weight_scale"

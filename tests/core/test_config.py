@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from k26_plugins.common.config import (
+from k26_plugins.common.model.config import (
     ConfigError,
     K26Config,
     OtherLayoutError,

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from k26_plugins.common import control_groups, cores, host_memory
+from k26_plugins.common.host import control_groups, cores
+from k26_plugins.common.host import memory as host_memory
 
 GIB = 2**30
 Groups = Callable[..., None]

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.data_urls import WRITERS
 
-from k26_plugins.common.data_url import base64_bytes, data_url_bytes, is_data_url, require_url
-from k26_plugins.common.media import MediaError
+from k26_plugins.common.multimodal.data_url import base64_bytes, data_url_bytes, is_data_url, require_url
+from k26_plugins.common.multimodal.image import MediaError
 
 
 @given(data=st.binary(max_size=300), writer=st.sampled_from(sorted(WRITERS)))

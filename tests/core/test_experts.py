@@ -21,7 +21,7 @@ from support.instruction_sets import INSTRUCTION_SET
 
 from k26_plugins.common.experts import BACKENDS, Expert, ExpertsBackend, ExpertsError, ExpertWeights, create_experts
 from k26_plugins.common.experts.cpu import DENSE_FROM, CpuExperts, Int4Matrix, PackedLayout, packed_layout
-from k26_plugins.common.int4 import quantise
+from k26_plugins.common.model.int4 import quantise
 
 # What runs on a CPU. tests/kernels holds the Triton backend to the same.
 

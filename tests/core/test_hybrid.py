@@ -10,8 +10,6 @@ import pytest
 import torch
 from support.experts import error, inputs, judge, make_weights, route
 
-from k26_plugins.common import control_groups, host_memory
-from k26_plugins.common.config import K26Config
 from k26_plugins.common.expert_costs import MEASURED_TOKENS, Line, StreamCosts
 from k26_plugins.common.experts import BACKENDS, ExpertsError, ExpertWeights, create_experts, find_backend
 from k26_plugins.common.experts.cpu import CpuExperts
@@ -20,7 +18,10 @@ from k26_plugins.common.experts.hybrid import FEW_TOKENS, HybridExperts
 from k26_plugins.common.experts.moving import Uses
 from k26_plugins.common.experts.placement import PlacementError, Profile, place
 from k26_plugins.common.experts.streaming import Streaming
-from k26_plugins.common.host_memory import HostMemoryError, require_host_memory
+from k26_plugins.common.host import control_groups
+from k26_plugins.common.host import memory as host_memory
+from k26_plugins.common.host.memory import HostMemoryError, require_host_memory
+from k26_plugins.common.model.config import K26Config
 from k26_plugins.common.settings import check_settings, stream_from_setting
 
 # The bound of one backend on its own is 6e-3.

@@ -17,8 +17,6 @@ from support.experts import error, inputs, judge, make_weights, route
 from support.native_sample import needs_compiler, needs_set
 from support.pretended_device import OnDevice, PretendedDevice, be_late, compile_runtime
 
-from k26_plugins.common import device_runtime
-from k26_plugins.common.device_runtime import DeviceRuntimeError
 from k26_plugins.common.experts import ExpertsError, ExpertWeights, create_experts
 from k26_plugins.common.experts.deferred import Deferral
 from k26_plugins.common.experts.hybrid import FEW_TOKENS, HybridExperts
@@ -26,6 +24,8 @@ from k26_plugins.common.experts.native.threads import Threads, process_threads
 from k26_plugins.common.experts.op import held_experts, number_of
 from k26_plugins.common.experts.placement import LayerPlacement, place
 from k26_plugins.common.experts.streaming import Streaming
+from k26_plugins.common.host import device_runtime
+from k26_plugins.common.host.device_runtime import DeviceRuntimeError
 
 pytestmark = [needs_compiler, needs_set]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 
-from k26_plugins.common.int4 import PackingError, dequantise, pack, quantise, unpack
+from k26_plugins.common.model.int4 import PackingError, dequantise, pack, quantise, unpack
 
 
 def test_the_specifications_vectors() -> None:

@@ -40,7 +40,7 @@ from k26_plugins.common.checkpoint import (
     local_folder,
     weights_folder,
 )
-from k26_plugins.common.config import K26Config, OtherLayoutError, read_config_json
+from k26_plugins.common.model.config import K26Config, OtherLayoutError, read_config_json
 
 INT4 = "language_model.model.layers.1.mlp.experts.3.gate_proj"
 

@@ -21,7 +21,7 @@ from k26_plugins.common.checkpoint import CheckpointError
 from k26_plugins.common.checkpoint.engine_files import Progress, engine_files, is_under_way, with_mapped_files
 from k26_plugins.common.checkpoint.header import read_header, weight_files
 from k26_plugins.common.checkpoint.mapped import mapped_tensors
-from k26_plugins.common.config import K26Config
+from k26_plugins.common.model.config import K26Config
 
 SMALL = 4096
 

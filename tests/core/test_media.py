@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from k26_plugins.common.media import (
+from k26_plugins.common.multimodal.image import (
     MediaConfig,
     MediaError,
     frame_resize,

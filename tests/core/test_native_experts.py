@@ -18,12 +18,12 @@ from support.experts import error, inputs, judge, make_weights, route
 from support.instruction_sets import INSTRUCTION_SET
 from support.native_sample import usable_variants
 
-from k26_plugins.common import cores
-from k26_plugins.common.cores import Core
 from k26_plugins.common.experts import ExpertsError, ExpertWeights, create_experts, reference_experts
 from k26_plugins.common.experts.native import NativeExperts, backend, build
 from k26_plugins.common.experts.native.build import VARIANTS, BuildError, library
 from k26_plugins.common.experts.native.threads import Threads, process_threads
+from k26_plugins.common.host import cores
+from k26_plugins.common.host.cores import Core
 
 REASON = NativeExperts.unsupported(make_weights(1, 128, 64))
 needs_native = pytest.mark.skipif(REASON is not None, reason=str(REASON))

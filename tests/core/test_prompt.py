@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from k26_plugins.common.config import K26Config
+from k26_plugins.common.model.config import K26Config
 from k26_plugins.common.prompt.chat import expand_media_placeholders, render
 from k26_plugins.common.prompt.control_tokens import MARK, QUOTED_SIGN
 from k26_plugins.common.prompt.hf_tokenizer import load_hf_tokenizer
 from k26_plugins.common.prompt.special_tokens import NAMED_OFFSETS, special_token_ids
 from k26_plugins.common.prompt.tokenizer import KimiTokenizer, TokenizerError
-from k26_plugins.common.tiny import TinySizes, make_tiny
+from k26_plugins.common.tiny.checkpoint import TinySizes, make_tiny
 
 
 @pytest.fixture(scope="module")

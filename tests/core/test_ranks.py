@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 from support.server import free_port
 
-from k26_plugins.common import ranks
+from k26_plugins.common.adapters import ranks
 
 
 def rank(number: int, port: int, version: str | None, said: Any) -> None:

@@ -15,12 +15,12 @@ from transformers import AutoModelForImageTextToText
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 from k26_plugins.common.checkpoint import Checkpoint
-from k26_plugins.common.config import TextConfig
-from k26_plugins.common.model import KVCache, rms_norm
-from k26_plugins.common.moonvit import MoonViT
-from k26_plugins.common.multimodal import KimiK26
-from k26_plugins.common.rope import yarn_inv_freq
-from k26_plugins.common.router import route
+from k26_plugins.common.model.config import TextConfig
+from k26_plugins.common.model.rope import yarn_inv_freq
+from k26_plugins.common.model.router import route
+from k26_plugins.common.reference.decoder import KVCache, rms_norm
+from k26_plugins.common.reference.kimi_k26 import KimiK26
+from k26_plugins.common.reference.moonvit import MoonViT
 
 TOLERANCE = 1e-5
 TRANSFORMERS_LOW_RANK_EPS = 1e-6

@@ -15,8 +15,8 @@ import sys
 from transformers import AutoConfig, AutoTokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 if sys.argv[1] == "shut":
-    from k26_plugins.common.registration import Registration
-    from k26_plugins.common.remote_code import refuse_remote_code
+    from k26_plugins.common.adapters.registration import Registration
+    from k26_plugins.common.adapters.remote_code import refuse_remote_code
     for _ in range(2):
         changes = Registration()
         refuse_remote_code(changes)

@@ -18,10 +18,10 @@ from support.videos import make_video
 
 from k26_plugins.cli import app
 from k26_plugins.common.checkpoint import check
-from k26_plugins.common.config import ConfigError
-from k26_plugins.common.tensor_file import save_tensors
-from k26_plugins.common.tiny import TinySizes, make_tiny
-from k26_plugins.common.tiny_draft import layers_read
+from k26_plugins.common.checkpoint.tensor_file import save_tensors
+from k26_plugins.common.model.config import ConfigError
+from k26_plugins.common.tiny.checkpoint import TinySizes, make_tiny
+from k26_plugins.common.tiny.draft import layers_read
 
 
 def contents(folder: Path) -> dict[str, bytes]:

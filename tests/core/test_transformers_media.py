@@ -15,9 +15,9 @@ from PIL import Image
 from support.images import random_image
 from support.videos import make_video
 
-from k26_plugins.common.media import MediaConfig, normalise, preprocess
+from k26_plugins.common.multimodal.image import MediaConfig, normalise, preprocess
+from k26_plugins.common.multimodal.video import make_chunk, sample_frames, video_info
 from k26_plugins.common.prompt.special_tokens import VIDEO_PLACEHOLDER
-from k26_plugins.common.video import make_chunk, sample_frames, video_info
 
 pytest.importorskip("torchvision", reason="transformers' processors resize with torchvision")
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from support.videos import edited_video, make_video, variable_rate
 
-from k26_plugins.common.media import MediaConfig, MediaError, preprocess
-from k26_plugins.common.video import (
+from k26_plugins.common.multimodal.image import MediaConfig, MediaError, preprocess
+from k26_plugins.common.multimodal.video import (
     VideoChunk,
     make_chunk,
     read_chunks,

@@ -29,8 +29,8 @@ with atheris.instrument_imports(include=["k26_plugins.common", "PIL"]):
     from support.images import gif_header, png_header, random_image
     from support.videos import make_video
 
-    from k26_plugins.common.media import MediaConfig, MediaError, open_image, preprocess
-    from k26_plugins.common.video import read_chunks
+    from k26_plugins.common.multimodal.image import MediaConfig, MediaError, open_image, preprocess
+    from k26_plugins.common.multimodal.video import read_chunks
 
 CONFIG = MediaConfig()
 # Large enough for every limit to matter, small enough for many inputs in a second.

@@ -21,7 +21,7 @@ from k26_plugins.common.experts.base import ExpertWeights
 from k26_plugins.common.experts.outcome import OURS, outcome_file, read_outcome
 from k26_plugins.common.experts.peer import NotHereError, Run
 from k26_plugins.common.purpose import Purpose
-from k26_plugins.common.tiny import TinySizes, make_tiny
+from k26_plugins.common.tiny.checkpoint import TinySizes, make_tiny
 from k26_plugins.operate.tune import __main__ as at_start
 from k26_plugins.operate.tune import measure, tiles
 from k26_plugins.operate.tune.clock import Clock, clock_of

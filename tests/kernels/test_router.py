@@ -6,7 +6,7 @@ import pytest
 import torch
 from k26_kernels.router import route, route_reference
 
-from k26_plugins.common.router import route as core_route
+from k26_plugins.common.model.router import route as core_route
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,14 @@ import torch
 from support.experts import error, inputs, judge, make_weights, overwritten_when_let_go, route
 from support.instruction_sets import INSTRUCTION_SET
 
-from k26_plugins.common.cores import Core
-from k26_plugins.common.engine import UnsupportedEngineError
+from k26_plugins.common.adapters.engine import UnsupportedEngineError
 from k26_plugins.common.experts import ExpertsError, create_experts
 from k26_plugins.common.experts.base import ExpertWeights
 from k26_plugins.common.experts.deferred import Deferral
 from k26_plugins.common.experts.hybrid import HybridExperts
 from k26_plugins.common.experts.native.build import cpu_flags
 from k26_plugins.common.experts.placement import place
+from k26_plugins.common.host.cores import Core
 from k26_plugins.ktransformers import compat
 from k26_plugins.ktransformers.experts import KtExperts
 

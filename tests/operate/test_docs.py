@@ -16,7 +16,7 @@ from support.endpoint import serve_reference
 
 from k26_plugins.cli import app
 from k26_plugins.common.checkpoint import Checkpoint
-from k26_plugins.common.tiny_adapter import Adapter
+from k26_plugins.common.tiny.adapter import Adapter
 from k26_plugins.operate.doctor import engines
 from k26_plugins.operate.golden.variants import BY_NAME
 

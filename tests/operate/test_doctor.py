@@ -16,8 +16,8 @@ from support.checkpoints import DAMAGES
 from support.doctor import doctor
 
 from k26_plugins.cli import app
-from k26_plugins.common.cores import Core, cores
 from k26_plugins.common.experts.native.build import BuildError
+from k26_plugins.common.host.cores import Core, cores
 from k26_plugins.operate.doctor import Level, bandwidth, engines, experts, machine
 from k26_plugins.operate.doctor.pieces import piece_findings
 

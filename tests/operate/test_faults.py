@@ -11,8 +11,8 @@ import torch
 from support.endpoint import Fault
 from support.seeded import Seeded, bias_off, draw, expert_scaled, make_golden, theta_off, verdict_of
 
-from k26_plugins.common.config import K26Config
-from k26_plugins.common.tiny import TinySizes, make_tiny
+from k26_plugins.common.model.config import K26Config
+from k26_plugins.common.tiny.checkpoint import TinySizes, make_tiny
 from k26_plugins.operate.golden import Golden
 from k26_plugins.operate.verify.judge import Verdict
 

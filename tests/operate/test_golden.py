@@ -17,10 +17,10 @@ from support.quick import make_quick
 
 from k26_plugins.cli import app
 from k26_plugins.common.checkpoint import Checkpoint, tensor_table
-from k26_plugins.common.config import K26Config
-from k26_plugins.common.int4 import dequantise, product_tiled, quantise
-from k26_plugins.common.multimodal import KimiK26
-from k26_plugins.common.tiny import TinySizes
+from k26_plugins.common.model.config import K26Config
+from k26_plugins.common.model.int4 import dequantise, product_tiled, quantise
+from k26_plugins.common.reference.kimi_k26 import KimiK26
+from k26_plugins.common.tiny.checkpoint import TinySizes
 from k26_plugins.operate.golden import Golden, memory, read_prompts
 from k26_plugins.operate.golden.prompts import pixels
 

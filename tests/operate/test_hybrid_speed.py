@@ -11,8 +11,8 @@ import torch
 from click.testing import CliRunner
 
 from k26_plugins.cli import app
-from k26_plugins.common.config import K26Config
 from k26_plugins.common.expert_costs import Line
+from k26_plugins.common.model.config import K26Config
 from k26_plugins.operate import hybrid_rates
 from k26_plugins.operate.plan.advise import choose
 from k26_plugins.operate.plan.fit import Load

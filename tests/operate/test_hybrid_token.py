@@ -6,7 +6,7 @@ import pytest
 from bench.hybrid_token import MACHINES, predict, table
 from support.documented import ROOT
 
-from k26_plugins.common.config import K26Config
+from k26_plugins.common.model.config import K26Config
 
 
 def test_the_document_has_the_predicted_tables() -> None:

@@ -14,7 +14,7 @@ from support.doctor import doctor
 from support.local_http import QuietHandler, serving
 
 from k26_plugins.cli import app
-from k26_plugins.common.tiny import make_tiny
+from k26_plugins.common.tiny.checkpoint import make_tiny
 from k26_plugins.operate import accelerators, machine
 from k26_plugins.operate.accelerators import Accelerator, AcceleratorError
 from k26_plugins.operate.plan.gpus import MIB

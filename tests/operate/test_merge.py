@@ -14,10 +14,10 @@ from support.adapters import KV_B, LAYER, MODULES, merged
 from support.agreement import divergence
 
 from k26_plugins.cli import app
-from k26_plugins.common.adapter_names import BEGINNINGS
 from k26_plugins.common.checkpoint import Checkpoint, check
-from k26_plugins.common.multimodal import KimiK26
-from k26_plugins.common.tiny_adapter import ALPHA, RANK, Adapter, dense_weight
+from k26_plugins.common.checkpoint.adapter_names import BEGINNINGS
+from k26_plugins.common.reference.kimi_k26 import KimiK26
+from k26_plugins.common.tiny.adapter import ALPHA, RANK, Adapter, dense_weight
 
 EXPERTS = tuple(f"{LAYER.format(2)}.mlp.experts.{expert}.{name}_proj" for expert in (0, 3) for name in ("gate", "down"))
 VISION = "vision_tower.encoder.blocks.1.mlp.fc0"

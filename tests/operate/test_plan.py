@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from support.documented import ROOT
 
 from k26_plugins.cli import app
-from k26_plugins.common.config import K26Config
+from k26_plugins.common.model.config import K26Config
 from k26_plugins.operate.plan.advise import choose
 from k26_plugins.operate.plan.fit import Load, fit, kv_bytes_per_token
 from k26_plugins.operate.plan.gpus import GPUS, SECONDARY, Gpu

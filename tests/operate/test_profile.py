@@ -9,8 +9,8 @@ import torch
 from click.testing import CliRunner
 
 from k26_plugins.cli import app
-from k26_plugins.common.config import K26Config
 from k26_plugins.common.experts.placement import Profile
+from k26_plugins.common.model.config import K26Config
 
 
 def test_every_token_chooses_its_experts_in_every_layer(tiny_folder: Path, prompts_file: Path, tmp_path: Path) -> None:
@@ -29,8 +29,8 @@ def test_every_token_chooses_its_experts_in_every_layer(tiny_folder: Path, promp
 def test_the_counts_are_the_router_s(tiny_folder: Path, tmp_path: Path) -> None:
     """One token and one layer by hand: the second layer's router on what enters it, in float64."""
     from k26_plugins.common.checkpoint import Checkpoint
-    from k26_plugins.common.model import KVCache, rms_norm
-    from k26_plugins.common.multimodal import KimiK26
+    from k26_plugins.common.reference.decoder import KVCache, rms_norm
+    from k26_plugins.common.reference.kimi_k26 import KimiK26
 
     prompts, target = tmp_path / "prompts.jsonl", tmp_path / "profile.json"
     prompts.write_text(json.dumps({"id": "one", "text": "A"}) + "\n")

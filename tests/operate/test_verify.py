@@ -16,7 +16,7 @@ from support.faults import FAULTY_EXPERT, FAULTY_LAYER, LOCATED, causes, shift_b
 
 from k26_plugins.cli import app
 from k26_plugins.common.checkpoint.table import expert_name
-from k26_plugins.common.config import K26Config
+from k26_plugins.common.model.config import K26Config
 from k26_plugins.operate.verify.distance import kl_of_reported
 from k26_plugins.operate.verify.needle import find_needles
 from k26_plugins.operate.verify.tools import BOOK, WEATHER, faults_of

@@ -30,14 +30,14 @@ from support.sglang_server import HAS_ENTRY_POINT, boot_folder
 from support.versions import wrong_entries
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from k26_plugins.common.adapters.engine import UnsupportedEngineError
+from k26_plugins.common.adapters.registration import Registration
 from k26_plugins.common.checkpoint import Checkpoint, expert_name
-from k26_plugins.common.config import ARCHITECTURE, ConfigError
-from k26_plugins.common.engine import UnsupportedEngineError
 from k26_plugins.common.experts import ExpertWeights
 from k26_plugins.common.experts.loading import load_experts
+from k26_plugins.common.model.config import ARCHITECTURE, ConfigError
 from k26_plugins.common.prompt.hf_tokenizer import KimiTokenizerFast
-from k26_plugins.common.registration import Registration
-from k26_plugins.common.tiny import make_tiny
+from k26_plugins.common.tiny.checkpoint import make_tiny
 from k26_plugins.sglang import compat, compat_loading, probe, register
 
 # Read when SGLang is imported, which nothing above does.

@@ -42,19 +42,19 @@ from support.sglang_server import (
 from support.swarm import metric
 
 from k26_plugins.cli import app
-from k26_plugins.common import device_runtime
-from k26_plugins.common.cache_folder import cache_folder
 from k26_plugins.common.checkpoint import Checkpoint
-from k26_plugins.common.config import K26Config
-from k26_plugins.common.device_runtime import DeviceRuntimeError
 from k26_plugins.common.experts import ExpertsError
 from k26_plugins.common.experts.moving import INTERVAL, Uses
 from k26_plugins.common.experts.native import threads
 from k26_plugins.common.experts.native.threads import process_threads
 from k26_plugins.common.experts.placement import PROFILE_FILE, PlacementError, Profile
-from k26_plugins.common.host_memory import HostMemoryError
-from k26_plugins.common.multimodal import KimiK26
-from k26_plugins.common.tiny import TinySizes, make_tiny
+from k26_plugins.common.host import device_runtime
+from k26_plugins.common.host.cache_folder import cache_folder
+from k26_plugins.common.host.device_runtime import DeviceRuntimeError
+from k26_plugins.common.host.memory import HostMemoryError
+from k26_plugins.common.model.config import K26Config
+from k26_plugins.common.reference.kimi_k26 import KimiK26
+from k26_plugins.common.tiny.checkpoint import TinySizes, make_tiny
 from k26_plugins.sglang import compat
 
 # Read when SGLang is imported, which nothing above does.
@@ -359,7 +359,7 @@ def test_what_kt_run_starts_is_taken(tiny_folder: Path, arguments: Any, monkeypa
 def test_memory_that_does_not_suffice_is_refused_before_loading(
     tiny_folder: Path, arguments: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from k26_plugins.common import host_memory
+    from k26_plugins.common.host import memory as host_memory
     from k26_plugins.sglang.hybrid import hybrid_settings
 
     monkeypatch.setattr(host_memory, "available_bytes", lambda: 1 << 10)

@@ -16,10 +16,10 @@ from support.entry_point import of_sglang
 from support.server import Server
 from support.sglang_server import EAGER, HAS_ENTRY_POINT, rows, serve
 
-from k26_plugins.common.adapter_names import BEGINNINGS
 from k26_plugins.common.checkpoint import Checkpoint
-from k26_plugins.common.multimodal import KimiK26
-from k26_plugins.common.tiny_adapter import Adapter
+from k26_plugins.common.checkpoint.adapter_names import BEGINNINGS
+from k26_plugins.common.reference.kimi_k26 import KimiK26
+from k26_plugins.common.tiny.adapter import Adapter
 
 pytestmark = [
     pytest.mark.long,

@@ -9,8 +9,8 @@ from support.conversations import conversations, media_parts, part_bytes
 from support.images import pil_rgb
 from support.videos import make_video
 
-from k26_plugins.common.media import MediaConfig, MediaError
-from k26_plugins.common.video import read_chunks
+from k26_plugins.common.multimodal.image import MediaConfig, MediaError
+from k26_plugins.common.multimodal.video import read_chunks
 from k26_plugins.sglang.media.kimi_k26 import K26MediaProcessor
 
 

@@ -15,7 +15,7 @@ from support.server import Server
 from support.sglang_scripted import FAULTS, Scripted, order
 
 from k26_plugins.cli import app
-from k26_plugins.common.config import K26Config
+from k26_plugins.common.model.config import K26Config
 from k26_plugins.common.prompt.tokenizer import KimiTokenizer
 from k26_plugins.operate.plan.fit import kv_bytes_per_token
 from k26_plugins.operate.plan.weights import Layout, per_gpu

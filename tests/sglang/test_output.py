@@ -17,9 +17,9 @@ from sglang.srt.function_call.function_call_parser import FunctionCallParser
 from support.grammar import accepts
 from support.scripted import CASES, TOKEN_CASES, TOOLS, WEATHER, Case, call
 
+from k26_plugins.common.adapters.registration import Registration
 from k26_plugins.common.prompt.hf_tokenizer import load_hf_tokenizer
 from k26_plugins.common.prompt.output import SECTION_BEGIN, SECTION_END, THINK_END
-from k26_plugins.common.registration import Registration
 from k26_plugins.sglang import compat, compat_chats
 from k26_plugins.sglang.answers import K26Answers, is_thinking
 from k26_plugins.sglang.output import K26ToolDetector

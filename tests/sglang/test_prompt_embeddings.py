@@ -11,7 +11,7 @@ from support.agreement import assert_same_top
 from support.sglang_server import EAGER, serve
 
 from k26_plugins.common.checkpoint import Checkpoint
-from k26_plugins.common.multimodal import KimiK26
+from k26_plugins.common.reference.kimi_k26 import KimiK26
 
 pytestmark = pytest.mark.long
 PROMPTS = [torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(seed)) for seed in range(6)]

@@ -24,7 +24,7 @@ from support.sglang_updates import WAYS, from_disk
 
 from k26_plugins.cli import app
 from k26_plugins.common.checkpoint import Checkpoint
-from k26_plugins.common.multimodal import KimiK26
+from k26_plugins.common.reference.kimi_k26 import KimiK26
 
 
 @pytest.fixture(scope="module")

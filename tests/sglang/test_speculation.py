@@ -12,7 +12,7 @@ from support.hidden_states import LAYERS_READ, assert_read_in_front_of, make_wit
 from support.sglang_server import EAGER, serve
 
 from k26_plugins.common.checkpoint import Checkpoint
-from k26_plugins.common.multimodal import KimiK26
+from k26_plugins.common.reference.kimi_k26 import KimiK26
 
 pytestmark = pytest.mark.long
 

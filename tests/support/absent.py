@@ -13,7 +13,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from k26_plugins.{engine} import register as real
-from k26_plugins.common import ranks
+from k26_plugins.common.adapters import ranks
 
 require = ranks.require_everywhere
 

@@ -6,8 +6,8 @@ import torch
 from support.endpoint import Altered, Fault
 
 from k26_plugins.common.checkpoint import Checkpoint
-from k26_plugins.common.multimodal import KimiK26
-from k26_plugins.common.tiny_adapter import ALPHA, RANK, Adapter
+from k26_plugins.common.reference.kimi_k26 import KimiK26
+from k26_plugins.common.tiny.adapter import ALPHA, RANK, Adapter
 
 LAYER = "language_model.model.layers.{}"
 # All linear layers of a dense layer, and of one with experts but those that route or are routed to.

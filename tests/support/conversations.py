@@ -20,12 +20,12 @@ import numpy as np
 from PIL import Image
 from support.videos import make_video, video_part
 
-from k26_plugins.common.config import K26Config
-from k26_plugins.common.media import MediaConfig, navit_resize, open_image
+from k26_plugins.common.model.config import K26Config
+from k26_plugins.common.multimodal.image import MediaConfig, navit_resize, open_image
+from k26_plugins.common.multimodal.video import read_chunks
 from k26_plugins.common.prompt.chat import expand_media_placeholders, render
 from k26_plugins.common.prompt.special_tokens import NAMED_OFFSETS, VIDEO_PLACEHOLDER
 from k26_plugins.common.prompt.tokenizer import KimiTokenizer
-from k26_plugins.common.video import read_chunks
 
 RECORDED = Path(__file__).parent.parent / "sameness" / "conversations.json"
 # What an engine needs: no answer, for it is the prompt that is compared.
@@ -276,7 +276,7 @@ if __name__ == "__main__":
 
     from support.vllm_server import serve
 
-    from k26_plugins.common.tiny import make_tiny
+    from k26_plugins.common.tiny.checkpoint import make_tiny
 
     with tempfile.TemporaryDirectory() as scratch:
         tiny = Path(scratch) / "tiny"

@@ -20,11 +20,11 @@ import torch
 from support.local_http import QuietHandler, serving
 
 from k26_plugins.common.checkpoint import Checkpoint
-from k26_plugins.common.config import K26Config
-from k26_plugins.common.media import MediaConfig, navit_resize, normalise, open_image, preprocess
-from k26_plugins.common.multimodal import KimiK26
+from k26_plugins.common.model.config import K26Config
+from k26_plugins.common.multimodal.image import MediaConfig, navit_resize, normalise, open_image, preprocess
 from k26_plugins.common.prompt.chat import expand_media_placeholders, render
 from k26_plugins.common.prompt.tokenizer import KimiTokenizer
+from k26_plugins.common.reference.kimi_k26 import KimiK26
 
 
 @dataclass(kw_only=True)

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from support.images import image_part, png, random_image
 
-from k26_plugins.common.config import K26Config
-from k26_plugins.common.media import MediaConfig, normalise, preprocess
-from k26_plugins.common.multimodal import KimiK26
+from k26_plugins.common.model.config import K26Config
+from k26_plugins.common.multimodal.image import MediaConfig, normalise, preprocess
 from k26_plugins.common.prompt.chat import expand_media_placeholders, render
 from k26_plugins.common.prompt.tokenizer import KimiTokenizer
+from k26_plugins.common.reference.kimi_k26 import KimiK26
 
 
 @dataclass(frozen=True)

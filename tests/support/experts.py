@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
 from k26_plugins.common.experts import BACKENDS, ExpertWeights
-from k26_plugins.common.int4 import quantise
+from k26_plugins.common.model.int4 import quantise
 
 
 def make_weights(num_experts: int, hidden: int, inner: int, seed: int = 0) -> ExpertWeights:

@@ -18,8 +18,8 @@ from support.load_checks import CHANGES, SAID
 from support.server import Server, StartError
 
 from k26_plugins.common.checkpoint import Checkpoint
-from k26_plugins.common.multimodal import KimiK26
-from k26_plugins.common.tiny import TinySizes, make_tiny
+from k26_plugins.common.reference.kimi_k26 import KimiK26
+from k26_plugins.common.tiny.checkpoint import TinySizes, make_tiny
 
 NUM_TENSORS = 208_550
 SIZES = TinySizes(layers=61, experts=384, top_k=8, vision_layers=27, shards=64)

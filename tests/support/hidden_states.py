@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from k26_plugins.common.model import KVCache
-from k26_plugins.common.multimodal import KimiK26
-from k26_plugins.common.tiny import TinySizes, make_tiny
-from k26_plugins.common.tiny_draft import make_eagle3
+from k26_plugins.common.reference.decoder import KVCache
+from k26_plugins.common.reference.kimi_k26 import KimiK26
+from k26_plugins.common.tiny.checkpoint import TinySizes, make_tiny
+from k26_plugins.common.tiny.draft import make_eagle3
 
 # Relative, of a token's hidden state in bfloat16. A rounding near a tie of two experts' scores changes some by far more.
 TOLERANCE = 0.02

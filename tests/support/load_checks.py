@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from k26_plugins.common.checkpoint.header import read_header
 from k26_plugins.common.checkpoint.mapped import mapped_tensors
 from k26_plugins.common.checkpoint.table import expert_name
-from k26_plugins.common.tiny import TinySizes
+from k26_plugins.common.tiny.checkpoint import TinySizes
 
 LAYERS = 9
 # 1 GB, all but 5 % of it in experts.

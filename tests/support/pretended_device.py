@@ -19,11 +19,11 @@ from support.native_sample import COMPILER, SOURCES
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from k26_plugins.common.device_runtime import DeviceRuntime
 from k26_plugins.common.experts import create_experts
 from k26_plugins.common.experts.base import ExpertsBackend, ExpertWeights, Sizes
 from k26_plugins.common.experts.native import NativeExperts
 from k26_plugins.common.experts.native.threads import Call, Threads
+from k26_plugins.common.host.device_runtime import DeviceRuntime
 
 KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 GLOBAL = 0  # cudaStreamCaptureModeGlobal, torch's own choice

@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 from unittest import mock
 
-from k26_plugins.common import tiny
 from k26_plugins.common.checkpoint.table import tensor_table
-from k26_plugins.common.config import K26Config
+from k26_plugins.common.model.config import K26Config
+from k26_plugins.common.tiny import checkpoint as tiny
 
 SIZES = tiny.TinySizes(
     layers=2, hidden_size=7168, intermediate_size=18432, moe_intermediate_size=2048, experts=384, top_k=8, heads=64,

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from k26_plugins.common import tiny
 from k26_plugins.common.checkpoint.dtypes import TORCH_DTYPES
 from k26_plugins.common.checkpoint.table import TensorSpec, expert_name
+from k26_plugins.common.tiny import checkpoint as tiny
 
 
 def make_quick(folder: Path, sizes: tiny.TinySizes) -> None:

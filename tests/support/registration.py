@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from k26_plugins.common.engine import UnsupportedEngineError
-from k26_plugins.common.registration import Registration
+from k26_plugins.common.adapters.engine import UnsupportedEngineError
+from k26_plugins.common.adapters.registration import Registration
 
 
 def assert_all_or_nothing(

@@ -68,7 +68,7 @@ def from_vllm(folder: Path) -> dict[str, Any]:
 if __name__ == "__main__":
     import tempfile
 
-    from k26_plugins.common.tiny import make_tiny
+    from k26_plugins.common.tiny.checkpoint import make_tiny
 
     with tempfile.TemporaryDirectory() as scratch:
         make_tiny(Path(scratch) / "tiny")

@@ -26,10 +26,10 @@ from support.quick import make_quick
 from support.server import python_path
 from support.whole_load import start_sglang, start_vllm
 
-from k26_plugins.common.config import K26Config
 from k26_plugins.common.experts.loading import ExpertsOfLayer
 from k26_plugins.common.experts.saving import in_checkpoint_form
-from k26_plugins.common.tiny import TinySizes
+from k26_plugins.common.model.config import K26Config
+from k26_plugins.common.tiny.checkpoint import TinySizes
 
 PART_BYTES = 500_000
 """Several files of a rank."""

@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from support.endpoint import Altered, Fault, yarn_factor
 
-from k26_plugins.common import model as reference
 from k26_plugins.common.checkpoint import Checkpoint, StreamedCheckpoint, expert_name
-from k26_plugins.common.config import K26Config
-from k26_plugins.common.multimodal import KimiK26
+from k26_plugins.common.model.config import K26Config
+from k26_plugins.common.reference import decoder as reference
+from k26_plugins.common.reference.kimi_k26 import KimiK26
 from k26_plugins.operate.golden import Golden, GoldenJob, read_prompts
 from k26_plugins.operate.golden.prompts import Prompt
 from k26_plugins.operate.verify.endpoint import Answer, Distribution

@@ -161,7 +161,7 @@ _FRONTEND_FAULTS: dict[str, tuple[str, str, Callable[[Callable[..., Any]], Calla
     "think block missing": (
         "k26_plugins.common.prompt.hf_tokenizer:KimiTokenizerFast", "apply_chat_template", _without_think,
     ),
-    "padding after normalising": ("k26_plugins.common.media", "patchify", _padded_late),
+    "padding after normalising": ("k26_plugins.common.multimodal.image", "patchify", _padded_late),
     STOPS_FOR_STOP: (
         "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionResponseChoice", "__init__", _for_stop,
     ),

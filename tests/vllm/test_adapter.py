@@ -27,12 +27,12 @@ from support.remote_code import plant
 from support.versions import wrong_entries
 from support.vllm_server import cli_args_module
 
+from k26_plugins.common.adapters.engine import UnsupportedEngineError
+from k26_plugins.common.adapters.serving import core_answer
 from k26_plugins.common.checkpoint import Checkpoint, CheckpointError, expert_name, shard
-from k26_plugins.common.config import ARCHITECTURE, K26Config
-from k26_plugins.common.engine import UnsupportedEngineError
-from k26_plugins.common.media import MediaError
+from k26_plugins.common.model.config import ARCHITECTURE, K26Config
+from k26_plugins.common.multimodal.image import MediaError
 from k26_plugins.common.prompt.hf_tokenizer import core_serves_prompts
-from k26_plugins.common.serving import core_answer
 from k26_plugins.vllm import compat, config, probe, register
 from k26_plugins.vllm.experts import K26ExpertsMethod
 from k26_plugins.vllm.media import K26MediaConnector

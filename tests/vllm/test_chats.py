@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from k26_plugins.common.engine import UnsupportedEngineError
-from k26_plugins.common.registration import Registration
+from k26_plugins.common.adapters.engine import UnsupportedEngineError
+from k26_plugins.common.adapters.registration import Registration
 from k26_plugins.vllm import chats, compat
 
 pytest.importorskip("vllm.parser.kimi_k2", reason="the hooks were checked where the parser is")

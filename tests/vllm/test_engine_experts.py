@@ -20,11 +20,11 @@ from vllm.config import VllmConfig, set_current_vllm_config
 
 from k26_plugins.common.checkpoint import Checkpoint
 from k26_plugins.common.checkpoint.mapped import mapped_tensors
-from k26_plugins.common.config import K26Config
 from k26_plugins.common.experts import ExpertsError, ExpertWeights
 from k26_plugins.common.experts.engine_test import BATCHES, EngineTest
 from k26_plugins.common.experts.loading import ExpertsOfLayer, load_experts
-from k26_plugins.common.model import MoE
+from k26_plugins.common.model.config import K26Config
+from k26_plugins.common.reference.decoder import MoE
 from k26_plugins.vllm import compat
 from k26_plugins.vllm.engine_experts import files_read, watch_engine_experts
 from k26_plugins.vllm.experts import K26ExpertsMethod

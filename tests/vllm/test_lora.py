@@ -16,10 +16,10 @@ from support.agreement import VOCABULARY, assert_same_distribution, divergence, 
 from support.server import Server
 from support.vllm_server import serve
 
-from k26_plugins.common.adapter_names import BEGINNINGS
 from k26_plugins.common.checkpoint import Checkpoint
-from k26_plugins.common.multimodal import KimiK26
-from k26_plugins.common.tiny_adapter import Adapter
+from k26_plugins.common.checkpoint.adapter_names import BEGINNINGS
+from k26_plugins.common.reference.kimi_k26 import KimiK26
+from k26_plugins.common.tiny.adapter import Adapter
 
 PROMPT = torch.randint(0, 256, (200,), generator=torch.Generator().manual_seed(7))
 

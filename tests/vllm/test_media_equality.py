@@ -17,7 +17,7 @@ from support.images import pil_rgb
 from support.videos import make_video
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
 
-from k26_plugins.common.media import MediaConfig, normalise, preprocess
+from k26_plugins.common.multimodal.image import MediaConfig, normalise, preprocess
 from k26_plugins.vllm.media import K26ImageIO, K26VideoIO
 from k26_plugins.vllm.processing import K26ImageProcessor
 

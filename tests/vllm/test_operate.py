@@ -21,7 +21,7 @@ from support.vllm_scripted import script
 from support.vllm_server import TWO_RANKS, serve
 
 from k26_plugins.cli import app
-from k26_plugins.common.config import K26Config
+from k26_plugins.common.model.config import K26Config
 from k26_plugins.common.prompt.output import SECTION_BEGIN, SECTION_END
 from k26_plugins.operate.plan.weights import Layout, per_gpu
 from k26_plugins.operate.verify.endpoint import Endpoint

@@ -15,7 +15,7 @@ from support.server import Server
 from support.vllm_server import serve
 
 from k26_plugins.common.checkpoint import Checkpoint
-from k26_plugins.common.multimodal import KimiK26
+from k26_plugins.common.reference.kimi_k26 import KimiK26
 
 pytestmark = pytest.mark.long
 ASKED = {"max_tokens": 1, "temperature": 0, "allowed_token_ids": BYTES, "return_tokens_as_token_ids": True}

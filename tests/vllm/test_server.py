@@ -20,8 +20,8 @@ from support.vllm_updates import WAYS
 
 from k26_plugins.cli import app
 from k26_plugins.common.checkpoint import Checkpoint
-from k26_plugins.common.config import K26Config
-from k26_plugins.common.multimodal import KimiK26
+from k26_plugins.common.model.config import K26Config
+from k26_plugins.common.reference.kimi_k26 import KimiK26
 from k26_plugins.operate.plan.fit import kv_bytes_per_token
 
 

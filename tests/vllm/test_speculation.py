@@ -27,9 +27,9 @@ from support.vllm_hidden import read_by_draft
 from support.vllm_server import serve
 
 from k26_plugins.common.checkpoint import Checkpoint
-from k26_plugins.common.multimodal import KimiK26
 from k26_plugins.common.prompt.output import THINK_END
 from k26_plugins.common.prompt.tokenizer import KimiTokenizer
+from k26_plugins.common.reference.kimi_k26 import KimiK26
 
 pytestmark = pytest.mark.long
 # The guesses are what followed the same tokens before: in such a text there is much to guess.

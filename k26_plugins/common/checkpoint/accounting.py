@@ -11,7 +11,7 @@ from k26_plugins.common.checkpoint.expert_names import expert_names
 from k26_plugins.common.checkpoint.fault import compare
 from k26_plugins.common.checkpoint.header import CheckpointError
 from k26_plugins.common.checkpoint.table import TensorSpec, tensor_table
-from k26_plugins.common.config import K26Config
+from k26_plugins.common.model.config import K26Config
 
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()} | {torch.float16: "F16"}
 NUM_NAMES_SHOWN = 8

@@ -10,8 +10,8 @@ from k26_plugins.common.checkpoint.classify import Examination, examine_all
 from k26_plugins.common.checkpoint.fault import Problem, compare, missing
 from k26_plugins.common.checkpoint.header import weight_files
 from k26_plugins.common.checkpoint.table import tensor_table
-from k26_plugins.common.collector import paused
-from k26_plugins.common.config import read_config_json
+from k26_plugins.common.host.collector import paused
+from k26_plugins.common.model.config import read_config_json
 
 
 @dataclass(slots=True)

@@ -19,7 +19,7 @@ from k26_plugins.common.checkpoint.inventory import Inventory, take_inventory
 from k26_plugins.common.checkpoint.other_layout import examine
 from k26_plugins.common.checkpoint.saved_state import has_core_experts, saved_state_files
 from k26_plugins.common.checkpoint.table import TensorSpec, tensor_table
-from k26_plugins.common.config import K26Config, read_config_json
+from k26_plugins.common.model.config import K26Config, read_config_json
 
 # Where quantisers say it that leave config.json as it was: ModelOpt, AutoAWQ, AutoGPTQ.
 _QUANTISATION_FILES = ("hf_quant_config.json", "quant_config.json", "quantize_config.json")

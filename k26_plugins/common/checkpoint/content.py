@@ -20,7 +20,7 @@ from typing import NamedTuple
 from k26_plugins.common.checkpoint.fault import Fault, Problem
 from k26_plugins.common.checkpoint.header import CheckpointError
 from k26_plugins.common.checkpoint.verified import Verified
-from k26_plugins.common.control_groups import usable_cpus
+from k26_plugins.common.host.control_groups import usable_cpus
 
 _DIGEST = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")
 _SNAPSHOT = re.compile(r"models--(.+)")

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from k26_plugins.common.checkpoint.expert_names import ExpertKind, ExpertNames, expert_names
 from k26_plugins.common.checkpoint.mapped import mapped_tensors
-from k26_plugins.common.config import K26Config
+from k26_plugins.common.model.config import K26Config
 
 SECONDS_BETWEEN_LINES = 10.0
 

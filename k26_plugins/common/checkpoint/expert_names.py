@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from k26_plugins.common.checkpoint.table import TensorSpec, expert_name, tensor_table
-from k26_plugins.common.config import K26Config
+from k26_plugins.common.model.config import K26Config
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -8,7 +8,7 @@ import struct
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from k26_plugins.common.collector import paused
+from k26_plugins.common.host.collector import paused
 
 INDEX_FILE = "model.safetensors.index.json"
 POINTER = b"version https://git-lfs"

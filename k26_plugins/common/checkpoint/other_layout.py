@@ -16,7 +16,7 @@ from k26_plugins.common.checkpoint.fault import Fault, Problem, compare, extra, 
 from k26_plugins.common.checkpoint.header import HeaderEntry
 from k26_plugins.common.checkpoint.stored_form import PLAIN, contradictions, form_of
 from k26_plugins.common.checkpoint.table import TensorSpec
-from k26_plugins.common.config import K26Config
+from k26_plugins.common.model.config import K26Config
 
 _NUMBERS = re.compile(r"\b(layers|blocks|experts)\.\d+")
 

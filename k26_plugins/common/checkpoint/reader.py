@@ -13,7 +13,7 @@ from k26_plugins.common.checkpoint.dtypes import TORCH_DTYPES
 from k26_plugins.common.checkpoint.fault import compare
 from k26_plugins.common.checkpoint.header import CheckpointError, weight_files
 from k26_plugins.common.checkpoint.table import TensorSpec, tensor_table
-from k26_plugins.common.config import K26Config
+from k26_plugins.common.model.config import K26Config
 
 _SAFETENSORS_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 

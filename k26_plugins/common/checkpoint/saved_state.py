@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from k26_plugins.common.checkpoint.header import CheckpointError, HeaderEntry, index_of
-from k26_plugins.common.config import PACK_FACTOR, K26Config
+from k26_plugins.common.model.config import PACK_FACTOR, K26Config
 
 # As the engines name them where the user gives no pattern: by tensor-parallel rank, or by pipeline stage too.
 _FILE = re.compile(r"model-(rank-\d+|pp-\d+-tp-\d+)-part-\d+\.safetensors")

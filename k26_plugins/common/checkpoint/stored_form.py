@@ -8,8 +8,8 @@ from typing import Any
 from k26_plugins.common.checkpoint.fault import Fault, Problem
 from k26_plugins.common.checkpoint.header import HeaderEntry
 from k26_plugins.common.checkpoint.table import LANGUAGE_MODEL, TensorSpec
-from k26_plugins.common.config import PACK_FACTOR
-from k26_plugins.common.departures import is_quantised, quantization_config
+from k26_plugins.common.model.config import PACK_FACTOR
+from k26_plugins.common.model.departures import is_quantised, quantization_config
 
 PLAIN = "plain"
 _FLOATS = ("BF16", "F16", "F32")

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
-from k26_plugins.common.collector import paused
-from k26_plugins.common.config import PACK_FACTOR, K26Config, TextConfig, VisionConfig
+from k26_plugins.common.host.collector import paused
+from k26_plugins.common.model.config import PACK_FACTOR, K26Config, TextConfig, VisionConfig
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,7 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
-from k26_plugins.common.cache_folder import cache_folder
+from k26_plugins.common.host.cache_folder import cache_folder
 
 
 class Verified:

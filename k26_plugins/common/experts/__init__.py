@@ -22,7 +22,7 @@ from k26_plugins.common.experts.native import NativeExperts
 from k26_plugins.common.experts.reference import ReferenceExperts, reference_experts
 from k26_plugins.common.experts.selftest import self_test_error
 from k26_plugins.common.experts.triton import TritonExperts
-from k26_plugins.common.int4 import GROUP_SIZE
+from k26_plugins.common.model.int4 import GROUP_SIZE
 from k26_plugins.common.settings import BACKENDS_GROUP, CORE_BACKENDS, backend_names
 
 __all__ = [

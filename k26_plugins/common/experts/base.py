@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple, Protocol, Self
 
 import torch
 
-from k26_plugins.common.int4 import GROUP_SIZE, PACK_FACTOR
+from k26_plugins.common.model.int4 import GROUP_SIZE, PACK_FACTOR
 
 
 class ExpertsError(ValueError):

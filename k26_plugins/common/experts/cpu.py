@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from k26_plugins.common.experts.base import ExpertsBackend, ExpertWeights, Sizes, tokens_by_expert
-from k26_plugins.common.int4 import GROUP_SIZE, PACK_FACTOR
-from k26_plugins.common.linear import multiplies_bfloat16
+from k26_plugins.common.model.int4 import GROUP_SIZE, PACK_FACTOR
+from k26_plugins.common.model.linear import multiplies_bfloat16
 
 # Tokens of one expert from which the dense product wins. On 2 cores of an AMD EPYC (Zen 4, AVX512-BF16), w13 of
 # 4096 × 7168: 32 tokens 11.4 ms against 13 ms, 64 tokens 23 ms against 18 ms, 256 tokens 90 ms against 47 ms. In float32

@@ -18,7 +18,7 @@ import torch
 from k26_plugins.common.experts.base import Expert, ExpertsError
 from k26_plugins.common.experts.reference import dense_matrices, routed_sum
 from k26_plugins.common.experts.selftest import RoutedSum, worst_error
-from k26_plugins.common.int4 import GROUP_SIZE, PACK_FACTOR
+from k26_plugins.common.model.int4 import GROUP_SIZE, PACK_FACTOR
 
 BATCHES = (1, 8, 64, 400)
 """Tokens: one for each regime that the engines' kernels have. For the first layer; the others differ in their weights."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from k26_plugins.common.device_runtime import DeviceRuntime
 from k26_plugins.common.experts.base import ExpertsBackend, ExpertsError, ExpertWeights, RoutedExperts, local_ids
 from k26_plugins.common.experts.deferred import Deferral, Result
 from k26_plugins.common.experts.native import ExpertsInStream, NativeExperts
 from k26_plugins.common.experts.placement import LayerPlacement
 from k26_plugins.common.experts.streaming import Streaming
+from k26_plugins.common.host.device_runtime import DeviceRuntime
 
 # Batches of at most so many tokens go into the device's stream outside a graph too, and no expert is streamed for them. With
 # a longer one the host waits for the routing, and then decides which to stream.

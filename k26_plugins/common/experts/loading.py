@@ -17,9 +17,9 @@ import torch
 
 from k26_plugins.common.checkpoint.engine_files import num_experts_under_way
 from k26_plugins.common.checkpoint.expert_names import ExpertKind, expert_names
-from k26_plugins.common.config import K26Config
-from k26_plugins.common.cores import allowed_cpus
 from k26_plugins.common.experts.parameters import LayerExperts
+from k26_plugins.common.host.cores import allowed_cpus
+from k26_plugins.common.model.config import K26Config
 
 # Of a projection: the parameter's beginning, and its name in the engines' loaders.
 _PROJECTIONS = {"gate": ("w13", "w1"), "up": ("w13", "w3"), "down": ("w2", "w2")}

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from k26_plugins.common.cache_folder import outcome_folder
+from k26_plugins.common.host.cache_folder import outcome_folder
 from k26_plugins.common.purpose import Purpose
 
 FORMAT = 1

@@ -14,7 +14,7 @@ import torch
 from k26_plugins.common.experts import create_experts, find_backend, place_memory, why_unsupported
 from k26_plugins.common.experts.base import Batches, Expert, ExpertsBackend, ExpertsError, ExpertWeights, LayerSizes
 from k26_plugins.common.experts.op import held_experts, number_of, routed_experts
-from k26_plugins.common.int4 import GROUP_SIZE, PACK_FACTOR
+from k26_plugins.common.model.int4 import GROUP_SIZE, PACK_FACTOR
 
 # As the engines' loaders know them, in the order of `Expert`.
 PACKED_NAMES = ("w13_weight_packed", "w13_weight_scale", "w2_weight_packed", "w2_weight_scale")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from k26_plugins.common.config import K26Config
+from k26_plugins.common.model.config import K26Config
 
 PROFILE_FILE = "k26_expert_profile.json"
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from k26_plugins.common.experts.base import Expert, ExpertsBackend, ExpertWeights, Sizes, tokens_by_expert
-from k26_plugins.common.int4 import dequantise
+from k26_plugins.common.model.int4 import dequantise
 
 
 def reference_experts(

@@ -18,7 +18,7 @@ from transformers.tokenization_utils_base import TruncationStrategy
 from transformers.utils.generic import PaddingStrategy
 from transformers.utils.hub import cached_file
 
-from k26_plugins.common.config import ARCHITECTURE
+from k26_plugins.common.model.config import ARCHITECTURE
 from k26_plugins.common.prompt.chat import TEMPLATE_FILE, TemplateInput, own_template, prepare
 from k26_plugins.common.prompt.control_tokens import MARK, QUOTED_SIGN, unescape
 from k26_plugins.common.prompt.special_tokens import VIDEO_PLACEHOLDER

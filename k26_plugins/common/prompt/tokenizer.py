@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tiktoken
 
-from k26_plugins.common.config import K26Config
+from k26_plugins.common.model.config import K26Config
 from k26_plugins.common.prompt.control_tokens import unescape
 from k26_plugins.common.prompt.special_tokens import NUM_SPECIAL_TOKENS, special_token_ids
 

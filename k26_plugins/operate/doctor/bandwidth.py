@@ -15,8 +15,8 @@ from threading import Barrier
 import numpy as np
 import torch
 
-from k26_plugins.common.cores import Core, cores
-from k26_plugins.common.host_memory import available_bytes
+from k26_plugins.common.host.cores import Core, cores
+from k26_plugins.common.host.memory import available_bytes
 from k26_plugins.operate.doctor.finding import Finding, Level
 
 ROUNDS = 3

@@ -17,8 +17,8 @@ from k26_plugins.common.checkpoint import (
     folded,
 )
 from k26_plugins.common.checkpoint.header import INDEX_FILE, index_of
-from k26_plugins.common.config import ConfigError, K26Config, read_config_json
-from k26_plugins.common.media import MediaConfig, MediaError
+from k26_plugins.common.model.config import ConfigError, K26Config, read_config_json
+from k26_plugins.common.multimodal.image import MediaConfig, MediaError
 from k26_plugins.common.prompt.chat import TEMPLATE_FILE
 from k26_plugins.common.prompt.tokenizer import RANKS_FILE, KimiTokenizer, TokenizerError
 from k26_plugins.operate.doctor.finding import Finding, Level

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from k26_plugins.common.checkpoint import Checkpoint, CheckpointError, Layout, classify_folder
-from k26_plugins.common.config import ConfigError, OtherLayoutError, TextConfig
 from k26_plugins.common.experts import BACKENDS, ExpertsError, ExpertWeights, find_backend
 from k26_plugins.common.experts.native.build import BuildError, cpu_flags
 from k26_plugins.common.experts.native.threads import process_threads
 from k26_plugins.common.experts.selftest import self_test_error
-from k26_plugins.common.model import MoE
+from k26_plugins.common.model.config import ConfigError, OtherLayoutError, TextConfig
+from k26_plugins.common.reference.decoder import MoE
 from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, backend_names, experts_setting
 from k26_plugins.operate.doctor.finding import Finding, Level
 from k26_plugins.operate.doctor.tuned import tuned_findings

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from packaging.version import InvalidVersion, Version
 
-from k26_plugins.common.control_groups import cpu_quota, usable_cpus
-from k26_plugins.common.host_memory import available_bytes, total_bytes
+from k26_plugins.common.host.control_groups import cpu_quota, usable_cpus
+from k26_plugins.common.host.memory import available_bytes, total_bytes
 from k26_plugins.operate.accelerators import AcceleratorError, accelerators
 from k26_plugins.operate.doctor.finding import Finding, Level
 

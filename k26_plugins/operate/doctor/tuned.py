@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from k26_plugins.common.cache_folder import outcome_folder
 from k26_plugins.common.experts.outcome import OURS, Key, Outcome, OutcomeError, read_outcome
 from k26_plugins.common.experts.rule import choose
 from k26_plugins.common.experts.triton import unusable_on
 from k26_plugins.common.experts.tuned import ENGINES, here, installed_engine
+from k26_plugins.common.host.cache_folder import outcome_folder
 from k26_plugins.common.settings import TUNED_VARIABLE, tuned_setting
 from k26_plugins.operate.doctor.engines import is_installed
 from k26_plugins.operate.doctor.finding import Finding, Level

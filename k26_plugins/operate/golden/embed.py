@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from k26_plugins.common.checkpoint import StreamedCheckpoint
-from k26_plugins.common.moonvit import MoonViT
+from k26_plugins.common.reference.moonvit import MoonViT
 from k26_plugins.operate.golden.layers import Stream
 from k26_plugins.operate.golden.prompts import Prompt, pixels
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from k26_plugins.common.tensor_file import save_tensors
+from k26_plugins.common.checkpoint.tensor_file import save_tensors
 from k26_plugins.operate.golden.prompts import Prompt
 from k26_plugins.operate.golden.state import StateError, read
 

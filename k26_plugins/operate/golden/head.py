@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from k26_plugins.common.checkpoint import StreamedCheckpoint
-from k26_plugins.common.linear import linear
+from k26_plugins.common.model.linear import linear
 from k26_plugins.operate.golden.memory import head_rows
 
 LM_HEAD = "language_model.lm_head.weight"

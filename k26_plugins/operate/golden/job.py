@@ -11,8 +11,8 @@ import torch
 
 from k26_plugins import __version__
 from k26_plugins.common.checkpoint import StreamedCheckpoint, fingerprint
-from k26_plugins.common.model import rms_norm
 from k26_plugins.common.prompt.tokenizer import KimiTokenizer
+from k26_plugins.common.reference.decoder import rms_norm
 from k26_plugins.operate.golden import memory
 from k26_plugins.operate.golden.embed import embed_prompts, embed_tokens, largest_number_of_patches
 from k26_plugins.operate.golden.file import Golden, GoldenPrompt

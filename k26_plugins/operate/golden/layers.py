@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 
 from k26_plugins.common.checkpoint import StreamedCheckpoint, expert_name
-from k26_plugins.common.config import TextConfig
 from k26_plugins.common.experts.base import tokens_by_expert
-from k26_plugins.common.int4 import product_tiled
-from k26_plugins.common.model import Attention, KVCache, MoE, SwiGLU, Weights, rms_norm
-from k26_plugins.common.router import router_logits
+from k26_plugins.common.model.config import TextConfig
+from k26_plugins.common.model.int4 import product_tiled
+from k26_plugins.common.model.router import router_logits
+from k26_plugins.common.reference.decoder import Attention, KVCache, MoE, SwiGLU, Weights, rms_norm
 from k26_plugins.operate.golden.memory import EXPERT_TOKENS, FEED_TOKENS, NEAR, READ_AHEAD, compute_threads, query_chunk
 from k26_plugins.operate.golden.variants import Variant
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from k26_plugins.common.checkpoint import TensorSpec, expert_bytes, tensor_table
-from k26_plugins.common.config import K26Config, TextConfig
-from k26_plugins.common.int4 import TILE_ROWS
+from k26_plugins.common.model.config import K26Config, TextConfig
+from k26_plugins.common.model.int4 import TILE_ROWS
 
 SCRATCH = 256 * 2**20
 """What attention scores, logits and an expert's activations are cut to, bytes each."""

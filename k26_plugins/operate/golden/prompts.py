@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from k26_plugins.common.config import K26Config
-from k26_plugins.common.media import MediaConfig, MediaError, navit_resize, normalise, open_image, preprocess
+from k26_plugins.common.model.config import K26Config
+from k26_plugins.common.multimodal.image import MediaConfig, MediaError, navit_resize, normalise, open_image, preprocess
 from k26_plugins.common.prompt.chat import expand_media_placeholders, render
 from k26_plugins.common.prompt.tokenizer import KimiTokenizer
 

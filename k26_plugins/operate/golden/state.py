@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from k26_plugins.common.tensor_file import save_tensors
+from k26_plugins.common.checkpoint.tensor_file import save_tensors
 
 IDENTITY = "identity"
 

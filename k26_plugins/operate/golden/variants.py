@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from k26_plugins.common.config import TextConfig
+from k26_plugins.common.model.config import TextConfig
 
 MODEL = "model"
 TWIN = "bfloat16"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from k26_plugins.common.config import K26Config
+from k26_plugins.common.model.config import K26Config
 from k26_plugins.operate.plan.fit import IMAGE_TOKENS, Fit, Load, fit
 from k26_plugins.operate.plan.gpus import KNOWN, Gpu
 from k26_plugins.operate.plan.hybrid import Hybrid, hybrid

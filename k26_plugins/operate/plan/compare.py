@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from k26_plugins.common.config import K26Config
+from k26_plugins.common.model.config import K26Config
 from k26_plugins.operate.machine import Machine
 from k26_plugins.operate.plan.advise import options_of
 from k26_plugins.operate.plan.command import ENGINES

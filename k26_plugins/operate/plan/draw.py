@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from k26_plugins.common.config import K26Config
+from k26_plugins.common.model.config import K26Config
 from k26_plugins.operate.plan.fit import Fit, fit_stages
 from k26_plugins.operate.plan.gpus import GIB
 from k26_plugins.operate.plan.hybrid import Hybrid

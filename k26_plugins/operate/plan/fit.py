@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from k26_plugins.common.config import K26Config, TextConfig
+from k26_plugins.common.model.config import K26Config, TextConfig
 from k26_plugins.operate.plan.gpus import GIB, Gpu
 from k26_plugins.operate.plan.weights import Layout, per_gpu, stages
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from k26_plugins.common.checkpoint import expert_bytes
-from k26_plugins.common.config import K26Config
+from k26_plugins.common.model.config import K26Config
 from k26_plugins.operate.plan.fit import Fit
 from k26_plugins.operate.plan.gpus import GIB
 from k26_plugins.operate.plan.weights import ROUTED

@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from k26_plugins.common.checkpoint import expert_bytes
-from k26_plugins.common.config import K26Config
 from k26_plugins.common.expert_costs import Line, StreamCosts
+from k26_plugins.common.model.config import K26Config
 from k26_plugins.operate.plan.fit import Fit, fit
 from k26_plugins.operate.plan.hybrid import Hybrid, hybrid
 from k26_plugins.operate.plan.speed import experts_touched, plain_bytes

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from k26_plugins.common.config import K26Config
+from k26_plugins.common.model.config import K26Config
 from k26_plugins.operate.machine import Machine
 from k26_plugins.operate.plan.advise import Advice, choose, nearest
 from k26_plugins.operate.plan.command import (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from k26_plugins.common.config import K26Config
+from k26_plugins.common.model.config import K26Config
 from k26_plugins.operate.plan.fit import Fit
 from k26_plugins.operate.plan.weights import ROUTED, absorbed_bytes, stages
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shlex
 
-from k26_plugins.common.cache_folder import outcome_folder
-from k26_plugins.common.config import TextConfig
+from k26_plugins.common.host.cache_folder import outcome_folder
+from k26_plugins.common.model.config import TextConfig
 from k26_plugins.operate.plan.fit import Fit
 from k26_plugins.operate.plan.hardware import named
 

@@ -9,7 +9,7 @@ from functools import cache
 from typing import NamedTuple
 
 from k26_plugins.common.checkpoint import TensorSpec, tensor_table
-from k26_plugins.common.config import K26Config, TextConfig
+from k26_plugins.common.model.config import K26Config, TextConfig
 
 ROUTED = "routed experts"
 GPUS_IN_A_NODE = 8

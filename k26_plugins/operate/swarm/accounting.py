@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from k26_plugins.common.config import K26Config
-from k26_plugins.common.media import MediaConfig, navit_resize, open_image
+from k26_plugins.common.model.config import K26Config
+from k26_plugins.common.multimodal.image import MediaConfig, navit_resize, open_image
 from k26_plugins.common.prompt.chat import expand_media_placeholders, render
 from k26_plugins.common.prompt.tokenizer import KimiTokenizer
 

@@ -14,7 +14,7 @@ from k26_plugins.common.experts.base import ExpertWeights
 from k26_plugins.common.experts.outcome import OURS, Timing
 from k26_plugins.common.experts.peer import NotHereError, Peer, Run
 from k26_plugins.common.experts.reference import reference_experts
-from k26_plugins.common.int4 import GROUP_SIZE, PACK_FACTOR
+from k26_plugins.common.model.int4 import GROUP_SIZE, PACK_FACTOR
 from k26_plugins.operate.tune.clock import Clock
 from k26_plugins.operate.tune.routing import Batch, Layer
 from k26_plugins.operate.tune.tiles import fastest_tiles

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from k26_plugins.common.config import TextConfig
+from k26_plugins.common.model.config import TextConfig
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from typing import Any
 from fastapi import HTTPException
 
 from k26_plugins.common import metrics
-from k26_plugins.common.media import open_image
+from k26_plugins.common.multimodal.image import open_image
+from k26_plugins.common.multimodal.video import MAX_TOKENS, VideoChunk, read_chunks
 from k26_plugins.common.prompt.places import media_kinds, place_videos
 from k26_plugins.common.settings import core_media
-from k26_plugins.common.video import MAX_TOKENS, VideoChunk, read_chunks
 from k26_plugins.sglang import compat, compat_encoder
 from k26_plugins.sglang.model import KimiK25ForConditionalGeneration
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from k26_plugins.common.cache_folder import cache_folder
+from k26_plugins.common.host.cache_folder import cache_folder
 
 logger = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import torch
 
-from k26_plugins.common.device_runtime import DeviceRuntime
 from k26_plugins.common.experts.native.backend import NativeExperts, to_int32
 from k26_plugins.common.experts.native.threads import Call, process_threads
+from k26_plugins.common.host.device_runtime import DeviceRuntime
 
 # What a layer's work may take on the host before it counts as hung, in seconds. 4096 tokens on a slow CPU take ten.
 PATIENCE = 60.0

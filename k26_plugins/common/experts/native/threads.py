@@ -10,9 +10,9 @@ from typing import ClassVar
 
 import torch
 
-from k26_plugins.common.cores import Core, cores
 from k26_plugins.common.experts.base import ExpertsError
 from k26_plugins.common.experts.native.build import library
+from k26_plugins.common.host.cores import Core, cores
 from k26_plugins.common.settings import cpu_threads_setting
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from k26_plugins.common.media import MediaConfig, navit_resize
+from k26_plugins.common.multimodal.image import MediaConfig, navit_resize
 from k26_plugins.operate.verify.conformance.case import QUESTION, Case, Chat, NotAskedError, require
 from k26_plugins.operate.verify.endpoint import data_url
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from k26_plugins.common.departures import departures, is_yarn
+from k26_plugins.common.model.departures import departures, is_yarn
 
 ARCHITECTURE = "KimiK25ForConditionalGeneration"
 MODEL_TYPES = ("kimi_k25",)

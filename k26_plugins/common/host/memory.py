@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from k26_plugins.common.control_groups import memory_left, memory_limit
+from k26_plugins.common.host.control_groups import memory_left, memory_limit
 
 _MEMINFO = Path("/proc/meminfo")
 

@@ -24,10 +24,10 @@ import torch
 from k26_plugins.common.checkpoint.dtypes import TORCH_DTYPES
 from k26_plugins.common.checkpoint.header import INDEX_FILE
 from k26_plugins.common.checkpoint.table import TensorSpec, expert_name, tensor_table
-from k26_plugins.common.config import ARCHITECTURE, K26Config
-from k26_plugins.common.int4 import PACK_FACTOR, quantise
+from k26_plugins.common.checkpoint.tensor_file import save_tensors
+from k26_plugins.common.model.config import ARCHITECTURE, K26Config
+from k26_plugins.common.model.int4 import PACK_FACTOR, quantise
 from k26_plugins.common.prompt.special_tokens import NUM_SPECIAL_TOKENS, special_token_ids
-from k26_plugins.common.tensor_file import save_tensors
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from k26_plugins.common.adapter_names import BEGINNINGS
+from k26_plugins.common.checkpoint.adapter_names import BEGINNINGS
 from k26_plugins.common.checkpoint.reader import Checkpoint
-from k26_plugins.common.int4 import dequantise
-from k26_plugins.common.tensor_file import save_tensors
-from k26_plugins.common.tiny import make_new
+from k26_plugins.common.checkpoint.tensor_file import save_tensors
+from k26_plugins.common.model.int4 import dequantise
+from k26_plugins.common.tiny.checkpoint import make_new
 
 RANK, ALPHA = 4, 8
 # Of the layers' linear layers, those that both engines take adapters on. MLA multiplies kv_b_proj into its neighbours.

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from k26_plugins.common.config import VisionConfig
-from k26_plugins.common.linear import Linear
+from k26_plugins.common.model.config import VisionConfig
+from k26_plugins.common.model.linear import Linear
 
 ROPE_THETA = 10000.0
 

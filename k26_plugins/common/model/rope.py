@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from k26_plugins.common.config import TextConfig
+from k26_plugins.common.model.config import TextConfig
 
 
 def yarn_inv_freq(config: TextConfig) -> torch.Tensor:

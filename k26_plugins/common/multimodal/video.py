@@ -23,7 +23,7 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 from PIL import Image
 
-from k26_plugins.common.media import MediaConfig, MediaError, check_size, frame_resize, patchify
+from k26_plugins.common.multimodal.image import MediaConfig, MediaError, check_size, frame_resize, patchify
 from k26_plugins.common.prompt.special_tokens import CHUNK_PLACE
 
 # As many tokens as the model has positions.

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 
 from k26_plugins.common.checkpoint import Checkpoint
-from k26_plugins.common.model import KVCache, TextModel
-from k26_plugins.common.moonvit import MoonViT
+from k26_plugins.common.reference.decoder import KVCache, TextModel
+from k26_plugins.common.reference.moonvit import MoonViT
 
 
 class KimiK26:

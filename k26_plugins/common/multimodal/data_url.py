@@ -6,7 +6,7 @@ import binascii
 import re
 from urllib.parse import unquote_to_bytes
 
-from k26_plugins.common.media import MediaError
+from k26_plugins.common.multimodal.image import MediaError
 
 SCHEME = "data:"
 _BASE64 = ";base64"

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from k26_plugins.common import metrics
-from k26_plugins.common.media import MediaConfig, media_resize, normalise, preprocess
-from k26_plugins.common.video import VideoChunk
+from k26_plugins.common.multimodal.image import MediaConfig, media_resize, normalise, preprocess
+from k26_plugins.common.multimodal.video import VideoChunk
 
 
 class MediaProcessor:

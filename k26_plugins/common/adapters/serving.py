@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from k26_plugins.common.checkpoint import Classification, Layout, classify
-from k26_plugins.common.config import K26Config
+from k26_plugins.common.model.config import K26Config
 
 
 def core_answer(hf_config: Any, folder: Path | None, warn: Callable[[str], None]) -> Classification | None:

@@ -11,7 +11,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from k26_plugins.common.registration import Registration
+from k26_plugins.common.adapters.registration import Registration
 
 _DOORS = "transformers.dynamic_module_utils"
 

@@ -16,9 +16,9 @@ import torch
 
 from k26_plugins.common.checkpoint.reader import Checkpoint
 from k26_plugins.common.checkpoint.table import LANGUAGE_MODEL
-from k26_plugins.common.config import TextConfig
-from k26_plugins.common.tensor_file import save_tensors
-from k26_plugins.common.tiny import make_new
+from k26_plugins.common.checkpoint.tensor_file import save_tensors
+from k26_plugins.common.model.config import TextConfig
+from k26_plugins.common.tiny.checkpoint import make_new
 
 WEIGHTS_FILE = "model.safetensors"
 # Of matrices whose values are drawn: what the guess has of the target's hidden states, beside what it has of the token.

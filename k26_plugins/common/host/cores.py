@@ -9,7 +9,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
-from k26_plugins.common.control_groups import cpu_quota
+from k26_plugins.common.host.control_groups import cpu_quota
 
 CPUS = Path("/sys/devices/system/cpu")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from k26_plugins.common.config import PACK_FACTOR as PACK_FACTOR
+from k26_plugins.common.model.config import PACK_FACTOR as PACK_FACTOR
 
 GROUP_SIZE = 32
 OFFSET = 8  # u = q + OFFSET

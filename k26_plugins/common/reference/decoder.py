@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 
 from k26_plugins.common.checkpoint.table import LANGUAGE_MODEL, expert_name
-from k26_plugins.common.config import TextConfig
 from k26_plugins.common.experts import Expert, reference_experts
-from k26_plugins.common.linear import linear
-from k26_plugins.common.rope import apply_rope, yarn_inv_freq
-from k26_plugins.common.router import route, router_logits
+from k26_plugins.common.model.config import TextConfig
+from k26_plugins.common.model.linear import linear
+from k26_plugins.common.model.rope import apply_rope, yarn_inv_freq
+from k26_plugins.common.model.router import route, router_logits
 
 Weights = Callable[[str], torch.Tensor]
 """Gives the checkpoint's tensor of a full name."""

@@ -1,0 +1,1 @@
+"""What only the adapters of the engines share."""

@@ -1,0 +1,1 @@
+"""The model's facts and its small pieces: configuration, INT4, the router, rotary embedding."""

@@ -1,0 +1,1 @@
+"""The whole model in plain PyTorch, which every engine is held to."""
