@@ -122,7 +122,8 @@ def swarm(
     from k26_plugins.operate.swarm.report import as_html, as_json, as_text
     from k26_plugins.operate.swarm.run import Load, Run, Swarm
     from k26_plugins.operate.swarm.scenario import Shape, ShapeError, shared_prefix
-    from k26_plugins.operate.verify.endpoint import EndpointError, asks_environment, connect
+    from k26_plugins.operate.verify.connect import asks_environment, connect
+    from k26_plugins.operate.verify.endpoint import EndpointError
 
     require_plots(html_out, NOT_ASKED)
     require_writable(json_out, html_out, code=NOT_ASKED)

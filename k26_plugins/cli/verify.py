@@ -63,7 +63,8 @@ def verify(
     """
     from k26_plugins.operate.golden import Golden, GoldenError
     from k26_plugins.operate.verify.conformance import CASES, FAIL, PASS, check_conformance
-    from k26_plugins.operate.verify.endpoint import EndpointError, connect
+    from k26_plugins.operate.verify.connect import connect
+    from k26_plugins.operate.verify.endpoint import EndpointError
     from k26_plugins.operate.verify.judge import Check, judge
     from k26_plugins.operate.verify.measure import measure
     from k26_plugins.operate.verify.needle import DEPTHS, LENGTHS, find_needles
@@ -136,7 +137,8 @@ def compare(
     from k26_plugins.operate.golden import PromptError, read_requests
     from k26_plugins.operate.verify import compare as comparison
     from k26_plugins.operate.verify.compare_report import as_html, as_json, as_text
-    from k26_plugins.operate.verify.endpoint import EndpointError, connect
+    from k26_plugins.operate.verify.connect import connect
+    from k26_plugins.operate.verify.endpoint import EndpointError
 
     if len(urls) < 2:
         fail("one server: give two or more.", NOT_ASKED)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +23,13 @@ from k26_plugins.common.experts.parameters import LayerExperts
 from k26_plugins.common.experts.placement import PROFILE_FILE, LayerPlacement, Profile, place
 from k26_plugins.common.experts.streamed import SUM_DTYPE
 from k26_plugins.common.experts.streaming import Streaming
+from k26_plugins.common.host import cores
 from k26_plugins.common.host.device_runtime import DeviceRuntime, DeviceRuntimeError, device_runtime
 from k26_plugins.common.host.memory import require_host_memory
 from k26_plugins.common.model.config import K26Config
 from k26_plugins.common.model.int4 import GROUP_SIZE
 from k26_plugins.common.settings import (
     BATCH_INVARIANT_VARIABLE,
-    CPU_THREADS_VARIABLE,
     HOST_EXPERTS_VARIABLE,
     MOVE_EXPERTS_VARIABLE,
     batch_invariant_setting,
@@ -97,7 +96,7 @@ def hybrid_settings(config: K26Config) -> HybridSettings | None:
     _require_memory(arguments, config, num_experts - on_device)
     ranks = max(1, arguments.tp_size // arguments.nnodes)
     if arguments.kt_cpuinfer is not None:
-        os.environ.setdefault(CPU_THREADS_VARIABLE, str(max(1, arguments.kt_cpuinfer // ranks)))
+        cores.share(max(1, arguments.kt_cpuinfer // ranks))
     logger.info(
         "k26-plugins: hybrid run, %d of %d experts of each layer on the device (%s), the others on the CPU (%s).",
         on_device,

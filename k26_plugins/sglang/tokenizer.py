@@ -28,6 +28,5 @@ def get_tokenizer(original: Callable[..., Any], tokenizer_name: str, *args: Any,
         logger.info("k26-plugins: the tokenizer is SGLang's own.")
         return original(tokenizer_name, *args, **kwargs)
     compat_chats.hook_grammars(create_backend)
-    tokenizer = load_hf_tokenizer(tokenizer_folder(folder, revision), name_or_path=str(folder))
-    tokenizer.video_place = CHUNK_PLACE
-    return compat.finish_tokenizer(tokenizer)
+    small_files = tokenizer_folder(folder, revision)
+    return compat.finish_tokenizer(load_hf_tokenizer(small_files, video_place=CHUNK_PLACE, name_or_path=str(folder)))

@@ -25,7 +25,6 @@ class K26Tokenizer:
     ) -> Any:
         """The tokenizer of a folder or of a name on the hub. No file of it is executed, whatever `kwargs` allow."""
         folder = tokenizer_folder(path_or_repo_id, revision, download_dir)
-        tokenizer = load_hf_tokenizer(folder, name_or_path=str(path_or_repo_id), truncation_side=truncation_side)
-        # The renderer of this mode has done it.
-        tokenizer.escape_messages = False
-        return get_cached_tokenizer(tokenizer)
+        settings = {"name_or_path": str(path_or_repo_id), "truncation_side": truncation_side}
+        # The renderer of this mode marks the messages.
+        return get_cached_tokenizer(load_hf_tokenizer(folder, escape_messages=False, **settings))

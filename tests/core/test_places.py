@@ -17,9 +17,7 @@ from k26_plugins.common.prompt.tokenizer import KimiTokenizer
 
 @pytest.fixture(scope="module")
 def fast(tiny_folder: Path) -> KimiTokenizerFast:
-    tokenizer = load_hf_tokenizer(tiny_folder)
-    tokenizer.video_place = CHUNK_PLACE
-    return tokenizer
+    return load_hf_tokenizer(tiny_folder, video_place=CHUNK_PLACE)
 
 
 TEXTS = st.one_of(st.text(max_size=6), st.sampled_from(["12", "1", ":", "00:", VIDEO_PLACEHOLDER, CHUNK_PLACE, "é"]))

@@ -12,7 +12,8 @@ from support.endpoint import serve_reference
 
 from k26_plugins.cli import app
 from k26_plugins.operate.verify.conformance import CASES, FAIL, NOT_ASKED, PASS, check_conformance, counts
-from k26_plugins.operate.verify.endpoint import Endpoint, connect
+from k26_plugins.operate.verify.connect import connect
+from k26_plugins.operate.verify.endpoint import Endpoint
 
 BY_NAME = {case.name: case for case in CASES}
 

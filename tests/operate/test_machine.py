@@ -18,7 +18,7 @@ from k26_plugins.common.tiny.checkpoint import make_tiny
 from k26_plugins.operate import accelerators, machine
 from k26_plugins.operate.accelerators import Accelerator, AcceleratorError
 from k26_plugins.operate.plan.gpus import MIB
-from k26_plugins.operate.verify.endpoint import asks_environment, connect
+from k26_plugins.operate.verify.connect import asks_environment, connect
 
 SMI = """#!/bin/sh
 case "$*" in *--query-gpu=name,memory.total,driver_version*) ;; *) exit 2;; esac

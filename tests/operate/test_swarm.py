@@ -30,7 +30,7 @@ from k26_plugins.operate.swarm.memory import growth, resident_bytes
 from k26_plugins.operate.swarm.metrics import PrefixCache, hit_rate, read_prefix_cache
 from k26_plugins.operate.swarm.pace import Pace
 from k26_plugins.operate.swarm.scenario import Shape, ShapeError, make_agents, shared_prefix
-from k26_plugins.operate.verify.endpoint import connect
+from k26_plugins.operate.verify.connect import connect
 
 SMALL = ["--agents", "4", "--steps", "26", "--prefix-tokens", "40", "--answer-tokens", "2", "--tool-latency", "0.01"]
 SMALL += ["--images", "0.5"]

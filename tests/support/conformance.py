@@ -10,7 +10,8 @@ from support.scripted import call
 
 from k26_plugins.common.prompt.output import SECTION_BEGIN, SECTION_END
 from k26_plugins.operate.verify.conformance import CASES, FAIL, NOT_ASKED, check_conformance
-from k26_plugins.operate.verify.endpoint import Endpoint, connect
+from k26_plugins.operate.verify.connect import connect
+from k26_plugins.operate.verify.endpoint import Endpoint
 
 ARGUMENTS = {
     "use_nothing": "{}",

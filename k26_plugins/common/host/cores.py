@@ -12,6 +12,7 @@ from typing import NamedTuple
 from k26_plugins.common.host.control_groups import cpu_quota
 
 CPUS = Path("/sys/devices/system/cpu")
+_share: int | None = None
 
 
 class Core(NamedTuple):
@@ -21,12 +22,19 @@ class Core(NamedTuple):
     cpu: int
 
 
+def share(number: int) -> None:
+    """Have this process' experts run on `number` cores where no limit is given: a rank's part of what a user allowed."""
+    global _share
+    _share = number
+
+
 def cores(limit: int | None = None) -> list[Core]:
     """The physical cores of this process, one NUMA node after the other; at most `limit`, taken evenly from the nodes.
 
     No more than a control group gives time for: threads beyond it are stopped in the middle of their work, and the
     others wait for them.
     """
+    limit = limit or _share
     quota = cpu_quota()
     if quota is not None:
         limit = min(max(round(quota), 1), limit or sys.maxsize)

@@ -36,13 +36,12 @@ CONTINUE_KEY = "k26_continue"
 class KimiTokenizerFast(PreTrainedTokenizerFast):
     """A class of its own: engines patch a tokenizer's class, and reload those of transformers' generic one."""
 
-    # Adapters that mark the messages before their engine touches them switch the first off.
     escape_messages = True
     escape_tools = True
     kimis_ids = True
     # The template that came with the tokenizer; a user may put another into `chat_template`.
     kimi_template: str | None = None
-    # What stands in a video's place. Adapters that put its chunks among token ids want control tokens there.
+    # What stands in a video's place.
     video_place = VIDEO_PLACEHOLDER
     # The same tokenizer on the tiktoken library, which encodes several times as fast.
     plain: KimiTokenizer | None = None
@@ -171,8 +170,13 @@ def core_serves_prompts(path_or_name: str | Path, revision: str | None = None) -
     return has(RANKS_FILE) or not has("tokenizer.json")
 
 
-def load_hf_tokenizer(folder: str | Path, **kwargs: Any) -> KimiTokenizerFast:
+def load_hf_tokenizer(
+    folder: str | Path, *, video_place: str = VIDEO_PLACEHOLDER, escape_messages: bool = True, **kwargs: Any
+) -> KimiTokenizerFast:
     """Build the tokenizer of a checkpoint's folder; `kwargs` go to its constructor. Raises TokenizerError.
+
+    video_place: what stands for a video in a rendered chat; an adapter that puts its chunks among token ids wants control
+    tokens there. escape_messages: False for an adapter that marks the messages before its engine touches them.
 
     Control tokens in text become control tokens, as with the published tokenizer: chat prompts are rendered to text. What
     `control_tokens.escape` marked stays text.
@@ -201,7 +205,9 @@ def load_hf_tokenizer(folder: str | Path, **kwargs: Any) -> KimiTokenizerFast:
     _compare(built, reference)
     built.plain = reference
     built.kimi_template = built.chat_template
-    built.escape_messages = built.escape_tools = control_tokens_as_text()
+    built.escape_tools = control_tokens_as_text()
+    built.escape_messages = escape_messages and built.escape_tools
+    built.video_place = video_place
     built.kimis_ids = kimis_ids()
     return built
 

@@ -1,15 +1,12 @@
-"""What an endpoint is asked, whatever engine is behind it, and how it is found out which one is."""
+"""What an endpoint is asked, whatever engine is behind it."""
 
 from __future__ import annotations
 
 import base64
-import ipaddress
 import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
-from urllib.parse import urlsplit
-from urllib.request import proxy_bypass
 
 import httpx
 from httpx_sse import EventSource
@@ -103,7 +100,7 @@ class Endpoint(ABC):
 
     def context_length(self) -> int | None:
         """Tokens of one request that the server takes, None where it does not say."""
-        entries = _get(self.client, f"{self.url}/v1/models").get("data") or []
+        entries = get_json(self.client, f"{self.url}/v1/models").get("data") or []
         mine = [entry.get("max_model_len") for entry in entries if entry.get("id") == self.model]
         return int(mine[0]) if mine and mine[0] else None
 
@@ -197,54 +194,7 @@ def data_url(image: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
 
 
-def asks_environment(url: str) -> bool:
-    """Whether the environment's proxies are for this address: never for this machine itself, nor for what NO_PROXY names."""
-    host = urlsplit(url).hostname or ""
-    try:
-        is_here = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        is_here = host == "localhost" or host.endswith(".localhost")
-    return not is_here and not proxy_bypass(host)
-
-
-def connect(url: str, model: str | None = None, api_key: str | None = None, timeout: float = 300.0) -> Endpoint:
-    """Ask the server what it is. Raises EndpointError."""
-    from k26_plugins.operate.verify.openai import OpenAIEndpoint
-    from k26_plugins.operate.verify.sglang import SGLangEndpoint
-    from k26_plugins.operate.verify.vllm import VLLMEndpoint
-
-    url = url.rstrip("/").removesuffix("/v1")
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    try:
-        client = httpx.Client(timeout=timeout, headers=headers, trust_env=asks_environment(url))
-    except (ImportError, ValueError) as error:
-        # httpx reads the proxies here; of a SOCKS proxy it says that a package is missing.
-        raise EndpointError(
-            f"the proxy in the environment (ALL_PROXY, HTTP_PROXY, HTTPS_PROXY) cannot be used: {error} Unset it, name the "
-            f"server in NO_PROXY, or install what it needs: pip install 'httpx[socks]'."
-        ) from error
-    try:
-        models = client.get(f"{url}/v1/models")
-        served = [entry["id"] for entry in models.json()["data"]]
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
-        raise EndpointError(
-            f"{url}/v1/models does not answer as an OpenAI-compatible server ({error or type(error).__name__}): "
-            f"give the address before /v1, such as http://localhost:8000, and --api-key where it wants one."
-        ) from error
-    if model is None and len(served) != 1:
-        raise EndpointError(f"{url} serves {len(served)} models ({', '.join(served[:8])}): choose with --model.")
-    name = model or served[0]
-    version = _get(client, f"{url}/version").get("version")
-    if version:
-        return VLLMEndpoint(url, name, client, f"vLLM {version}", renders_images=True)
-    for path in ("server_info", "get_server_info"):
-        version = _get(client, f"{url}/{path}").get("version")
-        if version:
-            return SGLangEndpoint(url, name, client, f"SGLang {version}")
-    return OpenAIEndpoint(url, name, client, "an OpenAI-compatible server", reports_prompt=False)
-
-
-def _get(client: httpx.Client, url: str) -> dict[str, Any]:
+def get_json(client: httpx.Client, url: str) -> dict[str, Any]:
     """What a path answers as a JSON object, {} where there is no such thing."""
     try:
         response = client.get(url)
