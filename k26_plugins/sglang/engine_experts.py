@@ -1,4 +1,4 @@
-"""SGLang's own experts, tested by their own method before they serve."""
+"""SGLang's own experts, tested by their own method before they serve; the core's in their place where they are wrong."""
 
 from __future__ import annotations
 
@@ -6,25 +6,47 @@ from typing import Any
 
 import torch
 
+from k26_plugins.common.experts import ExpertsError
 from k26_plugins.common.experts.engine_test import EngineLayer, EngineTest, UntestableError, some_layers, stop
 from k26_plugins.common.experts.triton import TritonExperts
 from k26_plugins.common.model.config import K26Config
-from k26_plugins.common.settings import EXPERTS_VARIABLE
+from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, experts_setting
 from k26_plugins.sglang import compat, logger
 from k26_plugins.sglang.experts import K26MoEScheme
+
+# What SGLang's loader has read for the model that this process built last: it alone knows where the files are.
+files_read: list[str] = []
+
+
+class WrongExpertsError(ExpertsError):
+    """SGLang's own experts are wrong, and the core's can take their place."""
 
 
 def watch_engine_experts(model: torch.nn.Module, config: K26Config | None) -> None:
     """Have the experts that SGLang's own methods compute tested as soon as their weights are loaded and repacked.
 
-    config: of the published layout, whose weights the core's experts take. Where SGLang's are wrong that stops the start
-    with an ExpertsError: its layers are built around their kernel, so that others have to be asked for before.
+    config: of the published layout, whose weights the core's experts take. Where SGLang's are wrong the loading ends with an
+    ExpertsError: a WrongExpertsError where the model can be built again with the core's, since SGLang's layers are built
+    around their kernel.
     """
     found = {module.layer_id: (name, module) for name, module in model.named_modules() if is_sglangs(module)}
+    files_read.clear()
 
     def on_wrong(wrong: str) -> None:
-        remedy = f"once they are loaded. Set {EXPERTS_VARIABLE}={TritonExperts.name}, or another --moe-runner-backend"
-        stop(wrong, "they are for the published INT4 weights" if config is None else remedy)
+        if config is None:
+            stop(wrong, "they are for the published INT4 weights")
+        if experts_setting() == ENGINE:
+            stop(wrong, f"{EXPERTS_VARIABLE}={ENGINE} asks for SGLang's. Unset it")
+        if not compat.moe_runner_backend().is_auto():
+            # Whoever chose it: other parts of SGLang went by that too.
+            remedy = f"Set {EXPERTS_VARIABLE}={TritonExperts.name}, or another --moe-runner-backend"
+            stop(wrong, f"--moe-runner-backend names theirs. {remedy}")
+        if not files_read:
+            stop(
+                wrong,
+                f"the way in which the weights are loaded gives them once. Set {EXPERTS_VARIABLE}={TritonExperts.name}",
+            )
+        raise WrongExpertsError(wrong)
 
     layers = []
     for number in some_layers(list(found)):

@@ -11,12 +11,16 @@ from k26_plugins.common.adapters.engine import UnsupportedEngineError
 from k26_plugins.common.adapters.serving import core_serves_layer
 from k26_plugins.common.experts import ExpertsError, why_unsupported
 from k26_plugins.common.experts.base import Batches, LayerSizes
+from k26_plugins.common.experts.engine_test import stop
 from k26_plugins.common.experts.loading import ExpertsOfLayer, Places
 from k26_plugins.common.experts.parameters import LayerExperts
+from k26_plugins.common.experts.triton import TritonExperts
 from k26_plugins.common.experts.tuned import backend_for, installed_engine
 from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, experts_setting
 from k26_plugins.sglang import compat, compat_loading, logger
 
+# What was wrong with SGLang's own experts where this process found them so: it takes the core's from then on.
+_wrong: str | None = None
 # Of --load-format.
 PRESHARDED = "presharded"
 
@@ -188,12 +192,24 @@ def core_serves(layer: Any, backend_name: str, *, by_name: bool) -> bool:
             f"--load-format {PRESHARDED} keeps weights as one backend and one CPU have them repacked, without saying which: "
             f"leave that flag out, or save a state (--load-format sharded_state)"
         )
+    if reason is not None and _wrong is not None:
+        stop(_wrong, reason)
     if reason is not None and by_name:
         raise ExpertsError(
             f"the core's experts ({backend_name}) cannot serve here: {reason}. Or unset {EXPERTS_VARIABLE} and the --kt "
             f"flags for SGLang's own."
         )
     return core_serves_layer(logger, "SGLang", backend_name, reason)
+
+
+def leave_engine_experts(wrong: str) -> None:
+    """Have models that this process builds from now on take the core's experts in the place of SGLang's own."""
+    global _wrong
+    _wrong = wrong
+
+
+def has_left_engine_experts() -> bool:
+    return _wrong is not None
 
 
 def chosen_backend(*, hybrid: bool, saved: bool = False) -> str:
@@ -204,6 +220,8 @@ def chosen_backend(*, hybrid: bool, saved: bool = False) -> str:
     experts are the core's on both sides, and so are those of a state `saved` with them. Raises ValueError where what the
     user gave contradicts itself.
     """
+    if _wrong is not None:
+        return TritonExperts.name if compat.device_type() == TritonExperts.device_type else "auto"
     runner, given, setting = compat.moe_runner_backend(), compat.given_runner(), experts_setting()
     flag = given if given is not None else runner.value
     by_flag = flag != "auto"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from functools import partial, wraps
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ import torch
 from k26_plugins.common.adapters.ranks import require_everywhere
 from k26_plugins.common.checkpoint import account
 from k26_plugins.common.checkpoint.engine_files import engine_files, is_under_way, with_mapped_files
+from k26_plugins.common.checkpoint.mapped import mapped_tensors
 from k26_plugins.common.checkpoint.saved_state import require_its_loader
 from k26_plugins.common.checkpoint.watched import watched_files
 from k26_plugins.common.experts.loading import is_needed, load_experts
@@ -19,8 +22,16 @@ from k26_plugins.common.experts.saving import in_checkpoint_form
 from k26_plugins.common.model.config import K26Config
 from k26_plugins.common.settings import core_media, experts_setting
 from k26_plugins.sglang import compat, compat_adapters, compat_encoder, compat_loading, encoder, logger
-from k26_plugins.sglang.engine_experts import watch_engine_experts
-from k26_plugins.sglang.experts import K26MoEScheme, chosen_backend, experts_of, schemes_of, use_core_experts
+from k26_plugins.sglang.engine_experts import WrongExpertsError, files_read, watch_engine_experts
+from k26_plugins.sglang.experts import (
+    K26MoEScheme,
+    chosen_backend,
+    experts_of,
+    has_left_engine_experts,
+    leave_engine_experts,
+    schemes_of,
+    use_core_experts,
+)
 from k26_plugins.sglang.hybrid import HybridError, K26HybridScheme, hybrid_settings
 from k26_plugins.sglang.lora import refuse_unserved
 from k26_plugins.sglang.router import use_float32_logits
@@ -52,7 +63,10 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
     packed_modules_mapping = compat.language_model().packed_modules_mapping
 
     def __init__(self, config: Any, quant_config: Any = None, prefix: str = "", **kwargs: Any) -> None:
-        require_everywhere("SGLANG_PLUGINS")
+        if not has_left_engine_experts():
+            # A model that is built again had passed, and other ranks may keep theirs.
+            require_everywhere("SGLANG_PLUGINS")
+        self._built_from = (config, quant_config, prefix, kwargs)
         self.left_out: set[str] = set()
         self.core_config = K26Config.from_dict(config.to_dict()) if config.k26_published_layout else None
         if compat.device_type() == "cpu":
@@ -72,7 +86,7 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
             saved = config.k26_saved_experts
             if saved:
                 require_its_loader(compat_loading.load_format())
-            by_name = hybrid is not None or saved or experts_setting() != "auto"
+            by_name = hybrid is not None or saved or experts_setting() != "auto" or has_left_engine_experts()
             chosen = chosen_backend(hybrid=hybrid is not None, saved=saved)
             use_core_experts(quant_config, chosen, make_scheme, by_name=by_name)
             with compat.without_kt_wrapper():
@@ -166,13 +180,33 @@ def whole_checkpoint(
         if layers or model.language_model is None:
             weights = with_mapped_files(weights, config, is_needed(layers, config))
         weights = account(weights, config, lambda spec: spec.name not in model.left_out)
-    return original(model, weights, target_device)
+    try:
+        return original(model, weights, target_device)
+    except WrongExpertsError as error:
+        wrong = str(error)
+    # Here nothing holds the layers that were loaded but the model.
+    logger.warning("k26-plugins: %s. The core's take their place: the model is built and loaded again.", wrong)
+    leave_engine_experts(wrong)
+    files = [Path(file) for file in files_read]
+    build_again(model, target_device)
+    return whole_checkpoint(original, model, mapped_tensors(files), target_device)
+
+
+def build_again(model: KimiK25ForConditionalGeneration, target_device: torch.device) -> None:
+    """Make a model anew in its place, as SGLang's loader made it, without weights."""
+    config, quant_config, prefix, kwargs = model._built_from
+    # Before the new layers take memory.
+    torch.nn.Module.__init__(model)
+    gc.collect()
+    with target_device:
+        model.__init__(config, quant_config, prefix, **kwargs)  # type: ignore[misc]
 
 
 def files_of_checkpoint(
     original: Callable[..., Any], files: list[str], *args: Any, disable_mmap: bool = False, **kwargs: Any
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of safetensors files; a way to read them that the user chose stays SGLang's."""
+    files_read.extend(files)
     chosen = disable_mmap or kwargs.get("prefetch") or kwargs.get("drop_cache_after_load")
     # An update opens the files before it says for what: it is asked when the first tensor is.
     if chosen or not is_under_way():
