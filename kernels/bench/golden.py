@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import string
 import sys
@@ -25,7 +24,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from kept import keep, machine  # beside this file
+from cold import drop  # beside this file, as `kept` is
+from kept import keep, machine
 from rich.console import Console
 from rich.table import Table
 
@@ -49,17 +49,9 @@ PUBLISHED_PROMPTS = (20, 400)
 """Of the projection: prompts, and tokens of each."""
 
 
-def drop(folder: Path) -> None:
-    """Out of the page cache."""
-    for file in folder.glob("*.safetensors"):
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
-            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
 def disk_rate(folder: Path) -> float:
     """Bytes a second of plain reading, one thread."""
-    drop(folder)
+    drop(folder.glob("*.safetensors"))
     block, done, start = bytearray(16 << 20), 0, time.perf_counter()
     for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb", buffering=0) as opened:
@@ -88,7 +80,7 @@ def measure(folder: Path, tokens: int) -> dict[str, float]:
         texts = ["".join(draw.choices(string.ascii_letters, k=PROMPT)) for _ in range(tokens // PROMPT)]
         prompts.write_text("\n".join(json.dumps({"id": str(index), "text": text}) for index, text in enumerate(texts)))
         job = GoldenJob(checkpoint, read_prompts(prompts, folder), Path(scratch) / "golden", 64, 1)
-        drop(folder)
+        drop(folder.glob("*.safetensors"))
         seconds = timed(job.run)
         return {
             "tokens": tokens,

@@ -20,7 +20,6 @@ the median over the turns, each turn's reading over the same turn's loading.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +33,7 @@ from rich.progress import Progress, TimeElapsedColumn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 import torch
+from bench.cold import drop
 from bench.kept import keep, machine
 from support.whole_load import Built, build
 
@@ -62,14 +62,6 @@ def make_real(folder: Path, layers: int, experts: int) -> None:
         shards=1 + layers,
     )
     make_quick(folder, sizes)
-
-
-def drop(files: list[Path]) -> None:
-    """Out of the page cache."""
-    for file in files:
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
-            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def read(files: list[Path]) -> None:

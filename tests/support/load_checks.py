@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.quick import make_quick
+from support.server import python_path
 from torch.overrides import TorchFunctionMode
 
 from k26_plugins.common.checkpoint.header import read_header
@@ -50,10 +51,8 @@ def report_of(folder: Path) -> dict[str, Any]:
     """What `main` prints for a checkpoint that is made here."""
     make_quick(folder, SIZES)
     command = [sys.executable, "-m", "support.load_checks", str(folder)]
-    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": path}, timeout=500
-    )
+    environment = {**os.environ, "PYTHONPATH": python_path()}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=500)
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stderr[-3000:]}"
     report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return report

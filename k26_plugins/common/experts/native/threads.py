@@ -107,17 +107,18 @@ class Threads:
         """Give a layer's new memory its pages: huge ones, each on the NUMA node that will read it. What is in it is lost."""
         # torch's threads are on no certain node.
         on_several_nodes = len({core.node for core in self._cores}) > 1
-        team = 0 if on_several_nodes else self.team
-        if not team:
-            self.start_pool()
-        self.native.k26_place(self._process, ctypes.byref(layer), ctypes.c_int64(team))
+        team = self._team_or_pool(0 if on_several_nodes else self.team)
+        self.native.k26_place(self._process, ctypes.byref(layer), team)
 
     def repack(self, layer: Layer) -> None:
         """Repack the layer's weights in place."""
-        team = self.team
+        _checked(self.native.k26_repack(self._process, ctypes.byref(layer), self._team_or_pool(self.team)))
+
+    def _team_or_pool(self, team: int) -> ctypes.c_int64:
+        """The number of threads as the library takes it: for 0 it takes our own, which are started here."""
         if not team:
             self.start_pool()
-        _checked(self.native.k26_repack(self._process, ctypes.byref(layer), ctypes.c_int64(team)))
+        return ctypes.c_int64(team)
 
     def run(self, layer: Layer, call: Call) -> None:
         """Do a layer's work. Raises MemoryError."""
