@@ -294,7 +294,7 @@ class Release:
 
     def _in_class(self, module: str, node: ast.AST, member: str) -> tuple[str, ast.AST | str]:
         if not isinstance(node, ast.ClassDef):
-            # Of a value, such as a registry: what it has is its class' to say.
+            # A value, such as a registry: its class says what it has.
             return module, f"of {self._describe(module, node)}"
         for inner in _statements(node.body):
             if getattr(inner, "name", None) == member or member in _targets(inner):

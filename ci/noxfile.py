@@ -27,7 +27,7 @@ from pathlib import Path
 import nox
 
 TORCH = "torch==2.13.0"
-# Of the newest PyPI has no CPU build.
+# PyPI has no CPU build of the newest.
 VLLM_OLDEST, VLLM_SERVED, VLLM_NEWEST = "0.19.1", "0.32.0", "0.33.0"
 
 # The last of each minor that PyPI has as a CPU build, beside those that CI runs.
@@ -50,7 +50,7 @@ SGLANG_OLDEST, SGLANG_NEWEST = "0.5.10", "0.5.23"
 # On a CPU without AMX only the newest is right; the tests hold that the others are refused.
 KT_KERNELS = ("0.6.1", "0.6.4", "0.7.2")
 
-# Of these SDKs both engines bring a version of their own.
+# Both engines bring these SDKs in versions of their own.
 SDKS = ("openai", "anthropic")
 
 IN_PARALLEL = ("pytest", "-q", "-n", "2", "--dist", "worksteal")
@@ -160,7 +160,7 @@ def docs(session: nox.Session) -> None:
     session.chdir(ROOT)
     groups = nox.project.load_toml("pyproject.toml")
     install(session, *nox.project.dependency_groups(groups, "site", "lint"))
-    # Of mkdocs-material, on a successor.
+    # mkdocs-material warns of a successor, which is nothing to mend here.
     session.env["NO_MKDOCS_2_WARNING"] = "1"
     session.run("mkdocs", "build", "--strict", "--quiet")
     for schema, pattern in SCHEMAS.items():
@@ -239,7 +239,7 @@ def _fuzz(session: nox.Session, seconds: int) -> None:
 
 @environment
 def vllm_long(session: nox.Session) -> None:
-    """Of the session `vllm` what CI leaves out."""
+    """The tests of the session `vllm` that CI leaves out."""
     _install_vllm(session, VLLM_SERVED)
     install(session, "ray")
     # Its requirements are in vLLM's environment; the first is the name that vLLM imports, the second has the library.
@@ -315,7 +315,7 @@ def sglang(session: nox.Session) -> None:
 
 @environment
 def sglang_long(session: nox.Session) -> None:
-    """Of the session `sglang` what CI leaves out."""
+    """The tests of the session `sglang` that CI leaves out."""
     _install_sglang(session, SGLANG_NEWEST)
     session.run(*SGLANG_PYTEST, "tests/sglang", "-m", "long")
 

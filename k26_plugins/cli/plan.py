@@ -189,7 +189,7 @@ def plan_for(
 
 
 def _measured(config: K26Config) -> Rates:
-    """Of this machine; ends the command where its CPU has no experts."""
+    """The rates of this machine; ends the command where no backend computes experts on its CPU."""
     from k26_plugins.common.experts import ExpertsError
     from k26_plugins.operate.hybrid_rates import measure
 

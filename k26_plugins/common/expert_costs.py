@@ -27,7 +27,7 @@ class Line:
 
     @classmethod
     def through(cls, few: float, many: float) -> Line:
-        """Of the seconds with both MEASURED_TOKENS."""
+        """The line through the seconds that the two MEASURED_TOKENS took, without a slope below 0."""
         low, high = MEASURED_TOKENS
         token = max(0.0, many - few) / (high - low)
         return cls(max(0.0, few - token * low), token)

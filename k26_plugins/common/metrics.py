@@ -42,7 +42,7 @@ _HELP = {
 
 @dataclass
 class _Experts:
-    """Of one backend in this process."""
+    """What is reported of one backend in this process."""
 
     layers: int = 0
     self_test_error: float = 0.0
@@ -64,7 +64,7 @@ def experts_chosen(whose: str, why: str) -> None:
 
 
 def hybrid_hit_rate(share: float) -> None:
-    """Of a hybrid run, which only SGLang has: it carries the figure over itself."""
+    """Report a hybrid run's share. Only SGLang has such runs, and it carries the figure over itself."""
     _report([(_HIT_RATE, _HIT_RATE_HELP, {}, share)])
 
 

@@ -24,7 +24,7 @@ PRODUCT = 8192
 
 
 def measure(text: TextConfig) -> Rates:
-    """Of experts of this configuration, on this process's cores. Raises ExpertsError where no backend can run here.
+    """Measure experts of this configuration on this process's cores. Raises ExpertsError where no backend can run here.
 
     Takes a quarter of the memory that is free at most.
     """

@@ -63,7 +63,7 @@ class Merged:
 
     @property
     def share_lost(self) -> float:
-        """Of the adapter's change of INT4 matrices, what rounding them again adds as an error: a ratio of norms."""
+        """The error of rounding INT4 matrices again, over the adapter's change of them: a ratio of norms."""
         return math.sqrt(self._lost / self._changed) if self._changed else 0.0
 
 

@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from k26_plugins.sglang import compat
 
 MASK_ELEMENTS = 2**24
-"""Of one call of the fused attention, which bounds what an extension needs beside its cache."""
+"""Elements of the mask of one call of the fused attention at most, which bounds what an extension needs beside its cache."""
 
 
 def absorbed_attention(query: torch.Tensor, latent: torch.Tensor, value_size: int, scale: float) -> torch.Tensor:

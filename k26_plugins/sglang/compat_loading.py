@@ -44,7 +44,7 @@ def keeps_its_experts() -> bool:
 
 
 def load_format() -> str:
-    """Of --load-format."""
+    """The value of --load-format."""
     chosen = compat.server_args().load_format
     return str(getattr(chosen, "value", chosen))
 

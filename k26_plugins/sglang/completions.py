@@ -14,7 +14,7 @@ from k26_plugins.sglang import compat_chats
 
 
 def hide_markers(original: Callable[..., None], serving: Any, *args: Any, **kwargs: Any) -> None:
-    """Of a server of completions, which passes on the texts of SGLang's tokenizer manager, and no one else's."""
+    """Have a server of completions leave markers out: it passes on the texts of SGLang's tokenizer manager alone."""
     original(serving, *args, **kwargs)
     if compat_chats.counts_output_ids():
         serving.tokenizer_manager = _Manager(serving.tokenizer_manager)

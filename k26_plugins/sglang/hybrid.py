@@ -197,7 +197,7 @@ def _runtime(arguments: Any, host_backend: str) -> DeviceRuntime | None:
     return None
 
 
-# Of the model that this process built last.
+# The settings of the model that this process built last.
 _settings: HybridSettings | None = None
 
 

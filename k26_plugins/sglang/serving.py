@@ -20,7 +20,7 @@ from k26_plugins.sglang.messages import keep_history, show_cut_calls
 
 DROPPED = ("name", "reasoning")
 MAX_ANSWERS = 1024
-"""Of one request (`n`): SGLang makes as many requests of it, before it looks at any."""
+"""The most answers to one request (`n`): SGLang makes as many requests of it, before it looks at any."""
 
 
 def install() -> None:
@@ -83,7 +83,7 @@ def keep_arguments(original: Callable[..., None], message: dict[str, Any], **kwa
 
 
 def keep_images(original: Callable[..., Any], output: Any) -> Any:
-    """Of a function's output in the Responses API. SGLang would keep its text alone; its chat API takes the parts."""
+    """Keep the images of a function's output in the Responses API: SGLang keeps text alone; its chat API takes parts."""
     if isinstance(output, list) and any(
         isinstance(part, dict) and part.get("type") == "input_image" for part in output
     ):

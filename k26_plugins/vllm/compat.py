@@ -122,7 +122,7 @@ def message_image(part: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def tokenization_class() -> str:
-    """Of the endpoint `/tokenize`: 0.19.1 has it under the older name."""
+    """The name of the class behind the endpoint `/tokenize`: 0.19.1 has it under the older one."""
     older = "OpenAIServingTokenization"
     return older if hasattr(importlib.import_module(TOKENIZE_SERVING), older) else "ServingTokenization"
 

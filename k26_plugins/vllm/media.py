@@ -69,7 +69,7 @@ def _fetching() -> Iterator[None]:
 class K26MediaConnector(MediaConnector):
     """Fetches as vLLM does and decodes as the core does. Where the user set `image` in `--media-io-kwargs`, vLLM decodes."""
 
-    # Of the model that this process serves.
+    # The configuration of the model that this process serves.
     model_config: Any = None
     media_config: MediaConfig | None = None
 

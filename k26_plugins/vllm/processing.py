@@ -66,5 +66,5 @@ class K26MultiModalProcessor(_in_tree.KimiK25MultiModalProcessor):  # type: igno
     """As the in-tree class, and able to take videos: vLLM's rendering of chats looks for this method."""
 
     def split_video_chunks(self, video: Sequence[VideoChunk]) -> list[dict[str, Any]]:
-        """Of what the media connector made of a video: each chunk with the text of its place in the prompt."""
+        """Each chunk that the media connector made from a video, with the text of its place in the prompt."""
         return [{"video_chunk": chunk, "prompt": chunk.prompt} for chunk in video]

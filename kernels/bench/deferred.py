@@ -62,7 +62,7 @@ def deferring_model(folder: Path, on_device: int, per_token: int, dtype: torch.d
 
 
 def prompts() -> list[torch.Tensor]:
-    """Of random tokens, as many as are deferred for at once."""
+    """Prompts of random tokens, each as long as a batch for which experts are deferred."""
     return [torch.randint(0, 256, (TOKENS,), generator=torch.Generator().manual_seed(seed)) for seed in range(PROMPTS)]
 
 

@@ -46,7 +46,7 @@ TEXT = TextConfig()
 PRODUCTS = 3 * 2 * TEXT.hidden_size * TEXT.moe_intermediate_size
 """Arithmetic of one token in one expert."""
 PUBLISHED_PROMPTS = (20, 400)
-"""Of the projection: prompts, and tokens of each."""
+"""What is projected: prompts, and tokens of each."""
 
 
 def disk_rate(folder: Path) -> float:

@@ -71,7 +71,7 @@ def row_rate(text: TextConfig) -> float:
 
 
 def rates_of(config: K26Config) -> tuple[Rates, Gpu]:
-    """Of the CPU's core, and of the core in the GPU's place."""
+    """The rates of the CPU's core, and the core in the GPU's place."""
     usable = sorted(os.sched_getaffinity(0))
     torch.set_num_threads(1)
     try:

@@ -168,7 +168,7 @@ def size(row: dict[str, Any]) -> float:
 
 
 def pairs(row: dict[str, Any]) -> float:
-    """Of a computed token and a token of its context."""
+    """Pairs of a computed token and a token of its context, which attention goes through."""
     computed = row["prompt_tokens"] * (1 - row["prefix_hit_rate"]) + row["completion_tokens"]
     return float(computed * row["prompt_tokens"] / row["steps"])
 
@@ -187,7 +187,7 @@ def explained(row: dict[str, Any], costs: tuple[float, float]) -> float:
 
 
 def exponents(results: list[dict[str, Any]]) -> dict[str, float]:
-    """Of seconds over size, by least squares of the logarithms: 1 is linear, 0 is constant."""
+    """The exponents of seconds over size, by least squares of the logarithms: 1 is linear, 0 is constant."""
     found = {}
     for name in SWEEP:
         rows = [row for row in results if row["grows"] == name]

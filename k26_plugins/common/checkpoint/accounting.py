@@ -30,7 +30,7 @@ def account(
     seen: set[str] = set()
     for name, tensor in weights:
         spec = names.spec(name)
-        # Of 208,550 tensors nearly all are right, and `compare` takes its time to say so.
+        # Nearly all of the 208,550 tensors are right, and `compare` takes its time to say so.
         if spec is None or tensor.shape != spec.shape or tensor.dtype != TORCH_DTYPES[spec.dtype]:
             problem = compare(name, tensor.shape, _NAMES.get(tensor.dtype, str(tensor.dtype)), spec)
             if problem:

@@ -61,7 +61,7 @@ def _report(folder: Path, examined: Examination) -> Report:
         elif entry.name not in broken:
             report.num_tensors += 1
             report.num_bytes += entry.end - entry.start
-    # Of a file that is not there or has no header nothing is known but its name: its tensors are not listed one by one.
+    # Tensors of a file that is not there, or has no header, are not listed one by one: the file's name says it all.
     report.problems += [
         missing(table[name])
         for name in table.keys() - inventory.entries.keys()

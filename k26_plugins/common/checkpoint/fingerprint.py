@@ -7,7 +7,7 @@ import hashlib
 from k26_plugins.common.checkpoint.stream import StreamedCheckpoint
 
 NUM_BYTES = 64
-"""Of each tensor, from its start."""
+"""How many bytes of each tensor are hashed, from its start."""
 
 
 def fingerprint(checkpoint: StreamedCheckpoint) -> str:

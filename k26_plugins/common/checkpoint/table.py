@@ -145,7 +145,7 @@ def _moe(text: TextConfig, layer: int, experts: int) -> Iterator[TensorSpec]:
 
 
 def _expert_parts(text: TextConfig) -> Iterator[tuple[str, str, tuple[int, ...], str, int | None]]:
-    """Of each tensor of an expert: projection, part, shape, dtype and the dimension that is cut."""
+    """For each tensor of an expert its projection, part, shape, dtype and the dimension that is cut."""
     wide = (text.moe_intermediate_size, text.hidden_size)
     group = text.quantization.group_size
     for projection, (n, k), shard_dim in (("gate", wide, 0), ("up", wide, 0), ("down", wide[::-1], 1)):

@@ -12,5 +12,5 @@ def cache_folder() -> Path:
 
 
 def outcome_folder() -> Path:
-    """Of what `k26 tune` measured. Here, because a plan looks for it without importing torch."""
+    """Where `k26 tune` keeps what it measured. The function is here because a plan calls it without importing torch."""
     return cache_folder() / "tuned"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-# Of either runtime, as torch loads them: libcudart.so.12, libamdhip64.so.6.
+# The file of either runtime, as torch loads it: libcudart.so.12, libamdhip64.so.6.
 LIBRARY = re.compile(r"/lib(cudart|amdhip64)[^/]*\.so[.\d]*$")
 # cudaStreamCaptureModeRelaxed, and hip's: what this thread allocates is no part of what it captures.
 RELAXED = 2

@@ -14,7 +14,7 @@ from k26_plugins.common.model.config import PACK_FACTOR as PACK_FACTOR
 GROUP_SIZE = 32
 OFFSET = 8  # u = q + OFFSET
 TILE_ROWS = 128
-"""Of a product at a time: 3.7 MB at 7168 inputs."""
+"""Rows that a product dequantises at a time: 3.7 MB at 7168 inputs."""
 
 
 class PackingError(ValueError):

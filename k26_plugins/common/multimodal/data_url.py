@@ -39,7 +39,7 @@ def data_url_bytes(url: str) -> bytes:
 
 
 def base64_bytes(text: str) -> bytes:
-    """Of either alphabet, in lines or in one, percent-encoded or not, with or without its padding. Raises MediaError."""
+    """Decode base64 of either alphabet, in lines or in one, percent-encoded or not, padded or not. Raises MediaError."""
     data = unquote_to_bytes(text) if "%" in text else text.encode("utf-8", "replace")
     data = _WHITESPACE.sub(b"", data).translate(_URL_SAFE).rstrip(b"=")
     try:

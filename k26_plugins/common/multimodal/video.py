@@ -44,7 +44,7 @@ class VideoInfo:
     width: int
     height: int
     pts: tuple[int, ...] | None
-    """Of the frames in the order in which they are shown; None where the container gives none (AVI)."""
+    """The frames' times in the order in which they are shown; None where the container gives none (AVI)."""
     time_base: Fraction
     """Seconds of one step of `pts`."""
     constant_rate: bool
@@ -58,7 +58,7 @@ class VideoInfo:
 
 
 class _Packet(NamedTuple):
-    """Of a packet all but its data."""
+    """A packet without its data."""
 
     pts: int | None
     duration: int
@@ -71,9 +71,9 @@ class VideoChunk:
     """Up to four frames that are encoded together."""
 
     indices: tuple[int, ...]
-    """Of its frames in the video."""
+    """Where its frames are in the video, counted from 0."""
     timestamp: str
-    """Of its first frame."""
+    """The time of its first frame."""
     patches: npt.NDArray[np.uint8]
     """`[t · grid_h · grid_w, 3, patch, patch]`"""
     grid_thw: tuple[int, int, int]

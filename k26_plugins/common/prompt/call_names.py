@@ -12,7 +12,7 @@ from typing import Any
 _KIMIS_ID = re.compile(r"(?:functions\.)?(?P<name>\S+):(?P<index>\d+)")
 
 Tools = Mapping[str, Mapping[str, Any]]
-"""Of each declared tool, by its name, the JSON schema of its parameters."""
+"""The JSON schema of each declared tool's parameters, by the tool's name."""
 
 
 def tool_name(header: str, tools: Tools) -> str | None:

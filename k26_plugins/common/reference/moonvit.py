@@ -150,7 +150,7 @@ class VisionTower(nn.Module):
         self.encoder = Encoder(config)
 
     def forward(self, pixel_values: torch.Tensor, grids: list[tuple[int, int, int]]) -> list[torch.Tensor]:
-        """Of each medium, `[tokens, 4, D]`: the mean over its frames, 2 × 2 patches to a token."""
+        """For each medium `[tokens, 4, D]`: the mean over its frames, 2 × 2 patches to a token."""
         x = self.encoder(self.patch_embed(pixel_values, grids), grids)
         rows, columns = self.merge
         merged = []

@@ -19,7 +19,7 @@ from k26_plugins.common.model.int4 import dequantise
 from k26_plugins.common.tiny.checkpoint import make_new
 
 RANK, ALPHA = 4, 8
-# Of the layers' linear layers, those that both engines take adapters on. MLA multiplies kv_b_proj into its neighbours.
+# The linear layers on which both engines take adapters. MLA multiplies kv_b_proj into its neighbours.
 _SERVED = (
     *(f"self_attn.{name}" for name in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj")),
     *(f"mlp.{where}{name}_proj" for where in ("", "shared_experts.") for name in ("gate", "up", "down")),

@@ -21,7 +21,7 @@ from k26_plugins.common.model.config import TextConfig
 from k26_plugins.common.tiny.checkpoint import make_new
 
 WEIGHTS_FILE = "model.safetensors"
-# Of matrices whose values are drawn: what the guess has of the target's hidden states, beside what it has of the token.
+# The scale of drawn matrices: how much the guess takes from the target's hidden states, beside what it takes from the token.
 NOISE = 0.1
 
 

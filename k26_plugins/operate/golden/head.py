@@ -34,9 +34,9 @@ class Answers:
     target_logprobs: torch.Tensor
     """float32 `[N]`, of the token that follows; NaN where none is known."""
     others: list[torch.Tensor]
-    """Of each other model, float32 `[n, K]`: its log-probabilities of the model's `top_ids` at its rows."""
+    """For each other model float32 `[n, K]`: its log-probabilities of the model's `top_ids` at its rows."""
     kl: list[torch.Tensor]
-    """Of each other model, float32 `[n]`: Σ p · (log p − log q) over the whole vocabulary, p the model's."""
+    """For each other model float32 `[n]`: Σ p · (log p − log q) over the whole vocabulary, p the model's."""
 
 
 class _Sum:

@@ -43,9 +43,9 @@ class Carried:
     """Tokens that a run carries, summed over prompts."""
 
     tokens: int
-    """Of the model, and as many of its bfloat16 twin."""
+    """Tokens that the model carries; its bfloat16 twin carries as many."""
     suspect_tokens: int
-    """Of all suspects together, float32."""
+    """Tokens that all suspects together carry, in float32."""
     longest: int
     """Tokens of the longest prompt."""
     patches: int
@@ -130,7 +130,7 @@ def peak(config: K26Config, carried: Carried, top_k: int) -> dict[str, int]:
 
 
 def _choice_bytes(text: TextConfig) -> int:
-    """Of one token in one layer, kept twice: the experts' ids in 16 bits and their gaps in 32."""
+    """Bytes for one token in one layer: the experts' ids in 16 bits and their gaps in 32, kept twice."""
     return 2 * (text.num_experts_per_tok + NEAR) * (2 + FLOAT32)
 
 

@@ -30,7 +30,7 @@ class Row:
     kv_tokens: int
     largest_context: int
     largest_concurrency: int
-    """Of requests of the load's length."""
+    """How many requests of the load's length fit at the same time."""
     bound: float | None
     """Tokens a second of one request, from published bandwidths; no measurement."""
     note: str

@@ -16,7 +16,7 @@ LEGEND = ", ".join(f"{mark} {part}" for part, mark in MARKS.items())
 
 
 def memory_by_gpu(config: K26Config, tightest: Fit, mixed: Hybrid | None) -> list[dict[str, Any]]:
-    """Of each stage its `gpus` (first and last) and `bytes` by part. The tightest stage says how long the KV cache is."""
+    """For each stage its `gpus` (first and last) and `bytes` by part. The tightest stage says how long the KV cache is."""
     found = []
     layout, load = tightest.layout, tightest.load
     tokens = tightest.kv_tokens if mixed is None else load.tokens

@@ -39,7 +39,7 @@ class Load:
     """Images of the largest size in each request, beside `context`."""
     kv_dtype: str = "bf16"
     memory_fraction: float = MEMORY_FRACTION
-    """Of each GPU's memory, for the engine."""
+    """The share of each GPU's memory that the engine may use."""
     sequences: int = SEQUENCES
     """Requests in one step at most."""
     batched_tokens: int = BATCHED_TOKENS
@@ -78,7 +78,7 @@ class Fit:
 
     @property
     def largest_context(self) -> int:
-        """Of a single request."""
+        """Tokens of the longest single request that fits."""
         return min(self.kv_tokens, self.max_position)
 
     @property

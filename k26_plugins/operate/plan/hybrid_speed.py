@@ -17,7 +17,7 @@ from k26_plugins.operate.plan.hybrid import Hybrid, hybrid
 from k26_plugins.operate.plan.speed import experts_touched, plain_bytes
 
 NATIVE_SHARE = 0.85
-"""Of what a CPU reads the C++ experts reach with one token: measured, 80 to 99 % (docs/cpu-experts.md)."""
+"""The share of its reading rate that a CPU's experts reach with one token: measured, 80 to 99 % (docs/cpu-experts.md)."""
 # Assumed, as nothing below was measured on a GPU.
 # Kernels of a layer: attention, norms and router; the GPUs' routed and shared experts; sums and what follows them.
 BEFORE, BESIDE, AFTER = 12, 7, 3
@@ -25,7 +25,7 @@ BEFORE, BESIDE, AFTER = 12, 7, 3
 # host is awake after the stream; of a sum over GPUs, two in a layer.
 LAUNCH, LAUNCH_IN_GRAPH, COPY, CALL, WAKE, SUM = 10e-6, 2e-6, 5e-6, 10e-6, 20e-6, 12e-6
 COPIES = 4  # activations, ids and weights there, and the result back
-# Of the rate of a large product that a prompt's kernels reach together.
+# The share of a large product's rate that a prompt's kernels reach together.
 GPU_SHARE = 0.6
 CHUNKS = (2048, 4096, 8192, 16384, 32768)
 """Tokens of a prompt in one step (`--chunked-prefill-size`) that are looked at."""
@@ -46,7 +46,7 @@ class Rates:
 
     @classmethod
     def of_bandwidth(cls, config: K26Config, bandwidth: float) -> Rates:
-        """Of what the memory can read alone, bytes a second: for a token or a few, not for prompts."""
+        """Rates from the memory's bandwidth alone, bytes a second: they hold for a token or a few, not for prompts."""
         return cls(host=Line(expert_bytes(config.text) / (bandwidth * NATIVE_SHARE), 0.0))
 
 
@@ -63,7 +63,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Of one request as long as the load's, the last of its tokens the answer."""
+    """How fast one request is that is as long as the load's, the last of its tokens the answer."""
 
     chunk: int
     prompt_tokens: int
@@ -139,7 +139,7 @@ def prefill_step(config: K26Config, fit: Fit, plan: Hybrid, rates: Rates, *, chu
 
 
 def speed(config: K26Config, fit: Fit, plan: Hybrid, rates: Rates) -> Speed:
-    """Of one request of the load, in chunks of the load's `batched_tokens`."""
+    """How fast one request of the load is, in chunks of the load's `batched_tokens`."""
     context, chunk = fit.load.context, fit.load.batched_tokens
     answer = min(ANSWER, context // 2)
     prompt = context - answer

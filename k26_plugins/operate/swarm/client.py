@@ -16,7 +16,7 @@ OK = "ok"
 TOP_LOGPROBS = 20
 
 Fingerprint = list[tuple[bytes, dict[bytes, float]]]
-"""Of an answer's first tokens: the token, and the log-probabilities of the likeliest at its place, all by their bytes."""
+"""Each of an answer's first tokens by its bytes, and the log-probabilities of the likeliest at its place, by theirs."""
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Step:
     prompt_tokens: int | None = None
     completion_tokens: int = 0
     prompt_digest: str | None = None
-    """Of the prompt's token ids, where the server reports them."""
+    """The hash of the prompt's token ids, where the server reports them."""
     outcome: str = OK
     """`ok`, or the kind of error."""
     detail: str = ""

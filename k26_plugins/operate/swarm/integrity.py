@@ -75,7 +75,7 @@ class Comparison:
     """Nats, as `distance` has it."""
     nearest: float
     nearest_agent: int
-    """Of another agent."""
+    """The other agent whose answer is nearest."""
     same_text: bool
 
 

@@ -58,7 +58,7 @@ class Verdict:
     checks: list[Check]
     faults: list[Fault] = field(default_factory=list)
     compared: Comparisons | None = None
-    """Of the steps that were asked again alone."""
+    """How the steps compare that were asked again alone."""
 
     @property
     def passed(self) -> bool:

@@ -11,7 +11,7 @@ import psutil
 FLAT = 0.05
 """How much more the last quarter of a run may hold than its second quarter."""
 MIN_SECONDS = 240.0
-"""Of a run whose memory is judged: in a shorter one the server still fills its caches."""
+"""The shortest run whose memory is judged: in a shorter one the server still fills its caches."""
 
 Sample = tuple[float, int]
 """Seconds since the run began, bytes."""

@@ -45,7 +45,7 @@ async def read_prefix_cache(http: httpx.AsyncClient, url: str) -> PrefixCache | 
 
 
 def hit_rate(before: PrefixCache | None, after: PrefixCache | None) -> float | None:
-    """Of the tokens between two readings."""
+    """The share of the tokens asked for between two readings that was found; None where it cannot be told."""
     if before is None or after is None or after.asked <= before.asked:
         return None
     return (after.found - before.found) / (after.asked - before.asked)

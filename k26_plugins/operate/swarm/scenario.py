@@ -37,7 +37,7 @@ class Shape:
     steps: int = 4000
     """Requests in all, the orchestrator's among them."""
     prefix_tokens: int = 4000
-    """Of the records that every request begins with, beside the system prompt and the tools."""
+    """Tokens of the records with which every request begins, beside the system prompt and the tools."""
     answer_tokens: int = 48
     images: float = 0.1
     """The share of agents whose task comes with an image."""

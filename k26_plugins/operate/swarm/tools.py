@@ -10,7 +10,7 @@ from typing import Any
 import jsonschema
 
 LATENCY_SPREAD = 0.5
-"""Of the logarithm of a tool's latency."""
+"""The standard deviation of the logarithm of a tool's latency."""
 
 
 def _tool(name: str, description: str, properties: dict[str, Any], required: list[str]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ class Layer:
 
     @classmethod
     def of_shape(cls, shape: str) -> Layer:
-        """Of a rank's sizes as an outcome names them, with the published model's number of experts and choices.
+        """A layer of a rank's sizes as an outcome names them, with the published model's number of experts and choices.
 
         Raises ValueError for anything else.
         """

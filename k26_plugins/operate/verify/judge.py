@@ -36,7 +36,7 @@ LARGE_SHARE_FACTOR = 3.0
 LARGE_SHARE_ALLOWANCE = 0.04
 # A suspect explains an endpoint that is this much nearer to it than to the model.
 NEARER = 0.3
-# Of a sign test's standard deviations, by which it is nearer to that than to the next suspect.
+# How many standard deviations of a sign test it is nearer to that than to the next suspect.
 SUSPECT_STANDS_OUT = 3.0
 MIN_POSITIONS = 4
 
@@ -62,7 +62,7 @@ class Verdict:
     checks: list[Check] = field(default_factory=list)
     causes: list[Cause] = field(default_factory=list)
     diverged: list[str] = field(default_factory=list)
-    """Of each prompt that is beyond the bounds, its first position that is."""
+    """For each prompt that is beyond the bounds, the first position that is."""
     places: list[Place] = field(default_factory=list)
     """Where a fault may sit, the likeliest first; there is one where any is `found`."""
     smallest: str = ""

@@ -17,10 +17,10 @@ import torch
 from k26_plugins.operate.golden import Golden
 from k26_plugins.operate.verify.measure import Position
 
-# Of a rank test's standard deviations. The published model has 23,040 experts, of which chance takes one to 4.3, and as many
+# Standard deviations of a rank test. The published model has 23,040 experts, of which chance takes one to 4.3, and as many
 # biases with two signs and five sizes, of which it takes one to 4.8. The largest of 50 clean runs was 4.6.
 MIN_SCORE = 6.0
-# Of the distances over rounding's, touched positions against the others. Another rounding moves tokens of some experts more
+# The distances over rounding's, touched positions against the others. Another rounding moves tokens of some experts more
 # than others', and with enough tokens any difference is beyond chance.
 MIN_RATIO = 1.25
 # The same where all positions are off: what is wrong in every token's path moves some experts' tokens more, and not by much.
@@ -105,7 +105,7 @@ class Localiser:
         return (self.gaps < 0) & (self.gaps > -error) if kind == BIAS_HIGH else (self.gaps >= 0) & (self.gaps < error)
 
     def scores(self, kind: str, error: float = 0.0) -> torch.Tensor:
-        """Of each layer and expert, by how many standard deviations the touched positions rank above the others.
+        """For each layer and expert, by how many standard deviations the touched positions rank above the others.
 
         `[layers, experts]`, NaN where too few are touched, or are not.
         """

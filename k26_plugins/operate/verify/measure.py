@@ -22,7 +22,7 @@ class Position:
 
     prompt: int
     index: int
-    """Of the token that it follows."""
+    """The index of the token that it follows."""
     kind: str
     """`text` or `image` by the token it follows; `answer` from the prompt's last token on."""
     kl: float

@@ -26,7 +26,7 @@ class Found:
     """One question."""
 
     tokens: int
-    """Of the prompt, as the server counts them, or as they were planned where it does not say."""
+    """Tokens of the prompt, as the server counts them, or as they were planned where it does not say."""
     depth: float
     right: bool
     note: str = ""

@@ -60,7 +60,7 @@ def empty_figure(height: float) -> tuple[Figure, Any]:
 
 
 def shares_below(curves: Iterable[tuple[str, Sequence[float], str | None]], distance: str) -> Figure:
-    """Of each label, its KLs and its colour: the share of positions below each KL. distance: what the KL is from."""
+    """Draw the share of positions below each KL. curves: label, KLs and colour. distance: what the KL is from."""
     figure, axes = empty_figure(3)
     for label, values, colour in curves:
         ordered = sorted(max(value, SMALLEST) for value in values)

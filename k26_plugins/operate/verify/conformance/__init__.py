@@ -15,7 +15,7 @@ __all__ = ["ANSWER_TOKENS", "CASES", "FAIL", "NOT_ASKED", "PASS", "Case", "Outco
 
 CASES: tuple[Case, ...] = (*counts.cases(), *parameters.cases(), *schemas.cases())
 ANSWER_TOKENS = 512
-"""Of answers that shall end by themselves."""
+"""The limit of answers that shall end by themselves."""
 
 
 def check_conformance(

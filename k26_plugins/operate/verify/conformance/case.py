@@ -31,7 +31,7 @@ class Chat:
 
     endpoint: Endpoint
     max_tokens: int
-    """Of answers that shall end by themselves."""
+    """The limit of answers that shall end by themselves."""
     off: dict[str, Any] = field(default_factory=dict)
     """The fields that switch thinking off; empty where none does."""
 
