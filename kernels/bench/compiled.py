@@ -70,6 +70,8 @@ class Facts:
     matrix_instructions: dict[str, int]
     weight_loads: dict[str, int]
     """Widest loads from global memory, by instruction."""
+    first_to_leave: int
+    """Of those, that the cache is told to let go first; 0 on AMD."""
     shuffles: int
     loop_instructions: int
     """Machine instructions that a warp issues for a step along K; 0 where that is not read (AMD, and kernels without)."""
@@ -204,7 +206,7 @@ def read_nvidia(asm: Any) -> dict[str, Any]:
         usage, code = (cuobjdump(option, file.name) for option in ("-res-usage", "-sass"))
     found = re.search(r"REG:(\d+) STACK:(\d+).*? LOCAL:(\d+)", usage)
     assert found, usage
-    loads = count(r"(cp\.async\.c[ag]\.shared\.global) \[ *[^\]]*\], \[[^\]]*\], (0x\w+|\d+)", ptx)
+    loads = count(r"(cp\.async\.c[ag]\.shared\.global)(?:\.L2::cache_hint)? \[ *[^\]]*\], \[[^\]]*\], (0x\w+|\d+)", ptx)
     steps, tile = loop_instructions(code)
     wide = {f"cp.async {int(size, 0)}": number for (_, size), number in loads.items()}
     return {
@@ -212,6 +214,7 @@ def read_nvidia(asm: Any) -> dict[str, Any]:
         "spilled_bytes": int(found[2]) + int(found[3]),
         "matrix_instructions": count(r"(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", ptx),
         "weight_loads": {**wide, **count(r"(ld\.global\S*\.v4\.b32)", ptx)},
+        "first_to_leave": len(re.findall(r"cp\.async\S*\.L2::cache_hint", ptx)),
         "shuffles": len(re.findall(r"shfl\.sync", ptx)),
         "loop_instructions": steps,
         "tile_instructions": tile,
@@ -226,6 +229,7 @@ def read_amd(asm: Any) -> dict[str, Any]:
         "spilled_bytes": 4 * figures["vgpr_spill_count"] + figures["private_segment_fixed_size"],
         "matrix_instructions": count(r"\b(v_mfma)_", code),
         "weight_loads": count(r"\b((?:global|buffer)_load_dwordx4)\b", code),
+        "first_to_leave": 0,
         "shuffles": len(re.findall(r"ds_bpermute|ds_swizzle", code)),
         "loop_instructions": 0,
         "tile_instructions": 0,

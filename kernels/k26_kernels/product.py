@@ -37,10 +37,10 @@ def write_tile(
 def multiply_step(
     acc: tl.tensor, words: tl.tensor, scales: tl.tensor, x_rows: tl.tensor, valid: tl.tensor,
     rows_first: tl.tensor, k: tl.tensor, K: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
-    FRAGMENT: tl.constexpr, PACKED_MATH: tl.constexpr, WAIT: tl.constexpr,
+    FRAGMENT: tl.constexpr, PACKED_MATH: tl.constexpr, WAIT: tl.constexpr, ONCE: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """acc with the product over BLOCK_K inputs from k on."""
-    w = load_words(words, rows_first, k, K, BLOCK_ROWS, BLOCK_K, FRAGMENT)
+    """acc with the product over BLOCK_K inputs from k on. ONCE: as in `load_words`."""
+    w = load_words(words, rows_first, k, K, BLOCK_ROWS, BLOCK_K, FRAGMENT, ONCE)
     s = load_scales(scales, rows_first, k, K, BLOCK_ROWS, BLOCK_K, FRAGMENT)
     xt = tl.load(x_rows[None, :] + (k + tl.arange(0, BLOCK_K))[:, None], mask=valid, other=0.0)
     tile_w = weights_tile(w, s, BLOCK_ROWS, BLOCK_K, FRAGMENT, PACKED_MATH, tl.bfloat16)
@@ -75,6 +75,9 @@ def product_kernel(
     """
     ROW_BLOCKS: tl.constexpr = N // BLOCK_ROWS
     K_PART: tl.constexpr = K // SPLIT_K
+    # Where slots are sorted, the blocks of an expert find its tile in the cache. Else only a few slots are there, which
+    # seldom share an expert, and what a step reads beside, of the weights' size, is worth keeping.
+    ONCE: tl.constexpr = not SORTED
     column = tl.arange(0, BLOCK_TOKENS)
     num_blocks = num_slots
     if SORTED:
@@ -108,7 +111,7 @@ def product_kernel(
             some = tl.maximum(expert, 0).to(tl.int64)
             acc = multiply_step(
                 acc, packed + some * (N * K // 8), scale + some * (N * K // 32), x_rows, valid, rows_first,
-                part * K_PART, K, BLOCK_ROWS, BLOCK_K, FRAGMENT, PACKED_MATH, WAIT,
+                part * K_PART, K, BLOCK_ROWS, BLOCK_K, FRAGMENT, PACKED_MATH, WAIT, ONCE,
             )  # fmt: skip
             write_tile(
                 acc, out, topk_weights, slot, count, rows_first, part, num_slots, N, EPILOGUE, BLOCK_TOKENS, BLOCK_ROWS
@@ -119,7 +122,7 @@ def product_kernel(
             for k in range(part * K_PART, (part + 1) * K_PART, BLOCK_K):
                 acc = multiply_step(
                     acc, words, scales, x_rows, valid, rows_first, k, K,
-                    BLOCK_ROWS, BLOCK_K, FRAGMENT, PACKED_MATH, WAIT,
+                    BLOCK_ROWS, BLOCK_K, FRAGMENT, PACKED_MATH, WAIT, ONCE,
                 )  # fmt: skip
             write_tile(
                 acc, out, topk_weights, slot, count, rows_first, part, num_slots, N, EPILOGUE, BLOCK_TOKENS, BLOCK_ROWS

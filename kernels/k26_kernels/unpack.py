@@ -39,9 +39,12 @@ def settled(acc: tl.tensor) -> tl.tensor:
 @triton.jit
 def load_words(
     packed: tl.tensor, rows_first: tl.tensor, input_first: tl.tensor, K: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr, FRAGMENT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr, FRAGMENT: tl.constexpr, ONCE: tl.constexpr = False,
 ) -> tl.tensor:  # fmt: skip
-    """int32 `[BLOCK_ROWS · BLOCK_K / 32, 4]`: the chunks of a tile. `packed` points at the matrix of an expert."""
+    """int32 `[BLOCK_ROWS · BLOCK_K / 32, 4]`: the chunks of a tile. `packed` points at the matrix of an expert.
+
+    ONCE: nothing else will read them, so they are the first to leave the cache. AMD and sm_80 have no such hint.
+    """
     STEP: tl.constexpr = 128 if FRAGMENT == "mfma" or FRAGMENT == "tmem" else 64
     CHUNKS: tl.constexpr = 2 * STEP  # of 64 rows and a step
     SLABS: tl.constexpr = BLOCK_ROWS // 64
@@ -50,7 +53,8 @@ def load_words(
     step = chunk // (CHUNKS * SLABS)
     offsets = slab * (8 * K) + step * (CHUNKS * 4) + (chunk % CHUNKS) * 4
     first = rows_first * (K // 8) + input_first * 8
-    return tl.load(packed + first + offsets[:, None] + tl.arange(0, 4)[None, :])
+    places = packed + first + offsets[:, None] + tl.arange(0, 4)[None, :]
+    return tl.load(places, eviction_policy="evict_first" if ONCE else "")
 
 
 @triton.jit

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 import pytest
+import triton
 from bench.compiled import compile_variant, variants
 from k26_kernels.config import INVARIANT, SINGLE
 from k26_kernels.target import TARGETS
@@ -19,6 +20,7 @@ INSTRUCTION = {
     "gfx942": "v_mfma",
 }
 REGISTERS = 65536  # of a processor, for all its threads; on gfx942 512 for each thread of a wave
+OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 ALL = [(variant.target, variant.name) for variant in variants()]
 PRODUCTS = [(target, name) for target, name in ALL if name.startswith("w")]
 
@@ -54,6 +56,16 @@ def test_it_streams(facts: dict[tuple[str, str], dict[str, Any]], target: str, n
     assert set(loads) <= {"cp.async 8", *(["cp.async 4"] if name.endswith("short") else [])}
     # One shuffle finds the warp that issues the instruction.
     assert fact["shuffles"] <= (target in ("sm_90", "sm_100"))
+
+
+@pytest.mark.skipif(OLD, reason="older ones give the hint to other loads only")
+@pytest.mark.parametrize(("target", "name"), PRODUCTS)
+def test_weights_that_are_read_once_leave_the_cache_first(
+    facts: dict[tuple[str, str], dict[str, Any]], target: str, name: str
+) -> None:
+    """Where there is such a hint."""
+    once = name.split()[1] == SINGLE and TARGETS[target].fragment != "mfma" and target != "sm_80"
+    assert (facts[target, name]["first_to_leave"] > 0) == once
 
 
 @pytest.mark.parametrize(("target", "name"), [pair for pair in PRODUCTS if pair[1].split()[1] in (SINGLE, INVARIANT)])

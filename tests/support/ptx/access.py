@@ -82,7 +82,10 @@ def copy(machine: Machine, instruction: Instruction, mask: Mask) -> None:
     if "wait_group" in instruction.modifiers:
         machine.wait("copy", int(machine.read(instruction.operands[0], np.uint32)))
         return
-    target, source, size, *given = instruction.operands
+    operands = instruction.operands
+    if "L2::cache_hint" in instruction.modifiers:
+        operands = operands[:-1]
+    target, source, size, *given = operands
     width = int(machine.read(size, np.uint32))
     to, origin = machine.addresses(target)[mask], machine.addresses(source)[mask]
     count = machine.lanes(given[0], np.uint32)[mask] if given else np.full(len(to), width)
@@ -108,7 +111,7 @@ def barrier(machine: Machine, instruction: Instruction, mask: Mask) -> None:
 
 
 def nothing(machine: Machine, instruction: Instruction, mask: Mask) -> None:
-    """An order that threads in step keep by themselves."""
+    """An order that threads in step keep by themselves, or advice for a cache, which there is none of."""
 
 
 OPERATIONS: dict[str, Callable[[Machine, Instruction, Mask], None]] = {
@@ -119,4 +122,5 @@ OPERATIONS: dict[str, Callable[[Machine, Instruction, Mask], None]] = {
     "bar": barrier,
     "barrier": barrier,
     "fence": nothing,
+    "createpolicy": nothing,
 }
