@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from support.experts import error, inputs, judge, make_weights, route
+from support.made_ready import record
 
 from k26_plugins.common.expert_costs import MEASURED_TOKENS, Line, StreamCosts
-from k26_plugins.common.experts import BACKENDS, ExpertsError, ExpertWeights, create_experts, find_backend
+from k26_plugins.common.experts import BACKENDS, Batches, ExpertsError, ExpertWeights, create_experts, find_backend
 from k26_plugins.common.experts.cpu import CpuExperts
 from k26_plugins.common.experts.deferred import Deferral
 from k26_plugins.common.experts.hybrid import FEW_TOKENS, HybridExperts
@@ -155,6 +156,18 @@ def test_the_sum_does_not_depend_on_streaming(host: str, chunk_bytes: int, monke
     # A part of the host's experts.
     monkeypatch.setattr(Streaming, "choose", lambda self, counts, tokens: [4, 1])
     assert error(experts.apply(x, ids, topk_weights), judge(weights, x, ids, topk_weights)) <= TOLERANCE
+
+
+def test_what_streams_is_ready_for_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first: for as many experts as are copied at a time, however many a batch needs."""
+    monkeypatch.setattr("k26_plugins.common.experts.streamed.CHUNK_BYTES", 128 * 64 * 8)
+    seen = record(monkeypatch, *BACKENDS.values())
+    batches = Batches(3, 8, torch.float32, logging.getLogger("engine"))
+    streaming = Streaming("auto", 10, batches)
+    hybrid(make_weights(8, 128, 64), 2, streaming, "cpu")
+    assert streaming._stream is not None
+    assert 1 < streaming._stream.chunk < 6
+    assert seen == [(streaming._stream.chunk, batches)]
 
 
 def test_experts_with_the_most_tokens_are_streamed_until_both_sides_end_together() -> None:

@@ -22,6 +22,7 @@ from engine_names import read_snapshot
 from support import sglang_foreign_kernels
 from support.experts import error, inputs, judge, route
 from support.layouts import OTHER, PUBLISHED, make
+from support.made_ready import record
 from support.platforms import SGLANG_PLATFORMS
 from support.registration import assert_all_or_nothing
 from support.remote_code import plant
@@ -34,6 +35,7 @@ from k26_plugins.common.adapters.engine import UnsupportedEngineError
 from k26_plugins.common.adapters.registration import Registration
 from k26_plugins.common.checkpoint import Checkpoint, expert_name
 from k26_plugins.common.experts import ExpertWeights
+from k26_plugins.common.experts.cpu import CpuExperts
 from k26_plugins.common.experts.loading import load_experts
 from k26_plugins.common.model.config import ARCHITECTURE, ConfigError
 from k26_plugins.common.prompt.hf_tokenizer import KimiTokenizerFast
@@ -590,6 +592,7 @@ def test_a_layer_s_experts_are_loaded_and_updated(
 
     make_tiny(tmp_path / "other", seed=1)
     old, new = Checkpoint(tiny_folder), Checkpoint(tmp_path / "other")
+    seen = record(monkeypatch, CpuExperts)
     text = old.config.text
     experts = text.n_routed_experts
     if on_device is None:
@@ -621,6 +624,9 @@ def test_a_layer_s_experts_are_loaded_and_updated(
     load(old, names)
     scheme.process_weights_after_loading(layer)
     assert_computed(old)
+    # The device's experts were made ready for batches of every size.
+    here, ids_of = (experts, None) if on_device is None else (on_device, experts)
+    assert [(number, *batches[:3]) for number, batches in seen] == [(here, 2, ids_of, torch.bfloat16)] * (here > 0)
     load(new, names[: len(names) // 2])
     load(new, names[len(names) // 2 :])
     scheme.process_weights_after_loading(layer)  # 0.5.10 ends each update with it

@@ -16,11 +16,12 @@ import pytest
 import torch
 from support.experts import dense, error, inputs, judge, route
 from support.live_bytes import LiveBytes
+from support.made_ready import record
 from vllm.config import VllmConfig, set_current_vllm_config
 
 from k26_plugins.common.checkpoint import Checkpoint
 from k26_plugins.common.checkpoint.mapped import mapped_tensors
-from k26_plugins.common.experts import ExpertsError, ExpertWeights
+from k26_plugins.common.experts import BACKENDS, ExpertsError, ExpertWeights
 from k26_plugins.common.experts.engine_test import BATCHES, EngineTest
 from k26_plugins.common.experts.loading import ExpertsOfLayer, load_experts
 from k26_plugins.common.model.config import K26Config
@@ -286,6 +287,17 @@ def test_the_core_takes_the_place_of_wrong_ones(
     assert "vLLM's own experts (CompressedTensorsWNA16MoEMethod) are wrong on cpu: relative error " in line
     assert all(isinstance(layer.quant_method, K26ExpertsMethod) for layer in model.experts().values())
     assert worst(model, checkpoint) < 1e-2
+
+
+def test_the_core_s_are_ready_for_every_batch(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of vLLM's layers: for that of each, and before it serves."""
+    text = checkpoint.config.text
+    seen = record(monkeypatch, *BACKENDS.values())
+    Plain(monkeypatch, text.first_k_dense_replace)
+    model = int4_model(checkpoint.config, checkpoint)
+    finish(model)
+    assert [number for number, _ in seen] == [text.n_routed_experts] * len(model.experts())
+    assert {batches[:3] for _, batches in seen} == {(text.num_experts_per_tok, None, torch.bfloat16)}
 
 
 REFUSED = {
