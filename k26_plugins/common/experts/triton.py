@@ -53,6 +53,13 @@ def _make_ready(sizes: LayerSizes, batches: Batches, batch_invariant: bool) -> N
     )
 
 
+def _as_int32(ids: torch.Tensor) -> torch.Tensor:
+    """For which alone the kernels are compiled. A number that is no expert's stays one."""
+    if ids.dtype == torch.int64:
+        ids = ids.clamp(-1, torch.iinfo(torch.int32).max)
+    return ids.to(torch.int32)
+
+
 class TritonExperts(ExpertsBackend):
     """bfloat16 activations, INT4 weights repacked for the matrix instruction of the GPU."""
 
@@ -130,14 +137,13 @@ class TritonExperts(ExpertsBackend):
 
         if out is None:
             out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
-        # Other dtypes are rounded to bfloat16, which the kernels are made for; the sum is in the dtype of `out`. Ids and map
-        # have one dtype, or a request might be the first with another.
+        # Other dtypes are rounded to bfloat16, which the kernels are made for; the sum is in the dtype of `out`.
         return fused_experts(
             hidden_states.to(torch.bfloat16),
             self.experts,
-            topk_ids.to(torch.int32),
+            _as_int32(topk_ids),
             topk_weights.float(),
-            expert_map=None if expert_map is None else expert_map.to(torch.int32),
+            expert_map=None if expert_map is None else _as_int32(expert_map),
             out=out,
             workspace=workspace,
             batch_invariant=self.batch_invariant,
