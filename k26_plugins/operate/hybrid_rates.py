@@ -28,7 +28,7 @@ def measure(text: TextConfig) -> Rates:
 
     Takes a quarter of the memory that is free at most.
     """
-    return Rates(host=host_line(text), link=links_rate(), gpu_product=gpu_product())
+    return Rates(host=host_line(text), link=links_rate(), gpu_gemm=gpu_gemm_rate())
 
 
 def host_line(text: TextConfig) -> Line:
@@ -47,8 +47,8 @@ def links_rate() -> float | None:
     return copy_rate(range(torch.cuda.device_count())) if torch.cuda.is_available() else None
 
 
-def gpu_product() -> float | None:
-    """Operations a second of a large bfloat16 product on the first GPU; None without one."""
+def gpu_gemm_rate() -> float | None:
+    """Operations a second of a large bfloat16 GEMM on the first GPU; None without one."""
     if not torch.cuda.is_available():
         return None
     matrix = torch.randn(PRODUCT, PRODUCT, device="cuda").to(torch.bfloat16)

@@ -60,7 +60,7 @@ def disk_rate(folder: Path) -> float:
     return done / (time.perf_counter() - start)
 
 
-def product_rate() -> float:
+def gemm_rate() -> float:
     """Operations a second of torch's float32 product at an expert's shape, each thread on its own."""
     x, w = torch.randn(256, TEXT.hidden_size), torch.randn(TEXT.moe_intermediate_size, TEXT.hidden_size)
     best = min(timed(lambda: x @ w.T) for _ in range(5))
@@ -119,7 +119,7 @@ def main() -> None:
             vision_layers=1,
         )
         make_quick(folder, sizes)
-    disk, product = disk_rate(folder), product_rate()
+    disk, product = disk_rate(folder), gemm_rate()
     table = Table("tokens", "with twin and suspects", "seconds", "GB/s", "of the disk", "GFLOP/s", "of a product")
     found = []
     for tokens in TOKENS:

@@ -57,8 +57,8 @@ def make(folder: Path, layers: int) -> K26Config:
     return K26Config.from_path(folder)
 
 
-def product_rate() -> float:
-    """Operations a second of a large bfloat16 product on the CPU."""
+def gemm_rate() -> float:
+    """Operations a second of a large bfloat16 GEMM on the CPU."""
     matrix = torch.randn(PRODUCT, PRODUCT).to(torch.bfloat16)
     return 2 * PRODUCT**3 / min(seconds(lambda: matrix @ matrix) for _ in range(5))
 
@@ -79,8 +79,8 @@ def rates_of(config: K26Config) -> tuple[Rates, Gpu]:
         rates = measure(config.text)
         os.sched_setaffinity(0, {usable[-1]})
         gpu = Gpu("a core", 2**40, row_rate(config.text), "")
-        # The planner takes a share of a GPU's product; a core's products are what was measured.
-        return replace(rates, gpu_product=product_rate() / GPU_SHARE), gpu
+        # The planner takes a share of a GPU's GEMM rate; here it is to take all of what was measured.
+        return replace(rates, gpu_gemm=gemm_rate() / GPU_SHARE), gpu
     finally:
         os.sched_setaffinity(0, usable)
 

@@ -58,7 +58,7 @@ def test_a_gpu_s_arithmetic_is_a_prompt_s_where_it_was_measured() -> None:
     """Beside what does not count for little: 32,768 tokens before it double a chunk's attention at least."""
     found = choose(PUBLISHED, parse("H100")[1], 4, Load(), "ktransformers")
     plan = hybrid(PUBLISHED, found, RAM)
-    rates = Rates(host=Line(0.0, 0.0), link=1e15, gpu_product=600e12)
+    rates = Rates(host=Line(0.0, 0.0), link=1e15, gpu_gemm=600e12)
     step = prefill_step(PUBLISHED, found, plan, rates, chunk=8192, before=0)
     # docs/model.md: attention, shared experts, dense layer and head, a token's multiplications cut over four GPUs; and what
     # each of them multiplies whole, the projections to the ranks and the router.
@@ -87,7 +87,7 @@ def test_more_requests_read_more_experts() -> None:
 
 
 def test_the_chunk_is_the_one_with_which_a_request_ends_first() -> None:
-    slow_link = Rates(host=Line(100e-6, 1e-3), link=20e9, gpu_product=600e12)
+    slow_link = Rates(host=Line(100e-6, 1e-3), link=20e9, gpu_gemm=600e12)
     found = choose(PUBLISHED, parse("H100")[1], 4, Load(), "ktransformers")
     best = fastest(PUBLISHED, found, RAM, slow_link)
     assert best is not None
@@ -147,7 +147,7 @@ def test_what_cannot_be_predicted_is_said(options: list[str], message: str) -> N
 @pytest.mark.gpu
 def test_links_and_products_are_measured_on_a_gpu() -> None:
     assert torch.cuda.is_available()
-    link, product = hybrid_rates.links_rate(), hybrid_rates.gpu_product()
+    link, product = hybrid_rates.links_rate(), hybrid_rates.gpu_gemm_rate()
     assert link is not None
     assert product is not None
     assert 1e9 < link < 5e12

@@ -25,7 +25,7 @@ BEFORE, BESIDE, AFTER = 12, 7, 3
 # host is awake after the stream; of a sum over GPUs, two in a layer.
 LAUNCH, LAUNCH_IN_GRAPH, COPY, CALL, WAKE, SUM = 10e-6, 2e-6, 5e-6, 10e-6, 20e-6, 12e-6
 COPIES = 4  # activations, ids and weights there, and the result back
-# The share of a large product's rate that a prompt's kernels reach together.
+# The share of a large GEMM's rate that a prompt's kernels reach together.
 GPU_SHARE = 0.6
 CHUNKS = (2048, 4096, 8192, 16384, 32768)
 """Tokens of a prompt in one step (`--chunked-prefill-size`) that are looked at."""
@@ -41,8 +41,8 @@ class Rates:
     """Seconds of one whole expert on the CPU's cores."""
     link: float | None = None
     """Bytes a second from the host's memory to all GPUs together; None: no expert is streamed."""
-    gpu_product: float | None = None
-    """Operations a second of a large bfloat16 product on one GPU; None: a prompt's arithmetic there is not counted."""
+    gpu_gemm: float | None = None
+    """Operations a second of a large bfloat16 GEMM on one GPU; None: a prompt's arithmetic there is not counted."""
 
     @classmethod
     def of_bandwidth(cls, config: K26Config, bandwidth: float) -> Rates:
@@ -109,7 +109,7 @@ def prefill_step(config: K26Config, fit: Fit, plan: Hybrid, rates: Rates, *, chu
     text, bandwidth, tp = config.text, fit.gpu.bandwidth, fit.layout.tp
     assert bandwidth is not None, "without a bandwidth nothing is predicted"
     layers = text.num_hidden_layers - text.first_k_dense_replace
-    rate = None if rates.gpu_product is None else rates.gpu_product * GPU_SHARE * tp
+    rate = None if rates.gpu_gemm is None else rates.gpu_gemm * GPU_SHARE * tp
 
     def on_gpu(operations: float, num_bytes: float) -> float:
         """num_bytes: read by each GPU."""
