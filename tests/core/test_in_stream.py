@@ -213,7 +213,7 @@ def test_a_graph_holds_through_an_update_of_the_weights(device: PretendedDevice,
 
 @pytest.fixture
 def fresh_threads(monkeypatch: pytest.MonkeyPatch) -> Threads:
-    """Of a process of its own, as it were: a worker that hangs is not forgotten."""
+    """Threads as a process of its own would have them: a worker that hangs is not forgotten."""
     monkeypatch.setattr("k26_plugins.common.experts.native.threads._process_threads", None)
     return process_threads()
 

@@ -65,7 +65,7 @@ def served(experts: LayerExperts) -> dict[str, int]:
 
 @pytest.mark.parametrize("backend", backends())
 def test_updates_are_computed_with_where_the_old_weights_were(backend: str) -> None:
-    """Of all experts, of one, and of none; the parameters stay where they are, as a graph that was captured wants it."""
+    """All experts are updated, one, and none; the parameters stay where they are, as a graph that was captured wants it."""
     experts = make_layer(backend)
     old, new = (make_weights(*SIZES, seed=seed) for seed in (0, 1))
     load(experts, old)
@@ -271,7 +271,7 @@ def test_another_loader_of_a_parameter_is_given_the_tensors(tiny_folder: Path) -
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_a_layer_is_repacked_while_others_are_still_to_come(tiny_folder: Path, backend: str) -> None:
-    """Of a whole checkpoint's load, as soon as its last tensor is there. Of any other the engine closes the layers."""
+    """A load of the whole checkpoint closes a layer with its last tensor. Of any other load the engine closes the layers."""
     checkpoint = Checkpoint(tiny_folder)
     layers = {number: layer_of(checkpoint, backend) for number in (1, 2)}
     found = {number: whole_layer(experts) for number, experts in layers.items()}

@@ -95,7 +95,7 @@ def test_a_chunk_is_what_its_frames_are() -> None:
 
 
 def greys(chunk: VideoChunk) -> np.ndarray:
-    """Of a patch in the middle of each frame of 64 × 48, away from the square and the padding."""
+    """The grey of a patch in the middle of each frame of 64 × 48, away from the square and the padding."""
     return chunk.patches.reshape(len(chunk.indices), 4, 6, 3, 14, 14)[:, 2, 3].mean((1, 2, 3))
 
 

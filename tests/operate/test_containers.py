@@ -19,7 +19,7 @@ ADDRESS = ["--host", "0.0.0.0", "--port", "8000"]
 
 
 def planned(engine: str) -> list[list[str]]:
-    """Of the command that the manifests name, with the model's sizes as published."""
+    """What the command that the manifests name prints, with the model's sizes as published."""
     command = ["plan", "--engine", engine, "--gpus", "16xH100", "--context", "65536", "--json"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output

@@ -204,7 +204,7 @@ def test_the_commands_that_mend_an_environment(
 
 
 def test_bandwidths(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the order that other means find: numpy's copy, and a file read as files are."""
+    """They are of the order that other means find: numpy's copy, and a file read as files are."""
     rate = bandwidth.memory_rate(cores())
     numbers = np.ones(2**25)
     begin = time.perf_counter()

@@ -71,7 +71,7 @@ def test_the_tokens_that_each_expert_saw(golden: Golden) -> None:
 
 
 def test_twenty_prompts_take_seconds(tmp_path: Path) -> None:
-    """Of a model of the size and prompts of the number that once were not done after 166 s of a core."""
+    """The model has the size, and the prompts are as many, that once were not done after 166 s of a core."""
     make_tiny(tmp_path / "tiny", TinySizes(layers=12))
     assert sum(file.stat().st_size for file in (tmp_path / "tiny").iterdir()) > 22e6
     started = time.process_time()

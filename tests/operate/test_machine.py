@@ -103,7 +103,7 @@ def test_plan_reads_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     found = json.loads(result.output)
     assert (found["gpus"], found["gpu"]) == (4, "H100")
     command = found["command"]
-    # Of 48 cores each of four ranks keeps one.
+    # Each of four ranks keeps one of the 48 cores.
     assert command[command.index("--kt-cpuinfer") + 1] == "44"
     assert command[command.index("--kt-threadpool-count") + 1] == "3"
 

@@ -369,7 +369,7 @@ def test_a_request_longer_than_the_model_is_refused() -> None:
 
 
 VENDORS = {"nvidia": "nvidia.com", "amd": "amd.com"}
-# Of these the vendors keep no page that could be found.
+# The vendors keep no page about these that could be found.
 OF_ONE_MARKET = {"A800", "H800", "H20", "H203E", "L20", "MI308X"}
 
 

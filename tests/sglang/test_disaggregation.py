@@ -76,7 +76,7 @@ def ask(server: Server, *media: dict[str, Any]) -> httpx.Response:
 
 
 def to_images(server: Server) -> list[dict[int, float]]:
-    """Of questions about one image each, and of one about two, the likeliest tokens of the answer's first position."""
+    """The likeliest tokens of the answer's first position, to questions about one image each and to one about two."""
     found = []
     for images in [*([image] for image in IMAGES), IMAGES[:2]]:
         answer = ask(server, *map(image_part, images))

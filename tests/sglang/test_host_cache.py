@@ -26,7 +26,7 @@ SIZES = ["--max-total-tokens", "500", "--hicache-ratio", "8"]
 
 
 def answers(server: Server) -> tuple[list[dict[int, float]], list[int]]:
-    """Of each prompt, the likeliest first tokens, and how many of its tokens came from the host's memory."""
+    """For each prompt the likeliest first tokens, and how many of its tokens came from the host's memory."""
     found, from_host = [], []
     for prompt in PROMPTS:
         sampling = {"max_new_tokens": 1, "temperature": 0}

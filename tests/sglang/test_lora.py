@@ -54,7 +54,7 @@ def adapters(tiny_folder: Path) -> dict[str, Adapter]:
 
 @pytest.fixture(scope="module")
 def folders(server: Server, adapters: dict[str, Adapter], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Of the adapters, all loaded while the server serves."""
+    """The adapters' folders; all are loaded while the server serves."""
     work = tmp_path_factory.mktemp("adapters")
     found = {name: adapter.write(work / name, BEGINNINGS[name]) for name, adapter in adapters.items()}
     for name, folder in found.items():

@@ -92,7 +92,7 @@ class AgentTests(ScriptedTests):
 def _run(command: list[str], folder: Path, settings: dict[str, str] | None = None) -> str:
     """What a program of the clients' environment prints."""
     program, *arguments = command
-    # Of the engine's environment they see nothing.
+    # They see nothing of the engine's environment.
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "LD_"))}
     done = subprocess.run(
         [str(Path(CLIENTS) / program), *arguments],

@@ -60,8 +60,8 @@ def assert_same_top(found: list[dict[int, float]], expected: list[dict[int, floa
 
 
 def assert_same_logprobs(served: torch.Tensor, expected: torch.Tensor) -> None:
-    """Of an answer's tokens: two thirds up to the noise, all up to three times that but one of six, where a rounding near a
-    tie may have chosen another expert.
+    """Two thirds of an answer's tokens differ by the noise at most, and all by three times that but one of six, where a
+    rounding near a tie may have chosen another expert.
 
     With another image's pixels half of six are beyond the noise, in the reference.
     """

@@ -96,7 +96,7 @@ class Report(BaseModel):
 
 class ScriptedTests:
     def __init_subclass__(cls) -> None:
-        """Of two tests of one name pytest would run the first alone."""
+        """Refuse two tests of one name: pytest would run the first alone."""
         names = [name for base in cls.__bases__ for name in vars(base) if name.startswith("test_")]
         assert len(names) == len(set(names)), f"two of the tests in {cls.__name__} have one name: {sorted(names)}"
 

@@ -26,7 +26,7 @@ ARGUMENTS = {
 # Attention over 16,384 patches takes a CPU a minute; images that are shrunk are counted by the tests of media.
 SLOW = "image of 2560 × 1920"
 UNDECIDED = {"seed", "response_format json_schema"}
-"""Of random weights: they may be sampled in another order, and fill JSON with blanks until the limit."""
+"""Random weights leave these open: they may be sampled in another order, and fill JSON with blanks until the limit."""
 
 
 def holds_to_all(url: str) -> None:

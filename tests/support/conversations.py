@@ -46,7 +46,7 @@ class Conversation:
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
     options: dict[str, Any] = field(default_factory=dict)
-    """Of the chat template."""
+    """Arguments of the chat template."""
     continued: bool = False
 
     def body(self) -> dict[str, Any]:

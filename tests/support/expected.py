@@ -24,7 +24,7 @@ class Request:
     grid_thw: torch.Tensor
 
     def logprobs(self, reference: KimiK26, tokens: list[int]) -> torch.Tensor:
-        """Of each of the tokens that an engine answered, under the reference: `[len(tokens)]`."""
+        """Log-probabilities, under the reference, of the tokens that an engine answered: `[len(tokens)]`."""
         logprobs = reference.logprobs(torch.tensor(self.prompt + tokens), self.pixel_values, self.grid_thw)
         return logprobs[len(self.prompt) - 1 : -1].gather(1, torch.tensor(tokens)[:, None])[:, 0]
 

@@ -37,7 +37,7 @@ def liking(special: dict[str, int], liked: dict[str, int]) -> dict[str, int]:
 
 
 def is_valid(kind: str, text: str) -> bool:
-    """Of CASES, by the standard library and jsonschema."""
+    """Whether an answer is as its kind of CASES asks, by the standard library and jsonschema."""
     if kind == "choice":
         return text in CHOICES
     if kind == "regex":

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from support.agreement import BF16_NOISE, divergence
 
-# Of the two servers' differences: where half of the positions are, and what a twentieth of the server's own lies beyond.
+# Quantiles of the two servers' differences: half of the positions are below, and a twentieth of the server's own is beyond.
 MIDDLE, RARE = 0.5, 0.95
 
 

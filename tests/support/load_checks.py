@@ -66,7 +66,7 @@ class LoadTests:
         return report_of(tmp_path_factory.mktemp("loading") / "checkpoint")
 
     def test_memory_is_that_of_the_weights_and_a_few_windows(self, report: dict[str, Any]) -> None:
-        """Of the published checkpoint 2 GB may come on top; here, where all weights are 1 GB, a quarter of that."""
+        """With the published checkpoint 2 GB may come on top; here, where all weights are 1 GB, a quarter of that."""
         assert report["weights"] > 800 * 2**20
         assert report["beyond_the_weights"] < 256 * 2**20
 

@@ -97,7 +97,7 @@ def table(
 
 
 def documented_table(section: str) -> list[str]:
-    """Of a section of docs/platforms.md."""
+    """The lines of the table in a section of docs/platforms.md."""
     text = (Path(__file__).parents[2] / "docs/platforms.md").read_text(encoding="utf-8")
     (part,) = (one for one in text.split("\n## ") if one.startswith(f"{section}\n"))
     return [line for line in part.splitlines() if line.startswith("|")]

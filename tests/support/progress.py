@@ -11,7 +11,7 @@ import psutil
 STILL_SECONDS = 180
 """Without a line in the log and without CPU time, after which nothing more is to be expected."""
 CPU_SECONDS = 900
-"""Of all its processes together, after which a start is one that never ends. The longest takes 200."""
+"""CPU time of all its processes together, after which a start never ends. The longest takes 200."""
 # An idle process wakes now and then: less than this share of a core is standing still.
 STILL_SHARE = 0.01
 
@@ -40,7 +40,7 @@ class Progress:
             raise StandsStillError(f"no line in the log and no CPU time for {still:.0f} s")
 
     def _cpu_seconds(self) -> float:
-        """Of every process seen so far: those that have ended count with what they had used when last seen."""
+        """CPU time of every process seen so far: those that have ended count with what they had used when last seen."""
         with suppress(psutil.NoSuchProcess):
             for process in (self._process, *self._process.children(recursive=True)):
                 with suppress(psutil.NoSuchProcess):

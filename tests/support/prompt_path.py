@@ -60,7 +60,7 @@ BAD_MEDIA: dict[str, dict[str, Any]] = {
 
 
 def prompt_token_ids(server: Server, conversation: Conversation) -> list[int]:
-    """Of the server's answer to a conversation; vLLM and SGLang name the field's switch differently."""
+    """The prompt's token ids, by the server's answer; vLLM and SGLang name the field's switch differently."""
     switches = {"return_token_ids": True, "return_prompt_token_ids": True}
     response = server.post("/v1/chat/completions", **switches, **conversation.body())
     assert response.status_code == 200, (conversation.name, response.text)
@@ -134,7 +134,7 @@ HOSTILE_BODIES = st.fixed_dictionaries(
 
 
 class PromptPathTests:
-    # Of both parsers, as the log names them.
+    # Both parsers, as the log names them.
     parsers: str
     hostile_requests: int
     # Whether the engine says where in a completion's text a token stands.

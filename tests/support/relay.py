@@ -26,7 +26,7 @@ class Relay:
     """As the server sent them, with headers left out."""
 
     def prompt_tokens(self) -> list[int]:
-        """Of each answer, as its usage says."""
+        """Tokens of each answer's prompt, as its usage says."""
         return [int(_PROMPT_TOKENS.findall(answer)[-1]) for answer in self.answers]
 
 

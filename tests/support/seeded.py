@@ -36,7 +36,7 @@ TOP = 20
 
 
 def make_golden(folder: Path, work: Path, prompts: int, tokens: int, seed: int) -> Golden:
-    """Of prompts of raw text, of about so many tokens each."""
+    """A golden file of prompts of raw text, each of about so many tokens."""
     rng = random.Random(seed)
     file = work / f"prompts-{seed}-{prompts}.jsonl"
     with file.open("w") as out:

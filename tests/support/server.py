@@ -27,7 +27,7 @@ class Server:
     model: str
     log: Path
     pid: int
-    """Of the process that was started."""
+    """The process that was started."""
 
     def post(self, path: str, **body: Any) -> httpx.Response:
         return httpx.post(f"{self.url}{path}", json={"model": self.model, **body}, timeout=120)

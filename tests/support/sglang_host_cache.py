@@ -38,6 +38,6 @@ def copy_rows(
     dst_indices: torch.Tensor,
     page_size: int,
 ) -> None:
-    """Of each layer, rows `src_indices` of a cache to rows `dst_indices` of another."""
+    """Copy each layer's rows `src_indices` of a cache to rows `dst_indices` of another."""
     for source, destination in zip(src_layers, dst_layers, strict=True):
         destination[dst_indices] = source[src_indices]

@@ -32,7 +32,7 @@ TWO_RANKS = {
 }
 # The vision tower's interpolation is compiled at the first image, half a minute; test_server.py has it compiled.
 EAGER = {"TORCHDYNAMO_DISABLE": "1"}
-# Of a prompt's tokens that go through the model at a time; far below the prompts' lengths.
+# How many of a prompt's tokens go through the model at a time; far below the prompts' lengths.
 CHUNK = 64
 
 
@@ -83,7 +83,7 @@ def rows(entries: list[list[list[Any]]]) -> torch.Tensor:
 
 
 def first_tokens(server: Server) -> list[dict[int, float]]:
-    """Of several prompts, text and image, the likeliest next tokens and their log-probabilities."""
+    """The likeliest next tokens of several prompts, text and image, and their log-probabilities."""
     found = []
     for index in range(6):
         prompt = torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(index)).tolist()

@@ -101,7 +101,7 @@ def _read(what: str) -> str:
 
 
 def release_rows(engine: str) -> list[tuple[str, int, int]]:
-    """Of each release: its version, how many names differ from the release before it, how many are not there."""
+    """For each release its version, how many names differ from the release before it, how many are not there."""
     rows = []
     before: dict[str, str] = {}
     for version, found in read_snapshot(engine).items():

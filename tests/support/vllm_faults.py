@@ -167,7 +167,7 @@ _FRONTEND_FAULTS: dict[str, tuple[str, str, Callable[[Callable[..., Any]], Calla
     ),
 }  # fmt: skip
 FAULTS = (*_WORKER_FAULTS, *(name for name in _FRONTEND_FAULTS if name != STOPS_FOR_STOP))
-"""Of what the model answers."""
+"""The faults of what the model answers."""
 
 
 class Frontend:
@@ -219,6 +219,6 @@ def order(url: str, name: str | None) -> None:
 
 
 def weights_of(url: str) -> list[int]:
-    """Of each rank, the bytes of its weights."""
+    """The bytes of each rank's weights."""
     found: list[int] = httpx.get(f"{url}{WEIGHTS_PATH}", timeout=60).raise_for_status().json()
     return found

@@ -33,7 +33,7 @@ def one_rank(server: Server) -> Server:
 
 
 def first_tokens(server: Server) -> list[dict[int, float]]:
-    """Of several prompts, text and image, the likeliest next tokens and their log-probabilities."""
+    """The likeliest next tokens of several prompts, text and image, and their log-probabilities."""
     found = []
     for index in range(6):
         prompt = torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(index)).tolist()

@@ -27,7 +27,7 @@ ASKED = {"max_tokens": 1, "temperature": 0, "allowed_token_ids": BYTES, "return_
 
 
 def to_prompts(server: Server) -> list[dict[int, float]]:
-    """Of each, the likeliest tokens of the answer's first position."""
+    """For each prompt the likeliest tokens of the answer's first position."""
     found = []
     for prompt in PROMPTS:
         top = server.complete(prompt, logprobs=5, **ASKED)["choices"][0]["logprobs"]["top_logprobs"][0]
@@ -71,7 +71,7 @@ def test_a_server_answers_with_the_kv_cache_of_another(tiny_folder: Path, tmp_pa
 
 @pytest.mark.skipif(find_spec("nixl") is None, reason="NIXL is not installed")
 def test_a_server_answers_with_the_kv_cache_that_nixl_brings(tiny_folder: Path, tmp_path: Path) -> None:
-    """Of vLLM's MLA for CPUs too: it computes a prompt's last token alone, and with another's cache answers the other."""
+    """vLLM's MLA for CPUs too computes a prompt's last token alone, and with another's cache answers the other."""
 
     def channel() -> dict[str, str]:
         return {"VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())}

@@ -93,7 +93,7 @@ def test_updates_of_the_weights_while_serving(
 
 
 def test_the_planned_kv_cache_is_the_servers(server: Server, tiny_folder: Path) -> None:
-    """Of 1 GB, which the tests give it: vLLM logs how many tokens it made of that."""
+    """The tests give it 1 GB, and vLLM logs how many tokens it made of that."""
     found = re.search(r"KV cache size: ([\d,]+) tokens", server.log.read_text())
     assert found is not None
     planned = 2**30 / kv_bytes_per_token(K26Config.from_path(tiny_folder).text, "bf16")
