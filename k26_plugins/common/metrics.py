@@ -18,7 +18,6 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +100,6 @@ def collect_from_workers() -> None:
     """
     if multiprocessing.parent_process() is not None or _MULTIPROCESS_VARIABLE in os.environ:
         return
-    if find_spec("prometheus_client") is None:
-        return
     from prometheus_client import REGISTRY
 
     folder, owner = tempfile.mkdtemp(prefix="k26-metrics-"), os.getpid()
@@ -157,7 +154,7 @@ def _rank() -> str:
 def _report(gauges: Iterable[tuple[str, str, dict[str, str], float]]) -> None:
     """Have the endpoint show gauges by name, text, labels and value: by prometheus_client, or by this process' file."""
     folder = os.environ.get(FOLDER_VARIABLE)
-    if _MULTIPROCESS_VARIABLE in os.environ and find_spec("prometheus_client") is not None:
+    if _MULTIPROCESS_VARIABLE in os.environ:
         for name, text, labels, value in gauges:
             _gauge(name, text, *labels, "rank").labels(*labels.values(), _rank()).set(value)
     elif folder is not None:
@@ -179,7 +176,5 @@ def _histogram(name: str, text: str, *labels: str) -> Any:
 
 
 def _observe(name: str, text: str, seconds: float, *kind: str) -> None:
-    if find_spec("prometheus_client") is None:
-        return
     histogram = _histogram(name, text, *(["kind"] if kind else []))
     (histogram.labels(*kind) if kind else histogram).observe(seconds)
