@@ -206,7 +206,8 @@ def files_of_checkpoint(
     original: Callable[..., Any], files: list[str], *args: Any, disable_mmap: bool = False, **kwargs: Any
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of safetensors files; a way to read them that the user chose stays SGLang's."""
-    files_read.extend(files)
+    # Once each: an update reads the same files again.
+    files_read.extend(file for file in files if file not in files_read)
     chosen = disable_mmap or kwargs.get("prefetch") or kwargs.get("drop_cache_after_load")
     # An update opens the files before it says for what: it is asked when the first tensor is.
     if chosen or not is_under_way():
