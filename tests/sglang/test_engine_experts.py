@@ -14,7 +14,7 @@ from support.server import start_fails
 from support.sglang_server import EAGER, HAS_ENTRY_POINT, generate, rows, serve
 
 from k26_plugins.common.checkpoint import Checkpoint
-from k26_plugins.common.multimodal import KimiK26
+from k26_plugins.common.reference.kimi_k26 import KimiK26
 
 pytestmark = pytest.mark.long
 
