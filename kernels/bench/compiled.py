@@ -230,7 +230,8 @@ def read_amd(asm: Any) -> dict[str, Any]:
         "matrix_instructions": count(r"\b(v_mfma)_", code),
         "weight_loads": count(r"\b((?:global|buffer)_load_dwordx4)\b", code),
         "first_to_leave": 0,
-        "shuffles": len(re.findall(r"ds_bpermute|ds_swizzle", code)),
+        # Halves of a word that are stored to shared memory one by one are weights on the way to other threads.
+        "shuffles": len(re.findall(r"ds_bpermute|ds_swizzle|v_permlane|ds_write_b16", code)),
         "loop_instructions": 0,
         "tile_instructions": 0,
     }

@@ -50,8 +50,10 @@ FRAGMENTS = {
     "mma": Fragment(64, "nragqcjtih", "nqrgtachji", "nragqc", "nqrgac"),
     # tcgen05 through tensor memory, 128 rows: a lane holds a row, and a chunk 32 inputs of it.
     "tmem": Fragment(128, "nRqkwjih", "nqkRwhji", "nRqk", "nqRk"),
-    # MFMA 16 × 16: lane 16 k + l holds inputs 4 k + 2 i + h of row l.
+    # MFMA 16 × 16 × 16: lane 16 k + l holds inputs 4 k + 2 i + h of row l.
     "mfma": Fragment(128, "nrlqwjkih", "nqrklwhji", "nrlqw", "nqrlw"),
+    # MFMA 16 × 16 × 32: lane 16 k + l holds inputs 8 k + 4 j + 2 i + h of row l.
+    "mfma32": Fragment(128, "nrlqwkjih", "nqrklwhji", "nrlqw", "nqrlw"),
 }
 
 

@@ -49,6 +49,7 @@ TARGETS = {
         Target("sm_100", "tmem", 232448, 233472),
         Target("sm_120", "mma", 101376, 102400),
         Target("gfx942", "mfma", 65536, 65536, amd=True),
+        Target("gfx950", "mfma32", 163840, 163840, amd=True),
     )
 }
 TENSOR_COLUMNS = 512  # of a processor of sm_100

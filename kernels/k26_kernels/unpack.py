@@ -45,7 +45,7 @@ def load_words(
 
     ONCE: nothing else will read them, so they are the first to leave the cache. AMD and sm_80 have no such hint.
     """
-    STEP: tl.constexpr = 128 if FRAGMENT == "mfma" or FRAGMENT == "tmem" else 64
+    STEP: tl.constexpr = 64 if FRAGMENT == "mma" or FRAGMENT == "wgmma" else 128
     CHUNKS: tl.constexpr = 2 * STEP  # of 64 rows and a step
     SLABS: tl.constexpr = BLOCK_ROWS // 64
     chunk = tl.arange(0, BLOCK_ROWS * BLOCK_K // 32)
@@ -63,7 +63,7 @@ def load_scales(
     BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr, FRAGMENT: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """bfloat16, the shape of `load_words`: the scale of each word. Threads of the same rows read the same ones."""
-    STEP: tl.constexpr = 128 if FRAGMENT == "mfma" or FRAGMENT == "tmem" else 64
+    STEP: tl.constexpr = 64 if FRAGMENT == "mma" or FRAGMENT == "wgmma" else 128
     CHUNKS: tl.constexpr = 2 * STEP
     SLABS: tl.constexpr = BLOCK_ROWS // 64
     first = rows_first * (K // 32) + input_first * 2
@@ -78,7 +78,7 @@ def load_scales(
     chunk = tl.arange(0, BLOCK_ROWS * BLOCK_K // 32)
     slab = (chunk // CHUNKS) % SLABS
     step = chunk // (CHUNKS * SLABS)
-    owner = chunk % CHUNKS // 64 * 16 + chunk % 16 if FRAGMENT == "mfma" else chunk % CHUNKS // 4
+    owner = chunk % CHUNKS // 64 * 16 + chunk % 16 if STEP == 128 else chunk % CHUNKS // 4
     offsets = slab * (2 * K) + step * CHUNKS + owner * 4
     return tl.load(scale + first + offsets[:, None] + tl.arange(0, 4)[None, :])
 
@@ -141,6 +141,9 @@ def weights_tile(
     elif FRAGMENT == "mfma":
         axes = tl.reshape(values, [BLOCK_K // 128, BLOCK_ROWS // 16, 4, 16, 4, 2, 2, 2])  # q nr k l w j i h
         tile = tl.permute(axes, [1, 3, 0, 4, 5, 2, 6, 7])  # nr l q w j k i h
+    elif FRAGMENT == "mfma32":
+        axes = tl.reshape(values, [BLOCK_K // 128, BLOCK_ROWS // 16, 4, 16, 4, 2, 2, 2])  # q nr k l w j i h
+        tile = tl.permute(axes, [1, 3, 0, 4, 2, 5, 6, 7])  # nr l q w k j i h
     else:
         axes = tl.reshape(values, [BLOCK_K // 64, BLOCK_ROWS // 16, 8, 4, 2, 2, 2, 2, 2])  # q nr g t a c j i h
         if FRAGMENT == "wgmma":

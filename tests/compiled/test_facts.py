@@ -1,4 +1,4 @@
-"""Every kernel and configuration compiled ahead of time for the five targets: registers, spills, loads, instructions."""
+"""Every kernel and configuration compiled ahead of time for the six targets: registers, spills, loads, instructions."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ INSTRUCTION = {
     "sm_100": "tcgen05.mma",
     "sm_120": "mma.sync",
     "gfx942": "v_mfma",
+    "gfx950": "v_mfma",
 }
-REGISTERS = 65536  # of a processor, for all its threads; on gfx942 512 for each thread of a wave
+REGISTERS = 65536  # of a processor, for all its threads; on AMD 512 for each thread of a wave
 OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 ALL = [(variant.target, variant.name) for variant in variants()]
 PRODUCTS = [(target, name) for target, name in ALL if name.startswith("w")]
@@ -54,8 +55,9 @@ def test_it_streams(facts: dict[tuple[str, str], dict[str, Any]], target: str, n
     assert loads.pop("global_load_dwordx4" if TARGETS[target].amd else "cp.async 16") > 0
     # The scales of a chunk are 8 bytes; where whole tiles are loaded ahead, so is the table of blocks.
     assert set(loads) <= {"cp.async 8", *(["cp.async 4"] if name.endswith("short") else [])}
-    # One shuffle finds the warp that issues the instruction.
-    assert fact["shuffles"] <= (target in ("sm_90", "sm_100"))
+    # One shuffle finds the warp that issues the instruction; on gfx950 the addresses of tokens that are copied to shared
+    # memory change places, two at each copy.
+    assert fact["shuffles"] <= {"sm_90": 1, "sm_100": 1, "gfx950": 6}.get(target, 0)
 
 
 @pytest.mark.skipif(OLD, reason="older ones give the hint to other loads only")
@@ -64,7 +66,7 @@ def test_weights_that_are_read_once_leave_the_cache_first(
     facts: dict[tuple[str, str], dict[str, Any]], target: str, name: str
 ) -> None:
     """Where there is such a hint."""
-    once = name.split()[1] == SINGLE and TARGETS[target].fragment != "mfma" and target != "sm_80"
+    once = name.split()[1] == SINGLE and not TARGETS[target].amd and target != "sm_80"
     assert (facts[target, name]["first_to_leave"] > 0) == once
 
 

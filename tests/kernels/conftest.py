@@ -21,7 +21,7 @@ def device() -> torch.device:
     return torch.device("cuda" if ON_GPU else "cpu")
 
 
-@pytest.fixture(params=["sm_90", "sm_80", "sm_100", "gfx942"])
+@pytest.fixture(params=["sm_90", "sm_80", "sm_100", "gfx942", "gfx950"])
 def each_layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs a test with the layout of each instruction under the interpreter; on a GPU with its own."""
     from k26_kernels import device_of, target

@@ -55,12 +55,15 @@ def test_a_thread_finds_what_it_feeds_to_the_instruction(fragment: str) -> None:
         stored = packed.flatten()
         named.append((stored[:, None] >> torch.arange(0, 32, 4, dtype=torch.int32)) & 0xF)
     rows, inputs = named[0] + 16 * named[1], named[2] + 16 * named[3]
-    lanes = 64 if fragment == "mfma" else 32
+    lanes = 64 if fragment.startswith("mfma") else 32
     for lane in range(lanes):
         mine = slice(4 * lane, 4 * lane + 4)
         if fragment == "mfma":
             expected_rows = {lane % 16}
             expected_inputs = {16 * step + 4 * (lane // 16) + i for step in range(8) for i in range(4)}
+        elif fragment == "mfma32":
+            expected_rows = {lane % 16}
+            expected_inputs = {32 * step + 8 * (lane // 16) + i for step in range(4) for i in range(8)}
         elif fragment == "tmem":
             expected_rows, expected_inputs = {lane}, set(range(32))
         else:
