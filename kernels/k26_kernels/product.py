@@ -75,8 +75,8 @@ def product_kernel(
     """
     ROW_BLOCKS: tl.constexpr = N // BLOCK_ROWS
     K_PART: tl.constexpr = K // SPLIT_K
-    # Where slots are sorted, the blocks of an expert find its tile in the cache. Else only a few slots are there, which
-    # seldom share an expert, and what a step reads beside, of the weights' size, is worth keeping.
+    # Where slots are sorted, the other blocks of an expert find its weights in the cache. Else only a few slots are there,
+    # which seldom share an expert, and weights kept would push out what the next launches read.
     ONCE: tl.constexpr = not SORTED
     column = tl.arange(0, BLOCK_TOKENS)
     num_blocks = num_slots

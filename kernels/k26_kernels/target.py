@@ -101,5 +101,6 @@ def device_of(device: torch.device) -> Device:
         raise ValueError(
             f"the Triton kernels have no layout for {properties.name} ({found}), only for {', '.join(TARGETS)}."
         )
-    memory = getattr(properties, "shared_memory_per_multiprocessor", 0)  # not in every torch
+    # Not in every torch; a target of AMD is one size of it.
+    memory = 0 if torch.version.hip else getattr(properties, "shared_memory_per_multiprocessor", 0)
     return Device(target, properties.name, properties.multi_processor_count, memory)
