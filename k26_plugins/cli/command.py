@@ -44,7 +44,7 @@ class Command(click.Command):
 
 
 class Argument(click.Argument):
-    """With a line of help, which click's own takes from 8.5 on only."""
+    """An argument with a line of help, which click's own takes from 8.5 on only."""
 
     def __init__(self, *declarations: Any, about: str, **attributes: Any) -> None:
         super().__init__(*declarations, **attributes)

@@ -48,7 +48,7 @@ def progress_bar() -> Progress:
 
 
 def bytes_bar() -> Progress:
-    """As `progress_bar`, for bytes, with their rate."""
+    """A `progress_bar` for bytes, with their rate."""
     from rich import progress
 
     return _bar(progress.DownloadColumn(), progress.TransferSpeedColumn())

@@ -61,12 +61,12 @@ def _visible(found: list[Accelerator], vendor: str) -> list[Accelerator]:
     entries = [entry.strip() for entry in chosen.split(",") if entry.strip()]
     if all(entry.isdigit() for entry in entries):
         return [found[int(entry)] for entry in entries if int(entry) < len(found)]
-    # By UUID: which is which matters to nobody here.
+    # They are named by UUID: which is which matters to nobody here.
     return found[: len(entries)]
 
 
 def nvidia() -> list[Accelerator]:
-    """By NVML, the driver's own library; by `nvidia-smi` where the library is not on the path."""
+    """Ask NVML, the driver's own library, or `nvidia-smi` where the library is not on the path."""
     try:
         nvml = ctypes.CDLL(NVML)
     except OSError:
@@ -122,7 +122,7 @@ def _nvidia_devices() -> bool:
 
 
 def amd() -> list[Accelerator]:
-    """By the kernel's driver, which needs no ROCm."""
+    """Read what the kernel's driver shows, which needs no ROCm."""
     found = []
     for card in sorted(AMD_CARDS.glob("card[0-9]*/device"), key=lambda path: path.parent.name):
         with suppress(OSError, ValueError):

@@ -204,7 +204,7 @@ class _Answer:
 
 
 def is_thinking(request: Any) -> bool:
-    """As the template was rendered, which opens the think block unless it is told not to."""
+    """Whether the template opened a think block, as it does unless it is told not to."""
     thinking: bool = template_options(request.chat_template_kwargs).get("thinking", True)
     return thinking
 

@@ -85,7 +85,7 @@ def refuse_two_batches(server_args: Any) -> None:
 
 
 def _leave_prompts_out_of_graphs(server_args: Any) -> None:
-    """In a hybrid run: a graph of a long prompt would leave all of the CPU's experts on the CPU.
+    """Have a hybrid run compute prompts without graphs, which would leave all of the CPU's experts there for long ones.
 
     SGLang takes its own flags for one phase of the two over this one.
     """

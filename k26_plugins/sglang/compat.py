@@ -107,7 +107,7 @@ def _tokenizer_module() -> Any:
 
 
 def get_tokenizer(name: str, revision: str | None) -> Any:
-    """As SGLang loads one, through the hook of `register_tokenizer_hook`."""
+    """The tokenizer as SGLang loads it, through the hook of `register_tokenizer_hook`."""
     return _tokenizer_module().get_tokenizer(name, tokenizer_revision=revision)
 
 

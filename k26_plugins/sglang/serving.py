@@ -142,7 +142,7 @@ def settle(original: Callable[..., Any], serving: Any, request: Any, *args: Any,
 
 
 def allow_calls(serving: Any, request: Any, processed: Any) -> None:
-    """Beside a JSON schema for the answer. SGLang's grammar allows the schema alone, so that no tool can be called."""
+    """Allow calls beside a JSON schema for the answer: SGLang's grammar allows the schema alone."""
     schema = _schema(request.response_format)
     if schema is None or request.tool_choice != "auto" or not _reads_ids(serving):
         return

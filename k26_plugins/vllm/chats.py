@@ -106,7 +106,7 @@ def settle_thinking(original: Callable[..., Any], request: Any, *args: Any, **kw
 
 
 def name_reasoning_twice(original: Callable[..., None], message: Any, **fields: Any) -> None:
-    """As vLLM calls it and as Moonshot's API and its clients do."""
+    """Give a message's reasoning the name that vLLM has for it, and the one that Moonshot's API and its clients have."""
     if fields.get("reasoning") is not None:
         fields.setdefault("reasoning_content", fields["reasoning"])
     original(message, **fields)

@@ -311,7 +311,7 @@ def physical_ids(layer: Any) -> Callable[[int], Iterable[int]]:
 
 
 def local_places(layer: Any) -> list[int] | None:
-    """By these ids, where this rank keeps an expert, negative where it does not; None where it keeps all, in their order."""
+    """Where this rank keeps each physical id's expert, negative where it does not; None where it keeps all, in order."""
     # `expert_map` is another table where AITER computes.
     table = layer._expert_map
     return None if table is None else table.tolist()

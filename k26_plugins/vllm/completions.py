@@ -53,7 +53,7 @@ async def _without_markers(
 
 
 def _hide(output: Any, text: TokenText, tokenizer: KimiTokenizer, *, finished: bool) -> None:
-    """In place. A token that is not shown gets an empty name: vLLM counts places in the text by the names before them."""
+    """Change `output`: a token that is not shown gets an empty name, for vLLM counts places in the text by the names."""
     output.text = text.shown(output.text, output.token_ids, finished=finished)
     for token_id, candidates in zip(output.token_ids, output.logprobs or (), strict=False):
         if token_id in tokenizer.special_ids:

@@ -111,7 +111,7 @@ class K26Parser(DelegatingParser):
         return next((place for place, token_id in enumerate(token_ids) if token_id in ends), len(token_ids))
 
     def _apply_structural_tag(self, request: Any) -> Any:
-        """With a schema for the answer its grammar allows calls too, as vLLM by default has it for strict tools only."""
+        """Have the grammar of an answer's schema allow calls too, as vLLM by default has it for strict tools only."""
         if hasattr(self, "tool_strict_level") and request.extract_structured_outputs() is not None:
             self.tool_strict_level = compat.level_of_calls(self.tool_strict_level)
         return super()._apply_structural_tag(request)

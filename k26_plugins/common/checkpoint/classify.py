@@ -106,7 +106,7 @@ def examine_all(
     folder: Path | None,
     on_file: Callable[[int, int], None] = lambda done, total: None,
 ) -> Examination:
-    """As `classify`, with the faults listed. Raises ConfigError, and CheckpointError for a damaged index."""
+    """Do what `classify` does and list the faults. Raises ConfigError, and CheckpointError for a damaged index."""
     sizes, other = K26Config.read(config)
     inventory, problems, table, saved_by_core = None, list[Problem](), dict[str, TensorSpec](), False
     if folder is not None and (saved := saved_state_files(folder)):

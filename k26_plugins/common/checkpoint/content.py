@@ -34,7 +34,7 @@ class Expected(NamedTuple):
     """A file and its hash: 64 hexadecimal digits are a SHA-256, 40 are git's SHA-1."""
 
     name: str
-    """In the folder, with slashes."""
+    """The file's path in the folder, with slashes."""
     digest: str
 
 

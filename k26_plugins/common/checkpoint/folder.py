@@ -38,7 +38,7 @@ def whole_folder(folder: Path) -> Path | None:
 
 
 def weights_folder(name: str | Path, revision: str | None = None, cache_dir: str | None = None) -> Path | None:
-    """As `local_folder`, and None where the folder has an index and none of its files.
+    """The folder that `local_folder` finds, None where it has an index and none of its files.
 
     Engines keep the small files of an object store's checkpoint in such a folder and stream the weights; others load dummy
     weights. Where real ones are wanted and missing, the engine says so. A state that an engine saved is there, whatever

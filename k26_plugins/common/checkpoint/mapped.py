@@ -120,7 +120,7 @@ def _tensors(
 
 @cache
 def _length(shape: tuple[int, ...], dtype: str) -> int:
-    """In bytes."""
+    """How many bytes a tensor takes in its file."""
     return math.prod(shape) * _DTYPES[dtype].itemsize
 
 

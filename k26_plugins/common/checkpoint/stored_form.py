@@ -13,7 +13,7 @@ from k26_plugins.common.model.departures import is_quantised, quantization_confi
 
 PLAIN = "plain"
 _FLOATS = ("BF16", "F16", "F32")
-# By the name and the dtype of the part that holds the weights.
+# The form, by the name and the dtype of the part that holds the weights.
 _FORMS = {
     ("weight_packed", "I32"): "pack-quantized",
     ("weight_packed", "U8"): "packed floats",

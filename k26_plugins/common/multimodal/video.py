@@ -26,7 +26,7 @@ from PIL import Image
 from k26_plugins.common.multimodal.image import MediaConfig, MediaError, check_size, frame_resize, patchify
 from k26_plugins.common.prompt.special_tokens import CHUNK_PLACE
 
-# As many tokens as the model has positions.
+# A video has as many tokens at most as the model has positions.
 MAX_TOKENS = 262_144
 # Containers that hold their own data. Playlists among ffmpeg's formats would have it open other files.
 _FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,ogg,gif"

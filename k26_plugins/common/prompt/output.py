@@ -79,7 +79,7 @@ class _State(Enum):
     REASONING = auto()
     CONTENT = auto()
     SECTION = auto()
-    """Between calls, and after the section: to a user who asked for calls the model has no more to say there."""
+    """The place between calls, and after the section: to a user who asked for calls the model has no more to say there."""
     HEADER = auto()
     ARGUMENTS = auto()
 

@@ -94,7 +94,7 @@ def _mend(folder: Path, problems: Sequence[Problem]) -> str:
 
 
 def _download(folder: Path, *files: str) -> str:
-    """From the published repository. A file that is there and wrong is fetched again only when told so."""
+    """Fetch files from the published repository. A file that is there and wrong is fetched again only when told so."""
     if not files:
         return ""
     return shlex.join(["hf", "download", REPOSITORY, *files, "--local-dir", str(folder), "--force-download"])

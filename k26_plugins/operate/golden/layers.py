@@ -30,7 +30,7 @@ class Stream:
 
     variant: Variant
     config: TextConfig
-    """With the variant's change."""
+    """The model's configuration with the variant's change."""
     prompts: list[int]
     """Which prompts it carries."""
     lengths: list[int]
@@ -153,8 +153,8 @@ class Layer:
                 for part in mine[expert].split(EXPERT_TOKENS) if expert in mine else ():
                     yield _Piece(stream.variant, routing[stream.variant.name], part, out)
 
-        # Beside one another, each on one thread: the operators are too short to be shared. Added up in order, so that the
-        # sum has the same bits on any number of threads.
+        # Products run beside one another, each on one thread: the operators are too short to be shared. They are added up
+        # in order, so that the sum has the same bits on any number of threads.
         threads = compute_threads()
         waiting: deque[Future[list[_Product]]] = deque()
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:

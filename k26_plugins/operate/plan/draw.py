@@ -42,7 +42,7 @@ def bars(config: K26Config, tightest: Fit, mixed: Hybrid | None) -> list[str]:
         first, last = stage["gpus"]
         bar, reached = "", 0
         for part, size in stage["bytes"].items():
-            # By where a part ends, so that rounding adds up to the whole.
+            # A part is drawn to where it ends, so that rounding adds up to the whole.
             reached += size
             bar += MARKS[part] * (round(reached / memory * WIDTH) - len(bar))
         name = f"GPU {first}" if first == last else f"GPUs {first} to {last}"

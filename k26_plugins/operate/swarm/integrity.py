@@ -83,7 +83,7 @@ class Comparison:
 class Comparisons:
     rows: list[Comparison]
     typical: float
-    """Between the conversations of two agents, in the median."""
+    """The median distance between the conversations of two agents."""
 
     def faults(self) -> list[Fault]:
         """Answers that are not their conversation's.

@@ -28,9 +28,9 @@ class Figures:
     seconds: float
     steps: int
     ttft: dict[int, float]
-    """From sending a request to the first piece of its answer."""
+    """Seconds from sending a request to the first piece of its answer, by percentile."""
     inter_token: dict[int, float]
-    """Between the pieces of a stream."""
+    """Seconds between the pieces of a stream, by percentile."""
     late: dict[int, float]
     """Open loop: how long an arrival waited for an agent."""
     requests_per_second: float

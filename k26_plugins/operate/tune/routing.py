@@ -48,7 +48,7 @@ class Layer:
 
     @property
     def shape(self) -> str:
-        """As an outcome names it. Raises ValueError for sizes that the kernels do not have."""
+        """The layer's sizes as an outcome names them. Raises ValueError for sizes that the kernels do not have."""
         from k26_kernels import Shape
 
         return Shape(self.hidden_size, self.intermediate_size, self.num_experts).key

@@ -48,7 +48,7 @@ class Place:
     tokens: int
     """Positions that it would touch."""
     score: float
-    """By how many standard deviations these rank above the others."""
+    """How many standard deviations these rank above the others."""
     ratio: float
     """Their median distance over rounding's, over that of the others."""
 
@@ -205,7 +205,7 @@ class Localiser:
                 yield Place(kind, self.first_layer + layer, expert, int(mine.sum()), score, self._ratio(mine, ~mine))
 
     def _rotation(self) -> Place:
-        """By the correlation of ranks between a position's distance and its place in the prompt."""
+        """A wrong rotation shows in the correlation of ranks between a position's distance and its place in the prompt."""
         places = self.index.double().argsort().argsort().double()
         score = float(torch.corrcoef(torch.stack((self.ranks, places)))[0, 1]) * math.sqrt(len(self.values) - 1)
         late = self.index > self.index.median()

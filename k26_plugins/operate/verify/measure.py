@@ -26,11 +26,11 @@ class Position:
     kind: str
     """`text` or `image` by the token it follows; `answer` from the prompt's last token on."""
     kl: float
-    """From the reference to the endpoint."""
+    """KL divergence from the reference to the endpoint."""
     noise: float
-    """From the reference to its twin in bfloat16, over the same tokens."""
+    """KL divergence from the reference to its twin in bfloat16, over the same tokens."""
     suspects: dict[str, float] = field(default_factory=dict)
-    """From a model with a known mistake to the endpoint."""
+    """KL divergence from each model with a known mistake to the endpoint."""
 
 
 @dataclass(slots=True)
