@@ -113,3 +113,13 @@ def test_bug_reports_ask_for_the_doctor() -> None:
 def test_updates_look_where_there_is_something() -> None:
     for update in read(ROOT / ".github/dependabot.yml")["updates"]:
         assert (ROOT / update["directory"].strip("/")).is_dir(), update
+
+
+@pytest.mark.parametrize(
+    ("name", "newest"), [("vllm", "VLLM_NEWEST"), ("sglang", "SGLANG_NEWEST"), ("ktransformers", "SGLANG_NEWEST")]
+)
+def test_containers_have_the_newest_engines_that_ci_tests(noxfile: ModuleType, name: str, newest: str) -> None:
+    lines = (ROOT / f"containers/{name}.Dockerfile").read_text(encoding="utf-8").splitlines()
+    assert f"ARG VERSION={getattr(noxfile, newest)}" in lines
+    kernels = [line.split()[-1] for line in lines if "install_kt_kernel.py " in line and line.startswith("RUN")]
+    assert kernels == ([noxfile.KT_KERNELS[-1]] if name == "ktransformers" else [])
