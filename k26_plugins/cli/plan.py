@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -35,52 +36,54 @@ class KvDtype(StrEnum):
     FP8 = "fp8"
 
 
-engine_option = click.option("--engine", type=OneOf(Engine), default=Engine.VLLM.value, help="Which engine serves.")
-context_option = click.option(
-    "--context", type=click.IntRange(min=1), default=131072, help="Tokens of one request, prompt and answer."
+_SHARED = (
+    click.option("--engine", type=OneOf(Engine), default=Engine.VLLM.value, help="Which engine serves."),
+    click.option(
+        "--context", type=click.IntRange(min=1), default=131072, help="Tokens of one request, prompt and answer."
+    ),
+    click.option(
+        "--concurrency", type=click.IntRange(min=1), default=1, help="Requests of that length at the same time."
+    ),
+    click.option(
+        "--images",
+        type=click.IntRange(min=0),
+        default=0,
+        help="Images of the largest size in each request, beside the context.",
+    ),
+    click.option("--kv-dtype", type=OneOf(KvDtype), default=KvDtype.BF16.value, help="Of the KV cache."),
+    click.option(
+        "--gpu-memory-utilization",
+        type=FloatRange(min=0.05, max=1.0),
+        default=0.9,
+        help="Share of each GPU's memory that the engine may use.",
+    ),
+    click.option("--ram", type=float, help="System memory, GB, for the hybrid run. [default: this machine's]"),
+    click.option(
+        "--cores",
+        type=click.IntRange(min=1),
+        help="Physical CPU cores, for the hybrid run's command. [default: this machine's]",
+    ),
+    click.option(
+        "--sockets", type=click.IntRange(min=1), help="CPU sockets (NUMA nodes), likewise. [default: this machine's]"
+    ),
 )
-concurrency_option = click.option(
-    "--concurrency", type=click.IntRange(min=1), default=1, help="Requests of that length at the same time."
-)
-images_option = click.option(
-    "--images",
-    type=click.IntRange(min=0),
-    default=0,
-    help="Images of the largest size in each request, beside the context.",
-)
-kv_dtype_option = click.option("--kv-dtype", type=OneOf(KvDtype), default=KvDtype.BF16.value, help="Of the KV cache.")
-memory_fraction_option = click.option(
-    "--gpu-memory-utilization",
-    type=FloatRange(min=0.05, max=1.0),
-    default=0.9,
-    help="Share of each GPU's memory that the engine may use.",
-)
-ram_option = click.option("--ram", type=float, help="System memory, GB, for the hybrid run. [default: this machine's]")
+
 ram_bandwidth_option = click.option(
     "--ram-bandwidth", type=float, help="Of system memory, GB/s: bounds the hybrid run's speed."
 )
-cores_option = click.option(
-    "--cores",
-    type=click.IntRange(min=1),
-    help="Physical CPU cores, for the hybrid run's command. [default: this machine's]",
-)
-sockets_option = click.option(
-    "--sockets", type=click.IntRange(min=1), help="CPU sockets (NUMA nodes), likewise. [default: this machine's]"
-)
+
+
+def planning_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of what is planned, which `k26 plan` and `k26 serve` share, in their order."""
+    for option in reversed(_SHARED):
+        command = option(command)
+    return command
 
 
 @click.command(cls=Command)
 @click.option("--gpus", help="Such as 8xH200, 4x'RTX 4090 48GB' or memory in GiB: 8x96. [default: this machine's]")
-@engine_option
-@context_option
-@concurrency_option
-@images_option
-@kv_dtype_option
-@memory_fraction_option
-@ram_option
+@planning_options
 @ram_bandwidth_option
-@cores_option
-@sockets_option
 @click.option(
     "--measure",
     is_flag=True,

@@ -11,36 +11,14 @@ import click
 from k26_plugins.cli.command import Command
 from k26_plugins.cli.console import err, fail, folder_argument, out
 from k26_plugins.cli.doctor import show
-from k26_plugins.cli.plan import (
-    Engine,
-    KvDtype,
-    concurrency_option,
-    context_option,
-    cores_option,
-    engine_option,
-    images_option,
-    kv_dtype_option,
-    load_of,
-    memory_fraction_option,
-    plan_for,
-    ram_option,
-    sockets_option,
-)
+from k26_plugins.cli.plan import Engine, KvDtype, load_of, plan_for, planning_options
 
 
 # What follows `--` is the engine's.
 @click.command(cls=Command, context_settings={"allow_extra_args": True})
 @folder_argument
-@engine_option
 @click.option("--gpus", help="As for `k26 plan`; by default those of this machine.")
-@context_option
-@concurrency_option
-@images_option
-@kv_dtype_option
-@memory_fraction_option
-@ram_option
-@cores_option
-@sockets_option
+@planning_options
 @click.option("--anyway/--no-anyway", default=False, help="Start although the doctor found something bad.")
 @click.option("--dry-run/--no-dry-run", default=False, help="Print the command and stop.")
 @click.pass_context
