@@ -24,16 +24,16 @@ def merge(folder: Path, adapter: Path, target: Path) -> None:
     rounds away. Takes the memory of one matrix and the space of a second checkpoint.
     """
     from k26_plugins.common.checkpoint import CheckpointError
-    from k26_plugins.common.checkpoint.header import weight_files
     from k26_plugins.common.model.config import ConfigError
     from k26_plugins.operate.merge import MergeError
     from k26_plugins.operate.merge import merge as run_merge
 
     try:
         with bytes_bar() as progress:
-            size = sum(file.stat().st_size for file in weight_files(folder))
-            task = progress.add_task("merging", total=size)
-            report = run_merge(folder, adapter, target, lambda count: progress.advance(task, count))
+            task = progress.add_task("merging", total=None)
+            report = run_merge(
+                folder, adapter, target, lambda count, size: progress.update(task, advance=count, total=size)
+            )
     except (MergeError, CheckpointError, ConfigError, OSError) as error:
         fail(error)
     click.echo(f"{report.num_modules} linear layers were changed, {report.num_int4} of them INT4.")

@@ -138,12 +138,14 @@ def _of_pattern(patterns: Mapping[str, float] | None, module: str, otherwise: fl
     return otherwise
 
 
-def merge(folder: Path, adapter: Path, out: Path, on_bytes: Callable[[int], object] = lambda count: None) -> Merged:
+def merge(
+    folder: Path, adapter: Path, out: Path, on_bytes: Callable[[int, int], object] = lambda count, size: None
+) -> Merged:
     """Write `folder` with the adapter merged into `out`, a new folder, in the memory of one matrix.
 
     Dense matrices are summed in float32 and rounded to their dtype; INT4 ones are quantised as the published checkpoint is,
-    symmetric in groups of 32. Every other byte is copied. on_bytes: told the length of each piece that was copied. Raises
-    MergeError, CheckpointError, ConfigError, OSError.
+    symmetric in groups of 32. Every other byte is copied. on_bytes: told the length of each piece that was copied, and
+    of all that is to be. Raises MergeError, CheckpointError, ConfigError, OSError.
     """
     checkpoint = Checkpoint(folder)
     changes = read_adapter(adapter, checkpoint)
@@ -163,7 +165,7 @@ def merge(folder: Path, adapter: Path, out: Path, on_bytes: Callable[[int], obje
     job = _Job(checkpoint, changes)
     for file in files:
         scratch = out / f".{file.name}.part"
-        _copy(file, scratch, on_bytes)
+        _copy(file, scratch, lambda count: on_bytes(count, size))
         with scratch.open("r+b") as stream:
             for entry in read_header(file):
                 if (tensor := job.merged(entry)) is not None:
