@@ -33,7 +33,7 @@ def measure(text: TextConfig) -> Rates:
 
 def host_line(text: TextConfig) -> Line:
     """Seconds of an expert on the CPU, by its tokens, with the backend that a hybrid run takes."""
-    one = random_experts(text, 1)
+    one = random_experts(1, text.hidden_size, text.moe_intermediate_size, "cpu")
     # So many that caches hold few of them from one call to the next, but no more than a layer has.
     count = max(WITH_MANY_TOKENS, min(beyond_caches() // expert_bytes(text), text.n_routed_experts))
     weights = ExpertWeights(*(part.repeat(count, *[1] * (part.dim() - 1)) for part in one.parts()))

@@ -96,4 +96,6 @@ def _weights(checkpoint: Path | None) -> tuple[ExpertWeights, str]:
         moe = MoE(text, opened.tensor, text.first_k_dense_replace)
         experts = [moe.expert(index) for index in range(NUM_EXPERTS)]
         return ExpertWeights(*(torch.stack(parts) for parts in zip(*experts, strict=True))), "the checkpoint's weights"
-    return random_experts(TextConfig(), NUM_EXPERTS), "random weights of the published sizes"
+    text = TextConfig()
+    weights = random_experts(NUM_EXPERTS, text.hidden_size, text.moe_intermediate_size, "cpu")
+    return weights, "random weights of the published sizes"

@@ -14,7 +14,7 @@ from k26_plugins.common.experts.base import ExpertWeights
 from k26_plugins.common.experts.outcome import OURS, Timing
 from k26_plugins.common.experts.peer import NotHereError, Peer, Run
 from k26_plugins.common.experts.reference import reference_experts
-from k26_plugins.common.model.int4 import GROUP_SIZE, PACK_FACTOR
+from k26_plugins.operate.random_experts import random_experts
 from k26_plugins.operate.tune.clock import Clock
 from k26_plugins.operate.tune.routing import Batch, Layer
 from k26_plugins.operate.tune.tiles import fastest_tiles
@@ -39,18 +39,8 @@ QUICK = Effort((1, 8, 64, 512, 4096), ("uniform",), 0.0)
 
 
 def random_weights(layer: Layer, device: torch.device) -> ExpertWeights:
-    """Any bits are weights; scales are such that a unit activation gives a unit output."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def matrix(rows: int, inputs: int) -> tuple[torch.Tensor, torch.Tensor]:
-        drawn: dict[str, Any] = {"generator": generator, "device": device}
-        shape = (layer.num_experts, rows, inputs // PACK_FACTOR)
-        packed = torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, **drawn)
-        scale = torch.rand(layer.num_experts, rows, inputs // GROUP_SIZE, **drawn) + 0.5
-        return packed, (scale / (4.6 * inputs**0.5)).to(torch.bfloat16)
-
-    hidden, inner = layer.hidden_size, layer.intermediate_size
-    return ExpertWeights(*matrix(2 * inner, hidden), *matrix(hidden, inner))
+    """Experts of the rank's sizes, as `random_experts` draws them."""
+    return random_experts(layer.num_experts, layer.hidden_size, layer.intermediate_size, device)
 
 
 @dataclass(frozen=True, slots=True)
