@@ -385,7 +385,7 @@ def kernel_takes_experts_only() -> bool:
     return not {"shared_experts", "inplace"} & set(inspect.signature(kernel.__init__).parameters)
 
 
-def make_kernel(method: Any, layer: Any, experts_class: Callable[..., Any]) -> Any:
+def make_kernel(method: Any, layer: Any, make_experts: Callable[..., Any]) -> Any:
     """vLLM's modular kernel around our experts: dispatch and combine between ranks stay vLLM's."""
     modular_kernel = importlib.import_module("vllm.model_executor.layers.fused_moe.modular_kernel")
     make = private("vllm.model_executor.layers.fused_moe.all2all_utils", "maybe_make_prepare_finalize")
@@ -400,4 +400,5 @@ def make_kernel(method: Any, layer: Any, experts_class: Callable[..., Any]) -> A
         routing_tables=layer._expert_routing_tables(),
         allow_new_interface=True,
     )
-    return modular_kernel.FusedMoEKernel(prepare_finalize, experts_class(method.moe, method.moe_quant_config))
+    experts = make_experts(method.moe, method.moe_quant_config, prepare_finalize)
+    return modular_kernel.FusedMoEKernel(prepare_finalize, experts)

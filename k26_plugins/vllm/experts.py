@@ -7,10 +7,8 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from vllm.model_executor.layers.fused_moe import modular_kernel as mk
 from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG, FusedMoEConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
-from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
 from vllm.model_executor.utils import set_weight_attrs
 
 from k26_plugins.common.adapters.engine import UnsupportedEngineError
@@ -22,6 +20,7 @@ from k26_plugins.common.experts.parameters import LayerExperts
 from k26_plugins.common.experts.tuned import backend_for, installed_engine
 from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, experts_setting
 from k26_plugins.vllm import compat, logger
+from k26_plugins.vllm.modular import K26Experts, experts_for
 
 
 class K26ExpertsMethod(FusedMoEMethodBase):
@@ -56,14 +55,15 @@ class K26ExpertsMethod(FusedMoEMethodBase):
     def process_weights_after_loading(self, layer: Any) -> None:
         expert_map, moe = layer.expert_map, self.moe
         num_global = None if expert_map is None else len(expert_map)
-        self.experts.close(Batches(moe.experts_per_token, num_global, moe.in_dtype, logger))
+        by_expert = moe.moe_parallel_config.use_batched_activation_format
+        self.experts.close(Batches(moe.experts_per_token, num_global, moe.in_dtype, logger, by_expert))
         if self.moe_kernel is None:
             self.moe_quant_config = self.get_fused_moe_quant_config(layer)
             if compat.kernel_takes_experts_only():
                 self.moe_kernel = compat.make_kernel(self, layer, self._make_experts)
 
-    def _make_experts(self, moe: FusedMoEConfig, quant_config: Any) -> K26Experts:
-        return K26Experts(moe, quant_config, self.experts)
+    def _make_experts(self, moe: FusedMoEConfig, quant_config: Any, prepare_finalize: Any) -> K26Experts:
+        return experts_for(prepare_finalize, moe, quant_config, self.experts)
 
     def get_fused_moe_quant_config(self, layer: torch.nn.Module) -> Any:
         return FUSED_MOE_UNQUANTIZED_CONFIG  # the activations are not quantised, and the weights are ours
@@ -104,84 +104,6 @@ class K26ExpertsMethod(FusedMoEMethodBase):
             shared_experts_input=shared_experts_input,
         )
         return output
-
-
-class K26Experts(mk.FusedMoEExpertsModular):
-    """The experts' part of vLLM's modular kernel; weighting and the sum over the chosen experts are ours."""
-
-    def __init__(self, moe_config: FusedMoEConfig, quant_config: Any, experts: LayerExperts) -> None:
-        super().__init__(moe_config, quant_config)
-        self.experts = experts
-
-    @staticmethod
-    def activation_format() -> mk.FusedMoEActivationFormat:
-        return mk.FusedMoEActivationFormat.Standard
-
-    # vLLM's oracle asks these before it takes a class. This one is not offered to it: the method has already chosen.
-    @staticmethod
-    def _supports_current_device() -> bool:
-        return True
-
-    @staticmethod
-    def _supports_no_act_and_mul() -> bool:
-        return False
-
-    @staticmethod
-    def _supports_quant_scheme(weight_key: Any, activation_key: Any) -> bool:
-        return activation_key is None
-
-    @staticmethod
-    def _supports_activation(activation: Any) -> bool:
-        return getattr(activation, "value", activation) == "silu"
-
-    @staticmethod
-    def _supports_parallel_config(moe_parallel_config: Any) -> bool:
-        return True
-
-    def supports_expert_map(self) -> bool:
-        return True
-
-    def moe_problem_size(
-        self, a1: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, topk_ids: torch.Tensor
-    ) -> tuple[int, int, int, int, int]:
-        """(local experts, tokens, w13 rows, hidden size, top_k): the packed weights' own last dimension is none of these."""
-        rows = 2 * self.moe_config.intermediate_size_per_partition
-        return w1.shape[0], a1.shape[0], rows, a1.shape[-1], topk_ids.shape[1]
-
-    def workspace_shapes(
-        self,
-        M: int,
-        N: int,
-        K: int,
-        topk: int,
-        global_num_experts: int,
-        *args: Any,
-    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        # The second one is our scratch, the first becomes the output.
-        num_bytes = self.experts.workspace_bytes(M, topk, global_num_experts)
-        return (0,), (-(-num_bytes // self.moe_config.in_dtype.itemsize),), (M, K)
-
-    def finalize_weight_and_reduce_impl(self) -> Any:
-        return TopKWeightAndReduceNoOP()
-
-    def apply(
-        self,
-        output: torch.Tensor,
-        hidden_states: torch.Tensor,
-        w1: torch.Tensor,
-        w2: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        activation: Any,
-        global_num_experts: int,
-        expert_map: torch.Tensor | None,
-        *args: Any,
-        workspace2: torch.Tensor,
-        **kwargs: Any,
-    ) -> None:
-        # The scales lie beside w1 and w2, in the layer's parameters too.
-        workspace = workspace2.view(torch.uint8) if workspace2.numel() else None
-        self.experts.apply(output, hidden_states, topk_weights, topk_ids, expert_map, workspace)
 
 
 def experts_of(model: torch.nn.Module) -> dict[int, ExpertsOfLayer]:
@@ -264,10 +186,10 @@ def core_serves(moe: FusedMoEConfig, backend_name: str) -> bool:
     Raises ExpertsError where they cannot and the user named them; otherwise the layer is left to vLLM.
     """
     reason = why_unsupported(sizes_of(moe), backend_name)
-    if moe.moe_parallel_config.use_batched_activation_format:
+    if moe.moe_parallel_config.use_batched_activation_format and experts_setting() == "auto":
         reason = (
             f"--all2all-backend {moe.moe_parallel_config.all2all_backend} hands each expert its tokens in a buffer of its "
-            f"own, and they take tokens with their routing: choose another all-to-all"
+            f"own, which nothing was measured with: {EXPERTS_VARIABLE}={backend_name} takes them"
         )
     if reason is not None and experts_setting() != "auto":
         raise ExpertsError(

@@ -1,16 +1,20 @@
 """Triton kernels of Kimi-K2.6's INT4 experts; imports torch and triton only. How they work: docs/kernels.md."""
 
+from k26_kernels.batched import batched_experts, batched_plan
 from k26_kernels.config import Shape
 from k26_kernels.dequantise import dequantise
 from k26_kernels.experts import KernelExperts, fused_experts, use_tiles, workspace_bytes
 from k26_kernels.layout import repack, restore
 from k26_kernels.router import route
 from k26_kernels.target import device_of
-from k26_kernels.variants import compile_variants
+from k26_kernels.variants import compile_batched, compile_variants
 
 __all__ = [
     "KernelExperts",
     "Shape",
+    "batched_experts",
+    "batched_plan",
+    "compile_batched",
     "compile_variants",
     "dequantise",
     "device_of",

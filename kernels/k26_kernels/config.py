@@ -106,15 +106,18 @@ def checked(tiles: dict[str, Any], target: str, shape: Shape) -> dict[str, Regim
 
 
 def choose(choices: dict[str, Regime], num_tokens: int, slots_per_expert: float, batch_invariant: bool) -> str:
-    """The name of the regime for a batch; batch-invariant always the same.
+    """The name of the regime for a batch; batch-invariant always the same."""
+    if batch_invariant:
+        return INVARIANT
+    return SINGLE if num_tokens <= SINGLE_TOKENS else least_work(choices, slots_per_expert)
+
+
+def least_work(choices: dict[str, Regime], slots_per_expert: float) -> str:
+    """The name of the regime for slots in blocks.
 
     An expert's last block is half empty on average, and each block unpacks its tile of weights again. Unpacking and the
     matrix instructions overlap; that a quarter of the shorter does not is a guess. The least work wins.
     """
-    if batch_invariant:
-        return INVARIANT
-    if num_tokens <= SINGLE_TOKENS:
-        return SINGLE
 
     def work(name: str) -> float:
         block = choices[name].block_tokens

@@ -152,12 +152,18 @@ def plan_of(
         smallest = min(choice.block_tokens for choice in regimes(device, shape).values())
         sizes["blocks"] = 4 * (1 + COLUMNS.value * max_blocks(num_slots, shape.num_experts, smallest))
         sizes["counts"] = counts_bytes(num_slots, shape.num_experts)
+    sections, total = sections_of(sizes)
+    most = max_blocks(num_slots, shape.num_experts, regime.block_tokens) if is_sorted else num_slots
+    return Plan(regime, is_sorted, splits[0], splits[1], num_slots, most, weighted, sections, total)
+
+
+def sections_of(sizes: dict[str, int]) -> tuple[dict[str, tuple[int, int]], int]:
+    """Offset and size of each part of a workspace, one behind the other, and the bytes of all."""
     sections, offset = {}, 0
     for section, size in sizes.items():
         sections[section] = (offset, size)
         offset += -(-size // _ALIGNMENT) * _ALIGNMENT
-    most = max_blocks(num_slots, shape.num_experts, regime.block_tokens) if is_sorted else num_slots
-    return Plan(regime, is_sorted, splits[0], splits[1], num_slots, most, weighted, sections, offset)
+    return sections, offset
 
 
 def use_tiles(device: Device, shape: Shape, tiles: dict[str, Any]) -> None:

@@ -26,7 +26,9 @@ def write_tile(
     else:
         rows = rows_first + tl.arange(0, BLOCK_ROWS)
         place = (part * num_slots + slot).to(tl.int64)[None, :] * N + rows[:, None]
-        if EPILOGUE == "weighted":
+        if EPILOGUE == "plain":
+            tl.store(out + place, rounded(acc, out.dtype.element_ty), mask=valid)
+        elif EPILOGUE == "weighted":
             y = acc * tl.load(topk_weights + slot)[None, :]
             tl.store(out + place, rounded(y, out.dtype.element_ty), mask=valid)
         else:
@@ -67,6 +69,7 @@ def product_kernel(
     EPILOGUE, and what it writes to `out` for each slot with an expert here:
       "swiglu"    silu(gate) · up, bfloat16 `[num_slots, N / 2]`; SPLIT_K is 1
       "weighted"  the product times the slot's routing weight, rounded to the dtype of `out`, `[SPLIT_K, num_slots, N]`
+      "plain"     the product, rounded to the dtype of `out`, `[num_slots, N]`; SPLIT_K is 1
       "partial"   the product's part, float32 `[SPLIT_K, num_slots, N]`, rows as they are stored
     WAIT: let each step's products end before the next step's weights are made (`Target.waits`).
 

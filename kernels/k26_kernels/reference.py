@@ -1,4 +1,4 @@
-"""The routed sum in plain PyTorch on weights in the kernels' layout: what the launches of `fused_experts` give together."""
+"""The routed sum in plain PyTorch on weights in the kernels' layout: what all launches of a call give together."""
 
 from __future__ import annotations
 
@@ -30,3 +30,14 @@ def fused_experts_reference(
                 gate, up = (w13[expert] @ x[token]).chunk(2)
                 out[token] += topk_weights[token, k] * (w2[expert] @ (F.silu(gate) * up))
     return out
+
+
+def batched_experts_reference(
+    hidden_states: torch.Tensor, experts: KernelExperts, counts: torch.Tensor
+) -> torch.Tensor:
+    """float32 `[num_experts, max_tokens, hidden_size]`, arguments as in `batched_experts`; zero where no token is."""
+    num_experts, max_tokens, hidden_size = hidden_states.shape
+    is_there = torch.arange(max_tokens, device=counts.device) < counts[:, None]
+    topk_ids = torch.where(is_there, torch.arange(num_experts, device=counts.device)[:, None], -1).reshape(-1, 1)
+    x, weights = hidden_states.reshape(-1, hidden_size), torch.ones_like(topk_ids, dtype=torch.float32)
+    return fused_experts_reference(x, experts, topk_ids, weights).view(hidden_states.shape)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import torch
 
-from k26_kernels.config import Shape
+from k26_kernels.batched import batched_experts, batched_plan
+from k26_kernels.config import Regime, Shape
 from k26_kernels.experts import TOKENS_AT_ONCE, KernelExperts, Plan, fused_experts, make_plan
 from k26_kernels.target import Device, device_of
 
@@ -47,30 +49,55 @@ def compile_variants(
     num_global_experts: the length of the expert map that batches come with, None where they come without. ids and map are
     int32, as they must be later. Needs the memory of one expert and of the largest of `batch_sizes`.
     """
-    hidden, inner = shape.hidden_size, shape.intermediate_size
-
-    def filled(value: int, *size: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.full(size, value, dtype=dtype, device=device)
-
-    # Of an expert that no slot chooses nothing is computed, though the first one's weights may be loaded ahead.
-    experts = KernelExperts(
-        filled(0, 1, 2 * inner, hidden // 8, dtype=torch.int32),
-        filled(0, 1, 2 * inner, hidden // 32, dtype=torch.bfloat16),
-        filled(0, 1, hidden, inner // 8, dtype=torch.int32),
-        filled(0, 1, hidden, inner // 32, dtype=torch.bfloat16),
-        device_of(device),
-        shape,
-    )
+    filled, experts = partial(_filled, device), _one_expert(device, shape)
     expert_map = None if num_global_experts is None else filled(-1, num_global_experts, dtype=torch.int32)
     sizes = batch_sizes(experts.device, shape, top_k, num_global_experts or shape.num_experts, batch_invariant)
     for num_tokens in sizes:
         fused_experts(
-            filled(0, num_tokens, hidden, dtype=torch.bfloat16),
+            filled(0, num_tokens, shape.hidden_size, dtype=torch.bfloat16),
             experts,
             filled(-1, num_tokens, top_k, dtype=torch.int32),
             filled(0, num_tokens, top_k, dtype=torch.float32),
             expert_map=expert_map,
-            out=filled(0, num_tokens, hidden, dtype=out_dtype),
+            out=filled(0, num_tokens, shape.hidden_size, dtype=out_dtype),
             batch_invariant=batch_invariant,
         )
     return len(sizes)
+
+
+def compile_batched(
+    device: torch.device, shape: Shape, out_dtype: torch.dtype, *, batch_invariant: bool = False
+) -> int:
+    """Launch all variants of `batched_experts` for experts of this shape, with buffers that hold no token; their number."""
+    filled, experts = partial(_filled, device), _one_expert(device, shape)
+    least: dict[Regime, int] = {}
+    for number in range(TOKENS_AT_ONCE + 1):
+        least.setdefault(batched_plan(experts.device, shape, 1, number, out_dtype, batch_invariant).regime, number)
+    for expected in least.values():
+        batched_experts(
+            filled(0, shape.num_experts, 1, shape.hidden_size, dtype=torch.bfloat16),
+            experts,
+            filled(0, shape.num_experts, dtype=torch.int32),
+            filled(0, shape.num_experts, 1, shape.hidden_size, dtype=out_dtype),
+            expected=expected,
+            batch_invariant=batch_invariant,
+        )
+    return len(least)
+
+
+def _filled(device: torch.device, value: int, *size: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.full(size, value, dtype=dtype, device=device)
+
+
+def _one_expert(device: torch.device, shape: Shape) -> KernelExperts:
+    """Experts of this shape of which the first has weights: of those that no slot chooses nothing is computed, though the
+    first one's weights may be loaded ahead."""
+    hidden, inner = shape.hidden_size, shape.intermediate_size
+    return KernelExperts(
+        _filled(device, 0, 1, 2 * inner, hidden // 8, dtype=torch.int32),
+        _filled(device, 0, 1, 2 * inner, hidden // 32, dtype=torch.bfloat16),
+        _filled(device, 0, 1, hidden, inner // 8, dtype=torch.int32),
+        _filled(device, 0, 1, hidden, inner // 32, dtype=torch.bfloat16),
+        device_of(device),
+        shape,
+    )

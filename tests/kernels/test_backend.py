@@ -55,6 +55,12 @@ def test_it_is_the_first_choice_and_passes_its_self_test(device: torch.device, m
     workspace = torch.empty(experts.workspace_bytes(3, 2), dtype=torch.uint8, device=device)
     result = experts.apply(x.to(device), ids.to(device), topk_weights.to(device), workspace=workspace)
     assert error(result.cpu(), expected) <= TOLERANCE
+    buffers = torch.stack([x, x.flip(0)]).to(device)
+    by_expert = torch.empty_like(buffers)
+    experts.apply_by_expert(buffers, torch.tensor([3, 2], device=device), by_expert, expected=2.0)
+    for index, count in enumerate([3, 2]):
+        one = judge(weights, buffers[index, :count].cpu(), torch.full((count, 1), index), torch.ones(count, 1))
+        assert error(by_expert[index, :count].cpu(), one) <= TOLERANCE
     half = experts.apply(x.to(device, torch.float16), ids.to(device), topk_weights.to(device))
     assert half.dtype == torch.float16
     assert error(half.cpu(), expected) <= TOLERANCE

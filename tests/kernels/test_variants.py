@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from k26_kernels import KernelExperts, Shape, compile_variants, fused_experts
+from k26_kernels import KernelExperts, Shape, batched_experts, compile_batched, compile_variants, fused_experts
 from k26_kernels.experts import EXACT_SLOTS, TOKENS_AT_ONCE, make_plan
 from k26_kernels.product import product_kernel
 from k26_kernels.target import TARGETS, Device
@@ -73,6 +73,26 @@ def test_no_batch_launches_what_was_not_compiled(
     assert launched == compiled
     assert {name for name, *_ in launched} >= {"align_kernel", "count_kernel", "product_kernel", "reduce_kernel"}
     assert batch_invariant or "activate_kernel" in {name for name, *_ in launched}
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True], ids=["", "batch-invariant"])
+def test_no_buffers_launch_what_was_not_compiled(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, batch_invariant: bool
+) -> None:
+    """Of any length, and however many tokens are expected in them."""
+    shape = Shape(128, 128, 4)
+    with launches(monkeypatch, run=False) as compiled:
+        number = compile_batched(device, shape, torch.bfloat16, batch_invariant=batch_invariant)
+    experts = KernelExperts.from_checkpoint(*to_device(make_weights(4, 128, 128), device).parts())
+    counts = torch.zeros(4, dtype=torch.int32, device=device)
+    with launches(monkeypatch, run=False) as launched:
+        for max_tokens in (1, 7, 128, 1024):
+            x = torch.zeros(4, max_tokens, 128, dtype=torch.bfloat16, device=device)
+            for expected in (0.0, 0.4, 3.0, 17.5, 40.0, 90.0, 1e6):
+                batched_experts(x, experts, counts, x, expected=expected, batch_invariant=batch_invariant)
+    assert launched == compiled
+    # A table for each size of blocks.
+    assert number == len([name for name, *_ in launched if name == "table_kernel"]) == (1 if batch_invariant else 4)
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -11,11 +11,20 @@ from typing import Any
 import pytest
 import torch
 from support.eplb import assert_moved_experts_compute_as_before
-from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEParallelConfig, RoutingMethodType
+from support.experts import error, inputs, judge, make_weights, route
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.fused_moe.config import (
+    FUSED_MOE_UNQUANTIZED_CONFIG,
+    FusedMoEConfig,
+    FusedMoEParallelConfig,
+    RoutingMethodType,
+)
 
-from k26_plugins.common.experts import ExpertsError
-from k26_plugins.vllm import compat
+from k26_plugins.common.experts import Batches, ExpertsError
+from k26_plugins.common.experts.parameters import PACKED_NAMES, LayerExperts
+from k26_plugins.vllm import compat, logger
 from k26_plugins.vllm.experts import K26ExpertsMethod, core_serves, use_core_experts
+from k26_plugins.vllm.modular import experts_for
 
 
 def quant_config(folder: Path) -> Any:
@@ -70,11 +79,6 @@ def test_only_routed_experts_get_our_method(tiny_folder: Path) -> None:
 
 
 CANNOT: dict[str, tuple[dict[str, Any], str, str]] = {
-    "DeepEP low latency": (
-        {"dp_size": 2, "use_ep": True, "all2all_backend": "deepep_low_latency"},
-        "cpu",
-        "--all2all-backend deepep_low_latency hands each expert its tokens",
-    ),
     "a device": ({}, "triton", "triton is not, because the Triton kernels run on CUDA and ROCm GPUs, not on cpu"),
     "sizes": ({"intermediate_size": 48}, "cpu", "tensor parallelism leaves 48 of moe_intermediate_size"),
 }
@@ -101,8 +105,46 @@ def test_deepep_for_throughput_is_served() -> None:
     assert core_serves(moe_config(dp_size=2, use_ep=True, all2all_backend="deepep_high_throughput"), "cpu")
 
 
+def test_deepep_for_low_latency_is_served_by_name(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    moe = moe_config(dp_size=2, use_ep=True, all2all_backend="deepep_low_latency")
+    monkeypatch.setattr("k26_plugins.vllm.logger.propagate", True)
+    assert not core_serves(moe, "cpu")
+    assert "--all2all-backend deepep_low_latency hands each expert its tokens" in caplog.text
+    monkeypatch.setenv("K26_EXPERTS", "cpu")
+    assert core_serves(moe, "cpu")
+
+
 @pytest.mark.skipif(find_spec("vllm.distributed.eplb.eplb_communicator") is None, reason="moved by other names before")
 @pytest.mark.long
 def test_experts_that_vllm_moves_compute_as_before() -> None:
     """EPLB's own policy and transfer on two ranks, for a decode and a prefill: a server has it on GPUs alone."""
     assert_moved_experts_compute_as_before("vllm")
+
+
+@pytest.mark.skipif(not compat.kernel_takes_experts_only(), reason="before, the kernel took more than experts")
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_tokens_in_a_buffer_of_each_experts_own(backend: str) -> None:
+    """Through vLLM's modular kernel, with its own plain code in the place of DeepEP's: the sum that the judge computes."""
+    from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEKernel
+    from vllm.model_executor.layers.fused_moe.prepare_finalize.batched import BatchedPrepareAndFinalize
+
+    num_tokens, moe = 9, moe_config()
+    weights = make_weights(8, 128, 64)
+    layer = torch.nn.Module()
+    experts = LayerExperts(layer, 8, 128, 64, backend, lambda parameter: None)
+    for name, tensor in zip(PACKED_NAMES, weights.parts(), strict=True):
+        layer.get_parameter(name).data.copy_(tensor)
+    experts.close(Batches(2, None, torch.bfloat16, logger, by_expert=True))
+    prepare_finalize = BatchedPrepareAndFinalize(num_tokens, num_local_experts=8, num_dispatchers=1, rank=0)
+    kernel = FusedMoEKernel(prepare_finalize, experts_for(prepare_finalize, moe, FUSED_MOE_UNQUANTIZED_CONFIG, experts))
+    ids, topk_weights = route(num_tokens, 2, 8)
+    x = inputs(num_tokens, 128)
+    w1, w2 = experts.matrices()
+    with set_current_vllm_config(VllmConfig()):
+        found = kernel.apply(
+            x.clone(), w1, w2, topk_weights=topk_weights, topk_ids=ids, activation=moe.activation, global_num_experts=8,
+            expert_map=None, apply_router_weight_on_input=False,
+        )  # fmt: skip
+    assert error(found, judge(weights, x, ids, topk_weights)) <= 6e-3

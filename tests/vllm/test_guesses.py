@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,19 @@ from k26_plugins.vllm.guesses import repeated
 if not hasattr(current_platform, "register_triton_kernel_overrides"):
     pytest.skip("this vLLM's sampler of guesses does not run on a CPU", allow_module_level=True)
 
+from vllm.triton_utils import dispatcher
 from vllm.v1.sample import rejection_sampler
+
+
+class OwnModules:
+    """vLLM's registration looks at all modules there are, and some of what other tests import has no plain `__dict__`."""
+
+    def __getitem__(self, name: str) -> Any:
+        return sys.modules[name]
+
+    def values(self) -> list[Any]:
+        return [module for name, module in sys.modules.items() if name.startswith("vllm.")]
+
 
 TEMPERATURES = (0.5, 1.0, 2.0)
 TOKENS, DRAWN = 6, 20_000
@@ -23,6 +36,7 @@ TOKENS, DRAWN = 6, 20_000
 
 @pytest.fixture(autouse=True)
 def _mended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatcher, "sys", SimpleNamespace(modules=OwnModules()))
     current_platform.register_triton_kernel_overrides()
     hooked = partial(repeated, rejection_sampler.expand_batch_to_tokens)
     monkeypatch.setattr(rejection_sampler, "expand_batch_to_tokens", hooked)

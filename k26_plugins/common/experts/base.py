@@ -60,6 +60,8 @@ class Batches(NamedTuple):
     """Of the sum."""
     logger: logging.Logger
     """The engine's, for what is done for them."""
+    by_expert: bool = False
+    """Whether they come as `ExpertsBackend.apply_by_expert` takes them."""
 
 
 class LayerSizes(NamedTuple):
@@ -234,6 +236,23 @@ class ExpertsBackend(RoutedExperts):
     @abstractmethod
     def load(cls, weights: ExpertWeights) -> Self:
         """Take the weights over, repacked expert by expert into the same storage where the sizes allow it."""
+
+    def apply_by_expert(
+        self, hidden_states: torch.Tensor, counts: torch.Tensor, out: torch.Tensor, *, expected: float
+    ) -> None:
+        """What each expert gives for the tokens in its own buffer, unweighted: as DeepEP's low-latency dispatch has them.
+
+        hidden_states: `[num_experts, max_tokens, hidden_size]`, contiguous. counts: int32 `[num_experts]`, how many tokens
+        each buffer holds. out: like hidden_states; what lies beyond an expert's tokens is nobody's. expected: an expert's
+        tokens on average, which a backend may choose its path by.
+        """
+        del expected
+        num_experts, max_tokens, hidden_size = hidden_states.shape
+        is_there = torch.arange(max_tokens, device=counts.device) < counts[:, None]
+        experts = torch.arange(num_experts, dtype=torch.int32, device=counts.device)
+        topk_ids = torch.where(is_there, experts[:, None], -1).view(-1, 1)
+        topk_weights = torch.ones_like(topk_ids, dtype=torch.float32)
+        self.apply(hidden_states.view(-1, hidden_size), topk_ids, topk_weights, out=out.view(-1, hidden_size))
 
     @abstractmethod
     def tensors(self) -> dict[str, torch.Tensor]:

@@ -217,6 +217,12 @@ class LayerExperts:
             inputs = (hidden_states, topk_weights, topk_ids, expert_map)
             routed_experts(out, *inputs, *tensors.values(), workspace, self.backend_name)
 
+    def apply_by_expert(
+        self, out: torch.Tensor, hidden_states: torch.Tensor, counts: torch.Tensor, expected: float
+    ) -> None:
+        """Write what each expert gives for its buffer to `out`. Shapes are those of `ExpertsBackend.apply_by_expert`."""
+        self.backend().apply_by_expert(hidden_states, counts, out, expected=expected)
+
     def _packed(self) -> ExpertWeights:
         return ExpertWeights(*(self.layer.get_parameter(name).data for name in PACKED_NAMES))
 

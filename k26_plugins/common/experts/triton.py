@@ -34,17 +34,21 @@ def unusable_on(device: torch.device) -> str | None:
 @cache
 def _make_ready(sizes: LayerSizes, batches: Batches, batch_invariant: bool) -> None:
     """Once in a process: its layers are alike."""
-    from k26_kernels import Shape, compile_variants
+    from k26_kernels import Shape, compile_batched, compile_variants
 
     began = time.perf_counter()
-    number = compile_variants(
-        sizes.device,
-        Shape(sizes.hidden_size, sizes.intermediate_size, sizes.num_experts),
-        batches.top_k,
-        batches.dtype,
-        num_global_experts=batches.num_global_experts,
-        batch_invariant=batch_invariant,
-    )
+    shape = Shape(sizes.hidden_size, sizes.intermediate_size, sizes.num_experts)
+    if batches.by_expert:
+        number = compile_batched(sizes.device, shape, batches.dtype, batch_invariant=batch_invariant)
+    else:
+        number = compile_variants(
+            sizes.device,
+            shape,
+            batches.top_k,
+            batches.dtype,
+            num_global_experts=batches.num_global_experts,
+            batch_invariant=batch_invariant,
+        )
     batches.logger.info(
         "k26-plugins: the Triton kernels are compiled for batches of every size, %d variants of %d experts in %.1f s.",
         number,
@@ -146,5 +150,19 @@ class TritonExperts(ExpertsBackend):
             expert_map=None if expert_map is None else _as_int32(expert_map),
             out=out,
             workspace=workspace,
+            batch_invariant=self.batch_invariant,
+        )
+
+    def apply_by_expert(
+        self, hidden_states: torch.Tensor, counts: torch.Tensor, out: torch.Tensor, *, expected: float
+    ) -> None:
+        from k26_kernels import batched_experts
+
+        batched_experts(
+            hidden_states.to(torch.bfloat16),
+            self.experts,
+            _as_int32(counts),
+            out,
+            expected=expected,
             batch_invariant=self.batch_invariant,
         )

@@ -1,0 +1,149 @@
+"""The experts' part of vLLM's modular kernel, whose other part sends tokens to the ranks of their experts and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.fused_moe import modular_kernel as mk
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import (
+    TopKWeightAndReduceDelegate,
+    TopKWeightAndReduceNoOP,
+)
+
+from k26_plugins.common.experts.parameters import LayerExperts
+
+
+def experts_for(prepare_finalize: Any, moe: FusedMoEConfig, quant_config: Any, experts: LayerExperts) -> K26Experts:
+    """By the form in which the other part hands tokens over."""
+    if prepare_finalize.activation_format == mk.FusedMoEActivationFormat.Standard:
+        return K26Experts(moe, quant_config, experts)
+    buffers = {
+        "max_num_tokens": prepare_finalize.max_num_tokens_per_rank(),
+        "num_dispatchers": prepare_finalize.num_dispatchers(),
+    }
+    return K26BatchedExperts(moe, quant_config, experts, **buffers)
+
+
+class K26Experts(mk.FusedMoEExpertsModular):
+    """The experts' part of vLLM's modular kernel; weighting and the sum over the chosen experts are ours."""
+
+    def __init__(
+        self, moe_config: FusedMoEConfig, quant_config: Any, experts: LayerExperts, **buffers: int | None
+    ) -> None:
+        super().__init__(moe_config, quant_config, **buffers)
+        self.experts = experts
+
+    @staticmethod
+    def activation_format() -> mk.FusedMoEActivationFormat:
+        return mk.FusedMoEActivationFormat.Standard
+
+    # vLLM's oracle asks these before it takes a class. This one is not offered to it: the method has already chosen.
+    @staticmethod
+    def _supports_current_device() -> bool:
+        return True
+
+    @staticmethod
+    def _supports_no_act_and_mul() -> bool:
+        return False
+
+    @staticmethod
+    def _supports_quant_scheme(weight_key: Any, activation_key: Any) -> bool:
+        return activation_key is None
+
+    @staticmethod
+    def _supports_activation(activation: Any) -> bool:
+        return getattr(activation, "value", activation) == "silu"
+
+    @staticmethod
+    def _supports_parallel_config(moe_parallel_config: Any) -> bool:
+        return True
+
+    def supports_expert_map(self) -> bool:
+        return True
+
+    def moe_problem_size(
+        self, a1: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, topk_ids: torch.Tensor
+    ) -> tuple[int, int, int, int, int]:
+        """(local experts, tokens, w13 rows, hidden size, top_k): the packed weights' own last dimension is none of these."""
+        rows = 2 * self.moe_config.intermediate_size_per_partition
+        return w1.shape[0], a1.shape[0], rows, a1.shape[-1], topk_ids.shape[1]
+
+    def workspace_shapes(
+        self,
+        M: int,
+        N: int,
+        K: int,
+        topk: int,
+        global_num_experts: int,
+        *args: Any,
+    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        # The second one is our scratch, the first becomes the output.
+        num_bytes = self.experts.workspace_bytes(M, topk, global_num_experts)
+        return (0,), (-(-num_bytes // self.moe_config.in_dtype.itemsize),), (M, K)
+
+    def finalize_weight_and_reduce_impl(self) -> Any:
+        return TopKWeightAndReduceNoOP()
+
+    def apply(
+        self,
+        output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        activation: Any,
+        global_num_experts: int,
+        expert_map: torch.Tensor | None,
+        *args: Any,
+        workspace2: torch.Tensor,
+        **kwargs: Any,
+    ) -> None:
+        # The scales lie beside w1 and w2, in the layer's parameters too.
+        workspace = workspace2.view(torch.uint8) if workspace2.numel() else None
+        self.experts.apply(output, hidden_states, topk_weights, topk_ids, expert_map, workspace)
+
+
+class K26BatchedExperts(K26Experts):
+    """Of tokens in a buffer of each expert's own (DeepEP's low latency, NIXL): weighting and the sum are vLLM's."""
+
+    @staticmethod
+    def activation_format() -> mk.FusedMoEActivationFormat:
+        return mk.FusedMoEActivationFormat.BatchedExperts
+
+    def moe_problem_size(
+        self, a1: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, topk_ids: torch.Tensor
+    ) -> tuple[int, int, int, int, int]:
+        """As of tokens without buffers, with a buffer's length for their number."""
+        return super().moe_problem_size(a1[0], w1, w2, topk_ids)
+
+    def workspace_shapes(
+        self, M: int, N: int, K: int, topk: int, global_num_experts: int, local_num_experts: int, *args: Any
+    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        assert self.max_num_tokens is not None
+        assert self.num_dispatchers is not None
+        return (0,), (0,), (local_num_experts, self.max_num_tokens * self.num_dispatchers, K)
+
+    def finalize_weight_and_reduce_impl(self) -> Any:
+        return TopKWeightAndReduceDelegate()
+
+    def apply(
+        self,
+        output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        activation: Any,
+        global_num_experts: int,
+        *args: Any,
+        expert_tokens_meta: Any,
+        **kwargs: Any,
+    ) -> None:
+        assert self.num_dispatchers is not None
+        # Each rank that sends tokens has about as many as this one.
+        expected = topk_ids.numel() * self.num_dispatchers / global_num_experts
+        self.experts.apply_by_expert(output, hidden_states, expert_tokens_meta.expert_num_tokens, expected)

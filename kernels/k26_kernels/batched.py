@@ -1,0 +1,111 @@
+"""Experts on tokens that lie in a buffer of each expert's own, as DeepEP's low-latency dispatch hands them over.
+
+Nothing is sorted: the table of blocks follows from each expert's number of tokens. What an expert gives is written where its
+tokens lay; routing weights and the sum over experts are the engine's, which sends the tokens back.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from k26_kernels.align import COLUMNS, num_bins, write_blocks
+from k26_kernels.config import INVARIANT, Shape, least_work, regimes
+from k26_kernels.experts import KernelExperts, Launcher, Plan, sections_of
+from k26_kernels.target import Device
+
+_TOKENS_WRITTEN = 256
+
+
+@triton.jit(do_not_specialize=["max_tokens", "num_experts"])
+def table_kernel(
+    counts: tl.tensor, slots: tl.tensor, blocks: tl.tensor, max_tokens: tl.tensor, num_experts: tl.tensor,
+    BLOCK_TOKENS: tl.constexpr, BINS: tl.constexpr, TOKENS_WRITTEN: tl.constexpr,
+) -> None:  # fmt: skip
+    """Program e writes expert e's slots, which are the places of its tokens, and its rows of the table."""
+    expert = tl.program_id(0)
+    bins = tl.arange(0, BINS)
+    count = tl.load(counts + bins, mask=bins < num_experts, other=0).to(tl.int32)
+    # A count beyond the buffer would have the products read another expert's tokens.
+    count = tl.maximum(tl.minimum(count, max_tokens), 0)
+    first = tl.sum(tl.where(bins < expert, (count + BLOCK_TOKENS - 1) // BLOCK_TOKENS, 0))
+    own = tl.sum(tl.where(bins == expert, count, 0))
+    begin = expert * max_tokens
+    write_blocks(blocks, expert, begin, first, own, num_experts, BLOCK_TOKENS)
+    for start in range(0, own, TOKENS_WRITTEN):
+        token = start + tl.arange(0, TOKENS_WRITTEN)
+        tl.store(slots + begin + token, begin + token, mask=token < own)
+
+
+def batched_plan(
+    device: Device,
+    shape: Shape,
+    max_tokens: int,
+    expected: float,
+    out_dtype: torch.dtype,
+    batch_invariant: bool = False,
+) -> Plan:
+    """How buffers of `max_tokens` each are computed. expected: an expert's tokens on average, all that the host knows."""
+    choices = regimes(device, shape)
+    regime = choices[INVARIANT if batch_invariant else least_work(choices, expected)]
+    num_slots = shape.num_experts * max_tokens
+    num_blocks = shape.num_experts * -(-max_tokens // regime.block_tokens)
+    sections, total = sections_of(
+        {
+            "activated": 2 * num_slots * shape.intermediate_size,
+            "slots": 4 * num_slots,
+            "blocks": 4 * (1 + COLUMNS.value * num_blocks),
+        }
+    )
+    return Plan(regime, True, 1, 1, num_slots, num_blocks, out_dtype, sections, total)
+
+
+def batched_experts(
+    hidden_states: torch.Tensor,
+    experts: KernelExperts,
+    counts: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    expected: float,
+    workspace: torch.Tensor | None = None,
+    batch_invariant: bool = False,
+) -> None:
+    """down(silu(gate · x) · (up · x)) of the first `counts[e]` tokens in expert e's buffer; other rows are not written.
+
+    hidden_states: bfloat16 `[num_experts, max_tokens, hidden_size]`, contiguous. counts: int32 `[num_experts]`, on the
+    device. out: like hidden_states, any floating dtype. expected: an expert's tokens on average. workspace: uint8, the
+    bytes of `batched_plan`. Raises ValueError for inputs of another shape, or too small a workspace.
+    """
+    shape = experts.shape
+    expected_shape = (shape.num_experts, hidden_states.shape[1], shape.hidden_size)
+    if hidden_states.shape != expected_shape or hidden_states.dtype != torch.bfloat16:
+        raise ValueError(
+            f"hidden_states are {hidden_states.dtype} {list(hidden_states.shape)}, expected torch.bfloat16 "
+            f"{list(expected_shape)}."
+        )
+    if out.shape != expected_shape or not (out.is_contiguous() and hidden_states.is_contiguous()):
+        raise ValueError(f"out is {list(out.shape)}, expected it and hidden_states contiguous, {list(expected_shape)}.")
+    if counts.shape != expected_shape[:1] or counts.dtype != torch.int32:
+        raise ValueError(f"counts are {counts.dtype} {list(counts.shape)}, expected torch.int32 [{shape.num_experts}].")
+    max_tokens = expected_shape[1]
+    plan = batched_plan(experts.device, shape, max_tokens, expected, out.dtype, batch_invariant)
+    if workspace is None:
+        workspace = torch.empty(plan.bytes, dtype=torch.uint8, device=hidden_states.device)
+    elif workspace.dtype != torch.uint8 or workspace.numel() < plan.bytes:
+        raise ValueError(
+            f"the workspace is {workspace.numel()} of {workspace.dtype}, expected {plan.bytes} of torch.uint8."
+        )
+    # Of sorted tokens the products read neither ids nor weights.
+    launcher = Launcher(experts, plan, workspace, counts, counts, None)
+    slots, blocks = (launcher.section(name, torch.int32) for name in ("slots", "blocks"))
+    table_kernel[(shape.num_experts,)](
+        counts, slots, blocks, max_tokens, shape.num_experts,
+        BLOCK_TOKENS=plan.regime.block_tokens, BINS=num_bins(shape.num_experts), TOKENS_WRITTEN=_TOKENS_WRITTEN,
+        num_warps=4,
+    )  # fmt: skip
+    inner, hidden = shape.intermediate_size, shape.hidden_size
+    activated = launcher.section("activated", torch.bfloat16)
+    w13, w2 = (experts.w13_packed, experts.w13_scale), (experts.w2_packed, experts.w2_scale)
+    launcher.product(hidden_states, *w13, activated, plan.regime.w13, 2 * inner, hidden, 1, "swiglu", 1)
+    launcher.product(activated, *w2, out, plan.regime.w2, hidden, inner, 1, "plain", 1)
