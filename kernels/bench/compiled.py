@@ -23,6 +23,7 @@ from typing import Any
 
 import triton
 from k26_kernels.align import SLOTS_AT_ONCE, SLOTS_RANKED, align_kernel, count_kernel, place_kernel
+from k26_kernels.batched import TOKENS_WRITTEN, table_kernel
 from k26_kernels.combine import activate_kernel, reduce_kernel
 from k26_kernels.config import INVARIANT, SINGLE, Regime, Shape, Tile, default_regimes
 from k26_kernels.dequantise import dequantise_kernel
@@ -77,11 +78,14 @@ class Facts:
     """Machine instructions that a warp issues for a step along K; 0 where that is not read (AMD, and kernels without)."""
     tile_instructions: int
     """And for a tile beside its steps; 0 where a tile is one step, whose loop is counted above."""
+    waits_first: bool
+    """Whether its machine code waits for the launch before it, ahead of all that reads or writes the GPU's memory."""
 
 
 KERNELS = {
     "product": (product_kernel, "*bf16 *i32 *bf16 {out} *i32 *i32 *fp32 *i32 *i32 i32 i32 i32"),
     "align": (align_kernel, "*i32 *i32 *i32 *i32 i32 i32 i32"),
+    "table": (table_kernel, "*i32 *i32 *i32 i32 i32"),
     "count": (count_kernel, "*i32 *i32 *i32 i32 i32 i32"),
     "place": (place_kernel, "*i32 *i32 *i32 *i32 *i32 i32 i32 i32"),
     "activate": (activate_kernel, "*fp32 *bf16 i32"),
@@ -110,6 +114,7 @@ def product_variant(
         "FRAGMENT": target.fragment,
         "PACKED_MATH": not target.amd,
         "WAIT": target.waits,
+        "DEPENDENT": target.dependent,
     }
     label = f"{'w13' if gated else 'w2'} {name}{'' if parts == 1 else ' split'}"
     float32 = parts > 1 or (not gated and regime.block_tokens <= 16)
@@ -122,6 +127,7 @@ def variants() -> Iterator[Variant]:
     sort = {"BINS": 512, "SLOTS_AT_ONCE": SLOTS_AT_ONCE, "HAS_MAP": True}
     small: dict[str, dict[str, Any]] = {
         "align": {**sort, "BLOCK_TOKENS": 16},
+        "table": {"BLOCK_TOKENS": 16, "BINS": 512, "TOKENS_WRITTEN": TOKENS_WRITTEN},
         "count": sort,
         "place": {**sort, "BLOCK_TOKENS": 16, "SLOTS_RANKED": SLOTS_RANKED},
         "activate": {"I": inner, "SPLIT_K": 2, "BLOCK": 256},
@@ -131,7 +137,9 @@ def variants() -> Iterator[Variant]:
     }
     for target in TARGETS.values():
         for name, constants in small.items():
-            own = {"FRAGMENT": target.fragment} if name == "dequantise" else {}
+            own: dict[str, Any] = {"DEPENDENT": target.dependent} if name not in ("router", "dequantise") else {}
+            if name == "dequantise":
+                own = {"FRAGMENT": target.fragment}
             yield Variant(name, target.name, name, {**constants, **own})
         for name, regime in default_regimes(target.name).items():
             yield product_variant(target, LAYER, name, regime, regime.w13, True, 1)
@@ -155,6 +163,8 @@ def compile_variant(variant: Variant) -> Facts:
     source = ASTSource(function, signature=signature, constexprs=variant.constants, attrs=pointers)
     gpu = GPUTarget("hip", target.name, 64) if target.amd else GPUTarget("cuda", int(target.name[3:]), 32)
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, **target.options}
+    if variant.constants.get("DEPENDENT"):
+        options["launch_pdl"] = True
     compiled = triton.compile(source, target=gpu, options=options)
     read = read_amd if target.amd else read_nvidia
     facts = read(compiled.asm)
@@ -218,7 +228,15 @@ def read_nvidia(asm: Any) -> dict[str, Any]:
         "shuffles": len(re.findall(r"shfl\.sync", ptx)),
         "loop_instructions": steps,
         "tile_instructions": tile,
+        "waits_first": waits_first(code),
     }
+
+
+def waits_first(sass: str) -> bool:
+    """Whether ACQBULK, which `griddepcontrol.wait` becomes, stands ahead of every access to the GPU's memory."""
+    accesses = re.search(r"\b(LDG|STG|LDGSTS|ATOMG|RED|UBLKCP|UTMALDG)\b", sass)
+    wait = re.search(r"\bACQBULK\b", sass)
+    return wait is not None and (accesses is None or wait.start() < accesses.start())
 
 
 def read_amd(asm: Any) -> dict[str, Any]:
@@ -234,6 +252,7 @@ def read_amd(asm: Any) -> dict[str, Any]:
         "shuffles": len(re.findall(r"ds_bpermute|ds_swizzle|v_permlane|ds_write_b16", code)),
         "loop_instructions": 0,
         "tile_instructions": 0,
+        "waits_first": False,
     }
 
 

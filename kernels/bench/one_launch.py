@@ -13,9 +13,9 @@ import argparse
 
 import torch
 from bench.layers import LAYERS
-from k26_kernels import KernelExperts, dequantise, fused_experts, route
+from k26_kernels import KernelExperts, batched_experts, dequantise, fused_experts, route
 from k26_kernels.dequantise import dequantise_reference
-from k26_kernels.reference import fused_experts_reference
+from k26_kernels.reference import batched_experts_reference, fused_experts_reference
 from k26_kernels.router import route_reference
 
 from k26_plugins.operate.tune.measure import random_weights
@@ -44,6 +44,11 @@ def small_ones(device: torch.device, batches: tuple[int, ...] = (1, 20, 520)) ->
         batch = SMALL.batches("uniform", tokens, device)[0]
         arguments = batch.hidden_states, experts, batch.topk_ids, batch.topk_weights
         compare(f"experts, {tokens} tokens", fused_experts(*arguments), fused_experts_reference(*arguments))
+    buffers = torch.randn(SMALL.num_experts, 20, SMALL.hidden_size, device=device).bfloat16()
+    counts = torch.arange(SMALL.num_experts, dtype=torch.int32, device=device)
+    found = torch.zeros_like(buffers)
+    batched_experts(buffers, experts, counts, found, expected=3)
+    compare("experts on buffers of their own", found, batched_experts_reference(buffers, experts, counts))
     chosen = torch.arange(2, device=device)
     stored = experts.w2_packed[:2], experts.w2_scale[:2]
     fragment = experts.device.target.fragment

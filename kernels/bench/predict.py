@@ -6,8 +6,8 @@
 A product takes at least as long as its bytes at the copy bandwidth, its matrix instructions at the matmul rate (empty
 columns of a block included), its instructions at one a cycle and scheduler, and the tiles of the program that has most of
 them, whose warps issue every other cycle at best: that is an assumption. The prediction is the largest of the four, summed
-over the products, plus the traffic of the sums and a fixed cost for each launch. What they cost each other by overlapping
-badly is not in it, so a measurement will be above.
+over the products, plus the traffic of the sums and a fixed cost for each launch, less for those that begin while the one
+before them ends. What they cost each other by overlapping badly is not in it, so a measurement will be above.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ class Machine:
     matmul: float
     clock: float
     launch: float
+    dependent_launch: float
+    """Of one that begins while the one before it ends."""
     cycles: float
     """Between two instructions of a warp."""
 
@@ -47,8 +49,9 @@ class Machine:
         return 4 * self.device.processors * self.clock
 
 
-# 1.7 GHz is assumed for a busy H200, 2 µs for a launch inside a CUDA graph, and that half of a warp's cycles are waits.
-H200 = Machine(Device(TARGETS["sm_90"], "NVIDIA H200", 132), 4.3e12, 790e12, 1.7e9, 2e-6, 2.0)
+# 1.7 GHz is assumed for a busy H200, 2 µs for a launch inside a CUDA graph, 1 for one that begins while another ends, and
+# that half of a warp's cycles are waits.
+H200 = Machine(Device(TARGETS["sm_90"], "NVIDIA H200", 132), 4.3e12, 790e12, 1.7e9, 2e-6, 1e-6, 2.0)
 
 
 def shape_of(layer: Layer) -> Shape:
@@ -128,7 +131,7 @@ def predict(machine: Machine, compiled: Compiled, layer: Layer, kind: str, num_t
         if plan.split_w13 > 1:
             # The sum of the parts takes the slots of other ranks along.
             summed += plan.num_slots * (partial + 2 * inner)
-        seconds += launches * machine.launch + summed / machine.bandwidth
+        seconds += machine.launch + (launches - 1) * machine.dependent_launch + summed / machine.bandwidth
     touched = len(layer.slots_here(ids).unique())
     return {
         "layer": layer.name,

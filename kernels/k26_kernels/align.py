@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from k26_kernels.dependent import after_previous, launch_options
+
 COLUMNS = tl.constexpr(5)  # of the table of blocks
 SLOTS_AT_ONCE = 1024
 SLOTS_RANKED = 32  # of a chunk that are compared with each other at a time
@@ -60,11 +62,13 @@ def align_kernel(
     topk_ids: tl.tensor, expert_map: tl.tensor, slots: tl.tensor, blocks: tl.tensor,
     num_slots: tl.tensor, num_experts: tl.tensor, num_global: tl.tensor,
     BLOCK_TOKENS: tl.constexpr, BINS: tl.constexpr, SLOTS_AT_ONCE: tl.constexpr, HAS_MAP: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:  # fmt: skip
     """Program e writes expert e's slots in their order, and its rows of the table. The last writes the number of rows.
 
     Every program counts the slots of all experts itself: of so few that costs less than a second launch.
     """
+    after_previous(DEPENDENT)
     expert = tl.program_id(0)
     bins = tl.arange(0, BINS)
     slot = tl.arange(0, SLOTS_AT_ONCE)
@@ -85,9 +89,10 @@ def align_kernel(
 def count_kernel(
     topk_ids: tl.tensor, expert_map: tl.tensor, counts: tl.tensor,
     num_slots: tl.tensor, num_experts: tl.tensor, num_global: tl.tensor,
-    BINS: tl.constexpr, SLOTS_AT_ONCE: tl.constexpr, HAS_MAP: tl.constexpr,
+    BINS: tl.constexpr, SLOTS_AT_ONCE: tl.constexpr, HAS_MAP: tl.constexpr, DEPENDENT: tl.constexpr,
 ) -> None:  # fmt: skip
     """Program c counts a chunk's slots by expert. counts: int32 `[num_chunks, BINS]`; the last bin is nobody's."""
+    after_previous(DEPENDENT)
     slot = tl.program_id(0) * SLOTS_AT_ONCE + tl.arange(0, SLOTS_AT_ONCE)
     local = local_expert(topk_ids, expert_map, slot, num_slots, num_experts, num_global, HAS_MAP)
     found = tl.histogram(tl.where(local < 0, BINS - 1, local), BINS)
@@ -99,9 +104,10 @@ def place_kernel(
     topk_ids: tl.tensor, expert_map: tl.tensor, counts: tl.tensor, slots: tl.tensor, blocks: tl.tensor,
     num_slots: tl.tensor, num_experts: tl.tensor, num_global: tl.tensor,
     BLOCK_TOKENS: tl.constexpr, BINS: tl.constexpr, SLOTS_AT_ONCE: tl.constexpr, SLOTS_RANKED: tl.constexpr,
-    HAS_MAP: tl.constexpr,
+    HAS_MAP: tl.constexpr, DEPENDENT: tl.constexpr,
 ) -> None:  # fmt: skip
     """Program c puts the slots of chunk c in their places, and writes the table's rows of every n-th expert."""
+    after_previous(DEPENDENT)
     program = tl.program_id(0)
     bins = tl.arange(0, BINS)
     total = tl.zeros([BINS], tl.int32)
@@ -156,32 +162,32 @@ def align(
     slots: torch.Tensor,
     blocks: torch.Tensor,
     counts: torch.Tensor,
+    *,
+    dependent: bool = False,
 ) -> None:
     """Sort the slots (token · top_k + k) by local expert and cut each expert's into blocks of `block_tokens`.
 
     topk_ids: integers `[num_tokens, top_k]`, contiguous; −1, or anything that is no expert's, for none.
     slots: int32 `[num_slots]`. blocks: int32 `[1 + max_blocks · 5]`: the number of blocks, then for each its expert, its
     first place in `slots`, its number of slots, the first block of its expert, and how many that expert has.
-    counts: int32, `counts_bytes` of it as scratch.
+    counts: int32, `counts_bytes` of it as scratch. dependent: as of `launch_options`.
     """
     num_slots = topk_ids.numel()
     chosen = topk_ids, topk_ids if expert_map is None else expert_map
     numbers = num_slots, num_experts, global_experts(expert_map, num_experts)
-    bins, has_map = num_bins(num_experts), expert_map is not None
+    bins, options = num_bins(num_experts), {"HAS_MAP": expert_map is not None, **launch_options(dependent)}
     if num_slots <= SLOTS_AT_ONCE:
         align_kernel[(num_experts,)](
             *chosen, slots, blocks, *numbers,
-            BLOCK_TOKENS=block_tokens, BINS=bins, SLOTS_AT_ONCE=SLOTS_AT_ONCE, HAS_MAP=has_map, num_warps=4,
+            BLOCK_TOKENS=block_tokens, BINS=bins, SLOTS_AT_ONCE=SLOTS_AT_ONCE, num_warps=4, **options,
         )  # fmt: skip
         return
     chunks = triton.cdiv(num_slots, SLOTS_AT_ONCE)
-    count_kernel[(chunks,)](
-        *chosen, counts, *numbers, BINS=bins, SLOTS_AT_ONCE=SLOTS_AT_ONCE, HAS_MAP=has_map, num_warps=4
-    )
+    count_kernel[(chunks,)](*chosen, counts, *numbers, BINS=bins, SLOTS_AT_ONCE=SLOTS_AT_ONCE, num_warps=4, **options)
     place_kernel[(max(chunks, PLACERS),)](
         *chosen, counts, slots, blocks, *numbers,
         BLOCK_TOKENS=block_tokens, BINS=bins, SLOTS_AT_ONCE=SLOTS_AT_ONCE, SLOTS_RANKED=SLOTS_RANKED,
-        HAS_MAP=has_map, num_warps=4,
+        num_warps=4, **options,
     )  # fmt: skip
 
 

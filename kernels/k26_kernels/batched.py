@@ -12,18 +12,21 @@ import triton.language as tl
 
 from k26_kernels.align import COLUMNS, num_bins, write_blocks
 from k26_kernels.config import INVARIANT, Shape, least_work, regimes
+from k26_kernels.dependent import after_previous, launch_options
 from k26_kernels.experts import KernelExperts, Launcher, Plan, sections_of
 from k26_kernels.target import Device
 
-_TOKENS_WRITTEN = 256
+TOKENS_WRITTEN = 256
 
 
 @triton.jit(do_not_specialize=["max_tokens", "num_experts"])
 def table_kernel(
     counts: tl.tensor, slots: tl.tensor, blocks: tl.tensor, max_tokens: tl.tensor, num_experts: tl.tensor,
     BLOCK_TOKENS: tl.constexpr, BINS: tl.constexpr, TOKENS_WRITTEN: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:  # fmt: skip
     """Program e writes expert e's slots, which are the places of its tokens, and its rows of the table."""
+    after_previous(DEPENDENT)
     expert = tl.program_id(0)
     bins = tl.arange(0, BINS)
     count = tl.load(counts + bins, mask=bins < num_experts, other=0).to(tl.int32)
@@ -101,8 +104,8 @@ def batched_experts(
     slots, blocks = (launcher.section(name, torch.int32) for name in ("slots", "blocks"))
     table_kernel[(shape.num_experts,)](
         counts, slots, blocks, max_tokens, shape.num_experts,
-        BLOCK_TOKENS=plan.regime.block_tokens, BINS=num_bins(shape.num_experts), TOKENS_WRITTEN=_TOKENS_WRITTEN,
-        num_warps=4,
+        BLOCK_TOKENS=plan.regime.block_tokens, BINS=num_bins(shape.num_experts), TOKENS_WRITTEN=TOKENS_WRITTEN,
+        num_warps=4, **launch_options(experts.device.target.dependent),
     )  # fmt: skip
     inner, hidden = shape.intermediate_size, shape.hidden_size
     activated = launcher.section("activated", torch.bfloat16)

@@ -6,18 +6,20 @@ import triton
 import triton.language as tl
 
 from k26_kernels.align import local_expert
+from k26_kernels.dependent import after_previous
 from k26_kernels.unpack import rounded
 
 
 @triton.jit
 def activate_kernel(
     parts: tl.tensor, out: tl.tensor, part_stride: tl.tensor,
-    I: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK: tl.constexpr,
+    I: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
 ) -> None:  # fmt: skip
     """silu(gate) · up from the summed parts. Program (slot, block of the intermediate size).
 
     parts: float32 `[SPLIT_K, num_slots, 2 I]`, rows as layout.py interleaves them. out: bfloat16 `[num_slots, I]`.
     """
+    after_previous(DEPENDENT)
     slot = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = parts + slot * (2 * I) + i // 8 * 16 + i % 8
@@ -34,12 +36,14 @@ def reduce_kernel(
     y: tl.tensor, topk_ids: tl.tensor, expert_map: tl.tensor, out: tl.tensor,
     num_slots: tl.tensor, num_experts: tl.tensor, num_global: tl.tensor,
     H: tl.constexpr, TOP_K: tl.constexpr, SPLIT_K: tl.constexpr, HAS_MAP: tl.constexpr, BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:  # fmt: skip
     """The sum over a token's slots and the parts of each, in their order. Program (token, block of the hidden size).
 
     y: `[SPLIT_K, num_slots, H]`; a slot without a local expert holds nothing and is left out.
     out: `[num_tokens, H]`.
     """
+    after_previous(DEPENDENT)
     token = tl.program_id(0)
     h = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)

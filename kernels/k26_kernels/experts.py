@@ -12,6 +12,7 @@ import triton
 from k26_kernels.align import COLUMNS, align, counts_bytes, global_experts, max_blocks
 from k26_kernels.combine import activate_kernel, reduce_kernel
 from k26_kernels.config import SINGLE, SINGLE_TOKENS, Regime, Shape, Tile, checked, choose, measured, regimes
+from k26_kernels.dependent import launch_options
 from k26_kernels.layout import repack
 from k26_kernels.product import product_kernel
 from k26_kernels.target import Device, device_of
@@ -260,6 +261,7 @@ class Launcher:
         self.has_map = expert_map is not None
         self.map = topk_ids if expert_map is None else expert_map
         self.num_global = global_experts(expert_map, experts.shape.num_experts)
+        self.options = launch_options(experts.device.target.dependent)
 
     def section(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         return self.parts[name].view(dtype)
@@ -277,6 +279,7 @@ class Launcher:
                 self.section("slots", torch.int32),
                 self.section("blocks", torch.int32),
                 self.section("counts", torch.int32),
+                dependent=self.experts.device.target.dependent,
             )
         activated = self.section("activated", torch.bfloat16)
         w13 = self.experts.w13_packed, self.experts.w13_scale
@@ -288,7 +291,7 @@ class Launcher:
             self.product(x, *w13, parts, plan.regime.w13, 2 * inner, hidden, top_k, "partial", plan.split_w13)
             block = 256
             activate_kernel[(num_slots, triton.cdiv(inner, block))](
-                parts, activated, num_slots * 2 * inner, I=inner, SPLIT_K=plan.split_w13, BLOCK=block
+                parts, activated, num_slots * 2 * inner, I=inner, SPLIT_K=plan.split_w13, BLOCK=block, **self.options
             )
         weighted = self.section("weighted", plan.weighted)
         w2 = self.experts.w2_packed, self.experts.w2_scale
@@ -296,6 +299,7 @@ class Launcher:
         reduce_kernel[(len(x), triton.cdiv(hidden, _REDUCE_BLOCK))](
             weighted, self.topk_ids, self.map, out, num_slots, shape.num_experts, self.num_global,
             H=hidden, TOP_K=top_k, SPLIT_K=plan.split_w2, HAS_MAP=self.has_map, BLOCK=_REDUCE_BLOCK,
+            **self.options,
         )  # fmt: skip
 
     def product(
@@ -329,7 +333,7 @@ class Launcher:
             BLOCK_TOKENS=plan.regime.block_tokens, BLOCK_ROWS=tile.block_rows, BLOCK_K=tile.block_k,
             FRAGMENT=device.target.fragment, PACKED_MATH=not (device.target.amd or INTERPRETED.value),
             WAIT=device.target.waits and not INTERPRETED.value,
-            num_warps=tile.num_warps, num_stages=tile.num_stages, **device.target.options,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, **device.target.options, **self.options,
         )  # fmt: skip
         if variant not in programs and compiled is not None:  # None from the interpreter
             metadata = compiled.metadata

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from k26_kernels.align import COLUMNS, local_expert
+from k26_kernels.dependent import after_previous
 from k26_kernels.unpack import dot_operand, load_scales, load_words, rounded, settled, weights_tile
 
 
@@ -60,7 +61,7 @@ def product_kernel(
     N: tl.constexpr, K: tl.constexpr, SLOTS_PER_X: tl.constexpr, EPILOGUE: tl.constexpr,
     SORTED: tl.constexpr, HAS_MAP: tl.constexpr, SPLIT_K: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
-    FRAGMENT: tl.constexpr, PACKED_MATH: tl.constexpr, WAIT: tl.constexpr,
+    FRAGMENT: tl.constexpr, PACKED_MATH: tl.constexpr, WAIT: tl.constexpr, DEPENDENT: tl.constexpr,
 ) -> None:  # fmt: skip
     """Each program walks over tiles of (block of slots, block of rows, part of K), from a table on the device.
 
@@ -76,6 +77,7 @@ def product_kernel(
     The steps along K are loaded ahead of their products. Where one step is all, whole tiles are, their rows of the table
     and their tokens with them.
     """
+    after_previous(DEPENDENT)
     ROW_BLOCKS: tl.constexpr = N // BLOCK_ROWS
     K_PART: tl.constexpr = K // SPLIT_K
     # Where slots are sorted, the other blocks of an expert find its weights in the cache. Else only a few slots are there,

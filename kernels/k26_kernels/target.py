@@ -35,6 +35,11 @@ class Target:
         return {"enable_fp_fusion": True, **({"matrix_instr_nonkdim": 16} if self.amd else {})}
 
     @property
+    def dependent(self) -> bool:
+        """Whether a launch can begin while the one before it ends (`dependent.py`)."""
+        return self.name in ("sm_90", "sm_100", "sm_120") and not INTERPRETED.value
+
+    @property
     def waits(self) -> bool:
         """Whether a kernel has to let its products end before the weights change: slower, and right."""
         return self.name == "sm_90" and OVERWRITES_WEIGHTS

@@ -46,6 +46,13 @@ def test_it_fits(facts: dict[tuple[str, str], dict[str, Any]], target: str, name
     assert 0 < fact["registers"] <= (512 if TARGETS[target].amd else REGISTERS // fact["threads"])
 
 
+@pytest.mark.parametrize(("target", "name"), ALL)
+def test_it_waits_before_it_reads(facts: dict[tuple[str, str], dict[str, Any]], target: str, name: str) -> None:
+    """A launch that begins while the one before it ends would otherwise read what is not written yet."""
+    launched_early = TARGETS[target].dependent and name not in ("router", "dequantise")
+    assert facts[target, name]["waits_first"] == launched_early
+
+
 @pytest.mark.parametrize(("target", "name"), PRODUCTS)
 def test_it_streams(facts: dict[tuple[str, str], dict[str, Any]], target: str, name: str) -> None:
     """The target's own matrix instruction, 16-byte loads of weights, and no weight that moves between threads."""

@@ -123,4 +123,6 @@ OPERATIONS: dict[str, Callable[[Machine, Instruction, Mask], None]] = {
     "barrier": barrier,
     "fence": nothing,
     "createpolicy": nothing,
+    # Launches come one after the other here.
+    "griddepcontrol": nothing,
 }
