@@ -98,7 +98,7 @@ def _layer(module: Any, topk: Any) -> EngineLayer:
 
 
 def kernel_name(module: Any) -> str:
-    """Of the scheme, or of the method where there is none, and of the runner behind it."""
+    """The name of the scheme, or of the method where there is none, and that of the runner behind it."""
     runner = getattr(getattr(module, "runner_backend", None), "value", None)
     name = type(getattr(module, "scheme", None) or module.quant_method).__name__
     return name if runner is None else f"{name}, {runner}"

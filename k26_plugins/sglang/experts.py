@@ -21,7 +21,7 @@ from k26_plugins.sglang import compat, compat_loading, logger
 
 # What was wrong with SGLang's own experts where this process found them so: it takes the core's from then on.
 _wrong: str | None = None
-# Of --load-format.
+# A value of --load-format.
 PRESHARDED = "presharded"
 
 
@@ -170,7 +170,7 @@ def use_core_experts(
 
 
 def sizes_of(layer: Any) -> LayerSizes:
-    """Of this rank's part of a layer whose weights are about to be created."""
+    """The sizes of this rank's part of a layer whose weights are about to be created."""
     sizes = (layer.num_local_experts, layer.hidden_size, layer.intermediate_size_per_partition)
     return LayerSizes(*sizes, torch.get_default_device())
 

@@ -116,6 +116,6 @@ def _layer(module: Any) -> EngineLayer:
 
 
 def kernel_name(method: Any) -> str:
-    """Of the class that computes, where the method has one."""
+    """The name of the class that computes, where the method has one."""
     experts = getattr(getattr(method, "moe_kernel", None), "fused_experts", None)
     return type(method if experts is None else experts).__name__

@@ -124,7 +124,7 @@ def experts_of(model: torch.nn.Module) -> dict[int, ExpertsOfLayer]:
 
 
 def layer_number(name: str) -> int:
-    """Of a module within a decoder layer, by its name in the model."""
+    """The number of the decoder layer that a module is in, by the module's name in the model."""
     return int(name.partition("layers.")[2].partition(".")[0])
 
 
@@ -174,7 +174,7 @@ def use_core_experts(vllm_config: Any, setting: str, *, required: bool = True) -
 
 
 def sizes_of(moe: FusedMoEConfig) -> LayerSizes:
-    """Of this rank's part of a layer whose weights are about to be created."""
+    """The sizes of this rank's part of a layer whose weights are about to be created."""
     return LayerSizes(
         moe.num_local_experts, moe.hidden_dim, moe.intermediate_size_per_partition, torch.get_default_device()
     )

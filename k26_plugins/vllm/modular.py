@@ -107,7 +107,7 @@ class K26Experts(mk.FusedMoEExpertsModular):
 
 
 class K26BatchedExperts(K26Experts):
-    """Of tokens in a buffer of each expert's own (DeepEP's low latency, NIXL): weighting and the sum are vLLM's."""
+    """Takes tokens in a buffer of each expert's own (DeepEP's low latency, NIXL); weighting and the sum are vLLM's."""
 
     @staticmethod
     def activation_format() -> mk.FusedMoEActivationFormat:

@@ -48,7 +48,7 @@ from k26_plugins.operate.swarm.memory import processes
 
 ALONE, OURS, INT4 = "alone", "plugin", "plugin, INT4"
 OFF = {"VLLM_PLUGINS": "none"}
-# Of every server: compiling three takes longer than all that is measured.
+# Every server is started with it: compiling three takes longer than all that is measured.
 COMMON = "--enforce-eager"
 
 
@@ -96,7 +96,7 @@ REQUESTS: dict[str, Callable[[int], Asking]] = {
 
 @dataclass
 class Times:
-    """Of one kind of request to one server."""
+    """How long one kind of request to one server took."""
 
     seconds: list[float] = field(default_factory=list)
     """By the clock, one for each turn."""
@@ -140,7 +140,7 @@ def compared(times: dict[str, Times], name: str) -> dict[str, float | list[float
     """A server's times over those of the engine alone."""
     pairs = zip(times[name].seconds, times[ALONE].seconds, strict=True)
     ratios = sorted(ours / alone for ours, alone in pairs)
-    # Of the order statistics, by the binomial distribution's normal form.
+    # Places among the sorted ratios, by the binomial distribution's normal form.
     half = 0.98 * len(ratios) ** 0.5
     low, high = max(0, int(len(ratios) / 2 - half)), min(len(ratios) - 1, int(len(ratios) / 2 + half))
     return {

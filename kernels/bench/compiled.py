@@ -61,7 +61,7 @@ class Facts:
     target: str
     threads: int
     registers: int
-    """Of a thread."""
+    """Each thread's."""
     spilled_bytes: int
     shared_memory: int
     tensor_memory: int
@@ -72,7 +72,7 @@ class Facts:
     weight_loads: dict[str, int]
     """Widest loads from global memory, by instruction."""
     first_to_leave: int
-    """Of those, that the cache is told to let go first; 0 on AMD."""
+    """How many of those the cache is told to let go first; 0 on AMD."""
     shuffles: int
     loop_instructions: int
     """Machine instructions that a warp issues for a step along K; 0 where that is not read (AMD, and kernels without)."""

@@ -39,13 +39,13 @@ class Machine:
     clock: float
     launch: float
     dependent_launch: float
-    """Of one that begins while the one before it ends."""
+    """What a launch costs that begins while the one before it ends."""
     cycles: float
     """Between two instructions of a warp."""
 
     @property
     def instructions(self) -> float:
-        """Of warps: four schedulers on a processor."""
+        """Instructions of warps: there are four schedulers on a processor."""
         return 4 * self.device.processors * self.clock
 
 

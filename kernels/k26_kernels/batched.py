@@ -99,7 +99,7 @@ def batched_experts(
         raise ValueError(
             f"the workspace is {workspace.numel()} of {workspace.dtype}, expected {plan.bytes} of torch.uint8."
         )
-    # Of sorted tokens the products read neither ids nor weights.
+    # Where tokens are sorted, the products read neither ids nor weights.
     launcher = Launcher(experts, plan, workspace, counts, counts, None)
     slots, blocks = (launcher.section(name, torch.int32) for name in ("slots", "blocks"))
     table_kernel[(shape.num_experts,)](

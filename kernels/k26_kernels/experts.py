@@ -79,7 +79,7 @@ class Plan:
     num_slots: int
     max_blocks: int
     weighted: torch.dtype
-    """Of an expert's output, before the sum over experts."""
+    """The dtype of an expert's output, before the sum over experts."""
     sections: dict[str, tuple[int, int]]
     """Offset and size in bytes of each part of the workspace."""
     bytes: int
@@ -264,6 +264,7 @@ class Launcher:
         self.options = launch_options(experts.device.target.dependent)
 
     def section(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """A part of the workspace, by its name in `Plan.sections`."""
         return self.parts[name].view(dtype)
 
     def run(self, x: torch.Tensor, out: torch.Tensor) -> None:
@@ -315,6 +316,7 @@ class Launcher:
         epilogue: str,
         parts: int,
     ) -> None:
+        """One launch of `product_kernel`, whose arguments these are; x has a row for each `slots_per_x` slots."""
         plan, device = self.plan, self.experts.device
         tiles = plan.max_blocks * (rows // tile.block_rows) * parts
         variant = (

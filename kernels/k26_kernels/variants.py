@@ -13,7 +13,7 @@ from k26_kernels.config import Regime, Shape
 from k26_kernels.experts import TOKENS_AT_ONCE, KernelExperts, Plan, fused_experts, make_plan
 from k26_kernels.target import Device, device_of
 
-# Of a plan, what is an argument of the launches, or the size of a grid: the code is the same for any of it.
+# Fields of a plan that become arguments of the launches or sizes of grids: the code is the same for any value.
 _NUMBERS = {"num_slots", "max_blocks", "sections", "bytes"}
 
 

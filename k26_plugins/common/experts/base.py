@@ -57,7 +57,7 @@ class Batches(NamedTuple):
     num_global_experts: int | None
     """The length of the expert map that they come with; None where they come without."""
     dtype: torch.dtype
-    """Of the sum."""
+    """The routed sum's."""
     logger: logging.Logger
     """The engine's, for what is done for them."""
     by_expert: bool = False
@@ -209,7 +209,7 @@ class ExpertsBackend(RoutedExperts):
 
     name: ClassVar[str]
     device_type: ClassVar[str | None]
-    """Of the devices that it is for, as torch names the type; None for any."""
+    """The type of the devices that it is for, as torch names it; None for any."""
     tolerance: ClassVar[float] = 1e-2
     """The self-test's limit on the relative error: far above bfloat16's rounding (2e-3 on a right kernel) and far below
     what a wrong nibble order or scale gives (above 0.5)."""

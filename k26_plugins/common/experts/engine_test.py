@@ -53,7 +53,7 @@ class EngineLayer(NamedTuple):
 
 
 def some_layers(numbers: Sequence[int]) -> list[int]:
-    """Of a model's layers with experts those that are tested: the first, one in the middle, the last."""
+    """Which of a model's layers with experts are tested: the first, one in the middle, the last."""
     ordered = sorted(numbers)
     return sorted({ordered[0], ordered[len(ordered) // 2], ordered[-1]}) if ordered else []
 
@@ -107,7 +107,7 @@ class EngineTest:
     worst: float = 0.0
     seconds: float = 0.0
     extra_bytes: int = 0
-    """Of the device's memory, at most, beside what was there; 0 on a CPU, which does not count."""
+    """The most of the device's memory that the test took; 0 on a CPU, where torch does not count."""
     _left: int = 0
     _over: bool = False
     _said: set[str] = field(default_factory=set)

@@ -21,7 +21,7 @@ from k26_plugins.common.experts.parameters import LayerExperts
 from k26_plugins.common.host.cores import allowed_cpus
 from k26_plugins.common.model.config import K26Config
 
-# Of a projection: the parameter's beginning, and its name in the engines' loaders.
+# Where a projection lies: the parameter's beginning, and its name in the engines' loaders.
 _PROJECTIONS = {"gate": ("w13", "w1"), "up": ("w13", "w3"), "down": ("w2", "w2")}
 # A `weight_shape` has no place: it says nothing that the configuration does not.
 _PARTS = ("packed", "scale")
@@ -36,8 +36,8 @@ class Places(NamedTuple):
 
     sets: Sequence[LayerExperts]
     slots: Callable[[int], Iterable[tuple[int, int]]]
-    """Of an expert of the checkpoint: the number of the set and the place in it, once for each copy; none of one that only
-    other ranks keep."""
+    """Where an expert of the checkpoint is kept: the number of the set and the place in it, once for each copy, and nowhere
+    if only other ranks keep it."""
     rank: int
     num_ranks: int
     """In the tensor parallelism that cuts each expert."""

@@ -35,7 +35,7 @@ class _Layer:
 
 @dataclass(slots=True)
 class Uses:
-    """Of the experts of all layers of a process: how many the device answers, and what should move."""
+    """How many uses of the experts of all layers of a process the device answers, and which experts should move."""
 
     logger: logging.Logger
     moves: bool

@@ -18,7 +18,7 @@ from k26_plugins.common.model.int4 import GROUP_SIZE, PACK_FACTOR
 
 # As the engines' loaders know them, in the order of `Expert`.
 PACKED_NAMES = ("w13_weight_packed", "w13_weight_scale", "w2_weight_packed", "w2_weight_scale")
-# Of a checkpoint's projection: the parameter's beginning, and its block of the rows there, and of how many.
+# Where a checkpoint's projection lies: the parameter's beginning, its block of the rows there, and of how many blocks.
 _BLOCKS = {"gate": ("w13", 0, 2), "up": ("w13", 1, 2), "down": ("w2", 0, 1)}
 # The projections in each.
 _PROJECTIONS = (2, 2, 1, 1)

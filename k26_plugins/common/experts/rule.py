@@ -60,7 +60,7 @@ def choose(timings: Iterable[Timing], purpose: Purpose) -> Choice:
 
 
 def _weights(cells: Iterable[tuple[str, int]], purpose: Purpose) -> dict[tuple[str, int], float]:
-    """Of each batch that counts; every size of decode has the same, and the sizes of prefill together as much as they."""
+    """The weight of each batch that counts: sizes of decode share one weight, and those of prefill together have as much."""
     routings: dict[int, list[str]] = defaultdict(list)
     for routing, tokens in cells:
         routings[tokens].append(routing)

@@ -12,7 +12,7 @@ from k26_plugins.common.experts.base import ExpertsBackend
 # Weights that are copied at a time. Two such buffers, and what the device's backend needs to repack them, are all that
 # the device holds.
 CHUNK_BYTES = 128 * 2**20
-# Of what is added up over the chunks.
+# What is added up over the chunks is held in it.
 SUM_DTYPE = torch.float32
 # cudaErrorHostMemoryAlreadyRegistered
 ALREADY_REGISTERED = 712
@@ -55,7 +55,7 @@ class ExpertStream:
         topk_weights: torch.Tensor,
         expert_map: torch.Tensor,
     ) -> torch.Tensor:
-        """Of the routed sum the part of the experts `chosen`, float32 `[num_tokens, hidden_size]`, on the device.
+        """The part that the experts `chosen` have in the routed sum, float32 `[num_tokens, hidden_size]`, on the device.
 
         chosen: places in `host`, of which expert_map, on the device, gives those of the global ids in `topk_ids`.
         """

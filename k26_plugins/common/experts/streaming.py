@@ -156,7 +156,7 @@ class Probe:
         )
 
     def _seconds(self, run: Callable[[], torch.Tensor]) -> float:
-        """Of the fastest of several runs, after one that warms up."""
+        """How long the fastest of several runs takes, after one that warms up."""
         run()
         times = []
         for _ in range(REPEATS):

@@ -77,6 +77,7 @@ class TritonExperts(ExpertsBackend):
 
     @classmethod
     def unsupported(cls, weights: Sizes) -> str | None:
+        """Where there is no GPU that the kernels know, no Triton, or sizes that they do not cut."""
         reason = unusable_on(weights.device)
         if reason is not None:
             return reason
@@ -90,17 +91,20 @@ class TritonExperts(ExpertsBackend):
 
     @classmethod
     def make_ready(cls, sizes: Sizes, batches: Batches) -> None:
+        """Every variant that such batches can launch is compiled, once in a process."""
         found = LayerSizes(sizes.num_experts, sizes.hidden_size, sizes.intermediate_size, sizes.device)
         _make_ready(found, batches, batch_invariant_setting())
 
     @classmethod
     def load(cls, weights: ExpertWeights) -> Self:
+        """Rearranges the weights in place for the matrix instruction of the GPU."""
         from k26_kernels import KernelExperts
 
         experts = KernelExperts.from_checkpoint(*weights.parts())
         return cls(experts, batch_invariant_setting())
 
     def tensors(self) -> dict[str, torch.Tensor]:
+        """The four tensors in the kernels' layout, of the checkpoint's shapes."""
         return {
             "w13_packed": self.experts.w13_packed,
             "w13_scale": self.experts.w13_scale,
@@ -110,11 +114,13 @@ class TritonExperts(ExpertsBackend):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> Self:
+        """Takes tensors in the kernels' layout as they are."""
         from k26_kernels import KernelExperts
 
         return cls(KernelExperts.from_repacked(**tensors), batch_invariant_setting())
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> ExpertWeights:
+        """Undoes `load`, in place."""
         from k26_kernels.layout import restore
 
         fragment = self.experts.device.target.fragment
@@ -123,6 +129,7 @@ class TritonExperts(ExpertsBackend):
         return ExpertWeights(**tensors)
 
     def workspace_bytes(self, num_tokens: int, top_k: int, num_global_experts: int | None = None) -> int:
+        """What the launches of the largest batch lay out."""
         from k26_kernels import workspace_bytes
 
         return workspace_bytes(self.experts, num_tokens, top_k, num_global_experts, self.batch_invariant)
@@ -137,6 +144,7 @@ class TritonExperts(ExpertsBackend):
         out: torch.Tensor | None = None,
         workspace: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """Several launches, and nothing that waits for the device."""
         from k26_kernels import fused_experts
 
         if out is None:
@@ -156,6 +164,7 @@ class TritonExperts(ExpertsBackend):
     def apply_by_expert(
         self, hidden_states: torch.Tensor, counts: torch.Tensor, out: torch.Tensor, *, expected: float
     ) -> None:
+        """A table of blocks from the counts in the place of sorting, and the same products."""
         from k26_kernels import batched_experts
 
         batched_experts(

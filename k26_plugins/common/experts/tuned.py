@@ -43,7 +43,7 @@ def installed_engine(name: str) -> str:
 
 
 def driver_version() -> str:
-    """Of the GPUs' driver, as the kernel that runs it shows it, in a container too; `unknown` where it does not."""
+    """The version of the GPUs' driver, as the kernel shows it, in a container too; `unknown` where it does not."""
     for file in DRIVERS:
         with suppress(OSError):
             return file.read_text(encoding="utf-8").strip()

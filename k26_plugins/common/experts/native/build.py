@@ -34,11 +34,11 @@ class Variant(NamedTuple):
     machine: str
     """As `uname -m` names it."""
     capability: str
-    """Of torch, which can be told to do with less (ATEN_CPU_CAPABILITY); empty where it does not matter."""
+    """What torch must say it uses, which can be less (ATEN_CPU_CAPABILITY); empty where that does not matter."""
     needs: frozenset[str]
-    """Of the CPU, as Linux names them."""
+    """Features of the CPU, as Linux names them."""
     flags: tuple[str, ...]
-    """Of the compiler."""
+    """What the compiler is told beside FLAGS."""
 
 
 def _avx(capability: str, *needs: str) -> Variant:
@@ -90,8 +90,10 @@ def library(variant: str | None = None) -> ctypes.CDLL:
 
 
 def _best_library() -> ctypes.CDLL:
-    """Of the best set for which compiler and kernel are new enough: GCC knows AVX-VNNI and AMX from 11 on, Linux AMX's
-    registers from 5.16 on."""
+    """The library of the best set for which compiler and kernel are new enough.
+
+    GCC knows AVX-VNNI and AMX from 11 on, Linux AMX's registers from 5.16 on.
+    """
     first: BuildError | None = None
     for name in variants():
         try:
@@ -124,7 +126,7 @@ def cpu_flags() -> frozenset[str]:
 
 
 def file_name(variant: str) -> str:
-    """Of the compiled library. It changes with the source and with the compiler's flags."""
+    """The compiled library's name. It changes with the source and with the compiler's flags."""
     digest = hashlib.sha256(" ".join(flags(variant)).encode())
     for source in sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.hpp")]):
         digest.update(source.read_bytes())
@@ -132,7 +134,7 @@ def file_name(variant: str) -> str:
 
 
 def flags(variant: str) -> tuple[str, ...]:
-    """Of the compiler."""
+    """What the compiler is told for a set."""
     return (*FLAGS, *VARIANTS[variant].flags)
 
 
