@@ -9,7 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from support.images import png, random_image
-from support.instruction_sets import summarise
+from support.instruction_sets import summarize
 
 from k26_plugins.cli import app
 from k26_plugins.common.tiny.checkpoint import make_tiny
@@ -81,4 +81,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    summarise(terminalreporter)
+    summarize(terminalreporter)

@@ -77,7 +77,7 @@ def check(folder: Path, hashes: bool, manifest: Path | None, repair: bool) -> No
     """Hold a checkpoint against its table of tensors: names, shapes, dtypes and file sizes.
 
     What is wrong with files comes first, then tensors, a line for all of a kind in a layer. A checkpoint of this
-    architecture in another layout (NVFP4, another quantisation, a draft layer) is not damaged: an engine's own code serves
+    architecture in another layout (NVFP4, another quantization, a draft layer) is not damaged: an engine's own code serves
     it. Reads headers, not weights: seconds for the published 64 files. Exits with 1 where something is wrong. Says too
     where the folder's chat template, which is the one that is used, renders a conversation otherwise than the one that
     ships.

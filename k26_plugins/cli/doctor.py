@@ -36,7 +36,7 @@ def doctor(checkpoint: Path | None, engine: Engine | None, as_json: bool, fix: b
     Measures how fast weights move: read from memory, copied to each GPU, and with a checkpoint read from its disk.
 
     Each engine is asked in a process of its own that loads plugins as a server does. The self-test is the one that a
-    server makes when it loads the model: each experts backend against the plain dequantised product, on this device.
+    server makes when it loads the model: each experts backend against the plain dequantized product, on this device.
 
     Exits with 0 where nothing is bad and with 1 where something is.
     """

@@ -37,7 +37,7 @@ def generate(
 
     from k26_plugins.common.checkpoint import Checkpoint, CheckpointError
     from k26_plugins.common.model.config import ConfigError
-    from k26_plugins.common.multimodal.image import MediaConfig, MediaError, normalise, open_image, preprocess
+    from k26_plugins.common.multimodal.image import MediaConfig, MediaError, normalize, open_image, preprocess
     from k26_plugins.common.prompt.chat import expand_media_placeholders, render
     from k26_plugins.common.prompt.tokenizer import KimiTokenizer, TokenizerError
     from k26_plugins.common.reference.kimi_k26 import KimiK26
@@ -57,7 +57,7 @@ def generate(
         if media:
             media_config = MediaConfig.from_path(folder)
             patches, grids = preprocess(media, media_config)
-            pixel_values = torch.from_numpy(normalise(patches, media_config))
+            pixel_values = torch.from_numpy(normalize(patches, media_config))
             grid_thw = torch.from_numpy(grids)
             counts = [h * w // media_config.merge_kernel_size**2 for _, h, w in grids.tolist()]
             placeholder = checkpoint.config.media_placeholder_token_id

@@ -20,7 +20,7 @@ def merge(folder: Path, adapter: Path, target: Path) -> None:
     """Write a checkpoint into which a LoRA adapter is merged: every engine serves it, also where it refuses the adapter.
 
     Modules may be named as the hub's class, transformers' own, or a class of the language model alone names them. Routed
-    experts are quantised again as the published ones are; the last line says how much of the adapter's change of them that
+    experts are quantized again as the published ones are; the last line says how much of the adapter's change of them that
     rounds away. Takes the memory of one matrix and the space of a second checkpoint.
     """
     from k26_plugins.common.checkpoint import CheckpointError

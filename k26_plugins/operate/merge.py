@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from k26_plugins.common.checkpoint import Checkpoint
 from k26_plugins.common.checkpoint.adapter_names import SPELLINGS
 from k26_plugins.common.checkpoint.header import HeaderEntry, read_header, weight_files
-from k26_plugins.common.model.int4 import GROUP_SIZE, dequantise, quantise
+from k26_plugins.common.model.int4 import GROUP_SIZE, dequantize, quantize
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -143,7 +143,7 @@ def merge(
 ) -> Merged:
     """Write `folder` with the adapter merged into `out`, a new folder, in the memory of one matrix.
 
-    Dense matrices are summed in float32 and rounded to their dtype; INT4 ones are quantised as the published checkpoint is,
+    Dense matrices are summed in float32 and rounded to their dtype; INT4 ones are quantized as the published checkpoint is,
     symmetric in groups of 32. Every other byte is copied. on_bytes: told the length of each piece that was copied, and
     of all that is to be. Raises MergeError, CheckpointError, ConfigError, OSError.
     """
@@ -194,18 +194,18 @@ class _Job:
         if part not in ("weight_packed", "weight_scale"):
             return None
         if module not in self._pending:
-            self._pending[module] = self._quantised(module, change.change())
+            self._pending[module] = self._quantized(module, change.change())
         parts = self._pending[module]
         tensor = parts.pop(part)
         if not parts:
             del self._pending[module]
         return tensor
 
-    def _quantised(self, module: str, change: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _quantized(self, module: str, change: torch.Tensor) -> dict[str, torch.Tensor]:
         stored = {part: self._checkpoint.tensor(f"{module}.{part}") for part in ("weight_packed", "weight_scale")}
-        exact = dequantise(stored["weight_packed"], stored["weight_scale"], torch.float32) + change
-        packed, scale = quantise(exact)
-        self.report.add_int4(change, dequantise(packed, scale, torch.float32) - exact)
+        exact = dequantize(stored["weight_packed"], stored["weight_scale"], torch.float32) + change
+        packed, scale = quantize(exact)
+        self.report.add_int4(change, dequantize(packed, scale, torch.float32) - exact)
         return {"weight_packed": packed, "weight_scale": scale}
 
 

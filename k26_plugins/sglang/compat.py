@@ -200,9 +200,9 @@ def video_bytes(data: Any) -> bytes:
         return held
     # KTransformers' fork has none: there a video is fetched as an image is.
     utils = importlib.import_module("sglang.srt.utils.common")
-    normalise = getattr(utils, "_normalize_video_input", utils.get_image_bytes)
+    normalize = getattr(utils, "_normalize_video_input", utils.get_image_bytes)
     try:
-        source = normalise(source)
+        source = normalize(source)
         if source is None:
             raise ValueError(f"a video was given as {type(data).__name__}: send a URL or the file's data.")
         return source if isinstance(source, bytes) else Path(source).read_bytes()

@@ -144,7 +144,7 @@ def experts_of(model: torch.nn.Module) -> dict[int, ExpertsOfLayer]:
 def use_core_experts(
     quant_config: Any, backend_name: str, make_scheme: Callable[[str], K26MoEScheme], *, by_name: bool
 ) -> None:
-    """Give this model's quantisation configuration our scheme for routed experts, and leave the rest of it alone.
+    """Give this model's quantization configuration our scheme for routed experts, and leave the rest of it alone.
 
     backend_name: as `chosen_backend` gives it. make_scheme: from a backend's name, one for each layer; not called for the
     name of SGLang's own experts. by_name: no other experts may take the place of the core's. The object's class is replaced

@@ -119,7 +119,7 @@ def leave_last_message(
 def send_token_ids(
     original: Callable[..., tuple[str, Any]], serving: Any, processed: Any, is_multimodal: bool
 ) -> tuple[str, Any]:
-    """The prompt's token ids. SGLang would decode them and have the text tokenised again: text that spells a control
+    """The prompt's token ids. SGLang would decode them and have the text tokenized again: text that spells a control
     token would become one."""
     if isinstance(processed.prompt_ids, list) and processed.prompt_ids:
         return "input_ids", processed.prompt_ids
@@ -201,7 +201,7 @@ REQUESTS: list[Hook] = [
         CHAT,
         "OpenAIServingChat._engine_prompt",
         send_token_ids,
-        "a prompt with images is tokenised twice, and text that spells a control token becomes one",
+        "a prompt with images is tokenized twice, and text that spells a control token becomes one",
     ),
     (
         CHAT,

@@ -1,4 +1,4 @@
-"""The core's INT4 experts through vLLM's fused-MoE interfaces: a quantisation method and a modular experts class."""
+"""The core's INT4 experts through vLLM's fused-MoE interfaces: a quantization method and a modular experts class."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class K26ExpertsMethod(FusedMoEMethodBase):
         return experts_for(prepare_finalize, moe, quant_config, self.experts)
 
     def get_fused_moe_quant_config(self, layer: torch.nn.Module) -> Any:
-        return FUSED_MOE_UNQUANTIZED_CONFIG  # the activations are not quantised, and the weights are ours
+        return FUSED_MOE_UNQUANTIZED_CONFIG  # the activations are not quantized, and the weights are ours
 
     def maybe_make_prepare_finalize(self, *args: Any, **kwargs: Any) -> None:
         """0.19.1 would build its own kernel around the method; the method applies the experts there."""
@@ -141,7 +141,7 @@ def _is_local(slots: Callable[[int], Sequence[tuple[int, int]]], expert: int) ->
 
 
 def use_core_experts(vllm_config: Any, setting: str, *, required: bool = True) -> None:
-    """Give this model's quantisation configuration our method for routed experts, and leave the rest of it alone.
+    """Give this model's quantization configuration our method for routed experts, and leave the rest of it alone.
 
     setting: a backend's name, or `auto`, which each layer resolves for its device. required: no other experts may take the
     place of the core's, whatever was measured to be faster. The object's class is replaced by a subclass of its own: the

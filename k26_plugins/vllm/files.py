@@ -43,7 +43,7 @@ def readable_by_vllm(model_config: Any) -> Iterator[None]:
     """While vLLM builds the model, which reads the settings of images.
 
     It cannot read them of ModelScope: a file that is not there ends the start, and the settings are taken for empty, with
-    which no pixel would be normalised.
+    which no pixel would be normalized.
     """
     name = model_config.model
     model_config.model = readable_name(name, model_config.revision)

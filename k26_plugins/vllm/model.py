@@ -84,7 +84,7 @@ class KimiK25ForConditionalGeneration(TakesAdapters, _in_tree.KimiK25ForConditio
 def keep_constants(module: torch.nn.Module) -> None:
     """Have vLLM's loader of dummy weights leave a module's buffers alone.
 
-    It fills all that a state dict would have. vLLM's normalisation of pixels is in two buffers, which no update restores.
+    It fills all that a state dict would have. vLLM's normalization of pixels is in two buffers, which no update restores.
     """
     for part in module.modules():
         part._non_persistent_buffers_set.update(part._buffers)

@@ -33,7 +33,7 @@ class K26ImageProcessor:
         do_rescale: bool = True,
         do_normalize: bool = True,
     ) -> BatchFeature:
-        """vLLM 0.32 and later normalise on the device: they ask for neither rescaling nor normalising and get uint8."""
+        """vLLM 0.32 and later normalize on the device: they ask for neither rescaling nor normalizing and get uint8."""
         data = self._media.preprocess(medias, do_normalize=do_normalize) if medias else {}
         return BatchFeature(data=data, tensor_type=return_tensors)
 

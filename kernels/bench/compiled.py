@@ -26,7 +26,7 @@ from k26_kernels.align import SLOTS_AT_ONCE, SLOTS_RANKED, align_kernel, count_k
 from k26_kernels.batched import TOKENS_WRITTEN, table_kernel
 from k26_kernels.combine import activate_kernel, reduce_kernel
 from k26_kernels.config import INVARIANT, SINGLE, Regime, Shape, Tile, default_regimes
-from k26_kernels.dequantise import dequantise_kernel
+from k26_kernels.dequantize import dequantize_kernel
 from k26_kernels.layout import ROWS
 from k26_kernels.product import product_kernel
 from k26_kernels.router import router_kernel
@@ -89,7 +89,7 @@ KERNELS = {
     "count": (count_kernel, "*i32 *i32 *i32 i32 i32 i32"),
     "place": (place_kernel, "*i32 *i32 *i32 *i32 *i32 i32 i32 i32"),
     "activate": (activate_kernel, "*fp32 *bf16 i32"),
-    "dequantise": (dequantise_kernel, "*i32 *bf16 *i32 *bf16"),
+    "dequantize": (dequantize_kernel, "*i32 *bf16 *i32 *bf16"),
     "router": (router_kernel, "*fp32 *fp32 *fp32 *i32 fp32"),
     "reduce": (reduce_kernel, "*bf16 *i32 *i32 *bf16 i32 i32 i32"),
 }
@@ -132,13 +132,13 @@ def variants() -> Iterator[Variant]:
         "place": {**sort, "BLOCK_TOKENS": 16, "SLOTS_RANKED": SLOTS_RANKED},
         "activate": {"I": inner, "SPLIT_K": 2, "BLOCK": 256},
         "reduce": {"H": hidden, "TOP_K": TOP_K, "SPLIT_K": 1, "HAS_MAP": True, "BLOCK": 1024},
-        "router": {"NUM_EXPERTS": 384, "TOP_K": TOP_K, "NORMALISE": True, "BLOCK": 512, "BLOCK_TOP_K": 8},
-        "dequantise": {"N": 2 * inner, "K": hidden, "GATED": True, "BLOCK_ROWS": ROWS, "BLOCK_K": 128},
+        "router": {"NUM_EXPERTS": 384, "TOP_K": TOP_K, "NORMALIZE": True, "BLOCK": 512, "BLOCK_TOP_K": 8},
+        "dequantize": {"N": 2 * inner, "K": hidden, "GATED": True, "BLOCK_ROWS": ROWS, "BLOCK_K": 128},
     }
     for target in TARGETS.values():
         for name, constants in small.items():
-            own: dict[str, Any] = {"DEPENDENT": target.dependent} if name not in ("router", "dequantise") else {}
-            if name == "dequantise":
+            own: dict[str, Any] = {"DEPENDENT": target.dependent} if name not in ("router", "dequantize") else {}
+            if name == "dequantize":
                 own = {"FRAGMENT": target.fragment}
             yield Variant(name, target.name, name, {**constants, **own})
         for name, regime in default_regimes(target.name).items():

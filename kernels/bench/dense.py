@@ -1,20 +1,20 @@
-"""A peer that no engine has: each expert dequantised by our kernel, then a dense product."""
+"""A peer that no engine has: each expert dequantized by our kernel, then a dense product."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from k26_kernels import dequantise, device_of, repack
+from k26_kernels import dequantize, device_of, repack
 
 from k26_plugins.common.experts.base import ExpertWeights
 from k26_plugins.common.experts.peer import Run
 
 # It cannot be captured in a CUDA graph.
-WAITS_FOR_DEVICE = "dequantise + cuBLAS"
+WAITS_FOR_DEVICE = "dequantize + cuBLAS"
 
 
-def dequantise_and_dense(weights: ExpertWeights) -> Run:
-    """Each expert with tokens dequantised by our kernel, then cuBLAS. Waits for the device to know which."""
+def dequantize_and_dense(weights: ExpertWeights) -> Run:
+    """Each expert with tokens dequantized by our kernel, then cuBLAS. Waits for the device to know which."""
     copy = weights.copy_of(list(range(weights.num_experts)))
     fragment = device_of(copy.w13_packed.device).target.fragment
     repack(copy.w13_packed, copy.w13_scale, fragment, gated=True)
@@ -29,8 +29,8 @@ def dequantise_and_dense(weights: ExpertWeights) -> Run:
         for expert in local[local >= 0].unique().tolist():
             tokens, place = torch.where(local == expert)
             one = number[expert : expert + 1]
-            w13 = dequantise(copy.w13_packed, copy.w13_scale, one, gated=True)[0]
-            w2 = dequantise(copy.w2_packed, copy.w2_scale, one, gated=False)[0]
+            w13 = dequantize(copy.w13_packed, copy.w13_scale, one, gated=True)[0]
+            w2 = dequantize(copy.w2_packed, copy.w2_scale, one, gated=False)[0]
             gate, up = (x[tokens] @ w13.T).chunk(2, dim=-1)
             out.index_add_(0, tokens, (F.silu(gate) * up) @ w2.T * topk_weights[tokens, place, None])
         return out.to(x.dtype)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 import triton
-from bench.dense import WAITS_FOR_DEVICE, dequantise_and_dense
+from bench.dense import WAITS_FOR_DEVICE, dequantize_and_dense
 from bench.layers import LAYERS, TOKENS
 from k26_kernels import KernelExperts, fused_experts
 
@@ -116,7 +116,7 @@ def measure(
 def prepare(weights: ExpertWeights) -> dict[str, Run | str]:
     """Ours and the peers, each with weights of its own; ours last, because it takes the tensors over."""
     runs: dict[str, Run | str] = {}
-    for name, peer in {**PEERS, WAITS_FOR_DEVICE: dequantise_and_dense}.items():
+    for name, peer in {**PEERS, WAITS_FOR_DEVICE: dequantize_and_dense}.items():
         try:
             runs[name] = peer(weights)
         except NotHereError as reason:

@@ -69,18 +69,18 @@ def main() -> None:
             media = [{"type": "image", "image": noise(size, index)} for index, size in enumerate(sizes)]
         else:
             media = [{"type": "video_chunk", "video_chunk": [noise(sizes[0], index) for index in range(frames)]}]
-        for normalised in (False, True):
+        for normalized in (False, True):
             functions: dict[str, Callable[[], Any]] = {
-                "core": lambda media=media, n=normalised: core.preprocess(media, do_normalize=n)
+                "core": lambda media=media, n=normalized: core.preprocess(media, do_normalize=n)
             }
             if fused is not None:
-                functions["vllm_fused"] = lambda media=media, n=normalised: fused.preprocess(
+                functions["vllm_fused"] = lambda media=media, n=normalized: fused.preprocess(
                     media, do_rescale=n, do_normalize=n
                 )
                 ours, theirs = (function()["pixel_values"].numpy().tobytes() for function in functions.values())
                 if ours != theirs:
                     raise SystemExit(f"{name}: the core's bytes are not vLLM's.")
-            if transformers is not None and normalised:
+            if transformers is not None and normalized:
                 of_images, of_videos = transformers
                 if frames == 1:
                     images = [medium["image"] for medium in media]
@@ -92,7 +92,7 @@ def main() -> None:
             count = len(sizes) * frames
             rates = {key: round(count / clock, 1) for key, (clock, _) in seconds.items()}
             cores = {key: round(1000 * cpu / count, 2) for key, (_, cpu) in seconds.items()}
-            kind = "float32" if normalised else "uint8"
+            kind = "float32" if normalized else "uint8"
             results.append({"case": name, "output": kind, "frames_per_second": rates, "cpu_ms_per_frame": cores})
             print(f"{name:32} {kind:8}", "  ".join(f"{key} {rates[key]:8.1f}/s {cores[key]:7.2f} ms" for key in rates))
     if arguments.save:

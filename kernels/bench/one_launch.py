@@ -13,8 +13,8 @@ import argparse
 
 import torch
 from bench.layers import LAYERS
-from k26_kernels import KernelExperts, batched_experts, dequantise, fused_experts, route
-from k26_kernels.dequantise import dequantise_reference
+from k26_kernels import KernelExperts, batched_experts, dequantize, fused_experts, route
+from k26_kernels.dequantize import dequantize_reference
 from k26_kernels.reference import batched_experts_reference, fused_experts_reference
 from k26_kernels.router import route_reference
 
@@ -53,7 +53,7 @@ def small_ones(device: torch.device, batches: tuple[int, ...] = (1, 20, 520)) ->
     stored = experts.w2_packed[:2], experts.w2_scale[:2]
     fragment = experts.device.target.fragment
     compare(
-        "dequantise", dequantise(*stored, chosen, gated=False), dequantise_reference(*stored, fragment, gated=False)
+        "dequantize", dequantize(*stored, chosen, gated=False), dequantize_reference(*stored, fragment, gated=False)
     )
     generator = torch.Generator(device).manual_seed(0)
     logits = torch.randn(4, 384, generator=generator, device=device)

@@ -39,7 +39,7 @@ from safetensors.torch import load_file, save_file
 
 from k26_plugins.common.checkpoint import Checkpoint
 from k26_plugins.common.checkpoint.header import INDEX_FILE
-from k26_plugins.common.model.int4 import dequantise
+from k26_plugins.common.model.int4 import dequantize
 from k26_plugins.common.tiny.checkpoint import make_tiny
 
 PEER = {"agents": 40, "steps": 200, "prefix-tokens": 500, "answer-tokens": 8}
@@ -81,7 +81,7 @@ def with_bfloat16_experts(source: Path, folder: Path) -> None:
         owner, _, part = name.rpartition(".")
         if part == "weight_packed":
             scale = checkpoint.tensor(f"{owner}.weight_scale")
-            tensors[f"{owner}.weight"] = dequantise(checkpoint.tensor(name), scale)
+            tensors[f"{owner}.weight"] = dequantize(checkpoint.tensor(name), scale)
         elif part not in ("weight_scale", "weight_shape"):
             tensors[name] = checkpoint.tensor(name).clone()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -77,7 +77,7 @@ def vllm_patches(codec: str) -> Callable[[bytes], Any]:
 
 
 def transformers_patches() -> Callable[[bytes], Any]:
-    """float32: it always normalises."""
+    """float32: it always normalizes."""
     from transformers.models.kimi_k25.video_processing_kimi_k25 import Kimi_K25VideoProcessor
 
     processor = Kimi_K25VideoProcessor()

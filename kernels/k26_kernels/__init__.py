@@ -2,7 +2,7 @@
 
 from k26_kernels.batched import batched_experts, batched_plan
 from k26_kernels.config import Shape
-from k26_kernels.dequantise import dequantise
+from k26_kernels.dequantize import dequantize
 from k26_kernels.experts import KernelExperts, fused_experts, use_tiles, workspace_bytes
 from k26_kernels.layout import repack, restore
 from k26_kernels.router import route
@@ -16,7 +16,7 @@ __all__ = [
     "batched_plan",
     "compile_batched",
     "compile_variants",
-    "dequantise",
+    "dequantize",
     "device_of",
     "fused_experts",
     "repack",

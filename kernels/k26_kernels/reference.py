@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from k26_kernels.dequantise import dequantise_reference
+from k26_kernels.dequantize import dequantize_reference
 from k26_kernels.experts import KernelExperts
 
 
@@ -17,10 +17,10 @@ def fused_experts_reference(
     *,
     expert_map: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """float32 `[num_tokens, hidden_size]`; arguments as in `fused_experts`. Dequantises every expert: for small ones."""
+    """float32 `[num_tokens, hidden_size]`; arguments as in `fused_experts`. Dequantizes every expert: for small ones."""
     fragment = experts.device.target.fragment
-    w13 = dequantise_reference(experts.w13_packed, experts.w13_scale, fragment, torch.float32, gated=True)
-    w2 = dequantise_reference(experts.w2_packed, experts.w2_scale, fragment, torch.float32, gated=False)
+    w13 = dequantize_reference(experts.w13_packed, experts.w13_scale, fragment, torch.float32, gated=True)
+    w2 = dequantize_reference(experts.w2_packed, experts.w2_scale, fragment, torch.float32, gated=False)
     x, out = hidden_states.float(), torch.zeros_like(hidden_states, dtype=torch.float32)
     for token, slots in enumerate(topk_ids.tolist()):
         for k, expert in enumerate(slots):

@@ -17,8 +17,8 @@ if INTERPRETED.value:
     raise pytest.UsageError("Triton's interpreter is on: run tests/compiled in a process of its own.")
 
 # Where each launch finds its kernel.
-experts, align, dequantise, router = (
-    import_module(f"k26_kernels.{name}") for name in ("experts", "align", "dequantise", "router")
+experts, align, dequantize, router = (
+    import_module(f"k26_kernels.{name}") for name in ("experts", "align", "dequantize", "router")
 )
 KERNELS = {
     "align_kernel": align,
@@ -27,14 +27,14 @@ KERNELS = {
     "activate_kernel": experts,
     "reduce_kernel": experts,
     "product_kernel": experts,
-    "dequantise_kernel": dequantise,
+    "dequantize_kernel": dequantize,
     "router_kernel": router,
 }
 ORIGINAL = {name: getattr(module, name) for name, module in KERNELS.items()}
 # One target goes through all tests in CI, sm_90 whose instructions are asynchronous; the others through what differs by
 # target, under the newest Triton.
 IN_CI = "sm_90"
-DIFFERS = ("test_dequantise", "test_router", "test_every_regime[sm_80-32]", "test_every_regime[sm_100-32]",
+DIFFERS = ("test_dequantize", "test_router", "test_every_regime[sm_80-32]", "test_every_regime[sm_100-32]",
            "test_every_regime[sm_120-32]", "test_the_other_members_of_a_family[121-sm_120]")  # fmt: skip
 NEWEST = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
 TOO_LITTLE = 4  # processors, so that programs walk over several tiles
@@ -55,7 +55,7 @@ def compiled_for(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., dict
     ) -> dict[str, Emulated]:
         device = Device(TARGETS[target], f"emulated {target}", processors)
         monkeypatch.setattr(experts, "device_of", lambda _: device)
-        monkeypatch.setattr(dequantise, "device_of", lambda _: device)
+        monkeypatch.setattr(dequantize, "device_of", lambda _: device)
         number = capability or int(target[3:])
         kernels: dict[str, Any] = {}
         for name, module in KERNELS.items():

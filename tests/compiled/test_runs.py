@@ -13,7 +13,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import triton
-from k26_kernels import KernelExperts, dequantise, fused_experts, repack, route, workspace_bytes
+from k26_kernels import KernelExperts, dequantize, fused_experts, repack, route, workspace_bytes
 from k26_kernels.align import align, align_reference, counts_bytes, max_blocks
 from k26_kernels.experts import make_plan
 from k26_kernels.router import route_reference
@@ -123,14 +123,14 @@ def test_a_tokens_bits_in_any_batch(compiled_for: CompiledFor, target: str) -> N
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("target", NVIDIA)
-def test_dequantise(compiled_for: CompiledFor, target: str, gated: bool, dtype: torch.dtype) -> None:
+def test_dequantize(compiled_for: CompiledFor, target: str, gated: bool, dtype: torch.dtype) -> None:
     """The bits of compressed-tensors' unpacking, rounded once."""
     compiled_for(target)
     weights = make_weights(3, HIDDEN, INNER)
     packed, scale = (weights.w13_packed, weights.w13_scale) if gated else (weights.w2_packed, weights.w2_scale)
     expected = torch.stack([dense(packed[expert], scale[expert]) for expert in (2, 0)]).to(dtype)
     repack(packed, scale, TARGETS[target].fragment, gated=gated)
-    assert torch.equal(dequantise(packed, scale, torch.tensor([2, 0]), dtype, gated=gated), expected)
+    assert torch.equal(dequantize(packed, scale, torch.tensor([2, 0]), dtype, gated=gated), expected)
 
 
 @pytest.mark.parametrize("target", NVIDIA)

@@ -52,7 +52,7 @@ def test_transformers_schema(tiny_folder: Path, hub: dict[str, Any]) -> None:
 
 
 def test_sglang_schema(hub: dict[str, Any]) -> None:
-    """SGLang's class has plain names with `init_pos_emb_*`, and lifts the quantisation to the top."""
+    """SGLang's class has plain names with `init_pos_emb_*`, and lifts the quantization to the top."""
     expected = K26Config.from_dict(hub)
     vision = hub["vision_config"]
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
@@ -108,8 +108,8 @@ def test_impossible_values_are_refused_by_name(hub: dict[str, Any], path: str, v
     ("path", "value"),
     [("quant_method", "modelopt"), ("format", "float-quantized"), ("config_groups.group_0.weights.num_bits", 8)],
 )
-def test_another_quantisation_is_told_apart(hub: dict[str, Any], path: str, value: object) -> None:
-    """NVFP4 and other formats are the engine's to serve, so the adapters must recognise them."""
+def test_another_quantization_is_told_apart(hub: dict[str, Any], path: str, value: object) -> None:
+    """NVFP4 and other formats are the engine's to serve, so the adapters must recognize them."""
     damaged = copy.deepcopy(hub)
     _set(damaged["text_config"]["quantization_config"], path, value)
     with pytest.raises(OtherLayoutError, match=path.rsplit(".", 1)[-1]):

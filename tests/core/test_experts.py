@@ -21,7 +21,7 @@ from support.instruction_sets import INSTRUCTION_SET
 
 from k26_plugins.common.experts import BACKENDS, Expert, ExpertsBackend, ExpertsError, ExpertWeights, create_experts
 from k26_plugins.common.experts.cpu import DENSE_FROM, CpuExperts, Int4Matrix, PackedLayout, packed_layout
-from k26_plugins.common.model.int4 import quantise
+from k26_plugins.common.model.int4 import quantize
 
 # What runs on a CPU. tests/kernels holds the Triton backend to the same.
 
@@ -184,7 +184,7 @@ def test_repacking_is_torchs_own() -> None:
     """The repacked bytes against torch's converter."""
     layout = packed_layout()
     assert layout is not None
-    packed, scale = quantise(torch.randn(1, 128, 256))
+    packed, scale = quantize(torch.randn(1, 128, 256))
     u = unpack_from_int32(packed[0], 4, torch.Size((128, 256))).to(torch.int32) + 8
     matrix = Int4Matrix.repack(packed.clone(), scale, layout)
     expected = torch._convert_weight_to_int4pack_for_cpu(u, 1)

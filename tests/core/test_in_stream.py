@@ -108,7 +108,7 @@ def replayed(
         batch = batches[number]
         batch.fill(replay)
         graphs[number].replay()
-        device.synchronise()
+        device.synchronize()
         found = batch.out.clone()
         batch.step(waiting)
         assert torch.equal(found, batch.out), replay
@@ -133,7 +133,7 @@ def test_replays_stay_right_when_experts_move(device: PretendedDevice, weights: 
         batch.fill(replay)
         before = [one.counts.clone() for one in layers]
         graph.replay()
-        device.synchronise()
+        device.synchronize()
         chosen = torch.bincount(batch.ids[batch.ids >= 0].long(), minlength=EXPERTS)
         assert all(torch.equal(one.counts - counts, chosen) for one, counts in zip(layers, before, strict=True))
         assert error(batch.middle, judge(weights, batch.x, batch.ids, batch.weights)) <= TOLERANCE
@@ -207,7 +207,7 @@ def test_a_graph_holds_through_an_update_of_the_weights(device: PretendedDevice,
         experts.host_experts.tensors()[name].copy_(tensor)
     experts.use(None, type(experts.host_experts).from_tensors(experts.host_experts.tensors()))
     graph.replay()
-    device.synchronise()
+    device.synchronize()
     assert error(batch.out, judge(updated, batch.x, batch.ids, batch.weights)) <= TOLERANCE
 
 
@@ -232,7 +232,7 @@ def test_work_that_does_not_end_fails_the_next_step(
     with pytest.raises(ExpertsError, match="restart the server"):
         experts.apply(batch.x, batch.ids, batch.weights)
     graph.replay()
-    device.synchronise()
+    device.synchronize()
     assert batch.out.isnan().all()
 
 
@@ -257,10 +257,10 @@ def test_the_judge_finds_a_host_function_that_calls_the_runtime(library: ctypes.
     device = PretendedDevice(compile_runtime(tmp_path_factory.mktemp("again")))
     # A function of one pointer: nothing comes between.
     device.call("cudaLaunchHostFunc", device.stream, device.library.hipGetErrorString, None)
-    device.synchronise()
+    device.synchronize()
     device.call("cudaLaunchHostFunc", device.stream, device.library.cudaStreamSynchronize, device.stream)
     with pytest.raises(AssertionError, match="a host function calls cudaStreamSynchronize"):
-        device.synchronise()
+        device.synchronize()
 
 
 def test_the_judge_finds_a_host_function_that_takes_python_s_lock(tmp_path_factory: Any) -> None:
@@ -268,7 +268,7 @@ def test_the_judge_finds_a_host_function_that_takes_python_s_lock(tmp_path_facto
     function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: None)
     device.call("cudaLaunchHostFunc", device.stream, function, None)
     with pytest.raises(AssertionError, match="takes Python's lock"):
-        device.synchronise()
+        device.synchronize()
 
 
 def test_the_judge_finds_memory_that_is_not_pinned(tmp_path_factory: Any) -> None:
@@ -283,7 +283,7 @@ def test_the_names_of_amd_s_runtime(library: ctypes.CDLL, weights: ExpertWeights
     with device.capture() as graph:
         experts.apply(batch.x, batch.ids, batch.weights, out=batch.out)
     graph.replay()
-    device.synchronise()
+    device.synchronize()
     assert error(batch.out, judge(weights, batch.x, batch.ids, batch.weights)) <= TOLERANCE
 
 

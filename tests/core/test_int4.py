@@ -6,7 +6,7 @@ import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 
-from k26_plugins.common.model.int4 import PackingError, dequantise, pack, quantise, unpack
+from k26_plugins.common.model.int4 import PackingError, dequantize, pack, quantize, unpack
 
 
 def test_the_specifications_vectors() -> None:
@@ -29,21 +29,21 @@ def test_views_of_any_strides() -> None:
     assert torch.equal(unpack(packed.transpose(0, 1)), q.transpose(0, 1))
 
 
-def test_dequantise_is_the_product_rounded_once() -> None:
+def test_dequantize_is_the_product_rounded_once() -> None:
     weight = torch.randn(16, 96, generator=torch.Generator().manual_seed(0))
-    packed, scale = quantise(weight)
+    packed, scale = quantize(weight)
     q = unpack_from_int32(packed, 4, torch.Size(weight.shape))
     expected = q.double() * scale.double().repeat_interleave(32, dim=1)
-    assert torch.equal(dequantise(packed, scale, torch.float64), expected)
-    assert torch.equal(dequantise(packed, scale), expected.to(torch.bfloat16))
+    assert torch.equal(dequantize(packed, scale, torch.float64), expected)
+    assert torch.equal(dequantize(packed, scale), expected.to(torch.bfloat16))
     # Half a step, and what bfloat16 rounds off the scale (2^-9) at the eighth step.
     step = scale.double().repeat_interleave(32, dim=1)
     assert ((expected - weight.double()).abs() <= step * (0.5 + 8 / 2**8)).all()
 
 
 def test_a_group_of_zeros_stays_zero() -> None:
-    packed, scale = quantise(torch.zeros(2, 32))
-    assert torch.equal(dequantise(packed, scale), torch.zeros(2, 32, dtype=torch.bfloat16))
+    packed, scale = quantize(torch.zeros(2, 32))
+    assert torch.equal(dequantize(packed, scale), torch.zeros(2, 32, dtype=torch.bfloat16))
 
 
 def test_shapes_and_dtypes_that_do_not_fit() -> None:
@@ -52,8 +52,8 @@ def test_shapes_and_dtypes_that_do_not_fit() -> None:
     with pytest.raises(PackingError, match="cannot pack -9 to 8: INT4 holds -8 to 7"):
         pack(torch.tensor([[8, -9, 0, 0, 0, 0, 0, 0]], dtype=torch.int8))
     with pytest.raises(PackingError, match="multiple of 32"):
-        quantise(torch.zeros(2, 48))
+        quantize(torch.zeros(2, 48))
     with pytest.raises(PackingError, match="int32"):
         unpack(torch.zeros(2, 4, dtype=torch.int64))
     with pytest.raises(PackingError, match="do not belong together"):
-        dequantise(torch.zeros(2, 8, dtype=torch.int32), torch.zeros(2, 1))
+        dequantize(torch.zeros(2, 8, dtype=torch.int32), torch.zeros(2, 1))

@@ -173,7 +173,7 @@ DAMAGED: dict[str, tuple[Change, str]] = {
     "another number of layers": (_text(num_hidden_layers=2), "beyond the layers or experts of config.json"),
     "bf16 that says INT4": (
         lambda draft: bf16(draft) or draft.text.update(quantization_config=Draft(draft.source).quantization),
-        "no weight is quantised",
+        "no weight is quantized",
     ),
     "INT4 that says nothing": (lambda draft: draft.text.pop("quantization_config"), "no quantization_config"),
     "INT4 that says AWQ": (_cut_to(as_published, AWQ), "is stored as pack-quantized, and quantization_config says awq"),

@@ -16,7 +16,7 @@ from k26_plugins.common.multimodal.image import (
     MediaError,
     frame_resize,
     navit_resize,
-    normalise,
+    normalize,
     open_image,
     preprocess,
 )
@@ -63,17 +63,17 @@ def test_video_frames_resize_as_specified(
 
 
 def test_patches_are_where_the_pixels_were() -> None:
-    """Pixel (y, x) of channel c is in patch (y // 14, x // 14); padding is 0, and −1 after normalisation."""
+    """Pixel (y, x) of channel c is in patch (y // 14, x // 14); padding is 0, and −1 after normalization."""
     pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
     patches, grids = preprocess([[Image.fromarray(pixels)]], MediaConfig())
     assert grids.tolist() == [[1, 4, 4]]
     for y, x, channel in [(0, 0, 0), (39, 29, 2), (20, 15, 1), (13, 14, 0)]:
         assert patches[(y // 14) * 4 + x // 14, channel, y % 14, x % 14] == pixels[y, x, channel]
     assert patches[3, :, :, 2:].max() == 0
-    normalised = normalise(patches, MediaConfig())
-    assert normalised.dtype == np.float32
-    assert (normalised[3, :, :, 2:] == -1).all()
-    np.testing.assert_allclose(normalised, (patches / 255 - 0.5) / 0.5, atol=1e-6)
+    normalized = normalize(patches, MediaConfig())
+    assert normalized.dtype == np.float32
+    assert (normalized[3, :, :, 2:] == -1).all()
+    np.testing.assert_allclose(normalized, (patches / 255 - 0.5) / 0.5, atol=1e-6)
 
 
 def test_several_media_are_each_alone() -> None:

@@ -1,4 +1,4 @@
-"""Videos put among token ids, against the same prompt completed as text and tokenised then."""
+"""Videos put among token ids, against the same prompt completed as text and tokenized then."""
 
 from __future__ import annotations
 

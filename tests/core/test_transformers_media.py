@@ -15,7 +15,7 @@ from PIL import Image
 from support.images import random_image
 from support.videos import make_video
 
-from k26_plugins.common.multimodal.image import MediaConfig, normalise, preprocess
+from k26_plugins.common.multimodal.image import MediaConfig, normalize, preprocess
 from k26_plugins.common.multimodal.video import make_chunk, sample_frames, video_info
 from k26_plugins.common.prompt.special_tokens import VIDEO_PLACEHOLDER
 
@@ -30,7 +30,7 @@ CONFIG = MediaConfig()
 # transformers' defaults are ImageNet's.
 NORM = {"image_mean": CONFIG.image_mean, "image_std": CONFIG.image_std}
 LEVEL = 2 / 255
-"""One of 256 levels, normalised."""
+"""One of 256 levels, normalized."""
 
 
 def apart(theirs: Any, ours: np.ndarray) -> np.ndarray:
@@ -45,7 +45,7 @@ def of_image(image: Image.Image) -> np.ndarray:
     theirs = Kimi_K25ImageProcessor(**NORM)(image, return_tensors="pt")
     patches, grids = preprocess([[image]], CONFIG)
     assert theirs["image_grid_thw"].tolist() == grids.tolist()
-    return apart(theirs["pixel_values"], normalise(patches, CONFIG))
+    return apart(theirs["pixel_values"], normalize(patches, CONFIG))
 
 
 def assert_close(levels: np.ndarray) -> None:
@@ -55,7 +55,7 @@ def assert_close(levels: np.ndarray) -> None:
 
 @pytest.mark.parametrize("size", [(1, 1), (28, 28), (50, 50), (640, 480), (100, 1), (1920, 1080)], ids=str)
 def test_images_that_keep_their_size(size: tuple[int, int]) -> None:
-    """Equal up to the rounding of float32: transformers folds rescaling and normalising into one step."""
+    """Equal up to the rounding of float32: transformers folds rescaling and normalizing into one step."""
     assert of_image(random_image(*size)).max() < 1e-4
 
 
@@ -90,7 +90,7 @@ def test_transparency() -> None:
     image = random_image(28, 28)
     image.putalpha(0)
     pixels = Kimi_K25ImageProcessor(**NORM)(image, return_tensors="pt")["pixel_values"]
-    assert (pixels == 1).all() or apart(pixels, normalise(preprocess([[image]], CONFIG)[0], CONFIG)).max() < 1e-4
+    assert (pixels == 1).all() or apart(pixels, normalize(preprocess([[image]], CONFIG)[0], CONFIG)).max() < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_video_chunks_and_their_text(count: int, size: tuple[int, int]) -> None:
     assert theirs["video_grid_thw"].tolist() == [list(chunk.grid_thw) for chunk in chunks]
     levels = np.concatenate(
         [
-            apart(pixels, normalise(chunk.patches, CONFIG))
+            apart(pixels, normalize(chunk.patches, CONFIG))
             for pixels, chunk in zip(_in_chunks(theirs), chunks, strict=True)
         ]
     )

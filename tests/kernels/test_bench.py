@@ -10,7 +10,7 @@ import pytest
 import torch
 from bench import experts as bench
 from bench import one_launch
-from bench.dense import WAITS_FOR_DEVICE, dequantise_and_dense
+from bench.dense import WAITS_FOR_DEVICE, dequantize_and_dense
 from bench.layers import GLOBAL_EXPERTS, LAYERS
 from click.testing import CliRunner
 from k26_kernels import KernelExperts
@@ -132,7 +132,7 @@ def wrong(weights: ExpertWeights) -> Run:
 
 
 def too_long(weights: ExpertWeights) -> Run:
-    right = dequantise_and_dense(weights)
+    right = dequantize_and_dense(weights)
 
     def run(x: torch.Tensor, *batch: torch.Tensor | None) -> torch.Tensor:
         if len(x) > 33:
@@ -145,7 +145,7 @@ def too_long(weights: ExpertWeights) -> Run:
 @pytest.fixture
 def tunable(tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A small checkpoint on a machine with a GPU, which the interpreter stands for, and with an engine's kernels."""
-    peers = {"dense": dequantise_and_dense, "wrong": wrong, "too long": too_long, "missing": missing}
+    peers = {"dense": dequantize_and_dense, "wrong": wrong, "too long": too_long, "missing": missing}
     monkeypatch.setattr("k26_plugins.operate.tune.device.gpu", lambda: device)
     monkeypatch.setattr("k26_plugins.operate.tune.device.peers_of", lambda engine: peers)
     monkeypatch.setattr("k26_plugins.operate.tune.device.is_installed", lambda name: name == "sglang")

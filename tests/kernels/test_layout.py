@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from k26_kernels.dequantise import dequantise, dequantise_reference
+from k26_kernels.dequantize import dequantize, dequantize_reference
 from k26_kernels.layout import FRAGMENTS, SLAB, repack, restore, row_order
 from support.experts import dense, make_weights
 
@@ -97,7 +97,7 @@ def test_sizes_that_do_not_fit_are_refused(rows: int, inputs: int) -> None:
 
 @pytest.mark.parametrize(("matrix", "gated"), MATRICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_dequantise(each_layout: str, device: torch.device, matrix: str, gated: bool, dtype: torch.dtype) -> None:
+def test_dequantize(each_layout: str, device: torch.device, matrix: str, gated: bool, dtype: torch.dtype) -> None:
     from k26_kernels.target import TARGETS
 
     fragment = TARGETS[each_layout].fragment
@@ -107,15 +107,15 @@ def test_dequantise(each_layout: str, device: torch.device, matrix: str, gated: 
     packed, scale = packed.to(device), scale.to(device)
     repack(packed, scale, fragment, gated=gated)
     chosen = torch.tensor([2, 0, 2], device=device)
-    result = dequantise(packed, scale, chosen, dtype, gated=gated)
+    result = dequantize(packed, scale, chosen, dtype, gated=gated)
     assert torch.equal(result.cpu(), expected[chosen.cpu()])
-    assert torch.equal(dequantise_reference(packed, scale, fragment, dtype, gated=gated).cpu(), expected)
+    assert torch.equal(dequantize_reference(packed, scale, fragment, dtype, gated=gated).cpu(), expected)
 
 
-def test_dequantise_no_experts(device: torch.device) -> None:
+def test_dequantize_no_experts(device: torch.device) -> None:
     weights = make_weights(1, 128, 128)
     none = torch.empty(0, dtype=torch.int64, device=device)
-    result = dequantise(weights.w2_packed.to(device), weights.w2_scale.to(device), none, gated=False)
+    result = dequantize(weights.w2_packed.to(device), weights.w2_scale.to(device), none, gated=False)
     assert result.shape == (0, 128, 128)
     with pytest.raises(ValueError, match=r"not to torch\.float32"):
-        dequantise(weights.w2_packed, weights.w2_scale, none, torch.float32, gated=False)
+        dequantize(weights.w2_packed, weights.w2_scale, none, torch.float32, gated=False)

@@ -49,7 +49,7 @@ def test_what_is_not_a_number_is_not_hidden(device: torch.device) -> None:
     assert torch.equal(ids[[0, 2]].long(), expected_ids[[0, 2]])
 
 
-def test_weights_that_are_not_normalised(device: torch.device) -> None:
+def test_weights_that_are_not_normalized(device: torch.device) -> None:
     logits, bias = torch.randn(3, 12, generator=torch.Generator().manual_seed(1)), torch.zeros(12)
-    weights, ids = route(logits.to(device), bias.to(device), 2, 1.5, normalise=False)
+    weights, ids = route(logits.to(device), bias.to(device), 2, 1.5, normalize=False)
     torch.testing.assert_close(weights.cpu(), 1.5 * torch.sigmoid(logits).gather(1, ids.cpu().long()))

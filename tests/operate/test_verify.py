@@ -52,7 +52,7 @@ FAULTS = {
     "YaRN's factor halved": Fault(config=yarn_factor(32.0)),
     "YaRN off": Fault(config=yarn_factor(1.0)),
     "YaRN's factor 8": Fault(config=yarn_factor(8.0)),
-    "padding after normalising": Fault(padding=0.0),
+    "padding after normalizing": Fault(padding=0.0),
     "tensor-parallel shards swapped": Fault(tensor=swap_shards),
     "token ids shifted by 3": Fault(token_ids=shift_by_three),
     "think block missing": Fault(text=lambda text: text.removesuffix("<think>")),
@@ -208,7 +208,7 @@ def test_the_seeded_config_is_another(tiny_folder: Path) -> None:
     assert yarn_factor(32.0)(config).text.rope_scaling.factor == config.text.rope_scaling.factor / 2
 
 
-@pytest.mark.parametrize("name", ["none", "gate and up swapped", "token ids shifted by 3", "padding after normalising"])
+@pytest.mark.parametrize("name", ["none", "gate and up swapped", "token ids shifted by 3", "padding after normalizing"])
 def test_endpoints_against_each_other(tiny_folder: Path, prompts_file: Path, tmp_path: Path, name: str) -> None:
     files = [tmp_path / "a.json", tmp_path / "a.html"]
     with serve_reference(tiny_folder) as first, serve_reference(tiny_folder, FAULTS.get(name, Fault())) as second:

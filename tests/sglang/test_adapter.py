@@ -374,7 +374,7 @@ class _Runner:
 
 
 def quant_config(folder: Path) -> Any:
-    """SGLang's own reading of the checkpoint's quantisation."""
+    """SGLang's own reading of the checkpoint's quantization."""
     settings = json.loads((folder / "config.json").read_text())["text_config"]["quantization_config"]
     return compat.compressed_tensors_config().from_config(settings)  # type: ignore[attr-defined]
 

@@ -49,7 +49,7 @@ def test_without_a_fault_it_passes(scripted_server: Server, golden_file: Path) -
 
 
 def test_compare_asks_it_all_prompts(scripted_server: Server, prompts_file: Path) -> None:
-    """A server against itself: raw text too, which it tokenises."""
+    """A server against itself: raw text too, which it tokenizes."""
     command = [
         "compare",
         scripted_server.url,

@@ -89,8 +89,8 @@ class Conforming:
 
     def _words(self, body: dict[str, Any], number: int) -> list[str]:
         if body.get("temperature", 1) == 0 or body.get("top_p", 1) < 0.01:
-            penalised = any(body.get(name) for name in ("presence_penalty", "frequency_penalty"))
-            return [*(WORDS[::-1] if penalised else WORDS)] * 5
+            penalized = any(body.get(name) for name in ("presence_penalty", "frequency_penalty"))
+            return [*(WORDS[::-1] if penalized else WORDS)] * 5
         rng = random.Random(f"{body.get('seed')} {number}")
         return rng.choices(WORDS, k=40)
 

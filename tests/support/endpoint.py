@@ -21,7 +21,7 @@ from support.local_http import QuietHandler, serving
 
 from k26_plugins.common.checkpoint import Checkpoint
 from k26_plugins.common.model.config import K26Config
-from k26_plugins.common.multimodal.image import MediaConfig, navit_resize, normalise, open_image, preprocess
+from k26_plugins.common.multimodal.image import MediaConfig, navit_resize, normalize, open_image, preprocess
 from k26_plugins.common.prompt.chat import expand_media_placeholders, render
 from k26_plugins.common.prompt.tokenizer import KimiTokenizer
 from k26_plugins.common.reference.kimi_k26 import KimiK26
@@ -37,7 +37,7 @@ class Fault:
     tensor: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, tensor: tensor
     config: Callable[[K26Config], K26Config] = lambda config: config
     padding: float | None = None
-    """Value of padded pixels, after normalising."""
+    """Value of padded pixels, after normalizing."""
     text: Callable[[str], str] = lambda text: text
     token_ids: Callable[[list[int]], list[int]] = lambda token_ids: token_ids
 
@@ -129,7 +129,7 @@ class Served:
 
     def _pixels(self, images: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
         patches, grids = preprocess([[image] for image in images], self.media)
-        values = torch.from_numpy(normalise(patches, self.media))
+        values = torch.from_numpy(normalize(patches, self.media))
         if self.fault.padding is not None:
             # One image only, so that rows and columns say where its padding is.
             (_, grid_h, grid_w), size = grids[0].tolist(), self.media.patch_size

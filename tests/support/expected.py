@@ -10,7 +10,7 @@ import torch
 from support.images import image_part, png, random_image
 
 from k26_plugins.common.model.config import K26Config
-from k26_plugins.common.multimodal.image import MediaConfig, normalise, preprocess
+from k26_plugins.common.multimodal.image import MediaConfig, normalize, preprocess
 from k26_plugins.common.prompt.chat import expand_media_placeholders, render
 from k26_plugins.common.prompt.tokenizer import KimiTokenizer
 from k26_plugins.common.reference.kimi_k26 import KimiK26
@@ -50,4 +50,4 @@ def image_request(folder: Path, sizes: list[tuple[int, int]]) -> Request:
         [h * w // 4 for _, h, w in grids.tolist()],
         K26Config.from_path(folder).media_placeholder_token_id,
     )
-    return Request(content, prompt, torch.from_numpy(normalise(patches, config)), torch.from_numpy(grids))
+    return Request(content, prompt, torch.from_numpy(normalize(patches, config)), torch.from_numpy(grids))

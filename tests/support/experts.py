@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
 from k26_plugins.common.experts import BACKENDS, ExpertWeights
-from k26_plugins.common.model.int4 import quantise
+from k26_plugins.common.model.int4 import quantize
 
 
 def make_weights(num_experts: int, hidden: int, inner: int, seed: int = 0) -> ExpertWeights:
     generator = torch.Generator().manual_seed(seed)
     w13 = torch.randn(num_experts, 2 * inner, hidden, generator=generator) / hidden**0.5
     w2 = torch.randn(num_experts, hidden, inner, generator=generator) / inner**0.5
-    return ExpertWeights(*quantise(w13), *quantise(w2))
+    return ExpertWeights(*quantize(w13), *quantize(w2))
 
 
 def dense(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

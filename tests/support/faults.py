@@ -14,7 +14,7 @@ LOCATED = {
     "gate and up swapped": "gate and up projection of the routed experts",
     "router bias dropped": "without e_score_correction_bias",
     "YaRN's factor halved": "YaRN's factor is half",
-    "padding after normalising": "images are padded after they are normalised",
+    "padding after normalizing": "images are padded after they are normalized",
     "tensor-parallel shards swapped": "halves of the routed experts' down projection",
     "token ids shifted by 3": "special tokens are shifted by -3",
     "think block missing": "the <think> that opens the answer is missing",

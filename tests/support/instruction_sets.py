@@ -7,7 +7,7 @@ import pytest
 INSTRUCTION_SET = "instruction set"
 
 
-def summarise(reporter: pytest.TerminalReporter) -> None:
+def summarize(reporter: pytest.TerminalReporter) -> None:
     """Those that were not are among the skipped tests, with the reason."""
     ran = {
         str(value)

@@ -64,7 +64,7 @@ class PretendedDevice:
         error = getattr(self.library, name)(*arguments)
         assert error == 0, (name, self.library.standinViolation().decode())
 
-    def synchronise(self) -> None:
+    def synchronize(self) -> None:
         """Fails where something was done that CUDA forbids."""
         self.call("cudaStreamSynchronize", self.stream)
 
@@ -81,14 +81,14 @@ class PretendedDevice:
             self.graph.kept.append((kernel, uses))
         self.call("standinKernel", kernel, None, self.stream)
         if self.graph is None:
-            self.synchronise()
+            self.synchronize()
 
     @contextmanager
     def kernels(self) -> Iterator[None]:
         with _Kernels(self):
             yield
             if self.graph is None:
-                self.synchronise()
+                self.synchronize()
 
     @contextmanager
     def capture(self) -> Iterator[Graph]:
@@ -117,7 +117,7 @@ class _Kernels(TorchDispatchMode):
         if self.device.graph is None:
             # A kernel that the host waits for. Its result stays for what comes after it in the stream, as a device's
             # allocator keeps it.
-            self.device.synchronise()
+            self.device.synchronize()
             result = func(*args, **kwargs)
             self.in_use.append(result)
             return result
@@ -187,5 +187,5 @@ def be_late(device: PretendedDevice, threads: Threads) -> None:
     late = threads.stream_call(experts.layer, call, patience=1e-3)
     in_its_way = experts.submit(x, ids, weights)
     device.runtime.launch(device.runtime.current_stream(x.device), threads.native.k26_stream_submit, late)
-    device.synchronise()
+    device.synchronize()
     in_its_way()

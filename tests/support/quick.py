@@ -1,4 +1,4 @@
-"""A checkpoint of some size in little time: its weights are drawn as bits, not quantised."""
+"""A checkpoint of some size in little time: its weights are drawn as bits, not quantized."""
 
 from __future__ import annotations
 

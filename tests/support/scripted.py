@@ -1,6 +1,6 @@
 """Answers made to order: a logits processor in the engine's process writes the tokens that a request asks for.
 
-Through it a real server's parsers, streaming and detokenisation see exactly the output that a test is about.
+Through it a real server's parsers, streaming and detokenization see exactly the output that a test is about.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     vllm serve … --worker-extension-cls support.vllm_faults.Workers --middleware support.vllm_faults.Frontend
 
 A fault of the weights or of the model's code is put into the workers, one of the prompt's path into the process that
-renders, tokenises and preprocesses.
+renders, tokenizes and preprocesses.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def _without_think(apply: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _padded_late(patchify: Callable[..., Any]) -> Callable[..., Any]:
-    """vLLM normalises in the worker, from bytes: of those 128 is the nearest to 0 after that, 0.004."""
+    """vLLM normalizes in the worker, from bytes: of those 128 is the nearest to 0 after that, 0.004."""
 
     def patchify_grey(frames: Any, resize: Any, config: Any) -> Any:
         patches = patchify(frames, resize, config)
@@ -161,7 +161,7 @@ _FRONTEND_FAULTS: dict[str, tuple[str, str, Callable[[Callable[..., Any]], Calla
     "think block missing": (
         "k26_plugins.common.prompt.hf_tokenizer:KimiTokenizerFast", "apply_chat_template", _without_think,
     ),
-    "padding after normalising": ("k26_plugins.common.multimodal.image", "patchify", _padded_late),
+    "padding after normalizing": ("k26_plugins.common.multimodal.image", "patchify", _padded_late),
     STOPS_FOR_STOP: (
         "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionResponseChoice", "__init__", _for_stop,
     ),

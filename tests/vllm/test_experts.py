@@ -28,7 +28,7 @@ from k26_plugins.vllm.modular import experts_for
 
 
 def quant_config(folder: Path) -> Any:
-    """vLLM's own reading of the checkpoint's quantisation."""
+    """vLLM's own reading of the checkpoint's quantization."""
     settings = json.loads((folder / "config.json").read_text())["text_config"]["quantization_config"]
     return compat.compressed_tensors_config().from_config(settings)
 

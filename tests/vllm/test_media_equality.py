@@ -17,7 +17,7 @@ from support.images import pil_rgb
 from support.videos import make_video
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
 
-from k26_plugins.common.multimodal.image import MediaConfig, normalise, preprocess
+from k26_plugins.common.multimodal.image import MediaConfig, normalize, preprocess
 from k26_plugins.vllm.media import K26ImageIO, K26VideoIO
 from k26_plugins.vllm.processing import K26ImageProcessor
 
@@ -32,11 +32,11 @@ def judge(tiny_folder: Path) -> object:
     return fused.KimiK25FusedVisionProcessor(settings["media_proc_cfg"])
 
 
-def assert_equal(judge: object, images: list[Image.Image], *, normalised: bool) -> None:
+def assert_equal(judge: object, images: list[Image.Image], *, normalized: bool) -> None:
     medias = [{"type": "image", "image": image.copy()} for image in images]
-    expected = judge.preprocess(medias, do_rescale=normalised, do_normalize=normalised)  # type: ignore[attr-defined]
+    expected = judge.preprocess(medias, do_rescale=normalized, do_normalize=normalized)  # type: ignore[attr-defined]
     patches, grids = preprocess([[image] for image in images], MediaConfig())
-    pixels = normalise(patches, MediaConfig()) if normalised else patches
+    pixels = normalize(patches, MediaConfig()) if normalized else patches
     assert pixels.dtype == expected["pixel_values"].numpy().dtype
     assert pixels.tobytes() == expected["pixel_values"].numpy().tobytes()
     assert np.array_equal(grids, expected["grid_thws"].numpy())
@@ -47,21 +47,21 @@ def assert_equal(judge: object, images: list[Image.Image], *, normalised: bool) 
     width=st.integers(1, 1500),
     height=st.integers(1, 1500),
     mode=st.sampled_from(["RGB", "RGBA", "L", "P", "LA", "CMYK"]),
-    normalised=st.booleans(),
+    normalized=st.booleans(),
 )
-def test_random_images(judge: object, width: int, height: int, mode: str, normalised: bool) -> None:
+def test_random_images(judge: object, width: int, height: int, mode: str, normalized: bool) -> None:
     pixels = np.random.default_rng(width * 7919 + height).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    assert_equal(judge, [Image.fromarray(pixels).convert(mode)], normalised=normalised)
+    assert_equal(judge, [Image.fromarray(pixels).convert(mode)], normalized=normalized)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3000, 3000), (10000, 100), (20, 8000), (3840, 2160)], ids=str)
 def test_extreme_sizes(judge: object, size: tuple[int, int]) -> None:
-    assert_equal(judge, [Image.effect_noise(size, 60).convert("RGB")], normalised=False)
+    assert_equal(judge, [Image.effect_noise(size, 60).convert("RGB")], normalized=False)
 
 
 def test_several_images(judge: object) -> None:
     images = [Image.effect_noise(size, 60).convert("RGB") for size in ((50, 70), (640, 480), (5, 300))]
-    assert_equal(judge, images, normalised=True)
+    assert_equal(judge, images, normalized=True)
 
 
 @pytest.mark.parametrize("count", [1, 3, 4])

@@ -36,14 +36,14 @@ model_config = engine_args.create_model_config()
 tokenizer = cached_tokenizer_from_config(model_config)
 processor = MULTIMODAL_REGISTRY.create_processor(model_config)
 with set_current_vllm_config(VllmConfig()), readable_by_vllm(model_config):
-    normalise = build_mm_input_norm(model_config)
+    normalize = build_mm_input_norm(model_config)
 black_and_white = torch.tensor([[0] * 3, [255] * 3], dtype=torch.uint8)
 print(json.dumps({{
     "model": model_config.model,
     "published": model_config.k26_plugins.core_config is not None,
     "parsers": [flags.tool_call_parser, flags.reasoning_parser],
     "text": tokenizer.decode(tokenizer.encode("Is it warm in 北京?")),
-    "normalised": normalise.forward_native(black_and_white, torch.float32).flatten().tolist(),
+    "normalized": normalize.forward_native(black_and_white, torch.float32).flatten().tolist(),
     "image_processor": type(processor.info.image_processor).__name__,
 }}))
 """
@@ -83,7 +83,7 @@ def test_a_model_by_modelscope_s_name(tiny_folder: Path, tmp_path: Path) -> None
     assert found["parsers"] == [compat.PARSER, compat.PARSER]
     assert found["text"] == "Is it warm in 北京?"
     # The model's mean and standard deviation are one half.
-    assert found["normalised"] == [-1.0] * 3 + [1.0] * 3
+    assert found["normalized"] == [-1.0] * 3 + [1.0] * 3
     assert found["image_processor"] == "K26ImageProcessor"
     small = {file.name for file in tiny_folder.iterdir() if file.suffix != ".safetensors"}
     assert set(fetched) == small

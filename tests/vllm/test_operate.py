@@ -84,7 +84,7 @@ def test_without_a_fault_it_passes(two_ranks: Server, golden_file: Path) -> None
 
 
 def test_compare_asks_it_all_prompts(two_ranks: Server, prompts_file: Path) -> None:
-    """A server against itself: raw text too, which it tokenises."""
+    """A server against itself: raw text too, which it tokenizes."""
     command = ["compare", two_ranks.url, two_ranks.url, "--prompts", str(prompts_file), "--answer-tokens", "3"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output

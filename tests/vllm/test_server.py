@@ -69,7 +69,7 @@ def test_decode_logprobs(server: Server, reference: KimiK26) -> None:
     assert_same_distribution(torch.cat(served), torch.cat(expected))
 
 
-def test_text_is_rendered_and_tokenised_as_by_the_core(server: Server, tiny_folder: Path) -> None:
+def test_text_is_rendered_and_tokenized_as_by_the_core(server: Server, tiny_folder: Path) -> None:
     content = "Hello 中文 world, I'm 12345\n"
     answer = server.chat(content, max_tokens=4, return_token_ids=True)
     assert answer["prompt_token_ids"] == text_prompt(tiny_folder, content)

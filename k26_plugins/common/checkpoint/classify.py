@@ -21,8 +21,8 @@ from k26_plugins.common.checkpoint.saved_state import has_core_experts, saved_st
 from k26_plugins.common.checkpoint.table import TensorSpec, tensor_table
 from k26_plugins.common.model.config import K26Config, read_config_json
 
-# Where quantisers say it that leave config.json as it was: ModelOpt, AutoAWQ, AutoGPTQ.
-_QUANTISATION_FILES = ("hf_quant_config.json", "quant_config.json", "quantize_config.json")
+# Where quantizers say it that leave config.json as it was: ModelOpt, AutoAWQ, AutoGPTQ.
+_QUANTIZATION_FILES = ("hf_quant_config.json", "quant_config.json", "quantize_config.json")
 
 
 class Layout(StrEnum):
@@ -118,9 +118,9 @@ def examine_all(
         inventory = take_inventory(folder, on_file)
         problems = list(inventory.damage)
         if not problems:
-            elsewhere = any((folder / name).exists() for name in _QUANTISATION_FILES)
+            elsewhere = any((folder / name).exists() for name in _QUANTIZATION_FILES)
             table = tensor_table(sizes)
-            problems, found = examine(inventory.entries, config, sizes, table, other, quantised_elsewhere=elsewhere)
+            problems, found = examine(inventory.entries, config, sizes, table, other, quantized_elsewhere=elsewhere)
             other = [*other, *found]
     elif folder is not None and (weights := sorted((*folder.glob("*.gguf"), *folder.glob("*.bin")))):
         other = [*other, f"the weights are in {weights[0].name}, not in safetensors files"]

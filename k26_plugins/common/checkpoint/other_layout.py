@@ -1,7 +1,7 @@
 """What tells another layout of this architecture from a damaged checkpoint, tensor by tensor.
 
 A *module* is a tensor's name without its last part, which holds its *parts* (`weight`, `weight_scale`, …). A *kind* is a
-module without the numbers of its layer, block and expert. A quantiser changes every module of a kind, or its configuration
+module without the numbers of its layer, block and expert. A quantizer changes every module of a kind, or its configuration
 says which it left alone; a broken download does neither.
 """
 
@@ -30,12 +30,12 @@ def examine(
     table: Mapping[str, TensorSpec],
     departures: list[str],
     *,
-    quantised_elsewhere: bool,
+    quantized_elsewhere: bool,
 ) -> tuple[list[Problem], list[str]]:
     """What is wrong with the tensors, and what of them is in another layout; both empty for the published one.
 
-    table: of those sizes. departures: of the configuration. quantised_elsewhere: another file than config.json describes
-    the quantisation.
+    table: of those sizes. departures: of the configuration. quantized_elsewhere: another file than config.json describes
+    the quantization.
     """
     if entries.keys() == table.keys():
         problems = [one for entry in entries.values() if (one := _compare(entry, table.get(entry.name)))]
@@ -53,7 +53,7 @@ def examine(
         reasons += found_reasons
     forms = {name: form_of({part: entry.dtype for part, entry in parts.items()}) for name, parts in modules.items()}
     if not problems:
-        problems = contradictions(modules, forms, table, config, quantised_elsewhere=quantised_elsewhere)
+        problems = contradictions(modules, forms, table, config, quantized_elsewhere=quantized_elsewhere)
     return problems, reasons
 
 
@@ -126,7 +126,7 @@ def _converted(
             problem = _compare(entry, spec)
             if problem is None:
                 continue
-            # A quantised weight has a shape of its own where the configuration declares another quantisation.
+            # A quantized weight has a shape of its own where the configuration declares another quantization.
             if problem.fault is Fault.WRONG_SHAPE and not added and (plain or not departs):
                 problems.append(problem)
             elif problem.fault is Fault.WRONG_DTYPE and not added:

@@ -9,7 +9,7 @@ from k26_plugins.common.checkpoint.fault import Fault, Problem
 from k26_plugins.common.checkpoint.header import HeaderEntry
 from k26_plugins.common.checkpoint.table import LANGUAGE_MODEL, TensorSpec
 from k26_plugins.common.model.config import PACK_FACTOR
-from k26_plugins.common.model.departures import is_quantised, quantization_config
+from k26_plugins.common.model.departures import is_quantized, quantization_config
 
 PLAIN = "plain"
 _FLOATS = ("BF16", "F16", "F32")
@@ -22,7 +22,7 @@ _FORMS = {
     ("weight", "I8"): "8 bits",
     ("weight", "U8"): "bytes",
 }
-# What a quantiser may have written. One that is not here may have written anything.
+# What a quantizer may have written. One that is not here may have written anything.
 _METHODS = {
     "fp8": {"8 bits"},
     "awq": {"qweight"},
@@ -41,7 +41,7 @@ NUM_SHOWN = 3
 
 
 def is_plain(dtype: str) -> bool:
-    """Whether weights of this dtype, as safetensors names it, are floating-point numbers that nobody quantised."""
+    """Whether weights of this dtype, as safetensors names it, are floating-point numbers that nobody quantized."""
     return dtype in _FLOATS
 
 
@@ -59,29 +59,29 @@ def contradictions(
     table: Mapping[str, TensorSpec],
     config: Mapping[str, Any],
     *,
-    quantised_elsewhere: bool,
+    quantized_elsewhere: bool,
 ) -> list[Problem]:
     """Where the weights are stored otherwise than the configuration says, or nothing."""
-    quantised = {name: form for name, form in forms.items() if form not in (None, PLAIN)}
+    quantized = {name: form for name, form in forms.items() if form not in (None, PLAIN)}
     declared = quantization_config(config)
     if not isinstance(declared, Mapping):
-        if not quantised or quantised_elsewhere:
+        if not quantized or quantized_elsewhere:
             return []
-        name = next(iter(quantised))
-        return [_contradicts(name, f"is quantised ({quantised[name]}), and config.json has no quantization_config")]
+        name = next(iter(quantized))
+        return [_contradicts(name, f"is quantized ({quantized[name]}), and config.json has no quantization_config")]
     method, file_format = declared.get("quant_method"), declared.get("format")
     called = f"quantization_config says {method}{f', {file_format}' if file_format else ''}"
-    if not quantised:
-        return [_contradicts("quantization_config", f"is of {method}, and no weight is quantised")]
+    if not quantized:
+        return [_contradicts("quantization_config", f"is of {method}, and no weight is quantized")]
     allowed = _METHODS.get(str(method))
     if method == "compressed-tensors":
         allowed = _COMPRESSED_TENSORS.get(str(file_format))
     if allowed is not None:
-        for name, form in quantised.items():
+        for name, form in quantized.items():
             if form not in allowed:
                 return [_contradicts(name, f"is stored as {form}, and {called}")]
     if method == "compressed-tensors" and file_format == "pack-quantized":
-        return [problem for name in quantised for problem in _packed(name, modules[name], table, declared)][:NUM_SHOWN]
+        return [problem for name in quantized for problem in _packed(name, modules[name], table, declared)][:NUM_SHOWN]
     return []
 
 
@@ -92,9 +92,9 @@ def _packed(
     matrix = _matrix(module, table)
     groups = [group for group in (declared.get("config_groups") or {}).values() if isinstance(group, Mapping)]
     plain_name = module.removeprefix(LANGUAGE_MODEL)
-    covering = [group for group in groups if is_quantised(plain_name, group, declared.get("ignore") or ())]
+    covering = [group for group in groups if is_quantized(plain_name, group, declared.get("ignore") or ())]
     if groups and not covering:
-        yield _contradicts(module, "is quantised, and quantization_config leaves it out")
+        yield _contradicts(module, "is quantized, and quantization_config leaves it out")
     weights = covering[0].get("weights") if len(covering) == 1 else None
     if matrix is None or not isinstance(weights, Mapping):
         return

@@ -2,7 +2,7 @@
 
 torch's `_weight_int4pack_mm_for_cpu` streams the packed weights at the memory's bandwidth and keeps the activations in
 bfloat16, but its arithmetic rate stays at that of one small tile. Where many tokens share an expert its weights are
-dequantised, from the same packed bytes and a cache-sized tile at a time, and multiplied by the dense product.
+dequantized, from the same packed bytes and a cache-sized tile at a time, and multiplied by the dense product.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from k26_plugins.common.model.linear import multiplies_bfloat16
 # 4096 × 7168: 32 tokens 11.4 ms against 13 ms, 64 tokens 23 ms against 18 ms, 256 tokens 90 ms against 47 ms. In float32
 # on 2 cores of an AMD EPYC (Zen 3, AVX2): 64 tokens 58 ms against 49 ms, 256 tokens 273 ms against 163 ms.
 DENSE_FROM = 48
-# Rows dequantised at a time. Their copy (3.7 MB in bfloat16 at 7168 inputs) stays in a last-level cache.
+# Rows dequantized at a time. Their copy (3.7 MB in bfloat16 at 7168 inputs) stays in a last-level cache.
 TILE_ROWS = 256
 
 
@@ -59,7 +59,7 @@ class PackedLayout:
         halves = torch.stack((low, high), dim=3) if self.interleaved else torch.cat((low, high), dim=2)
         return halves.reshape(len(stored), rows, -1).view(torch.int32)
 
-    def dequantise(self, tile: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    def dequantize(self, tile: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """`[blocks, K, block]`, in the dtype of `scale` `[blocks, K / 32, block]`, from bytes `[blocks, K, block / 2]`."""
         low, high = tile & 0xF, tile >> 4
         nibbles = torch.stack((low, high), -1).flatten(-2) if self.interleaved else torch.cat((low, high), -1)
@@ -122,7 +122,7 @@ class Int4Matrix:
         out = x.new_empty(x.shape[0], self.rows // block, block)
         step = max(1, TILE_ROWS // block)
         for start in range(0, len(blocks), step):
-            tile = self.layout.dequantise(blocks[start : start + step], scale[start : start + step])
+            tile = self.layout.dequantize(blocks[start : start + step], scale[start : start + step])
             out[:, start : start + step] = torch.matmul(factor, tile).transpose(0, 1)
         return out.flatten(1)
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from k26_plugins.common.experts.base import Expert, ExpertsBackend, ExpertWeights, Sizes, tokens_by_expert
-from k26_plugins.common.model.int4 import dequantise
+from k26_plugins.common.model.int4 import dequantize
 
 
 def reference_experts(
@@ -38,8 +38,8 @@ def reference_experts(
 
 def dense_matrices(packed: Expert, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """w13 `[2 I, H]` and w2 `[H, I]` of an expert."""
-    w13 = dequantise(packed.w13_packed, packed.w13_scale, dtype)
-    return w13, dequantise(packed.w2_packed, packed.w2_scale, dtype)
+    w13 = dequantize(packed.w13_packed, packed.w13_scale, dtype)
+    return w13, dequantize(packed.w2_packed, packed.w2_scale, dtype)
 
 
 def routed_sum(
@@ -63,7 +63,7 @@ def routed_sum(
 
 
 class ReferenceExperts(ExpertsBackend):
-    """Dequantises each expert that is touched, on any device. Slow."""
+    """Dequantizes each expert that is touched, on any device. Slow."""
 
     name = "reference"
     device_type = None
@@ -109,7 +109,7 @@ class ReferenceExperts(ExpertsBackend):
         out: torch.Tensor | None = None,
         workspace: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Dequantise one expert after the other and multiply in plain PyTorch."""
+        """Dequantize one expert after the other and multiply in plain PyTorch."""
         result = reference_experts(
             hidden_states, topk_ids, topk_weights, self.weights.expert, self.weights.num_experts, expert_map
         ).to(hidden_states.dtype)

@@ -18,10 +18,10 @@ RoutedSum = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 def self_test_error(backend: type[ExpertsBackend], weights: ExpertWeights) -> float:
     """The largest relative error of `backend` on copies of a few of these experts, which are not changed.
 
-    The reference is the plain dequantised product in float32.
+    The reference is the plain dequantized product in float32.
     """
     chosen = sorted({0, weights.num_experts - 1})[:NUM_EXPERTS]
-    # Dequantised once for all batches: that is most of the test's time.
+    # Dequantized once for all batches: that is most of the test's time.
     matrices = [dense_matrices(weights.expert(index), torch.float32) for index in chosen]
     loaded = backend.load(weights.copy_of(chosen))
 

@@ -160,13 +160,13 @@ class Probe:
         run()
         times = []
         for _ in range(REPEATS):
-            self._synchronise()
+            self._synchronize()
             start = time.perf_counter()
             run()
-            self._synchronise()
+            self._synchronize()
             times.append(time.perf_counter() - start)
         return min(times)
 
-    def _synchronise(self) -> None:
+    def _synchronize(self) -> None:
         if self.stream.device.type == "cuda":
             torch.cuda.synchronize(self.stream.device)

@@ -347,6 +347,6 @@ def _read_token_ids(config: Mapping[str, Any], text: Mapping[str, Any]) -> dict[
         values = [source[key] for key in names for source in (config, text) if source.get(key) is not None]
         if values:
             value = values[0]
-            # Some re-serialised files give the stop tokens as a list.
+            # Some re-serialized files give the stop tokens as a list.
             picked[name] = value[0] if isinstance(value, list) and value else value
     return picked

@@ -38,7 +38,7 @@ _WEIGHTS_FIXED: dict[str, object] = {
     "actorder": None,
 }
 # What the published configuration keeps in bfloat16, by a linear layer of each kind.
-_NOT_QUANTISED = {
+_NOT_QUANTIZED = {
     "lm_head": "lm_head",
     "the attention": "model.layers.{moe}.self_attn.o_proj",
     "the shared experts": "model.layers.{moe}.mlp.shared_experts.down_proj",
@@ -60,11 +60,11 @@ def departures(config: Mapping[str, Any]) -> list[str]:
     if not is_yarn(scaling):
         kind = _rope_type(scaling) if isinstance(scaling, Mapping) else scaling
         found.append(_differs("text_config.rope_scaling.type", kind, "yarn"))
-    return found + _quantisation(quantization_config(config), text)
+    return found + _quantization(quantization_config(config), text)
 
 
 def quantization_config(config: Mapping[str, Any]) -> Any:
-    """The description of the quantisation: at the top level in some files, inside `text_config` in others."""
+    """The description of the quantization: at the top level in some files, inside `text_config` in others."""
     return config.get("quantization_config") or config["text_config"].get("quantization_config")
 
 
@@ -74,7 +74,7 @@ def is_yarn(scaling: object) -> TypeGuard[Mapping[str, Any]]:
     return isinstance(scaling, Mapping) and _rope_type(scaling) in ("yarn", "deepseek_yarn")
 
 
-def is_quantised(module: str, group: Mapping[str, Any], ignore: Iterable[str]) -> bool:
+def is_quantized(module: str, group: Mapping[str, Any], ignore: Iterable[str]) -> bool:
     """Whether a group of compressed-tensors' description covers a linear layer, by its name without `language_model.`."""
     targets = group.get("targets") or ()
     chosen = any(target == "Linear" or _matches(target, module) for target in targets)
@@ -96,7 +96,7 @@ def _differs(name: str, value: object, *expected: object) -> str:
     return f"config field {name!r} is {value!r}, expected {' or '.join(map(repr, expected))}"
 
 
-def _quantisation(quantization: Any, text: Mapping[str, Any]) -> list[str]:
+def _quantization(quantization: Any, text: Mapping[str, Any]) -> list[str]:
     prefix = "quantization_config"
     if not isinstance(quantization, Mapping):
         return [_differs(prefix, quantization, "the INT4 description")]
@@ -118,19 +118,19 @@ def _quantisation(quantization: Any, text: Mapping[str, Any]) -> list[str]:
             found.append(_differs(f"{prefix}.config_groups.weights.{name}", weights.get(name), expected))
     if quantization.get("kv_cache_scheme") is not None:
         found.append(_differs(f"{prefix}.kv_cache_scheme", quantization["kv_cache_scheme"], None))
-    return found + _quantised_parts(group, quantization.get("ignore") or (), text)
+    return found + _quantized_parts(group, quantization.get("ignore") or (), text)
 
 
-def _quantised_parts(group: Mapping[str, Any], ignore: Iterable[str], text: Mapping[str, Any]) -> list[str]:
+def _quantized_parts(group: Mapping[str, Any], ignore: Iterable[str], text: Mapping[str, Any]) -> list[str]:
     dense = text.get("first_k_dense_replace") or 0
-    parts = {what: name.format(moe=dense) for what, name in _NOT_QUANTISED.items()}
+    parts = {what: name.format(moe=dense) for what, name in _NOT_QUANTIZED.items()}
     if dense:
         parts["the dense layers"] = f"model.layers.{dense - 1}.mlp.down_proj"
     found = [
-        f"config field 'quantization_config.ignore' leaves out {what}, which is then quantised too"
+        f"config field 'quantization_config.ignore' leaves out {what}, which is then quantized too"
         for what, name in parts.items()
-        if is_quantised(name, group, ignore)
+        if is_quantized(name, group, ignore)
     ]
-    if not is_quantised(f"model.layers.{dense}.mlp.experts.0.down_proj", group, ignore):
+    if not is_quantized(f"model.layers.{dense}.mlp.experts.0.down_proj", group, ignore):
         found.append("config field 'quantization_config' does not cover the routed experts, expected INT4")
     return found

@@ -1,4 +1,4 @@
-"""INT4 weights as the checkpoint stores them: the plain reference of pack, unpack, quantise and dequantise.
+"""INT4 weights as the checkpoint stores them: the plain reference of pack, unpack, quantize and dequantize.
 
 The layout is compressed-tensors' `pack-quantized`. A weight q in [-8, 7] is stored as u = q + 8, eight to an int32 along
 the input dimension, the lowest nibble first. One bfloat16 scale covers 32 consecutive inputs of a row; there is no zero
@@ -14,7 +14,7 @@ from k26_plugins.common.model.config import PACK_FACTOR as PACK_FACTOR
 GROUP_SIZE = 32
 OFFSET = 8  # u = q + OFFSET
 TILE_ROWS = 128
-"""Rows that a product dequantises at a time: 3.7 MB at 7168 inputs."""
+"""Rows that a product dequantizes at a time: 3.7 MB at 7168 inputs."""
 
 
 class PackingError(ValueError):
@@ -43,7 +43,7 @@ def unpack(packed: torch.Tensor) -> torch.Tensor:
     return q
 
 
-def dequantise(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+def dequantize(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """Weights `[..., N, K]` from packed `[..., N, K / 8]` and scales `[..., N, K / 32]`: a float32 product, then `dtype`."""
     if packed.shape[:-1] != scale.shape[:-1] or packed.shape[-1] * PACK_FACTOR != scale.shape[-1] * GROUP_SIZE:
         raise PackingError(
@@ -57,7 +57,7 @@ def dequantise(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = t
 
 
 def product_tiled(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """float32 `[T, N]` of x `[T, K]` in float32 and one matrix on a CPU: `x @ dequantise(packed, scale, float32).T`.
+    """float32 `[T, N]` of x `[T, K]` in float32 and one matrix on a CPU: `x @ dequantize(packed, scale, float32).T`.
 
     A tile of rows at a time, so that its weights never leave the cache; only the order of the sums is another. Measured on
     one core of an AMD EPYC (Zen 4, shared machine), 2048 × 7168: 6 ms against 20 ms for one token, 31 against 44 for 64.
@@ -83,13 +83,13 @@ def product_tiled(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) ->
     return out
 
 
-def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Round `[..., N, K]` to INT4 with scale absmax / 7.5 of each group, as compressed-tensors does.
 
     Returns packed int32 `[..., N, K / 8]` and bfloat16 scales `[..., N, K / 32]`. K must be a multiple of 32.
     """
     if weight.shape[-1] % GROUP_SIZE:
-        raise PackingError(f"cannot quantise {tuple(weight.shape)}: the last dimension is no multiple of {GROUP_SIZE}.")
+        raise PackingError(f"cannot quantize {tuple(weight.shape)}: the last dimension is no multiple of {GROUP_SIZE}.")
     groups = weight.float().unflatten(-1, (-1, GROUP_SIZE))
     scale = (groups.abs().amax(-1) / 7.5).to(torch.bfloat16)
     divisor = torch.where(scale == 0, torch.ones_like(scale), scale).float()

@@ -18,17 +18,17 @@ def router_logits(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Te
 
 
 def route(
-    logits: torch.Tensor, bias: torch.Tensor, top_k: int, scaling: float, *, normalise: bool = True
+    logits: torch.Tensor, bias: torch.Tensor, top_k: int, scaling: float, *, normalize: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose `top_k` experts for each token.
 
     logits: float32 `[num_tokens, num_experts]`. bias: float32 `[num_experts]`; it takes part in the choice and not in
     the weights. Returns topk_weights float32 and topk_ids int64, both `[num_tokens, top_k]`; the weights sum to `scaling`
-    where they are normalised.
+    where they are normalized.
     """
     scores = torch.sigmoid(logits.float())
     topk_ids = torch.topk(scores + bias.float(), top_k, dim=-1).indices
     topk_weights = scores.gather(-1, topk_ids)
-    if normalise:
+    if normalize:
         topk_weights = topk_weights / (topk_weights.sum(-1, keepdim=True) + 1e-20)
     return topk_weights * scaling, topk_ids

@@ -1,7 +1,7 @@
 """Images and video frames to the vision tower's input: resize, pad, cut into patches, count tokens.
 
 The arithmetic is that of the model's own preprocessing (NaViT resize, PIL's bicubic filter, padding at the right and the
-bottom before normalisation), to the byte.
+bottom before normalization), to the byte.
 """
 
 from __future__ import annotations
@@ -242,7 +242,7 @@ def patchify(frames: Sequence[Image.Image], resize: Resize, config: MediaConfig)
     return out.reshape(-1, 3, patch, patch)
 
 
-def normalise(patches: npt.NDArray[np.uint8], config: MediaConfig) -> npt.NDArray[np.float32]:
+def normalize(patches: npt.NDArray[np.uint8], config: MediaConfig) -> npt.NDArray[np.float32]:
     """float32 (v / 255 − mean) / std of uint8 patches `[N, 3, patch, patch]`; padding becomes (0 − mean) / std."""
     levels = np.arange(256, dtype=np.float32)[:, None] / np.float32(255.0)
     mean = np.asarray(config.image_mean, dtype=np.float32)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from k26_plugins.common import metrics
-from k26_plugins.common.multimodal.image import MediaConfig, media_resize, normalise, preprocess
+from k26_plugins.common.multimodal.image import MediaConfig, media_resize, normalize, preprocess
 from k26_plugins.common.multimodal.video import VideoChunk
 
 
@@ -55,7 +55,7 @@ class MediaProcessor:
         )
         if len(opened) < len(chunks):
             patches, grids = _merged(chunks, patches, grids)
-        pixels = normalise(patches, self.config) if do_normalize else patches
+        pixels = normalize(patches, self.config) if do_normalize else patches
         return {"pixel_values": torch.from_numpy(pixels), "grid_thws": torch.from_numpy(grids)}
 
     def _frames(self, media: Mapping[str, Any]) -> tuple[list[Image.Image], bool]:

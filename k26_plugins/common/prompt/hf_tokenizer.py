@@ -188,7 +188,7 @@ def load_hf_tokenizer(
         AddedToken(name, normalized=False, special=not name.startswith(VISIBLE))
         for name in sorted(reference.special, key=reference.special.__getitem__)
     ]
-    # The marks go after control tokens were found: those are looked for in text that is not normalised yet.
+    # The marks go after control tokens were found: those are looked for in text that is not normalized yet.
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Replace(MARK, ""), normalizers.Replace(QUOTED_SIGN, unescape(QUOTED_SIGN))]
     )

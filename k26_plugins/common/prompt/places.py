@@ -1,4 +1,4 @@
-"""The places of media among a prompt's token ids, for engines that load media after the prompt was tokenised."""
+"""The places of media among a prompt's token ids, for engines that load media after the prompt was tokenized."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def media_kinds(token_ids: Sequence[int], tokenizer: Any) -> list[str]:
 def place_videos(token_ids: Sequence[int], videos: Sequence[Sequence[str]], tokenizer: Any) -> list[int]:
     """Token ids with each video's one place become the places of its chunks, whose prompts `videos` holds.
 
-    The text in front of a video is tokenised anew together with the first chunk's timestamp, as it is where a prompt is
-    completed before it is tokenised. Raises ValueError on another number of videos.
+    The text in front of a video is tokenized anew together with the first chunk's timestamp, as it is where a prompt is
+    completed before it is tokenized. Raises ValueError on another number of videos.
     """
     places = [
         place

@@ -182,7 +182,7 @@ class MoE:
             self.e_score_correction_bias,
             config.num_experts_per_tok,
             config.routed_scaling_factor,
-            normalise=config.norm_topk_prob,
+            normalize=config.norm_topk_prob,
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -189,7 +189,7 @@ class MoonViT(nn.Module):
     def forward(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> list[torch.Tensor]:
         """Embeddings `[tokens, text_hidden_size]` of each medium.
 
-        pixel_values: `[P, 3, patch, patch]`, normalised. grid_thw: `[num_media, 3]`, frames, rows and columns of patches.
+        pixel_values: `[P, 3, patch, patch]`, normalized. grid_thw: `[num_media, 3]`, frames, rows and columns of patches.
         """
         grids = [(t, h, w) for t, h, w in grid_thw.tolist()]
         dtype = self.vision_tower.patch_embed.proj.weight.dtype

@@ -15,7 +15,7 @@ import torch
 from k26_plugins.common.checkpoint.adapter_names import BEGINNINGS
 from k26_plugins.common.checkpoint.reader import Checkpoint
 from k26_plugins.common.checkpoint.tensor_file import save_tensors
-from k26_plugins.common.model.int4 import dequantise
+from k26_plugins.common.model.int4 import dequantize
 from k26_plugins.common.tiny.checkpoint import make_new
 
 RANK, ALPHA = 4, 8
@@ -49,7 +49,7 @@ def dense_weight(checkpoint: Checkpoint, module: str) -> torch.Tensor:
     if f"{module}.weight" in checkpoint.table:
         return checkpoint.tensor(f"{module}.weight").float()
     packed, scale = (checkpoint.tensor(f"{module}.weight_{part}") for part in ("packed", "scale"))
-    return dequantise(packed, scale, torch.float32)
+    return dequantize(packed, scale, torch.float32)
 
 
 @dataclass(frozen=True)

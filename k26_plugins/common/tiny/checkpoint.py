@@ -26,7 +26,7 @@ from k26_plugins.common.checkpoint.header import INDEX_FILE
 from k26_plugins.common.checkpoint.table import TensorSpec, expert_name, tensor_table
 from k26_plugins.common.checkpoint.tensor_file import save_tensors
 from k26_plugins.common.model.config import ARCHITECTURE, K26Config
-from k26_plugins.common.model.int4 import PACK_FACTOR, quantise
+from k26_plugins.common.model.int4 import PACK_FACTOR, quantize
 from k26_plugins.common.prompt.special_tokens import NUM_SPECIAL_TOKENS, special_token_ids
 
 
@@ -50,7 +50,7 @@ class TinySizes:
 
 
 VISION_HEAD_DIM = 72
-# Weights of experts that are quantised at a time: they stay in a core's cache.
+# Weights of experts that are quantized at a time: they stay in a core's cache.
 WEIGHTS_AT_ONCE = 2**18
 
 
@@ -234,7 +234,7 @@ def _quantization_config() -> dict[str, Any]:
                 "output_activations": None,
             }
         },
-        # As published. The vision tower is not listed although it is not quantised.
+        # As published. The vision tower is not listed although it is not quantized.
         "ignore": [
             "lm_head",
             "re:.*self_attn.*",
@@ -346,7 +346,7 @@ def _make_tensor(spec: TensorSpec, seed: int) -> torch.Tensor:
 
 
 def _make_experts(first: TensorSpec, table: dict[str, TensorSpec], seed: int) -> dict[str, torch.Tensor]:
-    """All tensors of some experts of a layer, from that of `first` on: quantised together, one by one takes far longer."""
+    """All tensors of some experts of a layer, from that of `first` on: quantized together, one by one takes far longer."""
     assert first.layer is not None, "experts are part of a layer"
     assert first.expert is not None, "the caller asks for an expert"
     found: dict[str, torch.Tensor] = {}
@@ -360,7 +360,7 @@ def _make_experts(first: TensorSpec, table: dict[str, TensorSpec], seed: int) ->
             if (spec := table.get(expert_name(first.layer, expert, projection, "packed"))) is not None
         ]
         values = torch.stack([_random(spec, (rows, inputs), seed) for spec in specs])
-        packed, scale = quantise(values * (_update_gain(packed_spec) / math.sqrt(inputs)))
+        packed, scale = quantize(values * (_update_gain(packed_spec) / math.sqrt(inputs)))
         shape = torch.tensor([rows, inputs], dtype=torch.int32)
         for index, spec in enumerate(specs):
             owner = spec.name.removesuffix("_packed")

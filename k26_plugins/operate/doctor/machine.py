@@ -43,7 +43,7 @@ def version_findings() -> list[Finding]:
         detail = (
             f"transformers {transformers} shifts Kimi's special tokens; the plugin's own tokenizer is not touched by it"
         )
-        remedy = "install 5.5.4 or later if anything else tokenises for this model"
+        remedy = "install 5.5.4 or later if anything else tokenizes for this model"
         findings.append(Finding(Level.NOTE, "transformers", detail, remedy, "pip install 'transformers>=5.5.4'"))
     return findings
 

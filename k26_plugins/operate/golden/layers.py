@@ -165,7 +165,7 @@ class Layer:
                     waiting.append(pool.submit(_products, batch, parts))
             for future in waiting:
                 _add(future.result())
-        # The number of threads of those to come, which the initialiser has set too.
+        # The number of threads of those to come, which the initializer has set too.
         torch.set_num_threads(torch.get_num_threads())
         return outs
 

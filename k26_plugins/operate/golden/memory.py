@@ -31,7 +31,7 @@ MAX_THREADS = 8
 SMALL_HIDDEN_SIZE = 1024
 """A model's up to which an operator is done before a second thread has started."""
 M_MMAP_THRESHOLD = -3  # malloc.h
-# Above the pieces that dequantising makes by the thousand, for which mapping would cost more than the work.
+# Above the pieces that dequantizing makes by the thousand, for which mapping would cost more than the work.
 MAPPED_FROM = 2**20
 # What PyTorch's threads and the allocator take besides.
 SLACK = 128 * 2**20

@@ -1,4 +1,4 @@
-"""The prompts of a golden file: a JSON object a line, rendered and tokenised as the model wants them.
+"""The prompts of a golden file: a JSON object a line, rendered and tokenized as the model wants them.
 
     {"id": "hello", "messages": [{"role": "user", "content": "Hello"}]}
     {"id": "photo", "messages": [{"role": "user", "content": [{"type": "image", "image": "photo.png"},
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from k26_plugins.common.model.config import K26Config
-from k26_plugins.common.multimodal.image import MediaConfig, MediaError, navit_resize, normalise, open_image, preprocess
+from k26_plugins.common.multimodal.image import MediaConfig, MediaError, navit_resize, normalize, open_image, preprocess
 from k26_plugins.common.prompt.chat import expand_media_placeholders, render
 from k26_plugins.common.prompt.tokenizer import KimiTokenizer
 
@@ -43,7 +43,7 @@ class Prompt:
 
 
 def read_requests(file: Path) -> list[Prompt]:
-    """The prompts in `file` as they stand there, neither rendered nor tokenised. Raises PromptError."""
+    """The prompts in `file` as they stand there, neither rendered nor tokenized. Raises PromptError."""
     prompts: list[Prompt] = []
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
@@ -65,7 +65,7 @@ def read_requests(file: Path) -> list[Prompt]:
 
 
 def read_prompts(file: Path, folder: Path) -> list[Prompt]:
-    """The prompts in `file`, rendered and tokenised for the checkpoint in `folder`. Raises PromptError."""
+    """The prompts in `file`, rendered and tokenized for the checkpoint in `folder`. Raises PromptError."""
     config = K26Config.from_path(folder)
     tokenizer = KimiTokenizer(folder)
     tokenizer.check(config)
@@ -112,4 +112,4 @@ def pixels(prompt: Prompt, folder: Path) -> tuple[torch.Tensor, torch.Tensor, to
         mask[: resize.height, : resize.width] = False
         cut = mask.view(grid_h, media.patch_size, grid_w, media.patch_size).transpose(1, 2)
         padding.append(cut.flatten(0, 1).unsqueeze(1).expand(-1, 3, -1, -1))
-    return torch.from_numpy(normalise(patches, media)), torch.from_numpy(grids), torch.cat(padding)
+    return torch.from_numpy(normalize(patches, media)), torch.from_numpy(grids), torch.cat(padding)

@@ -51,7 +51,7 @@ class Variant:
     activation: Activation = swiglu
     """From a routed expert's gate and up, `[tokens, I]` each, to what its down projection gets."""
     padding: float | None = None
-    """Value of padded pixels after normalisation."""
+    """Value of padded pixels after normalization."""
 
     @property
     def is_suspect(self) -> bool:
@@ -128,8 +128,8 @@ VARIANTS = (
         config=_without_magnitude,
     ),
     Variant(
-        name="padding-after-normalising",
-        meaning="images are padded after they are normalised, with grey in place of black",
+        name="padding-after-normalizing",
+        meaning="images are padded after they are normalized, with grey in place of black",
         remedy="check that the engine's image processor is the plugin's: `k26 doctor`",
         padding=0.0,
     ),

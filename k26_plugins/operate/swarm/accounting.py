@@ -14,7 +14,7 @@ from k26_plugins.common.prompt.tokenizer import KimiTokenizer
 
 
 class Accountant:
-    """Renders and tokenises requests as the checkpoint in `folder` wants them. Raises what its files' readers raise."""
+    """Renders and tokenizes requests as the checkpoint in `folder` wants them. Raises what its files' readers raise."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -19,7 +19,7 @@ from k26_plugins.operate.tune.clock import Clock
 from k26_plugins.operate.tune.routing import Batch, Layer
 from k26_plugins.operate.tune.tiles import fastest_tiles
 
-# Tokens of a batch whose result is compared, evenly spaced: each needs as many experts dequantised as it chose.
+# Tokens of a batch whose result is compared, evenly spaced: each needs as many experts dequantized as it chose.
 COMPARED = 8
 # Searches for tiles: each regime's two products.
 SEARCHES = 10

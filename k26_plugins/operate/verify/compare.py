@@ -112,7 +112,7 @@ def _ask(endpoints: Sequence[Endpoint], prompt: Prompt, answer_tokens: int, top:
 
 
 def _ask_raw(endpoints: Sequence[Endpoint], prompt: Prompt, answer_tokens: int, top: int) -> list[Said | None]:
-    """A prompt of raw text, which each endpoint tokenises itself; None of one that takes messages only."""
+    """A prompt of raw text, which each endpoint tokenizes itself; None of one that takes messages only."""
     said: list[Said | None] = []
     for endpoint in endpoints:
         if endpoint.reports_prompt:

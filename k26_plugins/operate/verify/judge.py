@@ -13,14 +13,14 @@ from statistics import median
 from k26_plugins.operate.golden import Golden
 from k26_plugins.operate.golden.variants import BY_NAME
 from k26_plugins.operate.verify.distance import allowed_share, share_above
-from k26_plugins.operate.verify.localise import (
+from k26_plugins.operate.verify.localize import (
     BIAS_HIGH,
     BIAS_LOW,
     EITHER,
     EXPERT,
     MIN_SCORE,
     ROTATION,
-    Localiser,
+    Localizer,
     Place,
 )
 from k26_plugins.operate.verify.measure import ANSWER, IMAGE, TEXT, Measured, Position
@@ -93,18 +93,18 @@ def judge(golden: Golden, measured: Measured) -> Verdict:
             verdict.checks.append(check)
             if not check.passed:
                 failed.append(kind)
-    localiser = Localiser(golden, measured.positions)
-    verdict.places = localiser.places
+    localizer = Localizer(golden, measured.positions)
+    verdict.places = localizer.places
     verdict.smallest = (
         f"every position {bound / typical_noise(measured.positions):.0f} times as far off as rounding makes it; "
-        f"{localiser.sensitivity()}"
+        f"{localizer.sensitivity()}"
     )
     if verdict.places:
         score, found = verdict.places[0].score, any(place.found for place in verdict.places)
         detail = f"the most that tokens of one expert, of one bias or late in a prompt stand out is {score:.1f} σ"
         verdict.checks.append(Check("no place stands out", not found, f"{detail} (bound {MIN_SCORE:.0f})"))
     if failed or any(place.found for place in verdict.places):
-        verdict.causes += _locate(measured, localiser, failed, bound)
+        verdict.causes += _locate(measured, localizer, failed, bound)
         verdict.diverged = _first_divergences(golden, measured, bound)
     return verdict
 
@@ -136,17 +136,17 @@ def _distributions(name: str, group: list[Position], bound: float) -> Check:
     return Check(name, typical <= bound and share <= allowed, detail)
 
 
-def _locate(measured: Measured, localiser: Localiser, failed: list[str], bound: float) -> list[Cause]:
+def _locate(measured: Measured, localizer: Localizer, failed: list[str], bound: float) -> list[Cause]:
     """One cause, or several that explain it about equally well."""
     suspect = _nearest_suspect(measured)
     if suspect is not None:
         return [suspect]
-    place = localiser.named()
+    place = localizer.named()
     if place is not None:
         return [Cause(place.what, _evidence(place), _PLACE_REMEDIES[place.kind])]
-    found = [place for place in localiser.places if place.found]
-    if found and (localiser.spares_most or not failed):
-        evidence = "; ".join(f"{place.what}: {place.score:.1f} σ" for place in localiser.places[:3])
+    found = [place for place in localizer.places if place.found]
+    if found and (localizer.spares_most or not failed):
+        evidence = "; ".join(f"{place.what}: {place.score:.1f} σ" for place in localizer.places[:3])
         remedy = "more and longer prompts tell them apart; `k26 check` and K26_EXPERTS=reference rule some of them out"
         return [Cause("cannot tell", f"several places explain it about equally well: {evidence}", remedy)]
     if failed == [IMAGE]:

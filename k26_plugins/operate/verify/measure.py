@@ -40,7 +40,7 @@ class Measured:
     engine: str
     url: str
     mismatches: list[Mismatch] = field(default_factory=list)
-    """Prompts that it renders or tokenises otherwise."""
+    """Prompts that it renders or tokenizes otherwise."""
     rendered: int = 0
     """Prompts whose rendering was compared."""
     positions: list[Position] = field(default_factory=list)

@@ -20,7 +20,7 @@ MEDIA_REMEDY = "check that the engine's image processor is the plugin's: `k26 do
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """A prompt that the endpoint renders or tokenises otherwise."""
+    """A prompt that the endpoint renders or tokenizes otherwise."""
 
     prompt: str
     message: str

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from k26_plugins import __version__
 from k26_plugins.operate.golden import Golden
 from k26_plugins.operate.verify.judge import Verdict, large, typical_bound
-from k26_plugins.operate.verify.localise import EXPERT, Localiser
+from k26_plugins.operate.verify.localize import EXPERT, Localizer
 from k26_plugins.operate.verify.measure import ANSWER, IMAGE, TEXT, Measured
 from k26_plugins.operate.verify.page import SMALLEST, Section, check_lines, empty_figure, page, shares_below
 
@@ -105,7 +105,7 @@ def _over_positions(golden: Golden, measured: Measured) -> Figure:
 def _experts(golden: Golden, measured: Measured, verdict: Verdict) -> Figure:
     """Each expert's score: a single dark cell is a faulty expert."""
     figure, axes = empty_figure(3)
-    scores = Localiser(golden, measured.positions).scores(EXPERT).numpy()
+    scores = Localizer(golden, measured.positions).scores(EXPERT).numpy()
     image = axes.imshow(scores, aspect="auto", cmap="RdGy_r", vmin=-8, vmax=8, interpolation="nearest")
     axes.set(xlabel="expert", ylabel="MoE layer")
     first = golden.info["first_moe_layer"]

@@ -2,7 +2,7 @@
 //
 // The host's memory poses as the device's. A stream is a thread that works off what it was given; a graph keeps it, in the
 // order in which it was given, and is launched into a stream. What the CUDA manual forbids is noted and said by the next
-// synchronisation: a host function that calls the runtime, or takes Python's lock; a copy to or from the host that is not of
+// synchronization: a host function that calls the runtime, or takes Python's lock; a copy to or from the host that is not of
 // pinned memory; pinned memory allocated, or a wait for a stream, while a capture is under way.
 
 #include <dlfcn.h>
@@ -43,7 +43,7 @@ struct Stream {
     changed.notify_all();
   }
 
-  void synchronise() {
+  void synchronize() {
     std::unique_lock<std::mutex> lock(mutex);
     changed.wait(lock, [this] { return done == given; });
   }
@@ -216,7 +216,7 @@ int cudaStreamSynchronize(Stream* stream) {
     note("the host waits for a stream that is captured");
     return kUnsupportedInCapture;
   }
-  stream->synchronise();
+  stream->synchronize();
   return *standinViolation() ? kNotPermitted : kSuccess;
 }
 

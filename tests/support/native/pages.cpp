@@ -100,7 +100,7 @@ int main(int count, char** arguments) {
   const Call call{x.data(), ids.data(), ones.data(), nullptr, 0, experts, 1, out.data(), 1};
   prepare(state, layer, call, threads);
   state.routing.fill(layer, call, 0, experts);
-  quantise_inputs({0, 1, 0, 1, nullptr}, state, 0, experts);
+  quantize_inputs({0, 1, 0, 1, nullptr}, state, 0, experts);
   int64_t own = 0, foreign = 0;
   for (int i = 0; i < threads; ++i) {
     my_node = job.of_thread[i];

@@ -31,7 +31,7 @@ struct Terms {
 
 // The activations of the tokens of one expert, `[K / 32, stride]`.
 struct Activations {
-  const Quantised* groups;
+  const Quantized* groups;
   const Terms* terms;
   int64_t stride;         // tokens in a group
   const int32_t* tokens;  // which of them, or null for the first ones
@@ -84,7 +84,7 @@ inline Floats add_group(Floats total, Floats sums, Floats scale, const Terms& te
 // The totals of tokens [first, first + kTokens): some at a time, so that one does not wait for its own sums.
 template <int kTokens>
 inline void add_groups(const Weights& weights, Floats scale, const Activations& x, int64_t group, int first, float* totals) {
-  const Quantised* values[kTokens];
+  const Quantized* values[kTokens];
   const Terms* terms[kTokens];
   int32_t offsets[kTokens];
   Ints sums[kTokens];

@@ -123,11 +123,11 @@ struct State {
   Layer layer;
   Call call;
   Routing routing;
-  Scratch x;            // Quantised [H / 32, tokens]
+  Scratch x;            // Quantized [H / 32, tokens]
   Scratch x_terms;      // Terms, likewise
   Scratch expanded;     // Expanded [threads], where there are tiles
   Scratch products;     // Products [I / 32 + threads], likewise
-  Scratch inner;        // Quantised [I / 32, slots]: silu(gate) · up
+  Scratch inner;        // Quantized [I / 32, slots]: silu(gate) · up
   Scratch inner_tiles;  // TileInput, likewise, of the experts that are computed in tiles
   Scratch inner_terms;  // Terms, likewise
   Scratch total;        // float32 [H / 16, tokens, 16]: of a tile the tokens side by side, which the caches take better
@@ -135,13 +135,13 @@ struct State {
   Scratch scales;
 };
 
-void quantise_inputs(const Worker& me, const State& state, int64_t begin, int64_t tokens) {
+void quantize_inputs(const Worker& me, const State& state, int64_t begin, int64_t tokens) {
   const int64_t groups = state.layer.hidden / kGroup;
   for (int64_t group = groups * me.index / me.count; group < groups * (me.index + 1) / me.count; ++group)
     for (int64_t token = 0; token < tokens; ++token) {
       const uint16_t* from = state.call.x + (begin + token) * state.layer.hidden + group * kGroup;
       const int64_t to = group * tokens + token;
-      quantise(widen(from), widen(from + kRows), state.x.as<Quantised>()[to], state.x_terms.as<Terms>()[to]);
+      quantize(widen(from), widen(from + kRows), state.x.as<Quantized>()[to], state.x_terms.as<Terms>()[to]);
     }
 }
 
@@ -183,7 +183,7 @@ void gate_and_up(const Worker& me, const State& state, int64_t tokens) {
     const Share mine = share(me, groups, turn++);
     for (int32_t slot = routing.first[expert]; slot < end; slot += kBlockTokens) {
       const int count = std::min(kBlockTokens, end - slot);
-      const Activations x{state.x.as<Quantised>(), state.x_terms.as<Terms>(), tokens, routing.tokens.data() + slot, count};
+      const Activations x{state.x.as<Quantized>(), state.x_terms.as<Terms>(), tokens, routing.tokens.data() + slot, count};
       // Two tiles of gate and two of up, over some of the inputs.
       const auto multiply_four = [&](Products& products, int64_t group, int64_t first, int64_t last, const auto&... x) {
         for (int part = 0; part < 4; ++part) {
@@ -198,8 +198,8 @@ void gate_and_up(const Worker& me, const State& state, int64_t tokens) {
             return swiglu(load(products.tiles[tile] + i * kRows), load(products.tiles[2 + tile] + i * kRows));
           };
           const int64_t to = group * slots + slot + i;
-          Quantised& inner = state.inner.as<Quantised>()[to];
-          quantise(half(0), half(1), inner, state.inner_terms.as<Terms>()[to]);
+          Quantized& inner = state.inner.as<Quantized>()[to];
+          quantize(half(0), half(1), inner, state.inner_terms.as<Terms>()[to]);
           if (count >= kFewestInTiles) expand(inner, state.inner_tiles.as<TileInput>()[to]);
         }
       };
@@ -247,7 +247,7 @@ void down(const Worker& me, const State& state, int64_t begin, int64_t tokens) {
     for (int32_t slot = routing.first[expert]; slot < end; slot += kBlockTokens) {
       const int count = std::min(kBlockTokens, end - slot);
       const Terms* terms = state.inner_terms.as<Terms>() + slot;
-      const Activations x{state.inner.as<Quantised>() + slot, terms, slots, nullptr, count};
+      const Activations x{state.inner.as<Quantized>() + slot, terms, slots, nullptr, count};
       const TileActivations in_tiles{state.inner_tiles.as<TileInput>() + slot, terms, slots, count, 0};
       mine.each([&](int64_t tile) {
         const uint8_t* weights = layer.w2 + (expert * tiles + tile) * tile_bytes;
@@ -282,7 +282,7 @@ void run(const Worker& me, void* argument) {
     const int64_t tokens = std::min(kChunkTokens, state.call.tokens - begin);
     if (begin > 0) me.meet();
     if (me.index == 0) state.routing.fill(state.layer, state.call, begin, begin + tokens);
-    quantise_inputs(me, state, begin, tokens);
+    quantize_inputs(me, state, begin, tokens);
     me.meet();
     gate_and_up(me, state, tokens);
     me.meet();
@@ -385,9 +385,9 @@ void prepare(State& state, const Layer& layer, const Call& call, int64_t threads
   state.layer = layer;
   state.call = call;
   state.routing.resize(layer.experts, slots);
-  state.x.reserve(tokens * layer.hidden / kGroup * sizeof(Quantised));
+  state.x.reserve(tokens * layer.hidden / kGroup * sizeof(Quantized));
   state.x_terms.reserve(tokens * layer.hidden / kGroup * sizeof(Terms));
-  state.inner.reserve(slots * layer.inner / kGroup * sizeof(Quantised));
+  state.inner.reserve(slots * layer.inner / kGroup * sizeof(Quantized));
   if (kFewestInTiles <= kBlockTokens) {
     state.expanded.reserve(threads * sizeof(Expanded));
     state.products.reserve((layer.inner / kGroup + threads) * sizeof(Products));

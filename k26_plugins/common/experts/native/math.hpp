@@ -10,7 +10,7 @@ namespace k26 {
 
 // A group of 32 activations as 16-bit multiples of a scale. A group that is not finite gets the scale NaN: it must not
 // look like numbers further on.
-inline void quantise(Floats first, Floats second, Quantised& to, Terms& terms) {
+inline void quantize(Floats first, Floats second, Quantized& to, Terms& terms) {
   constexpr float kLargest = 32512;  // 127 · 256, so that the high byte of a set that splits them holds it
   const float bound = largest(max(abs(first), abs(second)));
   const bool finite = !has_nan((first - first) + (second - second));

@@ -4,7 +4,7 @@
 //   Floats, Ints             16 float32, 16 int32; Floats have + − · /
 //   all, load, store, …      what their names say; `load` and `store` want 64 bytes of alignment
 //   widen, store_bfloat16    from and to bfloat16: to nearest, ties to even, and a NaN keeps a set bit, so that it stays one
-//   Quantised                32 activations in 16 bits, laid out for the set's product
+//   Quantized                32 activations in 16 bits, laid out for the set's product
 //   store_rounded            writes one from values up to ±32512, to nearest, and returns their sum
 //   Weights                  a group of a tile, unpacked: u of 16 rows × 32 inputs
 //   Weights::sums            start + Σ u · activation of each row, for some tokens at once: exact, in any order
@@ -12,7 +12,7 @@
 //   ThreadState              what a thread holds while it computes
 //   refusal                  0 if the system lets this process use the set, else why not, as errno; asked before anything else
 //   kFewestInTiles           tokens of an expert from which on it is computed in tiles, 16 tokens by 16 rows; then too
-//   TileInput, expand        32 activations as a tile takes them, and how they are made of `Quantised`
+//   TileInput, expand        32 activations as a tile takes them, and how they are made of `Quantized`
 //   TileWeights, unpack      a group of a tile of weights likewise
 //   load_weights             of two groups into the tile registers
 //   multiply_tiles           Σ weight · activation of 16 tokens with both: exact, into one of two places
@@ -43,7 +43,7 @@ struct ThreadState {};
 inline int refusal() { return 0; }
 constexpr int kFewestInTiles = INT_MAX;  // no tiles
 struct TileInput {};
-inline void expand(const Quantised&, TileInput&) {}
+inline void expand(const Quantized&, TileInput&) {}
 
 }  // namespace k26
 #endif

@@ -53,7 +53,7 @@ struct TileInput {
   uint16_t low[32];
 };
 
-inline void expand(const Quantised& from, TileInput& to) {
+inline void expand(const Quantized& from, TileInput& to) {
   const __m512i order = _mm512_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
   const auto half = [&](const int8_t* bytes, int shift) {
     const __m512i values = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));

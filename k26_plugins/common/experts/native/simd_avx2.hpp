@@ -106,11 +106,11 @@ inline void store_bfloat16(uint16_t* to, Floats values) {
 //
 // A line's row has in its 32 bits the inputs 0, 4, 1, 5, 2, 6, 3, 7. A mask at the shifts 0, 4, 8 and 12 leaves the pairs
 // (0, 2), (4, 6), (1, 3) and (5, 7), and in this order the activations are kept.
-struct Quantised {
+struct Quantized {
   int16_t value[32];
 };
 
-inline int32_t store_rounded(Quantised& to, Floats first, Floats second) {
+inline int32_t store_rounded(Quantized& to, Floats first, Floats second) {
   const __m256i order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
   __m256i sum = _mm256_setzero_si256();
   const __m256 parts[4] = {first.low, first.high, second.low, second.high};
@@ -144,7 +144,7 @@ inline __m256i pair(__m256i line) {
   return _mm256_and_si256(_mm256_srli_epi16(line, 4 * kPair), _mm256_set1_epi16(0x000F));
 }
 
-inline __m256i pair_of(const Quantised& x, int index) {
+inline __m256i pair_of(const Quantized& x, int index) {
   int32_t two;
   std::memcpy(&two, x.value + 2 * index, sizeof(two));
   return _mm256_set1_epi32(two);
@@ -165,7 +165,7 @@ class Weights {
   }
 
   template <int kTokens>
-  void sums(const Quantised* const (&x)[kTokens], const int32_t (&start)[kTokens], Ints (&to)[kTokens]) const {
+  void sums(const Quantized* const (&x)[kTokens], const int32_t (&start)[kTokens], Ints (&to)[kTokens]) const {
     for (int i = 0; i < kTokens; ++i) to[i] = {_mm256_set1_epi32(start[i]), _mm256_set1_epi32(start[i])};
 #pragma GCC unroll 16
     for (int index = 0; index < 16; ++index) {
@@ -186,7 +186,7 @@ class Weights {
 // The nibbles stay where they are in their 16 bits, those at the shifts 4 and 8 as products 16 and 256 times as large: a mask
 // for each, and one shift for a whole sum. The largest is 256 · 15 · 32512 · 8, below 2^30.
 // Inlined always, because a call for each group of a tile would cost what the masks save.
-__attribute__((always_inline)) inline Ints sums_of_one(const uint8_t* lines, const Quantised& x, int32_t start) {
+__attribute__((always_inline)) inline Ints sums_of_one(const uint8_t* lines, const Quantized& x, int32_t start) {
   const __m256i masks[3] = {_mm256_set1_epi16(0x000F), _mm256_set1_epi16(0x00F0), _mm256_set1_epi16(0x0F00)};
   __m256i sums[3][2] = {};
   for (auto& sum : sums[0]) sum = _mm256_set1_epi32(start);

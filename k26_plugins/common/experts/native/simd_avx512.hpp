@@ -52,12 +52,12 @@ inline void store_bfloat16(uint16_t* to, Floats values) {
 // The product of AVX512-VNNI takes bytes: 64 of u, four inputs of each row, as they are in a line after one mask, or a shift
 // and a mask; and signed ones of the activations, so these are a high and a low byte, value = 256 · high + low. Two products
 // of 64 instead of one of 32 pairs with AVX512-BF16: the same arithmetic at half the unpacking.
-struct Quantised {
+struct Quantized {
   int8_t high[32];
   int8_t low[32];
 };
 
-inline int32_t store_rounded(Quantised& to, Floats first, Floats second) {
+inline int32_t store_rounded(Quantized& to, Floats first, Floats second) {
   __m512i sum = _mm512_setzero_si512();
   for (int half = 0; half < 2; ++half) {
     const __m512i value = _mm512_cvtps_epi32(half ? second : first);
@@ -83,7 +83,7 @@ class Weights {
   }
 
   template <int kTokens>
-  void sums(const Quantised* const (&x)[kTokens], const int32_t (&start)[kTokens], Ints (&to)[kTokens]) const {
+  void sums(const Quantized* const (&x)[kTokens], const int32_t (&start)[kTokens], Ints (&to)[kTokens]) const {
 #pragma GCC unroll 4
     for (int i = 0; i < kTokens; ++i) {
       const __m512i high = dot(_mm512_setzero_si512(), x[i]->high);
@@ -117,7 +117,7 @@ class Weights {
   __m512i w_[8];
 };
 
-inline Ints sums_of_one(const uint8_t* lines, const Quantised& x, int32_t start) {
+inline Ints sums_of_one(const uint8_t* lines, const Quantized& x, int32_t start) {
   Ints to[1];
   Weights(lines).sums<1>({&x}, {start}, to);
   return to[0];

@@ -119,11 +119,11 @@ constexpr int kSpan = 8;  // inputs of which the high bytes lie together, then t
 constexpr int kSpan = 32;
 #endif
 
-struct Quantised {
+struct Quantized {
   int8_t value[32 / kSpan][2][kSpan];  // [][0]: high
 };
 
-inline int32_t store_rounded(Quantised& to, Floats first, Floats second) {
+inline int32_t store_rounded(Quantized& to, Floats first, Floats second) {
   int32x4_t sum = vdupq_n_s32(0);
   for (int half = 0; half < 2; ++half)
     for (int i = 0; i < 4; ++i) {
@@ -170,7 +170,7 @@ struct Sums {
     for (int i = 0; i < 8; ++i) two_rows[i] = both;
   }
 
-  void add_line(int line, const Halves (&w)[4], const Quantised& x) {
+  void add_line(int line, const Halves (&w)[4], const Quantized& x) {
     const int8x16_t values = vld1q_s8(x.value[line][0]);
     for (int i = 0; i < 4; ++i) {
       two_rows[2 * i] = vmmlaq_s32(two_rows[2 * i], w[i].first, values);
@@ -195,7 +195,7 @@ struct Sums {
     for (int i = 0; i < 4; ++i) high[i] = vdupq_n_s32(0), low[i] = vdupq_n_s32(start);
   }
 
-  void add_line(int line, const Halves (&w)[4], const Quantised& x) {
+  void add_line(int line, const Halves (&w)[4], const Quantized& x) {
     const int8x8_t high_bytes = vld1_s8(x.value[0][0] + 8 * line), low_bytes = vld1_s8(x.value[0][1] + 8 * line);
     for (int i = 0; i < 4; ++i) {
       high[i] = vdotq_lane_s32(vdotq_lane_s32(high[i], w[i].first, high_bytes, 0), w[i].second, high_bytes, 1);
@@ -218,7 +218,7 @@ class Weights {
   }
 
   template <int kTokens>
-  void sums(const Quantised* const (&x)[kTokens], const int32_t (&start)[kTokens], Ints (&to)[kTokens]) const {
+  void sums(const Quantized* const (&x)[kTokens], const int32_t (&start)[kTokens], Ints (&to)[kTokens]) const {
 #pragma GCC unroll 4
     for (int token = 0; token < kTokens; ++token) {
       Sums sums(start[token]);
@@ -233,7 +233,7 @@ class Weights {
 };
 
 // A line at a time: all of a group's weights would not fit the registers.
-inline Ints sums_of_one(const uint8_t* lines, const Quantised& x, int32_t start) {
+inline Ints sums_of_one(const uint8_t* lines, const Quantized& x, int32_t start) {
   Sums sums(start);
 #pragma GCC unroll 4
   for (int line = 0; line < 4; ++line) {

@@ -106,7 +106,7 @@ def _penalty(chat: Chat, name: str) -> str:
     if with_it is None:
         return REFUSED_AS_FIXED
     if with_it == without:
-        raise NotAskedError("the greedy answer is the same: it may have nothing to penalise")
+        raise NotAskedError("the greedy answer is the same: it may have nothing to penalize")
     return "another answer"
 
 

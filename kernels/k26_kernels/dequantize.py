@@ -12,7 +12,7 @@ from k26_kernels.unpack import load_scales, load_words, weights_tile
 
 
 @triton.jit
-def dequantise_kernel(
+def dequantize_kernel(
     packed: tl.tensor, scale: tl.tensor, experts: tl.tensor, out: tl.tensor,
     N: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr, FRAGMENT: tl.constexpr,
@@ -31,7 +31,7 @@ def dequantise_kernel(
     tl.store(out + index.to(tl.int64) * (N * K) + row[:, None] * K + (k + tl.arange(0, BLOCK_K))[None, :], tile)
 
 
-def dequantise(
+def dequantize(
     packed: torch.Tensor,
     scale: torch.Tensor,
     experts: torch.Tensor,
@@ -45,21 +45,21 @@ def dequantise(
     Raises ValueError for another dtype or sizes.
     """
     if dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"weights are dequantised to torch.bfloat16 or torch.float16, not to {dtype}.")
+        raise ValueError(f"weights are dequantized to torch.bfloat16 or torch.float16, not to {dtype}.")
     rows, inputs = packed.shape[1], packed.shape[2] * PACK_FACTOR
     check_sizes(rows, inputs)
     out = torch.empty(len(experts), rows, inputs, dtype=dtype, device=packed.device)
     target = device_of(packed.device).target
     block_k = 128
     if len(experts):
-        dequantise_kernel[(rows // ROWS, inputs // block_k, len(experts))](
+        dequantize_kernel[(rows // ROWS, inputs // block_k, len(experts))](
             packed, scale, experts, out, N=rows, K=inputs, GATED=gated,
             BLOCK_ROWS=ROWS, BLOCK_K=block_k, FRAGMENT=target.fragment, num_warps=4,
         )  # fmt: skip
     return out
 
 
-def dequantise_reference(
+def dequantize_reference(
     packed: torch.Tensor, scale: torch.Tensor, fragment: str, dtype: torch.dtype = torch.bfloat16, *, gated: bool
 ) -> torch.Tensor:
     """The matrices of all experts, `[E, N, K]`, in plain PyTorch from copies of the stored tensors."""

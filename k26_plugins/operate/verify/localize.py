@@ -72,7 +72,7 @@ class Place:
         return (self.layer, self.expert) == (other.layer, other.expert)
 
 
-class Localiser:
+class Localizer:
     """The rank tests over the positions of one endpoint."""
 
     def __init__(self, golden: Golden, positions: list[Position]) -> None:
