@@ -7,10 +7,17 @@ from typing import Any
 import torch
 
 from k26_plugins.common.experts import ExpertsError
-from k26_plugins.common.experts.engine_test import EngineLayer, EngineTest, UntestableError, some_layers, stop
+from k26_plugins.common.experts.engine_test import (
+    EngineLayer,
+    EngineTest,
+    UntestableError,
+    require_replaceable,
+    some_layers,
+    stop,
+)
 from k26_plugins.common.experts.triton import TritonExperts
 from k26_plugins.common.model.config import K26Config
-from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, experts_setting
+from k26_plugins.common.settings import EXPERTS_VARIABLE
 from k26_plugins.sglang import compat, logger
 from k26_plugins.sglang.experts import K26MoEScheme
 
@@ -33,19 +40,11 @@ def watch_engine_experts(model: torch.nn.Module, config: K26Config | None) -> No
     files_read.clear()
 
     def on_wrong(wrong: str) -> None:
-        if config is None:
-            stop(wrong, "they are for the published INT4 weights")
-        if experts_setting() == ENGINE:
-            stop(wrong, f"{EXPERTS_VARIABLE}={ENGINE} asks for SGLang's. Unset it")
+        require_replaceable(wrong, "SGLang", published_layout=config is not None, files=files_read)
         if not compat.moe_runner_backend().is_auto():
             # Whoever chose it: other parts of SGLang went by that too.
             remedy = f"Set {EXPERTS_VARIABLE}={TritonExperts.name}, or another --moe-runner-backend"
             stop(wrong, f"--moe-runner-backend names theirs. {remedy}")
-        if not files_read:
-            stop(
-                wrong,
-                f"the way in which the weights are loaded gives them once. Set {EXPERTS_VARIABLE}={TritonExperts.name}",
-            )
         raise WrongExpertsError(wrong)
 
     layers = []

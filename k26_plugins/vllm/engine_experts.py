@@ -10,11 +10,18 @@ from typing import Any
 import torch
 
 from k26_plugins.common.checkpoint.mapped import mapped_tensors
-from k26_plugins.common.experts.engine_test import EngineLayer, EngineTest, UntestableError, some_layers, stop
+from k26_plugins.common.experts.engine_test import (
+    EngineLayer,
+    EngineTest,
+    UntestableError,
+    require_replaceable,
+    some_layers,
+    stop,
+)
 from k26_plugins.common.experts.loading import load_experts
 from k26_plugins.common.experts.triton import TritonExperts
 from k26_plugins.common.model.config import K26Config
-from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, experts_setting
+from k26_plugins.common.settings import EXPERTS_VARIABLE
 from k26_plugins.vllm import compat, logger
 from k26_plugins.vllm.experts import K26ExpertsMethod, core_serves, experts_of, layer_number
 
@@ -39,15 +46,7 @@ def watch_engine_experts(model: torch.nn.Module, config: K26Config | None) -> No
 
 def use_core_instead(model: torch.nn.Module, modules: Sequence[Any], config: K26Config | None, wrong: str) -> None:
     """Give the layers our method, and load their experts again. Raises ExpertsError where that cannot be."""
-    if experts_setting() == ENGINE:
-        stop(wrong, f"{EXPERTS_VARIABLE}={ENGINE} asks for vLLM's. Unset it")
-    if config is None:
-        stop(wrong, "they are for the published INT4 weights")
-    if not files_read:
-        stop(
-            wrong,
-            f"the way in which the weights are loaded gives them once. Set {EXPERTS_VARIABLE}={TritonExperts.name}",
-        )
+    require_replaceable(wrong, "vLLM", published_layout=config is not None, files=files_read)
     assert config is not None
     if getattr(modules[0].moe_config.moe_parallel_config, "enable_eplb", False):
         stop(wrong, f"EPLB moves experts between ranks that keep theirs. Set {EXPERTS_VARIABLE}={TritonExperts.name}")

@@ -186,7 +186,8 @@ def core_serves(moe: FusedMoEConfig, backend_name: str) -> bool:
     Raises ExpertsError where they cannot and the user named them; otherwise the layer is left to vLLM.
     """
     reason = why_unsupported(sizes_of(moe), backend_name)
-    if moe.moe_parallel_config.use_batched_activation_format and experts_setting() == "auto":
+    # Not in the place of a reason that goes for a backend by name too.
+    if reason is None and moe.moe_parallel_config.use_batched_activation_format and experts_setting() == "auto":
         reason = (
             f"--all2all-backend {moe.moe_parallel_config.all2all_backend} hands each expert its tokens in a buffer of its "
             f"own, which nothing was measured with: {EXPERTS_VARIABLE}={backend_name} takes them"

@@ -125,7 +125,8 @@ def files_of_checkpoint(
     **prefetch: Any,
 ) -> Iterable[tuple[str, torch.Tensor]]:
     """The tensors of safetensors files; a way to read them that the user chose stays vLLM's."""
-    files_read.extend(files)
+    # Once each: an update reads the same files again.
+    files_read.extend(file for file in files if file not in files_read)
     if not is_under_way() or strategy not in (None, "lazy") or compat.reads_ahead_itself(files):
         return original(files, use_tqdm, strategy, local_expert_ids, **prefetch)
     return engine_files(sorted(files), logger, local_expert_ids)

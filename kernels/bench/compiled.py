@@ -137,9 +137,8 @@ def variants() -> Iterator[Variant]:
     }
     for target in TARGETS.values():
         for name, constants in small.items():
-            own: dict[str, Any] = {"DEPENDENT": target.dependent} if name not in ("router", "dequantize") else {}
-            if name == "dequantize":
-                own = {"FRAGMENT": target.fragment}
+            of_target = {"DEPENDENT": target.dependent, "FRAGMENT": target.fragment}
+            own = {key: value for key, value in of_target.items() if key in KERNELS[name][0].arg_names}
             yield Variant(name, target.name, name, {**constants, **own})
         for name, regime in default_regimes(target.name).items():
             yield product_variant(target, LAYER, name, regime, regime.w13, True, 1)

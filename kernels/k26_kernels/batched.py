@@ -13,7 +13,7 @@ import triton.language as tl
 from k26_kernels.align import COLUMNS, num_bins, write_blocks
 from k26_kernels.config import INVARIANT, Shape, least_work, regimes
 from k26_kernels.dependent import after_previous, launch_options
-from k26_kernels.experts import KernelExperts, Launcher, Plan, sections_of
+from k26_kernels.experts import KernelExperts, Launcher, Plan, enough_workspace, sections_of
 from k26_kernels.target import Device
 
 TOKENS_WRITTEN = 256
@@ -93,12 +93,7 @@ def batched_experts(
         raise ValueError(f"counts are {counts.dtype} {list(counts.shape)}, expected torch.int32 [{shape.num_experts}].")
     max_tokens = expected_shape[1]
     plan = batched_plan(experts.device, shape, max_tokens, expected, out.dtype, batch_invariant)
-    if workspace is None:
-        workspace = torch.empty(plan.bytes, dtype=torch.uint8, device=hidden_states.device)
-    elif workspace.dtype != torch.uint8 or workspace.numel() < plan.bytes:
-        raise ValueError(
-            f"the workspace is {workspace.numel()} of {workspace.dtype}, expected {plan.bytes} of torch.uint8."
-        )
+    workspace = enough_workspace(workspace, plan.bytes, hidden_states.device)
     # Where tokens are sorted, the products read neither ids nor weights.
     launcher = Launcher(experts, plan, workspace, counts, counts, None)
     slots, blocks = (launcher.section(name, torch.int32) for name in ("slots", "blocks"))

@@ -231,16 +231,22 @@ def fused_experts(
     counts = [min(TOKENS_AT_ONCE, num_tokens - start) for start in range(0, num_tokens, TOKENS_AT_ONCE)]
     plans = [make_plan(experts.device, experts.shape, count, top_k, num_global, batch_invariant) for count in counts]
     needed = max((plan.bytes for plan in plans), default=0)
-    if workspace is None:
-        workspace = torch.empty(needed, dtype=torch.uint8, device=x.device)
-    elif workspace.dtype != torch.uint8 or workspace.numel() < needed:
-        raise ValueError(
-            f"the workspace is {workspace.numel()} of {workspace.dtype}, expected {needed} of torch.uint8."
-        )
+    workspace = enough_workspace(workspace, needed, x.device)
     for index, plan in enumerate(plans):
         here = slice(index * TOKENS_AT_ONCE, index * TOKENS_AT_ONCE + counts[index])
         Launcher(experts, plan, workspace, ids[here], weights[here], expert_map).run(x[here], out[here])
     return out
+
+
+def enough_workspace(workspace: torch.Tensor | None, needed: int, device: torch.device) -> torch.Tensor:
+    """The caller's workspace, or one of `needed` bytes where there is none. Raises ValueError for one that is too small."""
+    if workspace is None:
+        return torch.empty(needed, dtype=torch.uint8, device=device)
+    if workspace.dtype != torch.uint8 or workspace.numel() < needed:
+        raise ValueError(
+            f"the workspace is {workspace.numel()} of {workspace.dtype}, expected {needed} of torch.uint8."
+        )
+    return workspace
 
 
 class Launcher:

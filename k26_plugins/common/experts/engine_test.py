@@ -18,7 +18,9 @@ import torch
 from k26_plugins.common.experts.base import Expert, ExpertsError
 from k26_plugins.common.experts.reference import dense_matrices, routed_sum
 from k26_plugins.common.experts.selftest import RoutedSum, worst_error
+from k26_plugins.common.experts.triton import TritonExperts
 from k26_plugins.common.model.int4 import GROUP_SIZE, PACK_FACTOR
+from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, experts_setting
 
 BATCHES = (1, 8, 64, 400)
 """Tokens: one for each regime that the engines' kernels have. For the first layer; the others differ in their weights."""
@@ -219,6 +221,20 @@ class EngineTest:
                 self.seconds,
                 f", {self.extra_bytes / 1e6:.0f} MB for that time" if self.extra_bytes else "",
             )
+
+
+def require_replaceable(wrong: str, engine: str, *, published_layout: bool, files: Sequence[str]) -> None:
+    """Raises ExpertsError where the core's experts cannot take the place of an engine's wrong ones.
+
+    files: those that the engine's loader has read, from which the weights are to be had again.
+    """
+    if not published_layout:
+        stop(wrong, "they are for the published INT4 weights")
+    if experts_setting() == ENGINE:
+        stop(wrong, f"{EXPERTS_VARIABLE}={ENGINE} asks for {engine}'s. Unset it")
+    if not files:
+        way = "the way in which the weights are loaded gives them once"
+        stop(wrong, f"{way}. Set {EXPERTS_VARIABLE}={TritonExperts.name}")
 
 
 def stop(wrong: str, why_not: str) -> None:
