@@ -39,6 +39,7 @@ import httpx
 import psutil
 from bench.kept import keep, machine
 from bench.swarm import PARSERS, say_letters, with_bfloat16_experts
+from httpx_sse import EventSource
 from support.images import image_part, png, random_image
 from support.server import Server
 from support.vllm_server import serve
@@ -66,8 +67,8 @@ def ask(server: Server, content: Any, answer: int, *, stream: bool = False) -> i
     body |= {"stream": True, "stream_options": {"include_usage": True}}
     with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=120) as done:
         done.raise_for_status()
-        pieces = [line for line in done.iter_lines() if line.startswith("data: {")]
-    return int(json.loads(pieces[-1].removeprefix("data: "))["usage"]["total_tokens"])
+        chunks = [event.data for event in EventSource(done).iter_sse() if event.data != "[DONE]"]
+    return int(json.loads(chunks[-1])["usage"]["total_tokens"])
 
 
 def at_once(server: Server, prompts: list[str]) -> int:
