@@ -66,8 +66,8 @@ class Facts:
     shared_memory: int
     tensor_memory: int
     """Columns, on sm_100."""
-    programs: int
-    """That a processor of the smallest GPU of its family holds at a time."""
+    programs_per_sm: int
+    """How many an SM of the smallest GPU of the family holds at a time."""
     matrix_instructions: dict[str, int]
     weight_loads: dict[str, int]
     """Widest loads from global memory, by instruction."""
@@ -174,7 +174,7 @@ def compile_variant(variant: Variant) -> Facts:
         variant.target,
         shared_memory=metadata.shared,
         tensor_memory=columns,
-        programs=Device(target, "", 0).programs(threads, facts["registers"], metadata.shared, columns),
+        programs_per_sm=Device(target, "", 0).programs_per_sm(threads, facts["registers"], metadata.shared, columns),
         threads=threads,
         **facts,
     )
@@ -265,8 +265,8 @@ def main() -> None:
     for facts in results:
         print(
             f"{facts.target:7} {facts.name:18} registers {facts.registers:4} spilled {facts.spilled_bytes:4} "
-            f"shared {facts.shared_memory:6} programs {facts.programs} {facts.matrix_instructions} {facts.weight_loads} "
-            f"shuffles {facts.shuffles} loop {facts.loop_instructions} tile {facts.tile_instructions}"
+            f"shared {facts.shared_memory:6} programs {facts.programs_per_sm} {facts.matrix_instructions} "
+            f"{facts.weight_loads} shuffles {facts.shuffles} loop {facts.loop_instructions} tile {facts.tile_instructions}"
         )
     if arguments.json:
         document = {"triton": triton.__version__, "facts": [asdict(facts) for facts in results]}

@@ -45,8 +45,8 @@ class Machine:
 
     @property
     def instructions(self) -> float:
-        """Instructions of warps: there are four schedulers on a processor."""
-        return 4 * self.device.processors * self.clock
+        """Warp instructions a second: an SM has four schedulers."""
+        return 4 * self.device.num_sms * self.clock
 
 
 # 1.7 GHz is assumed for a busy H200, 2 µs for a launch inside a CUDA graph, 1 for one that begins while another ends, and
@@ -91,7 +91,7 @@ def product_seconds(
     """The floors of one product, cut in `parts` along K. extra: bytes of activations that it reads and writes."""
     tiles = blocks * (rows // tile.block_rows) * parts
     instructions = facts.tile_instructions + inputs // parts // tile.block_k * facts.loop_instructions
-    rounds = math.ceil(tiles / (machine.device.processors * facts.programs))
+    rounds = math.ceil(tiles / (machine.device.num_sms * facts.programs_per_sm))
     return {
         "bytes": (touched * rows * inputs * 9 / 16 + extra) / machine.bandwidth,
         "matmul": 2 * blocks * block * rows * inputs / machine.matmul,

@@ -25,11 +25,11 @@ EXACT_SLOTS = 4096
 # Up to as many slots a product of sorted ones may be cut along K. Beyond, the sum of w13's parts, which reads those of all
 # ranks' slots, and their memory would show.
 SPLIT_SLOTS = 256
-# Programs that are launched for each processor, by the variant of the product: as many as it holds at a time. What the
-# compiler made of a variant is known with its first launch only, which takes PROGRAMS_AT_FIRST; to compute it beforehand
-# would be to guess at registers, which change with Triton's version. No result depends on it.
+# Programs that are launched for each SM, by the variant of the GEMM: as many as it holds at a time. What the compiler made
+# of a variant is known with its first launch only, which takes PROGRAMS_AT_FIRST; to compute it beforehand would be to guess
+# at registers, which change with Triton's version. No result depends on it.
 PROGRAMS_AT_FIRST = 4
-programs: dict[tuple[object, ...], int] = {}
+programs_per_sm: dict[tuple[object, ...], int] = {}
 _ALIGNMENT = 256
 _REDUCE_BLOCK = 1024
 
@@ -85,15 +85,13 @@ class Plan:
     bytes: int
 
 
-def split_k(tiles: float, inputs: int, block_k: int, processors: int) -> int:
+def split_k(tiles: float, inputs: int, block_k: int, num_sms: int) -> int:
     """Into how many parts a product is cut along K, so that its tiles fill the GPU: a power of two.
 
-    A part keeps four steps, below which starting up costs more than the other processors bring.
+    A part keeps four steps, below which starting up costs more than the other SMs bring.
     """
     parts = 1
-    while (
-        tiles * parts < 2 * processors and inputs % (2 * parts * block_k) == 0 and inputs // (2 * parts) >= 4 * block_k
-    ):
+    while tiles * parts < 2 * num_sms and inputs % (2 * parts * block_k) == 0 and inputs // (2 * parts) >= 4 * block_k:
         parts *= 2
     return parts
 
@@ -136,7 +134,7 @@ def plan_of(
         rows = (2 * shape.intermediate_size, shape.hidden_size)
         inputs = (shape.hidden_size, shape.intermediate_size)
         splits = [
-            split_k(blocks * n / tile.block_rows, k, tile.block_k, device.processors)
+            split_k(blocks * n / tile.block_rows, k, tile.block_k, device.num_sms)
             for n, k, tile in zip(rows, inputs, (regime.w13, regime.w2), strict=True)
         ]
     # Batch-invariant: one dtype for all batches.
@@ -329,7 +327,7 @@ class Launcher:
             device, tile, plan.regime.block_tokens, plan.sorted, rows, inputs, slots_per_x, epilogue, parts, out.dtype,
             self.has_map,
         )  # fmt: skip
-        grid = min(tiles, device.processors * programs.get(variant, PROGRAMS_AT_FIRST))
+        grid = min(tiles, device.num_sms * programs_per_sm.get(variant, PROGRAMS_AT_FIRST))
         slots, blocks = (
             self.section(name, torch.int32) if plan.sorted else self.topk_ids for name in ("slots", "blocks")
         )
@@ -343,8 +341,8 @@ class Launcher:
             WAIT=device.target.waits and not INTERPRETED.value,
             num_warps=tile.num_warps, num_stages=tile.num_stages, **device.target.options, **self.options,
         )  # fmt: skip
-        if variant not in programs and compiled is not None:  # None from the interpreter
+        if variant not in programs_per_sm and compiled is not None:  # None from the interpreter
             metadata = compiled.metadata
             threads = metadata.num_warps * metadata.target.warp_size
             columns = getattr(metadata, "tmem_size", None) or 0
-            programs[variant] = device.programs(threads, compiled.n_regs, metadata.shared, columns)
+            programs_per_sm[variant] = device.programs_per_sm(threads, compiled.n_regs, metadata.shared, columns)

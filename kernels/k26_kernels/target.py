@@ -18,12 +18,12 @@ OVERWRITES_WEIGHTS = tuple(int(part) for part in triton.__version__.split(".")[:
 @dataclass(frozen=True, slots=True)
 class Target:
     """A kind of GPU. `fragment` names the weights' layout for it. Bytes of shared memory: what one program may use, and
-    what a processor has for all of them."""
+    what an SM (on AMD a compute unit) has for all of them."""
 
     name: str
     fragment: str
     shared_memory: int
-    processor_memory: int
+    shared_memory_per_sm: int
     amd: bool = False
 
     @property
@@ -57,7 +57,7 @@ TARGETS = {
         Target("gfx950", "mfma32", 163840, 163840, amd=True),
     )
 }
-TENSOR_COLUMNS = 512  # of a processor of sm_100
+TENSOR_COLUMNS = 512  # of an SM of sm_100
 _BY_MAJOR = {8: "sm_80", 9: "sm_90", 10: "sm_100", 12: "sm_120"}
 
 
@@ -67,12 +67,12 @@ class Device:
 
     target: Target
     name: str
-    processors: int
-    processor_memory: int = 0
-    """Bytes of shared memory of a processor; 0 for the target's."""
+    num_sms: int
+    shared_memory_per_sm: int = 0
+    """Bytes of shared memory; 0 for the target's."""
 
-    def programs(self, threads: int, registers: int, shared: int, columns: int = 0) -> int:
-        """How many programs a processor holds at a time, at least one.
+    def programs_per_sm(self, threads: int, registers: int, shared: int, columns: int = 0) -> int:
+        """How many programs an SM holds at a time, at least one.
 
         registers: of a thread. shared: bytes of shared memory, columns: of tensor memory, where there is such. Threads run
         out later than registers, of which the products have more than 42 each.
@@ -81,7 +81,7 @@ class Device:
         amd = self.target.amd
         limits = [
             (131072 if amd else 65536) // (threads * -(-registers // 8) * 8),
-            (self.processor_memory or self.target.processor_memory) // max(1, shared + (0 if amd else 1024)),
+            (self.shared_memory_per_sm or self.target.shared_memory_per_sm) // max(1, shared + (0 if amd else 1024)),
         ]
         if columns:
             limits.append(TENSOR_COLUMNS // columns)

@@ -37,7 +37,7 @@ IN_CI = "sm_90"
 DIFFERS = ("test_dequantize", "test_router", "test_every_regime[sm_80-32]", "test_every_regime[sm_100-32]",
            "test_every_regime[sm_120-32]", "test_the_other_members_of_a_family[121-sm_120]")  # fmt: skip
 NEWEST = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
-TOO_LITTLE = 4  # processors, so that programs walk over several tiles
+FEW_SMS = 4  # so that programs walk over several tiles
 
 
 @cache
@@ -51,9 +51,9 @@ def compiled_for(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., dict
     """`compiled_for("sm_90")` lets the kernels run here as compiled for that GPU, and gives them by name."""
 
     def use(
-        target: str, *, processors: int = TOO_LITTLE, capability: int = 0, edit: Callable[[str], str] | None = None
+        target: str, *, num_sms: int = FEW_SMS, capability: int = 0, edit: Callable[[str], str] | None = None
     ) -> dict[str, Emulated]:
-        device = Device(TARGETS[target], f"emulated {target}", processors)
+        device = Device(TARGETS[target], f"emulated {target}", num_sms)
         monkeypatch.setattr(experts, "device_of", lambda _: device)
         monkeypatch.setattr(dequantize, "device_of", lambda _: device)
         number = capability or int(target[3:])

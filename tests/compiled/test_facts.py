@@ -20,7 +20,7 @@ INSTRUCTION = {
     "gfx942": "v_mfma",
     "gfx950": "v_mfma",
 }
-REGISTERS = 65536  # of a processor, for all its threads; on AMD 512 for each thread of a wave
+REGISTERS = 65536  # of an SM, for all its threads; on AMD 512 for each thread of a wave
 OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 ALL = [(variant.target, variant.name) for variant in variants()]
 PRODUCTS = [(target, name) for target, name in ALL if name.startswith("w")]
@@ -78,9 +78,9 @@ def test_weights_that_are_read_once_leave_the_cache_first(
 
 
 @pytest.mark.parametrize(("target", "name"), [pair for pair in PRODUCTS if pair[1].split()[1] in (SINGLE, INVARIANT)])
-def test_enough_programs_of_a_small_batch_fit_on_a_processor(
+def test_enough_programs_of_a_small_batch_fit_on_an_sm(
     facts: dict[tuple[str, str], dict[str, Any]], target: str, name: str
 ) -> None:
     """Only several at a time keep enough loads in flight: four, three under Triton 3.5. A tile of one step is twice as
     many bytes, so that two do."""
-    assert facts[target, name]["programs"] >= (2 if name.endswith("short") else 3)
+    assert facts[target, name]["programs_per_sm"] >= (2 if name.endswith("short") else 3)

@@ -87,7 +87,7 @@ def test_the_other_members_of_a_family(compiled_for: CompiledFor, capability: in
 @pytest.mark.parametrize("num_tokens", [1, 5])
 @pytest.mark.parametrize("target", NVIDIA)
 def test_split_along_k(compiled_for: CompiledFor, target: str, num_tokens: int) -> None:
-    compiled_for(target, processors=132)
+    compiled_for(target, num_sms=132)
     weights = make_weights(2, 1024, INNER)
     ids = torch.tensor([[1], [0], [1], [-1], [1]], dtype=torch.int32)[:num_tokens]
     x, topk_weights = inputs(num_tokens, 1024), torch.full((num_tokens, 1), 0.7)

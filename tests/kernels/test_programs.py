@@ -1,4 +1,4 @@
-"""How many programs of a product are launched: as many as the processors hold, once the compiler's figures are known."""
+"""How many programs of a product are launched: as many as the SMs hold, once the compiler's figures are known."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ HELD = {
 
 
 @pytest.mark.parametrize("case", HELD, ids=str)
-def test_what_a_processor_holds(case: tuple[str, int, int, int, int]) -> None:
+def test_what_an_sm_holds(case: tuple[str, int, int, int, int]) -> None:
     target, *figures = case
-    assert Device(TARGETS[target], "the family's smallest", 1).programs(*figures) == HELD[case]
+    assert Device(TARGETS[target], "the family's smallest", 1).programs_per_sm(*figures) == HELD[case]
 
 
 def test_a_larger_member_of_a_family_holds_more() -> None:
     """An A100's shared memory, and an RTX 40's."""
     a100, rtx = (Device(TARGETS["sm_80"], "a GPU", 1, size * 1024) for size in (164, 100))
-    assert (a100.programs(128, 72, 30720), rtx.programs(128, 72, 30720)) == (5, 3)
+    assert (a100.programs_per_sm(128, 72, 30720), rtx.programs_per_sm(128, 72, 30720)) == (5, 3)
 
 
 def test_launches_take_what_the_first_one_compiled(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first takes a guess. Each product has figures of its own, and results are the same bits."""
     if device.type != "cpu":
-        pytest.skip("its GPU is the interpreter's, which has four processors")
+        pytest.skip("its GPU is the interpreter's, which has four SMs")
     grids: list[int] = []
     threads = SimpleNamespace(warp_size=32)
 
@@ -69,7 +69,7 @@ def test_launches_take_what_the_first_one_compiled(device: torch.device, monkeyp
             return launch
 
     monkeypatch.setattr(experts, "product_kernel", Compiled())
-    monkeypatch.setattr(experts, "programs", {})
+    monkeypatch.setattr(experts, "programs_per_sm", {})
     weights = make_weights(3, 768, 384)
     loaded = KernelExperts.from_checkpoint(*(part.to(device) for part in weights.parts()))
     ids, topk_weights = (tensor.to(device) for tensor in route(12, 2, 3))
@@ -77,6 +77,6 @@ def test_launches_take_what_the_first_one_compiled(device: torch.device, monkeyp
     results = [fused_experts(x, loaded, ids, topk_weights) for _ in range(3)]
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[1], results[2])
-    processors = loaded.device.processors
-    assert grids[:2] == [PROGRAMS_AT_FIRST * processors] * 2
-    assert grids[2:] == [2 * processors, processors] * 2
+    num_sms = loaded.device.num_sms
+    assert grids[:2] == [PROGRAMS_AT_FIRST * num_sms] * 2
+    assert grids[2:] == [2 * num_sms, num_sms] * 2
