@@ -57,7 +57,7 @@ for rank in "--tp 1" "--tp 8" "--ep 8"; do
 done
 step benchmark 140 python3 -m bench.experts --layers tp8,whole --tokens 1,8,64,512,4096 --seconds 110 --folder "$out"
 for tokens in 1 64; do
-  step "ncu-$tokens" 40 ncu --kernel-name product_kernel --launch-count 2 --set full --page details \
+  step "ncu-$tokens" 40 ncu --kernel-name moe_gemm_kernel --launch-count 2 --set full --page details \
     python3 -m bench.one_launch --layer tp8 --tokens "$tokens"
 done
 

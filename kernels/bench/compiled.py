@@ -28,7 +28,7 @@ from k26_kernels.combine import activate_kernel, reduce_kernel
 from k26_kernels.config import INVARIANT, SINGLE, Regime, Shape, Tile, default_regimes
 from k26_kernels.dequantize import dequantize_kernel
 from k26_kernels.layout import ROWS
-from k26_kernels.product import product_kernel
+from k26_kernels.moe_gemm import moe_gemm_kernel
 from k26_kernels.router import router_kernel
 from k26_kernels.target import TARGETS, Device, Target
 from triton.backends.compiler import GPUTarget
@@ -83,7 +83,7 @@ class Facts:
 
 
 KERNELS = {
-    "product": (product_kernel, "*bf16 *i32 *bf16 {out} *i32 *i32 *fp32 *i32 *i32 i32 i32 i32"),
+    "moe_gemm": (moe_gemm_kernel, "*bf16 *i32 *bf16 {out} *i32 *i32 *fp32 *i32 *i32 i32 i32 i32"),
     "align": (align_kernel, "*i32 *i32 *i32 *i32 i32 i32 i32"),
     "table": (table_kernel, "*i32 *i32 *i32 i32 i32"),
     "count": (count_kernel, "*i32 *i32 *i32 i32 i32 i32"),
@@ -95,7 +95,7 @@ KERNELS = {
 }
 
 
-def product_variant(
+def gemm_variant(
     target: Target, shape: Shape, name: str, regime: Regime, tile: Tile, gated: bool, parts: int
 ) -> Variant:
     hidden, inner = shape.hidden_size, shape.intermediate_size
@@ -118,11 +118,11 @@ def product_variant(
     }
     label = f"{'w13' if gated else 'w2'} {name}{'' if parts == 1 else ' split'}"
     float32 = parts > 1 or (not gated and regime.block_tokens <= 16)
-    return Variant(label, target.name, "product", constants, tile.num_warps, tile.num_stages, float32)
+    return Variant(label, target.name, "moe_gemm", constants, tile.num_warps, tile.num_stages, float32)
 
 
 def variants() -> Iterator[Variant]:
-    """All that is shipped: the small kernels, and the products in every regime."""
+    """All that is shipped: the small kernels, and the GEMMs in every regime."""
     hidden, inner = LAYER.hidden_size, LAYER.intermediate_size
     sort = {"BINS": 512, "SLOTS_AT_ONCE": SLOTS_AT_ONCE, "HAS_MAP": True}
     small: dict[str, dict[str, Any]] = {
@@ -141,15 +141,13 @@ def variants() -> Iterator[Variant]:
             own = {key: value for key, value in of_target.items() if key in KERNELS[name][0].arg_names}
             yield Variant(name, target.name, name, {**constants, **own})
         for name, regime in default_regimes(target.name).items():
-            yield product_variant(target, LAYER, name, regime, regime.w13, True, 1)
-            yield product_variant(target, LAYER, name, regime, regime.w2, False, 1)
+            yield gemm_variant(target, LAYER, name, regime, regime.w13, True, 1)
+            yield gemm_variant(target, LAYER, name, regime, regime.w2, False, 1)
             if name in (SINGLE, INVARIANT):
-                yield product_variant(target, LAYER, name, regime, regime.w13, True, 2)
+                yield gemm_variant(target, LAYER, name, regime, regime.w13, True, 2)
         for name, regime in default_regimes(target.name, SHARD.intermediate_size).items():
             if regime.w2 != default_regimes(target.name)[name].w2:
-                yield replace(
-                    product_variant(target, SHARD, name, regime, regime.w2, False, 1), name=f"w2 {name} short"
-                )
+                yield replace(gemm_variant(target, SHARD, name, regime, regime.w2, False, 1), name=f"w2 {name} short")
 
 
 def compile_variant(variant: Variant) -> Facts:

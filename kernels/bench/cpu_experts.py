@@ -3,12 +3,12 @@
     python kernels/bench/cpu_experts.py            a table, about three minutes, 4 GB of memory
     python kernels/bench/cpu_experts.py --save     and a JSON file in kernels/bench/results
     ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 python …
-                                                   AVX2 on a CPU with AVX512, for torch's products too
+                                                   AVX2 on a CPU with AVX512, for torch's GEMM too
 
 The core's backends and, where it is installed, kt-kernel's RAWINT4, in turn and on the same weights. Each figure is the
 best of several turns. `of read` is the bytes of the touched experts, each counted once, over the time, as a share of the
 bandwidth at which torch sums the bytes of the first backend's weights, measured in the same turns; `of dense` is the
-arithmetic as a share of torch's dense product at the same number of rows, in the dtype that the CPU is fast in; the error is
+arithmetic as a share of torch's dense GEMM at the same number of rows, in the dtype that the CPU is fast in; the error is
 ‖out − ref‖ / ‖ref‖ against float32. What would take over 5 s for one batch is left out.
 
 On a machine that others use, the figures are theirs unless this goes first:

@@ -1,4 +1,4 @@
-"""A peer that no engine has: each expert dequantized by our kernel, then a dense product."""
+"""A peer that no engine has: each expert dequantized by our kernel, then a dense GEMM."""
 
 from __future__ import annotations
 

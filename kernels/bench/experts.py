@@ -5,7 +5,7 @@
 
 Times are of a CUDA graph over several batches that choose different experts, so that no weight is left in a cache.
 `of copy` is the bytes of the touched experts, each counted once, over the time, as a share of the copy bandwidth; `of
-matmul` the arithmetic as a share of the rate of a dense bfloat16 product. Both are measured first, in the same run.
+matmul` the arithmetic as a share of the rate of a dense bfloat16 GEMM. Both are measured first, in the same run.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def copy_bandwidth(clock: Clock) -> float:
 
 
 def matmul_rate(clock: Clock) -> float:
-    """Floating-point operations a second of a dense bfloat16 product of random matrices."""
+    """Floating-point operations a second of a dense bfloat16 GEMM of random matrices."""
     x, y = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     return 2 * 8192**3 / clock(lambda: x @ y, False)
 

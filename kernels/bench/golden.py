@@ -4,10 +4,10 @@
     python kernels/bench/golden.py FOLDER --save      and a JSON file in kernels/bench/results
 
 Two MoE layers of 64 experts of 7168 × 2048 with random weights, out of the page cache before each run. `of the disk` is the
-rate at which a run reads against plain reading of the same files; `of a product` the rate of its experts' products against
-torch's own float32 product of 256 rows. Where that is high the cores are the limit, where the other is, the disk.
+rate at which a run reads against plain reading of the same files; `of a GEMM` the rate of its experts' GEMMs against
+torch's own float32 GEMM of 256 rows. Where that is high the cores are the limit, where the other is, the disk.
 
-The projection for the published model takes the larger of two times: its products at the last row's rate, its bytes at
+The projection for the published model takes the larger of two times: its GEMMs at the last row's rate, its bytes at
 the disk's. A projection: nobody has run it.
 """
 
@@ -43,7 +43,7 @@ TOKENS = (64, 256, 1024)
 PROMPT = 64
 """Tokens of one prompt."""
 TEXT = TextConfig()
-PRODUCTS = 3 * 2 * TEXT.hidden_size * TEXT.moe_intermediate_size
+OPERATIONS = 3 * 2 * TEXT.hidden_size * TEXT.moe_intermediate_size
 """Arithmetic of one token in one expert."""
 PUBLISHED_PROMPTS = (20, 400)
 """What is projected: prompts, and tokens of each."""
@@ -61,7 +61,7 @@ def disk_rate(folder: Path) -> float:
 
 
 def gemm_rate() -> float:
-    """Operations a second of torch's float32 product at an expert's shape, each thread on its own."""
+    """Operations a second of torch's float32 GEMM at an expert's shape, each thread on its own."""
     x, w = torch.randn(256, TEXT.hidden_size), torch.randn(TEXT.moe_intermediate_size, TEXT.hidden_size)
     best = min(timed(lambda: x @ w.T) for _ in range(5))
     return 2 * x.numel() * len(w) / best
@@ -87,7 +87,7 @@ def measure(folder: Path, tokens: int) -> dict[str, float]:
             "carried": job.carried.all_tokens,
             "seconds": round(seconds, 1),
             "bytes_per_second": round(checkpoint.bytes_read / seconds),
-            "operations_per_second": round(job.carried.all_tokens * TOP_K * LAYERS * PRODUCTS / seconds),
+            "operations_per_second": round(job.carried.all_tokens * TOP_K * LAYERS * OPERATIONS / seconds),
         }
 
 
@@ -97,9 +97,9 @@ def projected_seconds(operations_per_second: float, bytes_per_second: float) -> 
     suspects = sum(variant.is_suspect and not variant.on_images_only for variant in VARIANTS)
     carried = 2 * prompts * length + suspects * SUSPECT_TEXTS * SUSPECT_TOKENS
     layers = TEXT.num_hidden_layers - TEXT.first_k_dense_replace
-    products = carried * TEXT.num_experts_per_tok * layers * PRODUCTS
+    operations = carried * TEXT.num_experts_per_tok * layers * OPERATIONS
     stored = TEXT.n_routed_experts * layers * expert_bytes(TEXT)
-    return max(products / operations_per_second, stored / bytes_per_second)
+    return max(operations / operations_per_second, stored / bytes_per_second)
 
 
 def main() -> None:
@@ -119,24 +119,24 @@ def main() -> None:
             vision_layers=1,
         )
         make_quick(folder, sizes)
-    disk, product = disk_rate(folder), gemm_rate()
-    table = Table("tokens", "with twin and suspects", "seconds", "GB/s", "of the disk", "GFLOP/s", "of a product")
+    disk, gemm = disk_rate(folder), gemm_rate()
+    table = Table("tokens", "with twin and suspects", "seconds", "GB/s", "of the disk", "GFLOP/s", "of a GEMM")
     found = []
     for tokens in TOKENS:
         row = measure(folder, tokens)
         found.append(row)
         read, computed = row["bytes_per_second"], row["operations_per_second"]
-        shares = f"{read / disk:.0%}", f"{computed / product:.0%}"
+        shares = f"{read / disk:.0%}", f"{computed / gemm:.0%}"
         figures = f"{read / 1e9:.2f}", shares[0], f"{computed / 1e9:.0f}", shares[1]
         table.add_row(str(tokens), str(row["carried"]), str(row["seconds"]), *figures)
     hours = projected_seconds(found[-1]["operations_per_second"], disk) / 3600
     console = Console()
-    console.print(f"disk {disk / 1e9:.2f} GB/s, product {product / 1e9:.0f} GFLOP/s, {torch.get_num_threads()} threads")
+    console.print(f"disk {disk / 1e9:.2f} GB/s, GEMM {gemm / 1e9:.0f} GFLOP/s, {torch.get_num_threads()} threads")
     console.print(table)
     prompts, length = PUBLISHED_PROMPTS
     console.print(f"published model, {prompts} prompts of {length} tokens: projected {hours:.1f} h a pass")
     if arguments.save:
-        here |= {"disk_bytes_per_second": round(disk), "product_operations_per_second": round(product)}
+        here |= {"disk_bytes_per_second": round(disk), "product_operations_per_second": round(gemm)}
         here |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
         keep("golden", {"machine": here, "results": found, "projected_hours": round(hours, 2)})
 

@@ -3,7 +3,7 @@
     python kernels/bench/hybrid_server.py [--save]        in SGLang's environment, about four minutes, 5 GB of memory
 
 The checkpoint has experts of the published size and few layers. One core of this machine takes the GPU's place: what it
-multiplies, and what it reads in a product of one row, is the GPU's product and bandwidth in the model. Another has the CPU's
+multiplies in a GEMM, and what it reads in a GEMV, is the GPU's GEMM rate and bandwidth in the model. Another has the CPU's
 experts. What a GPU would do beside these is added to them: here one library computes both sides' experts, a call at a time.
 What a server does once in a step, whatever its number of layers, is not in the model; of 61 layers it would be little. So
 the time of a layer is compared too: that of one server less that of another with fewer.
@@ -42,7 +42,7 @@ from k26_plugins.operate.plan.weights import Layout
 LAYERS, EXPERTS, ON_GPU = (2, 6), 16, 4
 PROMPTS, ANSWER = (128, 512), 24
 TURNS = 4
-PRODUCT = 2048
+GEMM_SIZE = 2048
 ONE_CORE = {"OMP_NUM_THREADS": "1"}
 
 
@@ -59,12 +59,12 @@ def make(folder: Path, layers: int) -> K26Config:
 
 def gemm_rate() -> float:
     """Operations a second of a large bfloat16 GEMM on the CPU."""
-    matrix = torch.randn(PRODUCT, PRODUCT).to(torch.bfloat16)
-    return 2 * PRODUCT**3 / min(seconds(lambda: matrix @ matrix) for _ in range(5))
+    matrix = torch.randn(GEMM_SIZE, GEMM_SIZE).to(torch.bfloat16)
+    return 2 * GEMM_SIZE**3 / min(seconds(lambda: matrix @ matrix) for _ in range(5))
 
 
-def row_rate(text: TextConfig) -> float:
-    """Bytes a second of a bfloat16 matrix that a product with one row reads."""
+def gemv_rate(text: TextConfig) -> float:
+    """Bytes a second of a bfloat16 matrix that a GEMV reads."""
     matrix = torch.randn(2 * text.moe_intermediate_size, text.hidden_size).to(torch.bfloat16)
     row = torch.randn(1, text.hidden_size).to(torch.bfloat16)
     return matrix.nbytes / min(seconds(lambda: torch.nn.functional.linear(row, matrix)) for _ in range(9))
@@ -78,7 +78,7 @@ def rates_of(config: K26Config) -> tuple[Rates, Gpu]:
         os.sched_setaffinity(0, {usable[0]})
         rates = measure(config.text)
         os.sched_setaffinity(0, {usable[-1]})
-        gpu = Gpu("a core", 2**40, row_rate(config.text), "")
+        gpu = Gpu("a core", 2**40, gemv_rate(config.text), "")
         # The planner takes a share of a GPU's GEMM rate; here it is to take all of what was measured.
         return replace(rates, gpu_gemm=gemm_rate() / GPU_SHARE), gpu
     finally:

@@ -1,7 +1,7 @@
 """Each kernel once, checked against its plain twin: for a sanitizer or a profiler, under which more would take too long.
 
     compute-sanitizer --tool memcheck python -m bench.one_launch
-    ncu --kernel-name product_kernel --set full python -m bench.one_launch --layer tp8 --tokens 64
+    ncu --kernel-name moe_gemm_kernel --set full python -m bench.one_launch --layer tp8 --tokens 64
 
 Without --layer the experts are small, and three batches reach every kernel: a few tokens cut along K, some that are sorted,
 and more than one launch sorts. With it one batch runs on a rank's real sizes.

@@ -3,10 +3,10 @@
     cd kernels && python -m bench.predict            a table
     cd kernels && python -m bench.predict --save     and bench/results/predicted-H200.json
 
-A product takes at least as long as its bytes at the copy bandwidth, its matrix instructions at the matmul rate (empty
+A GEMM takes at least as long as its bytes at the copy bandwidth, its matrix instructions at the matmul rate (empty
 columns of a block included), its instructions at one a cycle and scheduler, and the tiles of the program that has most of
 them, whose warps issue every other cycle at best: that is an assumption. The prediction is the largest of the four, summed
-over the products, plus the traffic of the sums and a fixed cost for each launch, less for those that begin while the one
+over the GEMMs, plus the traffic of the sums and a fixed cost for each launch, less for those that begin while the one
 before them ends. What they cost each other by overlapping badly is not in it, so a measurement will be above.
 """
 
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import triton
-from bench.compiled import Facts, compile_variant, product_variant
+from bench.compiled import Facts, compile_variant, gemm_variant
 from bench.layers import GLOBAL_EXPERTS, LAYERS, TOKENS, TOP_K
 from k26_kernels.align import SLOTS_AT_ONCE
 from k26_kernels.config import SINGLE, Shape, Tile
@@ -59,7 +59,7 @@ def shape_of(layer: Layer) -> Shape:
 
 
 class Compiled:
-    """Facts of the products, compiled once each."""
+    """The facts of each GEMM, compiled once."""
 
     def __init__(self) -> None:
         self.facts: dict[tuple[object, ...], Facts] = {}
@@ -71,12 +71,12 @@ class Compiled:
         if key not in self.facts:
             tile = plan.regime.w13 if gated else plan.regime.w2
             target = H200.device.target
-            variant = product_variant(target, shape_of(layer), name, plan.regime, tile, gated, parts)
+            variant = gemm_variant(target, shape_of(layer), name, plan.regime, tile, gated, parts)
             self.facts[key] = compile_variant(variant)
         return self.facts[key]
 
 
-def product_seconds(
+def gemm_seconds(
     machine: Machine,
     facts: Facts,
     tile: Tile,
@@ -88,7 +88,7 @@ def product_seconds(
     parts: int,
     extra: int,
 ) -> dict[str, float]:
-    """The floors of one product, cut in `parts` along K. extra: bytes of activations that it reads and writes."""
+    """The floors of one GEMM, cut in `parts` along K. extra: bytes of activations that it reads and writes."""
     tiles = blocks * (rows // tile.block_rows) * parts
     instructions = facts.tile_instructions + inputs // parts // tile.block_k * facts.loop_instructions
     rounds = math.ceil(tiles / (machine.device.num_sms * facts.programs_per_sm))
@@ -101,7 +101,7 @@ def product_seconds(
 
 
 def predict(machine: Machine, compiled: Compiled, layer: Layer, kind: str, num_tokens: int) -> dict[str, object]:
-    """Microseconds of a batch and what bounds its two products."""
+    """Microseconds of a batch and what bounds its two GEMMs."""
     shape = shape_of(layer)
     hidden, inner = shape.hidden_size, shape.intermediate_size
     seconds, bounds, ids = 0.0, [], layer.choose(kind, num_tokens)
@@ -116,13 +116,13 @@ def predict(machine: Machine, compiled: Compiled, layer: Layer, kind: str, num_t
         weighted = plan.split_w2 * plan.weighted.itemsize * hidden * slots
         activated, partial = 2 * slots * inner, 4 * plan.split_w13 * 2 * inner
         written = activated if plan.split_w13 == 1 else slots * partial
-        products = (
+        gemms = (
             (True, plan.regime.w13, 2 * inner, hidden, plan.split_w13, 2 * slots * hidden + written),
             (False, plan.regime.w2, hidden, inner, plan.split_w2, activated + weighted),
         )
-        for gated, tile, rows, inputs, parts, extra in products:
+        for gated, tile, rows, inputs, parts, extra in gemms:
             facts = compiled.of(layer, plan, gated)
-            floors = product_seconds(machine, facts, tile, rows, inputs, blocks, touched, block, parts, extra)
+            floors = gemm_seconds(machine, facts, tile, rows, inputs, blocks, touched, block, parts, extra)
             bound = max(floors, key=lambda name: floors[name])
             seconds += floors[bound]
             bounds.append(bound)

@@ -30,7 +30,7 @@ def table_kernel(
     expert = tl.program_id(0)
     bins = tl.arange(0, BINS)
     count = tl.load(counts + bins, mask=bins < num_experts, other=0).to(tl.int32)
-    # A count beyond the buffer would have the products read another expert's tokens.
+    # A count beyond the buffer would have the GEMMs read another expert's tokens.
     count = tl.maximum(tl.minimum(count, max_tokens), 0)
     first = tl.sum(tl.where(bins < expert, (count + BLOCK_TOKENS - 1) // BLOCK_TOKENS, 0))
     own = tl.sum(tl.where(bins == expert, count, 0))
@@ -94,7 +94,7 @@ def batched_experts(
     max_tokens = expected_shape[1]
     plan = batched_plan(experts.device, shape, max_tokens, expected, out.dtype, batch_invariant)
     workspace = enough_workspace(workspace, plan.bytes, hidden_states.device)
-    # Where tokens are sorted, the products read neither ids nor weights.
+    # Where tokens are sorted, the GEMMs read neither ids nor weights.
     launcher = Launcher(experts, plan, workspace, counts, counts, None)
     slots, blocks = (launcher.section(name, torch.int32) for name in ("slots", "blocks"))
     table_kernel[(shape.num_experts,)](
@@ -105,5 +105,5 @@ def batched_experts(
     inner, hidden = shape.intermediate_size, shape.hidden_size
     activated = launcher.section("activated", torch.bfloat16)
     w13, w2 = (experts.w13_packed, experts.w13_scale), (experts.w2_packed, experts.w2_scale)
-    launcher.product(hidden_states, *w13, activated, plan.regime.w13, 2 * inner, hidden, 1, "swiglu", 1)
-    launcher.product(activated, *w2, out, plan.regime.w2, hidden, inner, 1, "plain", 1)
+    launcher.gemm(hidden_states, *w13, activated, plan.regime.w13, 2 * inner, hidden, 1, "swiglu", 1)
+    launcher.gemm(activated, *w2, out, plan.regime.w2, hidden, inner, 1, "plain", 1)

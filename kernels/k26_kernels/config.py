@@ -16,14 +16,14 @@ SINGLE = "single"
 INVARIANT = "16"
 # Up to as many tokens, sorting the slots would cost more than reading an expert twice that two of them chose.
 SINGLE_TOKENS = 4
-# Unpacking a tile of weights, in tokens whose product takes as long: on an H200 the 270 instructions that a warp issues for
-# 64 rows and 128 inputs, at the matmul rate. Counted in the compiled code, not measured.
+# Unpacking a tile of weights takes as long as the matrix instructions of so many tokens: on an H200 the 270 instructions
+# that a warp issues for 64 rows and 128 inputs, at the matmul rate. Counted in the compiled code, not measured.
 UNPACK_TOKENS = 56
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """How one product is cut: rows of the weights, inputs at a time, warps, and steps that are loaded ahead."""
+    """How one GEMM is cut: rows of the weights, inputs at a time, warps, and steps that are loaded ahead."""
 
     block_rows: int
     block_k: int
@@ -33,7 +33,7 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class Regime:
-    """The tiles of both products for some number of tokens an expert."""
+    """The tiles of both GEMMs for some number of tokens an expert."""
 
     block_tokens: int
     w13: Tile

@@ -1,4 +1,4 @@
-"""Stored INT4 weights back to a dense matrix: for dense products over few experts, and for tests."""
+"""Stored INT4 weights back to a dense matrix: for dense GEMMs over few experts, and for tests."""
 
 from __future__ import annotations
 

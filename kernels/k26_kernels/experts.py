@@ -14,7 +14,7 @@ from k26_kernels.combine import activate_kernel, reduce_kernel
 from k26_kernels.config import SINGLE, SINGLE_TOKENS, Regime, Shape, Tile, checked, choose, measured, regimes
 from k26_kernels.dependent import launch_options
 from k26_kernels.layout import repack
-from k26_kernels.product import product_kernel
+from k26_kernels.moe_gemm import moe_gemm_kernel
 from k26_kernels.target import Device, device_of
 from k26_kernels.unpack import INTERPRETED
 
@@ -22,7 +22,7 @@ from k26_kernels.unpack import INTERPRETED
 TOKENS_AT_ONCE = 8192
 # Up to as many slots an expert's output stays float32 until the sum. Beyond, its traffic would show.
 EXACT_SLOTS = 4096
-# Up to as many slots a product of sorted ones may be cut along K. Beyond, the sum of w13's parts, which reads those of all
+# Up to as many slots a GEMM of sorted ones may be cut along K. Beyond, the sum of w13's parts, which reads those of all
 # ranks' slots, and their memory would show.
 SPLIT_SLOTS = 256
 # Programs that are launched for each SM, by the variant of the GEMM: as many as it holds at a time. What the compiler made
@@ -86,7 +86,7 @@ class Plan:
 
 
 def split_k(tiles: float, inputs: int, block_k: int, num_sms: int) -> int:
-    """Into how many parts a product is cut along K, so that its tiles fill the GPU: a power of two.
+    """Into how many parts a GEMM is cut along K, so that its tiles fill the GPU: a power of two.
 
     A part keeps four steps, below which starting up costs more than the other SMs bring.
     """
@@ -180,7 +180,7 @@ def workspace_bytes(
 ) -> int:
     """Bytes that `fused_experts` needs for up to `num_tokens` tokens. global_experts: the length of its expert map."""
     shape, total = experts.shape, global_experts or experts.shape.num_experts
-    # What is needed grows with the tokens, but where products may be cut along K, and where float32 ends.
+    # What is needed grows with the tokens, but where GEMMs may be cut along K, and where float32 ends.
     cut = max(SINGLE_TOKENS, SPLIT_SLOTS // top_k)
     ends = (*range(1, cut + 1), EXACT_SLOTS // top_k, TOKENS_AT_ONCE)
     counts = {min(num_tokens, end) for end in ends} - {0}
@@ -290,24 +290,24 @@ class Launcher:
         w13 = self.experts.w13_packed, self.experts.w13_scale
         top_k = self.topk_ids.shape[1]
         if plan.split_w13 == 1:
-            self.product(x, *w13, activated, plan.regime.w13, 2 * inner, hidden, top_k, "swiglu", 1)
+            self.gemm(x, *w13, activated, plan.regime.w13, 2 * inner, hidden, top_k, "swiglu", 1)
         else:
             parts = self.section("parts", torch.float32)
-            self.product(x, *w13, parts, plan.regime.w13, 2 * inner, hidden, top_k, "partial", plan.split_w13)
+            self.gemm(x, *w13, parts, plan.regime.w13, 2 * inner, hidden, top_k, "partial", plan.split_w13)
             block = 256
             activate_kernel[(num_slots, triton.cdiv(inner, block))](
                 parts, activated, num_slots * 2 * inner, I=inner, SPLIT_K=plan.split_w13, BLOCK=block, **self.options
             )
         weighted = self.section("weighted", plan.weighted)
         w2 = self.experts.w2_packed, self.experts.w2_scale
-        self.product(activated, *w2, weighted, plan.regime.w2, hidden, inner, 1, "weighted", plan.split_w2)
+        self.gemm(activated, *w2, weighted, plan.regime.w2, hidden, inner, 1, "weighted", plan.split_w2)
         reduce_kernel[(len(x), triton.cdiv(hidden, _REDUCE_BLOCK))](
             weighted, self.topk_ids, self.map, out, num_slots, shape.num_experts, self.num_global,
             H=hidden, TOP_K=top_k, SPLIT_K=plan.split_w2, HAS_MAP=self.has_map, BLOCK=_REDUCE_BLOCK,
             **self.options,
         )  # fmt: skip
 
-    def product(
+    def gemm(
         self,
         x: torch.Tensor,
         packed: torch.Tensor,
@@ -320,7 +320,7 @@ class Launcher:
         epilogue: str,
         parts: int,
     ) -> None:
-        """One launch of `product_kernel`, whose arguments these are; x has a row for each `slots_per_x` slots."""
+        """One launch of `moe_gemm_kernel`, whose arguments these are; x has a row for each `slots_per_x` slots."""
         plan, device = self.plan, self.experts.device
         tiles = plan.max_blocks * (rows // tile.block_rows) * parts
         variant = (
@@ -331,7 +331,7 @@ class Launcher:
         slots, blocks = (
             self.section(name, torch.int32) if plan.sorted else self.topk_ids for name in ("slots", "blocks")
         )
-        compiled = product_kernel[(grid,)](
+        compiled = moe_gemm_kernel[(grid,)](
             x, packed, scale, out, self.topk_ids, self.map, self.topk_weights, slots, blocks,
             plan.num_slots, self.experts.shape.num_experts, self.num_global,
             N=rows, K=inputs, SLOTS_PER_X=slots_per_x, EPILOGUE=epilogue,

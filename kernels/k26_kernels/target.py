@@ -10,8 +10,8 @@ import triton
 
 from k26_kernels.unpack import INTERPRETED
 
-# Before 3.8 Triton lets a program write the next weights into registers that a product of sm_90 still reads (triton issue
-# 9433): its wait for the last but one group of products says nothing of the last.
+# Before 3.8 Triton lets a program write the next weights into registers that an instruction of sm_90 (wgmma) still reads
+# (triton issue 9433): its wait for the last but one group of them says nothing of the last.
 OVERWRITES_WEIGHTS = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 8)
 
 
@@ -41,7 +41,7 @@ class Target:
 
     @property
     def waits(self) -> bool:
-        """Whether a kernel has to let its products end before the weights change: slower, and right."""
+        """Whether a kernel has to let its matrix instructions end before the weights change: slower, and right."""
         return self.name == "sm_90" and OVERWRITES_WEIGHTS
 
 
@@ -75,7 +75,7 @@ class Device:
         """How many programs an SM holds at a time, at least one.
 
         registers: of a thread. shared: bytes of shared memory, columns: of tensor memory, where there is such. Threads run
-        out later than registers, of which the products have more than 42 each.
+        out later than registers, of which the GEMMs have more than 42 each.
         """
         # Registers are given out eight at a time; on AMD there are twice as many. NVIDIA keeps 1 KB for each program.
         amd = self.target.amd

@@ -13,7 +13,7 @@ INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 @triton.jit
 def dot_operand(x: tl.tensor) -> tl.tensor:
-    """x as `tl.dot` takes it. The interpreter's product of bfloat16 multiplies raw bits, so there it gets float32."""
+    """x as `tl.dot` takes it. The interpreter's `tl.dot` of bfloat16 multiplies raw bits, so there it gets float32."""
     if INTERPRETED:
         return x.to(tl.float32)
     else:
@@ -32,7 +32,7 @@ def rounded(x: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def settled(acc: tl.tensor) -> tl.tensor:
-    """acc, once the products that it comes from have ended: to touch it makes the compiler wait for them."""
+    """acc, once the matrix instructions that it comes from have ended: to touch it makes the compiler wait for them."""
     return tl.inline_asm_elementwise("mov.f32 $0, $1;", "=f,f", [acc], dtype=tl.float32, is_pure=True, pack=1)
 
 
@@ -95,7 +95,7 @@ def weights_tile(
     if PACKED_MATH:
         pairs = scales.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
         # 128 + u is exact in bfloat16: its bits are 0x4300 | u. Subtract 136, then multiply: one rounding.
-        # The instructions of sm_80 have no bfloat16 subtraction or product, so both are a fused multiply and add.
+        # The instructions of sm_80 have no bfloat16 subtraction or multiplication, so both are a fused multiply and add.
         v0, v1, v2, v3 = tl.inline_asm_elementwise(
             asm="""
             {

@@ -26,7 +26,7 @@ KERNELS = {
     "place_kernel": align,
     "activate_kernel": experts,
     "reduce_kernel": experts,
-    "product_kernel": experts,
+    "moe_gemm_kernel": experts,
     "dequantize_kernel": dequantize,
     "router_kernel": router,
 }

@@ -23,7 +23,7 @@ INSTRUCTION = {
 REGISTERS = 65536  # of an SM, for all its threads; on AMD 512 for each thread of a wave
 OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 ALL = [(variant.target, variant.name) for variant in variants()]
-PRODUCTS = [(target, name) for target, name in ALL if name.startswith("w")]
+GEMMS = [(target, name) for target, name in ALL if name.startswith("w")]
 
 
 @pytest.fixture(scope="session")
@@ -33,9 +33,9 @@ def facts() -> dict[tuple[str, str], dict[str, Any]]:
         return {(fact.target, fact.name): asdict(fact) for fact in pool.map(compile_variant, variants())}
 
 
-def test_every_target_and_product_is_there() -> None:
+def test_every_target_and_gemm_is_there() -> None:
     assert len(set(ALL)) == len(ALL)
-    assert {target for target, _ in PRODUCTS} == set(TARGETS) == set(INSTRUCTION)
+    assert {target for target, _ in GEMMS} == set(TARGETS) == set(INSTRUCTION)
 
 
 @pytest.mark.parametrize(("target", "name"), ALL)
@@ -53,7 +53,7 @@ def test_it_waits_before_it_reads(facts: dict[tuple[str, str], dict[str, Any]], 
     assert facts[target, name]["waits_first"] == launched_early
 
 
-@pytest.mark.parametrize(("target", "name"), PRODUCTS)
+@pytest.mark.parametrize(("target", "name"), GEMMS)
 def test_it_streams(facts: dict[tuple[str, str], dict[str, Any]], target: str, name: str) -> None:
     """The target's own matrix instruction, 16-byte loads of weights, and no weight that moves between threads."""
     fact = facts[target, name]
@@ -68,7 +68,7 @@ def test_it_streams(facts: dict[tuple[str, str], dict[str, Any]], target: str, n
 
 
 @pytest.mark.skipif(OLD, reason="older ones give the hint to other loads only")
-@pytest.mark.parametrize(("target", "name"), PRODUCTS)
+@pytest.mark.parametrize(("target", "name"), GEMMS)
 def test_weights_that_are_read_once_leave_the_cache_first(
     facts: dict[tuple[str, str], dict[str, Any]], target: str, name: str
 ) -> None:
@@ -77,7 +77,7 @@ def test_weights_that_are_read_once_leave_the_cache_first(
     assert (facts[target, name]["first_to_leave"] > 0) == once
 
 
-@pytest.mark.parametrize(("target", "name"), [pair for pair in PRODUCTS if pair[1].split()[1] in (SINGLE, INVARIANT)])
+@pytest.mark.parametrize(("target", "name"), [pair for pair in GEMMS if pair[1].split()[1] in (SINGLE, INVARIANT)])
 def test_enough_programs_of_a_small_batch_fit_on_an_sm(
     facts: dict[tuple[str, str], dict[str, Any]], target: str, name: str
 ) -> None:

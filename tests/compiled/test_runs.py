@@ -52,10 +52,10 @@ def batch(num_tokens: int, top_k: int, num_experts: int, hidden: int = HIDDEN) -
 def test_every_regime(compiled_for: CompiledFor, monkeypatch: pytest.MonkeyPatch, target: str, regime: str) -> None:
     """Ragged experts and blocks, one expert without tokens, and a workspace full of what was there before.
 
-    The products' tiles lie in shared memory such that no access waits for another's bank.
+    The GEMMs' tiles lie in shared memory such that no access waits for another's bank.
     """
     kernels = compiled_for(target)
-    conflicts = kernels["product_kernel"].conflicts
+    conflicts = kernels["moe_gemm_kernel"].conflicts
     monkeypatch.setattr("k26_kernels.experts.choose", lambda *arguments: regime)
     make_plan.cache_clear()
     # In one regime w2's inputs are those of a rank under tensor parallel 8.
@@ -66,7 +66,7 @@ def test_every_regime(compiled_for: CompiledFor, monkeypatch: pytest.MonkeyPatch
     result = fused_experts(x, experts, ids, topk_weights, workspace=workspace)
     assert error(result, judge(weights, x, ids, topk_weights)) <= TOLERANCE
     assert kernels["align_kernel"].launches > 0 or regime == "single"
-    assert kernels["product_kernel"].conflicts == conflicts
+    assert kernels["moe_gemm_kernel"].conflicts == conflicts
 
 
 @pytest.mark.parametrize(("capability", "target"), [(86, "sm_80"), (89, "sm_80"), (103, "sm_100"), (121, "sm_120")])
@@ -163,7 +163,7 @@ def test_router(compiled_for: CompiledFor, target: str) -> None:
 # What a compiler or a careless hand could leave out or get wrong: the run has to notice each.
 BROKEN = {
     "no wait for copies": (r"cp\.async\.wait_group[^;]*;", ""),
-    "no wait for products": (r"wgmma\.wait_group[^;]*;", ""),
+    "no wait for matrix instructions": (r"wgmma\.wait_group[^;]*;", ""),
     "no barrier": (r"bar\.sync[^;]*;", ""),
     "another zero point": ("0xC308C308", "0xC307C307"),
     "nibbles of another byte": (r"shr\.u32 (\S+), (\S+), 8;", r"shr.u32 \1, \2, 16;"),
@@ -177,8 +177,8 @@ def test_a_broken_kernel_is_noticed(compiled_for: CompiledFor, broken: str) -> N
     edits = []
 
     def edit(ptx: str) -> str:
-        # The product's only: the other kernels have hardly any of it.
-        if "product_kernel" not in ptx:
+        # The GEMMs' only: the other kernels have hardly any of it.
+        if "moe_gemm_kernel" not in ptx:
             return ptx
         text, count = re.subn(pattern, replacement, ptx)
         edits.append(count)
@@ -196,7 +196,7 @@ def test_a_broken_kernel_is_noticed(compiled_for: CompiledFor, broken: str) -> N
 
 
 def test_triton_waits_for_products_from_3_8_on(compiled_for: CompiledFor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Why `Target.waits` exists: earlier ones let the weights of a product change while it is under way."""
+    """Why `Target.waits` exists: earlier ones let the weights of a matrix instruction change while it is under way."""
     affected = OVERWRITES_WEIGHTS
     monkeypatch.setattr("k26_kernels.target.OVERWRITES_WEIGHTS", False)
     compiled_for("sm_90")

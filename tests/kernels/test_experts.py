@@ -91,7 +91,7 @@ def test_the_largest_blocks(device: torch.device, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("num_tokens", [1, 5])
 @pytest.mark.parametrize(("hidden", "inner", "parts"), [(1024, 128, (2, 1)), (128, 1024, (1, 2))], ids=str)
 def test_split_along_k(device: torch.device, hidden: int, inner: int, parts: tuple[int, int], num_tokens: int) -> None:
-    """Where the tiles of a few tokens, sorted or not, do not fill the GPU, a product's parts are summed in their order."""
+    """Where the tiles of a few tokens, sorted or not, do not fill the GPU, a GEMM's parts are summed in their order."""
     weights = make_weights(2, hidden, inner)
     ids, topk_weights = torch.tensor([[1], [0], [1], [-1], [1]])[:num_tokens], torch.full((num_tokens, 1), 0.7)
     x = inputs(num_tokens, hidden)
@@ -114,7 +114,7 @@ PARTS = {
 
 
 @pytest.mark.parametrize(("shape", "num_tokens"), PARTS)
-def test_into_how_many_parts_a_rank_s_products_are_cut(shape: Shape, num_tokens: int) -> None:
+def test_into_how_many_parts_a_rank_s_gemms_are_cut(shape: Shape, num_tokens: int) -> None:
     """Of few tokens, sorted or not, and never where a token's bits must not depend on its batch."""
     plan = make_plan(H200, shape, num_tokens, 8, 384)
     assert (plan.split_w13, plan.split_w2) == PARTS[shape, num_tokens]
@@ -210,16 +210,16 @@ def test_launches_a_layer(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, num_tokens: int, sorting: list[str]
 ) -> None:
     launched: list[str] = []
-    for module, names in ((experts_module, ("product", "activate", "reduce")), (align, ("align", "count", "place"))):
+    for module, names in ((experts_module, ("moe_gemm", "activate", "reduce")), (align, ("align", "count", "place"))):
         for name in names:
             kernel = getattr(module, f"{name}_kernel")
             monkeypatch.setattr(module, f"{name}_kernel", Counted(kernel, name, launched))
     ids = torch.full((num_tokens, 8), -1, dtype=torch.int32)
     ids[0, :2] = torch.tensor([1, 0])
-    # Not so few experts that a product would be cut along K.
+    # Not so few experts that a GEMM would be cut along K.
     weights, x, topk_weights = make_weights(2, 128, 256), inputs(num_tokens, 128), torch.ones(num_tokens, 8)
     result = result_of(device, weights, x, ids, topk_weights)
-    assert launched == [*sorting, "product", "product", "reduce"]
+    assert launched == [*sorting, "moe_gemm", "moe_gemm", "reduce"]
     assert error(result[:1], judge(weights, x[:1], ids[:1], topk_weights)) <= TOLERANCE
 
 

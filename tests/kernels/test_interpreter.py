@@ -10,7 +10,7 @@ from k26_kernels.unpack import INTERPRETED, dot_operand, rounded
 
 
 @triton.jit
-def product(x, y, out, MENDED: tl.constexpr) -> None:  # noqa: N803
+def matmul(x, y, out, MENDED: tl.constexpr) -> None:  # noqa: N803
     i, j = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
     a, b = tl.load(x + i * 16 + j), tl.load(y + i * 16 + j)
     if MENDED:
@@ -31,7 +31,7 @@ def test_products_of_bfloat16(device: torch.device, mended: bool) -> None:
         pytest.skip("a GPU multiplies bfloat16 rightly")
     x, y = (torch.randn(16, 16, generator=torch.Generator().manual_seed(seed)).bfloat16().to(device) for seed in (0, 1))
     out = torch.empty(16, 16, device=device)
-    product[(1,)](x, y, out, MENDED=mended)
+    matmul[(1,)](x, y, out, MENDED=mended)
     right = torch.allclose(out, x.float() @ y.float(), atol=1e-4)
     assert right == mended, "the interpreter's tl.dot has changed: is dot_operand still needed?"
 

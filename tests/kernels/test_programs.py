@@ -1,4 +1,4 @@
-"""How many programs of a product are launched: as many as the SMs hold, once the compiler's figures are known."""
+"""How many programs of a GEMM are launched: as many as the SMs hold, once the compiler's figures are known."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_larger_member_of_a_family_holds_more() -> None:
 
 
 def test_launches_take_what_the_first_one_compiled(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first takes a guess. Each product has figures of its own, and results are the same bits."""
+    """The first takes a guess. Each GEMM has figures of its own, and results are the same bits."""
     if device.type != "cpu":
         pytest.skip("its GPU is the interpreter's, which has four SMs")
     grids: list[int] = []
@@ -54,7 +54,7 @@ def test_launches_take_what_the_first_one_compiled(device: torch.device, monkeyp
     class Compiled:
         """The kernel, with the figures of a GPU's where the interpreter has none: two programs fit for w13, one for w2."""
 
-        kernel = experts.product_kernel
+        kernel = experts.moe_gemm_kernel
 
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
             grids.append(grid[0])
@@ -68,7 +68,7 @@ def test_launches_take_what_the_first_one_compiled(device: torch.device, monkeyp
 
             return launch
 
-    monkeypatch.setattr(experts, "product_kernel", Compiled())
+    monkeypatch.setattr(experts, "moe_gemm_kernel", Compiled())
     monkeypatch.setattr(experts, "programs_per_sm", {})
     weights = make_weights(3, 768, 384)
     loaded = KernelExperts.from_checkpoint(*(part.to(device) for part in weights.parts()))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from k26_kernels import KernelExperts, Shape, batched_experts, compile_batched, compile_variants, fused_experts
 from k26_kernels.experts import EXACT_SLOTS, TOKENS_AT_ONCE, make_plan
-from k26_kernels.product import product_kernel
+from k26_kernels.moe_gemm import moe_gemm_kernel
 from k26_kernels.target import TARGETS, Device
 from k26_kernels.variants import batch_sizes
 from support.experts import error, inputs, judge, make_weights, route, to_device
@@ -20,7 +20,7 @@ from support.experts import error, inputs, judge, make_weights, route, to_device
 from k26_plugins.common.experts import Batches, ExpertsError, create_experts, triton
 from k26_plugins.common.experts.triton import TritonExperts
 
-LAUNCHER = type(product_kernel)
+LAUNCHER = type(moe_gemm_kernel)
 """Triton's own class of kernels: its interpreter's without a GPU."""
 
 
@@ -52,7 +52,7 @@ def test_no_batch_launches_what_was_not_compiled(
 ) -> None:
     """Of any size, among them those that are computed in two parts; and nothing is compiled that none launches."""
     if device.type == "cpu":
-        # Few tokens leave a real GPU idle, and its products are cut along K.
+        # Few tokens leave a real GPU idle, and its GEMMs are cut along K.
         large = Device(TARGETS["sm_90"], "interpreter", 132)
         for module in ("experts", "variants"):
             monkeypatch.setattr(sys.modules[f"k26_kernels.{module}"], "device_of", lambda device: large)
@@ -71,7 +71,7 @@ def test_no_batch_launches_what_was_not_compiled(
             options = {"expert_map": expert_map, "out": x.half(), "batch_invariant": batch_invariant}
             fused_experts(x, experts, ids, ids.float(), **options)  # type: ignore[arg-type]
     assert launched == compiled
-    assert {name for name, *_ in launched} >= {"align_kernel", "count_kernel", "product_kernel", "reduce_kernel"}
+    assert {name for name, *_ in launched} >= {"align_kernel", "count_kernel", "moe_gemm_kernel", "reduce_kernel"}
     assert batch_invariant or "activate_kernel" in {name for name, *_ in launched}
 
 

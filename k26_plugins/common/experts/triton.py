@@ -164,7 +164,7 @@ class TritonExperts(ExpertsBackend):
     def apply_by_expert(
         self, hidden_states: torch.Tensor, counts: torch.Tensor, out: torch.Tensor, *, expected: float
     ) -> None:
-        """A table of blocks from the counts in the place of sorting, and the same products."""
+        """A table of blocks from the counts in the place of sorting, and the same GEMMs."""
         from k26_kernels import batched_experts
 
         batched_experts(

@@ -21,7 +21,7 @@ from k26_plugins.operate.tune.tiles import fastest_tiles
 
 # Tokens of a batch whose result is compared, evenly spaced: each needs as many experts dequantized as it chose.
 COMPARED = 8
-# Searches for tiles: each regime's two products.
+# Searches for tiles: each regime's two GEMMs.
 SEARCHES = 10
 
 

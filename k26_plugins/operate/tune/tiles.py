@@ -69,12 +69,12 @@ def time_of(experts: KernelExperts, layer: Layer, regime: Regime, tokens: int, c
 
 
 def searches(experts: KernelExperts, layer: Layer) -> Iterator[tuple[str, str, list[Tile]]]:
-    """What is searched: a regime, a product, and the tiles for it after the present one."""
+    """What is searched: a regime, a GEMM, and the tiles for it after the present one."""
     for name, present in regimes(experts.device, experts.shape).items():
-        for product, inputs in (("w13", layer.hidden_size), ("w2", layer.intermediate_size)):
-            tile = getattr(present, product)
+        for gemm, inputs in (("w13", layer.hidden_size), ("w2", layer.intermediate_size)):
+            tile = getattr(present, gemm)
             others = candidates(experts.device.target, tile)
-            yield name, product, [one for one in others if inputs % one.block_k == 0 and one != tile]
+            yield name, gemm, [one for one in others if inputs % one.block_k == 0 and one != tile]
 
 
 def fastest_tiles(
@@ -87,15 +87,15 @@ def fastest_tiles(
     best = dict(regimes(experts.device, experts.shape))
     todo = list(searches(experts, layer))
     end = time.monotonic() + seconds
-    for index, (name, product, tiles) in enumerate(todo):
+    for index, (name, gemm, tiles) in enumerate(todo):
         until = time.monotonic() + (end - time.monotonic()) / (len(todo) - index)
         fastest = time_of(experts, layer, best[name], TOKENS[name], clock)
         for tile in tiles:
             if time.monotonic() > until:
                 break
-            trial = replace(best[name], w13=tile) if product == "w13" else replace(best[name], w2=tile)
+            trial = replace(best[name], w13=tile) if gemm == "w13" else replace(best[name], w2=tile)
             taken = time_of(experts, layer, trial, TOKENS[name], clock)
             if taken < fastest:
                 fastest, best[name] = taken, trial
-        on_search(f"{name} {product}")
+        on_search(f"{name} {gemm}")
     return best

@@ -1,4 +1,4 @@
-"""The products of the experts: tokens times INT4 weights, with SwiGLU or the routing weight in the epilogue."""
+"""The two GEMMs of the experts: tokens times INT4 weights, with SwiGLU or the routing weight in the epilogue."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def write_tile(
     slot: tl.tensor, count: tl.tensor, rows_first: tl.tensor, part: tl.tensor, num_slots: tl.tensor,
     N: tl.constexpr, EPILOGUE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """What `product_kernel` says of EPILOGUE."""
+    """What `moe_gemm_kernel` says of EPILOGUE."""
     valid = (tl.arange(0, BLOCK_TOKENS) < count)[None, :]
     if EPILOGUE == "swiglu":
         halves = tl.permute(tl.reshape(acc, [BLOCK_ROWS // 16, 2, 8, BLOCK_TOKENS]), [0, 2, 3, 1])
@@ -42,7 +42,7 @@ def multiply_step(
     rows_first: tl.tensor, k: tl.tensor, K: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
     FRAGMENT: tl.constexpr, PACKED_MATH: tl.constexpr, WAIT: tl.constexpr, ONCE: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """acc with the product over BLOCK_K inputs from k on. ONCE: as in `load_words`."""
+    """acc with the products over BLOCK_K inputs from k on added. ONCE: as in `load_words`."""
     w = load_words(words, rows_first, k, K, BLOCK_ROWS, BLOCK_K, FRAGMENT, ONCE)
     s = load_scales(scales, rows_first, k, K, BLOCK_ROWS, BLOCK_K, FRAGMENT)
     xt = tl.load(x_rows[None, :] + (k + tl.arange(0, BLOCK_K))[:, None], mask=valid, other=0.0)
@@ -54,7 +54,7 @@ def multiply_step(
 
 
 @triton.jit(do_not_specialize=["num_slots", "num_experts", "num_global"])
-def product_kernel(
+def moe_gemm_kernel(
     x: tl.tensor, packed: tl.tensor, scale: tl.tensor, out: tl.tensor,
     topk_ids: tl.tensor, expert_map: tl.tensor, topk_weights: tl.tensor, slots: tl.tensor, blocks: tl.tensor,
     num_slots: tl.tensor, num_experts: tl.tensor, num_global: tl.tensor,
@@ -69,13 +69,13 @@ def product_kernel(
     SORTED: blocks of slots come from `align`; else every slot is a block of its own and `slots`, `blocks` are not read.
     EPILOGUE, and what it writes to `out` for each slot with an expert here:
       "swiglu"    silu(gate) · up, bfloat16 `[num_slots, N / 2]`; SPLIT_K is 1
-      "weighted"  the product times the slot's routing weight, rounded to the dtype of `out`, `[SPLIT_K, num_slots, N]`
-      "plain"     the product, rounded to the dtype of `out`, `[num_slots, N]`; SPLIT_K is 1
-      "partial"   the product's part, float32 `[SPLIT_K, num_slots, N]`, rows as they are stored
-    WAIT: let each step's products end before the next step's weights are made (`Target.waits`).
+      "weighted"  the result times the slot's routing weight, rounded to the dtype of `out`, `[SPLIT_K, num_slots, N]`
+      "plain"     the result, rounded to the dtype of `out`, `[num_slots, N]`; SPLIT_K is 1
+      "partial"   the split-K partial, float32 `[SPLIT_K, num_slots, N]`, rows as they are stored
+    WAIT: let each step's matrix instructions end before the next step's weights are made (`Target.waits`).
 
-    The steps along K are loaded ahead of their products. Where one step is all, whole tiles are, their rows of the table
-    and their tokens with them.
+    The steps along K are loaded ahead of their matrix instructions. Where one step is all, whole tiles are loaded ahead,
+    their rows of the table and their tokens with them.
     """
     after_previous(DEPENDENT)
     ROW_BLOCKS: tl.constexpr = N // BLOCK_ROWS
