@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from k26_kernels.align import SLOTS_AT_ONCE, SLOTS_RANKED, align_kernel, count_kernel, place_kernel
+from k26_kernels.align import PAIRS_AT_ONCE, PAIRS_RANKED, align_kernel, count_kernel, place_kernel
 from k26_kernels.batched import TOKENS_WRITTEN, table_kernel
 from k26_kernels.combine import activate_kernel, reduce_kernel
 from k26_kernels.config import INVARIANT, SINGLE, Regime, Shape, Tile, default_regimes
@@ -103,7 +103,7 @@ def gemm_variant(
     constants = {
         "N": rows,
         "K": inputs,
-        "SLOTS_PER_X": TOP_K if gated else 1,
+        "PAIRS_PER_X": TOP_K if gated else 1,
         "EPILOGUE": "weighted" if not gated else "swiglu" if parts == 1 else "partial",
         "SORTED": not name.startswith(SINGLE),
         "HAS_MAP": True,
@@ -124,12 +124,12 @@ def gemm_variant(
 def variants() -> Iterator[Variant]:
     """All that is shipped: the small kernels, and the GEMMs in every regime."""
     hidden, inner = LAYER.hidden_size, LAYER.intermediate_size
-    sort = {"BINS": 512, "SLOTS_AT_ONCE": SLOTS_AT_ONCE, "HAS_MAP": True}
+    sort = {"BINS": 512, "PAIRS_AT_ONCE": PAIRS_AT_ONCE, "HAS_MAP": True}
     small: dict[str, dict[str, Any]] = {
         "align": {**sort, "BLOCK_TOKENS": 16},
         "table": {"BLOCK_TOKENS": 16, "BINS": 512, "TOKENS_WRITTEN": TOKENS_WRITTEN},
         "count": sort,
-        "place": {**sort, "BLOCK_TOKENS": 16, "SLOTS_RANKED": SLOTS_RANKED},
+        "place": {**sort, "BLOCK_TOKENS": 16, "PAIRS_RANKED": PAIRS_RANKED},
         "activate": {"I": inner, "SPLIT_K": 2, "BLOCK": 256},
         "reduce": {"H": hidden, "TOP_K": TOP_K, "SPLIT_K": 1, "HAS_MAP": True, "BLOCK": 1024},
         "router": {"NUM_EXPERTS": 384, "TOP_K": TOP_K, "NORMALIZE": True, "BLOCK": 512, "BLOCK_TOP_K": 8},

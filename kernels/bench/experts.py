@@ -80,13 +80,13 @@ def measure(
     """A row for each implementation; a string instead of one is why it does not run."""
     local = layer.expert_map(device)
     data = layer.batches(routing, tokens, device)
-    here = [layer.slots_here(batch.topk_ids.cpu()) for batch in data]
+    here = [layer.pairs_here(batch.topk_ids.cpu()) for batch in data]
 
     def call(run: Run, batch: Batch) -> torch.Tensor:
         return run(batch.hidden_states, batch.topk_weights, batch.topk_ids, local)
 
-    size = sum(len(slots.unique()) for slots in here) * layer.expert_bytes
-    flops = sum(layer.flops(len(slots)) for slots in here)
+    size = sum(len(pairs.unique()) for pairs in here) * layer.expert_bytes
+    flops = sum(layer.flops(len(pairs)) for pairs in here)
     ours: torch.Tensor | None = None
     for name, run in runs.items():
         if isinstance(run, str):

@@ -21,7 +21,7 @@ from pathlib import Path
 import triton
 from bench.compiled import Facts, compile_variant, gemm_variant
 from bench.layers import GLOBAL_EXPERTS, LAYERS, TOKENS, TOP_K
-from k26_kernels.align import SLOTS_AT_ONCE
+from k26_kernels.align import PAIRS_AT_ONCE
 from k26_kernels.config import SINGLE, Shape, Tile
 from k26_kernels.experts import TOKENS_AT_ONCE, Plan, make_plan
 from k26_kernels.target import TARGETS, Device
@@ -108,16 +108,16 @@ def predict(machine: Machine, compiled: Compiled, layer: Layer, kind: str, num_t
     for start in range(0, num_tokens, TOKENS_AT_ONCE):
         part = ids[start : start + TOKENS_AT_ONCE]
         plan = make_plan(machine.device, shape, len(part), TOP_K, GLOBAL_EXPERTS)
-        here = layer.slots_here(part)
+        here = layer.pairs_here(part)
         counts = here.bincount(minlength=shape.num_experts)
         block = plan.regime.block_tokens
         blocks = int(((counts + block - 1) // block).sum()) if plan.sorted else len(here)
-        touched, slots = int((counts > 0).sum()), len(here)
-        weighted = plan.split_w2 * plan.weighted.itemsize * hidden * slots
-        activated, partial = 2 * slots * inner, 4 * plan.split_w13 * 2 * inner
-        written = activated if plan.split_w13 == 1 else slots * partial
+        touched, pairs = int((counts > 0).sum()), len(here)
+        weighted = plan.split_w2 * plan.weighted.itemsize * hidden * pairs
+        activated, partial = 2 * pairs * inner, 4 * plan.split_w13 * 2 * inner
+        written = activated if plan.split_w13 == 1 else pairs * partial
         gemms = (
-            (True, plan.regime.w13, 2 * inner, hidden, plan.split_w13, 2 * slots * hidden + written),
+            (True, plan.regime.w13, 2 * inner, hidden, plan.split_w13, 2 * pairs * hidden + written),
             (False, plan.regime.w2, hidden, inner, plan.split_w2, activated + weighted),
         )
         for gated, tile, rows, inputs, parts, extra in gemms:
@@ -126,20 +126,20 @@ def predict(machine: Machine, compiled: Compiled, layer: Layer, kind: str, num_t
             bound = max(floors, key=lambda name: floors[name])
             seconds += floors[bound]
             bounds.append(bound)
-        launches = 3 + plan.sorted + (plan.num_slots > SLOTS_AT_ONCE) + (plan.split_w13 > 1)
+        launches = 3 + plan.sorted + (plan.num_pairs > PAIRS_AT_ONCE) + (plan.split_w13 > 1)
         summed = weighted + 2 * len(part) * hidden
         if plan.split_w13 > 1:
-            # The sum of the parts takes the slots of other ranks along.
-            summed += plan.num_slots * (partial + 2 * inner)
+            # The sum of the parts takes the pairs of other ranks along.
+            summed += plan.num_pairs * (partial + 2 * inner)
         seconds += machine.launch + (launches - 1) * machine.dependent_launch + summed / machine.bandwidth
-    touched = len(layer.slots_here(ids).unique())
+    touched = len(layer.pairs_here(ids).unique())
     return {
         "layer": layer.name,
         "routing": kind,
         "tokens": num_tokens,
         "microseconds": round(seconds * 1e6, 1),
         "bytes_floor": round(touched * layer.expert_bytes / machine.bandwidth * 1e6, 1),
-        "matmul_floor": round(layer.flops(len(layer.slots_here(ids))) / machine.matmul * 1e6, 1),
+        "matmul_floor": round(layer.flops(len(layer.pairs_here(ids))) / machine.matmul * 1e6, 1),
         "bound": "/".join(bounds[:2]),
     }
 

@@ -1,7 +1,8 @@
-"""Which slots each expert has, as a table of blocks: built on the device, without the host's knowing.
+"""Token–expert pairs sorted by expert, and a table of their blocks, built on the device without the host's knowing.
 
-Up to SLOTS_AT_ONCE slots in one launch, in which every expert's program reads all of them. Beyond, in two: `count_kernel`
-counts the slots of a chunk by expert, `place_kernel` adds the counts up and puts a chunk's slots in their places.
+A pair is token · top_k + k. Up to PAIRS_AT_ONCE pairs are sorted in one launch, in which every expert's program reads
+all of them. More take two: `count_kernel` counts the pairs of a chunk by expert, `place_kernel` adds the counts up and puts
+a chunk's pairs in their places.
 """
 
 from __future__ import annotations
@@ -13,24 +14,24 @@ import triton.language as tl
 from k26_kernels.dependent import after_previous, launch_options
 
 COLUMNS = tl.constexpr(5)  # of the table of blocks
-SLOTS_AT_ONCE = 1024
-SLOTS_RANKED = 32  # of a chunk that are compared with each other at a time
+PAIRS_AT_ONCE = 1024
+PAIRS_RANKED = 32  # of a chunk that are compared with each other at a time
 # Programs of `place_kernel`, however few chunks there are, so that each writes the table of a few experts only.
 PLACERS = 64
 
 
-def max_blocks(num_slots: int, num_experts: int, block_tokens: int) -> int:
+def max_blocks(num_pairs: int, num_experts: int, block_tokens: int) -> int:
     """The most blocks that any choice of experts can give: each expert leaves at most one block unfilled."""
-    return min(num_slots, num_slots // block_tokens + min(num_experts, num_slots))
+    return min(num_pairs, num_pairs // block_tokens + min(num_experts, num_pairs))
 
 
 @triton.jit
 def local_expert(
-    topk_ids: tl.tensor, expert_map: tl.tensor, slot: tl.tensor,
-    num_slots: tl.tensor, num_experts: tl.tensor, num_global: tl.tensor, HAS_MAP: tl.constexpr,
+    topk_ids: tl.tensor, expert_map: tl.tensor, pair: tl.tensor,
+    num_pairs: tl.tensor, num_experts: tl.tensor, num_global: tl.tensor, HAS_MAP: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """The local expert of each slot, negative where there is none here."""
-    chosen = tl.load(topk_ids + slot, mask=slot < num_slots, other=-1)
+    """The local expert of each pair, negative where there is none here."""
+    chosen = tl.load(topk_ids + pair, mask=pair < num_pairs, other=-1)
     if HAS_MAP:
         # What the map does not have would be read from anywhere.
         chosen = tl.load(expert_map + chosen, mask=(chosen >= 0) & (chosen < num_global), other=-1)
@@ -57,22 +58,22 @@ def write_blocks(
         tl.store(row + 4, tl.zeros_like(block) + own_blocks, mask=mine)
 
 
-@triton.jit(do_not_specialize=["num_slots", "num_experts", "num_global"])
+@triton.jit(do_not_specialize=["num_pairs", "num_experts", "num_global"])
 def align_kernel(
-    topk_ids: tl.tensor, expert_map: tl.tensor, slots: tl.tensor, blocks: tl.tensor,
-    num_slots: tl.tensor, num_experts: tl.tensor, num_global: tl.tensor,
-    BLOCK_TOKENS: tl.constexpr, BINS: tl.constexpr, SLOTS_AT_ONCE: tl.constexpr, HAS_MAP: tl.constexpr,
+    topk_ids: tl.tensor, expert_map: tl.tensor, sorted_pairs: tl.tensor, blocks: tl.tensor,
+    num_pairs: tl.tensor, num_experts: tl.tensor, num_global: tl.tensor,
+    BLOCK_TOKENS: tl.constexpr, BINS: tl.constexpr, PAIRS_AT_ONCE: tl.constexpr, HAS_MAP: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Program e writes expert e's slots in their order, and its rows of the table. The last writes the number of rows.
+    """Program e writes expert e's pairs in their order, and its rows of the table. The last writes the number of rows.
 
-    Every program counts the slots of all experts itself: of so few that costs less than a second launch.
+    Every program counts the pairs of all experts itself: with so few pairs that costs less than a second launch.
     """
     after_previous(DEPENDENT)
     expert = tl.program_id(0)
     bins = tl.arange(0, BINS)
-    slot = tl.arange(0, SLOTS_AT_ONCE)
-    local = local_expert(topk_ids, expert_map, slot, num_slots, num_experts, num_global, HAS_MAP)
+    pair = tl.arange(0, PAIRS_AT_ONCE)
+    local = local_expert(topk_ids, expert_map, pair, num_pairs, num_experts, num_global, HAS_MAP)
     counts = tl.histogram(tl.where(local < 0, BINS - 1, local), BINS)
     counts = tl.where(bins < num_experts, counts, 0)
     num_blocks = (counts + BLOCK_TOKENS - 1) // BLOCK_TOKENS
@@ -82,37 +83,37 @@ def align_kernel(
     count = tl.sum(tl.where(bins == expert, counts, 0))
     write_blocks(blocks, expert, begin, first, count, num_experts, BLOCK_TOKENS)
     chosen = local == expert
-    tl.store(slots + begin + tl.cumsum(chosen.to(tl.int32), 0) - 1, slot, mask=chosen)
+    tl.store(sorted_pairs + begin + tl.cumsum(chosen.to(tl.int32), 0) - 1, pair, mask=chosen)
 
 
-@triton.jit(do_not_specialize=["num_slots", "num_experts", "num_global"])
+@triton.jit(do_not_specialize=["num_pairs", "num_experts", "num_global"])
 def count_kernel(
     topk_ids: tl.tensor, expert_map: tl.tensor, counts: tl.tensor,
-    num_slots: tl.tensor, num_experts: tl.tensor, num_global: tl.tensor,
-    BINS: tl.constexpr, SLOTS_AT_ONCE: tl.constexpr, HAS_MAP: tl.constexpr, DEPENDENT: tl.constexpr,
+    num_pairs: tl.tensor, num_experts: tl.tensor, num_global: tl.tensor,
+    BINS: tl.constexpr, PAIRS_AT_ONCE: tl.constexpr, HAS_MAP: tl.constexpr, DEPENDENT: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Program c counts a chunk's slots by expert. counts: int32 `[num_chunks, BINS]`; the last bin is nobody's."""
+    """Program c counts a chunk's pairs by expert. counts: int32 `[num_chunks, BINS]`; the last bin is nobody's."""
     after_previous(DEPENDENT)
-    slot = tl.program_id(0) * SLOTS_AT_ONCE + tl.arange(0, SLOTS_AT_ONCE)
-    local = local_expert(topk_ids, expert_map, slot, num_slots, num_experts, num_global, HAS_MAP)
+    pair = tl.program_id(0) * PAIRS_AT_ONCE + tl.arange(0, PAIRS_AT_ONCE)
+    local = local_expert(topk_ids, expert_map, pair, num_pairs, num_experts, num_global, HAS_MAP)
     found = tl.histogram(tl.where(local < 0, BINS - 1, local), BINS)
     tl.store(counts + tl.program_id(0) * BINS + tl.arange(0, BINS), found)
 
 
-@triton.jit(do_not_specialize=["num_slots", "num_experts", "num_global"])
+@triton.jit(do_not_specialize=["num_pairs", "num_experts", "num_global"])
 def place_kernel(
-    topk_ids: tl.tensor, expert_map: tl.tensor, counts: tl.tensor, slots: tl.tensor, blocks: tl.tensor,
-    num_slots: tl.tensor, num_experts: tl.tensor, num_global: tl.tensor,
-    BLOCK_TOKENS: tl.constexpr, BINS: tl.constexpr, SLOTS_AT_ONCE: tl.constexpr, SLOTS_RANKED: tl.constexpr,
+    topk_ids: tl.tensor, expert_map: tl.tensor, counts: tl.tensor, sorted_pairs: tl.tensor, blocks: tl.tensor,
+    num_pairs: tl.tensor, num_experts: tl.tensor, num_global: tl.tensor,
+    BLOCK_TOKENS: tl.constexpr, BINS: tl.constexpr, PAIRS_AT_ONCE: tl.constexpr, PAIRS_RANKED: tl.constexpr,
     HAS_MAP: tl.constexpr, DEPENDENT: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Program c puts the slots of chunk c in their places, and writes the table's rows of every n-th expert."""
+    """Program c puts the pairs of chunk c in their places, and writes the table's rows of every n-th expert."""
     after_previous(DEPENDENT)
     program = tl.program_id(0)
     bins = tl.arange(0, BINS)
     total = tl.zeros([BINS], tl.int32)
     earlier = tl.zeros([BINS], tl.int32)  # in the chunks before this one
-    for chunk in range(tl.cdiv(num_slots, SLOTS_AT_ONCE)):
+    for chunk in range(tl.cdiv(num_pairs, PAIRS_AT_ONCE)):
         found = tl.load(counts + chunk * BINS + bins)
         total += found
         earlier += tl.where(chunk < program, found, 0)
@@ -127,15 +128,15 @@ def place_kernel(
         count = tl.sum(tl.where(mine, total, 0))
         write_blocks(blocks, expert, begin, first, count, num_experts, BLOCK_TOKENS)
     place = begins + earlier
-    number = tl.arange(0, SLOTS_RANKED)
-    for start in range(program * SLOTS_AT_ONCE, min((program + 1) * SLOTS_AT_ONCE, num_slots), SLOTS_RANKED):
-        local = local_expert(topk_ids, expert_map, start + number, num_slots, num_experts, num_global, HAS_MAP)
-        # Keys of one expert that are less than its slot's differ from it by 1 to the slot's number, all others by more.
-        key = local * SLOTS_RANKED + number
+    number = tl.arange(0, PAIRS_RANKED)
+    for start in range(program * PAIRS_AT_ONCE, min((program + 1) * PAIRS_AT_ONCE, num_pairs), PAIRS_RANKED):
+        local = local_expert(topk_ids, expert_map, start + number, num_pairs, num_experts, num_global, HAS_MAP)
+        # Keys of one expert that are less than its pair's differ from it by 1 to the pair's number, all others by more.
+        key = local * PAIRS_RANKED + number
         difference = (key[:, None] - key[None, :] - 1).to(tl.uint32, bitcast=True)
         rank = tl.sum((difference < number[:, None]).to(tl.int32), 1)
         counter = tl.where(local < 0, BINS - 1, local)
-        tl.store(slots + tl.gather(place, counter, 0) + rank, start + number, mask=local >= 0)
+        tl.store(sorted_pairs + tl.gather(place, counter, 0) + rank, start + number, mask=local >= 0)
         place += tl.histogram(counter, BINS)
 
 
@@ -145,63 +146,66 @@ def global_experts(expert_map: torch.Tensor | None, num_experts: int) -> int:
 
 
 def num_bins(num_experts: int) -> int:
-    """A count for each expert and one for the slots without."""
+    """How many counts there are: one for each expert, one for the pairs without an expert here; a power of two."""
     return max(16, 1 << num_experts.bit_length())
 
 
-def counts_bytes(num_slots: int, num_experts: int) -> int:
-    """What `align` needs beside its results."""
-    return 4 * triton.cdiv(num_slots, SLOTS_AT_ONCE) * num_bins(num_experts) if num_slots > SLOTS_AT_ONCE else 0
+def counts_bytes(num_pairs: int, num_experts: int) -> int:
+    """What `moe_align_block_size` needs beside its results."""
+    return 4 * triton.cdiv(num_pairs, PAIRS_AT_ONCE) * num_bins(num_experts) if num_pairs > PAIRS_AT_ONCE else 0
 
 
-def align(
+def moe_align_block_size(
     topk_ids: torch.Tensor,
     expert_map: torch.Tensor | None,
     num_experts: int,
     block_tokens: int,
-    slots: torch.Tensor,
+    sorted_pairs: torch.Tensor,
     blocks: torch.Tensor,
     counts: torch.Tensor,
     *,
     dependent: bool = False,
 ) -> None:
-    """Sort the slots (token · top_k + k) by local expert and cut each expert's into blocks of `block_tokens`.
+    """Sort the token–expert pairs by local expert and cut each expert's into blocks of `block_tokens`.
+
+    vLLM's and SGLang's function of this name pads every expert's last block with pairs that are none. Here a table says how
+    many pairs each block has, so that nothing is padded.
 
     topk_ids: integers `[num_tokens, top_k]`, contiguous; −1, or anything that is no expert's, for none.
-    slots: int32 `[num_slots]`. blocks: int32 `[1 + max_blocks · 5]`: the number of blocks, then for each its expert, its
-    first place in `slots`, its number of slots, the first block of its expert, and how many that expert has.
-    counts: int32, `counts_bytes` of it as scratch. dependent: as of `launch_options`.
+    sorted_pairs: int32 `[num_pairs]`. blocks: int32 `[1 + max_blocks · 5]`: the number of blocks, then for each its expert,
+    its first place in `sorted_pairs`, its number of pairs, the first block of its expert, and how many that expert has.
+    counts: int32, `counts_bytes` of it as scratch. dependent: as `launch_options` takes it.
     """
-    num_slots = topk_ids.numel()
+    num_pairs = topk_ids.numel()
     chosen = topk_ids, topk_ids if expert_map is None else expert_map
-    numbers = num_slots, num_experts, global_experts(expert_map, num_experts)
+    numbers = num_pairs, num_experts, global_experts(expert_map, num_experts)
     bins, options = num_bins(num_experts), {"HAS_MAP": expert_map is not None, **launch_options(dependent)}
-    if num_slots <= SLOTS_AT_ONCE:
+    if num_pairs <= PAIRS_AT_ONCE:
         align_kernel[(num_experts,)](
-            *chosen, slots, blocks, *numbers,
-            BLOCK_TOKENS=block_tokens, BINS=bins, SLOTS_AT_ONCE=SLOTS_AT_ONCE, num_warps=4, **options,
+            *chosen, sorted_pairs, blocks, *numbers,
+            BLOCK_TOKENS=block_tokens, BINS=bins, PAIRS_AT_ONCE=PAIRS_AT_ONCE, num_warps=4, **options,
         )  # fmt: skip
         return
-    chunks = triton.cdiv(num_slots, SLOTS_AT_ONCE)
-    count_kernel[(chunks,)](*chosen, counts, *numbers, BINS=bins, SLOTS_AT_ONCE=SLOTS_AT_ONCE, num_warps=4, **options)
+    chunks = triton.cdiv(num_pairs, PAIRS_AT_ONCE)
+    count_kernel[(chunks,)](*chosen, counts, *numbers, BINS=bins, PAIRS_AT_ONCE=PAIRS_AT_ONCE, num_warps=4, **options)
     place_kernel[(max(chunks, PLACERS),)](
-        *chosen, counts, slots, blocks, *numbers,
-        BLOCK_TOKENS=block_tokens, BINS=bins, SLOTS_AT_ONCE=SLOTS_AT_ONCE, SLOTS_RANKED=SLOTS_RANKED,
+        *chosen, counts, sorted_pairs, blocks, *numbers,
+        BLOCK_TOKENS=block_tokens, BINS=bins, PAIRS_AT_ONCE=PAIRS_AT_ONCE, PAIRS_RANKED=PAIRS_RANKED,
         num_warps=4, **options,
     )  # fmt: skip
 
 
-def align_reference(
+def moe_align_block_size_reference(
     topk_ids: torch.Tensor, expert_map: torch.Tensor | None, num_experts: int, block_tokens: int
 ) -> tuple[list[int], list[tuple[int, ...]]]:
-    """What `align` writes, as lists: the sorted slots of local experts, and the rows of the table."""
+    """What `moe_align_block_size` writes, as lists: the sorted pairs of local experts, and the rows of the table."""
     local = topk_ids.flatten().tolist()
     if expert_map is not None:
         local = [expert_map[expert].item() if 0 <= expert < len(expert_map) else -1 for expert in local]
     order: list[int] = []
     table: list[tuple[int, ...]] = []
     for expert in range(num_experts):
-        mine = [slot for slot, chosen in enumerate(local) if chosen == expert]
+        mine = [pair for pair, chosen in enumerate(local) if chosen == expert]
         first, number = len(table), -(-len(mine) // block_tokens)
         for block in range(number):
             begin = block * block_tokens

@@ -21,11 +21,11 @@ TOKENS_WRITTEN = 256
 
 @triton.jit(do_not_specialize=["max_tokens", "num_experts"])
 def table_kernel(
-    counts: tl.tensor, slots: tl.tensor, blocks: tl.tensor, max_tokens: tl.tensor, num_experts: tl.tensor,
+    counts: tl.tensor, sorted_pairs: tl.tensor, blocks: tl.tensor, max_tokens: tl.tensor, num_experts: tl.tensor,
     BLOCK_TOKENS: tl.constexpr, BINS: tl.constexpr, TOKENS_WRITTEN: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Program e writes expert e's slots, which are the places of its tokens, and its rows of the table."""
+    """Program e writes expert e's pairs, which are the places of its tokens, and its rows of the table."""
     after_previous(DEPENDENT)
     expert = tl.program_id(0)
     bins = tl.arange(0, BINS)
@@ -38,7 +38,7 @@ def table_kernel(
     write_blocks(blocks, expert, begin, first, own, num_experts, BLOCK_TOKENS)
     for start in range(0, own, TOKENS_WRITTEN):
         token = start + tl.arange(0, TOKENS_WRITTEN)
-        tl.store(slots + begin + token, begin + token, mask=token < own)
+        tl.store(sorted_pairs + begin + token, begin + token, mask=token < own)
 
 
 def batched_plan(
@@ -52,16 +52,16 @@ def batched_plan(
     """How buffers of `max_tokens` each are computed. expected: an expert's tokens on average, all that the host knows."""
     choices = regimes(device, shape)
     regime = choices[INVARIANT if batch_invariant else least_work(choices, expected)]
-    num_slots = shape.num_experts * max_tokens
+    num_pairs = shape.num_experts * max_tokens
     num_blocks = shape.num_experts * -(-max_tokens // regime.block_tokens)
     sections, total = sections_of(
         {
-            "activated": 2 * num_slots * shape.intermediate_size,
-            "slots": 4 * num_slots,
+            "activated": 2 * num_pairs * shape.intermediate_size,
+            "sorted_pairs": 4 * num_pairs,
             "blocks": 4 * (1 + COLUMNS.value * num_blocks),
         }
     )
-    return Plan(regime, True, 1, 1, num_slots, num_blocks, out_dtype, sections, total)
+    return Plan(regime, True, 1, 1, num_pairs, num_blocks, out_dtype, sections, total)
 
 
 def batched_experts(
@@ -96,9 +96,9 @@ def batched_experts(
     workspace = enough_workspace(workspace, plan.bytes, hidden_states.device)
     # Where tokens are sorted, the GEMMs read neither ids nor weights.
     launcher = Launcher(experts, plan, workspace, counts, counts, None)
-    slots, blocks = (launcher.section(name, torch.int32) for name in ("slots", "blocks"))
+    sorted_pairs, blocks = (launcher.section(name, torch.int32) for name in ("sorted_pairs", "blocks"))
     table_kernel[(shape.num_experts,)](
-        counts, slots, blocks, max_tokens, shape.num_experts,
+        counts, sorted_pairs, blocks, max_tokens, shape.num_experts,
         BLOCK_TOKENS=plan.regime.block_tokens, BINS=num_bins(shape.num_experts), TOKENS_WRITTEN=TOKENS_WRITTEN,
         num_warps=4, **launch_options(experts.device.target.dependent),
     )  # fmt: skip

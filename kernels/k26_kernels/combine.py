@@ -15,32 +15,32 @@ def activate_kernel(
     parts: tl.tensor, out: tl.tensor, part_stride: tl.tensor,
     I: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
 ) -> None:  # fmt: skip
-    """silu(gate) · up from the summed parts. Program (slot, block of the intermediate size).
+    """silu(gate) · up from the summed parts. Program (pair, block of the intermediate size).
 
-    parts: float32 `[SPLIT_K, num_slots, 2 I]`, rows as layout.py interleaves them. out: bfloat16 `[num_slots, I]`.
+    parts: float32 `[SPLIT_K, num_pairs, 2 I]`, rows as layout.py interleaves them. out: bfloat16 `[num_pairs, I]`.
     """
     after_previous(DEPENDENT)
-    slot = tl.program_id(0).to(tl.int64)
+    pair = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    row = parts + slot * (2 * I) + i // 8 * 16 + i % 8
+    row = parts + pair * (2 * I) + i // 8 * 16 + i % 8
     gate = tl.zeros([BLOCK], tl.float32)
     up = tl.zeros([BLOCK], tl.float32)
     for part in range(SPLIT_K):
         gate += tl.load(row + part * part_stride, mask=i < I)
         up += tl.load(row + part * part_stride + 8, mask=i < I)
-    tl.store(out + slot * I + i, rounded(gate * tl.sigmoid(gate) * up, tl.bfloat16), mask=i < I)
+    tl.store(out + pair * I + i, rounded(gate * tl.sigmoid(gate) * up, tl.bfloat16), mask=i < I)
 
 
-@triton.jit(do_not_specialize=["num_slots", "num_experts", "num_global"])
+@triton.jit(do_not_specialize=["num_pairs", "num_experts", "num_global"])
 def reduce_kernel(
     y: tl.tensor, topk_ids: tl.tensor, expert_map: tl.tensor, out: tl.tensor,
-    num_slots: tl.tensor, num_experts: tl.tensor, num_global: tl.tensor,
+    num_pairs: tl.tensor, num_experts: tl.tensor, num_global: tl.tensor,
     H: tl.constexpr, TOP_K: tl.constexpr, SPLIT_K: tl.constexpr, HAS_MAP: tl.constexpr, BLOCK: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ) -> None:  # fmt: skip
-    """The sum over a token's slots and the parts of each, in their order. Program (token, block of the hidden size).
+    """The sum over a token's pairs and the parts of each, in their order. Program (token, block of the hidden size).
 
-    y: `[SPLIT_K, num_slots, H]`; a slot without a local expert holds nothing and is left out.
+    y: `[SPLIT_K, num_pairs, H]`; a pair without a local expert holds nothing and is left out.
     out: `[num_tokens, H]`.
     """
     after_previous(DEPENDENT)
@@ -48,10 +48,10 @@ def reduce_kernel(
     h = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for k in range(TOP_K):
-        slot = token * TOP_K + k
-        expert = local_expert(topk_ids, expert_map, slot, num_slots, num_experts, num_global, HAS_MAP)
+        pair = token * TOP_K + k
+        expert = local_expert(topk_ids, expert_map, pair, num_pairs, num_experts, num_global, HAS_MAP)
         end = tl.where(expert >= 0, H, 0)
         for part in range(SPLIT_K):
-            place = (part * num_slots + slot).to(tl.int64) * H
+            place = (part * num_pairs + pair).to(tl.int64) * H
             total += tl.load(y + place + h, mask=h < end, other=0.0).to(tl.float32)
     tl.store(out + token.to(tl.int64) * H + h, rounded(total, out.dtype.element_ty), mask=h < H)

@@ -14,7 +14,7 @@ from k26_kernels.target import Device
 DEFAULT = Path(__file__).parent / "configs" / "default.json"
 SINGLE = "single"
 INVARIANT = "16"
-# Up to as many tokens, sorting the slots would cost more than reading an expert twice that two of them chose.
+# Up to as many tokens, sorting the pairs would cost more than reading an expert twice that two of them chose.
 SINGLE_TOKENS = 4
 # Unpacking a tile of weights takes as long as the matrix instructions of so many tokens: on an H200 the 270 instructions
 # that a warp issues for 64 rows and 128 inputs, at the matmul rate. Counted in the compiled code, not measured.
@@ -105,15 +105,15 @@ def checked(tiles: dict[str, Any], target: str, shape: Shape) -> dict[str, Regim
     return found
 
 
-def choose(choices: dict[str, Regime], num_tokens: int, slots_per_expert: float, batch_invariant: bool) -> str:
+def choose(choices: dict[str, Regime], num_tokens: int, pairs_per_expert: float, batch_invariant: bool) -> str:
     """The name of the regime for a batch; batch-invariant always the same."""
     if batch_invariant:
         return INVARIANT
-    return SINGLE if num_tokens <= SINGLE_TOKENS else least_work(choices, slots_per_expert)
+    return SINGLE if num_tokens <= SINGLE_TOKENS else least_work(choices, pairs_per_expert)
 
 
-def least_work(choices: dict[str, Regime], slots_per_expert: float) -> str:
-    """The name of the regime for slots in blocks.
+def least_work(choices: dict[str, Regime], pairs_per_expert: float) -> str:
+    """The name of the regime for pairs that are sorted into blocks.
 
     An expert's last block is half empty on average, and each block unpacks its tile of weights again. Unpacking and the
     matrix instructions overlap; that a quarter of the shorter does not is a guess. The least work wins.
@@ -121,7 +121,7 @@ def least_work(choices: dict[str, Regime], slots_per_expert: float) -> str:
 
     def work(name: str) -> float:
         block = choices[name].block_tokens
-        blocks = max(1.0, slots_per_expert / block + 0.5)
+        blocks = max(1.0, pairs_per_expert / block + 0.5)
         return blocks * (max(block, UNPACK_TOKENS) + min(block, UNPACK_TOKENS) / 4)
 
     return min((name for name in choices if name != SINGLE), key=work)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import triton
 
-from k26_kernels.align import COLUMNS, align, counts_bytes, global_experts, max_blocks
+from k26_kernels.align import COLUMNS, counts_bytes, global_experts, max_blocks, moe_align_block_size
 from k26_kernels.combine import activate_kernel, reduce_kernel
 from k26_kernels.config import SINGLE, SINGLE_TOKENS, Regime, Shape, Tile, checked, choose, measured, regimes
 from k26_kernels.dependent import launch_options
@@ -20,11 +20,11 @@ from k26_kernels.unpack import INTERPRETED
 
 # Tokens computed at a time: at the model's sizes and 8 experts a token their workspace is 1.2 GB.
 TOKENS_AT_ONCE = 8192
-# Up to as many slots an expert's output stays float32 until the sum. Beyond, its traffic would show.
-EXACT_SLOTS = 4096
-# Up to as many slots a GEMM of sorted ones may be cut along K. Beyond, the sum of w13's parts, which reads those of all
-# ranks' slots, and their memory would show.
-SPLIT_SLOTS = 256
+# Up to as many token–expert pairs an expert's output stays float32 until the sum. Beyond, its traffic would show.
+EXACT_PAIRS = 4096
+# Up to as many pairs a GEMM of sorted ones may be cut along K. Beyond, the sum of w13's parts, which reads those of all
+# ranks' pairs, and their memory would show.
+SPLIT_PAIRS = 256
 # Programs that are launched for each SM, by the variant of the GEMM: as many as it holds at a time. What the compiler made
 # of a variant is known with its first launch only, which takes PROGRAMS_AT_FIRST; to compute it beforehand would be to guess
 # at registers, which change with Triton's version. No result depends on it.
@@ -76,7 +76,7 @@ class Plan:
     sorted: bool
     split_w13: int
     split_w2: int
-    num_slots: int
+    num_pairs: int
     max_blocks: int
     weighted: torch.dtype
     """The dtype of an expert's output, before the sum over experts."""
@@ -124,11 +124,11 @@ def plan_of(
     batch_invariant: bool = False,
 ) -> Plan:
     """`make_plan` with the tiles given."""
-    num_slots = num_tokens * top_k
+    num_pairs = num_tokens * top_k
     splits = [1, 1]
     # Batch-invariant: one order of the sums for all batches.
-    if not batch_invariant and (not is_sorted or num_slots <= SPLIT_SLOTS):
-        blocks = num_slots * shape.num_experts / global_experts
+    if not batch_invariant and (not is_sorted or num_pairs <= SPLIT_PAIRS):
+        blocks = num_pairs * shape.num_experts / global_experts
         if is_sorted:
             blocks = expected_blocks(num_tokens, top_k, shape.num_experts, global_experts, regime.block_tokens)
         rows = (2 * shape.intermediate_size, shape.hidden_size)
@@ -138,22 +138,22 @@ def plan_of(
             for n, k, tile in zip(rows, inputs, (regime.w13, regime.w2), strict=True)
         ]
     # Batch-invariant: one dtype for all batches.
-    weighted = torch.float32 if num_slots <= EXACT_SLOTS and not batch_invariant else torch.bfloat16
+    weighted = torch.float32 if num_pairs <= EXACT_PAIRS and not batch_invariant else torch.bfloat16
     sizes = {
-        "activated": 2 * num_slots * shape.intermediate_size,
-        "weighted": weighted.itemsize * splits[1] * num_slots * shape.hidden_size,
+        "activated": 2 * num_pairs * shape.intermediate_size,
+        "weighted": weighted.itemsize * splits[1] * num_pairs * shape.hidden_size,
     }
     if splits[0] > 1:
-        sizes["parts"] = 4 * splits[0] * num_slots * 2 * shape.intermediate_size
+        sizes["parts"] = 4 * splits[0] * num_pairs * 2 * shape.intermediate_size
     if is_sorted:
-        sizes["slots"] = 4 * num_slots
+        sizes["sorted_pairs"] = 4 * num_pairs
         # Room for the smallest blocks, so that more tokens never need less.
         smallest = min(choice.block_tokens for choice in regimes(device, shape).values())
-        sizes["blocks"] = 4 * (1 + COLUMNS.value * max_blocks(num_slots, shape.num_experts, smallest))
-        sizes["counts"] = counts_bytes(num_slots, shape.num_experts)
+        sizes["blocks"] = 4 * (1 + COLUMNS.value * max_blocks(num_pairs, shape.num_experts, smallest))
+        sizes["counts"] = counts_bytes(num_pairs, shape.num_experts)
     sections, total = sections_of(sizes)
-    most = max_blocks(num_slots, shape.num_experts, regime.block_tokens) if is_sorted else num_slots
-    return Plan(regime, is_sorted, splits[0], splits[1], num_slots, most, weighted, sections, total)
+    most = max_blocks(num_pairs, shape.num_experts, regime.block_tokens) if is_sorted else num_pairs
+    return Plan(regime, is_sorted, splits[0], splits[1], num_pairs, most, weighted, sections, total)
 
 
 def sections_of(sizes: dict[str, int]) -> tuple[dict[str, tuple[int, int]], int]:
@@ -181,8 +181,8 @@ def workspace_bytes(
     """Bytes that `fused_experts` needs for up to `num_tokens` tokens. global_experts: the length of its expert map."""
     shape, total = experts.shape, global_experts or experts.shape.num_experts
     # What is needed grows with the tokens, but where GEMMs may be cut along K, and where float32 ends.
-    cut = max(SINGLE_TOKENS, SPLIT_SLOTS // top_k)
-    ends = (*range(1, cut + 1), EXACT_SLOTS // top_k, TOKENS_AT_ONCE)
+    cut = max(SINGLE_TOKENS, SPLIT_PAIRS // top_k)
+    ends = (*range(1, cut + 1), EXACT_PAIRS // top_k, TOKENS_AT_ONCE)
     counts = {min(num_tokens, end) for end in ends} - {0}
     plans = (make_plan(experts.device, shape, count, top_k, total, batch_invariant) for count in counts)
     return max((plan.bytes for plan in plans), default=0)
@@ -274,14 +274,14 @@ class Launcher:
     def run(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """x: `[num_tokens, hidden_size]`, contiguous; out like it."""
         plan, shape = self.plan, self.experts.shape
-        num_slots, inner, hidden = plan.num_slots, shape.intermediate_size, shape.hidden_size
+        num_pairs, inner, hidden = plan.num_pairs, shape.intermediate_size, shape.hidden_size
         if plan.sorted:
-            align(
+            moe_align_block_size(
                 self.topk_ids,
                 self.expert_map,
                 shape.num_experts,
                 plan.regime.block_tokens,
-                self.section("slots", torch.int32),
+                self.section("sorted_pairs", torch.int32),
                 self.section("blocks", torch.int32),
                 self.section("counts", torch.int32),
                 dependent=self.experts.device.target.dependent,
@@ -295,14 +295,14 @@ class Launcher:
             parts = self.section("parts", torch.float32)
             self.gemm(x, *w13, parts, plan.regime.w13, 2 * inner, hidden, top_k, "partial", plan.split_w13)
             block = 256
-            activate_kernel[(num_slots, triton.cdiv(inner, block))](
-                parts, activated, num_slots * 2 * inner, I=inner, SPLIT_K=plan.split_w13, BLOCK=block, **self.options
+            activate_kernel[(num_pairs, triton.cdiv(inner, block))](
+                parts, activated, num_pairs * 2 * inner, I=inner, SPLIT_K=plan.split_w13, BLOCK=block, **self.options
             )
         weighted = self.section("weighted", plan.weighted)
         w2 = self.experts.w2_packed, self.experts.w2_scale
         self.gemm(activated, *w2, weighted, plan.regime.w2, hidden, inner, 1, "weighted", plan.split_w2)
         reduce_kernel[(len(x), triton.cdiv(hidden, _REDUCE_BLOCK))](
-            weighted, self.topk_ids, self.map, out, num_slots, shape.num_experts, self.num_global,
+            weighted, self.topk_ids, self.map, out, num_pairs, shape.num_experts, self.num_global,
             H=hidden, TOP_K=top_k, SPLIT_K=plan.split_w2, HAS_MAP=self.has_map, BLOCK=_REDUCE_BLOCK,
             **self.options,
         )  # fmt: skip
@@ -316,25 +316,25 @@ class Launcher:
         tile: Tile,
         rows: int,
         inputs: int,
-        slots_per_x: int,
+        pairs_per_x: int,
         epilogue: str,
         parts: int,
     ) -> None:
-        """One launch of `moe_gemm_kernel`, whose arguments these are; x has a row for each `slots_per_x` slots."""
+        """One launch of `moe_gemm_kernel`, whose arguments these are; x has a row for each `pairs_per_x` pairs."""
         plan, device = self.plan, self.experts.device
         tiles = plan.max_blocks * (rows // tile.block_rows) * parts
         variant = (
-            device, tile, plan.regime.block_tokens, plan.sorted, rows, inputs, slots_per_x, epilogue, parts, out.dtype,
+            device, tile, plan.regime.block_tokens, plan.sorted, rows, inputs, pairs_per_x, epilogue, parts, out.dtype,
             self.has_map,
         )  # fmt: skip
         grid = min(tiles, device.num_sms * programs_per_sm.get(variant, PROGRAMS_AT_FIRST))
-        slots, blocks = (
-            self.section(name, torch.int32) if plan.sorted else self.topk_ids for name in ("slots", "blocks")
+        sorted_pairs, blocks = (
+            self.section(name, torch.int32) if plan.sorted else self.topk_ids for name in ("sorted_pairs", "blocks")
         )
         compiled = moe_gemm_kernel[(grid,)](
-            x, packed, scale, out, self.topk_ids, self.map, self.topk_weights, slots, blocks,
-            plan.num_slots, self.experts.shape.num_experts, self.num_global,
-            N=rows, K=inputs, SLOTS_PER_X=slots_per_x, EPILOGUE=epilogue,
+            x, packed, scale, out, self.topk_ids, self.map, self.topk_weights, sorted_pairs, blocks,
+            plan.num_pairs, self.experts.shape.num_experts, self.num_global,
+            N=rows, K=inputs, PAIRS_PER_X=pairs_per_x, EPILOGUE=epilogue,
             SORTED=plan.sorted, HAS_MAP=self.has_map, SPLIT_K=parts,
             BLOCK_TOKENS=plan.regime.block_tokens, BLOCK_ROWS=tile.block_rows, BLOCK_K=tile.block_k,
             FRAGMENT=device.target.fragment, PACKED_MATH=not (device.target.amd or INTERPRETED.value),

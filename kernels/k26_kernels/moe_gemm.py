@@ -13,7 +13,7 @@ from k26_kernels.unpack import dot_operand, load_scales, load_words, rounded, se
 @triton.jit
 def write_tile(
     acc: tl.tensor, out: tl.tensor, topk_weights: tl.tensor,
-    slot: tl.tensor, count: tl.tensor, rows_first: tl.tensor, part: tl.tensor, num_slots: tl.tensor,
+    pair: tl.tensor, count: tl.tensor, rows_first: tl.tensor, part: tl.tensor, num_pairs: tl.tensor,
     N: tl.constexpr, EPILOGUE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ) -> None:  # fmt: skip
     """What `moe_gemm_kernel` says of EPILOGUE."""
@@ -23,14 +23,14 @@ def write_tile(
         gate, up = tl.split(halves)
         y = tl.reshape(gate * tl.sigmoid(gate) * up, [BLOCK_ROWS // 2, BLOCK_TOKENS])
         rows = rows_first // 2 + tl.arange(0, BLOCK_ROWS // 2)
-        tl.store(out + slot.to(tl.int64)[None, :] * (N // 2) + rows[:, None], rounded(y, tl.bfloat16), mask=valid)
+        tl.store(out + pair.to(tl.int64)[None, :] * (N // 2) + rows[:, None], rounded(y, tl.bfloat16), mask=valid)
     else:
         rows = rows_first + tl.arange(0, BLOCK_ROWS)
-        place = (part * num_slots + slot).to(tl.int64)[None, :] * N + rows[:, None]
+        place = (part * num_pairs + pair).to(tl.int64)[None, :] * N + rows[:, None]
         if EPILOGUE == "plain":
             tl.store(out + place, rounded(acc, out.dtype.element_ty), mask=valid)
         elif EPILOGUE == "weighted":
-            y = acc * tl.load(topk_weights + slot)[None, :]
+            y = acc * tl.load(topk_weights + pair)[None, :]
             tl.store(out + place, rounded(y, out.dtype.element_ty), mask=valid)
         else:
             tl.store(out + place, acc, mask=valid)
@@ -53,25 +53,26 @@ def multiply_step(
     return acc
 
 
-@triton.jit(do_not_specialize=["num_slots", "num_experts", "num_global"])
+@triton.jit(do_not_specialize=["num_pairs", "num_experts", "num_global"])
 def moe_gemm_kernel(
     x: tl.tensor, packed: tl.tensor, scale: tl.tensor, out: tl.tensor,
-    topk_ids: tl.tensor, expert_map: tl.tensor, topk_weights: tl.tensor, slots: tl.tensor, blocks: tl.tensor,
-    num_slots: tl.tensor, num_experts: tl.tensor, num_global: tl.tensor,
-    N: tl.constexpr, K: tl.constexpr, SLOTS_PER_X: tl.constexpr, EPILOGUE: tl.constexpr,
+    topk_ids: tl.tensor, expert_map: tl.tensor, topk_weights: tl.tensor, sorted_pairs: tl.tensor, blocks: tl.tensor,
+    num_pairs: tl.tensor, num_experts: tl.tensor, num_global: tl.tensor,
+    N: tl.constexpr, K: tl.constexpr, PAIRS_PER_X: tl.constexpr, EPILOGUE: tl.constexpr,
     SORTED: tl.constexpr, HAS_MAP: tl.constexpr, SPLIT_K: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
     FRAGMENT: tl.constexpr, PACKED_MATH: tl.constexpr, WAIT: tl.constexpr, DEPENDENT: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Each program walks over tiles of (block of slots, block of rows, part of K), from a table on the device.
+    """Each program walks over tiles of (block of pairs, block of rows, part of K), from a table on the device.
 
-    x: bfloat16 `[num_slots / SLOTS_PER_X, K]`. packed, scale: an expert's N × K after another, as layout.py stores them.
-    SORTED: blocks of slots come from `align`; else every slot is a block of its own and `slots`, `blocks` are not read.
-    EPILOGUE, and what it writes to `out` for each slot with an expert here:
-      "swiglu"    silu(gate) · up, bfloat16 `[num_slots, N / 2]`; SPLIT_K is 1
-      "weighted"  the result times the slot's routing weight, rounded to the dtype of `out`, `[SPLIT_K, num_slots, N]`
-      "plain"     the result, rounded to the dtype of `out`, `[num_slots, N]`; SPLIT_K is 1
-      "partial"   the split-K partial, float32 `[SPLIT_K, num_slots, N]`, rows as they are stored
+    x: bfloat16 `[num_pairs / PAIRS_PER_X, K]`. packed, scale: an expert's N × K after another, as layout.py stores them.
+    SORTED: blocks of pairs come from `moe_align_block_size`; else every pair is a block of its own, and `sorted_pairs` and
+    `blocks` are not read.
+    EPILOGUE, and what it writes to `out` for each pair with an expert here:
+      "swiglu"    silu(gate) · up, bfloat16 `[num_pairs, N / 2]`; SPLIT_K is 1
+      "weighted"  the result times the pair's routing weight, rounded to the dtype of `out`, `[SPLIT_K, num_pairs, N]`
+      "plain"     the result, rounded to the dtype of `out`, `[num_pairs, N]`; SPLIT_K is 1
+      "partial"   the split-K partial, float32 `[SPLIT_K, num_pairs, N]`, rows as they are stored
     WAIT: let each step's matrix instructions end before the next step's weights are made (`Target.waits`).
 
     The steps along K are loaded ahead of their matrix instructions. Where one step is all, whole tiles are loaded ahead,
@@ -80,38 +81,40 @@ def moe_gemm_kernel(
     after_previous(DEPENDENT)
     ROW_BLOCKS: tl.constexpr = N // BLOCK_ROWS
     K_PART: tl.constexpr = K // SPLIT_K
-    # Where slots are sorted, the other blocks of an expert find its weights in the cache. Else only a few slots are there,
+    # Where pairs are sorted, the other blocks of an expert find its weights in the cache. Else only a few pairs are there,
     # which seldom share an expert, and weights kept would push out what the next launches read.
     ONCE: tl.constexpr = not SORTED
     column = tl.arange(0, BLOCK_TOKENS)
-    num_blocks = num_slots
+    num_blocks = num_pairs
     if SORTED:
         num_blocks = tl.load(blocks)
     for tile in range(tl.program_id(0), num_blocks * (ROW_BLOCKS * SPLIT_K), tl.num_programs(0)):
         part = tile % SPLIT_K
-        pair = tile // SPLIT_K
+        output_tile = tile // SPLIT_K
         if SORTED:
             # All blocks of an expert take a tile of its weights in turn, so only the first reads it from memory.
-            row = blocks + 1 + pair // ROW_BLOCKS * COLUMNS
+            row = blocks + 1 + output_tile // ROW_BLOCKS * COLUMNS
             first = tl.load(row + 3)
             siblings = tl.load(row + 4)
-            within = pair - first * ROW_BLOCKS
+            within = output_tile - first * ROW_BLOCKS
             turn = within // siblings
             rows_first = turn * BLOCK_ROWS
             row = blocks + 1 + (first + within - turn * siblings) * COLUMNS
             expert = tl.load(row)
             count = tl.load(row + 2)
-            slot = tl.load(slots + tl.load(row + 1) + column, mask=column < count, other=0)
+            pair = tl.load(sorted_pairs + tl.load(row + 1) + column, mask=column < count, other=0)
         else:
-            rows_first = pair % ROW_BLOCKS * BLOCK_ROWS
-            slot = pair // ROW_BLOCKS + tl.zeros_like(column)
-            expert = local_expert(topk_ids, expert_map, pair // ROW_BLOCKS, num_slots, num_experts, num_global, HAS_MAP)
+            rows_first = output_tile % ROW_BLOCKS * BLOCK_ROWS
+            pair = output_tile // ROW_BLOCKS + tl.zeros_like(column)
+            expert = local_expert(
+                topk_ids, expert_map, output_tile // ROW_BLOCKS, num_pairs, num_experts, num_global, HAS_MAP
+            )
             count = tl.where(expert >= 0, 1, 0)
-        x_rows = x + (slot // SLOTS_PER_X).to(tl.int64) * K
+        x_rows = x + (pair // PAIRS_PER_X).to(tl.int64) * K
         valid = (column < count)[None, :]
         acc = tl.zeros([BLOCK_ROWS, BLOCK_TOKENS], tl.float32)
         if K_PART == BLOCK_K:
-            # A branch would keep the next tiles from being loaded ahead: a slot without an expert here takes the first
+            # A branch would keep the next tiles from being loaded ahead: a pair without an expert here takes the first
             # one's weights, and stores nothing.
             some = tl.maximum(expert, 0).to(tl.int64)
             acc = multiply_step(
@@ -119,7 +122,7 @@ def moe_gemm_kernel(
                 part * K_PART, K, BLOCK_ROWS, BLOCK_K, FRAGMENT, PACKED_MATH, WAIT, ONCE,
             )  # fmt: skip
             write_tile(
-                acc, out, topk_weights, slot, count, rows_first, part, num_slots, N, EPILOGUE, BLOCK_TOKENS, BLOCK_ROWS
+                acc, out, topk_weights, pair, count, rows_first, part, num_pairs, N, EPILOGUE, BLOCK_TOKENS, BLOCK_ROWS
             )
         elif expert >= 0:
             words = packed + expert.to(tl.int64) * (N * K // 8)
@@ -130,5 +133,5 @@ def moe_gemm_kernel(
                     BLOCK_ROWS, BLOCK_K, FRAGMENT, PACKED_MATH, WAIT, ONCE,
                 )  # fmt: skip
             write_tile(
-                acc, out, topk_weights, slot, count, rows_first, part, num_slots, N, EPILOGUE, BLOCK_TOKENS, BLOCK_ROWS
+                acc, out, topk_weights, pair, count, rows_first, part, num_pairs, N, EPILOGUE, BLOCK_TOKENS, BLOCK_ROWS
             )

@@ -22,8 +22,8 @@ def fused_experts_reference(
     w13 = dequantize_reference(experts.w13_packed, experts.w13_scale, fragment, torch.float32, gated=True)
     w2 = dequantize_reference(experts.w2_packed, experts.w2_scale, fragment, torch.float32, gated=False)
     x, out = hidden_states.float(), torch.zeros_like(hidden_states, dtype=torch.float32)
-    for token, slots in enumerate(topk_ids.tolist()):
-        for k, expert in enumerate(slots):
+    for token, chosen in enumerate(topk_ids.tolist()):
+        for k, expert in enumerate(chosen):
             if expert_map is not None:
                 expert = int(expert_map[expert]) if 0 <= expert < len(expert_map) else -1
             if 0 <= expert < experts.shape.num_experts:

@@ -93,7 +93,7 @@ def weights_tile(
     PACKED_MATH: two weights an instruction, for bfloat16 on NVIDIA. Both ways give the same bits.
     """
     if PACKED_MATH:
-        pairs = scales.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        doubled = scales.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
         # 128 + u is exact in bfloat16: its bits are 0x4300 | u. Subtract 136, then multiply: one rounding.
         # The instructions of sm_80 have no bfloat16 subtraction or multiplication, so both are a fused multiply and add.
         v0, v1, v2, v3 = tl.inline_asm_elementwise(
@@ -121,7 +121,7 @@ def weights_tile(
             }
             """,
             constraints="=&r,=&r,=&r,=&r,r,r",
-            args=[words, pairs | (pairs << 16)],
+            args=[words, doubled | (doubled << 16)],
             dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
             is_pure=True,
             pack=1,

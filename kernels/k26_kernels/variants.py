@@ -14,7 +14,7 @@ from k26_kernels.experts import TOKENS_AT_ONCE, KernelExperts, Plan, fused_exper
 from k26_kernels.target import Device, device_of
 
 # Fields of a plan that become arguments of the launches or sizes of grids: the code is the same for any value.
-_NUMBERS = {"num_slots", "max_blocks", "sections", "bytes"}
+_NUMBERS = {"num_pairs", "max_blocks", "sections", "bytes"}
 
 
 def batch_sizes(
@@ -44,7 +44,7 @@ def compile_variants(
     num_global_experts: int | None = None,
     batch_invariant: bool = False,
 ) -> int:
-    """Launch all variants of `fused_experts` for experts of this shape, with slots that choose none; their number.
+    """Launch all variants of `fused_experts` for experts of this shape, with pairs that choose none; their number.
 
     num_global_experts: the length of the expert map that batches come with, None where they come without. ids and map are
     int32, as they must be later. Needs the memory of one expert and of the largest of `batch_sizes`.
@@ -90,7 +90,7 @@ def _filled(device: torch.device, value: int, *size: int, dtype: torch.dtype) ->
 
 
 def _one_expert(device: torch.device, shape: Shape) -> KernelExperts:
-    """Experts of this shape of which the first has weights: of those that no slot chooses nothing is computed, though the
+    """Experts of this shape of which the first has weights: of those that no pair chooses nothing is computed, though the
     first one's weights may be loaded ahead."""
     hidden, inner = shape.hidden_size, shape.intermediate_size
     return KernelExperts(

@@ -14,7 +14,7 @@ import pytest
 import torch
 import triton
 from k26_kernels import KernelExperts, dequantize, fused_experts, repack, route, workspace_bytes
-from k26_kernels.align import align, align_reference, counts_bytes, max_blocks
+from k26_kernels.align import counts_bytes, max_blocks, moe_align_block_size, moe_align_block_size_reference
 from k26_kernels.experts import make_plan
 from k26_kernels.router import route_reference
 from k26_kernels.target import OVERWRITES_WEIGHTS, TARGETS
@@ -39,7 +39,7 @@ def load(weights: ExpertWeights) -> KernelExperts:
 
 
 def batch(num_tokens: int, top_k: int, num_experts: int, hidden: int = HIDDEN) -> tuple[torch.Tensor, ...]:
-    """hidden_states, ids in which the last expert has no token and one slot no expert, and their weights."""
+    """hidden_states, ids in which the last expert has no token and one pair no expert, and their weights."""
     ids, topk_weights = choose_experts(num_tokens, top_k, num_experts - 1)
     ids = ids.int()
     if num_tokens > 1:
@@ -135,17 +135,17 @@ def test_dequantize(compiled_for: CompiledFor, target: str, gated: bool, dtype: 
 
 @pytest.mark.parametrize("target", NVIDIA)
 def test_align(compiled_for: CompiledFor, target: str) -> None:
-    """More slots than one launch sorts, through an expert map: the table and the order of an expert's slots."""
+    """More pairs than one launch sorts, through an expert map: the table and the order of an expert's pairs."""
     kernels = compiled_for(target)
     ids = choose_experts(520, 2, 8)[0].int()
     ids[3, 0] = -1
     expert_map = torch.tensor([4, -1, 0, 3, 2, -1, 1, 5], dtype=torch.int32)
     room = max_blocks(ids.numel(), 6, 16)
     sizes = (ids.numel(), 1 + 5 * room, counts_bytes(ids.numel(), 6) // 4)
-    slots, blocks, counts = (torch.full((size,), -7, dtype=torch.int32) for size in sizes)
-    align(ids, expert_map, 6, 16, slots, blocks, counts)
+    sorted_pairs, blocks, counts = (torch.full((size,), -7, dtype=torch.int32) for size in sizes)
+    moe_align_block_size(ids, expert_map, 6, 16, sorted_pairs, blocks, counts)
     rows = [tuple(row) for row in blocks[1:].view(room, 5)[: blocks[0]].tolist()]
-    assert (slots[slots >= 0].tolist(), rows) == align_reference(ids, expert_map, 6, 16)
+    assert (sorted_pairs[sorted_pairs >= 0].tolist(), rows) == moe_align_block_size_reference(ids, expert_map, 6, 16)
     assert kernels["place_kernel"].launches > 0
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import triton
 from k26_kernels import KernelExperts, Shape, compile_variants, fused_experts
-from k26_kernels.experts import EXACT_SLOTS, TOKENS_AT_ONCE
+from k26_kernels.experts import EXACT_PAIRS, TOKENS_AT_ONCE
 from k26_kernels.target import TARGETS, Device
 from support.experts import make_weights
 from triton.backends.compiler import GPUTarget
@@ -61,7 +61,7 @@ def test_no_batch_adds_to_the_cache(cached: set[tuple[str, str]], with_map: bool
     assert len(compiled) > len({name for name, _ in compiled}) >= 5
     experts = KernelExperts.from_checkpoint(*make_weights(EXPERTS, HIDDEN, INNER).parts())
     expert_map = torch.full((num_global,), -1, dtype=torch.int32) if num_global else None
-    for num_tokens in (*range(1, EXACT_SLOTS // TOP_K + 20), TOKENS_AT_ONCE, TOKENS_AT_ONCE + 3):
+    for num_tokens in (*range(1, EXACT_PAIRS // TOP_K + 20), TOKENS_AT_ONCE, TOKENS_AT_ONCE + 3):
         x = torch.zeros(num_tokens, HIDDEN, dtype=torch.bfloat16)
         ids = torch.zeros(num_tokens, TOP_K, dtype=torch.int32)
         fused_experts(x, experts, ids, ids.float(), expert_map=expert_map)

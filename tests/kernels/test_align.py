@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from k26_kernels.align import SLOTS_AT_ONCE, align, align_reference, counts_bytes, max_blocks
+from k26_kernels.align import (
+    PAIRS_AT_ONCE,
+    counts_bytes,
+    max_blocks,
+    moe_align_block_size,
+    moe_align_block_size_reference,
+)
 from support.experts import route
 
 
@@ -12,14 +18,14 @@ def table(
     ids: torch.Tensor, expert_map: torch.Tensor | None, num_experts: int, block: int
 ) -> tuple[list[int], list[tuple[int, ...]]]:
     """What the kernel writes; the buffers hold garbage before it."""
-    slots = torch.full((ids.numel(),), -7, dtype=torch.int32, device=ids.device)
+    sorted_pairs = torch.full((ids.numel(),), -7, dtype=torch.int32, device=ids.device)
     most = max_blocks(ids.numel(), num_experts, block)
     blocks = torch.full((1 + 5 * most,), -7, dtype=torch.int32, device=ids.device)
     counts = torch.full((counts_bytes(ids.numel(), num_experts) // 4,), -7, dtype=torch.int32, device=ids.device)
-    align(ids, expert_map, num_experts, block, slots, blocks, counts)
+    moe_align_block_size(ids, expert_map, num_experts, block, sorted_pairs, blocks, counts)
     number = int(blocks[0])
     rows = [tuple(row) for row in blocks[1:].view(most, 5)[:number].tolist()]
-    return slots[slots >= 0].tolist(), rows
+    return sorted_pairs[sorted_pairs >= 0].tolist(), rows
 
 
 @pytest.mark.parametrize(
@@ -28,14 +34,14 @@ def table(
     ids=str,
 )
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
-def test_every_slot_is_in_its_experts_block(
+def test_every_pair_is_in_its_experts_block(
     device: torch.device, num_tokens: int, top_k: int, num_experts: int, block: int, dtype: torch.dtype
 ) -> None:
     ids = route(num_tokens, top_k, num_experts)[0].to(device, dtype)
     ids[num_tokens // 2, 0] = -1
-    slots, rows = table(ids, None, num_experts, block)
-    assert (slots, rows) == align_reference(ids, None, num_experts, block)
-    assert len(slots) == num_tokens * top_k - 1
+    sorted_pairs, rows = table(ids, None, num_experts, block)
+    assert (sorted_pairs, rows) == moe_align_block_size_reference(ids, None, num_experts, block)
+    assert len(sorted_pairs) == num_tokens * top_k - 1
 
 
 @pytest.mark.parametrize("num_tokens", [50, 700])
@@ -43,17 +49,17 @@ def test_expert_map(device: torch.device, num_tokens: int) -> None:
     ids = route(num_tokens, 4, 16)[0].to(device)
     expert_map = torch.full((16,), -1, dtype=torch.int32, device=device)
     expert_map[torch.tensor([3, 15, 4])] = torch.arange(3, dtype=torch.int32, device=device)
-    assert table(ids, expert_map, 3, 16) == align_reference(ids, expert_map, 3, 16)
+    assert table(ids, expert_map, 3, 16) == moe_align_block_size_reference(ids, expert_map, 3, 16)
 
 
-@pytest.mark.parametrize("num_tokens", [600, SLOTS_AT_ONCE + 1])
+@pytest.mark.parametrize("num_tokens", [600, PAIRS_AT_ONCE + 1])
 def test_all_tokens_on_one_expert(device: torch.device, num_tokens: int) -> None:
     """More blocks of an expert than are written at a time."""
     ids = torch.full((num_tokens, 1), 2, dtype=torch.int32, device=device)
-    assert table(ids, None, 4, 16) == align_reference(ids, None, 4, 16)
+    assert table(ids, None, 4, 16) == moe_align_block_size_reference(ids, None, 4, 16)
 
 
-@pytest.mark.parametrize("num_tokens", [3, SLOTS_AT_ONCE])
+@pytest.mark.parametrize("num_tokens", [3, PAIRS_AT_ONCE])
 @pytest.mark.parametrize("nobody", [-1, 9])
 def test_nobody_is_here(device: torch.device, nobody: int, num_tokens: int) -> None:
     """An id beyond the experts counts as none: padded rows of a batch may hold anything."""
@@ -62,7 +68,7 @@ def test_nobody_is_here(device: torch.device, nobody: int, num_tokens: int) -> N
 
 
 def test_room_for_the_worst_choice() -> None:
-    """One slot more than full blocks in as many experts as there can be."""
+    """One pair more than full blocks in as many experts as there can be."""
     assert max_blocks(1, 384, 16) == 1
     assert max_blocks(17, 1, 16) == 2
     assert max_blocks(34, 2, 16) >= 4

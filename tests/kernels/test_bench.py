@@ -59,7 +59,7 @@ def test_a_batch_is_measured(device: torch.device) -> None:
     runs = bench.prepare(measure.random_weights(FEW, device))
     rows = {row.name: row for row in bench.measure(FEW, "uniform", 40, runs, (1e6, 1e9), device, clock)}
     data = FEW.batches("uniform", 40, device)
-    touched = sum(len(FEW.slots_here(batch.topk_ids.cpu()).unique()) for batch in data)
+    touched = sum(len(FEW.pairs_here(batch.topk_ids.cpu()).unique()) for batch in data)
     assert touched > 1
     assert rows[bench.OURS].of_copy == pytest.approx(touched * FEW.expert_bytes / 2.0 / 1e6)
     assert rows[bench.OURS].microseconds == pytest.approx(2e6 / len(data))

@@ -127,7 +127,7 @@ def test_the_expected_blocks_are_those_of_an_even_choice(num_tokens: int, num_ex
     """On average; of blocks that fill, the fewest that the tokens can have."""
     layer = Layer("a rank's", 7168, 256, num_experts)
     counts = [
-        layer.slots_here(layer.choose("uniform", num_tokens, seed)).bincount(minlength=num_experts)
+        layer.pairs_here(layer.choose("uniform", num_tokens, seed)).bincount(minlength=num_experts)
         for seed in range(40)
     ]
     blocks = sum(((count + 15) // 16).sum().item() for count in counts) / len(counts)
@@ -136,7 +136,7 @@ def test_the_expected_blocks_are_those_of_an_even_choice(num_tokens: int, num_ex
 
 
 @pytest.mark.parametrize("num_tokens", [3, 20])
-def test_slots_without_an_expert_here(device: torch.device, num_tokens: int) -> None:
+def test_pairs_without_an_expert_here(device: torch.device, num_tokens: int) -> None:
     """−1, ids of other ranks, and the two ranks' sums."""
     weights = make_weights(6, 128, 128)
     ids, topk_weights = route(num_tokens, 3, 6)
@@ -163,10 +163,10 @@ def test_what_is_no_experts_id_counts_as_none(device: torch.device, num_tokens: 
     around[2:10] = torch.tensor([2, 0, -1, 1, 3, 4, -3, 2**30])
     strange = [8, 9, -2, 384, *([2**32, 2**32 + 1] if dtype == torch.int64 else [])]
     for expert_map, wrong in ((None, [4, *strange]), (around.to(device)[2:10], [2, 5, 6, 7, *strange])):
-        slots = [((0, 1, 3)[token % 3], wrong[token % len(wrong)]) for token in range(num_tokens)]
+        pairs = [((0, 1, 3)[token % 3], wrong[token % len(wrong)]) for token in range(num_tokens)]
         results = [
             result_of(device, weights, x, torch.tensor(chosen, dtype=dtype), topk_weights, expert_map=expert_map)
-            for chosen in (slots, [(right, -1) for right, _ in slots])
+            for chosen in (pairs, [(right, -1) for right, _ in pairs])
         ]
         assert torch.equal(*results)
 

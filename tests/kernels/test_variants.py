@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from k26_kernels import KernelExperts, Shape, batched_experts, compile_batched, compile_variants, fused_experts
-from k26_kernels.experts import EXACT_SLOTS, TOKENS_AT_ONCE, make_plan
+from k26_kernels.experts import EXACT_PAIRS, TOKENS_AT_ONCE, make_plan
 from k26_kernels.moe_gemm import moe_gemm_kernel
 from k26_kernels.target import TARGETS, Device
 from k26_kernels.variants import batch_sizes
@@ -42,7 +42,7 @@ def launches(monkeypatch: pytest.MonkeyPatch, *, run: bool) -> Iterator[set[Any]
 
 
 HIDDEN, INNER, EXPERTS, TOP_K = 1024, 128, 16, 4
-ALL_SIZES = range(1, EXACT_SLOTS // TOP_K + 20)
+ALL_SIZES = range(1, EXACT_PAIRS // TOP_K + 20)
 
 
 @pytest.mark.parametrize("with_map", [False, True], ids=["local ids", "a map"])

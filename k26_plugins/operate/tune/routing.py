@@ -58,8 +58,8 @@ class Layer:
         """Weights and scales of an expert here: 4.5 bits a weight."""
         return 3 * self.hidden_size * self.intermediate_size * 9 // 16
 
-    def flops(self, slots: int) -> int:
-        return 6 * slots * self.hidden_size * self.intermediate_size
+    def flops(self, pairs: int) -> int:
+        return 6 * pairs * self.hidden_size * self.intermediate_size
 
     def expert_map(self, device: torch.device | None = None) -> torch.Tensor | None:
         """int32 `[global_experts]` where the rank holds a part of the experts: the first ones. On the CPU by default."""
@@ -69,8 +69,8 @@ class Layer:
         local[: self.num_experts] = torch.arange(self.num_experts, dtype=torch.int32)
         return local.to(device)
 
-    def slots_here(self, ids: torch.Tensor) -> torch.Tensor:
-        """The local experts of the slots that have one, flat."""
+    def pairs_here(self, ids: torch.Tensor) -> torch.Tensor:
+        """The local experts of the token–expert pairs that have one, flat."""
         return ids[ids < self.num_experts].flatten()
 
     def choose(self, kind: str, num_tokens: int, seed: int = 0) -> torch.Tensor:
