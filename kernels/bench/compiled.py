@@ -25,7 +25,7 @@ import triton
 from k26_kernels.align import PAIRS_AT_ONCE, PAIRS_RANKED, align_kernel, count_kernel, place_kernel
 from k26_kernels.batched import TOKENS_WRITTEN, table_kernel
 from k26_kernels.combine import activate_kernel, reduce_kernel
-from k26_kernels.config import INVARIANT, SINGLE, Regime, Shape, Tile, default_regimes
+from k26_kernels.config import INVARIANT, SINGLE, GemmConfig, KernelConfig, Shape, default_configs
 from k26_kernels.dequantize import dequantize_kernel
 from k26_kernels.layout import ROWS
 from k26_kernels.moe_gemm import moe_gemm_kernel
@@ -35,7 +35,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 LAYER = Shape(7168, 2048, 384)
-# A rank's under tensor parallel 8, whose w2 has tiles of its own in some regimes.
+# A rank's layer under tensor parallel 8, whose w2 has a config of its own for some sizes of blocks.
 SHARD = Shape(7168, 256, 384)
 TOP_K = 8
 
@@ -96,7 +96,7 @@ KERNELS = {
 
 
 def gemm_variant(
-    target: Target, shape: Shape, name: str, regime: Regime, tile: Tile, gated: bool, parts: int
+    target: Target, shape: Shape, name: str, config: KernelConfig, gemm_config: GemmConfig, gated: bool, parts: int
 ) -> Variant:
     hidden, inner = shape.hidden_size, shape.intermediate_size
     rows, inputs = (2 * inner, hidden) if gated else (hidden, inner)
@@ -108,46 +108,46 @@ def gemm_variant(
         "SORTED": not name.startswith(SINGLE),
         "HAS_MAP": True,
         "SPLIT_K": parts,
-        "BLOCK_TOKENS": regime.block_tokens,
-        "BLOCK_ROWS": tile.block_rows,
-        "BLOCK_K": tile.block_k,
+        "BLOCK_SIZE_M": config.BLOCK_SIZE_M,
+        "BLOCK_SIZE_N": gemm_config.BLOCK_SIZE_N,
+        "BLOCK_SIZE_K": gemm_config.BLOCK_SIZE_K,
         "FRAGMENT": target.fragment,
         "PACKED_MATH": not target.amd,
         "WAIT": target.waits,
         "DEPENDENT": target.dependent,
     }
     label = f"{'w13' if gated else 'w2'} {name}{'' if parts == 1 else ' split'}"
-    float32 = parts > 1 or (not gated and regime.block_tokens <= 16)
-    return Variant(label, target.name, "moe_gemm", constants, tile.num_warps, tile.num_stages, float32)
+    float32 = parts > 1 or (not gated and config.BLOCK_SIZE_M <= 16)
+    return Variant(label, target.name, "moe_gemm", constants, gemm_config.num_warps, gemm_config.num_stages, float32)
 
 
 def variants() -> Iterator[Variant]:
-    """All that is shipped: the small kernels, and the GEMMs in every regime."""
+    """All that is shipped: the small kernels, and the GEMMs in every config."""
     hidden, inner = LAYER.hidden_size, LAYER.intermediate_size
     sort = {"BINS": 512, "PAIRS_AT_ONCE": PAIRS_AT_ONCE, "HAS_MAP": True}
     small: dict[str, dict[str, Any]] = {
-        "align": {**sort, "BLOCK_TOKENS": 16},
-        "table": {"BLOCK_TOKENS": 16, "BINS": 512, "TOKENS_WRITTEN": TOKENS_WRITTEN},
+        "align": {**sort, "BLOCK_SIZE_M": 16},
+        "table": {"BLOCK_SIZE_M": 16, "BINS": 512, "TOKENS_WRITTEN": TOKENS_WRITTEN},
         "count": sort,
-        "place": {**sort, "BLOCK_TOKENS": 16, "PAIRS_RANKED": PAIRS_RANKED},
+        "place": {**sort, "BLOCK_SIZE_M": 16, "PAIRS_RANKED": PAIRS_RANKED},
         "activate": {"I": inner, "SPLIT_K": 2, "BLOCK": 256},
         "reduce": {"H": hidden, "TOP_K": TOP_K, "SPLIT_K": 1, "HAS_MAP": True, "BLOCK": 1024},
         "router": {"NUM_EXPERTS": 384, "TOP_K": TOP_K, "NORMALIZE": True, "BLOCK": 512, "BLOCK_TOP_K": 8},
-        "dequantize": {"N": 2 * inner, "K": hidden, "GATED": True, "BLOCK_ROWS": ROWS, "BLOCK_K": 128},
+        "dequantize": {"N": 2 * inner, "K": hidden, "GATED": True, "BLOCK_SIZE_N": ROWS, "BLOCK_SIZE_K": 128},
     }
     for target in TARGETS.values():
         for name, constants in small.items():
             of_target = {"DEPENDENT": target.dependent, "FRAGMENT": target.fragment}
             own = {key: value for key, value in of_target.items() if key in KERNELS[name][0].arg_names}
             yield Variant(name, target.name, name, {**constants, **own})
-        for name, regime in default_regimes(target.name).items():
-            yield gemm_variant(target, LAYER, name, regime, regime.w13, True, 1)
-            yield gemm_variant(target, LAYER, name, regime, regime.w2, False, 1)
+        for name, config in default_configs(target.name).items():
+            yield gemm_variant(target, LAYER, name, config, config.w13, True, 1)
+            yield gemm_variant(target, LAYER, name, config, config.w2, False, 1)
             if name in (SINGLE, INVARIANT):
-                yield gemm_variant(target, LAYER, name, regime, regime.w13, True, 2)
-        for name, regime in default_regimes(target.name, SHARD.intermediate_size).items():
-            if regime.w2 != default_regimes(target.name)[name].w2:
-                yield replace(gemm_variant(target, SHARD, name, regime, regime.w2, False, 1), name=f"w2 {name} short")
+                yield gemm_variant(target, LAYER, name, config, config.w13, True, 2)
+        for name, config in default_configs(target.name, SHARD.intermediate_size).items():
+            if config.w2 != default_configs(target.name)[name].w2:
+                yield replace(gemm_variant(target, SHARD, name, config, config.w2, False, 1), name=f"w2 {name} short")
 
 
 def compile_variant(variant: Variant) -> Facts:

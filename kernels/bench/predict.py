@@ -22,7 +22,7 @@ import triton
 from bench.compiled import Facts, compile_variant, gemm_variant
 from bench.layers import GLOBAL_EXPERTS, LAYERS, TOKENS, TOP_K
 from k26_kernels.align import PAIRS_AT_ONCE
-from k26_kernels.config import SINGLE, Shape, Tile
+from k26_kernels.config import SINGLE, GemmConfig, Shape
 from k26_kernels.experts import TOKENS_AT_ONCE, Plan, make_plan
 from k26_kernels.target import TARGETS, Device
 
@@ -66,12 +66,12 @@ class Compiled:
 
     def of(self, layer: Layer, plan: Plan, gated: bool) -> Facts:
         parts = plan.split_w13 if gated else plan.split_w2
-        name = SINGLE if not plan.sorted else str(plan.regime.block_tokens)
+        name = SINGLE if not plan.sorted else str(plan.config.BLOCK_SIZE_M)
         key = (layer.name, name, gated, parts > 1)
         if key not in self.facts:
-            tile = plan.regime.w13 if gated else plan.regime.w2
+            gemm_config = plan.config.w13 if gated else plan.config.w2
             target = H200.device.target
-            variant = gemm_variant(target, shape_of(layer), name, plan.regime, tile, gated, parts)
+            variant = gemm_variant(target, shape_of(layer), name, plan.config, gemm_config, gated, parts)
             self.facts[key] = compile_variant(variant)
         return self.facts[key]
 
@@ -79,7 +79,7 @@ class Compiled:
 def gemm_seconds(
     machine: Machine,
     facts: Facts,
-    tile: Tile,
+    gemm_config: GemmConfig,
     rows: int,
     inputs: int,
     blocks: int,
@@ -89,13 +89,13 @@ def gemm_seconds(
     extra: int,
 ) -> dict[str, float]:
     """The floors of one GEMM, cut in `parts` along K. extra: bytes of activations that it reads and writes."""
-    tiles = blocks * (rows // tile.block_rows) * parts
-    instructions = facts.tile_instructions + inputs // parts // tile.block_k * facts.loop_instructions
+    tiles = blocks * (rows // gemm_config.BLOCK_SIZE_N) * parts
+    instructions = facts.tile_instructions + inputs // parts // gemm_config.BLOCK_SIZE_K * facts.loop_instructions
     rounds = math.ceil(tiles / (machine.device.num_sms * facts.programs_per_sm))
     return {
         "bytes": (touched * rows * inputs * 9 / 16 + extra) / machine.bandwidth,
         "matmul": 2 * blocks * block * rows * inputs / machine.matmul,
-        "issue": tiles * tile.num_warps * instructions / machine.instructions,
+        "issue": tiles * gemm_config.num_warps * instructions / machine.instructions,
         "program": rounds * instructions * machine.cycles / machine.clock,
     }
 
@@ -110,19 +110,19 @@ def predict(machine: Machine, compiled: Compiled, layer: Layer, kind: str, num_t
         plan = make_plan(machine.device, shape, len(part), TOP_K, GLOBAL_EXPERTS)
         here = layer.pairs_here(part)
         counts = here.bincount(minlength=shape.num_experts)
-        block = plan.regime.block_tokens
+        block = plan.config.BLOCK_SIZE_M
         blocks = int(((counts + block - 1) // block).sum()) if plan.sorted else len(here)
         touched, pairs = int((counts > 0).sum()), len(here)
         weighted = plan.split_w2 * plan.weighted.itemsize * hidden * pairs
         activated, partial = 2 * pairs * inner, 4 * plan.split_w13 * 2 * inner
         written = activated if plan.split_w13 == 1 else pairs * partial
         gemms = (
-            (True, plan.regime.w13, 2 * inner, hidden, plan.split_w13, 2 * pairs * hidden + written),
-            (False, plan.regime.w2, hidden, inner, plan.split_w2, activated + weighted),
+            (True, plan.config.w13, 2 * inner, hidden, plan.split_w13, 2 * pairs * hidden + written),
+            (False, plan.config.w2, hidden, inner, plan.split_w2, activated + weighted),
         )
-        for gated, tile, rows, inputs, parts, extra in gemms:
+        for gated, gemm_config, rows, inputs, parts, extra in gemms:
             facts = compiled.of(layer, plan, gated)
-            floors = gemm_seconds(machine, facts, tile, rows, inputs, blocks, touched, block, parts, extra)
+            floors = gemm_seconds(machine, facts, gemm_config, rows, inputs, blocks, touched, block, parts, extra)
             bound = max(floors, key=lambda name: floors[name])
             seconds += floors[bound]
             bounds.append(bound)

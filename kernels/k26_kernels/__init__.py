@@ -3,7 +3,7 @@
 from k26_kernels.batched import batched_experts, batched_plan
 from k26_kernels.config import Shape
 from k26_kernels.dequantize import dequantize
-from k26_kernels.experts import KernelExperts, fused_experts, use_tiles, workspace_bytes
+from k26_kernels.experts import KernelExperts, fused_experts, use_configs, workspace_bytes
 from k26_kernels.layout import repack, restore
 from k26_kernels.router import route
 from k26_kernels.target import device_of
@@ -22,6 +22,6 @@ __all__ = [
     "repack",
     "restore",
     "route",
-    "use_tiles",
+    "use_configs",
     "workspace_bytes",
 ]

@@ -20,9 +20,9 @@ PAIRS_RANKED = 32  # of a chunk that are compared with each other at a time
 PLACERS = 64
 
 
-def max_blocks(num_pairs: int, num_experts: int, block_tokens: int) -> int:
+def max_blocks(num_pairs: int, num_experts: int, block_size: int) -> int:
     """The most blocks that any choice of experts can give: each expert leaves at most one block unfilled."""
-    return min(num_pairs, num_pairs // block_tokens + min(num_experts, num_pairs))
+    return min(num_pairs, num_pairs // block_size + min(num_experts, num_pairs))
 
 
 @triton.jit
@@ -41,10 +41,10 @@ def local_expert(
 @triton.jit
 def write_blocks(
     blocks: tl.tensor, expert: tl.tensor, begin: tl.tensor, first: tl.tensor, count: tl.tensor,
-    num_experts: tl.tensor, BLOCK_TOKENS: tl.constexpr,
+    num_experts: tl.tensor, BLOCK_SIZE_M: tl.constexpr,
 ) -> None:  # fmt: skip
     """An expert's rows of the table, and after the last expert's the number of rows."""
-    own_blocks = (count + BLOCK_TOKENS - 1) // BLOCK_TOKENS
+    own_blocks = (count + BLOCK_SIZE_M - 1) // BLOCK_SIZE_M
     if expert == num_experts - 1:
         tl.store(blocks, first + own_blocks)
     for start in range(0, own_blocks, 32):
@@ -52,8 +52,8 @@ def write_blocks(
         mine = block < own_blocks
         row = blocks + 1 + (first + block) * COLUMNS
         tl.store(row, tl.zeros_like(block) + expert, mask=mine)
-        tl.store(row + 1, begin + block * BLOCK_TOKENS, mask=mine)
-        tl.store(row + 2, tl.minimum(count - block * BLOCK_TOKENS, BLOCK_TOKENS), mask=mine)
+        tl.store(row + 1, begin + block * BLOCK_SIZE_M, mask=mine)
+        tl.store(row + 2, tl.minimum(count - block * BLOCK_SIZE_M, BLOCK_SIZE_M), mask=mine)
         tl.store(row + 3, tl.zeros_like(block) + first, mask=mine)
         tl.store(row + 4, tl.zeros_like(block) + own_blocks, mask=mine)
 
@@ -62,7 +62,7 @@ def write_blocks(
 def align_kernel(
     topk_ids: tl.tensor, expert_map: tl.tensor, sorted_pairs: tl.tensor, blocks: tl.tensor,
     num_pairs: tl.tensor, num_experts: tl.tensor, num_global: tl.tensor,
-    BLOCK_TOKENS: tl.constexpr, BINS: tl.constexpr, PAIRS_AT_ONCE: tl.constexpr, HAS_MAP: tl.constexpr,
+    BLOCK_SIZE_M: tl.constexpr, BINS: tl.constexpr, PAIRS_AT_ONCE: tl.constexpr, HAS_MAP: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ) -> None:  # fmt: skip
     """Program e writes expert e's pairs in their order, and its rows of the table. The last writes the number of rows.
@@ -76,12 +76,12 @@ def align_kernel(
     local = local_expert(topk_ids, expert_map, pair, num_pairs, num_experts, num_global, HAS_MAP)
     counts = tl.histogram(tl.where(local < 0, BINS - 1, local), BINS)
     counts = tl.where(bins < num_experts, counts, 0)
-    num_blocks = (counts + BLOCK_TOKENS - 1) // BLOCK_TOKENS
+    num_blocks = (counts + BLOCK_SIZE_M - 1) // BLOCK_SIZE_M
     before = bins < expert
     begin = tl.sum(tl.where(before, counts, 0))
     first = tl.sum(tl.where(before, num_blocks, 0))
     count = tl.sum(tl.where(bins == expert, counts, 0))
-    write_blocks(blocks, expert, begin, first, count, num_experts, BLOCK_TOKENS)
+    write_blocks(blocks, expert, begin, first, count, num_experts, BLOCK_SIZE_M)
     chosen = local == expert
     tl.store(sorted_pairs + begin + tl.cumsum(chosen.to(tl.int32), 0) - 1, pair, mask=chosen)
 
@@ -104,7 +104,7 @@ def count_kernel(
 def place_kernel(
     topk_ids: tl.tensor, expert_map: tl.tensor, counts: tl.tensor, sorted_pairs: tl.tensor, blocks: tl.tensor,
     num_pairs: tl.tensor, num_experts: tl.tensor, num_global: tl.tensor,
-    BLOCK_TOKENS: tl.constexpr, BINS: tl.constexpr, PAIRS_AT_ONCE: tl.constexpr, PAIRS_RANKED: tl.constexpr,
+    BLOCK_SIZE_M: tl.constexpr, BINS: tl.constexpr, PAIRS_AT_ONCE: tl.constexpr, PAIRS_RANKED: tl.constexpr,
     HAS_MAP: tl.constexpr, DEPENDENT: tl.constexpr,
 ) -> None:  # fmt: skip
     """Program c puts the pairs of chunk c in their places, and writes the table's rows of every n-th expert."""
@@ -118,7 +118,7 @@ def place_kernel(
         total += found
         earlier += tl.where(chunk < program, found, 0)
     total = tl.where(bins < num_experts, total, 0)
-    num_blocks = (total + BLOCK_TOKENS - 1) // BLOCK_TOKENS
+    num_blocks = (total + BLOCK_SIZE_M - 1) // BLOCK_SIZE_M
     begins = tl.cumsum(total, 0) - total
     firsts = tl.cumsum(num_blocks, 0) - num_blocks
     for expert in range(program, num_experts, tl.num_programs(0)):
@@ -126,7 +126,7 @@ def place_kernel(
         begin = tl.sum(tl.where(mine, begins, 0))
         first = tl.sum(tl.where(mine, firsts, 0))
         count = tl.sum(tl.where(mine, total, 0))
-        write_blocks(blocks, expert, begin, first, count, num_experts, BLOCK_TOKENS)
+        write_blocks(blocks, expert, begin, first, count, num_experts, BLOCK_SIZE_M)
     place = begins + earlier
     number = tl.arange(0, PAIRS_RANKED)
     for start in range(program * PAIRS_AT_ONCE, min((program + 1) * PAIRS_AT_ONCE, num_pairs), PAIRS_RANKED):
@@ -159,14 +159,14 @@ def moe_align_block_size(
     topk_ids: torch.Tensor,
     expert_map: torch.Tensor | None,
     num_experts: int,
-    block_tokens: int,
+    block_size: int,
     sorted_pairs: torch.Tensor,
     blocks: torch.Tensor,
     counts: torch.Tensor,
     *,
     dependent: bool = False,
 ) -> None:
-    """Sort the token–expert pairs by local expert and cut each expert's into blocks of `block_tokens`.
+    """Sort the token–expert pairs by local expert and cut each expert's into blocks of `block_size`.
 
     vLLM's and SGLang's function of this name pads every expert's last block with pairs that are none. Here a table says how
     many pairs each block has, so that nothing is padded.
@@ -183,20 +183,20 @@ def moe_align_block_size(
     if num_pairs <= PAIRS_AT_ONCE:
         align_kernel[(num_experts,)](
             *chosen, sorted_pairs, blocks, *numbers,
-            BLOCK_TOKENS=block_tokens, BINS=bins, PAIRS_AT_ONCE=PAIRS_AT_ONCE, num_warps=4, **options,
+            BLOCK_SIZE_M=block_size, BINS=bins, PAIRS_AT_ONCE=PAIRS_AT_ONCE, num_warps=4, **options,
         )  # fmt: skip
         return
     chunks = triton.cdiv(num_pairs, PAIRS_AT_ONCE)
     count_kernel[(chunks,)](*chosen, counts, *numbers, BINS=bins, PAIRS_AT_ONCE=PAIRS_AT_ONCE, num_warps=4, **options)
     place_kernel[(max(chunks, PLACERS),)](
         *chosen, counts, sorted_pairs, blocks, *numbers,
-        BLOCK_TOKENS=block_tokens, BINS=bins, PAIRS_AT_ONCE=PAIRS_AT_ONCE, PAIRS_RANKED=PAIRS_RANKED,
+        BLOCK_SIZE_M=block_size, BINS=bins, PAIRS_AT_ONCE=PAIRS_AT_ONCE, PAIRS_RANKED=PAIRS_RANKED,
         num_warps=4, **options,
     )  # fmt: skip
 
 
 def moe_align_block_size_reference(
-    topk_ids: torch.Tensor, expert_map: torch.Tensor | None, num_experts: int, block_tokens: int
+    topk_ids: torch.Tensor, expert_map: torch.Tensor | None, num_experts: int, block_size: int
 ) -> tuple[list[int], list[tuple[int, ...]]]:
     """What `moe_align_block_size` writes, as lists: the sorted pairs of local experts, and the rows of the table."""
     local = topk_ids.flatten().tolist()
@@ -206,9 +206,9 @@ def moe_align_block_size_reference(
     table: list[tuple[int, ...]] = []
     for expert in range(num_experts):
         mine = [pair for pair, chosen in enumerate(local) if chosen == expert]
-        first, number = len(table), -(-len(mine) // block_tokens)
+        first, number = len(table), -(-len(mine) // block_size)
         for block in range(number):
-            begin = block * block_tokens
-            table.append((expert, len(order) + begin, min(block_tokens, len(mine) - begin), first, number))
+            begin = block * block_size
+            table.append((expert, len(order) + begin, min(block_size, len(mine) - begin), first, number))
         order += mine
     return order, table

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from k26_kernels.align import COLUMNS, num_bins, write_blocks
-from k26_kernels.config import INVARIANT, Shape, least_work, regimes
+from k26_kernels.config import INVARIANT, Shape, kernel_configs, least_work
 from k26_kernels.dependent import after_previous, launch_options
 from k26_kernels.experts import KernelExperts, Launcher, Plan, enough_workspace, sections_of
 from k26_kernels.target import Device
@@ -22,7 +22,7 @@ TOKENS_WRITTEN = 256
 @triton.jit(do_not_specialize=["max_tokens", "num_experts"])
 def table_kernel(
     counts: tl.tensor, sorted_pairs: tl.tensor, blocks: tl.tensor, max_tokens: tl.tensor, num_experts: tl.tensor,
-    BLOCK_TOKENS: tl.constexpr, BINS: tl.constexpr, TOKENS_WRITTEN: tl.constexpr,
+    BLOCK_SIZE_M: tl.constexpr, BINS: tl.constexpr, TOKENS_WRITTEN: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ) -> None:  # fmt: skip
     """Program e writes expert e's pairs, which are the places of its tokens, and its rows of the table."""
@@ -32,10 +32,10 @@ def table_kernel(
     count = tl.load(counts + bins, mask=bins < num_experts, other=0).to(tl.int32)
     # A count beyond the buffer would have the GEMMs read another expert's tokens.
     count = tl.maximum(tl.minimum(count, max_tokens), 0)
-    first = tl.sum(tl.where(bins < expert, (count + BLOCK_TOKENS - 1) // BLOCK_TOKENS, 0))
+    first = tl.sum(tl.where(bins < expert, (count + BLOCK_SIZE_M - 1) // BLOCK_SIZE_M, 0))
     own = tl.sum(tl.where(bins == expert, count, 0))
     begin = expert * max_tokens
-    write_blocks(blocks, expert, begin, first, own, num_experts, BLOCK_TOKENS)
+    write_blocks(blocks, expert, begin, first, own, num_experts, BLOCK_SIZE_M)
     for start in range(0, own, TOKENS_WRITTEN):
         token = start + tl.arange(0, TOKENS_WRITTEN)
         tl.store(sorted_pairs + begin + token, begin + token, mask=token < own)
@@ -50,10 +50,10 @@ def batched_plan(
     batch_invariant: bool = False,
 ) -> Plan:
     """How buffers of `max_tokens` each are computed. expected: an expert's tokens on average, all that the host knows."""
-    choices = regimes(device, shape)
-    regime = choices[INVARIANT if batch_invariant else least_work(choices, expected)]
+    choices = kernel_configs(device, shape)
+    config = choices[INVARIANT if batch_invariant else least_work(choices, expected)]
     num_pairs = shape.num_experts * max_tokens
-    num_blocks = shape.num_experts * -(-max_tokens // regime.block_tokens)
+    num_blocks = shape.num_experts * -(-max_tokens // config.BLOCK_SIZE_M)
     sections, total = sections_of(
         {
             "activated": 2 * num_pairs * shape.intermediate_size,
@@ -61,7 +61,7 @@ def batched_plan(
             "blocks": 4 * (1 + COLUMNS.value * num_blocks),
         }
     )
-    return Plan(regime, True, 1, 1, num_pairs, num_blocks, out_dtype, sections, total)
+    return Plan(config, True, 1, 1, num_pairs, num_blocks, out_dtype, sections, total)
 
 
 def batched_experts(
@@ -99,11 +99,11 @@ def batched_experts(
     sorted_pairs, blocks = (launcher.section(name, torch.int32) for name in ("sorted_pairs", "blocks"))
     table_kernel[(shape.num_experts,)](
         counts, sorted_pairs, blocks, max_tokens, shape.num_experts,
-        BLOCK_TOKENS=plan.regime.block_tokens, BINS=num_bins(shape.num_experts), TOKENS_WRITTEN=TOKENS_WRITTEN,
+        BLOCK_SIZE_M=plan.config.BLOCK_SIZE_M, BINS=num_bins(shape.num_experts), TOKENS_WRITTEN=TOKENS_WRITTEN,
         num_warps=4, **launch_options(experts.device.target.dependent),
     )  # fmt: skip
     inner, hidden = shape.intermediate_size, shape.hidden_size
     activated = launcher.section("activated", torch.bfloat16)
     w13, w2 = (experts.w13_packed, experts.w13_scale), (experts.w2_packed, experts.w2_scale)
-    launcher.gemm(hidden_states, *w13, activated, plan.regime.w13, 2 * inner, hidden, 1, "swiglu", 1)
-    launcher.gemm(activated, *w2, out, plan.regime.w2, hidden, inner, 1, "plain", 1)
+    launcher.gemm(hidden_states, *w13, activated, plan.config.w13, 2 * inner, hidden, 1, "swiglu", 1)
+    launcher.gemm(activated, *w2, out, plan.config.w2, hidden, inner, 1, "plain", 1)

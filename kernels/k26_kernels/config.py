@@ -1,4 +1,8 @@
-"""Tile sizes by GPU and shape: measured ones, a default for a GPU where none were, and the choice between regimes."""
+"""Kernel configs (tile sizes, warps, stages) by GPU and shape: measured ones or a default, and which one a batch takes.
+
+The sizes are named as in vLLM's fused_moe: M counts token–expert pairs, N rows of the weights, K inputs. There is no
+GROUP_SIZE_M: all blocks of an expert take a tile of its weights in turn, whatever the config.
+"""
 
 from __future__ import annotations
 
@@ -22,28 +26,28 @@ UNPACK_TOKENS = 56
 
 
 @dataclass(frozen=True, slots=True)
-class Tile:
-    """How one GEMM is cut: rows of the weights, inputs at a time, warps, and steps that are loaded ahead."""
+class GemmConfig:
+    """How one GEMM is cut: BLOCK_SIZE_N rows of the weights by BLOCK_SIZE_K inputs a step, num_stages steps under way."""
 
-    block_rows: int
-    block_k: int
+    BLOCK_SIZE_N: int
+    BLOCK_SIZE_K: int
     num_warps: int
     num_stages: int
 
 
 @dataclass(frozen=True, slots=True)
-class Regime:
-    """The tiles of both GEMMs for some number of tokens an expert."""
+class KernelConfig:
+    """The configs of both GEMMs for some number of tokens an expert. BLOCK_SIZE_M: the most pairs in a block."""
 
-    block_tokens: int
-    w13: Tile
-    w2: Tile
+    BLOCK_SIZE_M: int
+    w13: GemmConfig
+    w2: GemmConfig
 
     @classmethod
     def of(cls, data: dict[str, Any], intermediate_size: int = 0) -> Self:
-        """`w2_N` are the tiles of a rank on which w2 has N inputs, all of them one step."""
+        """`w2_N` is the config of a rank on which w2 has N inputs, all of them one step."""
         w2 = data.get(f"w2_{intermediate_size}", data["w2"])
-        return cls(data["block_tokens"], Tile(**data["w13"]), Tile(**w2))
+        return cls(data["BLOCK_SIZE_M"], GemmConfig(**data["w13"]), GemmConfig(**w2))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,60 +71,60 @@ class Shape:
         return f"{self.hidden_size}x{self.intermediate_size}x{self.num_experts}"
 
 
-# What `experts.use_tiles` was given in this process, by GPU, hidden and intermediate size.
-measured: dict[tuple[Device, int, int], dict[str, Regime]] = {}
+# What `experts.use_configs` was given in this process, by GPU, hidden and intermediate size.
+measured: dict[tuple[Device, int, int], dict[str, KernelConfig]] = {}
 
 
 @cache
-def default_regimes(target: str, intermediate_size: int = 0) -> dict[str, Regime]:
-    """Regimes by name for a kind of GPU: they fit the smallest member of its family."""
-    tiles = json.loads(DEFAULT.read_text())[target]
-    return {name: Regime.of(tiles[name], intermediate_size) for name in tiles}
+def default_configs(target: str, intermediate_size: int = 0) -> dict[str, KernelConfig]:
+    """Configs by name for a kind of GPU: they fit the smallest member of its family."""
+    found = json.loads(DEFAULT.read_text())[target]
+    return {name: KernelConfig.of(found[name], intermediate_size) for name in found}
 
 
-def regimes(device: Device, shape: Shape) -> dict[str, Regime]:
+def kernel_configs(device: Device, shape: Shape) -> dict[str, KernelConfig]:
     """Those that were measured for this GPU and experts of this size, however many, or the default of its kind."""
     inner = shape.intermediate_size
-    return measured.get((device, shape.hidden_size, inner)) or default_regimes(device.target.name, inner)
+    return measured.get((device, shape.hidden_size, inner)) or default_configs(device.target.name, inner)
 
 
-def checked(tiles: dict[str, Any], target: str, shape: Shape) -> dict[str, Regime]:
-    """Regimes from a file: of each name the fields, as `dataclasses.asdict` gives them.
+def checked(data: dict[str, Any], target: str, shape: Shape) -> dict[str, KernelConfig]:
+    """Configs from a file: each name's fields, as `dataclasses.asdict` gives them.
 
-    Raises ValueError where they are not those of the regimes that there are, or cannot cut the shape.
+    Raises ValueError where names or block sizes are not the default's, or a config cannot cut the shape.
     """
-    default = default_regimes(target)
+    default = default_configs(target)
     try:
-        found = {name: Regime.of(tiles[name]) for name in default}
+        found = {name: KernelConfig.of(data[name]) for name in default}
     except (KeyError, TypeError) as error:
-        raise ValueError(f"these are no tiles of the regimes {', '.join(default)}: {error!r}.") from error
-    for name, regime in found.items():
-        if regime.block_tokens != default[name].block_tokens:
+        raise ValueError(f"these are not the kernel configs {', '.join(default)}: {error!r}.") from error
+    for name, config in found.items():
+        if config.BLOCK_SIZE_M != default[name].BLOCK_SIZE_M:
             raise ValueError(
-                f"regime {name} has blocks of {default[name].block_tokens} tokens, not {regime.block_tokens}."
+                f"config {name} has blocks of {default[name].BLOCK_SIZE_M} tokens, not {config.BLOCK_SIZE_M}."
             )
-        for tile, inputs in ((regime.w13, shape.hidden_size), (regime.w2, shape.intermediate_size)):
-            if tile.block_rows not in (ROWS, 2 * ROWS) or inputs % tile.block_k:
-                raise ValueError(f"{tile} of regime {name} does not cut {inputs} inputs.")
+        for gemm, inputs in ((config.w13, shape.hidden_size), (config.w2, shape.intermediate_size)):
+            if gemm.BLOCK_SIZE_N not in (ROWS, 2 * ROWS) or inputs % gemm.BLOCK_SIZE_K:
+                raise ValueError(f"{gemm} of config {name} does not cut {inputs} inputs.")
     return found
 
 
-def choose(choices: dict[str, Regime], num_tokens: int, pairs_per_expert: float, batch_invariant: bool) -> str:
-    """The name of the regime for a batch; batch-invariant always the same."""
+def choose(choices: dict[str, KernelConfig], num_tokens: int, pairs_per_expert: float, batch_invariant: bool) -> str:
+    """The name of the config for a batch; batch-invariant always the same."""
     if batch_invariant:
         return INVARIANT
     return SINGLE if num_tokens <= SINGLE_TOKENS else least_work(choices, pairs_per_expert)
 
 
-def least_work(choices: dict[str, Regime], pairs_per_expert: float) -> str:
-    """The name of the regime for pairs that are sorted into blocks.
+def least_work(choices: dict[str, KernelConfig], pairs_per_expert: float) -> str:
+    """The name of the config for pairs that are sorted into blocks.
 
     An expert's last block is half empty on average, and each block unpacks its tile of weights again. Unpacking and the
     matrix instructions overlap; that a quarter of the shorter does not is a guess. The least work wins.
     """
 
     def work(name: str) -> float:
-        block = choices[name].block_tokens
+        block = choices[name].BLOCK_SIZE_M
         blocks = max(1.0, pairs_per_expert / block + 0.5)
         return blocks * (max(block, UNPACK_TOKENS) + min(block, UNPACK_TOKENS) / 4)
 

@@ -15,20 +15,20 @@ from k26_kernels.unpack import load_scales, load_words, weights_tile
 def dequantize_kernel(
     packed: tl.tensor, scale: tl.tensor, experts: tl.tensor, out: tl.tensor,
     N: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr, FRAGMENT: tl.constexpr,
+    BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr, FRAGMENT: tl.constexpr,
 ) -> None:  # fmt: skip
     """Program (block of rows, block of inputs, index in `experts`) writes a tile, rows in the checkpoint's order."""
-    rows_first = tl.program_id(0) * BLOCK_ROWS
-    k = tl.program_id(1) * BLOCK_K
+    rows_first = tl.program_id(0) * BLOCK_SIZE_N
+    k = tl.program_id(1) * BLOCK_SIZE_K
     index = tl.program_id(2)
     expert = tl.load(experts + index).to(tl.int64)
-    words = load_words(packed + expert * (N * K // 8), rows_first, k, K, BLOCK_ROWS, BLOCK_K, FRAGMENT)
-    scales = load_scales(scale + expert * (N * K // 32), rows_first, k, K, BLOCK_ROWS, BLOCK_K, FRAGMENT)
-    tile = weights_tile(words, scales, BLOCK_ROWS, BLOCK_K, FRAGMENT, False, out.dtype.element_ty)
-    row = rows_first + tl.arange(0, BLOCK_ROWS)
+    words = load_words(packed + expert * (N * K // 8), rows_first, k, K, BLOCK_SIZE_N, BLOCK_SIZE_K, FRAGMENT)
+    scales = load_scales(scale + expert * (N * K // 32), rows_first, k, K, BLOCK_SIZE_N, BLOCK_SIZE_K, FRAGMENT)
+    tile = weights_tile(words, scales, BLOCK_SIZE_N, BLOCK_SIZE_K, FRAGMENT, False, out.dtype.element_ty)
+    row = rows_first + tl.arange(0, BLOCK_SIZE_N)
     if GATED:
         row = row % 16 // 8 * (N // 2) + row // 16 * 8 + row % 8
-    tl.store(out + index.to(tl.int64) * (N * K) + row[:, None] * K + (k + tl.arange(0, BLOCK_K))[None, :], tile)
+    tl.store(out + index.to(tl.int64) * (N * K) + row[:, None] * K + (k + tl.arange(0, BLOCK_SIZE_K))[None, :], tile)
 
 
 def dequantize(
@@ -50,11 +50,11 @@ def dequantize(
     check_sizes(rows, inputs)
     out = torch.empty(len(experts), rows, inputs, dtype=dtype, device=packed.device)
     target = device_of(packed.device).target
-    block_k = 128
+    block_size = 128
     if len(experts):
-        dequantize_kernel[(rows // ROWS, inputs // block_k, len(experts))](
+        dequantize_kernel[(rows // ROWS, inputs // block_size, len(experts))](
             packed, scale, experts, out, N=rows, K=inputs, GATED=gated,
-            BLOCK_ROWS=ROWS, BLOCK_K=block_k, FRAGMENT=target.fragment, num_warps=4,
+            BLOCK_SIZE_N=ROWS, BLOCK_SIZE_K=block_size, FRAGMENT=target.fragment, num_warps=4,
         )  # fmt: skip
     return out
 

@@ -1,4 +1,4 @@
-"""The routed sum of a layer on a GPU: which kernels run, with which tiles, over which parts of the workspace."""
+"""The routed sum of a layer on a GPU: which kernels run, with which configs, over which parts of the workspace."""
 
 from __future__ import annotations
 
@@ -11,7 +11,17 @@ import triton
 
 from k26_kernels.align import COLUMNS, counts_bytes, global_experts, max_blocks, moe_align_block_size
 from k26_kernels.combine import activate_kernel, reduce_kernel
-from k26_kernels.config import SINGLE, SINGLE_TOKENS, Regime, Shape, Tile, checked, choose, measured, regimes
+from k26_kernels.config import (
+    SINGLE,
+    SINGLE_TOKENS,
+    GemmConfig,
+    KernelConfig,
+    Shape,
+    checked,
+    choose,
+    kernel_configs,
+    measured,
+)
 from k26_kernels.dependent import launch_options
 from k26_kernels.layout import repack
 from k26_kernels.moe_gemm import moe_gemm_kernel
@@ -72,7 +82,7 @@ class KernelExperts:
 class Plan:
     """What the host decides for a batch, from its size alone: nothing waits for the device."""
 
-    regime: Regime
+    config: KernelConfig
     sorted: bool
     split_w13: int
     split_w2: int
@@ -85,22 +95,26 @@ class Plan:
     bytes: int
 
 
-def split_k(tiles: float, inputs: int, block_k: int, num_sms: int) -> int:
+def split_k(tiles: float, inputs: int, block_size: int, num_sms: int) -> int:
     """Into how many parts a GEMM is cut along K, so that its tiles fill the GPU: a power of two.
 
     A part keeps four steps, below which starting up costs more than the other SMs bring.
     """
     parts = 1
-    while tiles * parts < 2 * num_sms and inputs % (2 * parts * block_k) == 0 and inputs // (2 * parts) >= 4 * block_k:
+    while (
+        tiles * parts < 2 * num_sms
+        and inputs % (2 * parts * block_size) == 0
+        and inputs // (2 * parts) >= 4 * block_size
+    ):
         parts *= 2
     return parts
 
 
-def expected_blocks(num_tokens: int, top_k: int, num_experts: int, global_experts: int, block_tokens: int) -> float:
+def expected_blocks(num_tokens: int, top_k: int, num_experts: int, global_experts: int, block_size: int) -> float:
     """Blocks of an even choice of experts: one for each expert here that a token chose, until blocks fill."""
     chosen = min(1.0, top_k / global_experts)
     touched = num_experts * (1 - (1 - chosen) ** num_tokens)
-    return max(touched, num_tokens * chosen * num_experts / block_tokens)
+    return max(touched, num_tokens * chosen * num_experts / block_size)
 
 
 @lru_cache(maxsize=4096)
@@ -108,7 +122,7 @@ def make_plan(
     device: Device, shape: Shape, num_tokens: int, top_k: int, global_experts: int, batch_invariant: bool = False
 ) -> Plan:
     """How a batch of at most TOKENS_AT_ONCE tokens is computed. global_experts: over all ranks."""
-    choices = regimes(device, shape)
+    choices = kernel_configs(device, shape)
     name = choose(choices, num_tokens, num_tokens * top_k / global_experts, batch_invariant)
     return plan_of(device, shape, choices[name], name != SINGLE, num_tokens, top_k, global_experts, batch_invariant)
 
@@ -116,26 +130,26 @@ def make_plan(
 def plan_of(
     device: Device,
     shape: Shape,
-    regime: Regime,
+    config: KernelConfig,
     is_sorted: bool,
     num_tokens: int,
     top_k: int,
     global_experts: int,
     batch_invariant: bool = False,
 ) -> Plan:
-    """`make_plan` with the tiles given."""
+    """`make_plan` with the config given."""
     num_pairs = num_tokens * top_k
     splits = [1, 1]
     # Batch-invariant: one order of the sums for all batches.
     if not batch_invariant and (not is_sorted or num_pairs <= SPLIT_PAIRS):
         blocks = num_pairs * shape.num_experts / global_experts
         if is_sorted:
-            blocks = expected_blocks(num_tokens, top_k, shape.num_experts, global_experts, regime.block_tokens)
+            blocks = expected_blocks(num_tokens, top_k, shape.num_experts, global_experts, config.BLOCK_SIZE_M)
         rows = (2 * shape.intermediate_size, shape.hidden_size)
         inputs = (shape.hidden_size, shape.intermediate_size)
         splits = [
-            split_k(blocks * n / tile.block_rows, k, tile.block_k, device.num_sms)
-            for n, k, tile in zip(rows, inputs, (regime.w13, regime.w2), strict=True)
+            split_k(blocks * n / gemm.BLOCK_SIZE_N, k, gemm.BLOCK_SIZE_K, device.num_sms)
+            for n, k, gemm in zip(rows, inputs, (config.w13, config.w2), strict=True)
         ]
     # Batch-invariant: one dtype for all batches.
     weighted = torch.float32 if num_pairs <= EXACT_PAIRS and not batch_invariant else torch.bfloat16
@@ -148,12 +162,12 @@ def plan_of(
     if is_sorted:
         sizes["sorted_pairs"] = 4 * num_pairs
         # Room for the smallest blocks, so that more tokens never need less.
-        smallest = min(choice.block_tokens for choice in regimes(device, shape).values())
+        smallest = min(choice.BLOCK_SIZE_M for choice in kernel_configs(device, shape).values())
         sizes["blocks"] = 4 * (1 + COLUMNS.value * max_blocks(num_pairs, shape.num_experts, smallest))
         sizes["counts"] = counts_bytes(num_pairs, shape.num_experts)
     sections, total = sections_of(sizes)
-    most = max_blocks(num_pairs, shape.num_experts, regime.block_tokens) if is_sorted else num_pairs
-    return Plan(regime, is_sorted, splits[0], splits[1], num_pairs, most, weighted, sections, total)
+    most = max_blocks(num_pairs, shape.num_experts, config.BLOCK_SIZE_M) if is_sorted else num_pairs
+    return Plan(config, is_sorted, splits[0], splits[1], num_pairs, most, weighted, sections, total)
 
 
 def sections_of(sizes: dict[str, int]) -> tuple[dict[str, tuple[int, int]], int]:
@@ -165,9 +179,9 @@ def sections_of(sizes: dict[str, int]) -> tuple[dict[str, tuple[int, int]], int]
     return sections, offset
 
 
-def use_tiles(device: Device, shape: Shape, tiles: dict[str, Any]) -> None:
-    """Have this process run experts of this size with tiles that were measured. Raises ValueError as `config.checked`."""
-    measured[device, shape.hidden_size, shape.intermediate_size] = checked(tiles, device.target.name, shape)
+def use_configs(device: Device, shape: Shape, configs: dict[str, Any]) -> None:
+    """Have this process run experts of this size with measured configs. Raises ValueError as `config.checked` does."""
+    measured[device, shape.hidden_size, shape.intermediate_size] = checked(configs, device.target.name, shape)
     make_plan.cache_clear()
 
 
@@ -280,7 +294,7 @@ class Launcher:
                 self.topk_ids,
                 self.expert_map,
                 shape.num_experts,
-                plan.regime.block_tokens,
+                plan.config.BLOCK_SIZE_M,
                 self.section("sorted_pairs", torch.int32),
                 self.section("blocks", torch.int32),
                 self.section("counts", torch.int32),
@@ -290,17 +304,17 @@ class Launcher:
         w13 = self.experts.w13_packed, self.experts.w13_scale
         top_k = self.topk_ids.shape[1]
         if plan.split_w13 == 1:
-            self.gemm(x, *w13, activated, plan.regime.w13, 2 * inner, hidden, top_k, "swiglu", 1)
+            self.gemm(x, *w13, activated, plan.config.w13, 2 * inner, hidden, top_k, "swiglu", 1)
         else:
             parts = self.section("parts", torch.float32)
-            self.gemm(x, *w13, parts, plan.regime.w13, 2 * inner, hidden, top_k, "partial", plan.split_w13)
+            self.gemm(x, *w13, parts, plan.config.w13, 2 * inner, hidden, top_k, "partial", plan.split_w13)
             block = 256
             activate_kernel[(num_pairs, triton.cdiv(inner, block))](
                 parts, activated, num_pairs * 2 * inner, I=inner, SPLIT_K=plan.split_w13, BLOCK=block, **self.options
             )
         weighted = self.section("weighted", plan.weighted)
         w2 = self.experts.w2_packed, self.experts.w2_scale
-        self.gemm(activated, *w2, weighted, plan.regime.w2, hidden, inner, 1, "weighted", plan.split_w2)
+        self.gemm(activated, *w2, weighted, plan.config.w2, hidden, inner, 1, "weighted", plan.split_w2)
         reduce_kernel[(len(x), triton.cdiv(hidden, _REDUCE_BLOCK))](
             weighted, self.topk_ids, self.map, out, num_pairs, shape.num_experts, self.num_global,
             H=hidden, TOP_K=top_k, SPLIT_K=plan.split_w2, HAS_MAP=self.has_map, BLOCK=_REDUCE_BLOCK,
@@ -313,7 +327,7 @@ class Launcher:
         packed: torch.Tensor,
         scale: torch.Tensor,
         out: torch.Tensor,
-        tile: Tile,
+        config: GemmConfig,
         rows: int,
         inputs: int,
         pairs_per_x: int,
@@ -322,9 +336,9 @@ class Launcher:
     ) -> None:
         """One launch of `moe_gemm_kernel`, whose arguments these are; x has a row for each `pairs_per_x` pairs."""
         plan, device = self.plan, self.experts.device
-        tiles = plan.max_blocks * (rows // tile.block_rows) * parts
+        tiles = plan.max_blocks * (rows // config.BLOCK_SIZE_N) * parts
         variant = (
-            device, tile, plan.regime.block_tokens, plan.sorted, rows, inputs, pairs_per_x, epilogue, parts, out.dtype,
+            device, config, plan.config.BLOCK_SIZE_M, plan.sorted, rows, inputs, pairs_per_x, epilogue, parts, out.dtype,
             self.has_map,
         )  # fmt: skip
         grid = min(tiles, device.num_sms * programs_per_sm.get(variant, PROGRAMS_AT_FIRST))
@@ -336,10 +350,10 @@ class Launcher:
             plan.num_pairs, self.experts.shape.num_experts, self.num_global,
             N=rows, K=inputs, PAIRS_PER_X=pairs_per_x, EPILOGUE=epilogue,
             SORTED=plan.sorted, HAS_MAP=self.has_map, SPLIT_K=parts,
-            BLOCK_TOKENS=plan.regime.block_tokens, BLOCK_ROWS=tile.block_rows, BLOCK_K=tile.block_k,
+            BLOCK_SIZE_M=plan.config.BLOCK_SIZE_M, BLOCK_SIZE_N=config.BLOCK_SIZE_N, BLOCK_SIZE_K=config.BLOCK_SIZE_K,
             FRAGMENT=device.target.fragment, PACKED_MATH=not (device.target.amd or INTERPRETED.value),
             WAIT=device.target.waits and not INTERPRETED.value,
-            num_warps=tile.num_warps, num_stages=tile.num_stages, **device.target.options, **self.options,
+            num_warps=config.num_warps, num_stages=config.num_stages, **device.target.options, **self.options,
         )  # fmt: skip
         if variant not in programs_per_sm and compiled is not None:  # None from the interpreter
             metadata = compiled.metadata

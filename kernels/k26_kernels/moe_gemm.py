@@ -14,18 +14,18 @@ from k26_kernels.unpack import dot_operand, load_scales, load_words, rounded, se
 def write_tile(
     acc: tl.tensor, out: tl.tensor, topk_weights: tl.tensor,
     pair: tl.tensor, count: tl.tensor, rows_first: tl.tensor, part: tl.tensor, num_pairs: tl.tensor,
-    N: tl.constexpr, EPILOGUE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    N: tl.constexpr, EPILOGUE: tl.constexpr, BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_N: tl.constexpr,
 ) -> None:  # fmt: skip
     """What `moe_gemm_kernel` says of EPILOGUE."""
-    valid = (tl.arange(0, BLOCK_TOKENS) < count)[None, :]
+    valid = (tl.arange(0, BLOCK_SIZE_M) < count)[None, :]
     if EPILOGUE == "swiglu":
-        halves = tl.permute(tl.reshape(acc, [BLOCK_ROWS // 16, 2, 8, BLOCK_TOKENS]), [0, 2, 3, 1])
+        halves = tl.permute(tl.reshape(acc, [BLOCK_SIZE_N // 16, 2, 8, BLOCK_SIZE_M]), [0, 2, 3, 1])
         gate, up = tl.split(halves)
-        y = tl.reshape(gate * tl.sigmoid(gate) * up, [BLOCK_ROWS // 2, BLOCK_TOKENS])
-        rows = rows_first // 2 + tl.arange(0, BLOCK_ROWS // 2)
+        y = tl.reshape(gate * tl.sigmoid(gate) * up, [BLOCK_SIZE_N // 2, BLOCK_SIZE_M])
+        rows = rows_first // 2 + tl.arange(0, BLOCK_SIZE_N // 2)
         tl.store(out + pair.to(tl.int64)[None, :] * (N // 2) + rows[:, None], rounded(y, tl.bfloat16), mask=valid)
     else:
-        rows = rows_first + tl.arange(0, BLOCK_ROWS)
+        rows = rows_first + tl.arange(0, BLOCK_SIZE_N)
         place = (part * num_pairs + pair).to(tl.int64)[None, :] * N + rows[:, None]
         if EPILOGUE == "plain":
             tl.store(out + place, rounded(acc, out.dtype.element_ty), mask=valid)
@@ -39,14 +39,14 @@ def write_tile(
 @triton.jit
 def multiply_step(
     acc: tl.tensor, words: tl.tensor, scales: tl.tensor, x_rows: tl.tensor, valid: tl.tensor,
-    rows_first: tl.tensor, k: tl.tensor, K: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+    rows_first: tl.tensor, k: tl.tensor, K: tl.constexpr, BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr,
     FRAGMENT: tl.constexpr, PACKED_MATH: tl.constexpr, WAIT: tl.constexpr, ONCE: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """acc with the products over BLOCK_K inputs from k on added. ONCE: as in `load_words`."""
-    w = load_words(words, rows_first, k, K, BLOCK_ROWS, BLOCK_K, FRAGMENT, ONCE)
-    s = load_scales(scales, rows_first, k, K, BLOCK_ROWS, BLOCK_K, FRAGMENT)
-    xt = tl.load(x_rows[None, :] + (k + tl.arange(0, BLOCK_K))[:, None], mask=valid, other=0.0)
-    tile_w = weights_tile(w, s, BLOCK_ROWS, BLOCK_K, FRAGMENT, PACKED_MATH, tl.bfloat16)
+    """acc with the products over BLOCK_SIZE_K inputs from k on added. ONCE: as in `load_words`."""
+    w = load_words(words, rows_first, k, K, BLOCK_SIZE_N, BLOCK_SIZE_K, FRAGMENT, ONCE)
+    s = load_scales(scales, rows_first, k, K, BLOCK_SIZE_N, BLOCK_SIZE_K, FRAGMENT)
+    xt = tl.load(x_rows[None, :] + (k + tl.arange(0, BLOCK_SIZE_K))[:, None], mask=valid, other=0.0)
+    tile_w = weights_tile(w, s, BLOCK_SIZE_N, BLOCK_SIZE_K, FRAGMENT, PACKED_MATH, tl.bfloat16)
     acc = tl.dot(dot_operand(tile_w), dot_operand(xt), acc)
     if WAIT:
         acc = settled(acc)
@@ -60,7 +60,7 @@ def moe_gemm_kernel(
     num_pairs: tl.tensor, num_experts: tl.tensor, num_global: tl.tensor,
     N: tl.constexpr, K: tl.constexpr, PAIRS_PER_X: tl.constexpr, EPILOGUE: tl.constexpr,
     SORTED: tl.constexpr, HAS_MAP: tl.constexpr, SPLIT_K: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr,
     FRAGMENT: tl.constexpr, PACKED_MATH: tl.constexpr, WAIT: tl.constexpr, DEPENDENT: tl.constexpr,
 ) -> None:  # fmt: skip
     """Each program walks over tiles of (block of pairs, block of rows, part of K), from a table on the device.
@@ -79,12 +79,12 @@ def moe_gemm_kernel(
     their rows of the table and their tokens with them.
     """
     after_previous(DEPENDENT)
-    ROW_BLOCKS: tl.constexpr = N // BLOCK_ROWS
+    ROW_BLOCKS: tl.constexpr = N // BLOCK_SIZE_N
     K_PART: tl.constexpr = K // SPLIT_K
     # Where pairs are sorted, the other blocks of an expert find its weights in the cache. Else only a few pairs are there,
     # which seldom share an expert, and weights kept would push out what the next launches read.
     ONCE: tl.constexpr = not SORTED
-    column = tl.arange(0, BLOCK_TOKENS)
+    column = tl.arange(0, BLOCK_SIZE_M)
     num_blocks = num_pairs
     if SORTED:
         num_blocks = tl.load(blocks)
@@ -98,13 +98,13 @@ def moe_gemm_kernel(
             siblings = tl.load(row + 4)
             within = output_tile - first * ROW_BLOCKS
             turn = within // siblings
-            rows_first = turn * BLOCK_ROWS
+            rows_first = turn * BLOCK_SIZE_N
             row = blocks + 1 + (first + within - turn * siblings) * COLUMNS
             expert = tl.load(row)
             count = tl.load(row + 2)
             pair = tl.load(sorted_pairs + tl.load(row + 1) + column, mask=column < count, other=0)
         else:
-            rows_first = output_tile % ROW_BLOCKS * BLOCK_ROWS
+            rows_first = output_tile % ROW_BLOCKS * BLOCK_SIZE_N
             pair = output_tile // ROW_BLOCKS + tl.zeros_like(column)
             expert = local_expert(
                 topk_ids, expert_map, output_tile // ROW_BLOCKS, num_pairs, num_experts, num_global, HAS_MAP
@@ -112,26 +112,48 @@ def moe_gemm_kernel(
             count = tl.where(expert >= 0, 1, 0)
         x_rows = x + (pair // PAIRS_PER_X).to(tl.int64) * K
         valid = (column < count)[None, :]
-        acc = tl.zeros([BLOCK_ROWS, BLOCK_TOKENS], tl.float32)
-        if K_PART == BLOCK_K:
+        acc = tl.zeros([BLOCK_SIZE_N, BLOCK_SIZE_M], tl.float32)
+        if K_PART == BLOCK_SIZE_K:
             # A branch would keep the next tiles from being loaded ahead: a pair without an expert here takes the first
             # one's weights, and stores nothing.
             some = tl.maximum(expert, 0).to(tl.int64)
             acc = multiply_step(
                 acc, packed + some * (N * K // 8), scale + some * (N * K // 32), x_rows, valid, rows_first,
-                part * K_PART, K, BLOCK_ROWS, BLOCK_K, FRAGMENT, PACKED_MATH, WAIT, ONCE,
+                part * K_PART, K, BLOCK_SIZE_N, BLOCK_SIZE_K, FRAGMENT, PACKED_MATH, WAIT, ONCE,
             )  # fmt: skip
             write_tile(
-                acc, out, topk_weights, pair, count, rows_first, part, num_pairs, N, EPILOGUE, BLOCK_TOKENS, BLOCK_ROWS
+                acc,
+                out,
+                topk_weights,
+                pair,
+                count,
+                rows_first,
+                part,
+                num_pairs,
+                N,
+                EPILOGUE,
+                BLOCK_SIZE_M,
+                BLOCK_SIZE_N,
             )
         elif expert >= 0:
             words = packed + expert.to(tl.int64) * (N * K // 8)
             scales = scale + expert.to(tl.int64) * (N * K // 32)
-            for k in range(part * K_PART, (part + 1) * K_PART, BLOCK_K):
+            for k in range(part * K_PART, (part + 1) * K_PART, BLOCK_SIZE_K):
                 acc = multiply_step(
                     acc, words, scales, x_rows, valid, rows_first, k, K,
-                    BLOCK_ROWS, BLOCK_K, FRAGMENT, PACKED_MATH, WAIT, ONCE,
+                    BLOCK_SIZE_N, BLOCK_SIZE_K, FRAGMENT, PACKED_MATH, WAIT, ONCE,
                 )  # fmt: skip
             write_tile(
-                acc, out, topk_weights, pair, count, rows_first, part, num_pairs, N, EPILOGUE, BLOCK_TOKENS, BLOCK_ROWS
+                acc,
+                out,
+                topk_weights,
+                pair,
+                count,
+                rows_first,
+                part,
+                num_pairs,
+                N,
+                EPILOGUE,
+                BLOCK_SIZE_M,
+                BLOCK_SIZE_N,
             )

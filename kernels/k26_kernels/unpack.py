@@ -39,16 +39,16 @@ def settled(acc: tl.tensor) -> tl.tensor:
 @triton.jit
 def load_words(
     packed: tl.tensor, rows_first: tl.tensor, input_first: tl.tensor, K: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr, FRAGMENT: tl.constexpr, ONCE: tl.constexpr = False,
+    BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr, FRAGMENT: tl.constexpr, ONCE: tl.constexpr = False,
 ) -> tl.tensor:  # fmt: skip
-    """int32 `[BLOCK_ROWS · BLOCK_K / 32, 4]`: the chunks of a tile. `packed` points at the matrix of an expert.
+    """int32 `[BLOCK_SIZE_N · BLOCK_SIZE_K / 32, 4]`: the chunks of a tile. `packed` points at the matrix of an expert.
 
     ONCE: nothing else will read them, so they are the first to leave the cache. AMD and sm_80 have no such hint.
     """
     STEP: tl.constexpr = 64 if FRAGMENT == "mma" or FRAGMENT == "wgmma" else 128
     CHUNKS: tl.constexpr = 2 * STEP  # of 64 rows and a step
-    SLABS: tl.constexpr = BLOCK_ROWS // 64
-    chunk = tl.arange(0, BLOCK_ROWS * BLOCK_K // 32)
+    SLABS: tl.constexpr = BLOCK_SIZE_N // 64
+    chunk = tl.arange(0, BLOCK_SIZE_N * BLOCK_SIZE_K // 32)
     slab = (chunk // CHUNKS) % SLABS
     step = chunk // (CHUNKS * SLABS)
     offsets = slab * (8 * K) + step * (CHUNKS * 4) + (chunk % CHUNKS) * 4
@@ -60,22 +60,22 @@ def load_words(
 @triton.jit
 def load_scales(
     scale: tl.tensor, rows_first: tl.tensor, input_first: tl.tensor, K: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr, FRAGMENT: tl.constexpr,
+    BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr, FRAGMENT: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """bfloat16, the shape of `load_words`: the scale of each word. Threads of the same rows read the same ones."""
     STEP: tl.constexpr = 64 if FRAGMENT == "mma" or FRAGMENT == "wgmma" else 128
     CHUNKS: tl.constexpr = 2 * STEP
-    SLABS: tl.constexpr = BLOCK_ROWS // 64
+    SLABS: tl.constexpr = BLOCK_SIZE_N // 64
     first = rows_first * (K // 32) + input_first * 2
     if FRAGMENT == "tmem":
         # Four groups of a row lie together, each of which is the scale of a whole chunk.
-        row = tl.arange(0, BLOCK_ROWS * BLOCK_K // 128)
+        row = tl.arange(0, BLOCK_SIZE_N * BLOCK_SIZE_K // 128)
         places = (row // 64) % SLABS * (2 * K) + row // (64 * SLABS) * 256 + row % 64 * 4
         groups = tl.load(scale + first + places[:, None] + tl.arange(0, 4)[None, :])
-        by_step = tl.reshape(groups, [BLOCK_K // 128, SLABS, 64, 4])
-        each = tl.reshape(tl.permute(by_step, [0, 1, 3, 2]), [BLOCK_ROWS * BLOCK_K // 32, 1])
-        return tl.broadcast_to(each, [BLOCK_ROWS * BLOCK_K // 32, 4])
-    chunk = tl.arange(0, BLOCK_ROWS * BLOCK_K // 32)
+        by_step = tl.reshape(groups, [BLOCK_SIZE_K // 128, SLABS, 64, 4])
+        each = tl.reshape(tl.permute(by_step, [0, 1, 3, 2]), [BLOCK_SIZE_N * BLOCK_SIZE_K // 32, 1])
+        return tl.broadcast_to(each, [BLOCK_SIZE_N * BLOCK_SIZE_K // 32, 4])
+    chunk = tl.arange(0, BLOCK_SIZE_N * BLOCK_SIZE_K // 32)
     slab = (chunk // CHUNKS) % SLABS
     step = chunk // (CHUNKS * SLABS)
     owner = chunk % CHUNKS // 64 * 16 + chunk % 16 if STEP == 128 else chunk % CHUNKS // 4
@@ -85,10 +85,10 @@ def load_scales(
 
 @triton.jit
 def weights_tile(
-    words: tl.tensor, scales: tl.tensor, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+    words: tl.tensor, scales: tl.tensor, BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr,
     FRAGMENT: tl.constexpr, PACKED_MATH: tl.constexpr, DTYPE: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """`[BLOCK_ROWS, BLOCK_K]` of DTYPE: (u − 8) · scale, rounded once.
+    """`[BLOCK_SIZE_N, BLOCK_SIZE_K]` of DTYPE: (u − 8) · scale, rounded once.
 
     PACKED_MATH: two weights an instruction, for bfloat16 on NVIDIA. Both ways give the same bits.
     """
@@ -136,18 +136,18 @@ def weights_tile(
         values = rounded((u - 8).to(tl.float32) * scales.to(tl.float32)[:, :, None, None, None], DTYPE)
     # Now [chunk, word, j, i, h], in the letters of layout.py; nr is n and r in one.
     if FRAGMENT == "tmem":
-        axes = tl.reshape(values, [BLOCK_K // 128, BLOCK_ROWS // 64, 4, 64, 4, 2, 2, 2])  # q n k R w j i h
+        axes = tl.reshape(values, [BLOCK_SIZE_K // 128, BLOCK_SIZE_N // 64, 4, 64, 4, 2, 2, 2])  # q n k R w j i h
         tile = tl.permute(axes, [1, 3, 0, 2, 4, 5, 6, 7])  # n R q k w j i h
     elif FRAGMENT == "mfma":
-        axes = tl.reshape(values, [BLOCK_K // 128, BLOCK_ROWS // 16, 4, 16, 4, 2, 2, 2])  # q nr k l w j i h
+        axes = tl.reshape(values, [BLOCK_SIZE_K // 128, BLOCK_SIZE_N // 16, 4, 16, 4, 2, 2, 2])  # q nr k l w j i h
         tile = tl.permute(axes, [1, 3, 0, 4, 5, 2, 6, 7])  # nr l q w j k i h
     elif FRAGMENT == "mfma32":
-        axes = tl.reshape(values, [BLOCK_K // 128, BLOCK_ROWS // 16, 4, 16, 4, 2, 2, 2])  # q nr k l w j i h
+        axes = tl.reshape(values, [BLOCK_SIZE_K // 128, BLOCK_SIZE_N // 16, 4, 16, 4, 2, 2, 2])  # q nr k l w j i h
         tile = tl.permute(axes, [1, 3, 0, 4, 2, 5, 6, 7])  # nr l q w k j i h
     else:
-        axes = tl.reshape(values, [BLOCK_K // 64, BLOCK_ROWS // 16, 8, 4, 2, 2, 2, 2, 2])  # q nr g t a c j i h
+        axes = tl.reshape(values, [BLOCK_SIZE_K // 64, BLOCK_SIZE_N // 16, 8, 4, 2, 2, 2, 2, 2])  # q nr g t a c j i h
         if FRAGMENT == "wgmma":
             tile = tl.permute(axes, [1, 4, 2, 0, 5, 6, 7, 3, 8])  # nr a g q c j i t h
         else:
             tile = tl.permute(axes, [1, 4, 2, 0, 5, 6, 3, 7, 8])  # nr a g q c j t i h
-    return tl.reshape(tile, [BLOCK_ROWS, BLOCK_K])
+    return tl.reshape(tile, [BLOCK_SIZE_N, BLOCK_SIZE_K])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from k26_kernels.batched import batched_experts, batched_plan
-from k26_kernels.config import Regime, Shape
+from k26_kernels.config import KernelConfig, Shape
 from k26_kernels.experts import TOKENS_AT_ONCE, KernelExperts, Plan, fused_experts, make_plan
 from k26_kernels.target import Device, device_of
 
@@ -70,9 +70,9 @@ def compile_batched(
 ) -> int:
     """Launch all variants of `batched_experts` for experts of this shape, with buffers that hold no token; their number."""
     filled, experts = partial(_filled, device), _one_expert(device, shape)
-    least: dict[Regime, int] = {}
+    least: dict[KernelConfig, int] = {}
     for number in range(TOKENS_AT_ONCE + 1):
-        least.setdefault(batched_plan(experts.device, shape, 1, number, out_dtype, batch_invariant).regime, number)
+        least.setdefault(batched_plan(experts.device, shape, 1, number, out_dtype, batch_invariant).config, number)
     for expected in least.values():
         batched_experts(
             filled(0, shape.num_experts, 1, shape.hidden_size, dtype=torch.bfloat16),

@@ -34,8 +34,8 @@ ORIGINAL = {name: getattr(module, name) for name, module in KERNELS.items()}
 # One target goes through all tests in CI, sm_90 whose instructions are asynchronous; the others through what differs by
 # target, under the newest Triton.
 IN_CI = "sm_90"
-DIFFERS = ("test_dequantize", "test_router", "test_every_regime[sm_80-32]", "test_every_regime[sm_100-32]",
-           "test_every_regime[sm_120-32]", "test_the_other_members_of_a_family[121-sm_120]")  # fmt: skip
+DIFFERS = ("test_dequantize", "test_router", "test_every_config[sm_80-32]", "test_every_config[sm_100-32]",
+           "test_every_config[sm_120-32]", "test_the_other_members_of_a_family[121-sm_120]")  # fmt: skip
 NEWEST = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
 FEW_SMS = 4  # so that programs walk over several tiles
 

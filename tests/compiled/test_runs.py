@@ -47,25 +47,25 @@ def batch(num_tokens: int, top_k: int, num_experts: int, hidden: int = HIDDEN) -
     return inputs(num_tokens, hidden), ids, topk_weights
 
 
-@pytest.mark.parametrize("regime", ["single", "16", "32", "64", "128"])
+@pytest.mark.parametrize("config", ["single", "16", "32", "64", "128"])
 @pytest.mark.parametrize("target", NVIDIA)
-def test_every_regime(compiled_for: CompiledFor, monkeypatch: pytest.MonkeyPatch, target: str, regime: str) -> None:
+def test_every_config(compiled_for: CompiledFor, monkeypatch: pytest.MonkeyPatch, target: str, config: str) -> None:
     """Ragged experts and blocks, one expert without tokens, and a workspace full of what was there before.
 
     The GEMMs' tiles lie in shared memory such that no access waits for another's bank.
     """
     kernels = compiled_for(target)
     conflicts = kernels["moe_gemm_kernel"].conflicts
-    monkeypatch.setattr("k26_kernels.experts.choose", lambda *arguments: regime)
+    monkeypatch.setattr("k26_kernels.experts.choose", lambda *arguments: config)
     make_plan.cache_clear()
-    # In one regime w2's inputs are those of a rank under tensor parallel 8.
-    weights = make_weights(4, HIDDEN, 256 if regime == "16" else INNER)
-    x, ids, topk_weights = batch(2 if regime == "single" else 37, 2, 4)
+    # In one config w2's inputs are those of a rank under tensor parallel 8.
+    weights = make_weights(4, HIDDEN, 256 if config == "16" else INNER)
+    x, ids, topk_weights = batch(2 if config == "single" else 37, 2, 4)
     experts = load(weights)
     workspace = torch.full((workspace_bytes(experts, len(x), 2),), 0xFF, dtype=torch.uint8)
     result = fused_experts(x, experts, ids, topk_weights, workspace=workspace)
     assert error(result, judge(weights, x, ids, topk_weights)) <= TOLERANCE
-    assert kernels["align_kernel"].launches > 0 or regime == "single"
+    assert kernels["align_kernel"].launches > 0 or config == "single"
     assert kernels["moe_gemm_kernel"].conflicts == conflicts
 
 

@@ -97,7 +97,7 @@ def test_routings_of_one_size_share_its_weight() -> None:
 def outcome(milliseconds: float = 1.0) -> Outcome:
     note = Timing("humming", "uniform", 1, note="humming is not installed")
     wrong = Timing("marlin", "uniform", 1, 1.0, math.inf)
-    tiles = {"16": {"block_tokens": 16}}
+    tiles = {"16": {"BLOCK_SIZE_M": 16}}
     return Outcome(KEY, Purpose.DECODE, tiles, (*timed(OURS, milliseconds, 1, 1), wrong, note))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from k26_kernels import Shape, config, device_of
-from k26_kernels.config import default_regimes, regimes
+from k26_kernels.config import default_configs, kernel_configs
 from k26_kernels.experts import make_plan
 from k26_kernels.target import TARGETS, Device
 from support.experts import error, inputs, judge, make_weights, route, to_device
@@ -67,11 +67,11 @@ def test_it_is_the_first_choice_and_passes_its_self_test(device: torch.device, m
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_the_self_test_reaches_every_regime(target: str) -> None:
+def test_the_self_test_reaches_every_config(target: str) -> None:
     """With the two experts that it tests, at the real size."""
     device, shape = Device(TARGETS[target], "a GPU without a file", 132), Shape(7168, 2048, 2)
     plans = [make_plan(device, shape, tokens, 2, 2) for tokens in TritonExperts.self_test_tokens]
-    assert [plan.regime for plan in plans] == list(regimes(device, shape).values())
+    assert [plan.config for plan in plans] == list(kernel_configs(device, shape).values())
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -155,9 +155,9 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
     monkeypatch.delenv("K26_TUNED", raising=False)
     monkeypatch.setattr("k26_plugins.common.experts.tuned.driver_version", lambda: "unknown")
 
-    def write(block_k: int = 64, times: tuple[float, float] = (0.5, 1.0)) -> Path:
-        tiles = {name: asdict(regime) for name, regime in default_regimes("sm_90").items()}
-        tiles["16"]["w2"]["block_k"] = block_k
+    def write(block_size_k: int = 64, times: tuple[float, float] = (0.5, 1.0)) -> Path:
+        tiles = {name: asdict(config) for name, config in default_configs("sm_90").items()}
+        tiles["16"]["w2"]["BLOCK_SIZE_K"] = block_size_k
         timings = tuple(Timing(name, "uniform", 1, ms, 1e-3) for name, ms in zip((OURS, "marlin"), times, strict=True))
         key = here(SIZES.device, "vllm 1.0", "256x128x48")
         write_outcome(Outcome(key, Purpose.DECODE, tiles, timings), outcome_file(key))
@@ -173,7 +173,7 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
 @pytest.mark.skipif(torch.cuda.is_available(), reason="its GPU is the interpreter")
 @pytest.mark.usefixtures("interpreted")
 def test_auto_takes_what_won(measured: Callable[..., Path]) -> None:
-    """With the tiles of that measurement, for experts of that size however many: the self-test's two among them."""
+    """With the configs of that measurement, for experts of that size however many: the self-test's two among them."""
     answer = tuned_answer(SIZES, "vllm 1.0")
     assert answer.backend == "engine"
     assert answer.why.endswith("`k26 tune` would measure it")
@@ -185,8 +185,8 @@ def test_auto_takes_what_won(measured: Callable[..., Path]) -> None:
     device = device_of(SIZES.device)
     for num_experts in (48, 2):
         plan = make_plan(device, Shape(256, 128, num_experts), 64, 1, 384)
-        assert (plan.regime.block_tokens, plan.regime.w2.block_k) == (16, 64)
-    assert make_plan(device, Shape(128, 128, 48), 64, 1, 384).regime == default_regimes("sm_90")["16"]
+        assert (plan.config.BLOCK_SIZE_M, plan.config.w2.BLOCK_SIZE_K) == (16, 64)
+    assert make_plan(device, Shape(128, 128, 48), 64, 1, 384).config == default_configs("sm_90")["16"]
     for other in (SIZES._replace(hidden_size=128), SIZES._replace(num_experts=47)):
         assert tuned_answer(other, "vllm 1.0").backend == "engine"
     assert tuned_answer(SIZES, "vllm 1.1").backend == "engine"
@@ -227,7 +227,7 @@ def test_auto_keeps_the_engines_where_they_won(measured: Callable[..., Path]) ->
 @pytest.mark.skipif(torch.cuda.is_available(), reason="its GPU is the interpreter")
 @pytest.mark.usefixtures("interpreted")
 def test_tiles_that_cannot_cut_the_shape_are_not_used(measured: Callable[..., Path]) -> None:
-    measured(block_k=96)
+    measured(block_size_k=96)
     answer = tuned_answer(SIZES, "vllm 1.0")
     assert answer.backend == "engine"
     assert "does not cut 128 inputs" in answer.why

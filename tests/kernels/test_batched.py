@@ -41,7 +41,7 @@ def test_against_float64(device: torch.device, hidden: int, inner: int, expected
 def test_each_number_of_tokens_has_its_blocks(device: torch.device) -> None:
     experts, _ = on(device, 2, 128, 128)
     few, many = (
-        batched_plan(experts.device, experts.shape, 256, expected, torch.bfloat16).regime.block_tokens
+        batched_plan(experts.device, experts.shape, 256, expected, torch.bfloat16).config.BLOCK_SIZE_M
         for expected in (1.0, 250.0)
     )
     assert few == 16 < many

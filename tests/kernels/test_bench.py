@@ -14,7 +14,7 @@ from bench.dense import WAITS_FOR_DEVICE, dequantize_and_dense
 from bench.layers import GLOBAL_EXPERTS, LAYERS
 from click.testing import CliRunner
 from k26_kernels import KernelExperts
-from k26_kernels.config import Regime, Tile, default_regimes, measured
+from k26_kernels.config import GemmConfig, KernelConfig, default_configs, measured
 
 from k26_plugins.cli import app
 from k26_plugins.common.experts.base import ExpertWeights
@@ -89,37 +89,37 @@ def experts_of(layer: Layer, device: torch.device) -> KernelExperts:
 
 
 def test_the_fastest_tiles_are_taken(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    fastest = Tile(128, 64, 8, 5)
+    fastest = GemmConfig(128, 64, 8, 5)
 
-    def time_of(experts: KernelExperts, layer: Layer, regime: Regime, tokens: int, clock: Clock) -> float:
-        return 9.0 - (regime.w13 == fastest) - (regime.w2 == fastest)
+    def time_of(experts: KernelExperts, layer: Layer, config: KernelConfig, tokens: int, clock: Clock) -> float:
+        return 9.0 - (config.w13 == fastest) - (config.w2 == fastest)
 
     monkeypatch.setattr(tiles, "time_of", time_of)
     searched: list[str] = []
     found = tiles.fastest_tiles(experts_of(TINY, device), TINY, clock_of(device), 60.0, searched.append)
-    assert {(regime.w13, regime.w2) for regime in found.values()} == {(fastest, fastest)}
+    assert {(config.w13, config.w2) for config in found.values()} == {(fastest, fastest)}
     assert len(searched) == measure.SEARCHES
     # Without time for any but the present ones.
-    before = dict(default_regimes("sm_90"))
+    before = dict(default_configs("sm_90"))
     assert tiles.fastest_tiles(experts_of(TINY, device), TINY, clock_of(device), 0.0, searched.append) == before
 
 
 def test_a_tile_is_timed(device: torch.device) -> None:
     experts = experts_of(TINY, device)
-    regime = tiles.regimes(experts.device, experts.shape)["16"]
+    config = tiles.kernel_configs(experts.device, experts.shape)["16"]
     ran = []
 
     def clock(run: Callable[[], object], graph: bool) -> float:
         ran.append(run())
         return 1.0
 
-    assert tiles.time_of(experts, TINY, regime, 33, clock) == 1.0
+    assert tiles.time_of(experts, TINY, config, 33, clock) == 1.0
     assert len(ran) == 1
 
     def fails(run: Callable[[], object], graph: bool) -> float:
         raise RuntimeError("out of resources")
 
-    assert tiles.time_of(experts, TINY, regime, 33, fails) == float("inf")
+    assert tiles.time_of(experts, TINY, config, 33, fails) == float("inf")
 
 
 def missing(weights: ExpertWeights) -> Run:

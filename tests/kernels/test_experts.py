@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from k26_kernels import KernelExperts, Shape, fused_experts, workspace_bytes
-from k26_kernels.config import regimes
+from k26_kernels.config import kernel_configs
 from k26_kernels.experts import TOKENS_AT_ONCE, expected_blocks, make_plan
 from k26_kernels.reference import fused_experts_reference
 from k26_kernels.target import TARGETS, Device
@@ -71,13 +71,13 @@ def test_against_float64(
 
 
 def test_the_largest_blocks(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one regime that the shapes above do not reach."""
+    """The one config that the shapes above do not reach."""
     experts = on(device, make_weights(2, 128, 128))
     reached = {
-        make_plan(experts.device, experts.shape, tokens, top_k, count).regime.block_tokens
+        make_plan(experts.device, experts.shape, tokens, top_k, count).config.BLOCK_SIZE_M
         for tokens, top_k, count in [(2, 8, 9), (5, 8, 8), (12, 2, 2), (50, 1, 1)]
     }
-    assert {regime.block_tokens for regime in regimes(experts.device, experts.shape).values()} - reached == {128}
+    assert {config.BLOCK_SIZE_M for config in kernel_configs(experts.device, experts.shape).values()} - reached == {128}
     weights = make_weights(1, 128, 128)
     ids, topk_weights = torch.zeros(130, 1, dtype=torch.int32), torch.rand(130, 1) + 0.5
     x = inputs(130, 128)

@@ -102,8 +102,8 @@ def test_they_are_few_and_small(target: str, shape: Shape) -> None:
     device = Device(TARGETS[target], "a GPU without a file", 132)
     sizes = batch_sizes(device, shape, 8, 384)
     assert len(sizes) == len(set(sizes)) <= 12
-    assert {make_plan(device, shape, size, 8, 384).regime for size in sizes} == {
-        make_plan(device, shape, size, 8, 384).regime for size in range(1, TOKENS_AT_ONCE + 1, 7)
+    assert {make_plan(device, shape, size, 8, 384).config for size in sizes} == {
+        make_plan(device, shape, size, 8, 384).config for size in range(1, TOKENS_AT_ONCE + 1, 7)
     }
     assert max(make_plan(device, shape, size, 8, 384).bytes for size in sizes) < 2**30
 
@@ -157,7 +157,7 @@ def test_kernels_that_do_not_compile_never_serve(
     original = LAUNCHER.run
 
     def run(kernel: Any, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("BLOCK_TOKENS") == 128:
+        if kwargs.get("BLOCK_SIZE_M") == 128:
             raise RuntimeError("out of resource: shared memory")
         return original(kernel, *args, **kwargs)
 

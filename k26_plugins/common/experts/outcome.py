@@ -66,7 +66,7 @@ class Outcome:
     key: Key
     purpose: Purpose
     tiles: dict[str, Any]
-    """As `k26_kernels.use_tiles` takes them."""
+    """As `k26_kernels.use_configs` takes them."""
     timings: tuple[Timing, ...]
 
 

@@ -69,7 +69,7 @@ class TritonExperts(ExpertsBackend):
 
     name = "triton"
     device_type = "cuda"
-    self_test_tokens = (1, 8, 16, 64, 400)  # one for each regime of the kernels
+    self_test_tokens = (1, 8, 16, 64, 400)  # one for each config of the kernels
 
     def __init__(self, experts: KernelExperts, batch_invariant: bool) -> None:
         self.experts = experts

@@ -91,7 +91,7 @@ def tuned_answer(sizes: LayerSizes, engine: str) -> Answer:
     reason = unusable_on(sizes.device)
     if reason is not None:
         return Answer(ENGINE, reason)
-    from k26_kernels import Shape, device_of, use_tiles
+    from k26_kernels import Shape, device_of, use_configs
 
     try:
         shape = Shape(sizes.hidden_size, sizes.intermediate_size, sizes.num_experts)
@@ -108,7 +108,7 @@ def tuned_answer(sizes: LayerSizes, engine: str) -> Answer:
         own = "" if choice.kernel is None else f"{choice.kernel} won: "
         return Answer(ENGINE, f"{own}{choice.why} ({source})")
     try:
-        use_tiles(device_of(sizes.device), shape, outcome.tiles)
+        use_configs(device_of(sizes.device), shape, outcome.tiles)
     except ValueError as error:
         return Answer(ENGINE, f"{source}: {str(error).rstrip('.')}; {REMEDY}")
     return Answer(TritonExperts.name, f"{choice.why} ({source})")

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from k26_kernels import KernelExperts, fused_experts, use_tiles
-from k26_kernels.config import regimes
+from k26_kernels import KernelExperts, fused_experts, use_configs
+from k26_kernels.config import kernel_configs
 
 from k26_plugins.common.experts.base import ExpertWeights
 from k26_plugins.common.experts.outcome import OURS, Timing
@@ -21,7 +21,7 @@ from k26_plugins.operate.tune.tiles import fastest_tiles
 
 # Tokens of a batch whose result is compared, evenly spaced: each needs as many experts dequantized as it chose.
 COMPARED = 8
-# Searches for tiles: each regime's two GEMMs.
+# Searches for tiles: each config's two GEMMs.
 SEARCHES = 10
 
 
@@ -79,12 +79,12 @@ class Measurement:
     def _ours(self) -> tuple[dict[str, Any], Run]:
         copy = self.weights.copy_of(list(range(self.weights.num_experts)))
         experts = KernelExperts.from_checkpoint(*copy.parts())
-        found = regimes(experts.device, experts.shape)
+        found = kernel_configs(experts.device, experts.shape)
         if self.effort.tile_seconds:
             searched = (self.clock, self.effort.tile_seconds, lambda what: self.on_step(f"tiles for {what}"))
             found = fastest_tiles(experts, self.layer, *searched)
-        tiles = {name: asdict(regime) for name, regime in found.items()}
-        use_tiles(experts.device, experts.shape, tiles)
+        tiles = {name: asdict(config) for name, config in found.items()}
+        use_configs(experts.device, experts.shape, tiles)
         return tiles, lambda x, weights, ids, local: fused_experts(x, experts, ids, weights, expert_map=local)
 
     def _timed(self, name: str, run: Run | str) -> Iterator[Timing]:

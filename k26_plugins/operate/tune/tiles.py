@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 import triton
 from k26_kernels import KernelExperts
-from k26_kernels.config import SINGLE, SINGLE_TOKENS, Regime, Tile, regimes
+from k26_kernels.config import SINGLE, SINGLE_TOKENS, GemmConfig, KernelConfig, kernel_configs
 from k26_kernels.experts import Launcher, plan_of
 from k26_kernels.layout import FRAGMENTS
 from k26_kernels.target import Target
@@ -27,29 +27,29 @@ TOKENS = {SINGLE: 1, "16": 64, "32": 512, "64": 2048, "128": 8192}
 STAGES = (2, 3, 4, 5, 6)
 
 
-def candidates(target: Target, present: Tile) -> list[Tile]:
-    """Tiles that the layout allows, those that differ least from the present one first."""
+def candidates(target: Target, present: GemmConfig) -> list[GemmConfig]:
+    """Configs of a GEMM that the layout allows, those that differ least from the present one first."""
     stages = (1, 2) if target.amd else STAGES
     step = FRAGMENTS[target.fragment].step
     steps = (128,) if target.amd else [k for k in (64, 128, 256) if k % step == 0]
-    found = [Tile(*sizes) for sizes in itertools.product((64, 128), steps, (4, 8), stages)]
+    found = [GemmConfig(*sizes) for sizes in itertools.product((64, 128), steps, (4, 8), stages)]
 
-    def distance(tile: Tile) -> int:
+    def distance(tile: GemmConfig) -> int:
         others = (
-            (tile.block_rows, tile.block_k, tile.num_warps),
-            (present.block_rows, present.block_k, present.num_warps),
+            (tile.BLOCK_SIZE_N, tile.BLOCK_SIZE_K, tile.num_warps),
+            (present.BLOCK_SIZE_N, present.BLOCK_SIZE_K, present.num_warps),
         )
         return 8 * sum(a != b for a, b in zip(*others, strict=True)) + abs(tile.num_stages - present.num_stages)
 
     return sorted(found, key=distance)
 
 
-def time_of(experts: KernelExperts, layer: Layer, regime: Regime, tokens: int, clock: Clock) -> float:
+def time_of(experts: KernelExperts, layer: Layer, config: KernelConfig, tokens: int, clock: Clock) -> float:
     """Seconds of a batch with these tiles; infinite where they do not run."""
     device = experts.w13_packed.device
     local = layer.expert_map(device)
     sizes = tokens, layer.top_k, layer.global_experts
-    plan = plan_of(experts.device, experts.shape, regime, tokens > SINGLE_TOKENS, *sizes)
+    plan = plan_of(experts.device, experts.shape, config, tokens > SINGLE_TOKENS, *sizes)
     workspace = torch.empty(plan.bytes, dtype=torch.uint8, device=device)
     data = layer.batches("uniform", tokens, device)
     out = torch.empty_like(data[0].hidden_states)
@@ -68,23 +68,23 @@ def time_of(experts: KernelExperts, layer: Layer, regime: Regime, tokens: int, c
         return float("inf")
 
 
-def searches(experts: KernelExperts, layer: Layer) -> Iterator[tuple[str, str, list[Tile]]]:
-    """What is searched: a regime, a GEMM, and the tiles for it after the present one."""
-    for name, present in regimes(experts.device, experts.shape).items():
+def searches(experts: KernelExperts, layer: Layer) -> Iterator[tuple[str, str, list[GemmConfig]]]:
+    """What is searched: a config, a GEMM, and the configs for it after the present one."""
+    for name, present in kernel_configs(experts.device, experts.shape).items():
         for gemm, inputs in (("w13", layer.hidden_size), ("w2", layer.intermediate_size)):
             tile = getattr(present, gemm)
             others = candidates(experts.device.target, tile)
-            yield name, gemm, [one for one in others if inputs % one.block_k == 0 and one != tile]
+            yield name, gemm, [one for one in others if inputs % one.BLOCK_SIZE_K == 0 and one != tile]
 
 
 def fastest_tiles(
     experts: KernelExperts, layer: Layer, clock: Clock, seconds: float, on_search: Callable[[str], object]
-) -> dict[str, Regime]:
-    """The best regime for each block of tokens, starting from the present ones.
+) -> dict[str, KernelConfig]:
+    """The best config for each block of tokens, starting from the present ones.
 
     seconds: for all searches, each of which gets its share; those that are left are not tried. on_search: called after each.
     """
-    best = dict(regimes(experts.device, experts.shape))
+    best = dict(kernel_configs(experts.device, experts.shape))
     todo = list(searches(experts, layer))
     end = time.monotonic() + seconds
     for index, (name, gemm, tiles) in enumerate(todo):
