@@ -24,7 +24,7 @@ from typing import Any
 import triton
 from k26_kernels.align import PAIRS_AT_ONCE, PAIRS_RANKED, align_kernel, count_kernel, place_kernel
 from k26_kernels.batched import TOKENS_WRITTEN, table_kernel
-from k26_kernels.combine import activate_kernel, reduce_kernel
+from k26_kernels.combine import reduce_kernel, silu_and_mul_kernel
 from k26_kernels.config import INVARIANT, SINGLE, GemmConfig, KernelConfig, Shape, default_configs
 from k26_kernels.dequantize import dequantize_kernel
 from k26_kernels.layout import ROWS
@@ -88,7 +88,7 @@ KERNELS = {
     "table": (table_kernel, "*i32 *i32 *i32 i32 i32"),
     "count": (count_kernel, "*i32 *i32 *i32 i32 i32 i32"),
     "place": (place_kernel, "*i32 *i32 *i32 *i32 *i32 i32 i32 i32"),
-    "activate": (activate_kernel, "*fp32 *bf16 i32"),
+    "silu_and_mul": (silu_and_mul_kernel, "*fp32 *bf16 i32"),
     "dequantize": (dequantize_kernel, "*i32 *bf16 *i32 *bf16"),
     "router": (router_kernel, "*fp32 *fp32 *fp32 *i32 fp32"),
     "reduce": (reduce_kernel, "*bf16 *i32 *i32 *bf16 i32 i32 i32"),
@@ -96,18 +96,18 @@ KERNELS = {
 
 
 def gemm_variant(
-    target: Target, shape: Shape, name: str, config: KernelConfig, gemm_config: GemmConfig, gated: bool, parts: int
+    target: Target, shape: Shape, name: str, config: KernelConfig, gemm_config: GemmConfig, gated: bool, split_k: int
 ) -> Variant:
-    hidden, inner = shape.hidden_size, shape.intermediate_size
-    rows, inputs = (2 * inner, hidden) if gated else (hidden, inner)
+    hidden_size, intermediate_size = shape.hidden_size, shape.intermediate_size
+    out_features, in_features = (2 * intermediate_size, hidden_size) if gated else (hidden_size, intermediate_size)
     constants = {
-        "N": rows,
-        "K": inputs,
+        "N": out_features,
+        "K": in_features,
         "PAIRS_PER_X": TOP_K if gated else 1,
-        "EPILOGUE": "weighted" if not gated else "swiglu" if parts == 1 else "partial",
+        "EPILOGUE": "weighted" if not gated else "silu_and_mul" if split_k == 1 else "partial",
         "SORTED": not name.startswith(SINGLE),
         "HAS_MAP": True,
-        "SPLIT_K": parts,
+        "SPLIT_K": split_k,
         "BLOCK_SIZE_M": config.BLOCK_SIZE_M,
         "BLOCK_SIZE_N": gemm_config.BLOCK_SIZE_N,
         "BLOCK_SIZE_K": gemm_config.BLOCK_SIZE_K,
@@ -116,24 +116,30 @@ def gemm_variant(
         "WAIT": target.waits,
         "DEPENDENT": target.dependent,
     }
-    label = f"{'w13' if gated else 'w2'} {name}{'' if parts == 1 else ' split'}"
-    float32 = parts > 1 or (not gated and config.BLOCK_SIZE_M <= 16)
+    label = f"{'w13' if gated else 'w2'} {name}{'' if split_k == 1 else ' split'}"
+    float32 = split_k > 1 or (not gated and config.BLOCK_SIZE_M <= 16)
     return Variant(label, target.name, "moe_gemm", constants, gemm_config.num_warps, gemm_config.num_stages, float32)
 
 
 def variants() -> Iterator[Variant]:
     """All that is shipped: the small kernels, and the GEMMs in every config."""
-    hidden, inner = LAYER.hidden_size, LAYER.intermediate_size
+    hidden_size, intermediate_size = LAYER.hidden_size, LAYER.intermediate_size
     sort = {"BINS": 512, "PAIRS_AT_ONCE": PAIRS_AT_ONCE, "HAS_MAP": True}
     small: dict[str, dict[str, Any]] = {
         "align": {**sort, "BLOCK_SIZE_M": 16},
         "table": {"BLOCK_SIZE_M": 16, "BINS": 512, "TOKENS_WRITTEN": TOKENS_WRITTEN},
         "count": sort,
         "place": {**sort, "BLOCK_SIZE_M": 16, "PAIRS_RANKED": PAIRS_RANKED},
-        "activate": {"I": inner, "SPLIT_K": 2, "BLOCK": 256},
-        "reduce": {"H": hidden, "TOP_K": TOP_K, "SPLIT_K": 1, "HAS_MAP": True, "BLOCK": 1024},
+        "silu_and_mul": {"I": intermediate_size, "SPLIT_K": 2, "BLOCK": 256},
+        "reduce": {"H": hidden_size, "TOP_K": TOP_K, "SPLIT_K": 1, "HAS_MAP": True, "BLOCK": 1024},
         "router": {"NUM_EXPERTS": 384, "TOP_K": TOP_K, "NORMALIZE": True, "BLOCK": 512, "BLOCK_TOP_K": 8},
-        "dequantize": {"N": 2 * inner, "K": hidden, "GATED": True, "BLOCK_SIZE_N": ROWS, "BLOCK_SIZE_K": 128},
+        "dequantize": {
+            "N": 2 * intermediate_size,
+            "K": hidden_size,
+            "GATED": True,
+            "BLOCK_SIZE_N": ROWS,
+            "BLOCK_SIZE_K": 128,
+        },
     }
     for target in TARGETS.values():
         for name, constants in small.items():
@@ -201,8 +207,8 @@ def loop_instructions(sass: str) -> tuple[int, int]:
             body = [name for _, name, _ in instructions[start : index + 1]]
             if any(re.match(r"HMMA|HGMMA|UTC\w*MMA", name) for name in body):
                 lengths.append(len(body))
-    inner, *around = sorted(lengths) or [0]
-    return inner, around[0] - inner if around else 0
+    innermost, *around = sorted(lengths) or [0]
+    return innermost, around[0] - innermost if around else 0
 
 
 def read_nvidia(asm: Any) -> dict[str, Any]:

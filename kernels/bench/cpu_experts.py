@@ -39,12 +39,12 @@ from k26_plugins.common.experts.native.threads import process_threads
 from k26_plugins.common.model.linear import multiplies_bfloat16
 from k26_plugins.common.tiny.checkpoint import TinySizes, make_tiny
 
-HIDDEN, INNER, EXPERTS, TOP_K = 7168, 2048, 16, 8
+HIDDEN_SIZE, INTERMEDIATE_SIZE, EXPERTS, TOP_K = 7168, 2048, 16, 8
 TOKENS = (1, 4, 16, 64, 512)
 SECONDS_EACH = 10  # of a number of tokens, after which no further turn begins
 LONGEST = 5  # seconds of one batch
 CHECKED = 64  # tokens whose result is compared
-EXPERT_BYTES = 3 * HIDDEN * INNER // 2 + 3 * HIDDEN * INNER // 32 * 2
+EXPERT_BYTES = 3 * HIDDEN_SIZE * INTERMEDIATE_SIZE // 2 + 3 * HIDDEN_SIZE * INTERMEDIATE_SIZE // 32 * 2
 
 
 def best(run: Callable[[], object], repeats: int = 5) -> float:
@@ -90,7 +90,8 @@ def measure(console: Console) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "checkpoint"
         with console.status(f"making a layer of {EXPERTS} experts"):
-            make_tiny(folder, TinySizes(layers=2, hidden_size=HIDDEN, moe_intermediate_size=INNER, experts=EXPERTS))
+            sizes = {"hidden_size": HIDDEN_SIZE, "moe_intermediate_size": INTERMEDIATE_SIZE, "experts": EXPERTS}
+            make_tiny(folder, TinySizes(layers=2, **sizes))
         files = sorted(folder.glob("*.safetensors"))
         size = sum(file.stat().st_size for file in files)
         reading = best(lambda: [file.read_bytes() for file in files], 3)
@@ -99,18 +100,18 @@ def measure(console: Console) -> dict[str, object]:
     experts, repacking = prepare(original, console)
     streamed = next(iter(experts.values())).tensors()["w13_packed"].view(torch.int64)
     dtype = torch.bfloat16 if multiplies_bfloat16() else torch.float32
-    weight = torch.randn(HIDDEN, 2 * INNER).to(dtype)
+    weight = torch.randn(HIDDEN_SIZE, 2 * INTERMEDIATE_SIZE).to(dtype)
     rows: list[dict[str, object]] = []
     each: dict[str, float] = dict.fromkeys(experts, 0.0)  # seconds of a token, as last measured
     generator = torch.Generator().manual_seed(0)
     for count in track(TOKENS, "measuring", console=console):
-        x = torch.randn(count, HIDDEN, generator=generator).to(torch.bfloat16)
+        x = torch.randn(count, HIDDEN_SIZE, generator=generator).to(torch.bfloat16)
         ids = torch.stack([torch.randperm(EXPERTS, generator=generator)[:TOP_K] for _ in range(count)])
         weights = torch.rand(count, TOP_K, generator=generator)
         first = (x[:CHECKED], ids[:CHECKED], weights[:CHECKED])
         expected = reference_experts(first[0].float(), *first[1:], original.expert, EXPERTS)
         touched = len(ids.unique())
-        per_expert = torch.randn(max(1, count * TOP_K // touched), HIDDEN).to(dtype)
+        per_expert = torch.randn(max(1, count * TOP_K // touched), HIDDEN_SIZE).to(dtype)
         runs: dict[str, Callable[[], object]] = {
             name: partial(backend.apply, x, ids, weights)
             for name, backend in experts.items()
@@ -121,7 +122,7 @@ def measure(console: Console) -> dict[str, object]:
         seconds = in_turns(runs, max(5, 40 // count))
         bandwidth = streamed.nbytes / seconds["read"]
         rate = 2 * len(per_expert) * weight.numel() / seconds["dense"]
-        flops = 2 * count * TOP_K * 3 * HIDDEN * INNER
+        flops = 2 * count * TOP_K * 3 * HIDDEN_SIZE * INTERMEDIATE_SIZE
         for name in [name for name in experts if name in runs]:
             each[name] = seconds[name] / count
             error = ((experts[name].apply(*first).float() - expected).norm() / expected.norm()).item()

@@ -65,13 +65,13 @@ class Compiled:
         self.facts: dict[tuple[object, ...], Facts] = {}
 
     def of(self, layer: Layer, plan: Plan, gated: bool) -> Facts:
-        parts = plan.split_w13 if gated else plan.split_w2
+        split_k = plan.split_w13 if gated else plan.split_w2
         name = SINGLE if not plan.sorted else str(plan.config.BLOCK_SIZE_M)
-        key = (layer.name, name, gated, parts > 1)
+        key = (layer.name, name, gated, split_k > 1)
         if key not in self.facts:
             gemm_config = plan.config.w13 if gated else plan.config.w2
             target = H200.device.target
-            variant = gemm_variant(target, shape_of(layer), name, plan.config, gemm_config, gated, parts)
+            variant = gemm_variant(target, shape_of(layer), name, plan.config, gemm_config, gated, split_k)
             self.facts[key] = compile_variant(variant)
         return self.facts[key]
 
@@ -80,21 +80,23 @@ def gemm_seconds(
     machine: Machine,
     facts: Facts,
     gemm_config: GemmConfig,
-    rows: int,
-    inputs: int,
+    out_features: int,
+    in_features: int,
     blocks: int,
     touched: int,
     block: int,
-    parts: int,
+    split_k: int,
     extra: int,
 ) -> dict[str, float]:
-    """The floors of one GEMM, cut in `parts` along K. extra: bytes of activations that it reads and writes."""
-    tiles = blocks * (rows // gemm_config.BLOCK_SIZE_N) * parts
-    instructions = facts.tile_instructions + inputs // parts // gemm_config.BLOCK_SIZE_K * facts.loop_instructions
+    """The floors of one GEMM, cut in `split_k` parts along K. extra: bytes of activations that it reads and writes."""
+    tiles = blocks * (out_features // gemm_config.BLOCK_SIZE_N) * split_k
+    instructions = (
+        facts.tile_instructions + in_features // split_k // gemm_config.BLOCK_SIZE_K * facts.loop_instructions
+    )
     rounds = math.ceil(tiles / (machine.device.num_sms * facts.programs_per_sm))
     return {
-        "bytes": (touched * rows * inputs * 9 / 16 + extra) / machine.bandwidth,
-        "matmul": 2 * blocks * block * rows * inputs / machine.matmul,
+        "bytes": (touched * out_features * in_features * 9 / 16 + extra) / machine.bandwidth,
+        "matmul": 2 * blocks * block * out_features * in_features / machine.matmul,
         "issue": tiles * gemm_config.num_warps * instructions / machine.instructions,
         "program": rounds * instructions * machine.cycles / machine.clock,
     }
@@ -103,7 +105,7 @@ def gemm_seconds(
 def predict(machine: Machine, compiled: Compiled, layer: Layer, kind: str, num_tokens: int) -> dict[str, object]:
     """Microseconds of a batch and what bounds its two GEMMs."""
     shape = shape_of(layer)
-    hidden, inner = shape.hidden_size, shape.intermediate_size
+    hidden_size, intermediate_size = shape.hidden_size, shape.intermediate_size
     seconds, bounds, ids = 0.0, [], layer.choose(kind, num_tokens)
     for start in range(0, num_tokens, TOKENS_AT_ONCE):
         part = ids[start : start + TOKENS_AT_ONCE]
@@ -113,24 +115,25 @@ def predict(machine: Machine, compiled: Compiled, layer: Layer, kind: str, num_t
         block = plan.config.BLOCK_SIZE_M
         blocks = int(((counts + block - 1) // block).sum()) if plan.sorted else len(here)
         touched, pairs = int((counts > 0).sum()), len(here)
-        weighted = plan.split_w2 * plan.weighted.itemsize * hidden * pairs
-        activated, partial = 2 * pairs * inner, 4 * plan.split_w13 * 2 * inner
+        weighted = plan.split_w2 * plan.weighted.itemsize * hidden_size * pairs
+        activated, partial = 2 * pairs * intermediate_size, 4 * plan.split_w13 * 2 * intermediate_size
         written = activated if plan.split_w13 == 1 else pairs * partial
         gemms = (
-            (True, plan.config.w13, 2 * inner, hidden, plan.split_w13, 2 * pairs * hidden + written),
-            (False, plan.config.w2, hidden, inner, plan.split_w2, activated + weighted),
+            (True, plan.config.w13, plan.split_w13, 2 * pairs * hidden_size + written),
+            (False, plan.config.w2, plan.split_w2, activated + weighted),
         )
-        for gated, gemm_config, rows, inputs, parts, extra in gemms:
+        for gated, gemm_config, split_k, extra in gemms:
+            features = (2 * intermediate_size, hidden_size) if gated else (hidden_size, intermediate_size)
             facts = compiled.of(layer, plan, gated)
-            floors = gemm_seconds(machine, facts, gemm_config, rows, inputs, blocks, touched, block, parts, extra)
+            floors = gemm_seconds(machine, facts, gemm_config, *features, blocks, touched, block, split_k, extra)
             bound = max(floors, key=lambda name: floors[name])
             seconds += floors[bound]
             bounds.append(bound)
         launches = 3 + plan.sorted + (plan.num_pairs > PAIRS_AT_ONCE) + (plan.split_w13 > 1)
-        summed = weighted + 2 * len(part) * hidden
+        summed = weighted + 2 * len(part) * hidden_size
         if plan.split_w13 > 1:
-            # The sum of the parts takes the pairs of other ranks along.
-            summed += plan.num_pairs * (partial + 2 * inner)
+            # The sum of the split-K partials takes the pairs of other ranks along.
+            summed += plan.num_pairs * (partial + 2 * intermediate_size)
         seconds += machine.launch + (launches - 1) * machine.dependent_launch + summed / machine.bandwidth
     touched = len(layer.pairs_here(ids).unique())
     return {

@@ -102,8 +102,7 @@ def batched_experts(
         BLOCK_SIZE_M=plan.config.BLOCK_SIZE_M, BINS=num_bins(shape.num_experts), TOKENS_WRITTEN=TOKENS_WRITTEN,
         num_warps=4, **launch_options(experts.device.target.dependent),
     )  # fmt: skip
-    inner, hidden = shape.intermediate_size, shape.hidden_size
     activated = launcher.section("activated", torch.bfloat16)
     w13, w2 = (experts.w13_packed, experts.w13_scale), (experts.w2_packed, experts.w2_scale)
-    launcher.gemm(hidden_states, *w13, activated, plan.config.w13, 2 * inner, hidden, 1, "swiglu", 1)
-    launcher.gemm(activated, *w2, out, plan.config.w2, hidden, inner, 1, "plain", 1)
+    launcher.gemm(hidden_states, *w13, activated, plan.config.w13, 1, "silu_and_mul", 1)
+    launcher.gemm(activated, *w2, out, plan.config.w2, 1, "plain", 1)

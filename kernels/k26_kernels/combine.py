@@ -1,4 +1,4 @@
-"""Sums in a fixed order: of the parts of w13 with SwiGLU after it, and of a token's experts."""
+"""Sums in a fixed order: of the split-K partials of w13 with SwiGLU after it, and of a token's experts."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from k26_kernels.unpack import rounded
 
 
 @triton.jit
-def activate_kernel(
-    parts: tl.tensor, out: tl.tensor, part_stride: tl.tensor,
+def silu_and_mul_kernel(
+    partials: tl.tensor, out: tl.tensor, partial_stride: tl.tensor,
     I: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
 ) -> None:  # fmt: skip
-    """silu(gate) · up from the summed parts. Program (pair, block of the intermediate size).
+    """silu(gate) · up from the summed split-K partials. Program (pair, block of the intermediate size).
 
-    parts: float32 `[SPLIT_K, num_pairs, 2 I]`, rows as layout.py interleaves them. out: bfloat16 `[num_pairs, I]`.
+    partials: float32 `[SPLIT_K, num_pairs, 2 I]`, rows as layout.py interleaves them. out: bfloat16 `[num_pairs, I]`.
     """
     after_previous(DEPENDENT)
     pair = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    row = parts + pair * (2 * I) + i // 8 * 16 + i % 8
+    row = partials + pair * (2 * I) + i // 8 * 16 + i % 8
     gate = tl.zeros([BLOCK], tl.float32)
     up = tl.zeros([BLOCK], tl.float32)
     for part in range(SPLIT_K):
-        gate += tl.load(row + part * part_stride, mask=i < I)
-        up += tl.load(row + part * part_stride + 8, mask=i < I)
+        gate += tl.load(row + part * partial_stride, mask=i < I)
+        up += tl.load(row + part * partial_stride + 8, mask=i < I)
     tl.store(out + pair * I + i, rounded(gate * tl.sigmoid(gate) * up, tl.bfloat16), mask=i < I)
 
 
@@ -38,7 +38,7 @@ def reduce_kernel(
     H: tl.constexpr, TOP_K: tl.constexpr, SPLIT_K: tl.constexpr, HAS_MAP: tl.constexpr, BLOCK: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ) -> None:  # fmt: skip
-    """The sum over a token's pairs and the parts of each, in their order. Program (token, block of the hidden size).
+    """The sum over a token's pairs and their split-K partials, in their order. Program (token, block of the hidden size).
 
     y: `[SPLIT_K, num_pairs, H]`; a pair without a local expert holds nothing and is left out.
     out: `[num_tokens, H]`.

@@ -84,8 +84,10 @@ def default_configs(target: str, intermediate_size: int = 0) -> dict[str, Kernel
 
 def kernel_configs(device: Device, shape: Shape) -> dict[str, KernelConfig]:
     """Those that were measured for this GPU and experts of this size, however many, or the default of its kind."""
-    inner = shape.intermediate_size
-    return measured.get((device, shape.hidden_size, inner)) or default_configs(device.target.name, inner)
+    intermediate_size = shape.intermediate_size
+    return measured.get((device, shape.hidden_size, intermediate_size)) or default_configs(
+        device.target.name, intermediate_size
+    )
 
 
 def checked(data: dict[str, Any], target: str, shape: Shape) -> dict[str, KernelConfig]:
@@ -103,9 +105,9 @@ def checked(data: dict[str, Any], target: str, shape: Shape) -> dict[str, Kernel
             raise ValueError(
                 f"config {name} has blocks of {default[name].BLOCK_SIZE_M} tokens, not {config.BLOCK_SIZE_M}."
             )
-        for gemm, inputs in ((config.w13, shape.hidden_size), (config.w2, shape.intermediate_size)):
-            if gemm.BLOCK_SIZE_N not in (ROWS, 2 * ROWS) or inputs % gemm.BLOCK_SIZE_K:
-                raise ValueError(f"{gemm} of config {name} does not cut {inputs} inputs.")
+        for gemm, in_features in ((config.w13, shape.hidden_size), (config.w2, shape.intermediate_size)):
+            if gemm.BLOCK_SIZE_N not in (ROWS, 2 * ROWS) or in_features % gemm.BLOCK_SIZE_K:
+                raise ValueError(f"{gemm} of config {name} does not cut {in_features} inputs.")
     return found
 
 

@@ -46,14 +46,14 @@ def dequantize(
     """
     if dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"weights are dequantized to torch.bfloat16 or torch.float16, not to {dtype}.")
-    rows, inputs = packed.shape[1], packed.shape[2] * PACK_FACTOR
-    check_sizes(rows, inputs)
-    out = torch.empty(len(experts), rows, inputs, dtype=dtype, device=packed.device)
+    out_features, in_features = packed.shape[1], packed.shape[2] * PACK_FACTOR
+    check_sizes(out_features, in_features)
+    out = torch.empty(len(experts), out_features, in_features, dtype=dtype, device=packed.device)
     target = device_of(packed.device).target
     block_size = 128
     if len(experts):
-        dequantize_kernel[(rows // ROWS, inputs // block_size, len(experts))](
-            packed, scale, experts, out, N=rows, K=inputs, GATED=gated,
+        dequantize_kernel[(out_features // ROWS, in_features // block_size, len(experts))](
+            packed, scale, experts, out, N=out_features, K=in_features, GATED=gated,
             BLOCK_SIZE_N=ROWS, BLOCK_SIZE_K=block_size, FRAGMENT=target.fragment, num_warps=4,
         )  # fmt: skip
     return out

@@ -10,7 +10,7 @@ import torch
 import triton
 
 from k26_kernels.align import COLUMNS, counts_bytes, global_experts, max_blocks, moe_align_block_size
-from k26_kernels.combine import activate_kernel, reduce_kernel
+from k26_kernels.combine import reduce_kernel, silu_and_mul_kernel
 from k26_kernels.config import (
     SINGLE,
     SINGLE_TOKENS,
@@ -23,7 +23,7 @@ from k26_kernels.config import (
     measured,
 )
 from k26_kernels.dependent import launch_options
-from k26_kernels.layout import repack
+from k26_kernels.layout import PACK_FACTOR, repack
 from k26_kernels.moe_gemm import moe_gemm_kernel
 from k26_kernels.target import Device, device_of
 from k26_kernels.unpack import INTERPRETED
@@ -32,8 +32,8 @@ from k26_kernels.unpack import INTERPRETED
 TOKENS_AT_ONCE = 8192
 # Up to as many token–expert pairs an expert's output stays float32 until the sum. Beyond, its traffic would show.
 EXACT_PAIRS = 4096
-# Up to as many pairs a GEMM of sorted ones may be cut along K. Beyond, the sum of w13's parts, which reads those of all
-# ranks' pairs, and their memory would show.
+# Up to as many pairs a GEMM of sorted ones may be cut along K. Beyond, the sum of w13's partials, which reads those of
+# all ranks' pairs, and their memory would show.
 SPLIT_PAIRS = 256
 # Programs that are launched for each SM, by the variant of the GEMM: as many as it holds at a time. What the compiler made
 # of a variant is known with its first launch only, which takes PROGRAMS_AT_FIRST; to compute it beforehand would be to guess
@@ -74,7 +74,7 @@ class KernelExperts:
         cls, w13_packed: torch.Tensor, w13_scale: torch.Tensor, w2_packed: torch.Tensor, w2_scale: torch.Tensor
     ) -> KernelExperts:
         """The same tensors once they are in the kernels' layout. Raises ValueError as `from_checkpoint`."""
-        shape = Shape(w2_packed.shape[1], w2_packed.shape[2] * 8, w13_packed.shape[0])
+        shape = Shape(w2_packed.shape[1], w2_packed.shape[2] * PACK_FACTOR, w13_packed.shape[0])
         return cls(w13_packed, w13_scale, w2_packed, w2_scale, device_of(w13_packed.device), shape)
 
 
@@ -95,7 +95,7 @@ class Plan:
     bytes: int
 
 
-def split_k(tiles: float, inputs: int, block_size: int, num_sms: int) -> int:
+def choose_split_k(tiles: float, in_features: int, block_size: int, num_sms: int) -> int:
     """Into how many parts a GEMM is cut along K, so that its tiles fill the GPU: a power of two.
 
     A part keeps four steps, below which starting up costs more than the other SMs bring.
@@ -103,8 +103,8 @@ def split_k(tiles: float, inputs: int, block_size: int, num_sms: int) -> int:
     parts = 1
     while (
         tiles * parts < 2 * num_sms
-        and inputs % (2 * parts * block_size) == 0
-        and inputs // (2 * parts) >= 4 * block_size
+        and in_features % (2 * parts * block_size) == 0
+        and in_features // (2 * parts) >= 4 * block_size
     ):
         parts *= 2
     return parts
@@ -145,11 +145,11 @@ def plan_of(
         blocks = num_pairs * shape.num_experts / global_experts
         if is_sorted:
             blocks = expected_blocks(num_tokens, top_k, shape.num_experts, global_experts, config.BLOCK_SIZE_M)
-        rows = (2 * shape.intermediate_size, shape.hidden_size)
-        inputs = (shape.hidden_size, shape.intermediate_size)
+        out_features = (2 * shape.intermediate_size, shape.hidden_size)
+        in_features = (shape.hidden_size, shape.intermediate_size)
         splits = [
-            split_k(blocks * n / gemm.BLOCK_SIZE_N, k, gemm.BLOCK_SIZE_K, device.num_sms)
-            for n, k, gemm in zip(rows, inputs, (config.w13, config.w2), strict=True)
+            choose_split_k(blocks * n / gemm.BLOCK_SIZE_N, k, gemm.BLOCK_SIZE_K, device.num_sms)
+            for n, k, gemm in zip(out_features, in_features, (config.w13, config.w2), strict=True)
         ]
     # Batch-invariant: one dtype for all batches.
     weighted = torch.float32 if num_pairs <= EXACT_PAIRS and not batch_invariant else torch.bfloat16
@@ -158,7 +158,7 @@ def plan_of(
         "weighted": weighted.itemsize * splits[1] * num_pairs * shape.hidden_size,
     }
     if splits[0] > 1:
-        sizes["parts"] = 4 * splits[0] * num_pairs * 2 * shape.intermediate_size
+        sizes["partials"] = 4 * splits[0] * num_pairs * 2 * shape.intermediate_size
     if is_sorted:
         sizes["sorted_pairs"] = 4 * num_pairs
         # Room for the smallest blocks, so that more tokens never need less.
@@ -275,7 +275,7 @@ class Launcher:
     ) -> None:
         self.experts, self.plan = experts, plan
         self.topk_ids, self.topk_weights, self.expert_map = topk_ids, topk_weights, expert_map
-        self.parts = {name: workspace[at : at + size] for name, (at, size) in plan.sections.items()}
+        self.sections = {name: workspace[at : at + size] for name, (at, size) in plan.sections.items()}
         self.has_map = expert_map is not None
         self.map = topk_ids if expert_map is None else expert_map
         self.num_global = global_experts(expert_map, experts.shape.num_experts)
@@ -283,12 +283,12 @@ class Launcher:
 
     def section(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """A part of the workspace, by its name in `Plan.sections`."""
-        return self.parts[name].view(dtype)
+        return self.sections[name].view(dtype)
 
     def run(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """x: `[num_tokens, hidden_size]`, contiguous; out like it."""
         plan, shape = self.plan, self.experts.shape
-        num_pairs, inner, hidden = plan.num_pairs, shape.intermediate_size, shape.hidden_size
+        num_pairs, hidden_size = plan.num_pairs, shape.hidden_size
         if plan.sorted:
             moe_align_block_size(
                 self.topk_ids,
@@ -304,20 +304,20 @@ class Launcher:
         w13 = self.experts.w13_packed, self.experts.w13_scale
         top_k = self.topk_ids.shape[1]
         if plan.split_w13 == 1:
-            self.gemm(x, *w13, activated, plan.config.w13, 2 * inner, hidden, top_k, "swiglu", 1)
+            self.gemm(x, *w13, activated, plan.config.w13, top_k, "silu_and_mul", 1)
         else:
-            parts = self.section("parts", torch.float32)
-            self.gemm(x, *w13, parts, plan.config.w13, 2 * inner, hidden, top_k, "partial", plan.split_w13)
+            partials, size = self.section("partials", torch.float32), shape.intermediate_size
+            self.gemm(x, *w13, partials, plan.config.w13, top_k, "partial", plan.split_w13)
             block = 256
-            activate_kernel[(num_pairs, triton.cdiv(inner, block))](
-                parts, activated, num_pairs * 2 * inner, I=inner, SPLIT_K=plan.split_w13, BLOCK=block, **self.options
+            silu_and_mul_kernel[(num_pairs, triton.cdiv(size, block))](
+                partials, activated, num_pairs * 2 * size, I=size, SPLIT_K=plan.split_w13, BLOCK=block, **self.options
             )
         weighted = self.section("weighted", plan.weighted)
         w2 = self.experts.w2_packed, self.experts.w2_scale
-        self.gemm(activated, *w2, weighted, plan.config.w2, hidden, inner, 1, "weighted", plan.split_w2)
-        reduce_kernel[(len(x), triton.cdiv(hidden, _REDUCE_BLOCK))](
+        self.gemm(activated, *w2, weighted, plan.config.w2, 1, "weighted", plan.split_w2)
+        reduce_kernel[(len(x), triton.cdiv(hidden_size, _REDUCE_BLOCK))](
             weighted, self.topk_ids, self.map, out, num_pairs, shape.num_experts, self.num_global,
-            H=hidden, TOP_K=top_k, SPLIT_K=plan.split_w2, HAS_MAP=self.has_map, BLOCK=_REDUCE_BLOCK,
+            H=hidden_size, TOP_K=top_k, SPLIT_K=plan.split_w2, HAS_MAP=self.has_map, BLOCK=_REDUCE_BLOCK,
             **self.options,
         )  # fmt: skip
 
@@ -328,18 +328,17 @@ class Launcher:
         scale: torch.Tensor,
         out: torch.Tensor,
         config: GemmConfig,
-        rows: int,
-        inputs: int,
         pairs_per_x: int,
         epilogue: str,
-        parts: int,
+        split_k: int,
     ) -> None:
         """One launch of `moe_gemm_kernel`, whose arguments these are; x has a row for each `pairs_per_x` pairs."""
         plan, device = self.plan, self.experts.device
-        tiles = plan.max_blocks * (rows // config.BLOCK_SIZE_N) * parts
+        out_features, in_features = packed.shape[1], packed.shape[2] * PACK_FACTOR
+        tiles = plan.max_blocks * (out_features // config.BLOCK_SIZE_N) * split_k
         variant = (
-            device, config, plan.config.BLOCK_SIZE_M, plan.sorted, rows, inputs, pairs_per_x, epilogue, parts, out.dtype,
-            self.has_map,
+            device, config, plan.config.BLOCK_SIZE_M, plan.sorted, out_features, in_features, pairs_per_x, epilogue, split_k,
+            out.dtype, self.has_map,
         )  # fmt: skip
         grid = min(tiles, device.num_sms * programs_per_sm.get(variant, PROGRAMS_AT_FIRST))
         sorted_pairs, blocks = (
@@ -348,8 +347,8 @@ class Launcher:
         compiled = moe_gemm_kernel[(grid,)](
             x, packed, scale, out, self.topk_ids, self.map, self.topk_weights, sorted_pairs, blocks,
             plan.num_pairs, self.experts.shape.num_experts, self.num_global,
-            N=rows, K=inputs, PAIRS_PER_X=pairs_per_x, EPILOGUE=epilogue,
-            SORTED=plan.sorted, HAS_MAP=self.has_map, SPLIT_K=parts,
+            N=out_features, K=in_features, PAIRS_PER_X=pairs_per_x, EPILOGUE=epilogue,
+            SORTED=plan.sorted, HAS_MAP=self.has_map, SPLIT_K=split_k,
             BLOCK_SIZE_M=plan.config.BLOCK_SIZE_M, BLOCK_SIZE_N=config.BLOCK_SIZE_N, BLOCK_SIZE_K=config.BLOCK_SIZE_K,
             FRAGMENT=device.target.fragment, PACKED_MATH=not (device.target.amd or INTERPRETED.value),
             WAIT=device.target.waits and not INTERPRETED.value,

@@ -57,18 +57,18 @@ FRAGMENTS = {
 }
 
 
-def check_sizes(rows: int, inputs: int) -> None:
+def check_sizes(out_features: int, in_features: int) -> None:
     """Raises ValueError for a matrix that the layout cannot hold."""
-    if rows % ROWS or inputs % K_MULTIPLE:
+    if out_features % ROWS or in_features % K_MULTIPLE:
         raise ValueError(
             f"the kernels' layout holds matrices with a multiple of {ROWS} rows and of {K_MULTIPLE} inputs, "
-            f"this one is {rows} × {inputs}."
+            f"this one is {out_features} × {in_features}."
         )
 
 
-def row_order(rows: int, gated: bool, device: torch.device) -> torch.Tensor:
-    """int64 `[rows]`: which row of the checkpoint's matrix is stored at each place."""
-    order = torch.arange(rows, device=device)
+def row_order(out_features: int, gated: bool, device: torch.device) -> torch.Tensor:
+    """int64 `[out_features]`: which row of the checkpoint's matrix is stored at each place."""
+    order = torch.arange(out_features, device=device)
     return order.unflatten(0, (2, -1, 8)).transpose(0, 1).flatten() if gated else order
 
 
@@ -83,27 +83,27 @@ def restore(packed: torch.Tensor, scale: torch.Tensor, fragment: str, *, gated: 
 
 
 def _rearrange(packed: torch.Tensor, scale: torch.Tensor, fragment: Fragment, gated: bool, *, inverse: bool) -> None:
-    num_experts, rows, words = packed.shape
-    inputs = words * PACK_FACTOR
-    check_sizes(rows, inputs)
-    order = row_order(rows, gated, packed.device)
-    slab = max(ROWS, SLAB // inputs // ROWS * ROWS)
+    num_experts, out_features, words = packed.shape
+    in_features = words * PACK_FACTOR
+    check_sizes(out_features, in_features)
+    order = row_order(out_features, gated, packed.device)
+    slab = max(ROWS, SLAB // in_features // ROWS * ROWS)
     for expert in range(num_experts):
         source, target = packed[expert].clone(), packed[expert]
         source_scale, target_scale = scale[expert].clone(), scale[expert]
-        for start in range(0, rows, slab):
+        for start in range(0, out_features, slab):
             here = slice(start, start + slab)
             if inverse:
-                nibbles = _permuted(_unpack(source[here]), fragment.stored, fragment.matrix, inputs)
+                nibbles = _permuted(_unpack(source[here]), fragment.stored, fragment.matrix, in_features)
                 target[order[here]] = _pack(nibbles)
                 target_scale[order[here]] = _permuted(
-                    source_scale[here], fragment.scale_stored, fragment.scale_matrix, inputs // GROUP_SIZE
+                    source_scale[here], fragment.scale_stored, fragment.scale_matrix, in_features // GROUP_SIZE
                 )
             else:
-                nibbles = _permuted(_unpack(source[order[here]]), fragment.matrix, fragment.stored, inputs)
+                nibbles = _permuted(_unpack(source[order[here]]), fragment.matrix, fragment.stored, in_features)
                 target[here] = _pack(nibbles)
                 target_scale[here] = _permuted(
-                    source_scale[order[here]], fragment.scale_matrix, fragment.scale_stored, inputs // GROUP_SIZE
+                    source_scale[order[here]], fragment.scale_matrix, fragment.scale_stored, in_features // GROUP_SIZE
                 )
 
 

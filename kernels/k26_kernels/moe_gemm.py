@@ -1,4 +1,4 @@
-"""The two GEMMs of the experts: tokens times INT4 weights, with SwiGLU or the routing weight in the epilogue."""
+"""The two GEMMs of the experts: tokens times INT4 weights, with silu_and_mul or the routing weight in the epilogue."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def write_tile(
     pair: tl.tensor, count: tl.tensor, rows_first: tl.tensor, part: tl.tensor, num_pairs: tl.tensor,
     N: tl.constexpr, EPILOGUE: tl.constexpr, BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_N: tl.constexpr,
 ) -> None:  # fmt: skip
-    """What `moe_gemm_kernel` says of EPILOGUE."""
+    """Write one tile as EPILOGUE wants it: see `moe_gemm_kernel`."""
     valid = (tl.arange(0, BLOCK_SIZE_M) < count)[None, :]
-    if EPILOGUE == "swiglu":
+    if EPILOGUE == "silu_and_mul":
         halves = tl.permute(tl.reshape(acc, [BLOCK_SIZE_N // 16, 2, 8, BLOCK_SIZE_M]), [0, 2, 3, 1])
         gate, up = tl.split(halves)
         y = tl.reshape(gate * tl.sigmoid(gate) * up, [BLOCK_SIZE_N // 2, BLOCK_SIZE_M])
@@ -69,10 +69,10 @@ def moe_gemm_kernel(
     SORTED: blocks of pairs come from `moe_align_block_size`; else every pair is a block of its own, and `sorted_pairs` and
     `blocks` are not read.
     EPILOGUE, and what it writes to `out` for each pair with an expert here:
-      "swiglu"    silu(gate) · up, bfloat16 `[num_pairs, N / 2]`; SPLIT_K is 1
-      "weighted"  the result times the pair's routing weight, rounded to the dtype of `out`, `[SPLIT_K, num_pairs, N]`
-      "plain"     the result, rounded to the dtype of `out`, `[num_pairs, N]`; SPLIT_K is 1
-      "partial"   the split-K partial, float32 `[SPLIT_K, num_pairs, N]`, rows as they are stored
+      "silu_and_mul"  silu(gate) · up, bfloat16 `[num_pairs, N / 2]`; SPLIT_K is 1
+      "weighted"      the result times the pair's routing weight, in the dtype of `out`, `[SPLIT_K, num_pairs, N]`
+      "plain"         the result, in the dtype of `out`, `[num_pairs, N]`; SPLIT_K is 1
+      "partial"       the split-K partial, float32 `[SPLIT_K, num_pairs, N]`, rows as they are stored
     WAIT: let each step's matrix instructions end before the next step's weights are made (`Target.waits`).
 
     The steps along K are loaded ahead of their matrix instructions. Where one step is all, whole tiles are loaded ahead,

@@ -92,12 +92,12 @@ def _filled(device: torch.device, value: int, *size: int, dtype: torch.dtype) ->
 def _one_expert(device: torch.device, shape: Shape) -> KernelExperts:
     """Experts of this shape of which the first has weights: of those that no pair chooses nothing is computed, though the
     first one's weights may be loaded ahead."""
-    hidden, inner = shape.hidden_size, shape.intermediate_size
+    hidden_size, intermediate_size = shape.hidden_size, shape.intermediate_size
     return KernelExperts(
-        _filled(device, 0, 1, 2 * inner, hidden // 8, dtype=torch.int32),
-        _filled(device, 0, 1, 2 * inner, hidden // 32, dtype=torch.bfloat16),
-        _filled(device, 0, 1, hidden, inner // 8, dtype=torch.int32),
-        _filled(device, 0, 1, hidden, inner // 32, dtype=torch.bfloat16),
+        _filled(device, 0, 1, 2 * intermediate_size, hidden_size // 8, dtype=torch.int32),
+        _filled(device, 0, 1, 2 * intermediate_size, hidden_size // 32, dtype=torch.bfloat16),
+        _filled(device, 0, 1, hidden_size, intermediate_size // 8, dtype=torch.int32),
+        _filled(device, 0, 1, hidden_size, intermediate_size // 32, dtype=torch.bfloat16),
         device_of(device),
         shape,
     )

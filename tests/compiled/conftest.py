@@ -24,7 +24,7 @@ KERNELS = {
     "align_kernel": align,
     "count_kernel": align,
     "place_kernel": align,
-    "activate_kernel": experts,
+    "silu_and_mul_kernel": experts,
     "reduce_kernel": experts,
     "moe_gemm_kernel": experts,
     "dequantize_kernel": dequantize,

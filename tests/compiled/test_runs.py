@@ -28,7 +28,7 @@ from k26_plugins.common.experts import ExpertWeights
 NVIDIA = [name for name, target in TARGETS.items() if not target.amd]
 # As in tests/kernels: weights, activations and the result are rounded to bfloat16.
 TOLERANCE = 5e-3
-HIDDEN, INNER = 256, 128
+HIDDEN_SIZE, INTERMEDIATE_SIZE = 256, 128
 
 CompiledFor = Callable[..., dict[str, Emulated]]
 
@@ -38,13 +38,13 @@ def load(weights: ExpertWeights) -> KernelExperts:
     return KernelExperts.from_checkpoint(copy.w13_packed, copy.w13_scale, copy.w2_packed, copy.w2_scale)
 
 
-def batch(num_tokens: int, top_k: int, num_experts: int, hidden: int = HIDDEN) -> tuple[torch.Tensor, ...]:
+def batch(num_tokens: int, top_k: int, num_experts: int, hidden_size: int = HIDDEN_SIZE) -> tuple[torch.Tensor, ...]:
     """hidden_states, ids in which the last expert has no token and one pair no expert, and their weights."""
     ids, topk_weights = choose_experts(num_tokens, top_k, num_experts - 1)
     ids = ids.int()
     if num_tokens > 1:
         ids[1, 0] = -1
-    return inputs(num_tokens, hidden), ids, topk_weights
+    return inputs(num_tokens, hidden_size), ids, topk_weights
 
 
 @pytest.mark.parametrize("config", ["single", "16", "32", "64", "128"])
@@ -59,7 +59,7 @@ def test_every_config(compiled_for: CompiledFor, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("k26_kernels.experts.choose", lambda *arguments: config)
     make_plan.cache_clear()
     # In one config w2's inputs are those of a rank under tensor parallel 8.
-    weights = make_weights(4, HIDDEN, 256 if config == "16" else INNER)
+    weights = make_weights(4, HIDDEN_SIZE, 256 if config == "16" else INTERMEDIATE_SIZE)
     x, ids, topk_weights = batch(2 if config == "single" else 37, 2, 4)
     experts = load(weights)
     workspace = torch.full((workspace_bytes(experts, len(x), 2),), 0xFF, dtype=torch.uint8)
@@ -73,7 +73,7 @@ def test_every_config(compiled_for: CompiledFor, monkeypatch: pytest.MonkeyPatch
 def test_the_other_members_of_a_family(compiled_for: CompiledFor, capability: int, target: str) -> None:
     """RTX 30 and 40, B300, and GB10, for which a launch compiles with its target's layout and tiles."""
     compiled_for(target, capability=capability)
-    weights = make_weights(4, HIDDEN, INNER)
+    weights = make_weights(4, HIDDEN_SIZE, INTERMEDIATE_SIZE)
     x, ids, topk_weights = batch(37, 2, 4)
     try:
         result = fused_experts(x, load(weights), ids, topk_weights)
@@ -88,7 +88,7 @@ def test_the_other_members_of_a_family(compiled_for: CompiledFor, capability: in
 @pytest.mark.parametrize("target", NVIDIA)
 def test_split_along_k(compiled_for: CompiledFor, target: str, num_tokens: int) -> None:
     compiled_for(target, num_sms=132)
-    weights = make_weights(2, 1024, INNER)
+    weights = make_weights(2, 1024, INTERMEDIATE_SIZE)
     ids = torch.tensor([[1], [0], [1], [-1], [1]], dtype=torch.int32)[:num_tokens]
     x, topk_weights = inputs(num_tokens, 1024), torch.full((num_tokens, 1), 0.7)
     experts = load(weights)
@@ -111,7 +111,7 @@ def test_the_real_shape_of_a_rank(compiled_for: CompiledFor, target: str) -> Non
 @pytest.mark.parametrize("target", NVIDIA)
 def test_a_tokens_bits_in_any_batch(compiled_for: CompiledFor, target: str) -> None:
     compiled_for(target)
-    experts = load(make_weights(4, HIDDEN, INNER))
+    experts = load(make_weights(4, HIDDEN_SIZE, INTERMEDIATE_SIZE))
     x, ids, topk_weights = batch(23, 2, 4)
     many = fused_experts(x, experts, ids, topk_weights, batch_invariant=True)
     for rows in (slice(0, 1), slice(3, 12)):
@@ -126,7 +126,7 @@ def test_a_tokens_bits_in_any_batch(compiled_for: CompiledFor, target: str) -> N
 def test_dequantize(compiled_for: CompiledFor, target: str, gated: bool, dtype: torch.dtype) -> None:
     """The bits of compressed-tensors' unpacking, rounded once."""
     compiled_for(target)
-    weights = make_weights(3, HIDDEN, INNER)
+    weights = make_weights(3, HIDDEN_SIZE, INTERMEDIATE_SIZE)
     packed, scale = (weights.w13_packed, weights.w13_scale) if gated else (weights.w2_packed, weights.w2_scale)
     expected = torch.stack([dense(packed[expert], scale[expert]) for expert in (2, 0)]).to(dtype)
     repack(packed, scale, TARGETS[target].fragment, gated=gated)
@@ -185,7 +185,7 @@ def test_a_broken_kernel_is_noticed(compiled_for: CompiledFor, broken: str) -> N
         return text
 
     compiled_for("sm_90", edit=edit)
-    weights = make_weights(4, HIDDEN, INNER)
+    weights = make_weights(4, HIDDEN_SIZE, INTERMEDIATE_SIZE)
     x, ids, topk_weights = batch(20, 2, 4)
     try:
         result = fused_experts(x, load(weights), ids, topk_weights)
@@ -201,6 +201,6 @@ def test_triton_waits_for_products_from_3_8_on(compiled_for: CompiledFor, monkey
     monkeypatch.setattr("k26_kernels.target.OVERWRITES_WEIGHTS", False)
     compiled_for("sm_90")
     x, ids, topk_weights = batch(20, 2, 4)
-    experts = load(make_weights(4, HIDDEN, INNER))
+    experts = load(make_weights(4, HIDDEN_SIZE, INTERMEDIATE_SIZE))
     with pytest.raises(PtxError, match="weights change under a product") if affected else nullcontext():
         fused_experts(x, experts, ids, topk_weights)

@@ -15,7 +15,7 @@ from k26_kernels.target import TARGETS, Device
 from support.experts import make_weights
 from triton.backends.compiler import GPUTarget
 
-HIDDEN, INNER, EXPERTS, TOP_K = 1024, 128, 8, 8
+HIDDEN_SIZE, INTERMEDIATE_SIZE, EXPERTS, TOP_K = 1024, 128, 8, 8
 
 
 class NoGpu:
@@ -55,14 +55,14 @@ def cached(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[tuple[str, str]]]:
 def test_no_batch_adds_to_the_cache(cached: set[tuple[str, str]], with_map: bool) -> None:
     """Of one token to more than the kernels compute at a time."""
     num_global = 3 * EXPERTS if with_map else None
-    shape = Shape(HIDDEN, INNER, EXPERTS)
+    shape = Shape(HIDDEN_SIZE, INTERMEDIATE_SIZE, EXPERTS)
     compile_variants(torch.device("cpu"), shape, TOP_K, torch.bfloat16, num_global_experts=num_global)
     compiled = set(cached)
     assert len(compiled) > len({name for name, _ in compiled}) >= 5
-    experts = KernelExperts.from_checkpoint(*make_weights(EXPERTS, HIDDEN, INNER).parts())
+    experts = KernelExperts.from_checkpoint(*make_weights(EXPERTS, HIDDEN_SIZE, INTERMEDIATE_SIZE).parts())
     expert_map = torch.full((num_global,), -1, dtype=torch.int32) if num_global else None
     for num_tokens in (*range(1, EXACT_PAIRS // TOP_K + 20), TOKENS_AT_ONCE, TOKENS_AT_ONCE + 3):
-        x = torch.zeros(num_tokens, HIDDEN, dtype=torch.bfloat16)
+        x = torch.zeros(num_tokens, HIDDEN_SIZE, dtype=torch.bfloat16)
         ids = torch.zeros(num_tokens, TOP_K, dtype=torch.int32)
         fused_experts(x, experts, ids, ids.float(), expert_map=expert_map)
     assert cached == compiled

@@ -14,17 +14,19 @@ MAX_TOKENS = 40
 COUNTS = [0, 1, 16, 17, MAX_TOKENS, 3]
 
 
-def on(device: torch.device, num_experts: int, hidden: int, inner: int) -> tuple[KernelExperts, object]:
-    weights = make_weights(num_experts, hidden, inner)
+def on(
+    device: torch.device, num_experts: int, hidden_size: int, intermediate_size: int
+) -> tuple[KernelExperts, object]:
+    weights = make_weights(num_experts, hidden_size, intermediate_size)
     copy = to_device(weights, device)
     return KernelExperts.from_checkpoint(copy.w13_packed, copy.w13_scale, copy.w2_packed, copy.w2_scale), weights
 
 
 @pytest.mark.parametrize("expected", [1.0, 40.0, 400.0])
-@pytest.mark.parametrize(("hidden", "inner"), [(256, 128), (128, 256)])
-def test_against_float64(device: torch.device, hidden: int, inner: int, expected: float) -> None:
-    experts, weights = on(device, len(COUNTS), hidden, inner)
-    x = inputs(len(COUNTS) * MAX_TOKENS, hidden).view(len(COUNTS), MAX_TOKENS, hidden).to(device)
+@pytest.mark.parametrize(("hidden_size", "intermediate_size"), [(256, 128), (128, 256)])
+def test_against_float64(device: torch.device, hidden_size: int, intermediate_size: int, expected: float) -> None:
+    experts, weights = on(device, len(COUNTS), hidden_size, intermediate_size)
+    x = inputs(len(COUNTS) * MAX_TOKENS, hidden_size).view(len(COUNTS), MAX_TOKENS, hidden_size).to(device)
     counts = torch.tensor(COUNTS, dtype=torch.int32, device=device)
     out = torch.full_like(x, torch.nan)
     batched_experts(x, experts, counts, out, expected=expected)

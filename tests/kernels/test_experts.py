@@ -56,16 +56,16 @@ def test_every_layout(each_layout: str, device: torch.device, num_tokens: int) -
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "top_k", "num_experts", "hidden", "inner"),
+    ("num_tokens", "top_k", "num_experts", "hidden_size", "intermediate_size"),
     [(2, 8, 9, 128, 128), (4, 1, 3, 128, 256), (5, 8, 8, 128, 128), (12, 2, 2, 128, 128), (50, 1, 1, 128, 128)],
     ids=str,
 )
 def test_against_float64(
-    device: torch.device, num_tokens: int, top_k: int, num_experts: int, hidden: int, inner: int
+    device: torch.device, num_tokens: int, top_k: int, num_experts: int, hidden_size: int, intermediate_size: int
 ) -> None:
-    weights = make_weights(num_experts, hidden, inner)
+    weights = make_weights(num_experts, hidden_size, intermediate_size)
     ids, topk_weights = route(num_tokens, top_k, num_experts)
-    x = inputs(num_tokens, hidden)
+    x = inputs(num_tokens, hidden_size)
     expected = judge(weights, x, ids, topk_weights)
     assert error(result_of(device, weights, x, ids, topk_weights), expected) <= TOLERANCE
 
@@ -89,12 +89,16 @@ def test_the_largest_blocks(device: torch.device, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("num_tokens", [1, 5])
-@pytest.mark.parametrize(("hidden", "inner", "parts"), [(1024, 128, (2, 1)), (128, 1024, (1, 2))], ids=str)
-def test_split_along_k(device: torch.device, hidden: int, inner: int, parts: tuple[int, int], num_tokens: int) -> None:
+@pytest.mark.parametrize(
+    ("hidden_size", "intermediate_size", "parts"), [(1024, 128, (2, 1)), (128, 1024, (1, 2))], ids=str
+)
+def test_split_along_k(
+    device: torch.device, hidden_size: int, intermediate_size: int, parts: tuple[int, int], num_tokens: int
+) -> None:
     """Where the tiles of a few tokens, sorted or not, do not fill the GPU, a GEMM's parts are summed in their order."""
-    weights = make_weights(2, hidden, inner)
+    weights = make_weights(2, hidden_size, intermediate_size)
     ids, topk_weights = torch.tensor([[1], [0], [1], [-1], [1]])[:num_tokens], torch.full((num_tokens, 1), 0.7)
-    x = inputs(num_tokens, hidden)
+    x = inputs(num_tokens, hidden_size)
     experts = on(device, weights)
     plan = make_plan(experts.device, experts.shape, num_tokens, 1, 2)
     assert plan.sorted == (num_tokens > 1)
@@ -210,7 +214,10 @@ def test_launches_a_layer(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, num_tokens: int, sorting: list[str]
 ) -> None:
     launched: list[str] = []
-    for module, names in ((experts_module, ("moe_gemm", "activate", "reduce")), (align, ("align", "count", "place"))):
+    for module, names in (
+        (experts_module, ("moe_gemm", "silu_and_mul", "reduce")),
+        (align, ("align", "count", "place")),
+    ):
         for name in names:
             kernel = getattr(module, f"{name}_kernel")
             monkeypatch.setattr(module, f"{name}_kernel", Counted(kernel, name, launched))
@@ -275,14 +282,14 @@ def test_the_callers_workspace(device: torch.device) -> None:
     num_tokens=st.integers(1, 9000),
     top_k=st.sampled_from([1, 2, 8]),
     here=st.sampled_from([1, 3, 48, 384]),
-    inner=st.sampled_from([128, 256, 2048]),
+    intermediate_size=st.sampled_from([128, 256, 2048]),
     target=st.sampled_from(list(TARGETS)),
     batch_invariant=st.booleans(),
 )
 def test_workspaces_cover_every_smaller_batch(
-    num_tokens: int, top_k: int, here: int, inner: int, target: str, batch_invariant: bool
+    num_tokens: int, top_k: int, here: int, intermediate_size: int, target: str, batch_invariant: bool
 ) -> None:
-    device, shape = Device(TARGETS[target], "a GPU", 132), Shape(7168, inner, here)
+    device, shape = Device(TARGETS[target], "a GPU", 132), Shape(7168, intermediate_size, here)
     experts = KernelExperts(*[torch.empty(0)] * 4, device, shape)
     room = workspace_bytes(experts, num_tokens, top_k, 384, batch_invariant)
     most = min(num_tokens, TOKENS_AT_ONCE)

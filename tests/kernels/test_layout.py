@@ -87,11 +87,11 @@ def test_gate_and_up_rows_alternate_by_eight() -> None:
     ]
 
 
-@pytest.mark.parametrize(("rows", "inputs"), [(96, 128), (128, 192)])
-def test_sizes_that_do_not_fit_are_refused(rows: int, inputs: int) -> None:
-    packed = torch.zeros(1, rows, inputs // 8, dtype=torch.int32)
-    scale = torch.zeros(1, rows, inputs // 32, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match=f"this one is {rows} × {inputs}"):
+@pytest.mark.parametrize(("out_features", "in_features"), [(96, 128), (128, 192)])
+def test_sizes_that_do_not_fit_are_refused(out_features: int, in_features: int) -> None:
+    packed = torch.zeros(1, out_features, in_features // 8, dtype=torch.int32)
+    scale = torch.zeros(1, out_features, in_features // 32, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=f"this one is {out_features} × {in_features}"):
         repack(packed, scale, "mma", gated=False)
 
 

@@ -61,7 +61,7 @@ def test_launches_take_what_the_first_one_compiled(device: torch.device, monkeyp
 
             def launch(*arguments: object, **options: Any) -> object:
                 self.kernel[grid](*arguments, **options)
-                registers = 256 if options["EPILOGUE"] == "swiglu" else 512
+                registers = 256 if options["EPILOGUE"] == "silu_and_mul" else 512
                 return SimpleNamespace(
                     n_regs=registers, metadata=SimpleNamespace(num_warps=4, target=threads, shared=49152)
                 )

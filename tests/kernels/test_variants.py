@@ -41,7 +41,7 @@ def launches(monkeypatch: pytest.MonkeyPatch, *, run: bool) -> Iterator[set[Any]
         yield seen
 
 
-HIDDEN, INNER, EXPERTS, TOP_K = 1024, 128, 16, 4
+HIDDEN_SIZE, INTERMEDIATE_SIZE, EXPERTS, TOP_K = 1024, 128, 16, 4
 ALL_SIZES = range(1, EXACT_PAIRS // TOP_K + 20)
 
 
@@ -56,23 +56,23 @@ def test_no_batch_launches_what_was_not_compiled(
         large = Device(TARGETS["sm_90"], "interpreter", 132)
         for module in ("experts", "variants"):
             monkeypatch.setattr(sys.modules[f"k26_kernels.{module}"], "device_of", lambda device: large)
-    shape, num_global = Shape(HIDDEN, INNER, EXPERTS), 3 * EXPERTS if with_map else None
+    shape, num_global = Shape(HIDDEN_SIZE, INTERMEDIATE_SIZE, EXPERTS), 3 * EXPERTS if with_map else None
     with launches(monkeypatch, run=False) as compiled:
         compile_variants(
             device, shape, TOP_K, torch.float16, num_global_experts=num_global, batch_invariant=batch_invariant
         )
-    weights = to_device(make_weights(EXPERTS, HIDDEN, INNER), device)
+    weights = to_device(make_weights(EXPERTS, HIDDEN_SIZE, INTERMEDIATE_SIZE), device)
     experts = KernelExperts.from_checkpoint(*weights.parts())
     expert_map = torch.arange(num_global, dtype=torch.int32, device=device) - EXPERTS if num_global else None
     with launches(monkeypatch, run=False) as launched:
         for num_tokens in (*ALL_SIZES, TOKENS_AT_ONCE, TOKENS_AT_ONCE + 3):
-            x = torch.zeros(num_tokens, HIDDEN, dtype=torch.bfloat16, device=device)
+            x = torch.zeros(num_tokens, HIDDEN_SIZE, dtype=torch.bfloat16, device=device)
             ids = torch.zeros(num_tokens, TOP_K, dtype=torch.int32, device=device)
             options = {"expert_map": expert_map, "out": x.half(), "batch_invariant": batch_invariant}
             fused_experts(x, experts, ids, ids.float(), **options)  # type: ignore[arg-type]
     assert launched == compiled
     assert {name for name, *_ in launched} >= {"align_kernel", "count_kernel", "moe_gemm_kernel", "reduce_kernel"}
-    assert batch_invariant or "activate_kernel" in {name for name, *_ in launched}
+    assert batch_invariant or "silu_and_mul_kernel" in {name for name, *_ in launched}
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True], ids=["", "batch-invariant"])

@@ -23,13 +23,14 @@ class Layer:
     @classmethod
     def of_rank(cls, text: TextConfig, tp: int, ep: int) -> Layer:
         """Each expert cut in `tp` parts, the experts dealt out to `ep` ranks. Raises ValueError where that leaves a rest."""
-        inner, experts = text.moe_intermediate_size, text.n_routed_experts
-        if inner % tp or experts % ep:
+        intermediate_size, experts = text.moe_intermediate_size, text.n_routed_experts
+        if intermediate_size % tp or experts % ep:
             raise ValueError(
-                f"{experts} experts of {inner} rows cannot be dealt out to {ep} ranks and cut in {tp}: choose divisors."
+                f"{experts} experts of {intermediate_size} rows cannot be dealt out to {ep} ranks and cut in {tp}: "
+                "choose divisors."
             )
         name = "-".join(f"{word}{count}" for word, count in (("tp", tp), ("ep", ep)) if count > 1) or "whole"
-        return cls(name, text.hidden_size, inner // tp, experts // ep, experts, text.num_experts_per_tok)
+        return cls(name, text.hidden_size, intermediate_size // tp, experts // ep, experts, text.num_experts_per_tok)
 
     @classmethod
     def of_shape(cls, shape: str) -> Layer:
@@ -38,13 +39,20 @@ class Layer:
         Raises ValueError for anything else.
         """
         try:
-            hidden, inner, experts = map(int, shape.split("x"))
+            hidden_size, intermediate_size, experts = map(int, shape.split("x"))
         except ValueError:
             raise ValueError(
                 f"{shape!r} names no sizes: give hidden, intermediate and experts, as 7168x256x384."
             ) from None
         text = TextConfig()
-        return cls(shape, hidden, inner, experts, max(experts, text.n_routed_experts), text.num_experts_per_tok)
+        return cls(
+            shape,
+            hidden_size,
+            intermediate_size,
+            experts,
+            max(experts, text.n_routed_experts),
+            text.num_experts_per_tok,
+        )
 
     @property
     def shape(self) -> str:

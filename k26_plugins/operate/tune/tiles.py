@@ -71,10 +71,10 @@ def time_of(experts: KernelExperts, layer: Layer, config: KernelConfig, tokens: 
 def searches(experts: KernelExperts, layer: Layer) -> Iterator[tuple[str, str, list[GemmConfig]]]:
     """What is searched: a config, a GEMM, and the configs for it after the present one."""
     for name, present in kernel_configs(experts.device, experts.shape).items():
-        for gemm, inputs in (("w13", layer.hidden_size), ("w2", layer.intermediate_size)):
+        for gemm, in_features in (("w13", layer.hidden_size), ("w2", layer.intermediate_size)):
             tile = getattr(present, gemm)
             others = candidates(experts.device.target, tile)
-            yield name, gemm, [one for one in others if inputs % one.BLOCK_SIZE_K == 0 and one != tile]
+            yield name, gemm, [one for one in others if in_features % one.BLOCK_SIZE_K == 0 and one != tile]
 
 
 def fastest_tiles(
