@@ -42,7 +42,7 @@ FEW_SMS = 4  # so that programs walk over several tiles
 
 @cache
 def emulated(name: str, capability: int) -> Emulated:
-    """Compiled once for all tests."""
+    """A kernel for a capability; all tests share it, so that it is compiled once."""
     return Emulated(ORIGINAL[name], capability)
 
 

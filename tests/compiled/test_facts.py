@@ -28,7 +28,7 @@ GEMMS = [(target, name) for target, name in ALL if name.startswith("w")]
 
 @pytest.fixture(scope="session")
 def facts() -> dict[tuple[str, str], dict[str, Any]]:
-    """Of each variant, by target and name."""
+    """What the compiler made of each variant, by target and name."""
     with ProcessPoolExecutor() as pool:
         return {(fact.target, fact.name): asdict(fact) for fact in pool.map(compile_variant, variants())}
 
@@ -72,7 +72,7 @@ def test_it_streams(facts: dict[tuple[str, str], dict[str, Any]], target: str, n
 def test_weights_that_are_read_once_leave_the_cache_first(
     facts: dict[tuple[str, str], dict[str, Any]], target: str, name: str
 ) -> None:
-    """Where there is such a hint."""
+    """The hint is there for weights that one block reads, on the targets that have such a hint."""
     once = name.split()[1] == SINGLE and not TARGETS[target].amd and target != "sm_80"
     assert (facts[target, name]["first_to_leave"] > 0) == once
 
@@ -81,6 +81,6 @@ def test_weights_that_are_read_once_leave_the_cache_first(
 def test_enough_programs_of_a_small_batch_fit_on_an_sm(
     facts: dict[tuple[str, str], dict[str, Any]], target: str, name: str
 ) -> None:
-    """Only several at a time keep enough loads in flight: four, three under Triton 3.5. A tile of one step is twice as
-    many bytes, so that two do."""
+    """Only several programs at a time keep enough loads in flight: four, three under Triton 3.5. A tile of one step is
+    twice as many bytes, so that two do."""
     assert facts[target, name]["programs_per_sm"] >= (2 if name.endswith("short") else 3)

@@ -39,7 +39,7 @@ def load(weights: ExpertWeights) -> KernelExperts:
 
 
 def batch(num_tokens: int, top_k: int, num_experts: int, hidden_size: int = HIDDEN_SIZE) -> tuple[torch.Tensor, ...]:
-    """hidden_states, ids in which the last expert has no token and one pair no expert, and their weights."""
+    """Gives hidden_states, ids in which the last expert has no token and one pair has no expert, and their weights."""
     ids, topk_weights = choose_experts(num_tokens, top_k, num_experts - 1)
     ids = ids.int()
     if num_tokens > 1:
@@ -50,7 +50,7 @@ def batch(num_tokens: int, top_k: int, num_experts: int, hidden_size: int = HIDD
 @pytest.mark.parametrize("config", ["single", "16", "32", "64", "128"])
 @pytest.mark.parametrize("target", NVIDIA)
 def test_every_config(compiled_for: CompiledFor, monkeypatch: pytest.MonkeyPatch, target: str, config: str) -> None:
-    """Ragged experts and blocks, one expert without tokens, and a workspace full of what was there before.
+    """Experts and blocks are ragged, one expert has no tokens, and the workspace is full of what was there before.
 
     The GEMMs' tiles lie in shared memory such that no access waits for another's bank.
     """
@@ -71,7 +71,7 @@ def test_every_config(compiled_for: CompiledFor, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(("capability", "target"), [(86, "sm_80"), (89, "sm_80"), (103, "sm_100"), (121, "sm_120")])
 def test_the_other_members_of_a_family(compiled_for: CompiledFor, capability: int, target: str) -> None:
-    """RTX 30 and 40, B300, and GB10, for which a launch compiles with its target's layout and tiles."""
+    """RTX 30 and 40, B300 and GB10 take their target's layout and configs; Triton compiles for their own capability."""
     compiled_for(target, capability=capability)
     weights = make_weights(4, HIDDEN_SIZE, INTERMEDIATE_SIZE)
     x, ids, topk_weights = batch(37, 2, 4)
@@ -99,7 +99,7 @@ def test_split_along_k(compiled_for: CompiledFor, target: str, num_tokens: int) 
 
 @pytest.mark.parametrize("target", NVIDIA)
 def test_the_real_shape_of_a_rank(compiled_for: CompiledFor, target: str) -> None:
-    """7168 × 256, of tensor parallel 8, through an expert map; within the goal for every backend."""
+    """A rank under tensor parallel 8 has 7168 × 256; ids go through a map. The error is within every backend's goal."""
     compiled_for(target)
     weights = make_weights(1, 7168, 256)
     x, topk_weights = inputs(1, 7168), torch.tensor([[0.4, 0.6]])
@@ -124,7 +124,7 @@ def test_a_tokens_bits_in_any_batch(compiled_for: CompiledFor, target: str) -> N
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("target", NVIDIA)
 def test_dequantize(compiled_for: CompiledFor, target: str, gated: bool, dtype: torch.dtype) -> None:
-    """The bits of compressed-tensors' unpacking, rounded once."""
+    """The result has the bits of compressed-tensors' unpacking, rounded once."""
     compiled_for(target)
     weights = make_weights(3, HIDDEN_SIZE, INTERMEDIATE_SIZE)
     packed, scale = (weights.w13_packed, weights.w13_scale) if gated else (weights.w2_packed, weights.w2_scale)
@@ -135,7 +135,7 @@ def test_dequantize(compiled_for: CompiledFor, target: str, gated: bool, dtype: 
 
 @pytest.mark.parametrize("target", NVIDIA)
 def test_align(compiled_for: CompiledFor, target: str) -> None:
-    """More pairs than one launch sorts, through an expert map: the table and the order of an expert's pairs."""
+    """Two launches sort more pairs than one can, through an expert map: the table and each expert's order are right."""
     kernels = compiled_for(target)
     ids = choose_experts(520, 2, 8)[0].int()
     ids[3, 0] = -1
@@ -177,7 +177,7 @@ def test_a_broken_kernel_is_noticed(compiled_for: CompiledFor, broken: str) -> N
     edits = []
 
     def edit(ptx: str) -> str:
-        # The GEMMs' only: the other kernels have hardly any of it.
+        # Only the GEMMs' code is edited: the other kernels have hardly any of it.
         if "moe_gemm_kernel" not in ptx:
             return ptx
         text, count = re.subn(pattern, replacement, ptx)
@@ -196,7 +196,7 @@ def test_a_broken_kernel_is_noticed(compiled_for: CompiledFor, broken: str) -> N
 
 
 def test_triton_waits_for_products_from_3_8_on(compiled_for: CompiledFor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Why `Target.waits` exists: earlier ones let the weights of a matrix instruction change while it is under way."""
+    """`Target.waits` exists because earlier Tritons let the weights of a matrix instruction change while it is under way."""
     affected = OVERWRITES_WEIGHTS
     monkeypatch.setattr("k26_kernels.target.OVERWRITES_WEIGHTS", False)
     compiled_for("sm_90")

@@ -68,7 +68,7 @@ def test_it_is_the_first_choice_and_passes_its_self_test(device: torch.device, m
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_self_test_reaches_every_config(target: str) -> None:
-    """With the two experts that it tests, at the real size."""
+    """It does so with the two experts that it tests, at the real size."""
     device, shape = Device(TARGETS[target], "a GPU without a file", 132), Shape(7168, 2048, 2)
     plans = [make_plan(device, shape, tokens, 2, 2) for tokens in TritonExperts.self_test_tokens]
     assert [plan.config for plan in plans] == list(kernel_configs(device, shape).values())
@@ -145,7 +145,7 @@ print(unusable_on(torch.device("cuda")))
 
 
 SIZES = LayerSizes(48, 256, 128, torch.device("cpu"))
-"""Of a rank's part of a layer; the interpreter stands for its GPU."""
+"""The sizes of a rank's part of a layer; the interpreter stands for its GPU."""
 
 
 @pytest.fixture
@@ -173,7 +173,7 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
 @pytest.mark.skipif(torch.cuda.is_available(), reason="its GPU is the interpreter")
 @pytest.mark.usefixtures("interpreted")
 def test_auto_takes_what_won(measured: Callable[..., Path]) -> None:
-    """With the configs of that measurement, for experts of that size however many: the self-test's two among them."""
+    """The configs of that measurement then serve experts of that size, however many: the self-test's two among them."""
     answer = tuned_answer(SIZES, "vllm 1.0")
     assert answer.backend == "engine"
     assert answer.why.endswith("`k26 tune` would measure it")
@@ -197,7 +197,7 @@ def test_auto_takes_what_won(measured: Callable[..., Path]) -> None:
 def test_auto_measures_at_the_start_where_it_is_asked_to(
     measured: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once; where that fails the engine's own serve, and it is said."""
+    """It measures once; where that fails, the engine's own experts serve, and the reason is said."""
     monkeypatch.setenv("K26_TUNE", "start")
     failed = "import sys; sys.exit('no memory for the weights.')"
     monkeypatch.setattr(tune_at_start, "COMMAND", (sys.executable, "-c", failed))
@@ -270,7 +270,7 @@ def test_the_doctor_says_which_measurement_is_used(
 def test_what_auto_is_elsewhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """On a CPU the first of the core's that is right; on a device that is not for the kernels the engine's own.
+    """On a CPU `auto` is the first of the core's that is right; on a device that the kernels do not know, the engine's own.
 
     A worker's report to the server's endpoint says which and why.
     """

@@ -10,7 +10,7 @@ from support.experts import error, inputs, judge, make_weights, to_device
 
 TOLERANCE = 5e-3
 MAX_TOKENS = 40
-# No token, one, a full block and one more, a full buffer.
+# The experts have no token, one, a full block, one more than that, a full buffer, and three.
 COUNTS = [0, 1, 16, 17, MAX_TOKENS, 3]
 
 

@@ -43,12 +43,12 @@ def test_routings(kind: str) -> None:
 
 
 def test_bytes_of_an_expert() -> None:
-    """Those of the published model, but for its 24 bytes of shapes."""
+    """They are those of the published model, but for its 24 bytes of shapes."""
     assert LAYERS["whole"].expert_bytes == 24_772_632 - 24
 
 
 def test_a_batch_is_measured(device: torch.device) -> None:
-    """Rows for us and for each peer, of which one always runs; it agrees with us."""
+    """Ours and each peer get a row; the one peer that always runs agrees with ours."""
     seconds = []
 
     def clock(run: object, graph: bool) -> float:
@@ -74,7 +74,7 @@ def test_a_batch_is_measured(device: torch.device) -> None:
 
 
 def test_one_launch_of_each(device: torch.device) -> None:
-    """What a sanitizer watches on a GPU; more than one launch sorts are too many here."""
+    """A sanitizer watches this run on a GPU; more pairs than one launch sorts would take too long here."""
     one_launch.small_ones(device, (1, 5))
 
 
@@ -99,7 +99,7 @@ def test_the_fastest_tiles_are_taken(device: torch.device, monkeypatch: pytest.M
     found = tiles.fastest_tiles(experts_of(TINY, device), TINY, clock_of(device), 60.0, searched.append)
     assert {(config.w13, config.w2) for config in found.values()} == {(fastest, fastest)}
     assert len(searched) == measure.SEARCHES
-    # Without time for any but the present ones.
+    # There is no time for any but the present ones.
     before = dict(default_configs("sm_90"))
     assert tiles.fastest_tiles(experts_of(TINY, device), TINY, clock_of(device), 0.0, searched.append) == before
 
@@ -127,7 +127,7 @@ def missing(weights: ExpertWeights) -> Run:
 
 
 def wrong(weights: ExpertWeights) -> Run:
-    """The fastest of all, and with what issues tell of some GPUs: each token is given the same."""
+    """The fastest of all, and wrong as issues tell of some GPUs: each token is given the same."""
     return lambda x, topk_weights, ids, local: x[:1].expand(x.shape)
 
 

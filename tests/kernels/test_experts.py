@@ -71,7 +71,7 @@ def test_against_float64(
 
 
 def test_the_largest_blocks(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one config that the shapes above do not reach."""
+    """This is the one config that the shapes above do not reach."""
     experts = on(device, make_weights(2, 128, 128))
     reached = {
         make_plan(experts.device, experts.shape, tokens, top_k, count).config.BLOCK_SIZE_M
@@ -119,7 +119,7 @@ PARTS = {
 
 @pytest.mark.parametrize(("shape", "num_tokens"), PARTS)
 def test_into_how_many_parts_a_rank_s_gemms_are_cut(shape: Shape, num_tokens: int) -> None:
-    """Of few tokens, sorted or not, and never where a token's bits must not depend on its batch."""
+    """The GEMMs of few tokens are cut, sorted or not, and never where a token's bits must not depend on its batch."""
     plan = make_plan(H200, shape, num_tokens, 8, 384)
     assert (plan.split_w13, plan.split_w2) == PARTS[shape, num_tokens]
     fixed = make_plan(H200, shape, num_tokens, 8, 384, batch_invariant=True)
@@ -128,7 +128,7 @@ def test_into_how_many_parts_a_rank_s_gemms_are_cut(shape: Shape, num_tokens: in
 
 @pytest.mark.parametrize(("num_tokens", "num_experts"), [(5, 384), (16, 48), (64, 6), (1000, 384)])
 def test_the_expected_blocks_are_those_of_an_even_choice(num_tokens: int, num_experts: int) -> None:
-    """On average; of blocks that fill, the fewest that the tokens can have."""
+    """They are the average over choices; where blocks fill, they are the fewest that the tokens can have."""
     layer = Layer("a rank's", 7168, 256, num_experts)
     counts = [
         layer.pairs_here(layer.choose("uniform", num_tokens, seed)).bincount(minlength=num_experts)
@@ -141,7 +141,7 @@ def test_the_expected_blocks_are_those_of_an_even_choice(num_tokens: int, num_ex
 
 @pytest.mark.parametrize("num_tokens", [3, 20])
 def test_pairs_without_an_expert_here(device: torch.device, num_tokens: int) -> None:
-    """−1, ids of other ranks, and the two ranks' sums."""
+    """Some ids are −1, each rank leaves the other's out, and the two ranks' sums add up."""
     weights = make_weights(6, 128, 128)
     ids, topk_weights = route(num_tokens, 3, 6)
     ids[0] = -1
@@ -160,7 +160,7 @@ def test_pairs_without_an_expert_here(device: torch.device, num_tokens: int) -> 
 
 @pytest.mark.parametrize(("num_tokens", "dtype"), [(7, torch.int64), (10, torch.int32), (20, torch.int64)], ids=str)
 def test_what_is_no_experts_id_counts_as_none(device: torch.device, num_tokens: int, dtype: torch.dtype) -> None:
-    """In the ids and in the map, which is read nowhere else."""
+    """That holds in the ids and in the map, outside of which nothing is read."""
     weights = make_weights(4, 128, 128)
     x, topk_weights = inputs(num_tokens, 128), route(num_tokens, 2, 4)[1]
     around = torch.arange(12, dtype=torch.int32) % 4  # to read beyond the map's end would give an expert
@@ -176,7 +176,7 @@ def test_what_is_no_experts_id_counts_as_none(device: torch.device, num_tokens: 
 
 
 def test_tensor_parallel_ranks_add_up(device: torch.device) -> None:
-    """Down to 128 inputs of w2 on a rank."""
+    """A rank has as few as 128 inputs of w2."""
     weights = make_weights(3, 128, 256)
     ids, topk_weights = route(6, 2, 3)
     x = inputs(6, 128)
@@ -253,7 +253,7 @@ def test_batches_longer_than_the_workspace_holds(device: torch.device, monkeypat
 
 
 def test_batch_invariant(device: torch.device) -> None:
-    """A token's bits, alone, with one other, and among many that chose the same experts."""
+    """A token has the same bits alone, with one other, and among many that chose the same experts."""
     weights = make_weights(3, 128, 128)
     ids, topk_weights = route(20, 2, 3)
     x = inputs(20, 128)
@@ -264,7 +264,7 @@ def test_batch_invariant(device: torch.device) -> None:
 
 
 def test_the_callers_workspace(device: torch.device) -> None:
-    """Of any former content, and one size for every smaller batch."""
+    """It may have held anything before, and its size serves every smaller batch."""
     weights = make_weights(3, 128, 128)
     experts = on(device, weights)
     workspace = torch.full((workspace_bytes(experts, 6, 2),), 0xFF, dtype=torch.uint8, device=device)

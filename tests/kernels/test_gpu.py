@@ -26,7 +26,7 @@ EXPERTS = 48
 
 @pytest.fixture(scope="module", params=["ep8", "tp8"])
 def layer(request: pytest.FixtureRequest) -> tuple[ExpertWeights, KernelExperts]:
-    """48 experts of the real size, or of its part under tensor parallel 8: packed and repacked."""
+    """48 experts of the real size, or of its part under tensor parallel 8, as published and repacked."""
     weights = random_weights(replace(LAYERS[request.param], num_experts=EXPERTS), torch.device("cuda"))
     copies = (weights.w13_packed, weights.w13_scale, weights.w2_packed, weights.w2_scale)
     experts = KernelExperts.from_checkpoint(*(tensor.clone() for tensor in copies))
@@ -34,7 +34,7 @@ def layer(request: pytest.FixtureRequest) -> tuple[ExpertWeights, KernelExperts]
 
 
 def batch(num_tokens: int, top_k: int = 8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """hidden_states, topk_ids of 48 experts, topk_weights."""
+    """Gives hidden_states, topk_ids of 48 experts, and topk_weights."""
     generator = torch.Generator().manual_seed(num_tokens)
     x = torch.randn(num_tokens, 7168, generator=generator).to("cuda", torch.bfloat16)
     ids = torch.rand(num_tokens, EXPERTS, generator=generator).topk(top_k).indices
@@ -59,7 +59,7 @@ def test_real_shapes_against_float64(layer: tuple[ExpertWeights, KernelExperts],
 
 @pytest.mark.parametrize("num_tokens", [1, 16, 512])
 def test_a_cuda_graph_replays_with_new_inputs(layer: tuple[ExpertWeights, KernelExperts], num_tokens: int) -> None:
-    """Captured once, replayed with other tokens and other experts, workspace and output from the caller."""
+    """It is captured once and replayed with other tokens and other experts, workspace and output being the caller's."""
     _, experts = layer
     x, ids, topk_weights = batch(num_tokens)
     out = torch.empty_like(x)

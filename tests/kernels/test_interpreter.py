@@ -1,4 +1,4 @@
-"""Why `dot_operand` and `rounded` exist: what Triton's interpreter does to bfloat16."""
+"""Triton's interpreter gets bfloat16 wrong in two ways, which is why `dot_operand` and `rounded` exist."""
 
 from __future__ import annotations
 

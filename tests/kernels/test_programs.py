@@ -39,13 +39,13 @@ def test_what_an_sm_holds(case: tuple[str, int, int, int, int]) -> None:
 
 
 def test_a_larger_member_of_a_family_holds_more() -> None:
-    """An A100's shared memory, and an RTX 40's."""
+    """An A100 has more shared memory an SM than an RTX 40, and holds more programs."""
     a100, rtx = (Device(TARGETS["sm_80"], "a GPU", 1, size * 1024) for size in (164, 100))
     assert (a100.programs_per_sm(128, 72, 30720), rtx.programs_per_sm(128, 72, 30720)) == (5, 3)
 
 
 def test_launches_take_what_the_first_one_compiled(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first takes a guess. Each GEMM has figures of its own, and results are the same bits."""
+    """The first launch takes a guess. Each GEMM has figures of its own, and results have the same bits."""
     if device.type != "cpu":
         pytest.skip("its GPU is the interpreter's, which has four SMs")
     grids: list[int] = []

@@ -37,7 +37,7 @@ def test_the_lowest_of_equal_experts_is_taken(device: torch.device) -> None:
 
 
 def test_what_is_not_a_number_is_not_hidden(device: torch.device) -> None:
-    """As in the core's: the expert is chosen, and none of the token's weights is a number. Other tokens are as they were."""
+    """As in the core's router the expert is chosen, and none of the token's weights is a number. Other tokens stay right."""
     logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(2))
     logits[1, 17] = float("nan")
     bias = torch.zeros(40)

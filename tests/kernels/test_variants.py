@@ -26,8 +26,8 @@ LAUNCHER = type(moe_gemm_kernel)
 
 @contextmanager
 def launches(monkeypatch: pytest.MonkeyPatch, *, run: bool) -> Iterator[set[Any]]:
-    """What decides which code each launch runs: its kernel, its compile-time arguments, the dtypes of its tensors and
-    whether they are aligned. Without `run` the launches stop there."""
+    """Collects what decides which code each launch runs: its kernel, its compile-time arguments, the dtypes of its tensors
+    and whether they are aligned. Without `run` the launches stop there."""
     seen: set[Any] = set()
     original = LAUNCHER.run
 
@@ -50,7 +50,7 @@ ALL_SIZES = range(1, EXACT_PAIRS // TOP_K + 20)
 def test_no_batch_launches_what_was_not_compiled(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, with_map: bool, batch_invariant: bool
 ) -> None:
-    """Of any size, among them those that are computed in two parts; and nothing is compiled that none launches."""
+    """Batches have any size, some are computed in two parts; and nothing is compiled that none of them launches."""
     if device.type == "cpu":
         # Few tokens leave a real GPU idle, and its GEMMs are cut along K.
         large = Device(TARGETS["sm_90"], "interpreter", 132)
@@ -79,7 +79,7 @@ def test_no_batch_launches_what_was_not_compiled(
 def test_no_buffers_launch_what_was_not_compiled(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, batch_invariant: bool
 ) -> None:
-    """Of any length, and however many tokens are expected in them."""
+    """Buffers have any length, and any number of tokens is expected in them."""
     shape = Shape(128, 128, 4)
     with launches(monkeypatch, run=False) as compiled:
         number = compile_batched(device, shape, torch.bfloat16, batch_invariant=batch_invariant)
@@ -98,7 +98,7 @@ def test_no_buffers_launch_what_was_not_compiled(
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("shape", [Shape(7168, 2048, 384), Shape(7168, 256, 384), Shape(7168, 2048, 48)], ids=str)
 def test_they_are_few_and_small(target: str, shape: Shape) -> None:
-    """At the real sizes: a start compiles each, and needs the largest one's memory."""
+    """A start compiles each variant, and needs the memory of the largest batch, at the real sizes."""
     device = Device(TARGETS[target], "a GPU without a file", 132)
     sizes = batch_sizes(device, shape, 8, 384)
     assert len(sizes) == len(set(sizes)) <= 12
@@ -110,7 +110,7 @@ def test_they_are_few_and_small(target: str, shape: Shape) -> None:
 
 @pytest.fixture
 def ready(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Iterator[Callable[..., Batches]]:
-    """The backend where the interpreter runs, in a process that has compiled nothing."""
+    """Lets the backend run where the interpreter does, as in a process that has compiled nothing."""
     if device.type == "cpu":
         monkeypatch.setattr("k26_plugins.common.experts.triton.unusable_on", lambda device: None)
         monkeypatch.setattr(TritonExperts, "device_type", "cpu")
@@ -126,7 +126,7 @@ def test_a_server_s_layers_are_compiled_for_once(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """With the first layer's weights, and said; ids and maps of any dtype then run it."""
+    """They are compiled with the first layer's weights, and the log says so; ids and maps of any dtype then run them."""
     caplog.set_level(logging.INFO, "engine")
     weights = make_weights(4, 128, 128)
     with launches(monkeypatch, run=True) as compiled:
@@ -153,7 +153,7 @@ def test_a_server_s_layers_are_compiled_for_once(
 def test_kernels_that_do_not_compile_never_serve(
     ready: Callable[..., Batches], device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a size that the self-test does not reach."""
+    """A config that the self-test does not reach fails to compile."""
     original = LAUNCHER.run
 
     def run(kernel: Any, *args: Any, **kwargs: Any) -> Any:

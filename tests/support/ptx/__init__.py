@@ -6,8 +6,8 @@ that these kernels use and refuses any other by name. What it checks beside the 
 
 - an access outside the tensors and the shared memory that were given, or one that is not aligned to its width;
 - two warps that meet in shared memory without a barrier between them;
-- asynchronous copies and products end as late as the waits allow, so a wait that is missing gives wrong results;
-- a register that is read before it is written, or while a product still owns it.
+- asynchronous copies and matrix instructions end as late as the waits allow, so a wait that is missing gives wrong results;
+- a register that is read before it is written, or while a matrix instruction still owns it.
 
 It does not know: time, the order of warps (they go in step), memory ordering between programs, and whether the machine
 code that NVIDIA's assembler makes of the PTX is right.

@@ -111,7 +111,7 @@ def barrier(machine: Machine, instruction: Instruction, mask: Mask) -> None:
 
 
 def nothing(machine: Machine, instruction: Instruction, mask: Mask) -> None:
-    """An order that threads in step keep by themselves, or advice for a cache, which there is none of."""
+    """Does nothing: threads in step keep the order by themselves, and advice to a cache has none to go to."""
 
 
 OPERATIONS: dict[str, Callable[[Machine, Instruction, Mask], None]] = {

@@ -41,7 +41,7 @@ def to_bfloat16(x: Values) -> Values:
 
 
 SIZES = {"bf16": np.dtype(np.uint16), "f16": np.dtype(np.uint16)}
-"""Of the types that numpy has no arithmetic for, or that a register holds as bits."""
+"""How registers hold the types that numpy has no arithmetic for: as bits."""
 
 
 def from_type(value: Values, kind: str) -> Values:
@@ -61,7 +61,7 @@ def joined(low: Values, high: Values) -> Values:
 
 
 def divided(a: Values, b: Values) -> Values:
-    """Integers towards zero; by zero whatever the hardware gives, which nobody may use."""
+    """Divides; integers towards zero, and by zero to whatever, since nobody may use what the hardware gives."""
     if np.asarray(a).dtype.kind == "f":
         with np.errstate(divide="ignore", invalid="ignore"):
             return a / b
@@ -106,12 +106,12 @@ COMPARE: dict[str, Callable[[Values, Values], Values]] = {
 
 
 def rounded_once(kind: str, function: Callable[..., Values]) -> Callable[..., Values]:
-    """Of 16-bit floats, in float64, which holds every product of two."""
+    """Computes on 16-bit floats in float64, which holds every product of two, and rounds the result."""
     return lambda *values: to_type(function(*(from_type(value, kind).astype(np.float64) for value in values)), kind)
 
 
 def in_pairs(function: Callable[..., Values]) -> Callable[..., Values]:
-    """Of 16-bit values to one of the 32-bit values that hold two."""
+    """Makes a function of 16-bit values one of the 32-bit values that hold two."""
 
     def both(*values: Values) -> Values:
         parts = [np.atleast_1d(value).view(np.uint16) for value in values]
@@ -130,7 +130,7 @@ def in_float_pairs(function: Callable[..., Values]) -> Callable[..., Values]:
 
 
 def apply(machine: Machine, instruction: Instruction, mask: Mask, function: Callable[..., Values]) -> None:
-    """A function of all operands, of the type that the instruction names."""
+    """Writes a function of all operands, computed in the type that the instruction names."""
     kind = kind_of(instruction)
     target, *sources = instruction.operands
     part = kind.removesuffix("x2")
@@ -178,7 +178,7 @@ def multiply_add(machine: Machine, instruction: Instruction, mask: Mask) -> None
 
 
 def fused(machine: Machine, instruction: Instruction, mask: Mask) -> None:
-    """A product and a sum, rounded once: of float32 by way of float64, which holds the product exactly."""
+    """Multiplies and adds with one rounding; float32 goes by way of float64, which holds the product exactly."""
 
     def function(a: Values, b: Values, c: Values) -> Values:
         if np.asarray(a).dtype == np.float32:
@@ -189,7 +189,7 @@ def fused(machine: Machine, instruction: Instruction, mask: Mask) -> None:
 
 
 def move(machine: Machine, instruction: Instruction, mask: Mask) -> None:
-    """Also between a register and the parts of it, which come lowest first."""
+    """Copies a register, also from or to the parts of another, which come lowest first."""
     target, source = instruction.operands
     kind = TYPES[kind_of(instruction)]
     if isinstance(target, tuple):
@@ -277,7 +277,7 @@ def one_operand(function: Callable[[Values], Values]) -> Callable[[Machine, Inst
 
 
 def shuffle(machine: Machine, instruction: Instruction, mask: Mask) -> None:
-    """Within a warp; a lane whose partner is beyond the end of its segment keeps its own value."""
+    """Moves values between the lanes of a warp; a lane whose partner is beyond the end of its segment keeps its own."""
     mode = instruction.modifiers[1]
     target, source, amount, ends, _ = instruction.operands
     value = machine.lanes(source, np.uint32)
@@ -307,7 +307,7 @@ def reduce_warp(machine: Machine, instruction: Instruction, mask: Mask) -> None:
 
 
 def ballot(machine: Machine, instruction: Instruction, mask: Mask) -> None:
-    """A bit of each lane of the warp that is here."""
+    """Collects one bit from each lane of the warp that is here."""
     if instruction.modifiers[1] != "ballot":
         raise PtxError(f"the interpreter does not know {instruction.text}")
     target, source, _ = instruction.operands
@@ -323,7 +323,7 @@ def count_bits(machine: Machine, instruction: Instruction, mask: Mask) -> None:
 
 
 def elect(machine: Machine, instruction: Instruction, mask: Mask) -> None:
-    """One lane of each warp: the lowest here; which one is the hardware's choice."""
+    """Chooses one lane of each warp, here the lowest; which one it is would be the hardware's choice."""
     assert isinstance(instruction.operands[0], str)
     lane, predicate = instruction.operands[0].split("|")
     machine.write(lane, np.zeros(machine.threads, np.uint32), mask)

@@ -32,7 +32,7 @@ class Emulated:
         self.compiled: dict[Any, tuple[Kernel, int]] = {}
         self.launches = 0
         self.conflicts = 0
-        """In shared memory, of all launches."""
+        """How many bank conflicts all launches had in shared memory."""
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         return lambda *arguments, **options: self.launch(grid, arguments, options)

@@ -45,11 +45,11 @@ class Machine:
         self.shared = Shared(shared_bytes)
         self.registers: dict[str, Lanes] = {}
         self.owned: Counter[str] = Counter()
-        """Registers that products still work on, and how many do."""
-        self.pending: dict[str, list[list[Callable[[], None]]]] = {"copy": [[]], "product": [[]]}
+        """Registers that matrix instructions still work on, and how many do."""
+        self.pending: dict[str, list[list[Callable[[], None]]]] = {"copy": [[]], "mma": [[]]}
         """Asynchronous work by kind, in groups of which the last is still open."""
         self.tensor_memory: object = None
-        """That of sm_100, made when it is first touched."""
+        """Tensor memory is sm_100's; it is made when it is first touched."""
         lane = np.arange(self.threads, dtype=np.uint32)
         self.lane = lane
         self.everyone = np.ones(self.threads, np.bool_)
@@ -80,7 +80,7 @@ class Machine:
         if operand in self.special:
             return np.asarray(self.special[operand]).astype(kind)
         if self.owned[operand]:
-            raise PtxError(f"{operand} is read while a product owns it: {self.instruction.text}")
+            raise PtxError(f"{operand} is read while a matrix instruction owns it: {self.instruction.text}")
         value = self.registers.get(operand)
         if value is None:
             raise PtxError(f"{operand} is read before it is written: {self.instruction.text}")
@@ -98,7 +98,7 @@ class Machine:
         if name == "_":
             return
         if self.owned[name]:
-            raise PtxError(f"{name} is written while a product owns it: {self.instruction.text}")
+            raise PtxError(f"{name} is written while a matrix instruction owns it: {self.instruction.text}")
         kind = np.dtype(self.type_of(name))
         value = np.asarray(value)
         if value.dtype.itemsize != kind.itemsize:
@@ -171,7 +171,7 @@ class Machine:
                 self.at[active] = place
 
     def next_threads(self, end: int) -> tuple[int, Mask] | None:
-        """Where threads stand at different places: those furthest behind of all that do not wait."""
+        """Threads stand at different places: those go on that are furthest behind of all that do not wait."""
         ready = ~self.waiting & (self.at < end)
         if ready.any():
             place = int(self.at[ready].min())

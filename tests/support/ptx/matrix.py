@@ -10,7 +10,7 @@ from support.ptx.arithmetic import bfloat16_to_double
 from support.ptx.machine import WARP, Lanes, Machine, Mask, PtxError
 from support.ptx.text import Instruction
 
-GROUP = np.arange(WARP) // 4  # of a lane: the row of its part of a fragment
+GROUP = np.arange(WARP) // 4  # each lane's row of its part of a fragment
 PAIR = np.arange(WARP) % 4 * 2  # and its first column
 WARPS = 4  # of a warp group
 
@@ -43,12 +43,12 @@ def store_accumulators(machine: Machine, targets: tuple[str, ...], matrix: Lanes
     for index, name in enumerate(targets):
         block, part = divmod(index, 4)
         values = matrix[:, GROUP + 8 * (part // 2), 8 * block + PAIR + part % 2]
-        # Past the check of who owns it: later products of the same sum may wait for it.
+        # Not by `write`, which checks who owns it: later instructions of the same sum may wait for it.
         machine.registers[name] = values.astype(np.float32).reshape(-1).view(np.uint32)
 
 
 def multiply(machine: Machine, instruction: Instruction, mask: Mask) -> None:
-    """`mma.sync`, 16 × 8 × 16 of bfloat16."""
+    """`mma.sync` multiplies 16 × 8 × 16 of bfloat16 at once."""
     if instruction.modifiers != ("sync", "aligned", "m16n8k16", "row", "col", "f32", "bf16", "bf16", "f32"):
         raise PtxError(f"the interpreter does not know {instruction.text}")
     need_everyone(instruction, mask)
@@ -97,7 +97,7 @@ def move_matrices(machine: Machine, instruction: Instruction, mask: Mask) -> Non
 def described_offsets(descriptor: int, rows: int, columns: int) -> Lanes:
     """Where shared memory holds the 2-byte elements `[rows, columns]` of an operand whose columns are adjacent.
 
-    Of the PTX ISA's matrix descriptor: bits 0 to 13 the address, 16 to 29 the step between core matrices along the
+    In the PTX ISA's matrix descriptor bits 0 to 13 are the address, 16 to 29 the step between core matrices along the
     columns, 32 to 45 along the rows, all in 16 bytes, and from bit 61 on the swizzle.
     """
 
@@ -123,16 +123,16 @@ def read_described(machine: Machine, descriptor: int, rows: int, columns: int, w
 
 
 def multiply_group(machine: Machine, instruction: Instruction, mask: Mask) -> None:
-    """`wgmma`: 64 rows of registers a warp group, times shared memory, beside the program until a wait."""
+    """`wgmma` multiplies 64 rows of registers a warp group by shared memory, beside the program until a wait."""
     kind = instruction.modifiers[0]
     need_everyone(instruction, mask)
     if kind == "fence":
         return
     if kind == "commit_group":
-        machine.pending["product"].append([])
+        machine.pending["mma"].append([])
         return
     if kind == "wait_group":
-        machine.wait("product", int(machine.read(instruction.operands[0], np.uint32)))
+        machine.wait("mma", int(machine.read(instruction.operands[0], np.uint32)))
         return
     shape = instruction.modifiers[3]
     n = int(shape[4:-3])
@@ -158,7 +158,7 @@ def multiply_group(machine: Machine, instruction: Instruction, mask: Mask) -> No
             total += accumulators([machine.registers[name].reshape(-1, WARP) for name in targets])
         store_accumulators(machine, targets, total)
 
-    machine.pending["product"][-1].append(finish)
+    machine.pending["mma"][-1].append(finish)
 
 
 OPERATIONS: dict[str, Callable[[Machine, Instruction, Mask], None]] = {

@@ -13,7 +13,7 @@ Lanes = np.ndarray[Any, np.dtype[Any]]
 
 
 class PtxError(Exception):
-    """What a program does that it must not, or an instruction that the interpreter does not know."""
+    """A program did what it must not, or has an instruction that the interpreter does not know."""
 
 
 class Global:
@@ -29,7 +29,7 @@ class Global:
                 self.parts.append((start, start + size, data))
 
     def places(self, addresses: Lanes, size: int) -> list[tuple[Lanes, Bytes, Lanes]]:
-        """For each tensor that is touched: which lanes, its bytes, and the lanes' offsets in it."""
+        """Gives for each tensor that is touched which lanes do so, its bytes, and the lanes' offsets in it."""
         if (addresses % size).any():
             raise PtxError(f"an access of {size} bytes is not aligned")
         found, left = [], np.ones(len(addresses), np.bool_)
@@ -61,7 +61,7 @@ class Shared:
     MANY = -2
 
     def __init__(self, size: int) -> None:
-        # Whatever was there before: a pattern that is NaN as bfloat16 and as float32.
+        # Memory holds what was there before: a pattern that is NaN as bfloat16 and as float32.
         self.data = np.full(size, 0xFF, np.uint8)
         self.epoch = 1
         self.written = np.zeros(size, np.int32)
@@ -88,7 +88,7 @@ class Shared:
             raise PtxError("shared memory is read that another warp wrote, and no barrier is between")
         others = (self.was_read[offsets] == self.epoch) & (self.reader[offsets] != here)
         self.reader[offsets] = np.where(others, self.MANY, here)
-        # Of lanes of several warps that read one byte in this access, the last stands there now.
+        # Where lanes of several warps read one byte in this access, the last of them stands there now.
         self.reader[offsets] = np.where(self.reader[offsets] != here, self.MANY, self.reader[offsets])
         self.was_read[offsets] = self.epoch
 

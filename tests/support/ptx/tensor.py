@@ -1,4 +1,4 @@
-"""Tensor memory and its products (sm_100), and the barriers in shared memory that tell when they are done."""
+"""Tensor memory and its matrix instructions (sm_100), and the barriers in shared memory that tell when they are done."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class TensorMemory:
     def __init__(self) -> None:
         self.data = np.full((LANES, COLUMNS), 0xFFFFFFFF, np.uint32)
         self.allocated = 0
-        self.products: deque[Callable[[], None]] = deque()
+        self.pending: deque[Callable[[], None]] = deque()
         self.commits: deque[tuple[int, int]] = deque()
-        """Of each commit its barrier, and how many products come before it and after the last."""
+        """Each commit's barrier, and how many matrix instructions come before it and after the last commit."""
         self.since_commit = 0
         self.phases: dict[int, int] = {}
         """Phases that a barrier has ended, by its address."""
@@ -102,7 +102,7 @@ def load(machine: Machine, instruction: Instruction, mask: Mask) -> None:
 
 
 def multiply(machine: Machine, instruction: Instruction, mask: Mask) -> None:
-    """bfloat16 rows of tensor memory times shared memory, for one thread that asks; done when a commit is waited for."""
+    """`tcgen05.mma` multiplies rows of tensor memory by shared memory, for one thread; a wait for its commit ends it."""
     d, a, descriptor, shape, adds = instruction.operands
     described = int(machine.lanes(descriptor, np.uint64)[mask][0])
     kind = int(machine.lanes(shape, np.uint32)[mask][0])
@@ -126,7 +126,7 @@ def multiply(machine: Machine, instruction: Instruction, mask: Mask) -> None:
             total = total + memory.data[place].view(np.float32)
         memory.data[place] = total.astype(np.float32).view(np.uint32)
 
-    memory.products.append(finish)
+    memory.pending.append(finish)
     memory.since_commit += 1
 
 
@@ -137,7 +137,7 @@ def commit(machine: Machine, instruction: Instruction, mask: Mask) -> None:
 
 
 def barrier(machine: Machine, instruction: Instruction, mask: Mask) -> None:
-    """`mbarrier`: a wait for a phase lets the products of the commits that end it be done, and not before."""
+    """`mbarrier`: only a wait for a phase lets the matrix instructions be done whose commits end it."""
     phases, memory = memory_of(machine).phases, memory_of(machine)
     kind = instruction.modifiers[0]
     if kind in ("init", "inval"):
@@ -156,7 +156,7 @@ def barrier(machine: Machine, instruction: Instruction, mask: Mask) -> None:
                 raise NotYetError
             ended, count = memory.commits.popleft()
             for _ in range(count):
-                memory.products.popleft()()
+                memory.pending.popleft()()
             phases[ended] += 1
         machine.write(instruction.operands[0], machine.everyone, mask)
     else:

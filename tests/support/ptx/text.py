@@ -20,13 +20,13 @@ Operand: TypeAlias = str | tuple[str, ...] | Address
 @dataclass(frozen=True, slots=True)
 class Instruction:
     name: str
-    """Without its modifiers: `mad` of `mad.wide.s32`."""
+    """The operation without its modifiers: `mad` for `mad.wide.s32`."""
     modifiers: tuple[str, ...]
     operands: tuple[Operand, ...]
     predicate: str | None
     negated: bool
     target: int | None
-    """Of a branch: the index of the instruction that it goes to."""
+    """The index of the instruction that a branch goes to."""
     text: str
 
 
@@ -40,7 +40,7 @@ class Kernel:
 
 
 def split(text: str) -> list[str]:
-    """At the commas that stand outside brackets."""
+    """The parts between the commas that stand outside brackets."""
     parts, depth, start = [], 0, 0
     for index, letter in enumerate(text):
         depth += (letter in "{[") - (letter in "}]")
