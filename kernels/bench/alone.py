@@ -3,11 +3,11 @@
     python kernels/bench/alone.py [--save]         in vLLM's environment
 
 No engine serves the published INT4 experts on a CPU alone. So the checkpoint is tiny and has bfloat16 experts of the same
-values, which vLLM serves by itself: without the plugin, and with it. A third server has the plugin and the INT4
-experts. The model is so small that what an engine does around it is most of the time, which is where a plugin would be felt.
-There is no such run of SGLang: alone, 0.5.23 starts only with the checkpoint's own code for images, and with a stand-in for
-that its plain torch attention ends at the first prompt of this model, on a CPU without AMX ("Expected size for first two
-dimensions of batch2 tensor to be: [4, 192] but got: [4, 576]").
+values, which vLLM serves by itself: without the plugin, which is the bf16 baseline, and with it. A third server has the
+plugin and the INT4 experts. The model is so small that what an engine does around it is most of the time, which is where a
+plugin would be felt. There is no such run of SGLang: alone, 0.5.23 starts only with the checkpoint's own code for images,
+and with a stand-in for that its plain torch attention ends at the first prompt of this model, on a CPU without AMX
+("Expected size for first two dimensions of batch2 tensor to be: [4, 192] but got: [4, 576]").
 
 All servers are up at once and asked one after the other, in each of the possible orders in turn. What is shown is the
 median of the ratios of neighbours in time, with the interval that holds the median in 95 of 100 runs, and the ratio of all
@@ -54,7 +54,7 @@ COMMON = "--enforce-eager"
 
 
 def letters(count: int, seed: int) -> str:
-    """As many tokens of the tiny tokenizer."""
+    """Random letters, each of which is a token of the tiny tokenizer."""
     return "".join(random.Random(seed).choices("abcdefghijklmnopqrstuvwxyz ", k=count))
 
 
@@ -92,7 +92,7 @@ REQUESTS: dict[str, Callable[[int], Asking]] = {
     "an image of 640×480": lambda seed: pictures(seed, 1),
     "4 images of 640×480": lambda seed: pictures(seed, 4),
 }
-"""By a seed, which is new each time: nothing may be found in a cache."""
+"""How each kind of request is made from a seed, which is new each time: nothing may be found in a cache."""
 
 
 @dataclass
@@ -100,9 +100,9 @@ class Times:
     """How long one kind of request to one server took."""
 
     seconds: list[float] = field(default_factory=list)
-    """By the clock, one for each turn."""
+    """What the clock says, for each turn."""
     of_cores: float = 0
-    """All of the server's processes in all turns."""
+    """Seconds of the cores that all of the server's processes took in all turns."""
 
 
 def of_cores(pid: int) -> float:
@@ -116,7 +116,7 @@ def of_cores(pid: int) -> float:
 
 
 def measure(servers: dict[str, Server], turns: int) -> dict[str, dict[str, Times]]:
-    """By kind of request and server. Raises SystemExit where servers answer one request with other counts of tokens."""
+    """The times, by kind of request and server. Raises SystemExit where servers count one request's tokens differently."""
     found = {kind: {name: Times() for name in servers} for kind in REQUESTS}
     # What a server does after its answer is in the time of the next, which is therefore another each time.
     orders = list(permutations(servers))
@@ -138,7 +138,7 @@ def measure(servers: dict[str, Server], turns: int) -> dict[str, dict[str, Times
 
 
 def compared(times: dict[str, Times], name: str) -> dict[str, float | list[float]]:
-    """A server's times over those of the engine alone."""
+    """A server's times over the bf16 baseline's, those of the engine alone."""
     pairs = zip(times[name].seconds, times[ALONE].seconds, strict=True)
     ratios = sorted(ours / alone for ours, alone in pairs)
     # Places among the sorted ratios, by the binomial distribution's normal form.

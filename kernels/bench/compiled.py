@@ -61,23 +61,23 @@ class Facts:
     target: str
     threads: int
     registers: int
-    """Each thread's."""
+    """How many each thread has."""
     spilled_bytes: int
     shared_memory: int
     tensor_memory: int
-    """Columns, on sm_100."""
+    """How many columns it has, on sm_100."""
     programs_per_sm: int
     """How many an SM of the smallest GPU of the family holds at a time."""
     matrix_instructions: dict[str, int]
     weight_loads: dict[str, int]
-    """Widest loads from global memory, by instruction."""
-    first_to_leave: int
+    """How many of the widest loads from global memory there are, by instruction."""
+    evict_first_loads: int
     """How many of those the cache is told to let go first; 0 on AMD."""
     shuffles: int
     loop_instructions: int
     """Machine instructions that a warp issues for a step along K; 0 where that is not read (AMD, and kernels without)."""
     tile_instructions: int
-    """And for a tile beside its steps; 0 where a tile is one step, whose loop is counted above."""
+    """Those for a tile beside its steps; 0 where a tile is one step, whose loop is counted above."""
     waits_first: bool
     """Whether its machine code waits for the launch before it, ahead of all that reads or writes the GPU's memory."""
 
@@ -122,7 +122,7 @@ def gemm_variant(
 
 
 def variants() -> Iterator[Variant]:
-    """All that is shipped: the small kernels, and the GEMMs in every config."""
+    """Gives all that is shipped: the small kernels, and the GEMMs in every config."""
     hidden_size, intermediate_size = LAYER.hidden_size, LAYER.intermediate_size
     sort = {"BINS": 512, "PAIRS_AT_ONCE": PAIRS_AT_ONCE, "HAS_MAP": True}
     small: dict[str, dict[str, Any]] = {
@@ -189,7 +189,7 @@ def count(pattern: str, text: str) -> dict[str, int]:
 
 
 def cuobjdump(option: str, file: str) -> str:
-    """The tool comes with Triton."""
+    """What NVIDIA's `cuobjdump`, which comes with Triton, prints for an option."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     return subprocess.run([tool, option, file], capture_output=True, text=True, check=True).stdout
 
@@ -227,7 +227,7 @@ def read_nvidia(asm: Any) -> dict[str, Any]:
         "spilled_bytes": int(found[2]) + int(found[3]),
         "matrix_instructions": count(r"(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", ptx),
         "weight_loads": {**wide, **count(r"(ld\.global\S*\.v4\.b32)", ptx)},
-        "first_to_leave": len(re.findall(r"cp\.async\S*\.L2::cache_hint", ptx)),
+        "evict_first_loads": len(re.findall(r"cp\.async\S*\.L2::cache_hint", ptx)),
         "shuffles": len(re.findall(r"shfl\.sync", ptx)),
         "loop_instructions": steps,
         "tile_instructions": tile,
@@ -250,7 +250,7 @@ def read_amd(asm: Any) -> dict[str, Any]:
         "spilled_bytes": 4 * figures["vgpr_spill_count"] + figures["private_segment_fixed_size"],
         "matrix_instructions": count(r"\b(v_mfma)_", code),
         "weight_loads": count(r"\b((?:global|buffer)_load_dwordx4)\b", code),
-        "first_to_leave": 0,
+        "evict_first_loads": 0,
         # Halves of a word that are stored to shared memory one by one are weights on the way to other threads.
         "shuffles": len(re.findall(r"ds_bpermute|ds_swizzle|v_permlane|ds_write_b16", code)),
         "loop_instructions": 0,

@@ -48,7 +48,7 @@ EXPERT_BYTES = 3 * HIDDEN_SIZE * INTERMEDIATE_SIZE // 2 + 3 * HIDDEN_SIZE * INTE
 
 
 def best(run: Callable[[], object], repeats: int = 5) -> float:
-    """Seconds of the fastest of several runs, after one that warms up."""
+    """Seconds that the fastest of several runs took, after one that warms up."""
     run()
     times = []
     for _ in range(repeats):
@@ -59,7 +59,7 @@ def best(run: Callable[[], object], repeats: int = 5) -> float:
 
 
 def in_turns(runs: dict[str, Callable[[], object]], turns: int) -> dict[str, float]:
-    """Seconds of the fastest turn of each, after one that warms up; fewer turns where they take long."""
+    """Seconds that each one's fastest turn took, after one that warms up; fewer turns where they take long."""
     fastest = dict.fromkeys(runs, float("inf"))
     began = time.perf_counter()
     for turn in range(turns + 1):

@@ -77,7 +77,7 @@ def measure(
     device: torch.device,
     clock: Clock,
 ) -> Iterator[Row]:
-    """A row for each implementation; a string instead of one is why it does not run."""
+    """Gives a row for each implementation. A string in its place says why it does not run."""
     local = layer.expert_map(device)
     data = layer.batches(routing, tokens, device)
     here = [layer.pairs_here(batch.topk_ids.cpu()) for batch in data]
@@ -186,7 +186,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=BUDGET_SECONDS, help="begin no batch later than this")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        raise SystemExit("bench.experts needs a GPU and finds none. Predicted times: python -m bench.predict")
+        raise SystemExit("bench.experts needs a GPU and finds none. Its cost model: python -m bench.cost_model")
     started, device = time.monotonic(), torch.device("cuda")
     clock = clock_of(device)
     rates, info = (copy_bandwidth(clock), matmul_rate(clock)), machine()

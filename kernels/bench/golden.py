@@ -41,12 +41,12 @@ from support.quick import make_quick
 EXPERTS, LAYERS, TOP_K = 64, 2, 8
 TOKENS = (64, 256, 1024)
 PROMPT = 64
-"""Tokens of one prompt."""
+"""How many tokens a prompt has."""
 TEXT = TextConfig()
 OPERATIONS = 3 * 2 * TEXT.hidden_size * TEXT.moe_intermediate_size
-"""Arithmetic of one token in one expert."""
+"""Floating-point operations of one token in one expert."""
 PUBLISHED_PROMPTS = (20, 400)
-"""What is projected: prompts, and tokens of each."""
+"""The projection is for so many prompts, and tokens of each."""
 
 
 def disk_rate(folder: Path) -> float:
@@ -92,7 +92,7 @@ def measure(folder: Path, tokens: int) -> dict[str, float]:
 
 
 def projected_seconds(operations_per_second: float, bytes_per_second: float) -> float:
-    """One pass over the published model, which carries prompts and their twins, and suspects of four of them."""
+    """Seconds of one pass over the published model, which carries prompts, their twins, and suspects of four of them."""
     prompts, length = PUBLISHED_PROMPTS
     suspects = sum(variant.is_suspect and not variant.on_images_only for variant in VARIANTS)
     carried = 2 * prompts * length + suspects * SUSPECT_TEXTS * SUSPECT_TOKENS

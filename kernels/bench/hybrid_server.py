@@ -47,7 +47,7 @@ ONE_CORE = {"OMP_NUM_THREADS": "1"}
 
 
 def make(folder: Path, layers: int) -> K26Config:
-    """MoE layers with experts of the published size; all else is tiny."""
+    """Makes MoE layers with experts of the published size; all else is tiny."""
     text = TextConfig()
     sizes = TinySizes(
         hidden_size=text.hidden_size, moe_intermediate_size=text.moe_intermediate_size, layers=1 + layers,
@@ -92,7 +92,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def predicted(config: K26Config, gpu: Gpu, rates: Rates) -> dict[str, float]:
-    """Milliseconds of a prompt, and of a token of an answer."""
+    """Milliseconds of a prompt, and of a token of an answer, by the planner's cost model."""
     found = fit(config, gpu, Layout(absorbed_copy=True), Load(context=2048))
     plan = Hybrid(ON_GPU, EXPERTS, 0, None, 0)
     steps = {f"prompt of {count}": prefill_step(config, found, plan, rates, chunk=count, before=0) for count in PROMPTS}
@@ -101,7 +101,7 @@ def predicted(config: K26Config, gpu: Gpu, rates: Rates) -> dict[str, float]:
 
 
 def measured(server: Server) -> dict[str, float]:
-    """The same of a server, the median of several."""
+    """What `predicted` gives, measured on a server: the median of several turns."""
     times: dict[str, list[float]] = {}
     for turn in range(TURNS + 1):
         found = {}
@@ -115,7 +115,7 @@ def measured(server: Server) -> dict[str, float]:
 
 
 def asked(server: Server, prompt: int, answer: int, *, seed: int) -> float:
-    """Seconds of a request."""
+    """Seconds that a request took."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, 256, (prompt,), generator=generator).tolist()
     sampling = {"max_new_tokens": answer, "temperature": 0, "ignore_eos": True}

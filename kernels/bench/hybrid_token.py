@@ -1,8 +1,8 @@
-"""Predicted time of a token of one request in a hybrid run, with and without CUDA graphs. Nothing here is measured on a GPU.
+"""A cost model of one request's token in a hybrid run, with and without CUDA graphs. Nothing here is measured on a GPU.
 
     python kernels/bench/hybrid_token.py        the tables of docs/hybrid.md
 
-The planner's model (`k26_plugins/operate/plan/hybrid_speed.py`), with a CPU's experts as fast as its memory channels allow.
+It is the planner's (`k26_plugins/operate/plan/hybrid_speed.py`), with a CPU's experts as fast as its memory channels allow.
 A gap on the GPU follows each kernel. Without a graph a part takes at least as long as the host needs to launch it, and the
 host waits for the routing; in a graph the stream calls the host twice.
 """
@@ -20,7 +20,7 @@ from k26_plugins.operate.plan.hybrid import Hybrid, expert_slot_bytes, hybrid
 from k26_plugins.operate.plan.hybrid_speed import Rates, Step, decode_step
 
 CONTEXT = 32768
-# Assumed, of the memory channels' peak:
+# The share of the memory channels' peak that is reached: assumed.
 READ_SHARE = 0.8
 
 
@@ -65,7 +65,7 @@ def predict(machine: Machine, config: K26Config) -> Prediction:
 
 
 def table(config: K26Config) -> list[str]:
-    """Rows of Markdown, milliseconds."""
+    """The table in Markdown, in milliseconds."""
     columns = ("machine", "experts on GPUs", "CPU reads", "CPU", "GPUs", "copies and waits", "launches")
     columns += ("a token", "copies and calls in a graph", "launches", "a token")
     lines = [_row(*columns), "|---" * len(columns) + "|"]

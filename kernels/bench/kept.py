@@ -14,7 +14,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def machine() -> dict[str, Any]:
-    """To be taken at a benchmark's start: the load is part of the figures, since other work on the cores lengthens them."""
+    """What the benchmark runs on. Call it at the start: other work on the cores, the load, lengthens what is measured."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))

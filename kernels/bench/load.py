@@ -44,11 +44,11 @@ READING, INTO_NEW = "reading the files", "reading into new memory"
 OWN, OURS, INTO_OLD = "the engine's own loader", "ours", "ours into old memory"
 REPACKING, BESIDE = "then repacking", "ours, repacking beside it"
 FORMS = {OWN: "loaded", INTO_OLD: "loaded", OURS: "loaded", REPACKING: "repacked", BESIDE: "repacked"}
-"""What the weights are after each."""
+"""Which form the weights have after each."""
 
 
 def make_real(folder: Path, layers: int, experts: int) -> None:
-    """Experts of the published size; all else is tiny."""
+    """Makes a checkpoint with experts of the published size; all else is tiny."""
     from support.quick import make_quick
 
     from k26_plugins.common.tiny.checkpoint import TinySizes
@@ -73,7 +73,7 @@ def read(files: list[Path]) -> None:
 
 
 def read_into_new(files: list[Path]) -> None:
-    """As large as a parameter of a layer: small memory is used again."""
+    """Reads each file into memory as large as a layer's parameter: an allocator would hand smaller memory out again."""
     for file in files:
         new = torch.empty(file.stat().st_size, dtype=torch.uint8)
         with file.open("rb", buffering=0) as opened:
@@ -84,7 +84,7 @@ def read_into_new(files: list[Path]) -> None:
 
 @contextmanager
 def repacking_later() -> Iterator[None]:
-    """No layer is closed beside the loading of others."""
+    """Inside it no layer is closed beside the loading of others."""
     before = LayerExperts.is_on_host
     LayerExperts.is_on_host = False  # type: ignore[assignment, method-assign]
     try:
@@ -94,7 +94,7 @@ def repacking_later() -> Iterator[None]:
 
 
 def turns(built: Built, files: list[Path], *, cold: bool) -> dict[str, Callable[[], object]]:
-    """What is timed, by name, in this order."""
+    """The functions that are timed, by name, in this order."""
 
     def later() -> None:
         with repacking_later():
@@ -166,7 +166,7 @@ def weights_of(built: Built) -> list[int]:
 
 
 def clear(built: Built, *, new: bool) -> None:
-    """As before any loading. new: the experts' memory is, and there is none that they served with."""
+    """Make the model as it was before any loading. new: the experts get new memory, and lose what they served with."""
     for layer in built.layers.values():
         layer.open()
     for parameter in built.model.parameters():

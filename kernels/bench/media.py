@@ -108,9 +108,9 @@ def fused_processor() -> Any:
 
 
 def declare_torchvision_operators() -> None:
-    """So that torchvision's Python part can be imported where its compiled operators, which nothing here uses, do not load.
+    """Lets torchvision's Python part be imported where its compiled operators, which nothing here uses, do not load.
 
-    Before vLLM is imported: its transformers imports torchvision where it finds it.
+    Call it before vLLM is imported: its transformers imports torchvision where it finds it.
     """
     if find_spec("torchvision") is not None and torch.version.cuda is None and "+cpu" not in version("torchvision"):
         library = torch.library.Library("torchvision", "DEF")

@@ -1,14 +1,14 @@
-"""An agent swarm through vLLM on this machine: against vLLM without the plugin, and over growing work.
+"""A load test of vLLM on this machine by an agent swarm: against the bf16 baseline, and over growing work.
 
     cd kernels && python -m bench.swarm peer --python VLLM_ENV/bin/python [--save]
     cd kernels && python -m bench.swarm sweep --python VLLM_ENV/bin/python [--save]
 
-`peer` serves one tiny checkpoint in two ways, in one run and in turn: as published (INT4) with the plugin, and with bfloat16
-experts of the same values by vLLM alone, which has no INT4 experts on a CPU. The same seed sends both the same messages;
-without the plugin tools are rendered as JSON, so those prompts are longer.
+`peer` serves one tiny checkpoint in two ways, in one run and in turn: as published (INT4) with the plugin, and as the bf16
+baseline, with experts of the same values by vLLM alone, which has no INT4 experts on a CPU. The same seed sends both the
+same messages; without the plugin tools are rendered as JSON, so those prompts are longer.
 
 `sweep` lets the agents' turns, their number and the shared prefix grow, each by itself. Each growth is named by the exponent
-of seconds over size, and all are held against one account of where the time goes: so much for a request, and so much for
+of seconds over size, and all are held against one cost model: so much for a request, and so much for
 each pair of a token that is computed (not found in the prefix cache) and a token of its context, which is attention's work.
 
 `--save` writes JSON and a plot into results/. `k26` is run from this environment, vLLM from that of `--python`.
@@ -119,7 +119,7 @@ def vllm(python: str, folder: Path, **environment: str) -> Iterator[str]:
 
 
 def swarm(url: str, shape: dict[str, int], out: Path) -> dict[str, Any]:
-    """One run's figures."""
+    """Runs a swarm and gives its figures."""
     flags = [text for name, value in shape.items() for text in (f"--{name}", str(value))]
     command = [sys.executable, "-c", "from k26_plugins.cli import app; app()", "swarm", "--url", url, *flags]
     done = subprocess.run([*command, "--replays", "0", "--json", str(out)], check=False)
@@ -134,7 +134,7 @@ def peer(python: str, folder: Path, turns: int) -> list[dict[str, Any]]:
     say_letters(folder / "int4")
     with_bfloat16_experts(folder / "int4", folder / "bf16")
     results = []
-    # In turn: what else runs on the machine then falls on both.
+    # They take turns, so that what else runs on the machine falls on both.
     for turn in range(turns):
         for name, checkpoint, plugins in (("plugin, INT4", "int4", "k26"), ("vLLM alone, bfloat16", "bf16", "none")):
             with vllm(python, folder / checkpoint, VLLM_PLUGINS=plugins) as url:
@@ -174,7 +174,7 @@ def pairs(row: dict[str, Any]) -> float:
 
 
 def account(results: list[dict[str, Any]]) -> tuple[float, float]:
-    """Seconds for a request, and for a pair, that explain the runs best, each run's error relative to its seconds."""
+    """The cost model: seconds for a request, and for a pair, that explain the runs best by each run's relative error."""
     work = np.array([(row["steps"], row["pairs"]) for row in results])
     seconds = np.array([row["seconds"] for row in results])
     found = np.linalg.lstsq(work / seconds[:, None], np.ones(len(results)), rcond=None)[0]
@@ -182,7 +182,7 @@ def account(results: list[dict[str, Any]]) -> tuple[float, float]:
 
 
 def explained(row: dict[str, Any], costs: tuple[float, float]) -> float:
-    """Seconds of a run by `account`."""
+    """Seconds of a run by the cost model of `account`."""
     return costs[0] * row["steps"] + costs[1] * float(row["pairs"])
 
 

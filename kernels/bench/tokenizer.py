@@ -39,7 +39,7 @@ REQUESTS = 64
 
 
 def rate(count: int, function: Callable[[], object], runs: int = RUNS) -> float:
-    """Tokens in a second, of the fastest run."""
+    """Tokens a second in the fastest run."""
     best = float("inf")
     for _ in range(runs):
         start = time.perf_counter()

@@ -38,7 +38,7 @@ RUNS = 2
 
 
 def make_file(file: Path, seconds: int) -> None:
-    """A picture that moves, with noise that does not repeat: some 7 Mbit a second, as cameras write."""
+    """Makes a picture that moves, with noise that does not repeat: some 7 Mbit a second, as cameras write."""
     width, height = SIZE
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 24, (height, width, 3), dtype=np.uint8)
@@ -77,7 +77,7 @@ def vllm_patches(codec: str) -> Callable[[bytes], Any]:
 
 
 def transformers_patches() -> Callable[[bytes], Any]:
-    """float32: it always normalizes."""
+    """Its patches are float32, because it always normalizes."""
     from transformers.models.kimi_k25.video_processing_kimi_k25 import Kimi_K25VideoProcessor
 
     processor = Kimi_K25VideoProcessor()
@@ -102,7 +102,7 @@ CONTENDERS: dict[str, tuple[str, Callable[[], Callable[[bytes], Any]]]] = {
 
 
 def measure(name: str, file: Path) -> dict[str, float]:
-    """In this process: seconds by the clock and of all cores, and megabytes."""
+    """Seconds by the clock and of all cores, and megabytes, measured in this process."""
     declare_torchvision_operators()
     run = CONTENDERS[name][1]()
     data = file.read_bytes()

@@ -33,7 +33,7 @@ def local_expert(
     """The local expert of each pair, negative where there is none here."""
     chosen = tl.load(topk_ids + pair, mask=pair < num_pairs, other=-1)
     if HAS_MAP:
-        # What the map does not have would be read from anywhere.
+        # An id beyond the map's end would be read from anywhere.
         chosen = tl.load(expert_map + chosen, mask=(chosen >= 0) & (chosen < num_global), other=-1)
     return tl.where(chosen < num_experts, chosen, -1).to(tl.int32)
 
@@ -43,7 +43,7 @@ def write_blocks(
     blocks: tl.tensor, expert: tl.tensor, begin: tl.tensor, first: tl.tensor, count: tl.tensor,
     num_experts: tl.tensor, BLOCK_SIZE_M: tl.constexpr,
 ) -> None:  # fmt: skip
-    """An expert's rows of the table, and after the last expert's the number of rows."""
+    """Write an expert's rows of the table, and with the last expert's the number of all rows."""
     own_blocks = (count + BLOCK_SIZE_M - 1) // BLOCK_SIZE_M
     if expert == num_experts - 1:
         tl.store(blocks, first + own_blocks)
@@ -141,7 +141,7 @@ def place_kernel(
 
 
 def global_experts(expert_map: torch.Tensor | None, num_experts: int) -> int:
-    """How many ids there are: the length of the map where there is one."""
+    """How many expert ids there are: the length of the map where there is one."""
     return num_experts if expert_map is None else expert_map.shape[0]
 
 
@@ -151,7 +151,7 @@ def num_bins(num_experts: int) -> int:
 
 
 def counts_bytes(num_pairs: int, num_experts: int) -> int:
-    """What `moe_align_block_size` needs beside its results."""
+    """Bytes of `counts`, which `moe_align_block_size` needs beside its results."""
     return 4 * triton.cdiv(num_pairs, PAIRS_AT_ONCE) * num_bins(num_experts) if num_pairs > PAIRS_AT_ONCE else 0
 
 

@@ -1,4 +1,4 @@
-"""Sums in a fixed order: of the split-K partials of w13 with SwiGLU after it, and of a token's experts."""
+"""The two sums, each in a fixed order: w13's split-K partials with silu_and_mul after them, and a token's experts."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def default_configs(target: str, intermediate_size: int = 0) -> dict[str, Kernel
 
 
 def kernel_configs(device: Device, shape: Shape) -> dict[str, KernelConfig]:
-    """Those that were measured for this GPU and experts of this size, however many, or the default of its kind."""
+    """The configs that were measured for this GPU and experts of this size, however many, or the default of its kind."""
     intermediate_size = shape.intermediate_size
     return measured.get((device, shape.hidden_size, intermediate_size)) or default_configs(
         device.target.name, intermediate_size

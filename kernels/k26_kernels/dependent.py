@@ -15,7 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def after_previous(DEPENDENT: tl.constexpr) -> None:
-    """At the head of every kernel, before it reads or writes anything.
+    """Stands at the head of every kernel, before it reads or writes anything.
 
     The next launch may begin once all programs of this one are here; it comes no further than here until this one has
     ended and what it wrote can be seen. So each launch waits for all before it, since each has waited itself.

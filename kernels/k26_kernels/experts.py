@@ -73,7 +73,7 @@ class KernelExperts:
     def from_repacked(
         cls, w13_packed: torch.Tensor, w13_scale: torch.Tensor, w2_packed: torch.Tensor, w2_scale: torch.Tensor
     ) -> KernelExperts:
-        """The same tensors once they are in the kernels' layout. Raises ValueError as `from_checkpoint`."""
+        """Take tensors over that are in the kernels' layout. Raises ValueError as `from_checkpoint` does."""
         shape = Shape(w2_packed.shape[1], w2_packed.shape[2] * PACK_FACTOR, w13_packed.shape[0])
         return cls(w13_packed, w13_scale, w2_packed, w2_scale, device_of(w13_packed.device), shape)
 
@@ -140,7 +140,7 @@ def plan_of(
     """`make_plan` with the config given."""
     num_pairs = num_tokens * top_k
     splits = [1, 1]
-    # Batch-invariant: one order of the sums for all batches.
+    # Batch-invariant sums have one order for all batches.
     if not batch_invariant and (not is_sorted or num_pairs <= SPLIT_PAIRS):
         blocks = num_pairs * shape.num_experts / global_experts
         if is_sorted:
@@ -151,7 +151,7 @@ def plan_of(
             choose_split_k(blocks * n / gemm.BLOCK_SIZE_N, k, gemm.BLOCK_SIZE_K, device.num_sms)
             for n, k, gemm in zip(out_features, in_features, (config.w13, config.w2), strict=True)
         ]
-    # Batch-invariant: one dtype for all batches.
+    # Batch-invariant outputs have one dtype for all batches.
     weighted = torch.float32 if num_pairs <= EXACT_PAIRS and not batch_invariant else torch.bfloat16
     sizes = {
         "activated": 2 * num_pairs * shape.intermediate_size,
@@ -194,7 +194,7 @@ def workspace_bytes(
 ) -> int:
     """Bytes that `fused_experts` needs for up to `num_tokens` tokens. global_experts: the length of its expert map."""
     shape, total = experts.shape, global_experts or experts.shape.num_experts
-    # What is needed grows with the tokens, but where GEMMs may be cut along K, and where float32 ends.
+    # The bytes grow with the tokens, except where GEMMs may be cut along K, and where float32 ends.
     cut = max(SINGLE_TOKENS, SPLIT_PAIRS // top_k)
     ends = (*range(1, cut + 1), EXACT_PAIRS // top_k, TOKENS_AT_ONCE)
     counts = {min(num_tokens, end) for end in ends} - {0}
@@ -286,7 +286,7 @@ class Launcher:
         return self.sections[name].view(dtype)
 
     def run(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        """x: `[num_tokens, hidden_size]`, contiguous; out like it."""
+        """Launch everything on x `[num_tokens, hidden_size]`, contiguous; out like it."""
         plan, shape = self.plan, self.experts.shape
         num_pairs, hidden_size = plan.num_pairs, shape.hidden_size
         if plan.sorted:

@@ -65,7 +65,7 @@ def route(
 def route_reference(
     logits: torch.Tensor, bias: torch.Tensor, top_k: int, scaling: float, *, normalize: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same in plain PyTorch; a stable sort takes the lowest expert of equal ones."""
+    """What `route` gives, in plain PyTorch; a stable sort takes the lowest expert of equal ones."""
     scores = torch.sigmoid(logits.float())
     topk_ids = torch.sort(scores + bias, dim=-1, descending=True, stable=True).indices[:, :top_k]
     topk_weights = scores.gather(-1, topk_ids)

@@ -28,7 +28,7 @@ class Target:
 
     @property
     def options(self) -> dict[str, int]:
-        """Compiler options beside a tile's own: on AMD, the instruction that the layout is made for.
+        """Compiler options beside a config's own: on AMD, the instruction that the layout is made for.
 
         Fused multiply and add is said aloud because Triton's default changes between versions.
         """

@@ -43,7 +43,7 @@ def load_words(
 ) -> tl.tensor:  # fmt: skip
     """int32 `[BLOCK_SIZE_N · BLOCK_SIZE_K / 32, 4]`: the chunks of a tile. `packed` points at the matrix of an expert.
 
-    ONCE: nothing else will read them, so they are the first to leave the cache. AMD and sm_80 have no such hint.
+    ONCE: nothing else will read them, so the cache evicts them first. AMD and sm_80 have no such hint.
     """
     STEP: tl.constexpr = 64 if FRAGMENT == "mma" or FRAGMENT == "wgmma" else 128
     CHUNKS: tl.constexpr = 2 * STEP  # of 64 rows and a step

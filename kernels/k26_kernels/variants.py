@@ -23,14 +23,14 @@ def batch_sizes(
     """Numbers of tokens whose plans launch all that a plan for any number of tokens does: of each variant the least."""
     least: dict[tuple[Any, ...], int] = {}
     for num_tokens in range(1, TOKENS_AT_ONCE + 1):
-        # Past the cache, which would forget the plans of real batches.
+        # Not through the cache, which would forget the plans of real batches.
         plan = make_plan.__wrapped__(device, shape, num_tokens, top_k, global_experts, batch_invariant)
         least.setdefault(_variant(plan), num_tokens)
     return list(least.values())
 
 
 def _variant(plan: Plan) -> tuple[Any, ...]:
-    """What of a plan decides which code its launches run. A section that is empty stands for a launch that is not made."""
+    """The parts of a plan that decide which code its launches run. An empty section stands for a launch that is not made."""
     decided = tuple(getattr(plan, field.name) for field in fields(plan) if field.name not in _NUMBERS)
     return *decided, *(name for name, (_, size) in plan.sections.items() if size)
 

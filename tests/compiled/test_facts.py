@@ -74,7 +74,7 @@ def test_weights_that_are_read_once_leave_the_cache_first(
 ) -> None:
     """The hint is there for weights that one block reads, on the targets that have such a hint."""
     once = name.split()[1] == SINGLE and not TARGETS[target].amd and target != "sm_80"
-    assert (facts[target, name]["first_to_leave"] > 0) == once
+    assert (facts[target, name]["evict_first_loads"] > 0) == once
 
 
 @pytest.mark.parametrize(("target", "name"), [pair for pair in GEMMS if pair[1].split()[1] in (SINGLE, INVARIANT)])

@@ -1,11 +1,11 @@
-"""Predicted times of the fused experts on an H200, from the compiled code and the bytes. Nothing here is measured.
+"""A cost model of the fused experts on an H200, from the compiled code and the bytes. Nothing here is measured.
 
-    cd kernels && python -m bench.predict            a table
-    cd kernels && python -m bench.predict --save     and bench/results/predicted-H200.json
+    cd kernels && python -m bench.cost_model            a table
+    cd kernels && python -m bench.cost_model --save     and bench/results/predicted-H200.json
 
 A GEMM takes at least as long as its bytes at the copy bandwidth, its matrix instructions at the matmul rate (empty
 columns of a block included), its instructions at one a cycle and scheduler, and the tiles of the program that has most of
-them, whose warps issue every other cycle at best: that is an assumption. The prediction is the largest of the four, summed
+them, whose warps issue every other cycle at best: that is an assumption. The cost is the largest of the four, summed
 over the GEMMs, plus the traffic of the sums and a fixed cost for each launch, less for those that begin while the one
 before them ends. What they cost each other by overlapping badly is not in it, so a measurement will be above.
 """
@@ -39,9 +39,9 @@ class Machine:
     clock: float
     launch: float
     dependent_launch: float
-    """What a launch costs that begins while the one before it ends."""
+    """Seconds of a launch that begins while the one before it ends; `launch` is one that does not."""
     cycles: float
-    """Between two instructions of a warp."""
+    """How many pass between two instructions of a warp."""
 
     @property
     def instructions(self) -> float:
@@ -59,7 +59,7 @@ def shape_of(layer: Layer) -> Shape:
 
 
 class Compiled:
-    """The facts of each GEMM, compiled once."""
+    """The facts of each GEMM, which is compiled when it is first asked for."""
 
     def __init__(self) -> None:
         self.facts: dict[tuple[object, ...], Facts] = {}
@@ -103,7 +103,7 @@ def gemm_seconds(
 
 
 def predict(machine: Machine, compiled: Compiled, layer: Layer, kind: str, num_tokens: int) -> dict[str, object]:
-    """Microseconds of a batch and what bounds its two GEMMs."""
+    """A row of the table: microseconds of a batch, two of their floors, and what bounds its two GEMMs."""
     shape = shape_of(layer)
     hidden_size, intermediate_size = shape.hidden_size, shape.intermediate_size
     seconds, bounds, ids = 0.0, [], layer.choose(kind, num_tokens)
