@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import importlib
 import json
 import subprocess
 import sys
@@ -19,7 +20,10 @@ import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
+
+from k26_plugins.common.adapters.engine import EngineName
 
 ROOT = Path(__file__).parent.parent
 SNAPSHOTS = ROOT / "tests/releases"
@@ -27,14 +31,6 @@ ENGINES = {"vllm": "vllm", "sglang": "sglang", "sglang-kt": "sglang"}
 """By the snapshot's name, the package, which is the adapter's name as well."""
 GONE = "-"
 BESIDES: dict[str, tuple[str, ...]] = {
-    "vllm": (
-        "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest.build_chat_params",
-        "vllm.entrypoints.openai.responses.protocol:ResponsesRequest.build_chat_params",
-        "vllm.entrypoints.serve.tokenize.protocol:TokenizeChatRequest.build_chat_params",
-        "vllm.entrypoints.serve.tokenize.serving:OpenAIServingTokenization.create_tokenize",
-        "vllm.entrypoints.serve.tokenize.serving:ServingTokenization.create_tokenize",
-        "vllm.model_executor.layers.fused_moe.config:FusedMoEParallelConfig.use_batched_activation_format",
-    ),
     "sglang": (
         "sglang.srt.layers.moe.fused_moe_triton.layer:create_kt_config_from_server_args",
         "sglang.srt.layers.quantization.compressed_tensors.compressed_tensors:CompressedTensorsConfig.get_moe_scheme",
@@ -46,6 +42,20 @@ BESIDES: dict[str, tuple[str, ...]] = {
 # --- what the adapters touch
 
 
+@cache
+def table(engine: str) -> dict[str, EngineName]:
+    """An adapter's table of names, by its constants."""
+    if find_spec(f"k26_plugins.{engine}.names") is None:
+        return {}
+    found = vars(importlib.import_module(f"k26_plugins.{engine}.names"))
+    return {constant: value for constant, value in found.items() if isinstance(value, EngineName)}
+
+
+def key(name: EngineName) -> str:
+    """What a name is called in a snapshot."""
+    return f"{name.module}:{name.path}" if name.path else name.module
+
+
 class _Touched(ast.NodeVisitor):
     """Collects from one file of an adapter. A name is `module:Object.member`, or `module` alone."""
 
@@ -53,6 +63,7 @@ class _Touched(ast.NodeVisitor):
         """returned: what the functions of compat.py without arguments give, filled in as they are read; constants: its
         values."""
         self.engine = engine
+        self.table = table(engine)
         self.returned = returned
         self.constants = constants
         self.found: set[str] = set()
@@ -142,6 +153,10 @@ class _Touched(ast.NodeVisitor):
                 yield from self.values.get(name, ())
             case ast.Attribute(ast.Name("compat"), member) if member in self.constants:
                 yield from self.constants[member]
+            case ast.Attribute(ast.Name("names"), constant) if constant in self.table:
+                yield key(self.table[constant])
+            case ast.Attribute(ast.Attribute(ast.Name("names"), constant), _) if constant in self.table:
+                return  # a word of the table's own
             case ast.Attribute(owner, member):
                 for name in self._names(owner):
                     if name.split(":")[0].split(".")[0] == self.engine:
@@ -165,6 +180,8 @@ class _Touched(ast.NodeVisitor):
             yield from (_member(owner, str(arguments[1].value)) for owner in owners)
         elif called == "private" and len(arguments) == 2:
             yield from (f"{module}:{name}" for module in modules for name in self._names(arguments[1]))
+        elif called in ("private", "first"):
+            yield from (name for one in arguments for name in self._names(one))
         elif called in self.returned and not arguments:
             yield from self.returned[called]
 
@@ -187,7 +204,7 @@ def touched(engine: str) -> tuple[frozenset[str], frozenset[str]]:
     folder = ROOT / "k26_plugins" / engine
     returned: dict[str, set[str]] = {}
     constants: dict[str, set[str]] = {}
-    found = set(BESIDES[engine])
+    found = {*BESIDES.get(engine, ()), *map(key, table(engine).values())}
     overridden: set[str] = set()
     # compat.py first, and what goes beside it: the others take modules and classes from them.
     for file in sorted(folder.rglob("*.py"), key=lambda one: (not one.name.startswith("compat"), one)):

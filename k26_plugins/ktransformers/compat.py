@@ -6,15 +6,19 @@ import importlib
 import re
 from typing import Any
 
-from k26_plugins.common.adapters.engine import Engine
+from k26_plugins.common.adapters.engine import Engine, EngineName
 from k26_plugins.common.experts.native.build import cpu_flags
 
 CHECKED_VERSIONS = "0.6.1 to 0.7.2"
 
 
 ENGINE = Engine({"kt-kernel": CHECKED_VERSIONS}, "choose the core's experts with K26_CPU_EXPERTS=auto")
-private = ENGINE.private
 kt_kernel_version = ENGINE.release
+
+
+def private(module: str, name: str) -> Any:
+    """An engine-private name. Raises UnsupportedEngineError where it is gone, ImportError where the engine is."""
+    return ENGINE.private(EngineName(module, name, why="serve", remove_when=""))
 
 
 def extension() -> Any:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from k26_plugins.common.adapters.engine import Engine, UnsupportedEngineError
+from k26_plugins.common.adapters.engine import Engine, EngineName, UnsupportedEngineError
 from k26_plugins.common.adapters.registration import Registration
 from k26_plugins.common.model.config import ARCHITECTURE
 from k26_plugins.common.multimodal.data_url import data_url_bytes, is_data_url, require_url
@@ -33,9 +33,13 @@ _TRANSFORMERS = "sglang.srt.utils.hf_transformers_utils"
 
 
 ENGINE = Engine(CHECKED_VERSIONS, "a newer k26-plugins; SGLANG_PLUGINS=none runs SGLang without it")
-private = ENGINE.private
 distribution = ENGINE.distribution
 sglang_version = ENGINE.release
+
+
+def private(module: str, name: str) -> Any:
+    """An engine-private name. Raises UnsupportedEngineError where it is gone, ImportError where the engine is."""
+    return ENGINE.private(EngineName(module, name, why="serve", remove_when=""))
 
 
 # Each `register_…` looks up what it needs and notes what it will change; `Registration.apply` changes it.

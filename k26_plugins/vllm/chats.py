@@ -15,7 +15,7 @@ from k26_plugins.common.adapters.registration import Hook, Registration, go_with
 from k26_plugins.common.prompt.call_names import is_object
 from k26_plugins.common.prompt.chat import as_error
 from k26_plugins.common.prompt.thinking import template_options
-from k26_plugins.vllm import compat, logger
+from k26_plugins.vllm import compat, logger, names
 from k26_plugins.vllm.completions import hide_streamed, hide_whole
 
 
@@ -23,70 +23,41 @@ def install() -> None:
     """Put the hooks in place, once for each process. A vLLM without the place of one serves without it, and says so."""
     requests: list[Hook] = [
         *(
-            (module, f"{name}.build_chat_params", settle_thinking, "`thinking` is not heard in every form")
-            for module, name in compat.CHAT_REQUESTS
+            (name, settle_thinking, "`thinking` is not heard in every form")
+            for name in (names.CHAT_PARAMS, names.RESPONSES_CHAT_PARAMS, names.TOKENIZE_CHAT_PARAMS)
         ),
         (
-            compat.MESSAGES_SERVING,
-            "AnthropicServingMessages._convert_tool_use_block",
+            names.MESSAGES_CALL,
             keep_characters,
             "past arguments are escaped to ASCII in the Messages API",
         ),
         (
-            compat.MESSAGES_SERVING,
-            "AnthropicServingMessages._convert_user_tool_result",
+            names.MESSAGES_RESULT,
             keep_results,
             "the model is not told that a result of the Messages API is an error, and its images are dropped",
         ),
-        (
-            compat.TOKENIZE_SERVING,
-            f"{compat.tokenization_class()}.create_tokenize",
-            read_reasoning,
-            "/tokenize leaves out `reasoning_content`",
-        ),
+        (compat.create_tokenize(), read_reasoning, "/tokenize leaves out `reasoning_content`"),
     ]
     answers: list[Hook] = [
+        (names.CHAT_MESSAGE, name_reasoning_twice, "an answer has its reasoning under vLLM's name alone"),
         (
-            compat.CHAT_PROTOCOL,
-            "ChatMessage.__init__",
-            name_reasoning_twice,
-            "an answer has its reasoning under vLLM's name alone",
-        ),
-        (
-            compat.CHAT_SERVING,
-            "OpenAIServingChat.chat_completion_full_generator",
+            names.CHAT_ANSWER,
             length_wins,
             "an answer that the token limit cut within a call ends as if the call were whole",
         ),
+        (names.COMPLETION_STREAM, hide_streamed, "markers are shown in streamed completions"),
+        (names.COMPLETION, hide_whole, "markers are shown in completions"),
+        (names.MESSAGES_ANSWER, show_cut_calls, "a call that the token limit cut is an error in the Messages API"),
         (
-            compat.COMPLETION_SERVING,
-            "OpenAIServingCompletion.completion_stream_generator",
-            hide_streamed,
-            "markers are shown in streamed completions",
-        ),
-        (
-            compat.COMPLETION_SERVING,
-            "OpenAIServingCompletion.request_output_to_completion_response",
-            hide_whole,
-            "markers are shown in completions",
-        ),
-        (
-            compat.MESSAGES_SERVING,
-            "AnthropicServingMessages.messages_full_converter",
-            show_cut_calls,
-            "a call that the token limit cut is an error in the Messages API",
-        ),
-        (
-            compat.RESPONSES_ROUTER,
-            "_convert_stream_to_sse_events",
+            names.RESPONSES_EVENTS,
             end_incomplete,
             "a stream of the Responses API that the token limit cut ends as completed",
         ),
     ]
     changes = Registration()
-    for module, path, hook, lost in wanted_hooks(requests, answers):
+    for name, hook, lost in wanted_hooks(requests, answers):
         try:
-            compat.wrap(changes, module, path, hook)
+            compat.wrap(changes, name, hook)
         except UnsupportedEngineError as error:
             go_without(error, lost, logger)
     changes.apply()

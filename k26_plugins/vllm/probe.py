@@ -12,7 +12,7 @@ from typing import Any
 
 from k26_plugins.common.adapters.probe import KeptErrors, say, serves_with_ours
 from k26_plugins.common.model.config import ARCHITECTURE
-from k26_plugins.vllm import compat, logger
+from k26_plugins.vllm import compat, logger, names
 
 
 def no_compiled_code_cache(file: str) -> str:
@@ -35,8 +35,8 @@ def no_compiled_code_cache(file: str) -> str:
 
 def main() -> None:
     errors = KeptErrors(logger)
-    compat.private("vllm.plugins", "load_general_plugins")()
-    registry = compat.private("vllm.model_executor.models.registry", "ModelRegistry")
+    compat.private(names.LOAD_GENERAL_PLUGINS)()
+    registry = compat.private(names.MODEL_REGISTRY)
     say(
         "vllm",
         compat.vllm_version(),

@@ -23,12 +23,12 @@ def assert_all_or_nothing(
     looked_up = changed = 0
 
     def without(number: int) -> Callable[..., Any]:
-        def look_up(module: str, name: str) -> Any:
+        def look_up(*name: Any) -> Any:
             nonlocal looked_up
             looked_up += 1
             if looked_up == number:
-                raise UnsupportedEngineError(f"no {module}.{name}")
-            return private(module, name)
+                raise UnsupportedEngineError(f"no {name}")
+            return private(*name)
 
         return look_up
 

@@ -27,13 +27,13 @@ from support.remote_code import plant
 from support.versions import wrong_entries
 from support.vllm_server import cli_args_module
 
-from k26_plugins.common.adapters.engine import UnsupportedEngineError
+from k26_plugins.common.adapters.engine import EngineName, UnsupportedEngineError
 from k26_plugins.common.adapters.serving import core_answer
 from k26_plugins.common.checkpoint import Checkpoint, CheckpointError, expert_name, shard
 from k26_plugins.common.model.config import ARCHITECTURE, K26Config
 from k26_plugins.common.multimodal.image import MediaError
 from k26_plugins.common.prompt.hf_tokenizer import core_serves_prompts
-from k26_plugins.vllm import compat, config, probe, register
+from k26_plugins.vllm import compat, config, names, probe, register
 from k26_plugins.vllm.experts import K26ExpertsMethod
 from k26_plugins.vllm.media import K26MediaConnector
 
@@ -65,15 +65,15 @@ def test_registration_is_all_or_nothing(monkeypatch: pytest.MonkeyPatch, caplog:
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     registries = [
-        (compat.private("vllm.model_executor.models.registry", "ModelRegistry").models, ARCHITECTURE),
-        (compat.private("vllm.model_executor.models.config", "MODELS_CONFIG_MAP"), ARCHITECTURE),
-        (compat.private("vllm.tokenizers.registry", "TokenizerRegistry").tokenizers, compat.TOKENIZER_MODE),
-        (compat.private("vllm.renderers.registry", "RENDERER_REGISTRY").renderers, compat.TOKENIZER_MODE),
+        (compat.private(names.MODEL_REGISTRY).models, ARCHITECTURE),
+        (compat.private(names.MODELS_CONFIG_MAP), ARCHITECTURE),
+        (compat.private(names.TOKENIZER_REGISTRY).tokenizers, compat.TOKENIZER_MODE),
+        (compat.private(names.RENDERER_REGISTRY).renderers, compat.TOKENIZER_MODE),
     ]
     if compat.has_kimi_parser():
         registries += [
-            (compat.private("vllm.tool_parsers", "ToolParserManager").lazy_parsers, compat.PARSER),
-            (compat.private("vllm.reasoning", "ReasoningParserManager").lazy_parsers, compat.PARSER),
+            (compat.private(names.TOOL_PARSERS).lazy_parsers, compat.PARSER),
+            (compat.private(names.REASONING_PARSERS).lazy_parsers, compat.PARSER),
         ]
     for registry, key in registries:
         monkeypatch.setitem(registry, key, "vLLM's own")
@@ -132,8 +132,11 @@ def test_vllms_own_class_serves_where_ours_lacks_a_name(
 
 
 def test_a_name_that_vllm_lost_is_one_clear_error() -> None:
+    name = EngineName("vllm.nothing", "Here", why="test it", remove_when="never")
     with pytest.raises(UnsupportedEngineError, match=r"vLLM .* has no vllm.nothing.Here.*checked on vLLM"):
-        compat.private("vllm.nothing", "Here")
+        compat.private(name)
+    with pytest.raises(UnsupportedEngineError, match="which k26-plugins needs to test it:"):
+        compat.private(name)
 
 
 def test_a_cache_of_compiled_code_that_has_no_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from k26_plugins.common.adapters.engine import UnsupportedEngineError
+from k26_plugins.common.adapters.engine import EngineName, UnsupportedEngineError
 from k26_plugins.common.adapters.registration import Registration
-from k26_plugins.vllm import chats, compat
+from k26_plugins.vllm import chats, compat, names
 
 pytest.importorskip("vllm.parser.kimi_k2", reason="the hooks were checked where the parser is")
 
@@ -128,8 +129,9 @@ def test_a_message_with_a_cut_call_is_answered() -> None:
 
 
 def test_a_vllm_without_a_place_is_told_of(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(compat, "RESPONSES_ROUTER", "vllm.nowhere")
+    monkeypatch.setattr(names, "RESPONSES_EVENTS", replace(names.RESPONSES_EVENTS, module="vllm.nowhere"))
     chats.install()
     assert "has no vllm.nowhere._convert_stream_to_sse_events" in caplog.text
+    nothing = EngineName("vllm.sampling_params", "SamplingParams.nothing", why="test it", remove_when="never")
     with pytest.raises(UnsupportedEngineError):
-        compat.wrap(Registration(), "vllm.sampling_params", "SamplingParams.nothing", chats.length_wins)
+        compat.wrap(Registration(), nothing, chats.length_wins)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
@@ -12,6 +12,47 @@ from typing import Any
 
 class UnsupportedEngineError(RuntimeError):
     """An engine in which something that an adapter needs is not where it was."""
+
+
+@dataclass(frozen=True)
+class EngineName:
+    """A name of an engine's that an adapter touches and that the engine does not promise to keep.
+
+    Each adapter has its names in one table, `names.py`: what it looks up, patches, imports or derives from. What it then
+    takes from an object that it found (a registry's method, say) goes with the object's entry. Making one imports nothing.
+    """
+
+    module: str
+    path: str
+    """Where it is in the module: `Class.method` for a method, empty for the module itself."""
+    why: str
+    """What the adapter does with it, as the end of "which k26-plugins needs to …"."""
+    remove_when: str
+    """What has to be so before the entry can go, besides the end of the piece of the adapter that needs it."""
+    since: str = ""
+    """The first checked release that has it; empty where the first of all does."""
+    until: str = ""
+    """The last checked release that has it; empty where the last of all does."""
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.path}" if self.path else self.module
+
+    @property
+    def owner(self) -> EngineName:
+        """What holds it and is changed where it is patched: the class of a method, the module of anything else."""
+        return replace(self, path=self.path.rpartition(".")[0])
+
+    @property
+    def attribute(self) -> str:
+        """What it is called there."""
+        return self.path.rpartition(".")[2]
+
+    def look_up(self) -> Any:
+        """The thing itself. Raises ImportError or AttributeError."""
+        found: Any = importlib.import_module(self.module)
+        for part in self.path.split(".") if self.path else ():
+            found = getattr(found, part)
+        return found
 
 
 @dataclass(frozen=True)
@@ -38,20 +79,37 @@ class Engine:
         """The version of what is installed."""
         return self.distribution()[1]
 
-    def lacks(self, module: str, name: str) -> UnsupportedEngineError:
-        """The error for a `name` that `module` does not have."""
+    def lacks(self, name: EngineName) -> UnsupportedEngineError:
+        """The error for a name that is not there."""
         package, found = self.distribution()
         title = self.title or package
         return UnsupportedEngineError(
-            f"{title} {found} has no {module}.{name}, which k26-plugins needs: it was checked on {title} "
+            f"{title} {found} has no {name}, which k26-plugins needs to {name.why}: it was checked on {title} "
             f"{self.checked[package]}. Install one of these, or {self.without}."
         )
 
-    def private(self, module: str, name: str) -> Any:
-        """An engine-private `name`. Raises UnsupportedEngineError where it is gone, ImportError where the engine is."""
+    def private(self, name: EngineName) -> Any:
+        """What a name stands for. Raises UnsupportedEngineError where it is gone, ImportError where the engine is."""
         try:
-            return getattr(importlib.import_module(module), name)
+            return name.look_up()
         except (ImportError, AttributeError) as error:
-            if find_spec(module.split(".")[0]) is None:
+            if find_spec(name.module.split(".")[0]) is None:
                 raise
-            raise self.lacks(module, name) from error
+            raise self.lacks(name) from error
+
+    def has(self, name: EngineName) -> bool:
+        """Whether this release has it. A module's own name is answered without importing more than its packages."""
+        parts = name.module.split(".")
+        if not all(find_spec(".".join(parts[:end])) for end in range(1, len(parts) + 1)):
+            return False
+        if name.path:
+            importlib.import_module(name.module)  # what that raises is no answer
+            try:
+                name.look_up()
+            except AttributeError:
+                return False
+        return True
+
+    def first(self, *names: EngineName) -> EngineName:
+        """The first that this release has, of names for the same in several releases; the last where it has none."""
+        return next((name for name in names if self.has(name)), names[-1])

@@ -12,13 +12,13 @@ from collections.abc import Callable, MutableMapping, Sequence
 from types import ModuleType
 from typing import Any
 
+from k26_plugins.common.adapters.engine import EngineName
 from k26_plugins.common.settings import ENGINE, STRICT_VARIABLE, core_prompts, parsers_setting, strict
 
 _ABSENT = object()
 
-Hook = tuple[str, str, Callable[..., Any], str]
-"""The engine's module, the path of a function in it, what goes around that function, and what is lost where it is not
-there."""
+Hook = tuple[EngineName, Callable[..., Any], str]
+"""A function of the engine's, what goes around it, and what is lost where it is not there."""
 
 
 def wanted_hooks(requests: Sequence[Hook], answers: Sequence[Hook]) -> list[Hook]:

@@ -1,0 +1,561 @@
+"""Every name of vLLM that this adapter touches and that vLLM does not promise to keep, in one table.
+
+The files of each checked release are held to it (tests/core/test_engine_names.py). docs/upgrading.md: what to do when one
+is gone.
+"""
+
+from __future__ import annotations
+
+from k26_plugins.common.adapters.engine import EngineName
+
+# What an entry waits for, where several wait for the same.
+_REGISTRY = "vLLM documents this registry for plugins, with a way to take a registration back"
+_IN_TREE_MODEL = "no class of ours derives from it"
+_IN_TREE_PARSER = "vLLM's own parsers read token ids: a marker that the model quotes is then text by itself"
+_MODULAR = "vLLM documents an interface for experts from outside"
+_METHOD = "vLLM documents an interface for quantization methods of fused-MoE layers from outside"
+_MEDIA = "vLLM documents media connectors and their parts for plugins"
+_MESSAGES = "vLLM's Messages API does the same"
+_MARKERS = "vLLM leaves tokens out of a completion that are not special to the tokenizer"
+_THINKING = "vLLM makes one value of a request's `thinking`, in each of its forms, and of its effort of reasoning"
+_LOADER = "vLLM tells a model whether its weights are a whole checkpoint, and from which files they come"
+_PREFILL_ON_CPU = "vLLM's own prefill on a CPU takes memory that grows with a prompt's length and not with its square"
+_NO_ADAPTER_ON_CPU = "no release below 0.33 is served: from there on vLLM leaves tokens without adapter alone"
+
+# --- the model's class and its configuration
+
+MODEL_REGISTRY = EngineName(
+    "vllm.model_executor.models.registry",
+    "ModelRegistry",
+    why="put its class in the place of the in-tree one",
+    remove_when=_REGISTRY,
+)
+MODELS_CONFIG_MAP = EngineName(
+    "vllm.model_executor.models.config",
+    "MODELS_CONFIG_MAP",
+    why="be called at the end of this architecture's configuration",
+    remove_when="vLLM lets a plugin register what checks a model's configuration",
+)
+CONFIG_HOOK = EngineName(
+    "vllm.model_executor.models.config",
+    "VerifyAndUpdateConfig",
+    why="be called at the end of this architecture's configuration",
+    remove_when=MODELS_CONFIG_MAP.remove_when,
+)
+GET_MODEL_ARCH_CONFIG = EngineName(
+    "vllm.config",
+    "ModelConfig.get_model_arch_config",
+    # The hook on the configuration comes too late: vLLM builds a tokenizer before it, to learn what media the model takes.
+    why="choose the tokenizer once the checkpoint's configuration is read and before one is built",
+    remove_when="vLLM asks a registry which tokenizer an architecture has",
+)
+LOAD_GENERAL_PLUGINS = EngineName(
+    "vllm.plugins",
+    "load_general_plugins",
+    why="tell `k26 doctor` what a start would load",
+    remove_when="vLLM has a command that lists the plugins it loaded",
+)
+IN_TREE_MODEL = EngineName(
+    "vllm.model_executor.models.kimi_k25",
+    "",
+    why="derive its classes of the model and of its media from the in-tree ones",
+    remove_when=_IN_TREE_MODEL,
+)
+IN_TREE_MODEL_CLASS = EngineName(
+    IN_TREE_MODEL.module,
+    "KimiK25ForConditionalGeneration",
+    why="serve by the in-tree class all that the core does not define",
+    remove_when=_IN_TREE_MODEL,
+)
+IN_TREE_DUMMY_INPUTS = EngineName(
+    IN_TREE_MODEL.module,
+    "KimiK25DummyInputsBuilder",
+    why="register its class' media with the in-tree sizes for vLLM's profiling",
+    remove_when=_IN_TREE_MODEL,
+)
+IN_TREE_PROCESSING_INFO = EngineName(
+    IN_TREE_MODEL.module,
+    "KimiK25ProcessingInfo",
+    why="prepare images by the core",
+    remove_when=_IN_TREE_MODEL,
+)
+IN_TREE_MEDIA_PROCESSOR = EngineName(
+    IN_TREE_MODEL.module,
+    "KimiK25MultiModalProcessor",
+    why="take videos, which vLLM's rendering asks this class about",
+    remove_when="the in-tree class takes videos",
+)
+MULTIMODAL_REGISTRY = EngineName(
+    "vllm.multimodal",
+    "MULTIMODAL_REGISTRY",
+    why="register its class' media",
+    remove_when=_IN_TREE_MODEL,
+)
+CURRENT_PLATFORM = EngineName(
+    "vllm.platforms",
+    "current_platform",
+    why="know whether vLLM runs on a CPU",
+    remove_when="vLLM tells a model its platform, or documents the question",
+)
+
+# --- the command line and the tokenizer
+
+FROM_CLI_ARGS = EngineName(
+    "vllm.engine.arg_utils",
+    "AsyncEngineArgs.from_cli_args",
+    # No registry of models reaches the parsers of a model's output.
+    why="keep the command line's flags beside the engine's arguments, to fill in the parsers of answers",
+    remove_when="vLLM asks a registry which parsers an architecture has where the user named none",
+)
+CREATE_MODEL_CONFIG = EngineName(
+    "vllm.engine.arg_utils",
+    "AsyncEngineArgs.create_model_config",
+    # Before it only vLLM can tell what a name stands for, which may be ModelScope's or an object store's.
+    why="fill in the parsers of answers where an API server has come to know its model",
+    remove_when=FROM_CLI_ARGS.remove_when,
+)
+TOKENIZER_REGISTRY = EngineName(
+    "vllm.tokenizers.registry",
+    "TokenizerRegistry",
+    why="add the tokenizer mode `k26`",
+    remove_when=_REGISTRY,
+)
+RENDERER_REGISTRY = EngineName(
+    "vllm.renderers.registry",
+    "RENDERER_REGISTRY",
+    why="add the rendering of chats that goes with the tokenizer mode `k26`",
+    remove_when=_REGISTRY,
+)
+CACHED_TOKENIZER = EngineName(
+    "vllm.tokenizers.hf",
+    "get_cached_tokenizer",
+    why="give its tokenizer the attributes that vLLM reads many times a request",
+    remove_when="vLLM does it to what a registered tokenizer mode returns",
+)
+HF_RENDERER = EngineName(
+    "vllm.renderers.hf",
+    "HfRenderer",
+    why="mark control tokens in messages before anything is put into them",
+    remove_when="vLLM tells text that a client sent from the template's when it tokenizes a chat",
+)
+MODELSCOPE_DOWNLOAD = EngineName(
+    "vllm.model_executor.model_loader.weight_utils",
+    "maybe_download_from_modelscope",
+    why="find the small files of a model that is named on ModelScope",
+    remove_when="vLLM hands a model the folder of its small files",
+)
+
+# --- the parsers of answers, and their grammars
+
+TOOL_PARSERS = EngineName(
+    "vllm.tool_parsers",
+    "ToolParserManager",
+    why="add the parser `k26` of tool calls",
+    remove_when=_REGISTRY,
+)
+REASONING_PARSERS = EngineName(
+    "vllm.reasoning",
+    "ReasoningParserManager",
+    why="add the parser `k26` of reasoning",
+    remove_when=_REGISTRY,
+)
+KIMI_PARSER = EngineName(
+    "vllm.parser.kimi_k2",
+    "",
+    # 0.19.1 has another tool parser, behind the same name.
+    why="know whether vLLM has the parser that the core's mends",
+    remove_when="no release below 0.25 is served",
+    since="0.25.0",
+)
+GET_PARSER = EngineName(
+    "vllm.parser.parser_manager",
+    "ParserManager.get_parser",
+    why="make one parser of the two `k26`, where vLLM composes one of them",
+    remove_when="vLLM has a registry of composed parsers",
+)
+DELEGATING_PARSER = EngineName(
+    "vllm.parser.abstract_parser",
+    "DelegatingParser",
+    why="be a parser of whole answers",
+    remove_when=_IN_TREE_PARSER,
+)
+DELTA_MESSAGE = EngineName(
+    "vllm.parser.abstract_parser",
+    "DeltaMessage",
+    why="hand over a piece of an answer",
+    remove_when=_IN_TREE_PARSER,
+)
+FUNCTION_CALL = EngineName(
+    "vllm.parser.abstract_parser",
+    "FunctionCall",
+    why="hand over a whole call",
+    remove_when=_IN_TREE_PARSER,
+)
+DELTA_FUNCTION_CALL = EngineName(
+    "vllm.parser.kimi_k2",
+    "DeltaFunctionCall",
+    why="hand over a piece of a call",
+    remove_when=_IN_TREE_PARSER,
+    since="0.25.0",
+)
+DELTA_TOOL_CALL = EngineName(
+    "vllm.parser.kimi_k2",
+    "DeltaToolCall",
+    why="hand over a piece of a call",
+    remove_when=_IN_TREE_PARSER,
+    since="0.25.0",
+)
+COUNT_INVOCATION = EngineName(
+    "vllm.parser.metrics",
+    "record_tool_parser_invocation",
+    why="count answers with calls in /metrics as vLLM's own parsers do",
+    remove_when="vLLM counts them where it calls a parser",
+    since="0.24.0",
+)
+KIMI_TOOL_PARSER = EngineName(
+    "vllm.tool_parsers.kimi_k2_tool_parser",
+    "KimiK2ToolParser",
+    why="stand beside another's parser of reasoning, and for structural tags",
+    remove_when=_IN_TREE_PARSER,
+)
+KIMI_REASONING_PARSER = EngineName(
+    "vllm.reasoning.kimi_k2_reasoning_parser",
+    "KimiK2ReasoningParser",
+    why="stand beside another's parser of tool calls, and in the engine's process",
+    remove_when=_IN_TREE_PARSER,
+)
+GRAMMAR_TOKENIZER = EngineName(
+    "vllm.v1.structured_output",
+    "cached_tokenizer_from_config",
+    why="show compilers of grammars the token that ends this model's answers, and hide its control tokens",
+    remove_when="vLLM asks a tokenizer for its control tokens and its end before it compiles a grammar",
+)
+TOOL_STRICT_LEVEL = EngineName(
+    "vllm.tool_parsers.tool_strict_level",
+    "ToolStrictLevel",
+    why="allow calls beside a schema of the answer",
+    remove_when="vLLM's grammar of an answer's schema allows the request's tools by default",
+    since="0.31.0",
+)
+
+# --- the API server's chats and completions
+
+CHAT_PARAMS = EngineName(
+    "vllm.entrypoints.openai.chat_completion.protocol",
+    "ChatCompletionRequest.build_chat_params",
+    why="hear `thinking` in every form",
+    remove_when=_THINKING,
+)
+RESPONSES_CHAT_PARAMS = EngineName(
+    "vllm.entrypoints.openai.responses.protocol",
+    "ResponsesRequest.build_chat_params",
+    why="hear `thinking` in every form",
+    remove_when=_THINKING,
+)
+TOKENIZE_CHAT_PARAMS = EngineName(
+    "vllm.entrypoints.serve.tokenize.protocol",
+    "TokenizeChatRequest.build_chat_params",
+    why="hear `thinking` in every form",
+    remove_when=_THINKING,
+)
+CREATE_TOKENIZE = EngineName(
+    "vllm.entrypoints.serve.tokenize.serving",
+    "ServingTokenization.create_tokenize",
+    why="read `reasoning_content` of what is to be tokenized",
+    remove_when="vLLM's /tokenize takes the same messages as its chats",
+    since="0.24.0",
+)
+CREATE_TOKENIZE_BEFORE = EngineName(
+    "vllm.entrypoints.serve.tokenize.serving",
+    "OpenAIServingTokenization.create_tokenize",
+    why=CREATE_TOKENIZE.why,
+    remove_when="no release below 0.24 is served",
+    until="0.23.0",
+)
+CHAT_MESSAGE = EngineName(
+    "vllm.entrypoints.openai.chat_completion.protocol",
+    "ChatMessage.__init__",
+    why="give an answer's reasoning the name that Moonshot's API has for it, too",
+    remove_when="vLLM sends `reasoning_content` beside `reasoning`",
+)
+CHAT_ANSWER = EngineName(
+    "vllm.entrypoints.openai.chat_completion.serving",
+    "OpenAIServingChat.chat_completion_full_generator",
+    why="end an answer that the token limit cut within a call as cut",
+    remove_when="vLLM says `length` of such an answer, as it does where it is streamed",
+)
+COMPLETION_STREAM = EngineName(
+    "vllm.entrypoints.openai.completion.serving",
+    "OpenAIServingCompletion.completion_stream_generator",
+    why="hide markers in streamed completions",
+    remove_when=_MARKERS,
+)
+COMPLETION = EngineName(
+    "vllm.entrypoints.openai.completion.serving",
+    "OpenAIServingCompletion.request_output_to_completion_response",
+    why="hide markers in completions",
+    remove_when=_MARKERS,
+)
+MESSAGES_IMAGE = EngineName(
+    "vllm.entrypoints.anthropic.serving",
+    "AnthropicServingMessages._convert_image_source_to_url",
+    why="keep the images of a result in the Messages API",
+    remove_when=_MESSAGES,
+)
+MESSAGES_CALL = EngineName(
+    "vllm.entrypoints.anthropic.serving",
+    "AnthropicServingMessages._convert_tool_use_block",
+    why="keep the characters of past arguments in the Messages API",
+    remove_when=_MESSAGES,
+)
+MESSAGES_RESULT = EngineName(
+    "vllm.entrypoints.anthropic.serving",
+    "AnthropicServingMessages._convert_user_tool_result",
+    why="keep a result's images and that it is an error in the Messages API",
+    remove_when=_MESSAGES,
+)
+MESSAGES_ANSWER = EngineName(
+    "vllm.entrypoints.anthropic.serving",
+    "AnthropicServingMessages.messages_full_converter",
+    why="answer with a call that the token limit cut in the Messages API",
+    remove_when=_MESSAGES,
+)
+RESPONSES_EVENTS = EngineName(
+    "vllm.entrypoints.openai.responses.api_router",
+    "_convert_stream_to_sse_events",
+    why="end a stream of the Responses API that the token limit cut as incomplete",
+    remove_when="vLLM sends `response.incomplete`",
+)
+
+# --- media
+
+ENVS = EngineName(
+    "vllm",
+    "envs",
+    why="hold to the limits that vLLM's user set for media",
+    remove_when=_MEDIA,
+)
+MEDIA_CONNECTORS = EngineName(
+    "vllm.multimodal.media",
+    "MEDIA_CONNECTOR_REGISTRY",
+    why="fetch and decode the media of requests",
+    remove_when=_MEDIA,
+)
+MEDIA_CONNECTOR = EngineName(
+    "vllm.multimodal.media",
+    "MediaConnector",
+    why="fetch media as vLLM does and decode them as the core does",
+    remove_when=_MEDIA,
+)
+MEDIA_WITH_BYTES = EngineName(
+    "vllm.multimodal.media",
+    "MediaWithBytes",
+    why="hand over an image with the bytes by which vLLM caches it",
+    remove_when=_MEDIA,
+)
+MEDIA_IO = EngineName(
+    "vllm.multimodal.media.base",
+    "MediaIO",
+    why="read a video",
+    remove_when=_MEDIA,
+)
+IMAGE_IO = EngineName(
+    "vllm.multimodal.media.image",
+    "ImageMediaIO",
+    why="read an image as the model's preprocessing does",
+    remove_when="vLLM neither turns images by EXIF nor fills their ground for this model, and refuses bombs with 400",
+)
+PROCESSING_INFO = EngineName(
+    "vllm.multimodal.processing",
+    "BaseProcessingInfo",
+    # The in-tree class' own constructor loads the checkpoint's image processor.
+    why="describe this model's media without executing a file of the checkpoint",
+    remove_when="the in-tree class executes none in any release that is served",
+)
+KIMI_PROCESSOR = EngineName(
+    "vllm.transformers_utils.processors.kimi_k25",
+    "KimiK25Processor",
+    why="put its tokenizer and its image processor together as vLLM does",
+    remove_when="the in-tree class takes an image processor that it is given",
+)
+
+# --- the core's experts in fused-MoE layers
+
+COMPRESSED_TENSORS = EngineName(
+    "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors",
+    "CompressedTensorsConfig",
+    why="give the INT4 checkpoint's fused-MoE layers its method",
+    remove_when="vLLM lets a plugin register a method for the routed experts of one model",
+)
+FUSED_MOE_METHOD = EngineName(
+    "vllm.model_executor.layers.fused_moe.fused_moe_method_base",
+    "FusedMoEMethodBase",
+    why="create the experts' weights and compute with them",
+    remove_when=_METHOD,
+)
+FUSED_MOE_CONFIG = EngineName(
+    "vllm.model_executor.layers.fused_moe.config",
+    "FusedMoEConfig",
+    why="know the sizes of a layer's experts",
+    remove_when=_METHOD,
+)
+UNQUANTIZED = EngineName(
+    "vllm.model_executor.layers.fused_moe.config",
+    "FUSED_MOE_UNQUANTIZED_CONFIG",
+    why="say that activations are not quantized",
+    remove_when=_METHOD,
+)
+BATCHED_FORM = EngineName(
+    "vllm.model_executor.layers.fused_moe.config",
+    "FusedMoEParallelConfig.use_batched_activation_format",
+    why="know whether each expert gets its tokens in a buffer of its own",
+    remove_when=_METHOD,
+)
+SET_WEIGHT_ATTRS = EngineName(
+    "vllm.model_executor.utils",
+    "set_weight_attrs",
+    why="give parameters what vLLM's loader reads to place an expert",
+    remove_when=_METHOD,
+)
+MODULAR_KERNEL = EngineName(
+    "vllm.model_executor.layers.fused_moe",
+    "modular_kernel",
+    why="be the experts' part of vLLM's modular kernel",
+    remove_when=_MODULAR,
+)
+FUSED_MOE_KERNEL = EngineName(
+    "vllm.model_executor.layers.fused_moe.modular_kernel",
+    "FusedMoEKernel",
+    why="have vLLM send tokens to the ranks of their experts and back",
+    remove_when=_MODULAR,
+)
+PREPARE_FINALIZE = EngineName(
+    "vllm.model_executor.layers.fused_moe.all2all_utils",
+    "maybe_make_prepare_finalize",
+    why="have vLLM send tokens to the ranks of their experts and back",
+    remove_when=_MODULAR,
+)
+WEIGHTED_BY_VLLM = EngineName(
+    "vllm.model_executor.layers.fused_moe.topk_weight_and_reduce",
+    "TopKWeightAndReduceDelegate",
+    why="leave weighting and the sum over a token's experts to vLLM",
+    remove_when=_MODULAR,
+)
+WEIGHTED_BY_THE_CORE = EngineName(
+    "vllm.model_executor.layers.fused_moe.topk_weight_and_reduce",
+    "TopKWeightAndReduceNoOP",
+    why="weight and sum a token's experts itself",
+    remove_when=_MODULAR,
+)
+WORKSPACE_IS_MADE = EngineName(
+    "vllm.v1.worker.workspace",
+    "is_workspace_manager_initialized",
+    # A worker on a CPU makes none, and before 0.30 the kernel takes its buffers from it on a CPU too.
+    why="see whether vLLM's modular kernel has its buffers on a CPU",
+    remove_when="no release below 0.30 is served",
+)
+MAKE_WORKSPACE = EngineName(
+    "vllm.v1.worker.workspace",
+    "init_workspace_manager",
+    why="give vLLM's modular kernel its buffers on a CPU",
+    remove_when=WORKSPACE_IS_MADE.remove_when,
+)
+
+# --- loading and saving
+
+GET_ALL_WEIGHTS = EngineName(
+    "vllm.model_executor.model_loader.default_loader",
+    "DefaultModelLoader.get_all_weights",
+    # The loader alone knows that they are the whole, and what it filters.
+    why="account for the tensors of a whole checkpoint",
+    remove_when=_LOADER,
+)
+SAFETENSORS_ITERATOR = EngineName(
+    "vllm.model_executor.model_loader.default_loader",
+    "safetensors_weights_iterator",
+    why="read the checkpoint's files with the core's threads",
+    remove_when=_LOADER,
+)
+SAVE_MODEL = EngineName(
+    "vllm.model_executor.model_loader.sharded_state_loader",
+    "ShardedStateLoader.save_model",
+    why="save experts as the checkpoint packs them",
+    remove_when="vLLM tells a quantization method when a running model is saved",
+)
+FS_TYPE = EngineName(
+    "vllm.model_executor.model_loader.weight_utils",
+    "_get_fs_type",
+    why="leave files on a network to vLLM's own reading ahead",
+    remove_when=_LOADER,
+    since="0.20.0",
+)
+IS_NFS_PATH = EngineName(
+    "vllm.model_executor.model_loader.weight_utils",
+    "_is_nfs_path",
+    why=FS_TYPE.why,
+    remove_when="0.19 is not served",
+    until="0.19.1",
+)
+
+# --- LoRA
+
+SUPPORTED_LORA_MODULES = EngineName(
+    "vllm.lora.model_manager",
+    "get_supported_lora_modules",
+    why="say which modules of the model may have adapters",
+    remove_when="vLLM asks the model's class which modules take adapters",
+)
+MULTI_MODEL_KEYS = EngineName(
+    "vllm.model_executor.models.module_mapping",
+    "MultiModelKeys",
+    why="tell the language model from the vision tower where adapters are loaded",
+    remove_when="the in-tree class takes adapters",
+)
+WEIGHTS_MAPPER = EngineName(
+    "vllm.model_executor.models.utils",
+    "WeightsMapper",
+    why="read the names that trainers give this model's modules",
+    remove_when="the in-tree class takes adapters",
+)
+BGMV_SHRINK_OF_PREFILL = EngineName(
+    "vllm.lora.ops.torch_ops.lora_ops",  # where `sgmv_shrink` calls it
+    "bgmv_shrink",
+    why="keep adapters away from requests without one on a CPU",
+    remove_when=_NO_ADAPTER_ON_CPU,
+)
+BGMV_SHRINK_OF_DECODING = EngineName(
+    "vllm.lora.punica_wrapper.punica_cpu",
+    "bgmv_shrink",
+    why=BGMV_SHRINK_OF_PREFILL.why,
+    remove_when=_NO_ADAPTER_ON_CPU,
+)
+
+# --- a CPU in a GPU's place
+
+CPU_PREFILL = EngineName(
+    "vllm.v1.attention.backends.mla.prefill.cpu_sdpa",
+    "CPUSDPAMLAPrefillBackend",
+    why="compute MLA's prefill on a CPU in less memory",
+    remove_when=_PREFILL_ON_CPU,
+    since="0.29.0",
+)
+CPU_PREFILL_PLACE = EngineName(
+    "vllm.v1.attention.backends.mla.prefill.registry",
+    "MLAPrefillBackendEnum.CPU",
+    why=CPU_PREFILL.why,
+    remove_when=_PREFILL_ON_CPU,
+    since="0.29.0",
+)
+REGISTER_PREFILL = EngineName(
+    "vllm.v1.attention.backends.mla.prefill.registry",
+    "register_mla_prefill_backend",
+    why=CPU_PREFILL.why,
+    remove_when=_PREFILL_ON_CPU,
+    since="0.23.0",
+)
+EXPAND_BATCH = EngineName(
+    "vllm.v1.sample.rejection_sampler",
+    "expand_batch_to_tokens",
+    why="judge each guess of speculative decoding on a CPU by its request's own temperature, top_k and top_p",
+    remove_when="vLLM's function for a CPU keeps the values' dtype (vLLM issue 55005)",
+)
