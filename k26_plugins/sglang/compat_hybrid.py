@@ -6,12 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from k26_plugins.common.adapters.registration import Registration
-from k26_plugins.sglang import compat
+from k26_plugins.sglang import compat, names
 
 
 def hook_results(hook: Callable[..., Any]) -> None:
     """Put `hook(original, scheduler, batch, result)` around what gives a step's tokens to their requests."""
     changes = Registration()
-    scheduler = compat.private("sglang.srt.managers.scheduler", "Scheduler")
-    compat.wrap(changes, scheduler, "process_batch_result", hook)
+    compat.wrap(changes, names.BATCH_RESULT, hook)
     changes.apply()

@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
 from k26_plugins.common.adapters.registration import Registration
-from k26_plugins.sglang import compat
+from k26_plugins.sglang import compat, names
 
 
 def object_store_folder(name: str, *, fetch: bool = False) -> str:
     """Where SGLang keeps the small files of an object store's model, fetched if need be; any other name as it is."""
-    if find_spec("sglang.srt.utils.runai_utils") is None:
-        return name  # KTransformers' fork reads no object stores
-    store = importlib.import_module("sglang.srt.utils.runai_utils")
-    if not store.is_runai_obj_uri(name):
+    # KTransformers' fork reads no object stores.
+    if not compat.ENGINE.has_module(names.OBJECT_STORE) or not compat.private(names.IN_OBJECT_STORE)(name):
         return name
-    return str((store.ObjectStorageModel.download_and_get_path if fetch else store.ObjectStorageModel.get_path)(name))
+    store = compat.private(names.OBJECT_STORE)
+    return str((store.download_and_get_path if fetch else store.get_path)(name))
 
 
 def hook_checkpoint_loader(whole: Callable[..., Any], files: Callable[..., Any]) -> None:
     """Put `whole(original, model, weights, target_device)` around what gives a model the weights of SGLang's loader of
     checkpoints, always a whole one; and `files(original, files, …)` around what gives it the tensors of safetensors files.
-
-    The loader alone knows that: a model's `load_weights` gets parts of one too, in updates from tensors.
     """
     changes = Registration()
-    loader = compat.private("sglang.srt.model_loader.loader", "DefaultModelLoader")
-    compat.wrap(changes, loader, "load_weights_and_postprocess", whole)
-    iterators = importlib.import_module("sglang.srt.model_loader.weight_utils")
-    compat.wrap(changes, iterators, "safetensors_weights_iterator", files)
-    compat.wrap(changes, iterators, "buffered_multi_thread_safetensors_weights_iterator", files)
+    compat.wrap(changes, names.LOAD_CHECKPOINT, whole)
+    compat.wrap(changes, names.SAFETENSORS_ITERATOR, files)
+    compat.wrap(changes, names.BUFFERED_ITERATOR, files)
     changes.apply()
 
 
@@ -57,8 +50,7 @@ def loads_saved_state() -> bool:
 def hook_saving(hook: Callable[..., Any]) -> None:
     """Put `hook(original, model, path, …)` around what saves a model's parameters for `--load-format sharded_state`."""
     changes = Registration()
-    loader = compat.private("sglang.srt.model_loader.loader", "ShardedStateLoader")
-    compat.wrap(changes, loader, "save_model", hook)
+    compat.wrap(changes, names.SAVE_MODEL, hook)
     changes.apply()
 
 

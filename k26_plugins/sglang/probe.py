@@ -8,11 +8,8 @@ one line of JSON.
 
 from __future__ import annotations
 
-import importlib
-from importlib.util import find_spec
-
 from k26_plugins.common.adapters.probe import KeptErrors, say, serves_with_ours
-from k26_plugins.sglang import compat, logger
+from k26_plugins.sglang import compat, logger, names
 
 # What a user types where SGLang has no entry point; the rest of the path is kept.
 PATH_LINE = 'export PYTHONPATH="$(python -m k26_plugins.sglang.boot)${PYTHONPATH:+:$PYTHONPATH}"'
@@ -21,12 +18,12 @@ PATH_LINE = 'export PYTHONPATH="$(python -m k26_plugins.sglang.boot)${PYTHONPATH
 def main() -> None:
     errors = KeptErrors(logger)
     hint, fix = "SGLANG_PLUGINS is set and has no k26 in it, or the entry point is gone", ""
-    if find_spec("sglang.srt.plugins") is not None:
-        compat.private("sglang.srt.plugins", "load_plugins")()
+    if compat.has_entry_point():
+        compat.private(names.LOAD_PLUGINS)()
     else:
         hint = f"this SGLang has no plugins, and takes this one from its path alone: {PATH_LINE}"
         fix = PATH_LINE
-        importlib.import_module("sglang.srt.utils.hf_transformers_utils")
+        compat.private(names.FIRST_MODULE)
     registered = compat.registered_config()
     active = registered is not None and registered.__module__.startswith("k26_plugins.")
     active = active and serves_with_ours(compat.registered_model, errors)

@@ -11,10 +11,9 @@ from k26_plugins.common.prompt.hf_tokenizer import CONTINUE_KEY
 from k26_plugins.common.prompt.output import MARKERS
 from k26_plugins.common.prompt.thinking import template_options
 from k26_plugins.common.settings import ENGINE, parsers_setting
-from k26_plugins.sglang import compat, compat_chats
+from k26_plugins.sglang import compat, compat_chats, names
 from k26_plugins.sglang.answers import K26Answers
 from k26_plugins.sglang.arguments import PARSER
-from k26_plugins.sglang.compat_chats import CHAT, COMPLETIONS, MESSAGES, OLLAMA, RESPONSES
 from k26_plugins.sglang.completions import hide_markers
 from k26_plugins.sglang.messages import keep_history, show_cut_calls
 
@@ -28,8 +27,8 @@ def install() -> None:
     changes = Registration()
     if parsers_setting() != ENGINE:
         compat.replace_tool_detector(changes, PARSER, "k26_plugins.sglang.output", "K26ToolDetector")
-    for module, path, around, lost in wanted_hooks(REQUESTS, ANSWERS):
-        compat_chats.hook(changes, module, path, around, lost)
+    for name, around, lost in wanted_hooks(REQUESTS, ANSWERS):
+        compat_chats.hook(changes, name, around, lost)
     changes.apply()
 
 
@@ -180,78 +179,66 @@ def _reads_ids(serving: Any) -> bool:
 
 REQUESTS: list[Hook] = [
     (
-        CHAT,
-        "normalize_assistant_tool_call_arguments",
+        names.ASSISTANT_ARGUMENTS,
         keep_arguments,
         "past arguments are written anew, not as they were sent",
     ),
     (
-        CHAT,
-        "OpenAIServingChat._handle_last_assistant_message",
+        names.LAST_MESSAGE,
         leave_last_message,
         "an answer that is to go on begins as a new one",
     ),
     (
-        CHAT,
-        "OpenAIServingChat.handle_request",
+        names.HANDLE_CHAT,
         read_messages,
         "`name`, `reasoning` and `thinking` are not heard",
     ),
     (
-        CHAT,
-        "OpenAIServingChat._engine_prompt",
+        names.ENGINE_PROMPT,
         send_token_ids,
         "a prompt with images is tokenized twice, and text that spells a control token becomes one",
     ),
     (
-        CHAT,
-        "OpenAIServingChat._process_messages",
+        names.PROCESS_MESSAGES,
         settle,
         "special tokens are shown wherever a request has tools",
     ),
     (
-        CHAT,
-        "OpenAIServingChat.supports_native_reasoning_history",
+        names.REASONING_HISTORY,
         keep_reasoning_apart,
         "past reasoning comes in one piece with the text in Responses and Messages",
     ),
     (
-        RESPONSES,
-        "OpenAIServingResponses._flatten_tool_output",
+        names.RESPONSES_RESULT,
         keep_images,
         "images in results are dropped in Responses",
     ),
     (
-        RESPONSES,
-        "OpenAIServingResponses._merge_consecutive_assistant_messages",
+        names.RESPONSES_TURNS,
         join_turns,
         "the parts of a past turn are apart in Responses",
     ),
     (
-        RESPONSES,
-        "OpenAIServingResponses.create_responses",
+        names.CREATE_RESPONSES,
         read_thinking,
         "`thinking` is not heard in Responses",
     ),
     (
-        MESSAGES,
-        "AnthropicServing._convert_to_chat_completion_request",
+        names.MESSAGES_REQUEST,
         keep_history,
         "results are not said to be errors, and past arguments are escaped to ASCII in Messages",
     ),
 ]
 ANSWERS: list[Hook] = [
     (
-        CHAT,
-        "OpenAIServingChat._encoding_output",
+        names.ENCODING_OUTPUT,
         read_token_ids,
         "a marker that an answer quotes counts as a marker",
     ),
-    (COMPLETIONS, "OpenAIServingCompletion.__init__", hide_markers, "markers are shown in completions"),
-    (OLLAMA, "OllamaServing.__init__", hide_markers, "markers are shown in answers to Ollama's clients"),
+    (names.COMPLETIONS, hide_markers, "markers are shown in completions"),
+    (names.OLLAMA, hide_markers, "markers are shown in answers to Ollama's clients"),
     (
-        MESSAGES,
-        "AnthropicServing._convert_response",
+        names.MESSAGES_ANSWER,
         show_cut_calls,
         "a call that was cut ends as a whole one in Messages",
     ),

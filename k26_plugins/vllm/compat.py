@@ -101,7 +101,7 @@ def message_image(part: dict[str, Any]) -> dict[str, Any] | None:
 
 def create_tokenize() -> EngineName:
     """What answers `/tokenize` in this release."""
-    return ENGINE.first(names.CREATE_TOKENIZE_BEFORE, names.CREATE_TOKENIZE)
+    return ENGINE.first(names.CREATE_TOKENIZE, names.CREATE_TOKENIZE_BEFORE)
 
 
 @functools.cache
@@ -194,7 +194,7 @@ def level_of_calls(level: Any) -> Any:
 
 def has_kimi_parser() -> bool:
     """Whether vLLM has the parser of this model's answers that ours mends."""
-    return ENGINE.has(names.KIMI_PARSER)
+    return ENGINE.has_module(names.KIMI_PARSER)
 
 
 def register_tokenizer(changes: Registration, tokenizer: tuple[str, str], renderer: tuple[str, str]) -> None:
@@ -236,7 +236,7 @@ def cpu_prefill_backend() -> Any:
 
 def use_cpu_prefill_backend(path: str) -> None:
     """Have the class at `path` take the place of vLLM's MLA prefill on a CPU, where this vLLM has one to replace."""
-    if ENGINE.has(names.CPU_PREFILL.owner):
+    if ENGINE.has_module(names.CPU_PREFILL):
         private(names.REGISTER_PREFILL)(private(names.CPU_PREFILL_PLACE), path)
 
 

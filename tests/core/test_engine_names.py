@@ -7,10 +7,40 @@ the engine itself: tests/vllm/test_adapter.py and tests/sglang/test_adapter.py.
 from __future__ import annotations
 
 import pytest
-from engine_names import ENGINES, GONE, changes, read_snapshot, touched
+from engine_names import ENGINES, GONE, changes, key, not_in_table, not_touched, read_snapshot, table, touched
 from support.versions import ABSENT, documented_rows, release_rows
 
 CHECKED = {"vllm": ("0.19.1", "0.33.0"), "sglang": ("0.5.10", "0.5.23"), "sglang-kt": ("0.7.2", "0.7.2")}
+RELEASES = [(engine, release) for engine in ENGINES for release in read_snapshot(engine)]
+
+
+@pytest.mark.parametrize("adapter", ABSENT)
+def test_the_table_is_what_the_source_touches(adapter: str) -> None:
+    """Both ways: whatever the source looks up, patches, imports or derives from has an entry, and no entry is left over."""
+    assert not_in_table(adapter) == set()
+    assert not_touched(adapter) == set()
+    entries = [key(name) for name in table(adapter).values()]
+    assert len(entries) == len(set(entries))
+
+
+@pytest.mark.parametrize(("engine", "release"), RELEASES)
+def test_a_release_has_what_the_table_says(engine: str, release: str) -> None:
+    """From `since` to `until`. Of a fork they say nothing, unless it is named."""
+    snapshot = read_snapshot(engine)
+    order = list(snapshot)
+    wrong = {}
+    for constant, name in table(ENGINES[engine]).items():
+        since, until = name.since or order[0], name.until or order[-1]
+        is_there = snapshot[release][key(name)] != GONE
+        if since.rpartition(" ")[0]:
+            told = f"{engine} {release}" == since
+        elif engine != ENGINES[engine]:
+            continue
+        else:
+            told = order.index(since) <= order.index(release) <= order.index(until)
+        if is_there != told:
+            wrong[constant] = is_there
+    assert wrong == {}
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -18,8 +48,8 @@ def test_the_snapshot_has_every_name_and_release(engine: str) -> None:
     """Where it does not: `python ci/engine_names.py` with the releases of docs/versions.md."""
     snapshot = read_snapshot(engine)
     assert (next(iter(snapshot)), next(reversed(snapshot))) == CHECKED[engine]
-    names, _ = touched(ENGINES[engine])
-    assert names <= snapshot[CHECKED[engine][1]].keys()
+    names, overridden = touched(ENGINES[engine])
+    assert names <= snapshot[CHECKED[engine][1]].keys() <= names | overridden
 
 
 @pytest.mark.parametrize("package", ABSENT)

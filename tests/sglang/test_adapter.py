@@ -31,7 +31,7 @@ from support.sglang_server import HAS_ENTRY_POINT, boot_folder
 from support.versions import wrong_entries
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from k26_plugins.common.adapters.engine import UnsupportedEngineError
+from k26_plugins.common.adapters.engine import EngineName, UnsupportedEngineError
 from k26_plugins.common.adapters.registration import Registration
 from k26_plugins.common.checkpoint import Checkpoint, expert_name
 from k26_plugins.common.experts import ExpertWeights
@@ -40,7 +40,7 @@ from k26_plugins.common.experts.loading import load_experts
 from k26_plugins.common.model.config import ARCHITECTURE, ConfigError
 from k26_plugins.common.prompt.hf_tokenizer import KimiTokenizerFast
 from k26_plugins.common.tiny.checkpoint import make_tiny
-from k26_plugins.sglang import compat, compat_loading, probe, register
+from k26_plugins.sglang import compat, compat_loading, names, probe, register
 
 # Read when SGLang is imported, which nothing above does.
 os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
@@ -104,7 +104,7 @@ def test_registration_is_all_or_nothing(monkeypatch: pytest.MonkeyPatch, caplog:
     from sglang.srt.server_args import ServerArgs
 
     configs = compat._config_registry()
-    processors = compat.private("sglang.srt.multimodal.customized_mm_processor_utils", "_CUSTOMIZED_MM_PROCESSOR")
+    processors = compat.private(names.CUSTOMIZED_PROCESSORS)
     target = next(iter(name for name in HookRegistry._hooks if name.endswith(".get_tokenizer")))
     for registry, key in (
         (ModelRegistry.models, ARCHITECTURE),
@@ -160,8 +160,9 @@ def test_sglangs_own_class_serves_where_ours_lacks_a_name(
 
 
 def test_a_name_that_sglang_lost_is_one_clear_error() -> None:
+    name = EngineName("sglang.nothing", "Here", why="test it", remove_when="never")
     with pytest.raises(UnsupportedEngineError, match=r"sglang .* has no sglang.nothing.Here.*checked on sglang"):
-        compat.private("sglang.nothing", "Here")
+        compat.private(name)
 
 
 def test_no_file_of_the_checkpoint_is_executed(tiny_folder: Path, tmp_path: Path) -> None:

@@ -20,10 +20,10 @@ from support.scripted import CASES, TOKEN_CASES, TOOLS, WEATHER, Case, call
 from k26_plugins.common.adapters.registration import Registration
 from k26_plugins.common.prompt.hf_tokenizer import load_hf_tokenizer
 from k26_plugins.common.prompt.output import SECTION_BEGIN, SECTION_END, THINK_END
-from k26_plugins.sglang import compat, compat_chats
+from k26_plugins.sglang import compat, compat_chats, names
 from k26_plugins.sglang.answers import K26Answers, is_thinking
 from k26_plugins.sglang.output import K26ToolDetector
-from k26_plugins.sglang.serving import RESPONSES, allow_calls, hear_thinking, join_turns, keep_images, read_token_ids
+from k26_plugins.sglang.serving import allow_calls, hear_thinking, join_turns, keep_images, read_token_ids
 
 BIG = '{"city":"' + 'x } \\" <| ' * 1500 + '"}'
 ALL = {
@@ -76,9 +76,7 @@ def test_a_functions_images_are_kept_by_the_responses_api() -> None:
     output = [{"type": "input_text", "text": "Seen:"}, {"type": "input_image", "image_url": url}]
     result = {"type": "function_call_output", "call_id": "now:0", "output": output}
     changes = Registration()
-    compat_chats.hook(
-        changes, RESPONSES, "OpenAIServingResponses._flatten_tool_output", keep_images, "images are dropped"
-    )
+    compat_chats.hook(changes, names.RESPONSES_RESULT, keep_images, "images are dropped")
     try:
         changes.apply()
         message = serving._normalize_response_message_for_chat(result)
@@ -97,7 +95,7 @@ def test_an_answer_of_the_responses_api_stays_one_message() -> None:
     serving = pytest.importorskip("sglang.srt.entrypoints.openai.serving_responses").OpenAIServingResponses
     name = "_merge_consecutive_assistant_messages"
     original, changes = serving.__dict__.get(name), Registration()
-    compat_chats.hook(changes, RESPONSES, f"OpenAIServingResponses.{name}", join_turns, "turns stay apart")
+    compat_chats.hook(changes, names.RESPONSES_TURNS, join_turns, "turns stay apart")
     if original is None:
         pytest.skip("this SGLang joins nothing")
     call_ = {"id": "now:0", "type": "function", "function": {"name": "now", "arguments": "{}"}}

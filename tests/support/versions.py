@@ -32,6 +32,8 @@ ABSENT = {
     "sglang": {
         f"{_CHAT}.chat_encoding_adapters": "before 0.5.23 answers are read as text: a quoted marker counts as one",
         f"{_CHAT}.serving_chat:OpenAIServingChat._encoding_output": "as above",
+        f"{_CHAT}.serving_chat:OpenAIServingChat._effective_tools": "as above: it is asked where answers are read by ids",
+        f"{_CHAT}.serving_chat:OpenAIServingChat._tool_call_parsing_active": "as above",
         f"{_CHAT}.serving_chat:OpenAIServingChat._engine_prompt": "before 0.5.20: said in the log",
         f"{_CHAT}.serving_chat:normalize_assistant_tool_call_arguments": "before 0.5.14: said in the log",
         f"{_CHAT}.serving_chat:OpenAIServingChat.supports_native_reasoning_history": "said in the log",
@@ -45,6 +47,7 @@ ABSENT = {
         "sglang.srt.multimodal.": "images are read by an older interface",
         "sglang.srt.plugins": "0.5.10 and the fork have no plugins: see `boot`",
         "sglang.srt.runtime_context": "settings are read where they were before",
+        "sglang.srt.server_args:ServerArgs.resolve_once": "before 0.5.19 arguments are settled as the object is made",
         "sglang.srt.utils.common:_normalize_video_input": "the fork fetches a video as it does an image",
         "sglang.srt.models.kimi_k25:KimiK25ForConditionalGeneration.post_load_weights": (
             "ours has it in every release, for the language model's"

@@ -97,19 +97,23 @@ class Engine:
                 raise
             raise self.lacks(name) from error
 
-    def has(self, name: EngineName) -> bool:
-        """Whether this release has it. A module's own name is answered without importing more than its packages."""
+    def has_module(self, name: EngineName) -> bool:
+        """Whether this release has the module of a name. No more of it is imported than the packages that it is in."""
         parts = name.module.split(".")
-        if not all(find_spec(".".join(parts[:end])) for end in range(1, len(parts) + 1)):
+        return all(find_spec(".".join(parts[:end])) for end in range(1, len(parts) + 1))
+
+    def has(self, name: EngineName) -> bool:
+        """Whether this release has a name. Raises what the import of its module raises."""
+        if not self.has_module(name):
             return False
-        if name.path:
-            importlib.import_module(name.module)  # what that raises is no answer
-            try:
-                name.look_up()
-            except AttributeError:
-                return False
+        importlib.import_module(name.module)
+        try:
+            name.look_up()
+        except AttributeError:
+            return False
         return True
 
     def first(self, *names: EngineName) -> EngineName:
-        """The first that this release has, of names for the same in several releases; the last where it has none."""
-        return next((name for name in names if self.has(name)), names[-1])
+        """The first that this release has, of names for the same in several releases, newest first; where it has none, the
+        newest, for the error."""
+        return next((name for name in names if self.has(name)), names[0])
