@@ -28,7 +28,7 @@ from k26_plugins.common.adapters.engine import EngineName
 
 ROOT = Path(__file__).parent.parent
 SNAPSHOTS = ROOT / "tests/releases"
-ENGINES = {"vllm": "vllm", "sglang": "sglang", "sglang-kt": "sglang"}
+ENGINES = {"vllm": "vllm", "sglang": "sglang", "sglang-kt": "sglang", "kt-kernel": "ktransformers"}
 """By the snapshot's name, which is the distribution's, the adapter."""
 GONE = "-"
 

@@ -1,29 +1,25 @@
-"""Every name of kt-kernel that this adapter touches. Checked on 0.6.1, 0.6.4 and 0.7.2."""
+"""What this adapter looks up in kt-kernel, by the names of `names.py`."""
 
 from __future__ import annotations
 
-import importlib
 import re
 from typing import Any
 
-from k26_plugins.common.adapters.engine import Engine, EngineName
+from k26_plugins.common.adapters.engine import Engine
 from k26_plugins.common.experts.native.build import cpu_flags
+from k26_plugins.ktransformers import names
 
 CHECKED_VERSIONS = "0.6.1 to 0.7.2"
 
 
 ENGINE = Engine({"kt-kernel": CHECKED_VERSIONS}, "choose the core's experts with K26_CPU_EXPERTS=auto")
+private = ENGINE.private
 kt_kernel_version = ENGINE.release
 
 
-def private(module: str, name: str) -> Any:
-    """An engine-private name. Raises UnsupportedEngineError where it is gone, ImportError where the engine is."""
-    return ENGINE.private(EngineName(module, name, why="serve", remove_when=""))
-
-
 def extension() -> Any:
-    """The compiled extension for this CPU. Raises ImportError where kt-kernel is not installed."""
-    return importlib.import_module("kt_kernel").kt_kernel_ext
+    """The compiled extension for this CPU. Raises ImportError where kt-kernel cannot be imported."""
+    return names.EXTENSION.look_up()
 
 
 def ends_the_process() -> str | None:
@@ -36,12 +32,9 @@ def ends_the_process() -> str | None:
 
 def raw_int4_class(group_size: int) -> Any:
     """The class for this CPU that takes the checkpoint's INT4 bytes as they are, or None."""
-    utils = importlib.import_module("kt_kernel.utils.amx")
-    if hasattr(utils, "_select_rawint4_backend"):
-        return utils._select_rawint4_backend(group_size)
-    # 0.6.1 offers its AMX code to every CPU, and ends the process on one without.
-    has_amx = private("kt_kernel", "__cpu_variant__") == "amx"
-    return getattr(utils, "AMXInt4_KGroup_MOE", None) if has_amx else None
+    if ENGINE.has(names.CHOOSE_RAW_INT4):
+        return private(names.CHOOSE_RAW_INT4)(group_size)
+    return private(names.RAW_INT4_ON_AMX) if private(names.CPU_VARIANT) == "amx" else None
 
 
 # Its classes that copy what they are given. AVX2RawInt4_MOE computes from the addresses, in every release that has it.
@@ -55,5 +48,4 @@ def copies_weights(raw_int4: Any) -> bool:
 
 def cpu_infer(threads: int, numa_nodes: list[int]) -> Any:
     """kt-kernel's thread pools, one for each memory node and `threads` in all. The first call decides for the process."""
-    base = private("kt_kernel.experts_base", "BaseMoEWrapper")
-    return base._get_cpu_infer(threads, len(numa_nodes), numa_nodes=numa_nodes)
+    return private(names.CPU_INFER)(threads, len(numa_nodes), numa_nodes=numa_nodes)

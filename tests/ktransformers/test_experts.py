@@ -8,10 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from engine_names import read_snapshot
 from support.experts import error, inputs, judge, make_weights, overwritten_when_let_go, route
 from support.instruction_sets import INSTRUCTION_SET
+from support.versions import wrong_entries
 
-from k26_plugins.common.adapters.engine import UnsupportedEngineError
+from k26_plugins.common.adapters.engine import EngineName, UnsupportedEngineError
 from k26_plugins.common.experts import ExpertsError, create_experts
 from k26_plugins.common.experts.base import ExpertWeights
 from k26_plugins.common.experts.deferred import Deferral
@@ -19,7 +21,7 @@ from k26_plugins.common.experts.hybrid import HybridExperts
 from k26_plugins.common.experts.native.build import cpu_flags
 from k26_plugins.common.experts.placement import place
 from k26_plugins.common.host.cores import Core
-from k26_plugins.ktransformers import compat
+from k26_plugins.ktransformers import compat, names
 from k26_plugins.ktransformers.experts import KtExperts
 
 # kt-kernel rounds activations to 8 bits.
@@ -33,7 +35,7 @@ WITHOUT_AMX = {"0.6.1": "kt-kernel 0.6.1 has no RAWINT4 experts for this CPU", "
 WITH_AMX = {"0.6.1": GARBAGE, "0.6.4": GARBAGE}
 refusal = compat.ends_the_process()
 if refusal is None and "avx512f" in cpu_flags():
-    has_amx = compat.private("kt_kernel", "__cpu_variant__") == "amx"
+    has_amx = compat.private(names.CPU_VARIANT) == "amx"
     refusal = (WITH_AMX if has_amx else WITHOUT_AMX).get(compat.kt_kernel_version())
 runs_here = pytest.mark.skipif(
     refusal is not None, reason=f"kt-kernel {compat.kt_kernel_version()} has no right RAWINT4 for this CPU"
@@ -171,6 +173,13 @@ def test_a_shape_that_would_end_the_process_is_refused() -> None:
         create_experts(make_weights(4, 256, 64), "kt")
 
 
+@pytest.mark.skipif(compat.ends_the_process() is not None, reason="this kt-kernel ends the process when it is imported")
+def test_the_snapshot_says_what_this_release_has() -> None:
+    """By reading its files it was made; here kt-kernel itself is asked."""
+    assert wrong_entries(read_snapshot("kt-kernel")[compat.kt_kernel_version()]) == {}
+
+
 def test_a_name_that_kt_kernel_lost_is_one_clear_error() -> None:
+    name = EngineName("json", "Here", why="test it", remove_when="never")
     with pytest.raises(UnsupportedEngineError, match=r"kt-kernel .* has no json.Here.*checked on kt-kernel"):
-        compat.private("json", "Here")
+        compat.private(name)

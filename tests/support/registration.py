@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from k26_plugins.common.adapters.engine import UnsupportedEngineError
+from k26_plugins.common.adapters.engine import EngineName, UnsupportedEngineError
 from k26_plugins.common.adapters.registration import Registration
 
 
@@ -23,12 +23,12 @@ def assert_all_or_nothing(
     looked_up = changed = 0
 
     def without(number: int) -> Callable[..., Any]:
-        def look_up(*name: Any) -> Any:
+        def look_up(name: EngineName) -> Any:
             nonlocal looked_up
             looked_up += 1
             if looked_up == number:
                 raise UnsupportedEngineError(f"no {name}")
-            return private(*name)
+            return private(name)
 
         return look_up
 

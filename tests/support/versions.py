@@ -58,6 +58,9 @@ ABSENT = {
         "sglang.srt.utils.runai_utils": "the fork reads no object stores",
         "sglang.srt.utils.hf_transformers": "one module before 0.5.11, a package since",
     },
+    "ktransformers": {
+        "kt_kernel.utils.amx:_select_rawint4_backend": "before 0.6.2.post3 there is code for AMX alone, which is asked for",
+    },
 }
 """By the beginning of a name: what happens in a release without it."""
 
