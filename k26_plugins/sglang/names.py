@@ -225,7 +225,6 @@ IN_TREE_MEDIA_CLASS = EngineName(
 GPU_PROCESSOR = EngineName(
     IN_TREE_MEDIA.module,
     "KimiGPUProcessorWrapper",
-    # Where there is a GPU the in-tree class resizes on it, by other arithmetic: pixels a few levels apart.
     why="have the core prepare pixels on every device",
     remove_when="SGLang prepares the same pixels with a GPU as without",
     since="0.5.11",

@@ -9,7 +9,7 @@ from importlib.util import module_from_spec
 from pathlib import Path
 from types import ModuleType
 
-# Every process of SGLang's imports it early, and the adapter's registrations are all that come later.
+# `FIRST_MODULE` of names.py, which would be imported at every start of Python.
 WATCHED = "sglang.srt.utils.hf_transformers_utils"
 
 
