@@ -89,17 +89,22 @@ def test_thread_sanitizer(sample: Sample, here: torch.Tensor, tmp_path: Path) ->
     assert torch.equal(run(sample, tmp_path, COMPILER, *flags, emulator=FIXED_ADDRESSES)[0], here)
 
 
-@pytest.fixture(scope="module")
-def pages_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(name: str, folder: Path) -> Path:
+    """A program of the drivers' folder, compiled for this CPU."""
     assert COMPILER is not None
-    program = tmp_path_factory.mktemp("pages") / "pages"
+    program = folder / name
     flags = [
         flag for flag in (*FLAGS, *VARIANTS[usable_variants()[0]].flags) if flag not in ("-O3", "-fPIC", "-shared")
     ]
-    command = [COMPILER, *flags, "-O1", f"-I{SOURCES}", str(DRIVER / "pages.cpp"), "-o", str(program), "-ldl"]
+    command = [COMPILER, *flags, "-O1", f"-I{SOURCES}", str(DRIVER / f"{name}.cpp"), "-o", str(program), "-ldl"]
     compiled = subprocess.run(command, capture_output=True, text=True, check=False)
     assert compiled.returncode == 0, compiled.stderr[-3000:]
     return program
+
+
+@pytest.fixture(scope="module")
+def pages_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made("pages", tmp_path_factory.mktemp("pages"))
 
 
 @needs_compiler
@@ -117,6 +122,21 @@ def test_a_node_reads_the_pages_that_lie_there(nodes: tuple[int, ...], inner: in
     borders = 4 * experts * 2 * len(set(nodes))
     assert own >= pages - borders, "each page is read, by threads of the node where it lies"
     assert foreign <= borders
+
+
+@needs_compiler
+@needs_set
+@pytest.mark.parametrize("nodes", [(0, 0), (0, 0, 0, 1, 1, 1), (0, 1)], ids=str)
+def test_a_late_thread_leaves_its_work_to_those_of_its_node(nodes: tuple[int, ...], tmp_path: Path) -> None:
+    """While the first thread sleeps in its first part the others of its node take all the rest, and no thing twice."""
+    things = 444
+    program = made("late", tmp_path)
+    shown = subprocess.run([str(program), str(things), *map(str, nodes)], capture_output=True, text=True, timeout=60)
+    assert shown.returncode == 0
+    taken_by = [int(thread) for thread in shown.stdout.split()]
+    each = things // len(nodes)
+    assert [nodes[thread] for thread in taken_by] == [node for node in nodes for _ in range(each)]
+    assert taken_by.count(0) == (each // 2 if nodes.count(nodes[0]) > 1 else each)
 
 
 @needs_compiler

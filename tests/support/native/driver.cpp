@@ -3,7 +3,7 @@
 //
 //     driver GIVEN RESULT THREADS
 //
-// GIVEN: int64 experts, hidden, inner, tokens, top_k; then as the checkpoint has them w13, its scales, w2, its scales; x in
+// GIVEN: int64 experts, hidden, intermediate, tokens, top_k; then as the checkpoint has them w13, its scales, w2, its scales; x in
 // bfloat16, ids in int32, weights in float32. RESULT: float32 [tokens, hidden] three times: the batch on the pool, its tokens
 // one by one and all in flight at once, the batch on OpenMP's threads where the program has them.
 
@@ -25,11 +25,11 @@ std::unique_ptr<T[]> read(FILE* file, int64_t count) {
 int main(int, char** arguments) {
   FILE* given = fopen(arguments[1], "rb");
   const auto sizes = read<int64_t>(given, 5);
-  const int64_t experts = sizes[0], hidden = sizes[1], inner = sizes[2], tokens = sizes[3], top_k = sizes[4];
-  const auto w13 = read<uint8_t>(given, experts * hidden * inner);
-  const auto w13_scale = read<uint16_t>(given, experts * 2 * inner * hidden / kGroup);
-  const auto w2 = read<uint8_t>(given, experts * hidden * inner / 2);
-  const auto w2_scale = read<uint16_t>(given, experts * hidden * inner / kGroup);
+  const int64_t experts = sizes[0], hidden = sizes[1], intermediate = sizes[2], tokens = sizes[3], top_k = sizes[4];
+  const auto w13 = read<uint8_t>(given, experts * hidden * intermediate);
+  const auto w13_scale = read<uint16_t>(given, experts * 2 * intermediate * hidden / kGroup);
+  const auto w2 = read<uint8_t>(given, experts * hidden * intermediate / 2);
+  const auto w2_scale = read<uint16_t>(given, experts * hidden * intermediate / kGroup);
   const auto x = read<uint16_t>(given, tokens * hidden);
   const auto ids = read<int32_t>(given, tokens * top_k);
   const auto weights = read<float>(given, tokens * top_k);
@@ -45,7 +45,7 @@ int main(int, char** arguments) {
 #endif
   static Process* process = k26_create();
   if (k26_start(process, cpus.data(), nodes.data(), threads) != 1) return 1;
-  const Layer layer{w13.get(), w13_scale.get(), w2.get(), w2_scale.get(), experts, hidden, inner};
+  const Layer layer{w13.get(), w13_scale.get(), w2.get(), w2_scale.get(), experts, hidden, intermediate};
   if (k26_repack(process, &layer, 0) != 0) return 2;
 
   std::vector<float> results(3 * tokens * hidden);

@@ -1,6 +1,6 @@
 // On which NUMA node's threads the pages of new weights are first written, and which read them at a layer's work:
 //
-//     pages SIZES... : experts hidden inner, then the node of each thread
+//     pages SIZES... : experts hidden intermediate, then the node of each thread
 //
 // The nodes are pretended, the threads and the pages real: all pages are closed, so that the first thread that touches one is
 // noted; and again before each thread reads, one after the other. Prints three counts of pages: of the weights; read by a thread
@@ -62,11 +62,11 @@ void place_and_note(const Worker& me, void*) {
 }  // namespace
 
 int main(int count, char** arguments) {
-  const int64_t experts = std::atoll(arguments[1]), hidden = std::atoll(arguments[2]), inner = std::atoll(arguments[3]);
+  const int64_t experts = std::atoll(arguments[1]), hidden = std::atoll(arguments[2]), intermediate = std::atoll(arguments[3]);
   for (int i = 4; i < count; ++i) job.of_thread.push_back(std::atoi(arguments[i]));
   const int threads = static_cast<int>(job.of_thread.size());
   page_size = sysconf(_SC_PAGESIZE);
-  const int64_t w13 = experts * hidden * inner, w2 = w13 / 2, offset = 64;  // no tensor begins at a page
+  const int64_t w13 = experts * hidden * intermediate, w2 = w13 / 2, offset = 64;  // no tensor begins at a page
   const int64_t s13 = w13 / kGroup * 4, s2 = w2 / kGroup * 4;               // bytes of the scales
   const int64_t pages = (w13 + w2 + s13 + s2 + offset) / page_size + 1;
   void* memory = mmap(nullptr, pages * page_size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -81,7 +81,7 @@ int main(int count, char** arguments) {
 
   auto* w = static_cast<uint8_t*>(memory) + offset;
   const auto scale = [](uint8_t* at) { return reinterpret_cast<uint16_t*>(at); };
-  const Layer layer{w, scale(w + w13 + w2), w + w13, scale(w + w13 + w2 + s13), experts, hidden, inner};
+  const Layer layer{w, scale(w + w13 + w2), w + w13, scale(w + w13 + w2 + s13), experts, hidden, intermediate};
   std::vector<int32_t> cpus(threads);
   for (int i = 0; i < threads; ++i) cpus[i] = static_cast<int32_t>(i % sysconf(_SC_NPROCESSORS_ONLN));
   static Pool pool({cpus.begin(), cpus.end()}, {job.of_thread.begin(), job.of_thread.end()});

@@ -72,11 +72,11 @@ struct Batch {
 int main(int count_of_arguments, char** arguments) {
   FILE* given = fopen(arguments[1], "rb");
   const auto sizes = read<int64_t>(given, 5);
-  const int64_t experts = sizes[0], hidden = sizes[1], inner = sizes[2], tokens = sizes[3], top_k = sizes[4];
-  auto w13 = read<uint8_t>(given, experts * hidden * inner);
-  auto w13_scale = read<uint16_t>(given, experts * 2 * inner * hidden / kGroup);
-  auto w2 = read<uint8_t>(given, experts * hidden * inner / 2);
-  auto w2_scale = read<uint16_t>(given, experts * hidden * inner / kGroup);
+  const int64_t experts = sizes[0], hidden = sizes[1], intermediate = sizes[2], tokens = sizes[3], top_k = sizes[4];
+  auto w13 = read<uint8_t>(given, experts * hidden * intermediate);
+  auto w13_scale = read<uint16_t>(given, experts * 2 * intermediate * hidden / kGroup);
+  auto w2 = read<uint8_t>(given, experts * hidden * intermediate / 2);
+  auto w2_scale = read<uint16_t>(given, experts * hidden * intermediate / kGroup);
   const auto x = read<uint16_t>(given, tokens * hidden);
   fclose(given);
 
@@ -86,7 +86,7 @@ int main(int count_of_arguments, char** arguments) {
   if (k26_refusal() != 0) return 2;
   static Process* process = k26_create();
   if (k26_start(process, cpus.data(), nodes.data(), threads) != 1) return 1;
-  const Layer layer{w13.data(), w13_scale.data(), w2.data(), w2_scale.data(), experts, hidden, inner};
+  const Layer layer{w13.data(), w13_scale.data(), w2.data(), w2_scale.data(), experts, hidden, intermediate};
   if (k26_repack(process, &layer, 0) != 0) return 2;
 
   // One set of pinned memory for all layers and batches, which follow one another.

@@ -1,4 +1,5 @@
-// The routed INT4 experts of a layer on a CPU. `build.py` compiles this file, `threads.py` calls it; `layer.hpp` has the work.
+// The routed INT4 experts of a layer on a CPU. `build.py` compiles this file, `threads.py` calls it; `layer.hpp` has the work on
+// a batch, `weights.hpp` that on weights.
 
 #include <atomic>
 #include <cstdint>
@@ -7,6 +8,7 @@
 #include <new>
 
 #include "layer.hpp"
+#include "weights.hpp"
 
 namespace k26 {
 
@@ -93,8 +95,8 @@ int64_t k26_repack(k26::Process* process, const k26::Layer* layer, int64_t threa
   const auto turn = process->turn();
   State& state = process->state;
   state.layer = *layer;
-  state.packed.reserve(layer->hidden * layer->inner);
-  state.scales.reserve(2 * layer->hidden * layer->inner / kGroup * sizeof(uint16_t));
+  state.packed.reserve(layer->hidden * layer->intermediate);
+  state.scales.reserve(2 * layer->hidden * layer->intermediate / kGroup * sizeof(uint16_t));
   process->run_on(threads, repack);
   return 0;
 } catch (const std::bad_alloc&) {

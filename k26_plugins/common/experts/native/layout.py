@@ -1,4 +1,4 @@
-"""The way back from the layout of `layer.hpp` to the checkpoint's, in torch's operators, on any device."""
+"""The way back from the layout of `weights.hpp` to the checkpoint's, in torch's operators, on any device."""
 
 from __future__ import annotations
 
