@@ -7,7 +7,15 @@ from typing import Any, ClassVar, Self
 
 import torch
 
-from k26_plugins.common.experts.base import ExpertsBackend, ExpertsError, ExpertWeights, Sizes, local_ids
+from k26_plugins.common.experts.base import (
+    ExpertsBackend,
+    ExpertsError,
+    ExpertWeights,
+    LayerSizes,
+    RoutedBatch,
+    Sizes,
+    local_ids,
+)
 from k26_plugins.common.host.cores import Core, cores
 from k26_plugins.common.model.int4 import GROUP_SIZE
 from k26_plugins.common.settings import cpu_threads_setting
@@ -36,11 +44,11 @@ class KtExperts(ExpertsBackend):
     # 8-bit activations: 1.2 to 1.5 % was measured on a right kernel.
     tolerance: ClassVar[float] = 3e-2
 
-    def __init__(self, moe: Any, pool: Any, num_experts: int, kept: tuple[torch.Tensor, ...]) -> None:
+    def __init__(self, moe: Any, pool: Any, sizes: Sizes, kept: tuple[torch.Tensor, ...]) -> None:
         """kept: tensors whose addresses kt-kernel remembers."""
+        super().__init__(sizes)
         self.moe = moe
         self.pool = pool
-        self.num_experts = num_experts
         self.kept = kept
 
     @classmethod
@@ -98,7 +106,8 @@ class KtExperts(ExpertsBackend):
         pool.submit(moe.load_weights_task(order.data_ptr()))
         pool.sync()
         kept = () if compat.copies_weights(raw_int4) else (weights.w13_packed, weights.w2_packed)
-        return cls(moe, pool, weights.num_experts, (on_device, order, *kept))
+        sizes = LayerSizes(weights.num_experts, weights.hidden_size, inner, weights.device)
+        return cls(moe, pool, sizes, (on_device, order, *kept))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """None: kt-kernel keeps its copies to itself, so EPLB cannot move them."""
@@ -111,31 +120,22 @@ class KtExperts(ExpertsBackend):
     def restore(self, tensors: dict[str, torch.Tensor]) -> ExpertWeights:
         raise ExpertsError(KEEPS_WEIGHTS)
 
-    def apply(
-        self,
-        hidden_states: torch.Tensor,
-        topk_ids: torch.Tensor,
-        topk_weights: torch.Tensor,
-        *,
-        expert_map: torch.Tensor | None = None,
-        out: torch.Tensor | None = None,
-        workspace: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        if topk_ids.shape[1] > MAX_TOP_K:
+    def _forward(self, batch: RoutedBatch) -> None:
+        x, weights = batch.hidden_states, batch.topk_weights
+        top_k = batch.topk_ids.shape[1]
+        if top_k > MAX_TOP_K:
             raise ExpertsError(
-                f"kt-kernel was set up for {MAX_TOP_K} experts a token, this batch has {topk_ids.shape[1]}: choose the "
-                f"core's experts with K26_CPU_EXPERTS=auto."
+                f"kt-kernel was set up for {MAX_TOP_K} experts a token, this batch has {top_k}: choose the core's "
+                f"experts with K26_CPU_EXPERTS=auto."
             )
-        x = hidden_states.to(torch.bfloat16).contiguous()
-        ids = local_ids(topk_ids, expert_map, self.num_experts).contiguous()
-        weights = topk_weights.float().contiguous()
+        ids = local_ids(batch.topk_ids, batch.expert_map, self.sizes.num_experts)
         result = torch.empty_like(x)
         for start in range(0, len(x), MAX_TOKENS):
             part = slice(start, start + MAX_TOKENS)
-            self._forward(x[part], ids[part], weights[part], result[part])
-        return result.to(hidden_states.dtype) if out is None else out.copy_(result)
+            self._compute(x[part], ids[part], weights[part], result[part])
+        batch.out.copy_(result)
 
-    def _forward(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, result: torch.Tensor) -> None:
+    def _compute(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, result: torch.Tensor) -> None:
         num_tokens = torch.tensor([len(x)], dtype=torch.int32)
         task = self.moe.forward_task(
             num_tokens.data_ptr(),

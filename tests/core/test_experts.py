@@ -62,6 +62,41 @@ def test_no_tokens_and_no_experts(backend: str) -> None:
     assert not experts.apply(inputs(3, 128), nobody, torch.ones(3, 2)).any()
 
 
+@pytest.mark.parametrize("backend", backends())
+def test_tensors_lie_and_are_typed_as_a_caller_has_them(backend: str) -> None:
+    """With gaps between their rows, in other dtypes, and started before they are waited for: the same bits."""
+    experts = create_experts(make_weights(4, 128, 64), backend)
+    x, (ids, topk_weights), expert_map = inputs(5, 128), route(5, 2, 4), torch.tensor([2, 0, -1, 1], dtype=torch.int32)
+    expected = experts.apply(x, ids, topk_weights, expert_map=expert_map)
+    gaps = [torch.stack((tensor, tensor), dim=1)[:, 0] for tensor in (x, ids.long(), topk_weights.double(), expert_map)]
+    assert not any(tensor.is_contiguous() for tensor in gaps)
+    out = torch.empty(5, 256, dtype=torch.float32)[:, ::2]
+    assert experts.apply(*gaps[:3], expert_map=gaps[3], out=out) is out
+    assert torch.equal(out.bfloat16(), expected)
+    assert torch.equal(experts.submit(*gaps[:3], expert_map=gaps[3])(), expected)
+
+
+@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("hidden_states", inputs(3, 64), r"hidden_states has shape \[3, 64\], expected \[3, 128\] .*hidden size 128"),
+        ("topk_ids", torch.zeros(3), r"topk_ids has shape \[3\], expected \[num_tokens, top_k\]"),
+        ("topk_weights", torch.ones(3, 1), r"topk_weights has shape \[3, 1\], expected \[3, 2\] for topk_ids \[3, 2\]"),
+        ("expert_map", torch.zeros(4, 1), r"expert_map has shape \[4, 1\], expected \[num_global_experts\]"),
+        ("out", inputs(2, 128), r"out has shape \[2, 128\], expected \[3, 128\]"),
+    ],
+    ids=["hidden_states", "topk_ids", "topk_weights", "expert_map", "out"],
+)
+def test_a_tensor_of_another_shape_is_named(backend: str, name: str, given: torch.Tensor, message: str) -> None:
+    experts = create_experts(make_weights(4, 128, 64), backend)
+    ids, topk_weights = route(3, 2, 4)
+    right = {"hidden_states": inputs(3, 128), "topk_ids": ids, "topk_weights": topk_weights}
+    for run in (experts.apply, experts.submit):
+        with pytest.raises(ExpertsError, match=message):
+            run(**{**right, name: given})
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("backend", backends())
 def test_what_is_no_experts_id_counts_as_none(backend: str, dtype: torch.dtype) -> None:

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from k26_plugins.common.experts import create_experts
-from k26_plugins.common.experts.base import ExpertsBackend, ExpertWeights, Sizes
+from k26_plugins.common.experts.base import ExpertsBackend, ExpertWeights, RoutedBatch, Sizes
 from k26_plugins.common.experts.native import NativeExperts
 from k26_plugins.common.experts.native.threads import Call, Threads
 from k26_plugins.common.host.device_runtime import DeviceRuntime
@@ -140,6 +140,7 @@ class OnDevice(ExpertsBackend):
     name = "on-device"
 
     def __init__(self, device: PretendedDevice, experts: ExpertsBackend) -> None:
+        super().__init__(experts.sizes)
         self.device, self.experts = device, experts
 
     @classmethod
@@ -160,20 +161,10 @@ class OnDevice(ExpertsBackend):
     def restore(self, tensors: dict[str, torch.Tensor]) -> ExpertWeights:
         return self.experts.restore(tensors)
 
-    def apply(
-        self,
-        hidden_states: torch.Tensor,
-        topk_ids: torch.Tensor,
-        topk_weights: torch.Tensor,
-        *,
-        expert_map: torch.Tensor | None = None,
-        out: torch.Tensor | None = None,
-        workspace: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        result = torch.empty_like(hidden_states) if out is None else out
-        inputs = (hidden_states, topk_ids, topk_weights)
-        self.device.launch(lambda: self.experts.apply(*inputs, expert_map=expert_map, out=result), *inputs, result)
-        return result
+    def _forward(self, batch: RoutedBatch) -> None:
+        inputs = (batch.hidden_states, batch.topk_ids, batch.topk_weights)
+        apply = self.experts.apply
+        self.device.launch(lambda: apply(*inputs, expert_map=batch.expert_map, out=batch.out), *inputs, batch.out)
 
 
 def be_late(device: PretendedDevice, threads: Threads) -> None:

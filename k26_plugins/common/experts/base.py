@@ -150,6 +150,28 @@ class ExpertWeights:
         return self.w13_packed, self.w13_scale, self.w2_packed, self.w2_scale
 
 
+class RoutedBatch(NamedTuple):
+    """A batch as a backend's `_forward` takes it: of the right shapes, contiguous, and where the weights lie."""
+
+    hidden_states: torch.Tensor
+    """`[num_tokens, hidden_size]`, in the backend's `activation_dtype`."""
+    topk_ids: torch.Tensor
+    """int32 `[num_tokens, top_k]`. They are global where there is an `expert_map`, and local otherwise; a number that is no
+    expert's counts as −1. `local_ids` maps both to local ones, for a backend whose kernels do not."""
+    topk_weights: torch.Tensor
+    """float32 `[num_tokens, top_k]`."""
+    expert_map: torch.Tensor | None
+    """int32 `[num_global_experts]`."""
+    out: torch.Tensor
+    """`[num_tokens, hidden_size]` in any floating dtype: what the routed sum is written to."""
+    workspace: torch.Tensor | None
+    """As the caller gave it."""
+
+    def write_to(self, result: torch.Tensor) -> torch.Tensor:
+        """`result` with what was written to `out`, which may be `result` itself."""
+        return result if result is self.out else result.copy_(self.out)
+
+
 class RoutedExperts(ABC):
     """Computes the routed sum of one layer, Σ weight · down(silu(gate · x) · (up · x)), over the experts that live here.
 
@@ -185,27 +207,13 @@ class RoutedExperts(ABC):
 
         Any other number that is no expert's, in the ids or in the map, counts as −1, on every backend and as in vLLM's own
         kernels: padded rows of a batch hold anything, and a device cannot raise an error without the host's waiting for it.
-        """
 
-    def submit(
-        self,
-        hidden_states: torch.Tensor,
-        topk_ids: torch.Tensor,
-        topk_weights: torch.Tensor,
-        *,
-        expert_map: torch.Tensor | None = None,
-        out: torch.Tensor | None = None,
-    ) -> Callable[[], torch.Tensor]:
-        """Start `apply`; the function that is returned waits for the result. The arguments stay unchanged until then.
-
-        A backend with threads of its own works meanwhile; here the result is there at once.
+        Raises ExpertsError for a tensor of another shape.
         """
-        result = self.apply(hidden_states, topk_ids, topk_weights, expert_map=expert_map, out=out)
-        return lambda: result
 
 
 class ExpertsBackend(RoutedExperts):
-    """One way to compute them, over all the weights that it was given."""
+    """One way to compute them, over all the weights that it was given: `_forward`, for which `apply` prepares a batch."""
 
     name: ClassVar[str]
     device_type: ClassVar[str | None]
@@ -215,6 +223,11 @@ class ExpertsBackend(RoutedExperts):
     what a wrong nibble order or scale gives (above 0.5)."""
     self_test_tokens: ClassVar[tuple[int, ...]] = (1, 64)
     """Batches of the self-test, in which every token chooses the same two experts: one for each path of the backend."""
+    activation_dtype: ClassVar[torch.dtype | None] = torch.bfloat16
+    """To which hidden states of another dtype are rounded; None for a backend that takes them as they are."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        self.sizes = sizes
 
     @classmethod
     @abstractmethod
@@ -236,6 +249,80 @@ class ExpertsBackend(RoutedExperts):
     @abstractmethod
     def load(cls, weights: ExpertWeights) -> Self:
         """Take the weights over, repacked expert by expert into the same storage where the sizes allow it."""
+
+    def apply(
+        self,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        *,
+        expert_map: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        workspace: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Check the batch, bring it into the form that kernels take, once for all backends, and compute it.
+
+        No value is looked at, and where a tensor has that form already nothing is done to it: on a device nothing is
+        launched and nothing waits.
+        """
+        result = torch.empty_like(hidden_states, memory_format=torch.contiguous_format) if out is None else out
+        batch = self._batch(hidden_states, topk_ids, topk_weights, expert_map, result, workspace)
+        self._forward(batch)
+        return batch.write_to(result)
+
+    def submit(
+        self,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        *,
+        expert_map: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> Callable[[], torch.Tensor]:
+        """Start `apply`; the function that is returned waits for the result. The arguments stay unchanged until then."""
+        result = torch.empty_like(hidden_states, memory_format=torch.contiguous_format) if out is None else out
+        batch = self._batch(hidden_states, topk_ids, topk_weights, expert_map, result, None)
+        wait_for_forward = self._start_forward(batch)
+
+        def wait() -> torch.Tensor:
+            wait_for_forward()
+            return batch.write_to(result)
+
+        return wait
+
+    def _batch(
+        self,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        expert_map: torch.Tensor | None,
+        out: torch.Tensor,
+        workspace: torch.Tensor | None,
+    ) -> RoutedBatch:
+        check_shapes(self.sizes.hidden_size, hidden_states, topk_ids, topk_weights, expert_map, out)
+        device = self.sizes.device
+        if not out.is_contiguous() or out.device != device:
+            out = torch.empty(out.shape, dtype=out.dtype, device=device)
+        return RoutedBatch(
+            _laid_out(hidden_states, self.activation_dtype or hidden_states.dtype, device),
+            _laid_out(as_int32(topk_ids), torch.int32, device),
+            _laid_out(topk_weights, torch.float32, device),
+            None if expert_map is None else _laid_out(as_int32(expert_map), torch.int32, device),
+            out,
+            workspace,
+        )
+
+    @abstractmethod
+    def _forward(self, batch: RoutedBatch) -> None:
+        """Write the batch's routed sum to its `out`."""
+
+    def _start_forward(self, batch: RoutedBatch) -> Callable[[], None]:
+        """Start `_forward`; the function that is returned waits until it is done.
+
+        A backend with threads of its own works meanwhile; here it is done at once.
+        """
+        self._forward(batch)
+        return lambda: None
 
     def apply_by_expert(
         self, hidden_states: torch.Tensor, counts: torch.Tensor, out: torch.Tensor, *, expected: float
@@ -276,6 +363,49 @@ class ExpertsBackend(RoutedExperts):
 
         The copies may be overwritten. Raises ExpertsError where `tensors()` is empty.
         """
+
+
+def check_shapes(
+    hidden_size: int,
+    hidden_states: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    expert_map: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> None:
+    """Raises ExpertsError, which names the tensor, unless the shapes are those of `RoutedExperts.apply`."""
+    if topk_ids.dim() != 2:
+        raise ExpertsError(f"topk_ids has shape {list(topk_ids.shape)}, expected [num_tokens, top_k].")
+    num_tokens, top_k = topk_ids.shape
+    expected = (num_tokens, hidden_size)
+    for name, tensor, shape in (
+        ("hidden_states", hidden_states, expected),
+        ("topk_weights", topk_weights, (num_tokens, top_k)),
+        ("out", out, expected),
+    ):
+        if tensor is not None and tensor.shape != shape:
+            raise ExpertsError(
+                f"{name} has shape {list(tensor.shape)}, expected {list(shape)} for topk_ids {[num_tokens, top_k]} and "
+                f"hidden size {hidden_size}."
+            )
+    if expert_map is not None and expert_map.dim() != 1:
+        raise ExpertsError(f"expert_map has shape {list(expert_map.shape)}, expected [num_global_experts].")
+
+
+def _laid_out(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    # A call of `to` that has nothing to do takes longer than to see that it has not.
+    if tensor.dtype != dtype or tensor.device != device:
+        tensor = tensor.to(device, dtype)
+    return tensor.contiguous()
+
+
+def as_int32(ids: torch.Tensor) -> torch.Tensor:
+    """The one width that kernels take. A number that is no expert's stays none: cut to 32 bits it could become one."""
+    if ids.dtype == torch.int32:
+        return ids
+    if ids.dtype.itemsize > torch.int32.itemsize or ids.dtype.is_floating_point:
+        ids = ids.clamp(-1, torch.iinfo(torch.int32).max)
+    return ids.to(torch.int32)
 
 
 def local_ids(topk_ids: torch.Tensor, expert_map: torch.Tensor | None, num_experts: int) -> torch.Tensor:

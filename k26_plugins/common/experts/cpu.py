@@ -15,7 +15,14 @@ from typing import Self
 import torch
 import torch.nn.functional as F
 
-from k26_plugins.common.experts.base import ExpertsBackend, ExpertWeights, Sizes, tokens_by_expert
+from k26_plugins.common.experts.base import (
+    ExpertsBackend,
+    ExpertWeights,
+    LayerSizes,
+    RoutedBatch,
+    Sizes,
+    tokens_by_expert,
+)
 from k26_plugins.common.model.int4 import GROUP_SIZE, PACK_FACTOR
 from k26_plugins.common.model.linear import multiplies_bfloat16
 
@@ -134,6 +141,7 @@ class CpuExperts(ExpertsBackend):
     device_type = "cpu"
 
     def __init__(self, w13: Int4Matrix, w2: Int4Matrix) -> None:
+        super().__init__(LayerSizes(len(w13.packed), w13.inputs, w2.inputs, w13.packed.device))
         self.w13 = w13
         self.w2 = w2
 
@@ -186,24 +194,16 @@ class CpuExperts(ExpertsBackend):
             *self.w2.restore(tensors["w2_packed"], tensors["w2_scale"]),
         )
 
-    def apply(
-        self,
-        hidden_states: torch.Tensor,
-        topk_ids: torch.Tensor,
-        topk_weights: torch.Tensor,
-        *,
-        expert_map: torch.Tensor | None = None,
-        out: torch.Tensor | None = None,
-        workspace: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Compute one expert after the other, each by two of torch's INT4 products."""
-        # Other dtypes are rounded to bfloat16, the only one that torch's product takes on every CPU at full speed.
-        x = hidden_states.to(torch.bfloat16)
-        weights = topk_weights.float().flatten()
-        total = torch.zeros(hidden_states.shape, dtype=torch.float32)
-        for expert, slots in tokens_by_expert(topk_ids, expert_map, self.w13.packed.shape[0]):
-            tokens = slots // topk_ids.shape[1]
-            gate, up = self.w13.product(expert, x[tokens]).float().chunk(2, dim=-1)
+    def _forward(self, batch: RoutedBatch) -> None:
+        """Compute one expert after the other, each by two of torch's INT4 products.
+
+        They are in bfloat16, the only dtype that torch's product takes on every CPU at full speed.
+        """
+        weights = batch.topk_weights.flatten()
+        total = torch.zeros(batch.hidden_states.shape, dtype=torch.float32)
+        for expert, slots in tokens_by_expert(batch.topk_ids, batch.expert_map, self.sizes.num_experts):
+            tokens = slots // batch.topk_ids.shape[1]
+            gate, up = self.w13.product(expert, batch.hidden_states[tokens]).float().chunk(2, dim=-1)
             y = self.w2.product(expert, (F.silu(gate) * up).to(torch.bfloat16))
             total.index_add_(0, tokens, y * weights[slots].unsqueeze(-1))
-        return total.to(hidden_states.dtype) if out is None else out.copy_(total)
+        batch.out.copy_(total)

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from k26_plugins.common.experts.base import ExpertsBackend, ExpertsError, ExpertWeights, RoutedExperts, local_ids
+from k26_plugins.common.experts.base import (
+    ExpertsBackend,
+    ExpertsError,
+    ExpertWeights,
+    RoutedExperts,
+    check_shapes,
+    local_ids,
+)
 from k26_plugins.common.experts.deferred import Deferral, Result
 from k26_plugins.common.experts.native import ExpertsInStream, NativeExperts
 from k26_plugins.common.experts.placement import LayerPlacement
@@ -94,6 +101,7 @@ class HybridExperts(RoutedExperts):
         if expert_map is not None:
             raise ExpertsError("hybrid experts place global ids themselves and take no expert map: run without EP.")
         inputs = (hidden_states, topk_ids, topk_weights)
+        check_shapes(self.host_experts.sizes.hidden_size, *inputs, out=out)
         are_few = self._are_few(len(hidden_states))
         in_stream = self.in_stream if self.in_stream is not None and (are_few or self.in_stream.is_capturing) else None
         streamed_experts: list[int] = []

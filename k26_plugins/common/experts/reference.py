@@ -8,7 +8,14 @@ from typing import Self
 import torch
 import torch.nn.functional as F
 
-from k26_plugins.common.experts.base import Expert, ExpertsBackend, ExpertWeights, Sizes, tokens_by_expert
+from k26_plugins.common.experts.base import (
+    Expert,
+    ExpertsBackend,
+    ExpertWeights,
+    RoutedBatch,
+    Sizes,
+    tokens_by_expert,
+)
 from k26_plugins.common.model.int4 import dequantize
 
 
@@ -67,8 +74,10 @@ class ReferenceExperts(ExpertsBackend):
 
     name = "reference"
     device_type = None
+    activation_dtype = None
 
     def __init__(self, weights: ExpertWeights) -> None:
+        super().__init__(weights)
         self.weights = weights
 
     @classmethod
@@ -99,18 +108,8 @@ class ReferenceExperts(ExpertsBackend):
         """Nothing was repacked: the tensors as they are."""
         return ExpertWeights(**tensors)
 
-    def apply(
-        self,
-        hidden_states: torch.Tensor,
-        topk_ids: torch.Tensor,
-        topk_weights: torch.Tensor,
-        *,
-        expert_map: torch.Tensor | None = None,
-        out: torch.Tensor | None = None,
-        workspace: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def _forward(self, batch: RoutedBatch) -> None:
         """Dequantize one expert after the other and multiply in plain PyTorch."""
-        result = reference_experts(
-            hidden_states, topk_ids, topk_weights, self.weights.expert, self.weights.num_experts, expert_map
-        ).to(hidden_states.dtype)
-        return result if out is None else out.copy_(result)
+        inputs = (batch.hidden_states, batch.topk_ids, batch.topk_weights)
+        result = reference_experts(*inputs, self.weights.expert, self.weights.num_experts, batch.expert_map)
+        batch.out.copy_(result)

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 
-from k26_plugins.common.experts.base import Batches, ExpertsBackend, ExpertWeights, LayerSizes, Sizes
+from k26_plugins.common.experts.base import (
+    Batches,
+    ExpertsBackend,
+    ExpertWeights,
+    LayerSizes,
+    RoutedBatch,
+    Sizes,
+    as_int32,
+)
 from k26_plugins.common.settings import batch_invariant_setting
 
 if TYPE_CHECKING:
@@ -57,13 +65,6 @@ def _make_ready(sizes: LayerSizes, batches: Batches, batch_invariant: bool) -> N
     )
 
 
-def _as_int32(ids: torch.Tensor) -> torch.Tensor:
-    """For which alone the kernels are compiled. A number that is no expert's stays one."""
-    if ids.dtype == torch.int64:
-        ids = ids.clamp(-1, torch.iinfo(torch.int32).max)
-    return ids.to(torch.int32)
-
-
 class TritonExperts(ExpertsBackend):
     """bfloat16 activations, INT4 weights repacked for the matrix instruction of the GPU."""
 
@@ -72,6 +73,9 @@ class TritonExperts(ExpertsBackend):
     self_test_tokens = (1, 8, 16, 64, 400)  # one for each config of the kernels
 
     def __init__(self, experts: KernelExperts, batch_invariant: bool) -> None:
+        shape = experts.shape
+        device = experts.w13_packed.device
+        super().__init__(LayerSizes(shape.num_experts, shape.hidden_size, shape.intermediate_size, device))
         self.experts = experts
         self.batch_invariant = batch_invariant
 
@@ -134,30 +138,18 @@ class TritonExperts(ExpertsBackend):
 
         return workspace_bytes(self.experts, num_tokens, top_k, num_global_experts, self.batch_invariant)
 
-    def apply(
-        self,
-        hidden_states: torch.Tensor,
-        topk_ids: torch.Tensor,
-        topk_weights: torch.Tensor,
-        *,
-        expert_map: torch.Tensor | None = None,
-        out: torch.Tensor | None = None,
-        workspace: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Several launches, and nothing that waits for the device."""
+    def _forward(self, batch: RoutedBatch) -> None:
+        """Several launches, the map applied in them, and nothing that waits for the device."""
         from k26_kernels import fused_experts
 
-        if out is None:
-            out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
-        # Other dtypes are rounded to bfloat16, which the kernels are made for; the sum is in the dtype of `out`.
-        return fused_experts(
-            hidden_states.to(torch.bfloat16),
+        fused_experts(
+            batch.hidden_states,
             self.experts,
-            _as_int32(topk_ids),
-            topk_weights.float(),
-            expert_map=None if expert_map is None else _as_int32(expert_map),
-            out=out,
-            workspace=workspace,
+            batch.topk_ids,
+            batch.topk_weights,
+            expert_map=batch.expert_map,
+            out=batch.out,
+            workspace=batch.workspace,
             batch_invariant=self.batch_invariant,
         )
 
@@ -170,7 +162,7 @@ class TritonExperts(ExpertsBackend):
         batched_experts(
             hidden_states.to(torch.bfloat16),
             self.experts,
-            _as_int32(counts),
+            as_int32(counts),
             out,
             expected=expected,
             batch_invariant=self.batch_invariant,

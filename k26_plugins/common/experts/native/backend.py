@@ -1,28 +1,16 @@
-"""The native experts behind the core's interface: what is checked before a pointer leaves Python."""
+"""The native experts behind the core's interface: tensors of a checked batch to the pointers that the library takes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Self
+from typing import Self
 
 import torch
 
-from k26_plugins.common.experts.base import ExpertsBackend, ExpertsError, ExpertWeights, Sizes
+from k26_plugins.common.experts.base import ExpertsBackend, ExpertWeights, RoutedBatch, Sizes
 from k26_plugins.common.experts.native.build import BuildError, library
 from k26_plugins.common.experts.native.layout import restore_rows
 from k26_plugins.common.experts.native.threads import Call, Layer, process_threads
-
-
-class _Prepared(NamedTuple):
-    call: Call
-    tensors: tuple[torch.Tensor | None, ...]
-    """What `call` points to."""
-    written: torch.Tensor
-    result: torch.Tensor
-    """`written`, or what it is to be converted to."""
-
-    def finish(self) -> torch.Tensor:
-        return self.result if self.result is self.written else self.result.copy_(self.written)
 
 
 class NativeExperts(ExpertsBackend):
@@ -35,6 +23,7 @@ class NativeExperts(ExpertsBackend):
     device_type = "cpu"
 
     def __init__(self, weights: ExpertWeights) -> None:
+        super().__init__(weights)
         self.weights = weights
         self.layer = _layer(weights)
 
@@ -82,80 +71,44 @@ class NativeExperts(ExpertsBackend):
             *restore_rows(tensors["w2_packed"], tensors["w2_scale"], gated=False),
         )
 
-    def submit(
-        self,
-        hidden_states: torch.Tensor,
-        topk_ids: torch.Tensor,
-        topk_weights: torch.Tensor,
-        *,
-        expert_map: torch.Tensor | None = None,
-        out: torch.Tensor | None = None,
-    ) -> Callable[[], torch.Tensor]:
-        """Start the work on the pool's threads and return at once."""
-        prepared = self._prepare(hidden_states, topk_ids, topk_weights, expert_map, out)
-        running = process_threads().submit(self.layer, prepared.call, (*prepared.tensors, *self.tensors().values()))
+    def _forward(self, batch: RoutedBatch) -> None:
+        """Compute in C++, on torch's threads or the pool's."""
+        call, written = _call(batch)
+        process_threads().run(self.layer, call)
+        if written is not batch.out:
+            batch.out.copy_(written)
 
-        def wait() -> torch.Tensor:
+    def _start_forward(self, batch: RoutedBatch) -> Callable[[], None]:
+        """Start the work on the pool's threads and return at once."""
+        call, written = _call(batch)
+        running = process_threads().submit(self.layer, call, (*batch, written, *self.tensors().values()))
+
+        def wait() -> None:
             running.wait()
-            return prepared.finish()
+            if written is not batch.out:
+                batch.out.copy_(written)
 
         return wait
 
-    def apply(
-        self,
-        hidden_states: torch.Tensor,
-        topk_ids: torch.Tensor,
-        topk_weights: torch.Tensor,
-        *,
-        expert_map: torch.Tensor | None = None,
-        out: torch.Tensor | None = None,
-        workspace: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Compute in C++, on torch's threads or the pool's."""
-        prepared = self._prepare(hidden_states, topk_ids, topk_weights, expert_map, out)
-        process_threads().run(self.layer, prepared.call)
-        return prepared.finish()
 
-    def _prepare(
-        self,
-        hidden_states: torch.Tensor,
-        topk_ids: torch.Tensor,
-        topk_weights: torch.Tensor,
-        expert_map: torch.Tensor | None,
-        out: torch.Tensor | None,
-    ) -> _Prepared:
-        tokens, top_k = topk_ids.shape
-        expected = (tokens, self.weights.hidden_size)
-        for name, tensor, shape in (
-            ("hidden_states", hidden_states, expected),
-            ("topk_weights", topk_weights, (tokens, top_k)),
-            ("out", out, expected),
-        ):
-            if tensor is not None and tuple(tensor.shape) != shape:
-                raise ExpertsError(
-                    f"{name} has shape {list(tensor.shape)}, expected {list(shape)} for topk_ids {[tokens, top_k]} and "
-                    f"hidden size {self.weights.hidden_size}."
-                )
-        x = hidden_states.to("cpu", torch.bfloat16).contiguous()
-        ids = to_int32(topk_ids).cpu().contiguous()
-        weights = topk_weights.to("cpu", torch.float32).contiguous()
-        local = None if expert_map is None else to_int32(expert_map).cpu().contiguous()
-        result = torch.empty_like(hidden_states, memory_format=torch.contiguous_format) if out is None else out
-        # Written directly where the library can, and converted from float32 otherwise.
-        direct = result.is_cpu and result.is_contiguous() and result.dtype in (torch.bfloat16, torch.float32)
-        written = result if direct else torch.empty(expected, dtype=torch.float32)
-        call = Call(
-            x.data_ptr(),
-            ids.data_ptr(),
-            weights.data_ptr(),
-            None if local is None else local.data_ptr(),
-            0 if local is None else local.numel(),
-            tokens,
-            top_k,
-            written.data_ptr(),
-            written.dtype == torch.float32,
-        )
-        return _Prepared(call, (x, ids, weights, local, written), written, result)
+def _call(batch: RoutedBatch) -> tuple[Call, torch.Tensor]:
+    """As the library takes it, and what it writes to: `out` where it knows the dtype, else float32 to be converted."""
+    out = batch.out
+    written = out if out.dtype in (torch.bfloat16, torch.float32) else torch.empty_like(out, dtype=torch.float32)
+    expert_map = batch.expert_map
+    num_tokens, top_k = batch.topk_ids.shape
+    call = Call(
+        batch.hidden_states.data_ptr(),
+        batch.topk_ids.data_ptr(),
+        batch.topk_weights.data_ptr(),
+        None if expert_map is None else expert_map.data_ptr(),
+        0 if expert_map is None else expert_map.numel(),
+        num_tokens,
+        top_k,
+        written.data_ptr(),
+        written.dtype == torch.float32,
+    )
+    return call, written
 
 
 def _layer(weights: ExpertWeights) -> Layer:
@@ -166,8 +119,3 @@ def _layer(weights: ExpertWeights) -> Layer:
         weights.hidden_size,
         weights.intermediate_size,
     )
-
-
-def to_int32(ids: torch.Tensor) -> torch.Tensor:
-    """A wider number that is no expert's stays none: cut to 32 bits it could become one."""
-    return ids if ids.dtype == torch.int32 else ids.clamp(-1, torch.iinfo(torch.int32).max).to(torch.int32)

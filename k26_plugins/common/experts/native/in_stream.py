@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from k26_plugins.common.experts.native.backend import NativeExperts, to_int32
+from k26_plugins.common.experts.base import as_int32
+from k26_plugins.common.experts.native.backend import NativeExperts
 from k26_plugins.common.experts.native.threads import Call, process_threads
 from k26_plugins.common.host.device_runtime import DeviceRuntime
 
@@ -80,7 +81,7 @@ class ExpertsInStream:
         *,
         deferred: bool = False,
     ) -> Callable[[], torch.Tensor]:
-        """Put the work into the current stream. Shapes are those of `RoutedExperts.apply`, on the device.
+        """Put the work into the current stream. Shapes are those of `RoutedExperts.apply`, on the device, and checked.
 
         deferred: other work is submitted to the stream before this is waited for. The function that is returned puts the
         wait for it there, and returns the routed sum, on the device. Raises ExpertsError where work that was put into a
@@ -94,7 +95,7 @@ class ExpertsInStream:
         x = hidden_states.to(torch.bfloat16).contiguous()
         for target, source in (
             (buffers.x, x),
-            (buffers.ids, to_int32(topk_ids).contiguous()),
+            (buffers.ids, as_int32(topk_ids).contiguous()),
             (buffers.weights, topk_weights.to(torch.float32).contiguous()),
         ):
             self.runtime.copy(stream, target, source, to_host=True)
