@@ -54,7 +54,7 @@ int main(int, char** arguments) {
                 top_k, out, 1};
   };
   const Call whole = call(0, tokens, results.data());
-  k26_wait(process, k26_submit(process, &layer, &whole));
+  k26_run(process, &layer, &whole, 0);
   int64_t job = 0;
   for (int64_t token = 0; token < tokens; ++token) {
     const Call one = call(token, 1, results.data() + (tokens + token) * hidden);
@@ -62,10 +62,7 @@ int main(int, char** arguments) {
   }
   k26_wait(process, job);
   const Call again = call(0, tokens, results.data() + 2 * tokens * hidden);
-  if (k26_has_team(process))
-    k26_run(process, &layer, &again, threads);
-  else
-    k26_wait(process, k26_submit(process, &layer, &again));
+  k26_run(process, &layer, &again, k26_has_team(process) ? threads : 0);
 
   FILE* result = fopen(arguments[2], "wb");
   fwrite(results.data(), sizeof(float), results.size(), result);

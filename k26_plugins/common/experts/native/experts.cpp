@@ -6,6 +6,7 @@
 #include <cstring>
 #include <mutex>
 #include <new>
+#include <utility>
 
 #include "layer.hpp"
 #include "weights.hpp"
@@ -25,12 +26,19 @@ struct Process {
     return lock;
   }
 
-  // Returns once the task is done, on at most `threads` threads of the OpenMP runtime, or on the pool for 0.
-  void run_on(int64_t threads, Task task) {
-    if (threads > 0)
+  // A task is done by at most `threads` threads of the OpenMP runtime, or by the pool for 0: this many.
+  int64_t count(int64_t threads) const { return threads > 0 ? threads : pool->threads(); }
+
+  // Returns once the task is done. The turn ends as soon as the pool has the task, since the next turn waits for its end: a
+  // job in a stream, which has only so much patience, then never waits for the lock of one that hangs.
+  void run_on(int64_t threads, Task task, std::unique_lock<std::mutex> turn) {
+    if (threads > 0) {
       team.run(task, &state, static_cast<int>(threads));
-    else
-      pool->wait(pool->start(task, &state));
+      return;
+    }
+    const uint32_t job = pool->start(task, &state);
+    turn.unlock();
+    pool->wait(job);
   }
 
   // Set once, by a function in a device's stream, which has nobody to tell.
@@ -92,12 +100,12 @@ int64_t k26_start(k26::Process* process, const int32_t* cpus, const int32_t* nod
 // OpenMP runtime, or on the pool for 0.
 int64_t k26_repack(k26::Process* process, const k26::Layer* layer, int64_t threads) try {
   using namespace k26;
-  const auto turn = process->turn();
+  auto turn = process->turn();
   State& state = process->state;
   state.layer = *layer;
   state.packed.reserve(layer->hidden * layer->intermediate);
   state.scales.reserve(2 * layer->hidden * layer->intermediate / kGroup * sizeof(uint16_t));
-  process->run_on(threads, repack);
+  process->run_on(threads, repack, std::move(turn));
   return 0;
 } catch (const std::bad_alloc&) {
   return kNoMemory;
@@ -106,16 +114,16 @@ int64_t k26_repack(k26::Process* process, const k26::Layer* layer, int64_t threa
 // Gives a layer's memory, new and not yet written, huge pages, each on the NUMA node of a thread that will read it. Threads
 // are as for `k26_repack`. What the memory held is lost.
 void k26_place(k26::Process* process, const k26::Layer* layer, int64_t threads) {
-  const auto turn = process->turn();
+  auto turn = process->turn();
   process->state.layer = *layer;
-  process->run_on(threads, k26::place);
+  process->run_on(threads, k26::place, std::move(turn));
 }
 
-// A layer's work, on at most `threads` threads of the OpenMP runtime.
+// A layer's work. Threads are as for `k26_repack`.
 int64_t k26_run(k26::Process* process, const k26::Layer* layer, const k26::Call* call, int64_t threads) try {
-  const auto turn = process->turn();
-  k26::prepare(process->state, *layer, *call, threads);
-  process->team.run(k26::run, &process->state, static_cast<int>(threads));
+  auto turn = process->turn();
+  k26::prepare(process->state, *layer, *call, process->count(threads));
+  process->run_on(threads, k26::run, std::move(turn));
   return 0;
 } catch (const std::bad_alloc&) {
   return kNoMemory;

@@ -121,12 +121,9 @@ class Threads:
         return ctypes.c_int64(team)
 
     def run(self, layer: Layer, call: Call) -> None:
-        """Do a layer's work. Raises MemoryError."""
-        team = self.team
-        if team:
-            _checked(self.native.k26_run(self._process, ctypes.byref(layer), ctypes.byref(call), ctypes.c_int64(team)))
-        else:
-            self.submit(layer, call, ()).wait()
+        """Do a layer's work. Raises MemoryError, RuntimeError."""
+        team = self._team_or_pool(self.team)
+        _checked(self.native.k26_run(self._process, ctypes.byref(layer), ctypes.byref(call), team))
 
     def submit(self, layer: Layer, call: Call, tensors: tuple[torch.Tensor | None, ...]) -> Running:
         """Start a layer's work. `tensors` are kept until it is done. Raises MemoryError, RuntimeError."""
