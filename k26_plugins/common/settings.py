@@ -1,26 +1,20 @@
-"""What a user may choose by hand, the same in every engine: environment variables, read when an engine starts."""
+"""What a user may choose by hand, the same in every engine: a table of environment variables, read when an engine starts."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Generic, TypeVar
 
-EXPERTS_VARIABLE = "K26_EXPERTS"
-TUNED_VARIABLE = "K26_TUNED"
-TUNE_VARIABLE = "K26_TUNE"
-HOST_EXPERTS_VARIABLE = "K26_CPU_EXPERTS"
-CPU_THREADS_VARIABLE = "K26_CPU_THREADS"
+T_co = TypeVar("T_co", covariant=True)
+Words = Callable[[], tuple[str, ...]]
+
+AUTO = "auto"
 ENGINE = "engine"
-CONTROL_TOKENS_VARIABLE = "K26_CONTROL_TOKENS"
-PARSERS_VARIABLE = "K26_PARSERS"
-PROMPTS_VARIABLE = "K26_PROMPTS"
-MEDIA_VARIABLE = "K26_MEDIA"
-TOOL_IDS_VARIABLE = "K26_TOOL_IDS"
-STREAM_FROM_VARIABLE = "K26_STREAM_FROM"
-MOVE_EXPERTS_VARIABLE = "K26_MOVE_EXPERTS"
-BATCH_INVARIANT_VARIABLE = "K26_BATCH_INVARIANT"
-STRICT_VARIABLE = "K26_STRICT"
+"""The word that leaves a piece to the engine's own code."""
 CORE_BACKENDS = ("triton", "native", "cpu", "reference")
 """Names of the core's experts, in the order in which `auto` tries them."""
 BACKENDS_GROUP = "k26_plugins.experts"
@@ -33,176 +27,156 @@ def backend_names() -> tuple[str, ...]:
     return (*CORE_BACKENDS, *(name for name in offered if name not in CORE_BACKENDS))
 
 
-def experts_setting() -> str:
-    """Which experts compute the INT4 layers: `auto`, `engine` (the engine's own) or the name of a core backend.
+@dataclass(frozen=True, slots=True)
+class Setting(Generic[T_co]):
+    """One variable. `EXPERTS.read()` is what was chosen, and `EXPERTS.variable` the name to say it by."""
 
-    Raises ValueError for any other value of K26_EXPERTS.
-    """
-    return _choice(EXPERTS_VARIABLE, ("auto", ENGINE, *CORE_BACKENDS))
+    variable: str
+    default: str
+    """What counts where the variable is unset; empty where that is no word."""
+    words: Words
+    """The words that it takes, by a function, since some come from other packages."""
+    other: str
+    """What it takes beside words, such as "a number of tokens"; empty for nothing."""
+    meaning: str
+    """What is chosen, as its row in docs/settings.md begins."""
+    parse: Callable[[str], T_co]
+    """The value of a text. Raises ValueError for a text that it does not take."""
 
+    def choices(self) -> tuple[str, ...]:
+        """All that it takes, words first."""
+        return (*self.words(), *([self.other] if self.other else []))
 
-def host_experts_setting() -> str:
-    """Which experts compute on the host in a hybrid run: `auto` (the core's) or a backend's name, kt-kernel's included.
-
-    Raises ValueError for any other value of K26_CPU_EXPERTS.
-    """
-    return _choice(HOST_EXPERTS_VARIABLE, ("auto", *backend_names()))
-
-
-def _choice(variable: str, allowed: tuple[str, ...]) -> str:
-    value = os.environ.get(variable, "auto").strip().lower()
-    if value not in allowed:
-        raise ValueError(f"{variable} is {value!r}: choose one of {', '.join(allowed)}, or unset it.")
-    return value
-
-
-def tuned_setting() -> Path | None:
-    """The outcome of `k26 tune` that decides about the experts, in the place of the cache folder's: K26_TUNED.
-
-    Raises ValueError where there is no such file.
-    """
-    value = os.environ.get(TUNED_VARIABLE, "").strip()
-    if not value:
-        return None
-    file = Path(value)
-    if not file.is_file():
-        raise ValueError(f"{TUNED_VARIABLE} is {value!r}: no such file. Give one that `k26 tune` wrote, or unset it.")
-    return file
+    def read(self) -> T_co:
+        """What is chosen now. Raises ValueError, which names the variable and all that it takes."""
+        text = os.environ.get(self.variable, self.default).strip()
+        try:
+            return self.parse(text)
+        except ValueError:
+            *others, last = self.choices()
+            choices = f"{', '.join(others)} or {last}" if others else last
+            raise ValueError(f"{self.variable} is {text!r}: choose {choices}, or unset it.") from None
 
 
-def tune_at_start() -> bool:
-    """Whether a server measures the experts of a GPU that `k26 tune` has not: K26_TUNE=start.
-
-    Raises ValueError for any other value.
-    """
-    value = os.environ.get(TUNE_VARIABLE, "").strip().lower()
-    if value not in ("", "start"):
-        raise ValueError(f"{TUNE_VARIABLE} is {value!r}: choose start, or unset it.")
-    return value == "start"
+def _word(text: str, words: tuple[str, ...]) -> str:
+    if text.lower() not in words:
+        raise ValueError(text)
+    return text.lower()
 
 
-def control_tokens_as_text() -> bool:
-    """Whether a control token's name in a message stays text (the default), or becomes the control token.
-
-    Raises ValueError for any other value of K26_CONTROL_TOKENS than `text` and `allow`.
-    """
-    value = os.environ.get(CONTROL_TOKENS_VARIABLE, "text").strip().lower()
-    if value not in ("text", "allow"):
-        raise ValueError(f"{CONTROL_TOKENS_VARIABLE} is {value!r}: choose text or allow, or unset it.")
-    return value == "text"
+def _number(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise ValueError(text)
+    return int(text)
 
 
-def parsers_setting() -> str:
-    """What takes this model's output apart where a server's flags name no parser: `auto` (the core's), `engine` (the
-    engine's own for this model) or `none`.
-
-    Raises ValueError for any other value of K26_PARSERS.
-    """
-    return _choice(PARSERS_VARIABLE, ("auto", ENGINE, "none"))
+def _file(text: str) -> Path:
+    if not Path(text).is_file():
+        raise ValueError(text)
+    return Path(text)
 
 
-def core_prompts() -> bool:
-    """Whether the tokenizer and the rendering of chats are the core's (the default), or the engine's own.
-
-    Raises ValueError for any other value of K26_PROMPTS than `auto` and `engine`.
-    """
-    return _choice(PROMPTS_VARIABLE, ("auto", ENGINE)) == "auto"
+def _choice(variable: str, default: str, words: Words, meaning: str) -> Setting[str]:
+    return Setting(variable, default, words, "", meaning, lambda text: _word(text, words()))
 
 
-def core_media() -> bool:
-    """Whether images and videos are read and prepared by the core (the default), or by the engine's own code.
-
-    Raises ValueError for any other value of K26_MEDIA than `auto` and `engine`.
-    """
-    return _choice(MEDIA_VARIABLE, ("auto", ENGINE)) == "auto"
+def _switch(variable: str, meaning: str) -> Setting[bool]:
+    words = ("0", "1")
+    return Setting(variable, "0", lambda: words, "", meaning, lambda text: _word(text, words) == "1")
 
 
-def kimis_ids() -> bool:
-    """Whether past tool calls get ids of the form that the model writes (the default), or keep those that were sent.
+EXPERTS = _choice(
+    "K26_EXPERTS",
+    AUTO,
+    lambda: (AUTO, ENGINE, *CORE_BACKENDS),
+    "which experts compute the INT4 layers",
+)
+TUNE: Setting[bool] = Setting(
+    "K26_TUNE",
+    "",
+    lambda: ("start",),
+    "",
+    "a server that meets a GPU and sizes that were not measured measures them",
+    lambda text: bool(text and _word(text, ("start",))),
+)
+TUNED: Setting[Path | None] = Setting(
+    "K26_TUNED",
+    "",
+    lambda: (),
+    "an existing file of `k26 tune`",
+    "the measurement that decides about the experts on a GPU",
+    lambda text: _file(text) if text else None,
+)
+CPU_EXPERTS = _choice(
+    "K26_CPU_EXPERTS",
+    AUTO,
+    lambda: (AUTO, *backend_names()),
+    "which experts compute on the CPU in a hybrid run",
+)
+CPU_THREADS: Setting[int | None] = Setting(
+    "K26_CPU_THREADS",
+    "",
+    lambda: (),
+    "a number of cores",
+    "cores that `native` takes for itself beside a GPU, for each rank",
+    lambda text: _number(text) if text else None,
+)
+STREAM_FROM: Setting[int | str] = Setting(
+    "K26_STREAM_FROM",
+    AUTO,
+    lambda: (AUTO, "never"),
+    "a number of tokens",
+    "in a hybrid run, from which batch on the CPU's experts are computed on the GPU",
+    lambda text: _number(text) if text.isdecimal() else _word(text, (AUTO, "never")),
+)
+MOVE_EXPERTS = _switch(
+    "K26_MOVE_EXPERTS",
+    "in a hybrid run, whether the experts that are used most move to the GPU while it serves",
+)
+BATCH_INVARIANT = _switch(
+    "K26_BATCH_INVARIANT",
+    "a token's bits in `triton` do not depend on its batch",
+)
+CONTROL_TOKENS = _choice(
+    "K26_CONTROL_TOKENS",
+    "text",
+    lambda: ("text", "allow"),
+    "whether the name of a control token in a message stays text",
+)
+TOOL_IDS = _choice(
+    "K26_TOOL_IDS",
+    "kimi",
+    lambda: ("kimi", "sent"),
+    "whether past tool calls get ids of the form that the model writes",
+)
+PROMPTS = _choice(
+    "K26_PROMPTS",
+    AUTO,
+    lambda: (AUTO, ENGINE),
+    "whose the tokenizer and the rendering of chats are",
+)
+MEDIA = _choice(
+    "K26_MEDIA",
+    AUTO,
+    lambda: (AUTO, ENGINE),
+    "who reads and prepares images and videos",
+)
+PARSERS = _choice(
+    "K26_PARSERS",
+    AUTO,
+    lambda: (AUTO, ENGINE, "none"),
+    "what takes answers apart where the flags name no parser",
+)
+STRICT = _switch(
+    "K26_STRICT",
+    "ends the start where this engine's release lacks something that the plugin needs",
+)
 
-    Raises ValueError for any other value of K26_TOOL_IDS than `kimi` and `sent`.
-    """
-    value = os.environ.get(TOOL_IDS_VARIABLE, "kimi").strip().lower()
-    if value not in ("kimi", "sent"):
-        raise ValueError(f"{TOOL_IDS_VARIABLE} is {value!r}: choose kimi or sent, or unset it.")
-    return value == "kimi"
-
-
-def cpu_threads_setting() -> int | None:
-    """How many cores the native experts take at most; None for all that the process may use.
-
-    For several ranks on one machine that the engine does not pin to cores of their own. Raises ValueError for anything
-    but a positive number in K26_CPU_THREADS.
-    """
-    value = os.environ.get(CPU_THREADS_VARIABLE, "").strip()
-    if not value:
-        return None
-    if not value.isdecimal() or int(value) == 0:
-        raise ValueError(f"{CPU_THREADS_VARIABLE} is {value!r}: give the number of cores for the experts, or unset it.")
-    return int(value)
-
-
-def stream_from_setting() -> int | str:
-    """From how many tokens in a batch a hybrid run streams the host's experts to the device.
-
-    `auto` (as the machine's times say, expert by expert), `never`, or a number. Raises ValueError for anything else in
-    K26_STREAM_FROM.
-    """
-    value = os.environ.get(STREAM_FROM_VARIABLE, "auto").strip().lower()
-    if value in ("auto", "never"):
-        return value
-    if not value.isdecimal() or int(value) == 0:
-        raise ValueError(f"{STREAM_FROM_VARIABLE} is {value!r}: choose auto, never or a number of tokens, or unset it.")
-    return int(value)
-
-
-def batch_invariant_setting() -> bool:
-    """Whether a token's experts must give the same bits in any batch: K26_BATCH_INVARIANT, `0` (default) or `1`.
-
-    Raises ValueError for any other value.
-    """
-    return _switch(BATCH_INVARIANT_VARIABLE)
-
-
-def move_experts_setting() -> bool:
-    """Whether a hybrid run moves the experts that are used most to the device: K26_MOVE_EXPERTS, `0` (default) or `1`.
-
-    Raises ValueError for any other value.
-    """
-    return _switch(MOVE_EXPERTS_VARIABLE)
-
-
-def strict() -> bool:
-    """Whether a start ends where this engine lacks something that the plugin needs: K26_STRICT, `0` (default) or `1`.
-
-    Raises ValueError for any other value.
-    """
-    return _switch(STRICT_VARIABLE)
-
-
-def _switch(variable: str) -> bool:
-    value = os.environ.get(variable, "0").strip()
-    if value not in ("0", "1"):
-        raise ValueError(f"{variable} is {value!r}: choose 0 or 1, or unset it.")
-    return value == "1"
+TABLE: tuple[Setting[object], ...] = tuple(value for value in list(globals().values()) if isinstance(value, Setting))
+"""All of the above, in this order, which is that of docs/settings.md."""
 
 
 def check_settings() -> None:
     """Read every setting, so that a wrong one stops a server's start before anything is loaded. Raises ValueError."""
-    for read in (
-        experts_setting,
-        host_experts_setting,
-        tuned_setting,
-        tune_at_start,
-        cpu_threads_setting,
-        stream_from_setting,
-        batch_invariant_setting,
-        move_experts_setting,
-        control_tokens_as_text,
-        kimis_ids,
-        parsers_setting,
-        core_prompts,
-        core_media,
-        strict,
-    ):
-        read()
+    for setting in TABLE:
+        setting.read()

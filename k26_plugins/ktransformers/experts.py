@@ -18,7 +18,7 @@ from k26_plugins.common.experts.base import (
 )
 from k26_plugins.common.host.cores import Core, cores
 from k26_plugins.common.model.int4 import GROUP_SIZE
-from k26_plugins.common.settings import cpu_threads_setting
+from k26_plugins.common.settings import CPU_THREADS
 from k26_plugins.ktransformers import compat
 
 # Tokens of one call, for which kt-kernel keeps buffers; longer batches are cut.
@@ -64,7 +64,7 @@ class KtExperts(ExpertsBackend):
         raw_int4 = compat.raw_int4_class(GROUP_SIZE)
         if raw_int4 is None:
             return f"kt-kernel {compat.kt_kernel_version()} has no RAWINT4 experts for this CPU"
-        nodes = _memory_nodes(cores(cpu_threads_setting()))
+        nodes = _memory_nodes(cores(CPU_THREADS.read()))
         if len(nodes) > 1 and not compat.copies_weights(raw_int4):
             # It would throw in a thread of its own, which ends the process.
             return (
@@ -81,7 +81,7 @@ class KtExperts(ExpertsBackend):
         """kt-kernel copies the weights, twice the memory until this returns; its class for AVX2 computes from these."""
         raw_int4 = compat.raw_int4_class(GROUP_SIZE)
         config_class = compat.extension().moe.MOEConfig
-        chosen = cores(cpu_threads_setting())
+        chosen = cores(CPU_THREADS.read())
         pool = compat.cpu_infer(len(chosen), _memory_nodes(chosen))
         inner = weights.intermediate_size
         padded = -(-weights.num_experts // EXPERTS_MULTIPLE) * EXPERTS_MULTIPLE

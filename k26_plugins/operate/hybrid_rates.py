@@ -11,7 +11,7 @@ from k26_plugins.common.checkpoint import expert_bytes
 from k26_plugins.common.expert_costs import MEASURED_TOKENS, Line
 from k26_plugins.common.experts import ExpertsBackend, ExpertWeights, create_experts
 from k26_plugins.common.model.config import TextConfig
-from k26_plugins.common.settings import host_experts_setting
+from k26_plugins.common.settings import CPU_EXPERTS
 from k26_plugins.operate.doctor.bandwidth import beyond_caches, copy_rate
 from k26_plugins.operate.plan.hybrid_speed import Rates
 from k26_plugins.operate.random_experts import random_experts
@@ -37,7 +37,7 @@ def host_line(text: TextConfig) -> Line:
     # So many that caches hold few of them from one call to the next, but no more than a layer has.
     count = max(WITH_MANY_TOKENS, min(beyond_caches() // expert_bytes(text), text.n_routed_experts))
     weights = ExpertWeights(*(part.repeat(count, *[1] * (part.dim() - 1)) for part in one.parts()))
-    experts = create_experts(weights, host_experts_setting())
+    experts = create_experts(weights, CPU_EXPERTS.read())
     few, many = MEASURED_TOKENS
     return Line.through(_seconds_each(experts, text, count, few), _seconds_each(experts, text, WITH_MANY_TOKENS, many))
 

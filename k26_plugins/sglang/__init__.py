@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import logging
-import os
+
+from k26_plugins.common.settings import STRICT
 
 # Under SGLang's own logger, so that its level and format apply.
 logger = logging.getLogger("sglang.k26_plugins")
@@ -34,6 +35,6 @@ def register() -> None:
         compat.register_tokenizer_hook(changes, "k26_plugins.sglang.tokenizer", "get_tokenizer")
         changes.apply()
     except Exception as error:
-        if os.environ.get("K26_STRICT", "").strip() == "1":
+        if STRICT.read():
             raise SystemExit(f"k26-plugins is not active, and K26_STRICT=1 stops the start: {error}") from error
         logger.exception("k26-plugins is not active: SGLang serves Kimi-K2.6 with its own code.")

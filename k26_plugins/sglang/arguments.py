@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from k26_plugins.common.prompt.hf_tokenizer import is_this_model
-from k26_plugins.common.settings import PARSERS_VARIABLE, experts_setting, parsers_setting
+from k26_plugins.common.settings import EXPERTS, PARSERS
 from k26_plugins.sglang import compat, compat_loading, logger
 
 PARSER = "kimi_k2"
@@ -49,14 +49,14 @@ def _readable_name(server_args: Any) -> str:
 def _choose_parsers(server_args: Any) -> None:
     """Those that the command line leaves out."""
     missing = [name for name in ("reasoning_parser", "tool_call_parser") if getattr(server_args, name) is None]
-    if missing and parsers_setting() != "none":
+    if missing and PARSERS.read() != "none":
         for name in missing:
             setattr(server_args, name, PARSER)
         logger.info(
             "k26-plugins: reasoning parser %s, tool-call parser %s (flags win; %s=none leaves them out).",
             server_args.reasoning_parser,
             server_args.tool_call_parser,
-            PARSERS_VARIABLE,
+            PARSERS.variable,
         )
 
 
@@ -66,7 +66,7 @@ def _choose_runner(server_args: Any) -> None:
     Left alone, SGLang takes flashinfer_trtllm on Blackwell for this checkpoint, whose kernel routes by itself.
     """
     hybrid = getattr(server_args, "kt_weight_path", None) is not None
-    by_the_core = hybrid or experts_setting() in ON_GPU
+    by_the_core = hybrid or EXPERTS.read() in ON_GPU
     if by_the_core and server_args.moe_runner_backend == "auto" and compat.on_gpu(server_args):
         server_args.moe_runner_backend = "triton"
 

@@ -17,7 +17,7 @@ from k26_plugins.common.experts.engine_test import (
 )
 from k26_plugins.common.experts.triton import TritonExperts
 from k26_plugins.common.model.config import K26Config
-from k26_plugins.common.settings import EXPERTS_VARIABLE
+from k26_plugins.common.settings import EXPERTS
 from k26_plugins.sglang import compat, logger
 from k26_plugins.sglang.experts import K26MoEScheme
 
@@ -43,7 +43,7 @@ def watch_engine_experts(model: torch.nn.Module, config: K26Config | None) -> No
         require_replaceable(wrong, "SGLang", published_layout=config is not None, files=files_read)
         if not compat.moe_runner_backend().is_auto():
             # Whoever chose it: other parts of SGLang went by that too.
-            remedy = f"Set {EXPERTS_VARIABLE}={TritonExperts.name}, or another --moe-runner-backend"
+            remedy = f"Set {EXPERTS.variable}={TritonExperts.name}, or another --moe-runner-backend"
             stop(wrong, f"--moe-runner-backend names theirs. {remedy}")
         raise WrongExpertsError(wrong)
 

@@ -16,7 +16,7 @@ from k26_plugins.common.experts.loading import ExpertsOfLayer, Places
 from k26_plugins.common.experts.parameters import LayerExperts
 from k26_plugins.common.experts.triton import TritonExperts
 from k26_plugins.common.experts.tuned import backend_for, installed_engine
-from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, experts_setting
+from k26_plugins.common.settings import ENGINE, EXPERTS
 from k26_plugins.sglang import compat, compat_loading, logger
 
 # What was wrong with SGLang's own experts where this process found them so: it takes the core's from then on.
@@ -196,7 +196,7 @@ def core_serves(layer: Any, backend_name: str, *, by_name: bool) -> bool:
         stop(_wrong, reason)
     if reason is not None and by_name:
         raise ExpertsError(
-            f"the core's experts ({backend_name}) cannot serve here: {reason}. Or unset {EXPERTS_VARIABLE} and the --kt "
+            f"the core's experts ({backend_name}) cannot serve here: {reason}. Or unset {EXPERTS.variable} and the --kt "
             f"flags for SGLang's own."
         )
     return core_serves_layer(logger, "SGLang", backend_name, reason)
@@ -222,28 +222,28 @@ def chosen_backend(*, hybrid: bool, saved: bool = False) -> str:
     """
     if _wrong is not None:
         return TritonExperts.name if compat.device_type() == TritonExperts.device_type else "auto"
-    runner, given, setting = compat.moe_runner_backend(), compat.given_runner(), experts_setting()
+    runner, given, setting = compat.moe_runner_backend(), compat.given_runner(), EXPERTS.read()
     flag = given if given is not None else runner.value
     by_flag = flag != "auto"
     if hybrid and (setting == ENGINE or by_flag):
         raise ValueError(
             f"a hybrid run's experts are the core's on both sides: leave out --moe-runner-backend and "
-            f"{EXPERTS_VARIABLE}={ENGINE}, or give SGLANG_PLUGINS=none for KTransformers' own."
+            f"{EXPERTS.variable}={ENGINE}, or give SGLANG_PLUGINS=none for KTransformers' own."
         )
     if saved and (setting == ENGINE or (setting == "auto" and not runner.is_auto())):
         raise ValueError(
-            f"this state was saved with the core's experts: set {EXPERTS_VARIABLE} to the backend for this device, or save "
+            f"this state was saved with the core's experts: set {EXPERTS.variable} to the backend for this device, or save "
             f"one with SGLang's own."
         )
     # Where the flag is not known apart from SGLang's own choice, the variable is what the user surely gave.
     if given is not None and by_flag and setting not in ("auto", ENGINE):
         raise ValueError(
-            f"{EXPERTS_VARIABLE}={setting} and --moe-runner-backend {flag} choose different experts: give one of the two."
+            f"{EXPERTS.variable}={setting} and --moe-runner-backend {flag} choose different experts: give one of the two."
         )
     if not hybrid and setting == "auto" and not runner.is_auto():
         chooser = "--moe-runner-backend" if by_flag else "SGLang chooses"
         logger.info("k26-plugins: SGLang's own INT4 experts are kept (%s %s).", chooser, runner.value)
         return ENGINE
     if setting == ENGINE:
-        logger.info("k26-plugins: SGLang's own INT4 experts are kept (%s chooses).", EXPERTS_VARIABLE)
+        logger.info("k26-plugins: SGLang's own INT4 experts are kept (%s chooses).", EXPERTS.variable)
     return setting

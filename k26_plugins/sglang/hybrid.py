@@ -28,16 +28,7 @@ from k26_plugins.common.host.device_runtime import DeviceRuntime, DeviceRuntimeE
 from k26_plugins.common.host.memory import require_host_memory
 from k26_plugins.common.model.config import K26Config
 from k26_plugins.common.model.int4 import GROUP_SIZE
-from k26_plugins.common.settings import (
-    BATCH_INVARIANT_VARIABLE,
-    HOST_EXPERTS_VARIABLE,
-    MOVE_EXPERTS_VARIABLE,
-    batch_invariant_setting,
-    experts_setting,
-    host_experts_setting,
-    move_experts_setting,
-    stream_from_setting,
-)
+from k26_plugins.common.settings import BATCH_INVARIANT, CPU_EXPERTS, EXPERTS, MOVE_EXPERTS, STREAM_FROM
 from k26_plugins.sglang import compat, compat_hybrid, compat_loading, logger
 from k26_plugins.sglang.arguments import refuse_two_batches
 from k26_plugins.sglang.experts import K26MoEScheme
@@ -84,7 +75,7 @@ def hybrid_settings(config: K26Config) -> HybridSettings | None:
         raise HybridError("--kt-weight-path needs --kt-num-gpu-experts: how many experts of each layer the GPUs hold.")
     file = Path(arguments.model_path) / PROFILE_FILE
     profile = Profile.load(file, config) if file.exists() else None
-    host_backend = host_experts_setting()
+    host_backend = CPU_EXPERTS.read()
     runtime = _runtime(arguments, host_backend)
     last_layer = config.text.num_hidden_layers - 1
     deferral = _deferral(arguments, last_layer)
@@ -111,12 +102,12 @@ def hybrid_settings(config: K26Config) -> HybridSettings | None:
 
 
 def _streaming(arguments: Any, batches: Batches) -> Streaming | None:
-    stream_from = stream_from_setting()
+    stream_from = STREAM_FROM.read()
     if stream_from == "never":
         return None
     # sglang-kt's flag says the same, its answer to batches of so many tokens being to stream all experts.
     number = stream_from if isinstance(stream_from, int) else getattr(arguments, "kt_gpu_prefill_token_threshold", None)
-    return Streaming(experts_setting(), number, batches)
+    return Streaming(EXPERTS.read(), number, batches)
 
 
 def _deferral(arguments: Any, last_layer: int) -> Deferral | None:
@@ -128,8 +119,8 @@ def _deferral(arguments: Any, last_layer: int) -> Deferral | None:
         raise HybridError(f"{flag} is {per_token}: give a number of experts, or leave it out.")
     if arguments.pp_size > 1:
         raise HybridError(f"{flag} hands experts from a layer to the next: leave it out, or --pp-size.")
-    if batch_invariant_setting():
-        raise HybridError(f"{flag} defers none in long batches, and {BATCH_INVARIANT_VARIABLE} asks for no difference.")
+    if BATCH_INVARIANT.read():
+        raise HybridError(f"{flag} defers none in long batches, and {BATCH_INVARIANT.variable} asks for no difference.")
     logger.warning(
         "k26-plugins: %s %d changes answers: in batches of at most %d tokens the %d least weighted of a token's experts, "
         "where they are on the CPU, are added one layer later than the model has them. By how much nobody has measured on "
@@ -145,12 +136,12 @@ def _deferral(arguments: Any, last_layer: int) -> Deferral | None:
 def _moves(arguments: Any, host_backend: str) -> bool:
     """Whether experts move while serving, by sglang-kt's flag or our variable. Raises HybridError where they cannot."""
     flag = "--kt-enable-dynamic-expert-update"
-    if not (getattr(arguments, "kt_enable_dynamic_expert_update", False) or move_experts_setting()):
+    if not (getattr(arguments, "kt_enable_dynamic_expert_update", False) or MOVE_EXPERTS.read()):
         return False
     if host_backend not in ("auto", *BACKENDS):
         raise HybridError(
-            f"{HOST_EXPERTS_VARIABLE}={host_backend} keeps its weights to itself, so that none can move: leave out {flag} "
-            f"and {MOVE_EXPERTS_VARIABLE}, or that backend."
+            f"{CPU_EXPERTS.variable}={host_backend} keeps its weights to itself, so that none can move: leave out {flag} "
+            f"and {MOVE_EXPERTS.variable}, or that backend."
         )
     return True
 
@@ -184,7 +175,7 @@ def _runtime(arguments: Any, host_backend: str) -> DeviceRuntime | None:
     if host_backend in ("auto", NativeExperts.name):
         reason = NativeExperts.unsupported(LayerSizes(1, GROUP_SIZE, GROUP_SIZE, torch.device("cpu")))
     else:
-        reason = f"{HOST_EXPERTS_VARIABLE}={host_backend} has no other way"
+        reason = f"{CPU_EXPERTS.variable}={host_backend} has no other way"
     if reason is None:
         try:
             return device_runtime()

@@ -20,7 +20,7 @@ from k26_plugins.common.checkpoint.watched import watched_files
 from k26_plugins.common.experts.loading import is_needed, load_experts
 from k26_plugins.common.experts.saving import in_checkpoint_form
 from k26_plugins.common.model.config import K26Config
-from k26_plugins.common.settings import core_media, experts_setting
+from k26_plugins.common.settings import ENGINE, EXPERTS, MEDIA
 from k26_plugins.sglang import compat, compat_adapters, compat_encoder, compat_loading, encoder, logger
 from k26_plugins.sglang.engine_experts import WrongExpertsError, files_read, watch_engine_experts
 from k26_plugins.sglang.experts import (
@@ -86,7 +86,7 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
             saved = config.k26_saved_experts
             if saved:
                 require_its_loader(compat_loading.load_format())
-            by_name = hybrid is not None or saved or experts_setting() != "auto" or has_left_engine_experts()
+            by_name = hybrid is not None or saved or EXPERTS.read() != "auto" or has_left_engine_experts()
             chosen = chosen_backend(hybrid=hybrid is not None, saved=saved)
             use_core_experts(quant_config, chosen, make_scheme, by_name=by_name)
             with compat.without_kt_wrapper():
@@ -97,7 +97,7 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
             if experts_of(self) and compat_adapters.serves_adapters():
                 compat_adapters.hook_adapters(refuse_unserved)
         watch_engine_experts(self, self.core_config)
-        if getattr(config, "encoder_only", False) and core_media() and compat_encoder.asks_the_model():
+        if getattr(config, "encoder_only", False) and MEDIA.read() != ENGINE and compat_encoder.asks_the_model():
             self.preprocess_mm_for_encoder = encoder.prepare_by_core()
             self.encoder_media_processor_config = compat_encoder.in_its_threads()
         # A float32 buffer, which would make all that it is added to float32: no image meets it, only videos do.

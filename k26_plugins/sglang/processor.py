@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoProcessor, BaseImageProcessor, BatchFeature
 
 from k26_plugins.common.multimodal.processor import MediaProcessor
-from k26_plugins.common.settings import core_media
+from k26_plugins.common.settings import ENGINE, MEDIA
 from k26_plugins.sglang import compat
 
 
@@ -28,7 +28,7 @@ class K26Processor:
         `kwargs` allow.
         """
         tokenizer = compat.get_tokenizer(name, revision)
-        if core_media():
+        if MEDIA.read() != ENGINE:
             settings, _ = BaseImageProcessor.get_image_processor_dict(name, revision=revision)
             return cls(tokenizer, MediaProcessor(settings))
         processor = AutoProcessor.from_pretrained(name, *args, revision=revision, **kwargs)

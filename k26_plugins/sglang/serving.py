@@ -10,7 +10,7 @@ from k26_plugins.common.adapters.registration import Hook, Registration, wanted_
 from k26_plugins.common.prompt.hf_tokenizer import CONTINUE_KEY
 from k26_plugins.common.prompt.output import MARKERS
 from k26_plugins.common.prompt.thinking import template_options
-from k26_plugins.common.settings import ENGINE, parsers_setting
+from k26_plugins.common.settings import ENGINE, PARSERS
 from k26_plugins.sglang import compat, compat_chats, names
 from k26_plugins.sglang.answers import K26Answers
 from k26_plugins.sglang.arguments import PARSER
@@ -25,7 +25,7 @@ MAX_ANSWERS = 1024
 def install() -> None:
     """Put the hooks in place, once for each process. An SGLang without the place of one serves without it, and says so."""
     changes = Registration()
-    if parsers_setting() != ENGINE:
+    if PARSERS.read() != ENGINE:
         compat.replace_tool_detector(changes, PARSER, "k26_plugins.sglang.output", "K26ToolDetector")
     for name, around, lost in wanted_hooks(REQUESTS, ANSWERS):
         compat_chats.hook(changes, name, around, lost)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
+
+from k26_plugins.common.settings import STRICT
 
 # Under vLLM's own logger, so that its level and format apply.
 logger = logging.getLogger("vllm.k26_plugins")
@@ -35,6 +36,6 @@ def register() -> None:
         compat.register_config_hook(changes, "k26_plugins.vllm.config")
         changes.apply()
     except Exception as error:
-        if os.environ.get("K26_STRICT", "").strip() == "1":
+        if STRICT.read():
             raise SystemExit(f"k26-plugins is not active, and K26_STRICT=1 stops the start: {error}") from error
         logger.exception("k26-plugins is not active: vLLM serves Kimi-K2.6 with its own code.")

@@ -10,7 +10,7 @@ from k26_plugins.common.adapters.serving import core_answer, write_vision
 from k26_plugins.common.checkpoint import Layout
 from k26_plugins.common.model.config import ARCHITECTURE, K26Config
 from k26_plugins.common.prompt.hf_tokenizer import core_serves_prompts
-from k26_plugins.common.settings import check_settings, core_media
+from k26_plugins.common.settings import ENGINE, MEDIA, check_settings
 from k26_plugins.vllm import compat, files, logger
 
 
@@ -50,7 +50,7 @@ def prepare(model_config: Any) -> None:
         _write_back(answer.config, model_config.hf_config)
         model_config.k26_plugins = Answer(answer.config, answer.layout is Layout.SAVED)
     metrics.collect_from_workers()
-    if core_media():
+    if MEDIA.read() != ENGINE:
         compat.use_media_connector("k26_plugins.vllm.media", "K26MediaConnector", model_config)
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from k26_plugins.common.model.config import ARCHITECTURE
-from k26_plugins.common.settings import PARSERS_VARIABLE, parsers_setting
+from k26_plugins.common.settings import PARSERS
 from k26_plugins.vllm import chats, compat, logger
 
 # vLLM's own, where the user asks for it and in releases without the one that ours mends.
@@ -17,13 +17,13 @@ def before_serving(model_config: Any, engine_args: Any, flags: Any) -> None:
     """Where the configuration is known, and before anything else of the API server is made."""
     if ARCHITECTURE in (model_config.hf_config.architectures or []) and hasattr(flags, "tool_call_parser"):
         chats.install()
-        if parsers_setting() != "none":
+        if PARSERS.read() != "none":
             choose_parsers(engine_args, flags)
 
 
 def choose_parsers(engine_args: Any, flags: Any) -> None:
     """Fill in the parsers that the command line leaves out, in place: the server's and the engine's."""
-    parser = compat.PARSER if parsers_setting() == "auto" and compat.has_kimi_parser() else PARSER
+    parser = compat.PARSER if PARSERS.read() == "auto" and compat.has_kimi_parser() else PARSER
     if not flags.tool_call_parser:
         flags.tool_call_parser = parser
         flags.enable_auto_tool_choice = True
@@ -33,5 +33,5 @@ def choose_parsers(engine_args: Any, flags: Any) -> None:
         "k26-plugins: reasoning parser %s, tool-call parser %s (flags win; %s=none leaves them out).",
         flags.reasoning_parser or flags.structured_outputs_config.reasoning_parser,
         flags.tool_call_parser,
-        PARSERS_VARIABLE,
+        PARSERS.variable,
     )

@@ -21,7 +21,7 @@ from k26_plugins.common.experts.engine_test import (
 from k26_plugins.common.experts.loading import load_experts
 from k26_plugins.common.experts.triton import TritonExperts
 from k26_plugins.common.model.config import K26Config
-from k26_plugins.common.settings import EXPERTS_VARIABLE
+from k26_plugins.common.settings import EXPERTS
 from k26_plugins.vllm import compat, logger
 from k26_plugins.vllm.experts import K26ExpertsMethod, core_serves, experts_of, layer_number
 
@@ -49,7 +49,7 @@ def use_core_instead(model: torch.nn.Module, modules: Sequence[Any], config: K26
     require_replaceable(wrong, "vLLM", published_layout=config is not None, files=files_read)
     assert config is not None
     if getattr(modules[0].moe_config.moe_parallel_config, "enable_eplb", False):
-        stop(wrong, f"EPLB moves experts between ranks that keep theirs. Set {EXPERTS_VARIABLE}={TritonExperts.name}")
+        stop(wrong, f"EPLB moves experts between ranks that keep theirs. Set {EXPERTS.variable}={TritonExperts.name}")
     device = next(modules[0].parameters(recurse=False)).device
     backend_name = TritonExperts.name if device.type == TritonExperts.device_type else "auto"
     with device:

@@ -18,7 +18,7 @@ from k26_plugins.common.experts.base import Batches, LayerSizes
 from k26_plugins.common.experts.loading import ExpertsOfLayer, Places
 from k26_plugins.common.experts.parameters import LayerExperts
 from k26_plugins.common.experts.tuned import backend_for, installed_engine
-from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, experts_setting
+from k26_plugins.common.settings import ENGINE, EXPERTS
 from k26_plugins.vllm import compat, logger
 from k26_plugins.vllm.modular import K26Experts, experts_for
 
@@ -187,13 +187,13 @@ def core_serves(moe: FusedMoEConfig, backend_name: str) -> bool:
     """
     reason = why_unsupported(sizes_of(moe), backend_name)
     # Not in the place of a reason that goes for a backend by name too.
-    if reason is None and moe.moe_parallel_config.use_batched_activation_format and experts_setting() == "auto":
+    if reason is None and moe.moe_parallel_config.use_batched_activation_format and EXPERTS.read() == "auto":
         reason = (
             f"--all2all-backend {moe.moe_parallel_config.all2all_backend} hands each expert its tokens in a buffer of its "
-            f"own, which nothing was measured with: {EXPERTS_VARIABLE}={backend_name} takes them"
+            f"own, which nothing was measured with: {EXPERTS.variable}={backend_name} takes them"
         )
-    if reason is not None and experts_setting() != "auto":
+    if reason is not None and EXPERTS.read() != "auto":
         raise ExpertsError(
-            f"{EXPERTS_VARIABLE}={backend_name} cannot serve here: {reason}. Or unset {EXPERTS_VARIABLE} for vLLM's own."
+            f"{EXPERTS.variable}={backend_name} cannot serve here: {reason}. Or unset {EXPERTS.variable} for vLLM's own."
         )
     return core_serves_layer(logger, "vLLM", backend_name, reason)

@@ -17,7 +17,7 @@ from k26_plugins.common.checkpoint.saved_state import require_its_loader
 from k26_plugins.common.experts import ExpertsError
 from k26_plugins.common.experts.loading import is_needed, load_experts
 from k26_plugins.common.experts.saving import in_checkpoint_form
-from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, core_media, experts_setting
+from k26_plugins.common.settings import ENGINE, EXPERTS, MEDIA
 from k26_plugins.vllm import compat, logger
 from k26_plugins.vllm.engine_experts import files_read, watch_engine_experts
 from k26_plugins.vllm.experts import experts_of, use_core_experts
@@ -29,7 +29,7 @@ from k26_plugins.vllm.processing import K26MultiModalProcessor, K26ProcessingInf
 _in_tree = compat.in_tree_model()
 _MEDIA = (
     (K26MultiModalProcessor, K26ProcessingInfo)
-    if core_media()
+    if MEDIA.read() != ENGINE
     else (_in_tree.KimiK25MultiModalProcessor, _in_tree.KimiK25ProcessingInfo)
 )
 
@@ -44,16 +44,16 @@ class KimiK25ForConditionalGeneration(TakesAdapters, _in_tree.KimiK25ForConditio
         require_everywhere("VLLM_PLUGINS")
         answer = vllm_config.model_config.k26_plugins
         self.core_config = answer.core_config
-        setting = experts_setting()
+        setting = EXPERTS.read()
         if answer.saved_experts:
             require_its_loader(vllm_config.load_config.load_format)
         if self.core_config is not None and setting == ENGINE:
             if answer.saved_experts:
                 raise ExpertsError(
-                    f"this state was saved with the core's experts, which {EXPERTS_VARIABLE}={ENGINE} leaves out: unset it, "
+                    f"this state was saved with the core's experts, which {EXPERTS.variable}={ENGINE} leaves out: unset it, "
                     f"or save one with vLLM's own."
                 )
-            logger.info("k26-plugins: vLLM's own INT4 experts are kept (%s chooses).", EXPERTS_VARIABLE)
+            logger.info("k26-plugins: vLLM's own INT4 experts are kept (%s chooses).", EXPERTS.variable)
         elif self.core_config is not None:
             required = setting != "auto" or current_platform.is_cpu() or answer.saved_experts
             use_core_experts(vllm_config, setting, required=required)

@@ -16,7 +16,7 @@ from k26_plugins.common.multimodal.video import VideoChunk
 from k26_plugins.common.prompt.chat import keep_arguments
 from k26_plugins.common.prompt.control_tokens import escape_deep, unescape_deep
 from k26_plugins.common.prompt.thinking import template_options
-from k26_plugins.common.settings import control_tokens_as_text
+from k26_plugins.common.settings import CONTROL_TOKENS
 
 
 class K26Renderer(HfRenderer):
@@ -27,7 +27,7 @@ class K26Renderer(HfRenderer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.escape_messages = control_tokens_as_text()
+        self.escape_messages = CONTROL_TOKENS.read() == "text"
 
     def render_messages(self, messages: Any, params: Any) -> Any:
         ready, names = self._ready(messages, params)

@@ -23,7 +23,7 @@ from k26_plugins.common.host import control_groups
 from k26_plugins.common.host import memory as host_memory
 from k26_plugins.common.host.memory import HostMemoryError, require_host_memory
 from k26_plugins.common.model.config import K26Config
-from k26_plugins.common.settings import check_settings, stream_from_setting
+from k26_plugins.common.settings import STREAM_FROM, check_settings
 
 # The bound of one backend on its own is 6e-3.
 TOLERANCE = 6e-3
@@ -232,7 +232,7 @@ def test_from_where_on_is_streamed(value: str, meaning: int | str | None, monkey
             check_settings()
     else:
         check_settings()
-        assert stream_from_setting() == meaning
+        assert STREAM_FROM.read() == meaning
 
 
 def test_an_expert_map_is_refused() -> None:

@@ -165,7 +165,9 @@ def test_one_given_by_hand(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None
     write_outcome(outcome(9.0), outcome_file(KEY))
     given = cache / "given.json"
     monkeypatch.setenv("K26_TUNED", str(given))
-    with pytest.raises(ValueError, match=r"K26_TUNED is '.*given.json': no such file"):
+    with pytest.raises(
+        ValueError, match=r"K26_TUNED is '.*given.json': choose an existing file of `k26 tune`, or unset it"
+    ):
         find_outcome(KEY)
     write_outcome(outcome(), given)
     assert find_outcome(KEY)[0] == outcome()

@@ -25,7 +25,7 @@ from k26_plugins.common.experts.triton import TritonExperts, unusable_on
 from k26_plugins.common.experts.tuned import backend_for, here, tuned_answer
 from k26_plugins.common.metrics import FOLDER_VARIABLE
 from k26_plugins.common.purpose import Purpose
-from k26_plugins.common.settings import batch_invariant_setting
+from k26_plugins.common.settings import BATCH_INVARIANT
 from k26_plugins.operate.doctor.tuned import tuned_findings
 
 TOLERANCE = 5e-3
@@ -264,7 +264,7 @@ def test_the_doctor_says_which_measurement_is_used(
     assert level == "BAD"
     assert detail.startswith(f"{file} is no outcome of `k26 tune` ")
     monkeypatch.setenv("K26_TUNED", "/nowhere")
-    assert said() == ("BAD", "K26_TUNED is '/nowhere': no such file. Give one that `k26 tune` wrote, or unset it.")
+    assert said() == ("BAD", "K26_TUNED is '/nowhere': choose an existing file of `k26 tune`, or unset it.")
 
 
 def test_what_auto_is_elsewhere(
@@ -291,7 +291,7 @@ def test_what_auto_is_elsewhere(
 def test_the_batch_invariant_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     for value, expected in (("0", False), ("1", True)):
         monkeypatch.setenv("K26_BATCH_INVARIANT", value)
-        assert batch_invariant_setting() is expected
+        assert BATCH_INVARIANT.read() is expected
     monkeypatch.setenv("K26_BATCH_INVARIANT", "yes")
     with pytest.raises(ValueError, match="K26_BATCH_INVARIANT is 'yes'"):
-        batch_invariant_setting()
+        BATCH_INVARIANT.read()

@@ -90,7 +90,7 @@ def test_what_is_the_engines_by_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("K26_PROMPTS", "mine")
     (found,) = piece_findings()
     assert found.level is Level.BAD
-    assert found.detail == "K26_PROMPTS is 'mine': choose one of auto, engine, or unset it."
+    assert found.detail == "K26_PROMPTS is 'mine': choose auto or engine, or unset it."
 
 
 @pytest.mark.parametrize(

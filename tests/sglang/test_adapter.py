@@ -437,7 +437,7 @@ def test_routed_experts_get_our_scheme(tiny_folder: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("runner", ["marlin", "triton"])
 def test_sglangs_own_experts_stay_selectable(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, runner: str) -> None:
-    from k26_plugins.common.settings import EXPERTS_VARIABLE
+    from k26_plugins.common.settings import EXPERTS
     from k26_plugins.sglang.experts import K26MoEScheme, chosen_backend, use_core_experts
 
     monkeypatch.setattr(compat, "moe_runner_backend", _Runner(runner))
@@ -448,7 +448,7 @@ def test_sglangs_own_experts_stay_selectable(tiny_folder: Path, monkeypatch: pyt
     assert type(scheme).__module__.startswith("sglang.")
     with pytest.raises(ValueError, match=r"hybrid run.*leave out --moe-runner-backend"):
         chosen_backend(hybrid=True)
-    monkeypatch.setenv(EXPERTS_VARIABLE, "cpu")
+    monkeypatch.setenv(EXPERTS.variable, "cpu")
     with pytest.raises(ValueError, match=rf"K26_EXPERTS=cpu and --moe-runner-backend {runner}"):
         chosen_backend(hybrid=False)
 

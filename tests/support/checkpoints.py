@@ -64,7 +64,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 """How a checkpoint can be broken, and what the start must say of it, in every engine."""
 
-WRONG_SETTING = "K26_EXPERTS is 'marlin': choose one of auto, engine, triton, native, cpu, reference"
+WRONG_SETTING = "K26_EXPERTS is 'marlin': choose auto, engine, triton, native, cpu or reference"
 
 
 LLAMA_PROMPT = list(range(50))

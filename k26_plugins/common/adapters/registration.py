@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from k26_plugins.common.adapters.engine import EngineName
-from k26_plugins.common.settings import ENGINE, STRICT_VARIABLE, core_prompts, parsers_setting, strict
+from k26_plugins.common.settings import ENGINE, PARSERS, PROMPTS, STRICT
 
 _ABSENT = object()
 
@@ -24,7 +24,7 @@ Hook = tuple[EngineName, Callable[..., Any], str]
 def wanted_hooks(requests: Sequence[Hook], answers: Sequence[Hook]) -> list[Hook]:
     """The hooks of an API server's chats, those of requests and those of answers, each unless the user leaves that piece to
     the engine."""
-    return [*(requests if core_prompts() else ()), *(answers if parsers_setting() != ENGINE else ())]
+    return [*(requests if PROMPTS.read() != ENGINE else ()), *(answers if PARSERS.read() != ENGINE else ())]
 
 
 def go_without(error: Exception, lost: str, logger: logging.Logger) -> None:
@@ -32,8 +32,8 @@ def go_without(error: Exception, lost: str, logger: logging.Logger) -> None:
 
     Raises SystemExit: engines log any other exception of a plugin and go on.
     """
-    if strict():
-        raise SystemExit(f"k26-plugins: {error} Without it {lost}, and {STRICT_VARIABLE}=1 stops the start.") from error
+    if STRICT.read():
+        raise SystemExit(f"k26-plugins: {error} Without it {lost}, and {STRICT.variable}=1 stops the start.") from error
     logger.warning("k26-plugins: %s Without it %s.", error, lost)
 
 

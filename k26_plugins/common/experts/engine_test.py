@@ -20,7 +20,7 @@ from k26_plugins.common.experts.reference import dense_matrices, routed_sum
 from k26_plugins.common.experts.selftest import RoutedSum, worst_error
 from k26_plugins.common.experts.triton import TritonExperts
 from k26_plugins.common.model.int4 import GROUP_SIZE, PACK_FACTOR
-from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, experts_setting
+from k26_plugins.common.settings import ENGINE, EXPERTS
 
 BATCHES = (1, 8, 64, 400)
 """Tokens: one for each regime that the engines' kernels have. For the first layer; the others differ in their weights."""
@@ -230,11 +230,11 @@ def require_replaceable(wrong: str, engine: str, *, published_layout: bool, file
     """
     if not published_layout:
         stop(wrong, "they are for the published INT4 weights")
-    if experts_setting() == ENGINE:
-        stop(wrong, f"{EXPERTS_VARIABLE}={ENGINE} asks for {engine}'s. Unset it")
+    if EXPERTS.read() == ENGINE:
+        stop(wrong, f"{EXPERTS.variable}={ENGINE} asks for {engine}'s. Unset it")
     if not files:
         way = "the way in which the weights are loaded gives them once"
-        stop(wrong, f"{way}. Set {EXPERTS_VARIABLE}={TritonExperts.name}")
+        stop(wrong, f"{way}. Set {EXPERTS.variable}={TritonExperts.name}")
 
 
 def stop(wrong: str, why_not: str) -> None:

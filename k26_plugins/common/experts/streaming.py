@@ -13,7 +13,7 @@ from k26_plugins.common.expert_costs import MEASURED_TOKENS, Line, StreamCosts
 from k26_plugins.common.experts import create_experts
 from k26_plugins.common.experts.base import Batches, ExpertsBackend, LayerSizes
 from k26_plugins.common.experts.streamed import ExpertStream, pin
-from k26_plugins.common.settings import BATCH_INVARIANT_VARIABLE, batch_invariant_setting
+from k26_plugins.common.settings import BATCH_INVARIANT
 
 logger = logging.getLogger(__name__)
 
@@ -82,8 +82,8 @@ class Streaming:
 
     def _start(self, host: ExpertsBackend, device: torch.device) -> ExpertStream | str:
         """The stream, tested and timed, or why there can be none."""
-        if batch_invariant_setting():
-            return f"{BATCH_INVARIANT_VARIABLE} asks that a request's answer does not depend on the batch."
+        if BATCH_INVARIANT.read():
+            return f"{BATCH_INVARIANT.variable} asks that a request's answer does not depend on the batch."
         if not host.tensors():
             return f"the CPU's experts ({host.name}) keep their weights to themselves."
         try:

@@ -18,7 +18,7 @@ from k26_plugins.common.experts.base import (
     Sizes,
     as_int32,
 )
-from k26_plugins.common.settings import batch_invariant_setting
+from k26_plugins.common.settings import BATCH_INVARIANT
 
 if TYPE_CHECKING:
     from k26_kernels import KernelExperts
@@ -97,7 +97,7 @@ class TritonExperts(ExpertsBackend):
     def make_ready(cls, sizes: Sizes, batches: Batches) -> None:
         """Every variant that such batches can launch is compiled, once in a process."""
         found = LayerSizes(sizes.num_experts, sizes.hidden_size, sizes.intermediate_size, sizes.device)
-        _make_ready(found, batches, batch_invariant_setting())
+        _make_ready(found, batches, BATCH_INVARIANT.read())
 
     @classmethod
     def load(cls, weights: ExpertWeights) -> Self:
@@ -105,7 +105,7 @@ class TritonExperts(ExpertsBackend):
         from k26_kernels import KernelExperts
 
         experts = KernelExperts.from_checkpoint(*weights.parts())
-        return cls(experts, batch_invariant_setting())
+        return cls(experts, BATCH_INVARIANT.read())
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The four tensors in the kernels' layout, of the checkpoint's shapes."""
@@ -121,7 +121,7 @@ class TritonExperts(ExpertsBackend):
         """Takes tensors in the kernels' layout as they are."""
         from k26_kernels import KernelExperts
 
-        return cls(KernelExperts.from_repacked(**tensors), batch_invariant_setting())
+        return cls(KernelExperts.from_repacked(**tensors), BATCH_INVARIANT.read())
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> ExpertWeights:
         """Undoes `load`, in place."""

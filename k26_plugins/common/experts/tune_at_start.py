@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from k26_plugins.common.experts.outcome import Key, outcome_file
-from k26_plugins.common.settings import TUNE_VARIABLE
+from k26_plugins.common.settings import TUNE
 
 # A program of its own, whose CUDA context and memory end with it. By name: the core imports no command.
 COMMAND = (sys.executable, "-m", "k26_plugins.operate.tune")
@@ -37,7 +37,7 @@ def measure(key: Key, engine: str, device: torch.device) -> str | None:
 
 
 def _run(command: list[str], file: Path, device: torch.device) -> str | None:
-    environment = {name: value for name, value in os.environ.items() if name != TUNE_VARIABLE}
+    environment = {name: value for name, value in os.environ.items() if name != TUNE.variable}
     environment |= visible_alone(device)
     try:
         done = subprocess.run(

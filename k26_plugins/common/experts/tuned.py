@@ -17,7 +17,7 @@ from k26_plugins.common.experts.outcome import OURS, Key, Outcome, OutcomeError,
 from k26_plugins.common.experts.rule import choose
 from k26_plugins.common.experts.triton import TritonExperts, unusable_on
 from k26_plugins.common.experts.tune_at_start import measure
-from k26_plugins.common.settings import ENGINE, TUNED_VARIABLE, tune_at_start, tuned_setting
+from k26_plugins.common.settings import ENGINE, TUNE, TUNED
 
 logger = logging.getLogger(__name__)
 
@@ -63,14 +63,14 @@ def find_outcome(key: Key) -> tuple[Outcome | None, str]:
 
     Raises OutcomeError where the one that K26_TUNED names cannot be read.
     """
-    given = tuned_setting()
+    given = TUNED.read()
     if given is not None:
         outcome = read_outcome(given)
         if (outcome.key.gpu, outcome.key.shape) != (key.gpu, key.shape):
             there, here = f"{outcome.key.shape} on {outcome.key.gpu}", f"{key.shape} on {key.gpu}"
-            return None, f"{TUNED_VARIABLE}={given} was measured for {there}, this is {here}"
+            return None, f"{TUNED.variable}={given} was measured for {there}, this is {here}"
         other = ", ".join(outcome.key.differences(key))
-        return outcome, f"{TUNED_VARIABLE}={given}" + (f", though here is {other}" if other else "")
+        return outcome, f"{TUNED.variable}={given}" + (f", though here is {other}" if other else "")
     file = outcome_file(key)
     if not file.exists():
         return None, f"{key.shape} was not measured on {key.gpu} with this driver, Triton, torch and engine"
@@ -99,7 +99,7 @@ def tuned_answer(sizes: LayerSizes, engine: str) -> Answer:
         return Answer(ENGINE, str(error).rstrip("."))
     key = here(sizes.device, engine, shape.key)
     outcome, source = find_outcome(key)
-    if outcome is None and tune_at_start() and tuned_setting() is None:
+    if outcome is None and TUNE.read() and TUNED.read() is None:
         outcome, source = _measured(key, sizes.device)
     if outcome is None:
         return Answer(ENGINE, f"{source}; {REMEDY}")

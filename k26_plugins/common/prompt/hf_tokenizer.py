@@ -24,7 +24,7 @@ from k26_plugins.common.prompt.control_tokens import MARK, QUOTED_SIGN, unescape
 from k26_plugins.common.prompt.special_tokens import VIDEO_PLACEHOLDER
 from k26_plugins.common.prompt.thinking import template_options
 from k26_plugins.common.prompt.tokenizer import RANKS_FILE, SPLIT_PATTERN, KimiTokenizer, TokenizerError
-from k26_plugins.common.settings import control_tokens_as_text, core_prompts, kimis_ids
+from k26_plugins.common.settings import CONTROL_TOKENS, ENGINE, PROMPTS, TOOL_IDS
 
 SETTINGS_FILE = "tokenizer_config.json"
 # Control tokens that the engines' parsers must find in decoded text.
@@ -160,7 +160,7 @@ def is_this_model(path_or_name: str | Path, revision: str | None = None) -> bool
 def core_serves_prompts(path_or_name: str | Path, revision: str | None = None) -> bool:
     """Whether the tokenizer and the prompts of a checkpoint of this model are the core's, as far as the user and its files
     say: one that brings `tokenizer.json` in the place of `tiktoken.model` is transformers' to read."""
-    if not core_prompts():
+    if PROMPTS.read() == ENGINE:
         return False
     where: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
 
@@ -205,10 +205,10 @@ def load_hf_tokenizer(
     _compare(built, reference)
     built.plain = reference
     built.kimi_template = built.chat_template
-    built.escape_tools = control_tokens_as_text()
+    built.escape_tools = CONTROL_TOKENS.read() == "text"
     built.escape_messages = escape_messages and built.escape_tools
     built.video_place = video_place
-    built.kimis_ids = kimis_ids()
+    built.kimis_ids = TOOL_IDS.read() == "kimi"
     return built
 
 

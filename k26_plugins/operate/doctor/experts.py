@@ -14,7 +14,7 @@ from k26_plugins.common.experts.native.threads import process_threads
 from k26_plugins.common.experts.selftest import self_test_error
 from k26_plugins.common.model.config import ConfigError, OtherLayoutError, TextConfig
 from k26_plugins.common.reference.decoder import MoE
-from k26_plugins.common.settings import ENGINE, EXPERTS_VARIABLE, backend_names, experts_setting
+from k26_plugins.common.settings import ENGINE, EXPERTS, backend_names
 from k26_plugins.operate.doctor.finding import Finding, Level
 from k26_plugins.operate.doctor.tuned import tuned_findings
 from k26_plugins.operate.random_experts import random_experts
@@ -37,9 +37,9 @@ def experts_findings(checkpoint: Path | None) -> list[Finding]:
     """Every backend on this device, on weights of the checkpoint or random ones of the published sizes."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        setting = experts_setting()
+        setting = EXPERTS.read()
     except ValueError as error:
-        return [Finding(Level.BAD, "experts", str(error), *[f"unset {EXPERTS_VARIABLE}"] * 2)]
+        return [Finding(Level.BAD, "experts", str(error), *[f"unset {EXPERTS.variable}"] * 2)]
     try:
         weights, source = _weights(checkpoint)
     except OtherLayoutError:

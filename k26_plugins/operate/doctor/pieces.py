@@ -11,12 +11,18 @@ def piece_findings() -> list[Finding]:
         settings.check_settings()
     except ValueError as error:
         return [Finding(Level.BAD, "settings", str(error), "a server would not start")]
-    parsers = {"auto": "ours", "none": "none by default"}.get(settings.parsers_setting(), "the engine's")
+    parsers = {"auto": "ours", "none": "none by default"}.get(settings.PARSERS.read(), "the engine's")
     pieces = {
-        "experts": (settings.experts_setting(), settings.EXPERTS_VARIABLE),
-        "prompts": ("ours" if settings.core_prompts() else "the engine's", settings.PROMPTS_VARIABLE),
-        "images and videos": ("ours" if settings.core_media() else "the engine's", settings.MEDIA_VARIABLE),
-        "parsers": (parsers, settings.PARSERS_VARIABLE),
+        "experts": (settings.EXPERTS.read(), settings.EXPERTS.variable),
+        "prompts": (
+            "ours" if settings.PROMPTS.read() != settings.ENGINE else "the engine's",
+            settings.PROMPTS.variable,
+        ),
+        "images and videos": (
+            "ours" if settings.MEDIA.read() != settings.ENGINE else "the engine's",
+            settings.MEDIA.variable,
+        ),
+        "parsers": (parsers, settings.PARSERS.variable),
     }
     detail = ", ".join(f"{piece} {whose} ({variable})" for piece, (whose, variable) in pieces.items())
     return [Finding(Level.NOTE, "pieces", detail)]

@@ -9,7 +9,7 @@ from k26_plugins.common.experts.rule import choose
 from k26_plugins.common.experts.triton import unusable_on
 from k26_plugins.common.experts.tuned import ENGINES, here, installed_engine
 from k26_plugins.common.host.cache_folder import outcome_folder
-from k26_plugins.common.settings import TUNED_VARIABLE, tuned_setting
+from k26_plugins.common.settings import TUNED
 from k26_plugins.operate.doctor.engines import is_installed
 from k26_plugins.operate.doctor.finding import Finding, Level
 
@@ -22,9 +22,9 @@ def tuned_findings(device: torch.device) -> list[Finding]:
     if reason is not None:
         return [Finding(Level.NOTE, TITLE, f"servers take the engine's own experts: {reason.rstrip('.')}")]
     try:
-        given = tuned_setting()
+        given = TUNED.read()
     except ValueError as error:
-        return [Finding(Level.BAD, TITLE, str(error), *[f"unset {TUNED_VARIABLE}"] * 2)]
+        return [Finding(Level.BAD, TITLE, str(error), *[f"unset {TUNED.variable}"] * 2)]
     engines = [installed_engine(name) for name in ENGINES if is_installed(name)]
     files = [given] if given is not None else sorted(outcome_folder().glob("*.json"))
     findings = []
@@ -36,7 +36,7 @@ def tuned_findings(device: torch.device) -> list[Finding]:
             continue
         key = here(device, outcome.key.engine, outcome.key.shape)
         if outcome.key.gpu == key.gpu:
-            findings.append(_finding(outcome, key, engines, f"{TUNED_VARIABLE}={file}" if given else str(file), given))
+            findings.append(_finding(outcome, key, engines, f"{TUNED.variable}={file}" if given else str(file), given))
     if not findings:
         detail = "nothing was measured on this GPU: servers take the engine's own experts"
         findings.append(Finding(Level.NOTE, TITLE, detail, "`k26 tune` measures which are the fastest that are right"))

@@ -12,7 +12,7 @@ from k26_plugins.common import metrics
 from k26_plugins.common.multimodal.image import open_image
 from k26_plugins.common.multimodal.video import MAX_TOKENS, VideoChunk, read_chunks
 from k26_plugins.common.prompt.places import media_kinds, place_videos
-from k26_plugins.common.settings import core_media
+from k26_plugins.common.settings import ENGINE, MEDIA
 from k26_plugins.sglang import compat, compat_encoder
 from k26_plugins.sglang.model import KimiK25ForConditionalGeneration
 
@@ -24,7 +24,7 @@ _NO_ENCODER = (
 )
 
 # 0.5.10 prepares images nowhere but in the processor, which is the core's.
-if core_media() and hasattr(_in_tree, "KimiGPUProcessorWrapper"):
+if MEDIA.read() != ENGINE and hasattr(_in_tree, "KimiGPUProcessorWrapper"):
 
     class CoreWrapper(_in_tree.KimiGPUProcessorWrapper):  # type: ignore[misc, name-defined]
         """Where there is a GPU the in-tree class resizes on it, by other arithmetic: pixels a few levels apart."""
@@ -40,7 +40,7 @@ class K26MediaProcessor(_in_tree.KimiK2_5VLImageProcessor):  # type: ignore[misc
     """The in-tree class knows images. A video comes to it as images: one for each chunk, with more than one frame."""
 
     # SGLang takes the class for these models: for none where the user leaves images to SGLang.
-    models = (KimiK25ForConditionalGeneration,) if core_media() else ()
+    models = (KimiK25ForConditionalGeneration,) if MEDIA.read() != ENGINE else ()
     # A GPU's JPEG decoder gives other pixels than PIL, and a tensor where the core takes an image.
     gpu_image_decode = False
 

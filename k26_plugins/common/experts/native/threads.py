@@ -13,7 +13,7 @@ import torch
 from k26_plugins.common.experts.base import ExpertsError
 from k26_plugins.common.experts.native.build import library
 from k26_plugins.common.host.cores import Core, cores
-from k26_plugins.common.settings import cpu_threads_setting
+from k26_plugins.common.settings import CPU_THREADS
 
 
 class Layer(ctypes.Structure):
@@ -65,7 +65,7 @@ class Threads:
         self._process = ctypes.c_void_p(created)
         self._team = team
         self._has_team = self.process == _imported_in and bool(native.k26_has_team(self._process))
-        self._cores = pool or cores(cpu_threads_setting())
+        self._cores = pool or cores(CPU_THREADS.read())
         self._pool_started = False
         self._starting = threading.Lock()
 
