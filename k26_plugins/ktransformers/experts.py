@@ -25,7 +25,7 @@ from k26_plugins.ktransformers import compat
 MAX_TOKENS = 2048
 # Experts of one token, at most: the published model's number.
 MAX_TOP_K = 8
-# kt-kernel's tiles. An inner size of 64 ends the process (0.7.2).
+# kt-kernel's tiles. An intermediate size of 64 ends the process (0.7.2).
 TILE = 128
 # Numbers of experts that are no multiple of 4 end the process too at small sizes: its buffers are then out of line.
 EXPERTS_MULTIPLE = 8
@@ -83,11 +83,11 @@ class KtExperts(ExpertsBackend):
         config_class = compat.extension().moe.MOEConfig
         chosen = cores(CPU_THREADS.read())
         pool = compat.cpu_infer(len(chosen), _memory_nodes(chosen))
-        inner = weights.intermediate_size
+        intermediate_size = weights.intermediate_size
         padded = -(-weights.num_experts // EXPERTS_MULTIPLE) * EXPERTS_MULTIPLE
         # The padding counts as experts on a device, which kt-kernel does not compute.
         on_device = torch.arange(padded) >= weights.num_experts
-        config = config_class(padded, MAX_TOP_K, weights.hidden_size, inner, on_device.data_ptr())
+        config = config_class(padded, MAX_TOP_K, weights.hidden_size, intermediate_size, on_device.data_ptr())
         config.layer_idx = 0
         config.pool = pool.backend_
         config.max_len = MAX_TOKENS
@@ -95,18 +95,18 @@ class KtExperts(ExpertsBackend):
         config.quant_config.group_size = GROUP_SIZE
         config.quant_config.zero_point = False
         # One address for each memory node and expert; the checkpoint's bytes are not split by node.
-        config.gate_projs = _addresses(weights.w13_packed[:, :inner], padded)
-        config.up_projs = _addresses(weights.w13_packed[:, inner:], padded)
+        config.gate_projs = _addresses(weights.w13_packed[:, :intermediate_size], padded)
+        config.up_projs = _addresses(weights.w13_packed[:, intermediate_size:], padded)
         config.down_projs = _addresses(weights.w2_packed, padded)
-        config.gate_scales = _addresses(weights.w13_scale[:, :inner], padded)
-        config.up_scales = _addresses(weights.w13_scale[:, inner:], padded)
+        config.gate_scales = _addresses(weights.w13_scale[:, :intermediate_size], padded)
+        config.up_scales = _addresses(weights.w13_scale[:, intermediate_size:], padded)
         config.down_scales = _addresses(weights.w2_scale, padded)
         moe = raw_int4(config)
         order = torch.arange(padded, dtype=torch.int64)
         pool.submit(moe.load_weights_task(order.data_ptr()))
         pool.sync()
         kept = () if compat.copies_weights(raw_int4) else (weights.w13_packed, weights.w2_packed)
-        sizes = LayerSizes(weights.num_experts, weights.hidden_size, inner, weights.device)
+        sizes = LayerSizes(weights.num_experts, weights.hidden_size, intermediate_size, weights.device)
         return cls(moe, pool, sizes, (on_device, order, *kept))
 
     def tensors(self) -> dict[str, torch.Tensor]:

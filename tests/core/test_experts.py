@@ -100,15 +100,15 @@ def test_a_tensor_of_another_shape_is_named(backend: str, name: str, given: torc
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("backend", backends())
 def test_what_is_no_experts_id_counts_as_none(backend: str, dtype: torch.dtype) -> None:
-    """In the ids and in the map, beside slots that are right: the same bits as with −1 in its place."""
+    """In the ids and in the map, beside ids that are right: the same bits as with −1 in its place."""
     experts = create_experts(make_weights(4, 128, 64), backend)
     x, topk_weights = inputs(12, 128), route(12, 2, 4)[1]
     strange = [4, 5, 384, -2, -7, 2**31 - 1, *([2**32, 2**62 + 1] if dtype == torch.int64 else [])]
     for expert_map in (None, torch.tensor([2, 0, -1, 1, 3, 4, -3, 2**30], dtype=torch.int32)):
         valid = [0, 1, 2, 3] if expert_map is None else [0, 1, 3, 4]
         wrong = strange if expert_map is None else [value for value in strange if value not in valid] + [2, 5, 6, 7, 8]
-        slots = [(valid[token % 4], wrong[token % len(wrong)]) for token in range(12)]
-        ids, none = torch.tensor(slots, dtype=dtype), torch.tensor([(right, -1) for right, _ in slots])
+        pairs = [(valid[token % 4], wrong[token % len(wrong)]) for token in range(12)]
+        ids, none = torch.tensor(pairs, dtype=dtype), torch.tensor([(right, -1) for right, _ in pairs])
         result = experts.apply(x, ids, topk_weights, expert_map=expert_map)
         assert torch.equal(result, experts.apply(x, none, topk_weights, expert_map=expert_map))
         assert result.any()

@@ -18,7 +18,7 @@ from support.quick import make_quick
 from k26_plugins.cli import app
 from k26_plugins.common.checkpoint import Checkpoint, tensor_table
 from k26_plugins.common.model.config import K26Config
-from k26_plugins.common.model.int4 import dequantize, product_tiled, quantize
+from k26_plugins.common.model.int4 import dequantize, gemm_tiled, quantize
 from k26_plugins.common.reference.kimi_k26 import KimiK26
 from k26_plugins.common.tiny.checkpoint import TinySizes
 from k26_plugins.operate.golden import Golden, memory, read_prompts
@@ -98,7 +98,7 @@ def test_the_tiled_product_is_the_plain_one() -> None:
     packed, scale = quantize(torch.randn(200, 96, generator=generator))
     x = torch.randn(5, 96, generator=generator)
     expected = x.double() @ dequantize(packed, scale, torch.float64).T
-    torch.testing.assert_close(product_tiled(x, packed, scale).double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gemm_tiled(x, packed, scale).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 LIMITED = """

@@ -43,7 +43,7 @@ class Sizes(Protocol):
 
     @property
     def intermediate_size(self) -> int:
-        """This rank's part of an expert's width between its two products."""
+        """This rank's part of an expert's width between its two GEMMs."""
 
     @property
     def device(self) -> torch.device:
@@ -98,19 +98,20 @@ class ExpertWeights:
                     f"expert tensor {name} is {tensor.dtype} with {tensor.dim()} dimensions, expected {dtype} with 3: "
                     f"use the checkpoint as published, without conversion."
                 )
-        experts, hidden, inner = self.num_experts, self.hidden_size, self.intermediate_size
+        num_experts, hidden_size, intermediate_size = self.num_experts, self.hidden_size, self.intermediate_size
         expected = {
-            "w13_packed": (experts, 2 * inner, hidden // PACK_FACTOR),
-            "w13_scale": (experts, 2 * inner, hidden // GROUP_SIZE),
-            "w2_packed": (experts, hidden, inner // PACK_FACTOR),
-            "w2_scale": (experts, hidden, inner // GROUP_SIZE),
+            "w13_packed": (num_experts, 2 * intermediate_size, hidden_size // PACK_FACTOR),
+            "w13_scale": (num_experts, 2 * intermediate_size, hidden_size // GROUP_SIZE),
+            "w2_packed": (num_experts, hidden_size, intermediate_size // PACK_FACTOR),
+            "w2_scale": (num_experts, hidden_size, intermediate_size // GROUP_SIZE),
         }
+        are_whole_groups = hidden_size % GROUP_SIZE == 0 and intermediate_size % GROUP_SIZE == 0
         for name, shape in expected.items():
-            if tuple(getattr(self, name).shape) != shape or hidden % GROUP_SIZE or inner % GROUP_SIZE:
+            if tuple(getattr(self, name).shape) != shape or not are_whole_groups:
                 raise ExpertsError(
                     f"expert tensor {name} has shape {list(getattr(self, name).shape)}, expected {list(shape)} with "
-                    f"hidden size {hidden} and intermediate size {inner} multiples of {GROUP_SIZE}: choose a tensor "
-                    f"parallel size that leaves whole groups on each rank."
+                    f"hidden size {hidden_size} and intermediate size {intermediate_size} multiples of {GROUP_SIZE}: choose "
+                    f"a tensor parallel size that leaves whole groups on each rank."
                 )
 
     @property
@@ -125,7 +126,7 @@ class ExpertWeights:
 
     @property
     def intermediate_size(self) -> int:
-        """This rank's part of an expert's width between its two products."""
+        """This rank's part of an expert's width between its two GEMMs."""
         return self.w2_packed.shape[2] * PACK_FACTOR
 
     @property
@@ -421,10 +422,10 @@ def local_ids(topk_ids: torch.Tensor, expert_map: torch.Tensor | None, num_exper
 def tokens_by_expert(
     topk_ids: torch.Tensor, expert_map: torch.Tensor | None, num_experts: int
 ) -> list[tuple[int, torch.Tensor]]:
-    """For each local expert with tokens, in order: its index and the flat slots (token · top_k + k) that chose it."""
+    """For each local expert with tokens, in order: its index and its token–expert pairs, each as token · top_k + k."""
     local = local_ids(topk_ids, expert_map, num_experts).flatten()
     order = torch.argsort(local, stable=True)
-    # Slots of −1 sort first and are dropped.
+    # Pairs with −1 sort first and are dropped.
     counts = torch.bincount(local + 1, minlength=num_experts + 1).tolist()
-    slots = order.split(counts)[1:]
-    return [(expert, slot) for expert, slot in enumerate(slots) if len(slot)]
+    pairs_by_expert = order.split(counts)[1:]
+    return [(expert, pairs) for expert, pairs in enumerate(pairs_by_expert) if len(pairs)]

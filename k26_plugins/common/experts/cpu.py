@@ -1,8 +1,8 @@
-"""INT4 experts on a CPU, exact to bfloat16: torch's int4 product for few tokens, a dense product for many.
+"""INT4 experts on a CPU, exact to bfloat16: torch's INT4 GEMM for few tokens, a dense GEMM for many.
 
 torch's `_weight_int4pack_mm_for_cpu` streams the packed weights at the memory's bandwidth and keeps the activations in
 bfloat16, but its arithmetic rate stays at that of one small tile. Where many tokens share an expert its weights are
-dequantized, from the same packed bytes and a cache-sized tile at a time, and multiplied by the dense product.
+dequantized, from the same packed bytes and a cache-sized tile at a time, and multiplied by the dense GEMM.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from k26_plugins.common.experts.base import (
 from k26_plugins.common.model.int4 import GROUP_SIZE, PACK_FACTOR
 from k26_plugins.common.model.linear import multiplies_bfloat16
 
-# Tokens of one expert from which the dense product wins. On 2 cores of an AMD EPYC (Zen 4, AVX512-BF16), w13 of
+# Tokens of one expert from which the dense GEMM wins. On 2 cores of an AMD EPYC (Zen 4, AVX512-BF16), w13 of
 # 4096 × 7168: 32 tokens 11.4 ms against 13 ms, 64 tokens 23 ms against 18 ms, 256 tokens 90 ms against 47 ms. In float32
 # on 2 cores of an AMD EPYC (Zen 3, AVX2): 64 tokens 58 ms against 49 ms, 256 tokens 273 ms against 163 ms.
 DENSE_FROM = 48
@@ -36,7 +36,7 @@ TILE_ROWS = 256
 
 @dataclass(frozen=True, slots=True)
 class PackedLayout:
-    """How torch lays INT4 weights out for its CPU product: blocks of rows, inputs outermost within a block.
+    """How torch lays INT4 weights out for its CPU GEMM: blocks of rows, inputs outermost within a block.
 
     A byte holds the same input of two rows: halves of the block (`interleaved` False) or neighbours (True). Which one
     depends on the instruction set that torch found.
@@ -112,14 +112,14 @@ class Int4Matrix:
         """The checkpoint's tensors of some experts' `packed` and `scale_and_zero`."""
         return self.layout.unpack(packed, self.rows), scale_and_zero[..., 0].transpose(1, 2)
 
-    def product(self, expert: int, x: torch.Tensor) -> torch.Tensor:
+    def gemm(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         """x · Wᵀ, bfloat16 `[tokens, N]`, for x bfloat16 `[tokens, K]`."""
         packed = self.packed[expert].view(torch.uint8).view(self.rows, self.inputs // 2)
         if x.shape[0] < DENSE_FROM:
             return torch._weight_int4pack_mm_for_cpu(x, packed, GROUP_SIZE, self.scale_and_zero[expert])
-        return self._dense_product(expert, x, packed)
+        return self._dense_gemm(expert, x, packed)
 
-    def _dense_product(self, expert: int, x: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+    def _dense_gemm(self, expert: int, x: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
         # 2 cores of that Zen 3 multiply 512 rows at 114 GFLOP/s in float32, and at 3 in bfloat16.
         dtype = torch.bfloat16 if multiplies_bfloat16() else torch.float32
         factor = x.to(dtype)
@@ -160,7 +160,7 @@ class CpuExperts(ExpertsBackend):
 
     @classmethod
     def load(cls, weights: ExpertWeights) -> Self:
-        """Repack into the layout of torch's own operator for INT4 products."""
+        """Repack into the layout of torch's own operator for INT4 GEMMs."""
         layout = packed_layout()
         assert layout is not None, "load follows unsupported"
         return cls(
@@ -195,15 +195,15 @@ class CpuExperts(ExpertsBackend):
         )
 
     def _forward(self, batch: RoutedBatch) -> None:
-        """Compute one expert after the other, each by two of torch's INT4 products.
+        """Compute one expert after the other, each by two of torch's INT4 GEMMs.
 
-        They are in bfloat16, the only dtype that torch's product takes on every CPU at full speed.
+        They are in bfloat16, the only dtype that torch's GEMM takes on every CPU at full speed.
         """
         weights = batch.topk_weights.flatten()
         total = torch.zeros(batch.hidden_states.shape, dtype=torch.float32)
-        for expert, slots in tokens_by_expert(batch.topk_ids, batch.expert_map, self.sizes.num_experts):
-            tokens = slots // batch.topk_ids.shape[1]
-            gate, up = self.w13.product(expert, batch.hidden_states[tokens]).float().chunk(2, dim=-1)
-            y = self.w2.product(expert, (F.silu(gate) * up).to(torch.bfloat16))
-            total.index_add_(0, tokens, y * weights[slots].unsqueeze(-1))
+        for expert, pairs in tokens_by_expert(batch.topk_ids, batch.expert_map, self.sizes.num_experts):
+            tokens = pairs // batch.topk_ids.shape[1]
+            gate, up = self.w13.gemm(expert, batch.hidden_states[tokens]).float().chunk(2, dim=-1)
+            y = self.w2.gemm(expert, (F.silu(gate) * up).to(torch.bfloat16))
+            total.index_add_(0, tokens, y * weights[pairs].unsqueeze(-1))
         batch.out.copy_(total)

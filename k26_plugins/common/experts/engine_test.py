@@ -1,7 +1,7 @@
 """The engine's own experts, tested before they serve: a few experts of some layers, by the engine's own method object.
 
 The weights are taken from the layer's parameters as they are loaded, just before the method rearranges them for its kernel,
-and so are those of this rank, sharded or not. The plain product of them is what the kernel's result is held to.
+and so are those of this rank, sharded or not. The plain GEMM with them is what the kernel's result is held to.
 """
 
 from __future__ import annotations
@@ -76,12 +76,13 @@ def raw_experts(module: torch.nn.Module, chosen: list[int]) -> Matrices:
             # K first, as some methods have their parameters loaded.
             tensors = [tensor.transpose(1, 2) for tensor in tensors]
         packed = [Expert(*(tensor[place].contiguous() for tensor in tensors)) for place in range(len(chosen))]
-        hidden_size, inner = packed[0].w2_packed.shape[0], packed[0].w2_packed.shape[1] * PACK_FACTOR
+        hidden_size, words = packed[0].w2_packed.shape
+        intermediate_size = words * PACK_FACTOR
         shapes = (
-            (2 * inner, hidden_size // PACK_FACTOR),
-            (2 * inner, hidden_size // GROUP_SIZE),
-            (hidden_size, inner // PACK_FACTOR),
-            (hidden_size, inner // GROUP_SIZE),
+            (2 * intermediate_size, hidden_size // PACK_FACTOR),
+            (2 * intermediate_size, hidden_size // GROUP_SIZE),
+            (hidden_size, intermediate_size // PACK_FACTOR),
+            (hidden_size, intermediate_size // GROUP_SIZE),
         )
         if tuple(tuple(tensor.shape) for tensor in packed[0]) != shapes:
             raise UntestableError(f"its packed experts have shapes {[list(tensor.shape) for tensor in packed[0]]}")

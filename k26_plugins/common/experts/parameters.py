@@ -45,9 +45,8 @@ class LayerExperts:
         The checkpoint's `_shape` tensors have no place: they say nothing that the configuration does not. Raises
         ExpertsError, before anything is created, where no such backend takes these sizes on this device.
         """
-        inner = intermediate_size
         self.device = torch.get_default_device() if device is None else device
-        sizes = LayerSizes(num_experts, hidden_size, inner, self.device)
+        sizes = LayerSizes(num_experts, hidden_size, intermediate_size, self.device)
         # A hybrid run may have no expert of a layer on its device.
         if num_experts and (reason := why_unsupported(sizes, backend_name)) is not None:
             raise ExpertsError(f"no experts backend can be used on {self.device}: {reason}.")
@@ -56,10 +55,10 @@ class LayerExperts:
         self.backend_name = backend_name
         self._on_parameter = on_parameter
         shapes = (
-            (num_experts, 2 * inner, hidden_size // PACK_FACTOR),
-            (num_experts, 2 * inner, hidden_size // GROUP_SIZE),
-            (num_experts, hidden_size, inner // PACK_FACTOR),
-            (num_experts, hidden_size, inner // GROUP_SIZE),
+            (num_experts, 2 * intermediate_size, hidden_size // PACK_FACTOR),
+            (num_experts, 2 * intermediate_size, hidden_size // GROUP_SIZE),
+            (num_experts, hidden_size, intermediate_size // PACK_FACTOR),
+            (num_experts, hidden_size, intermediate_size // GROUP_SIZE),
         )
         self._shapes = dict(zip(PACKED_NAMES, shapes, strict=True))
         # What the layer serves with while it is open, so that graphs and pinned memory find it where it was.

@@ -60,12 +60,12 @@ def routed_sum(
     """The same of dense matrices, w13 `[2 I, H]` and w2 `[H, I]` of an expert, in the dtype of `x` and of theirs."""
     weights = topk_weights.to(x.dtype).flatten()
     out = torch.zeros_like(x)
-    for index, slots in tokens_by_expert(topk_ids, expert_map, num_experts):
+    for index, pairs in tokens_by_expert(topk_ids, expert_map, num_experts):
         w13, w2 = matrices(index)
-        tokens = slots // topk_ids.shape[1]
+        tokens = pairs // topk_ids.shape[1]
         gate, up = (x[tokens] @ w13.T).chunk(2, dim=-1)
         y = (F.silu(gate) * up) @ w2.T
-        out.index_add_(0, tokens, y * weights[slots].unsqueeze(-1))
+        out.index_add_(0, tokens, y * weights[pairs].unsqueeze(-1))
     return out
 
 

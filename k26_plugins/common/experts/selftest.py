@@ -18,7 +18,7 @@ RoutedSum = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 def self_test_error(backend: type[ExpertsBackend], weights: ExpertWeights) -> float:
     """The largest relative error of `backend` on copies of a few of these experts, which are not changed.
 
-    The reference is the plain dequantized product in float32.
+    The reference dequantizes the weights, and its plain GEMMs are in float32.
     """
     chosen = sorted({0, weights.num_experts - 1})[:NUM_EXPERTS]
     # Dequantized once for all batches: that is most of the test's time.

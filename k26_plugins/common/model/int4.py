@@ -14,7 +14,7 @@ from k26_plugins.common.model.config import PACK_FACTOR as PACK_FACTOR
 GROUP_SIZE = 32
 OFFSET = 8  # u = q + OFFSET
 TILE_ROWS = 128
-"""Rows that a product dequantizes at a time: 3.7 MB at 7168 inputs."""
+"""Rows that a GEMM dequantizes at a time: 3.7 MB at 7168 inputs."""
 
 
 class PackingError(ValueError):
@@ -56,7 +56,7 @@ def dequantize(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = t
     return weight.to(dtype)
 
 
-def product_tiled(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def gemm_tiled(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """float32 `[T, N]` of x `[T, K]` in float32 and one matrix on a CPU: `x @ dequantize(packed, scale, float32).T`.
 
     A tile of rows at a time, so that its weights never leave the cache; only the order of the sums is another. Measured on

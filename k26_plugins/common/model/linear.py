@@ -1,4 +1,4 @@
-"""The product with a weight in the reference: the same numbers on every CPU, and nowhere at a crawl."""
+"""The GEMM with a weight in the reference: the same numbers on every CPU, and nowhere at a crawl."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     """`[..., N]` of x `[..., K]` and weight `[N, K]`, in their dtype.
 
     A CPU without vector instructions for bfloat16 multiplies float32 copies and rounds the result: products of bfloat16 are
-    exact in float32, so that only the order of the sums is another. PyTorch's own product takes 8 to 14 times as long there
+    exact in float32, so that only the order of the sums is another. PyTorch's own GEMM takes 8 to 14 times as long there
     (AMD EPYC Milan, one core: 344 × 7168 × 1536 in 692 ms against 124 ms), except that of a single row.
     """
     if x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.numel() > x.shape[-1] and not multiplies_bfloat16():

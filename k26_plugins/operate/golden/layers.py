@@ -13,7 +13,7 @@ import torch
 from k26_plugins.common.checkpoint import StreamedCheckpoint, expert_name
 from k26_plugins.common.experts.base import tokens_by_expert
 from k26_plugins.common.model.config import TextConfig
-from k26_plugins.common.model.int4 import product_tiled
+from k26_plugins.common.model.int4 import gemm_tiled
 from k26_plugins.common.model.router import router_logits
 from k26_plugins.common.reference.decoder import Attention, KVCache, MoE, SwiGLU, Weights, rms_norm
 from k26_plugins.operate.golden.memory import EXPERT_TOKENS, FEED_TOKENS, NEAR, READ_AHEAD, compute_threads, query_chunk
@@ -142,14 +142,14 @@ class Layer:
     def _routed(self, streams: list[Stream], routing: dict[str, Routing]) -> list[torch.Tensor]:
         """The routed sum of each stream, float32: as `reference_experts`, with each expert read for all at once."""
         outs = [torch.zeros(stream.hidden.shape) for stream in streams]
-        slots = [
+        pairs = [
             dict(tokens_by_expert(routing[stream.variant.name].topk_ids, None, self.config.n_routed_experts))
             for stream in streams
         ]
-        touched = sorted({expert for mine in slots for expert in mine})
+        touched = sorted({expert for mine in pairs for expert in mine})
 
         def pieces_of(expert: int) -> Iterator[_Piece]:
-            for stream, out, mine in zip(streams, outs, slots, strict=True):
+            for stream, out, mine in zip(streams, outs, pairs, strict=True):
                 for part in mine[expert].split(EXPERT_TOKENS) if expert in mine else ():
                     yield _Piece(stream.variant, routing[stream.variant.name], part, out)
 
@@ -220,7 +220,7 @@ class _Piece(NamedTuple):
 
     variant: Variant
     routing: Routing
-    slots: torch.Tensor
+    pairs: torch.Tensor
     """Their places in the flattened choice, token · top_k + k."""
     out: torch.Tensor
     """The stream's routed sum, which the product is added to."""
@@ -238,7 +238,7 @@ def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
     """Pieces together, at most EXPERT_TOKENS tokens at a time."""
     batch: list[_Piece] = []
     for piece in pieces:
-        if batch and sum(len(other.slots) for other in batch) + len(piece.slots) > EXPERT_TOKENS:
+        if batch and sum(len(other.pairs) for other in batch) + len(piece.pairs) > EXPERT_TOKENS:
             yield batch
             batch = []
         batch.append(piece)
@@ -246,15 +246,15 @@ def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
 
 
 def _products(pieces: list[_Piece], parts: Expert) -> list[_Product]:
-    """What an expert adds to each piece, with one product for all: each pass over its weights counts."""
-    tokens = [piece.slots // piece.routing.topk_ids.shape[1] for piece in pieces]
+    """What an expert adds to each piece, with one GEMM for all: each pass over its weights counts."""
+    tokens = [piece.pairs // piece.routing.topk_ids.shape[1] for piece in pieces]
     sizes = [len(rows) for rows in tokens]
     x = torch.cat([piece.routing.x[rows].float() for piece, rows in zip(pieces, tokens, strict=True)])
-    gate, up = (product_tiled(x, *parts[name]).split(sizes) for name in ("gate", "up"))
+    gate, up = (gemm_tiled(x, *parts[name]).split(sizes) for name in ("gate", "up"))
     inner = torch.cat([piece.variant.activation(*both) for piece, *both in zip(pieces, gate, up, strict=True)])
-    products = product_tiled(inner, *parts["down"]).split(sizes)
+    products = gemm_tiled(inner, *parts["down"]).split(sizes)
     return [
-        _Product(piece.out, rows, y * piece.routing.topk_weights.flatten()[piece.slots].unsqueeze(-1))
+        _Product(piece.out, rows, y * piece.routing.topk_weights.flatten()[piece.pairs].unsqueeze(-1))
         for piece, rows, y in zip(pieces, tokens, products, strict=True)
     ]
 
