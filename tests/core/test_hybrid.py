@@ -242,6 +242,16 @@ def test_an_expert_map_is_refused() -> None:
         hybrid.apply(inputs(1, 128), *route(1, 1, 2), expert_map=torch.zeros(2, dtype=torch.int32))
 
 
+def test_a_tensor_of_another_shape_is_named_before_anything_starts() -> None:
+    hybrid = HybridExperts(None, create_experts(make_weights(2, 128, 64)), place(2, 0), torch.device("cpu"))
+    ids, topk_weights = route(3, 1, 2)
+    with pytest.raises(ExpertsError, match=r"topk_weights has shape \[2, 1\], expected \[3, 1\]"):
+        hybrid.apply(inputs(3, 128), ids, topk_weights[:2])
+    with pytest.raises(ExpertsError, match=r"out has shape \[3, 64\], expected \[3, 128\]"):
+        hybrid.apply(inputs(3, 128), ids, topk_weights, out=inputs(3, 64))
+    assert not hybrid.counts.any()
+
+
 def test_the_first_or_the_most_used_are_on_the_device() -> None:
     assert place(5, 2).device_ids == (0, 1)
     placement = place(5, 2, counts=[1, 7, 0, 7, 9])
