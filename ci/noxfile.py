@@ -252,15 +252,15 @@ def vllm_long(session: nox.Session) -> None:
 def vllm_oldest(session: nox.Session) -> None:
     """The adapter in vLLM 0.19.1, on another torch than its own: whatever needs no compiled operator of vLLM's."""
     _install_vllm(session, VLLM_OLDEST, "--torch", "2.13.0")
-    session.run("pytest", "-q", "tests/vllm/test_adapter.py", *session.posargs)
+    session.run("pytest", "-q", "tests/vllm/adapter", *session.posargs)
 
 
 @environment
 def vllm_newest(session: nox.Session) -> None:
     """The adapter in vLLM 0.33.0, likewise: its CUDA build, whose operators do not load, on a CPU torch."""
     _install_vllm(session, VLLM_NEWEST, "--torch", "2.13.0", "--no-operators")
-    files = [f"tests/vllm/test_{name}.py" for name in ("adapter", "media_equality", "output", "sameness")]
-    session.run("pytest", "-q", *files, *session.posargs)
+    files = [f"tests/vllm/test_{name}.py" for name in ("media_equality", "output", "sameness")]
+    session.run("pytest", "-q", "tests/vllm/adapter", *files, *session.posargs)
 
 
 @nox.session
@@ -272,7 +272,7 @@ def vllm_release(session: nox.Session, version: str) -> None:
     """
     _install_vllm(session, version, "--torch", "2.13.0")
     session.env["PYTHONDONTWRITEBYTECODE"] = ""
-    session.run("pytest", "-q", "tests/vllm/test_adapter.py", "tests/vllm/test_output.py")
+    session.run("pytest", "-q", "tests/vllm/adapter", "tests/vllm/test_output.py")
     if version >= "0.29":
         _demo(session, "vllm")
 
@@ -333,7 +333,7 @@ def sglang_kt(session: nox.Session) -> None:
 def sglang_oldest(session: nox.Session) -> None:
     """The adapter in SGLang 0.5.10: the real server, without the deployments that start others."""
     _install_sglang(session, SGLANG_OLDEST)
-    session.run(*SGLANG_PYTEST, "tests/sglang/test_adapter.py", "tests/sglang/test_server.py", *session.posargs)
+    session.run(*SGLANG_PYTEST, "tests/sglang/adapter", "tests/sglang/test_server.py", *session.posargs)
 
 
 @environment

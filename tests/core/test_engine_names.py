@@ -1,7 +1,7 @@
 """What the adapters touch of the engines, held against the files of every release in the checked ranges.
 
 The snapshots are made by ci/engine_names.py. That it reads a release rightly is held where an engine is installed, by asking
-the engine itself: tests/vllm/test_adapter.py and tests/sglang/test_adapter.py.
+the engine itself: tests/vllm/adapter/test_names.py and tests/sglang/adapter/test_names.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A request's media on their way to the processor, which tests/sglang/test_adapter.py holds to vLLM's bytes."""
+"""A request's media on their way to the processor, which tests/sglang/adapter/test_media.py holds to vLLM's bytes."""
 
 from __future__ import annotations
 

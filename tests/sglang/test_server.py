@@ -68,7 +68,7 @@ def test_decode_logprobs(server: Server, reference: KimiK26) -> None:
 
 
 @pytest.mark.skipif(
-    not HAS_ENTRY_POINT, reason="SGLang 0.5.10 does not report token ids: test_adapter.py compares them"
+    not HAS_ENTRY_POINT, reason="SGLang 0.5.10 does not report token ids: adapter/test_tokenizer.py compares them"
 )
 def test_text_is_rendered_and_tokenized_as_by_the_core(server: Server, tiny_folder: Path) -> None:
     content = "Hello 中文 world, I'm 12345\n"

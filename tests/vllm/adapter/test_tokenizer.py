@@ -1,0 +1,33 @@
+"""The tokenizer that vLLM gets, and when its own is left to it."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+
+from k26_plugins.common.prompt.hf_tokenizer import core_serves_prompts
+
+
+def test_a_token_that_vllm_adds_is_one_token(tiny_folder: Path) -> None:
+    """For the places of embeddings in a chat. vLLM keeps the tokenizer's length as it was, and copies the tokenizer."""
+    from k26_plugins.vllm.tokenizer import K26Tokenizer
+
+    tokenizer = copy.copy(K26Tokenizer.from_pretrained(tiny_folder))
+    length = len(tokenizer)
+    assert len(tokenizer.encode("a<place>", add_special_tokens=False)) == 8
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<place>"]})
+    for one in (tokenizer, copy.deepcopy(tokenizer)):
+        assert one.encode("a<place>", add_special_tokens=False) == [ord("a"), length]
+
+
+def test_a_tokenizer_json_alone_is_left_to_vllm(tiny_folder: Path, tmp_path: Path) -> None:
+    """Beside `tiktoken.model` it changes nothing."""
+    folder = tmp_path / "DIR"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "tokenizer.json").write_text("{}")
+    assert core_serves_prompts(folder)
+    (folder / "tiktoken.model").unlink()
+    assert not core_serves_prompts(folder)
+    (folder / "tokenizer.json").unlink()
+    assert core_serves_prompts(folder)  # and its absence is one clear error
