@@ -1,33 +1,24 @@
-"""The native experts beyond what every backend is tested for: threads, instruction sets, building, forks, exits."""
+"""The native experts' numbers, beyond what every backend is tested for: instruction sets, threads, submitted work."""
 
 from __future__ import annotations
 
-import logging
 import os
-import platform
-import subprocess
-import sys
-import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from support.experts import error, inputs, judge, make_weights, route
 from support.instruction_sets import INSTRUCTION_SET
+from support.native_experts import REASON, load, needs_amx, needs_native
 from support.native_sample import usable_variants
 
-from k26_plugins.common.experts import ExpertsError, ExpertWeights, create_experts, reference_experts
-from k26_plugins.common.experts.native import NativeExperts, backend, build
-from k26_plugins.common.experts.native.build import VARIANTS, BuildError, library
-from k26_plugins.common.experts.native.threads import Threads, process_threads
-from k26_plugins.common.host import cores
+from k26_plugins.common.experts import ExpertsError, reference_experts
+from k26_plugins.common.experts.native import backend
+from k26_plugins.common.experts.native.build import VARIANTS, library
+from k26_plugins.common.experts.native.threads import Threads
 from k26_plugins.common.host.cores import Core
 
-REASON = NativeExperts.unsupported(make_weights(1, 128, 64))
-needs_native = pytest.mark.skipif(REASON is not None, reason=str(REASON))
-needs_amx = pytest.mark.skipif("amx" not in usable_variants(), reason="no amx here")
 # The goal is 4e-3. What remains above 3e-5 is the rounding of the result to bfloat16, 1.7e-3.
 TOLERANCE, FLOAT_TOLERANCE = 2.5e-3, 1e-4
 PARTS = [(0, 1), (1, 3), (3, 6), (6, 23)]
@@ -49,10 +40,6 @@ def each_variant() -> list[object]:
         pytest.param(name, marks=pytest.mark.skipif(name not in usable, reason=REASON or f"this CPU has no {name}"))
         for name in VARIANTS
     ]
-
-
-def load(weights: ExpertWeights) -> NativeExperts:
-    return NativeExperts.load(weights.copy_of(list(range(weights.num_experts))))
 
 
 def use(monkeypatch: pytest.MonkeyPatch, threads: Threads) -> None:
@@ -182,31 +169,6 @@ def test_submitted_work() -> None:
 
 
 @needs_native
-def test_calls_from_several_threads() -> None:
-    layers = [load(make_weights(4, 128, 64, seed)) for seed in range(3)]
-    ids, topk_weights = route(33, 2, 4)
-    x = inputs(33, 128)
-    expected = [layer.apply(x, ids, topk_weights) for layer in layers]
-    wrong: list[int] = []
-
-    def work(number: int) -> None:
-        for turn in range(30):
-            layer = (number + turn) % 3
-            result = (
-                layers[layer].submit(x, ids, topk_weights)() if turn % 2 else layers[layer].apply(x, ids, topk_weights)
-            )
-            if not torch.equal(result, expected[layer]):
-                wrong.append(layer)
-
-    workers = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert not wrong
-
-
-@needs_native
 def test_what_is_not_finite_stays_so() -> None:
     weights = make_weights(2, 128, 64)
     experts = load(weights)
@@ -234,193 +196,6 @@ def test_arguments_that_are_refused() -> None:
 
 
 @needs_native
-def test_a_forked_child_computes() -> None:
-    experts = load(make_weights(4, 128, 64))
-    ids, topk_weights = route(5, 2, 4)
-    x = inputs(5, 128)
-    expected = experts.apply(x, ids, topk_weights)
-    left_over = experts.submit(x, ids, topk_weights)
-    child = os.fork()
-    if child == 0:
-        # pytest must not run on in the child, whatever happens.
-        try:
-            same = torch.equal(experts.apply(x, ids, topk_weights), expected)
-            del left_over
-            os._exit(0 if same else 1)
-        finally:
-            os._exit(2)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert torch.equal(left_over(), expected)
-
-
-@needs_native
-def test_a_process_ends_with_work_in_flight() -> None:
-    program = (
-        "import torch; from support.experts import *; from k26_plugins.common.experts.native import NativeExperts\n"
-        "experts = NativeExperts.load(make_weights(4, 256, 256)); ids, weights = route(200, 2, 4)\n"
-        "wait = experts.submit(inputs(200, 256), ids, weights)\n"
-    )
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=env, timeout=120, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "Exception ignored" not in done.stderr
-
-
-@pytest.fixture
-def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A machine on which nothing was compiled yet."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    library.cache_clear()
-    yield tmp_path
-    library.cache_clear()
-
-
-def test_without_a_compiler(
-    empty_cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(build, "variants", lambda: ["avx512", "avx2"])
-    monkeypatch.setenv("PATH", str(empty_cache))
-    monkeypatch.delenv("CXX", raising=False)
-    with caplog.at_level(logging.WARNING):
-        assert create_experts(make_weights(2, 128, 64)).name == "cpu"
-    assert "native is not, because no C++ compiler is found (c++, g++, clang++): install GCC" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("compiler", "message"),
-    [
-        ("#!/bin/sh\necho 'error: no such option' >&2; exit 1\n", "error: no such option"),
-        ("#!/bin/sh\nexit 3\n", "status 3"),
-    ],
-    ids=["says why", "silent"],
-)
-def test_a_compiler_that_fails(empty_cache: Path, monkeypatch: pytest.MonkeyPatch, compiler: str, message: str) -> None:
-    script = empty_cache / "compiler"
-    script.write_text(compiler)
-    script.chmod(0o755)
-    monkeypatch.setenv("CXX", str(script))
-    with pytest.raises(BuildError, match=f"compiler cannot compile it .*{message}.*: install GCC"):
-        build.build("avx512")
-    assert not list(empty_cache.rglob("*.so"))
-
-
-def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "k26-plugins").write_text("a file where the folder should be")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(BuildError, match="set XDG_CACHE_HOME"):
-        build.build("avx512")
-
-
-@needs_native
-def test_a_library_that_cannot_be_loaded(empty_cache: Path) -> None:
-    for name in build.variants():
-        build.build(name).write_bytes(b"cut off")
-    assert "its library cannot be loaded" in str(NativeExperts.unsupported(make_weights(1, 128, 64)))
-
-
-def test_compiled_once(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks that start together, and one that comes later."""
-    compiled: list[Path] = []
-
-    def compile_slowly(target: Path, flags: tuple[str, ...]) -> None:
-        compiled.append(target)
-        threading.Event().wait(0.2)
-        target.touch()
-
-    monkeypatch.setattr(build, "_compile", compile_slowly)
-    ranks = [threading.Thread(target=build.build, args=("avx512",)) for _ in range(4)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join()
-    assert compiled == [build.build("avx512")]
-
-
-def test_which_instruction_sets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the CPU has and torch was not told to do without."""
-    x86, arm = (
-        set().union(*(variant.needs for variant in VARIANTS.values() if variant.machine == machine))
-        for machine in ("x86_64", "aarch64")
-    )
-    for capability, missing, expected in (
-        ("AVX512", set(), ["amx", "avx512_vnni", "avx512", "avx2_vnni", "avx2"]),
-        ("AVX512", {"amx_tile"}, ["avx512_vnni", "avx512", "avx2_vnni", "avx2"]),
-        ("AVX512_BF16", {"avx_vnni", "amx_bf16"}, ["avx512_vnni", "avx512", "avx2"]),
-        ("AVX512", {"avx512_vnni", "avx_vnni"}, ["avx512", "avx2"]),
-        ("AVX2", set(), ["avx2_vnni", "avx2"]),
-        ("AVX2", {"avx512f", "avx_vnni"}, ["avx2"]),
-        ("DEFAULT", {"asimddp"}, []),
-        ("SVE256", set(), ["neon_i8mm", "neon_dotprod"]),
-        ("DEFAULT", {"i8mm"}, ["neon_dotprod"]),
-    ):
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
-        flags = frozenset((x86 if capability.startswith("AVX") else arm) - missing)
-        monkeypatch.setattr(build, "cpu_flags", lambda flags=flags: flags)
-        assert build.variants() == expected
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
-    monkeypatch.setattr(build, "cpu_flags", frozenset)
-    with pytest.raises(BuildError, match="it needs AVX2, AVX512 or ARM's dot product and torch finds DEFAULT"):
-        build._best_library()
-
-
-def test_a_compiler_too_old_for_the_best_set(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tried: list[str] = []
-
-    def compile_old(target: Path, flags: tuple[str, ...]) -> None:
-        tried.append(target.name.split("-")[1])
-        raise BuildError(f"unrecognized option in {flags}")
-
-    monkeypatch.setattr(build, "_compile", compile_old)
-    monkeypatch.setattr(build, "variants", lambda: ["avx2_vnni", "avx2"])
-    with pytest.raises(BuildError, match="-mavxvnni"):
-        library()
-    assert tried == ["avx2_vnni", "avx2"]
-
-
-@needs_native
-@pytest.mark.skipif("amx" in usable_variants(), reason="this system gives AMX's registers")
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="AMX is x86-64's")
-def test_a_system_that_refuses_amx(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """Asked for in truth: the next set is taken, and the log says so."""
-    best = usable_variants()[0]
-    library.cache_clear()
-    monkeypatch.setattr(build, "variants", lambda: ["amx", best])
-    with pytest.raises(BuildError, match="the system refuses the registers of amx"):
-        library("amx")
-    with caplog.at_level(logging.WARNING):
-        assert Threads(library()).instruction_set == Threads(library(best)).instruction_set
-    assert f"run on {best} and not on the faster amx: the system refuses the registers" in caplog.text
-    library.cache_clear()
-
-
-@needs_native
-@needs_amx
-def test_a_system_that_gives_amx_and_refuses_it_to_this_process() -> None:
-    """By a signal stack that has no room for AMX's registers: Linux looks at those of all threads."""
-    program = (
-        "import ctypes; memory = ctypes.create_string_buffer(8192)\n"
-        "class Stack(ctypes.Structure):\n"
-        "    _fields_ = [('at', ctypes.c_void_p), ('flags', ctypes.c_int), ('size', ctypes.c_size_t)]\n"
-        "stack = Stack(ctypes.addressof(memory), 0, len(memory))\n"
-        "assert ctypes.CDLL(None).sigaltstack(ctypes.byref(stack), None) == 0\n"
-        "import logging; logging.basicConfig()\n"
-        "from support.experts import *; from k26_plugins.common.experts import create_experts\n"
-        "from k26_plugins.common.experts.native.threads import process_threads\n"
-        "experts = create_experts(make_weights(2, 128, 64), 'native')\n"
-        "experts.apply(inputs(40, 128), *route(40, 2, 2)); print(process_threads().instruction_set)\n"
-    )
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=env, timeout=120, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip() == "AVX512 with VNNI"
-    assert "not on the faster amx: the system refuses the registers of amx (No space left on device)" in done.stderr
-
-
-@needs_native
 @needs_amx
 def test_amx_beside_torchs_own() -> None:
     """torch's bfloat16 product uses the same registers on the same threads, in other shapes: neither disturbs the other."""
@@ -434,39 +209,3 @@ def test_amx_beside_torchs_own() -> None:
         assert torch.equal(experts.apply(x, ids, topk_weights), expected)
         assert torch.equal(a @ b, product)
     assert error(product, a.double() @ b.double()) <= 1e-2
-
-
-def test_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eight CPUs on two nodes, CPU i and i + 4 the two threads of a core."""
-    monkeypatch.setattr(cores, "allowed_cpus", lambda: {1, 2, 3, 4, 5, 6, 7})
-    monkeypatch.setattr(cores, "_read", lambda file: str(int(file.parts[-3][3:]) % 4))
-    monkeypatch.setattr(cores, "_node", lambda cpu: cpu % 4 // 2)
-    assert cores.cores() == [Core(0, 1), Core(0, 4), Core(1, 2), Core(1, 3)]
-    assert cores.cores(2) == [Core(0, 1), Core(1, 2)]
-
-
-def test_cores_of_a_rank_whose_threads_are_pinned_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The way vLLM's and SGLang's CPU workers pin themselves; a thread that is free does not count."""
-    monkeypatch.setattr(cores, "_affinities", lambda: [{2}, {3}, {0, 1, 2, 3}])
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {2})
-    assert cores.allowed_cpus() == {2, 3}
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
-    assert cores.allowed_cpus() == {0, 1}
-
-
-@needs_native
-def test_the_setting_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("K26_CPU_THREADS", "0")
-    with pytest.raises(ValueError, match="K26_CPU_THREADS is '0'"):
-        Threads(library())
-    monkeypatch.setenv("K26_CPU_THREADS", "1")
-    Threads(library()).start_pool()
-    assert process_threads() is process_threads()
-
-
-@needs_native
-def test_whose_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    two = [Core(0, 0), Core(0, 1)]
-    for torch_threads, chosen, team in ((4, two, 4), (1, two, 0), (1, two[:1], 1)):
-        monkeypatch.setattr(torch, "get_num_threads", lambda count=torch_threads: count)
-        assert Threads(library(), pool=chosen).team == team
