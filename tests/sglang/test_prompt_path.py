@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 from support.agents import AgentTests
-from support.clients import AnthropicClientTests, OpenAIClientTests, ResponsesClientTests
+from support.clients.chat_completions import OpenAIClientTests
+from support.clients.messages import AnthropicClientTests
+from support.clients.responses import ResponsesClientTests
 from support.grpc_chat import HAS_GRPC, chat_by_grpc
 from support.prompt_path import PromptPathTests
 from support.scripted import TOOLS

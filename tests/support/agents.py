@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.clients import TURNS, ScriptedTests, Turn
+from support.clients.turns import TURNS, ScriptedTests, Turn
 from support.conversations import Conversation, core_token_ids
 from support.images import png, random_image
 from support.relay import Relay, relay

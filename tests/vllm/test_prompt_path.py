@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from support.agents import AgentTests
-from support.clients import AnthropicClientTests, OpenAIClientTests, ResponsesClientTests
+from support.clients.chat_completions import OpenAIClientTests
+from support.clients.messages import AnthropicClientTests
+from support.clients.responses import ResponsesClientTests
 from support.prompt_path import PromptPathTests
 from support.vllm_scripted import script
 

@@ -1,0 +1,104 @@
+"""The turns of an agent loop, with what they ask and what they answer, in whichever API they are asked."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+from support.images import image_part, png, random_image
+from support.scripted import TOOLS, call
+from support.server import Server
+
+from k26_plugins.common.prompt.output import CALL_ARGUMENTS, CALL_BEGIN, SECTION_BEGIN, SECTION_END, THINK_END
+from k26_plugins.common.prompt.tokenizer import KimiTokenizer
+
+IMAGE = image_part(png(random_image(60, 40)))
+FUNCTIONS: list[Any] = [tool["function"] for tool in TOOLS]
+QUESTION: dict[str, Any] = {"role": "user", "content": [IMAGE, {"type": "text", "text": "Is it warm in 北京?"}]}
+ERROR = "Error: the clock does not answer"
+
+
+@dataclass(frozen=True)
+class Turn:
+    reasoning: str
+    content: str
+    calls: dict[str, tuple[str, Any]]
+    """Name and arguments by the call's id."""
+    results: tuple[Any, ...]
+    """Contents of the calls' results."""
+    nothing: str = ""
+    """How empty arguments are written."""
+
+    @property
+    def answer(self) -> str:
+        """As the model writes it."""
+        written = "".join(
+            call(call_id, json.dumps(arguments, ensure_ascii=False) if arguments else self.nothing)
+            for call_id, (_, arguments) in self.calls.items()
+        )
+        return f"{self.reasoning}{THINK_END}{self.content}" + (
+            f"{SECTION_BEGIN}{written}{SECTION_END}" if written else ""
+        )
+
+    def in_chat(self) -> list[dict[str, Any]]:
+        """The answer and its results as a chat's messages."""
+        calls = [
+            {
+                "id": call_id,
+                "type": "function",
+                "function": {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)},
+            }
+            for call_id, (name, arguments) in self.calls.items()
+        ]
+        answer = {"role": "assistant", "content": self.content, "reasoning": self.reasoning, "tool_calls": calls}
+        results = zip(self.calls, self.results, strict=True)
+        return [
+            answer,
+            *({"role": "tool", "tool_call_id": call_id, "content": result} for call_id, result in results),
+        ]
+
+
+TURNS = (
+    Turn(
+        "Two at once.",
+        "I look at both.",
+        {"functions.get_weather:0": ("get_weather", {"city": "北京"}), "functions.now:1": ("now", {})},
+        ("22 °C, 晴", ERROR),
+    ),
+    # A picture of the result, twice.
+    Turn("Again.", "", {"functions.now:2": ("now", {})}, ([{"type": "text", "text": "12:30"}, IMAGE, IMAGE],)),
+    Turn("Now I know.", "北京 is warm.", {}, ()),
+)
+CUT = f'why{THINK_END}ok{SECTION_BEGIN}{CALL_BEGIN}functions.now:0{CALL_ARGUMENTS}{{"city":"'
+
+
+def tokens(folder: Path, text: str) -> int:
+    return len(KimiTokenizer(folder).encode_prompt(text))
+
+
+class ScriptedTests:
+    def __init_subclass__(cls) -> None:
+        """Refuse two tests of one name: pytest would run the first alone."""
+        names = [name for base in cls.__bases__ for name in vars(base) if name.startswith("test_")]
+        assert len(names) == len(set(names)), f"two of the tests in {cls.__name__} have one name: {sorted(names)}"
+
+    def script(self, folder: Path, answer: str) -> dict[str, Any]:
+        """The fields of a request to a server of the checkpoint in `folder` that order `answer`, and its end."""
+        raise NotImplementedError
+
+
+def openai_client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
+
+
+def with_parts(picture: dict[str, Any], results: tuple[Any, ...], text: str) -> list[Any]:
+    """The results with pictures and texts in the form of another API. text: what that calls the type of a text."""
+    return [
+        [picture if part is IMAGE else {**part, "type": text} for part in result]
+        if isinstance(result, list)
+        else result
+        for result in results
+    ]
