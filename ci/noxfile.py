@@ -326,7 +326,7 @@ def sglang_kt(session: nox.Session) -> None:
     _install_sglang(session, KT_KERNELS[-1], "--kt")
     # The judge of experts. What it requires would put the hub's transformers over those of the fork.
     install(session, "--no-deps", "compressed-tensors")
-    session.run(*SGLANG_PYTEST, "tests/sglang/test_hybrid.py", *session.posargs)
+    session.run(*SGLANG_PYTEST, "tests/sglang/hybrid", *session.posargs)
 
 
 @environment

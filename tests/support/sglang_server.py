@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from support import documented
 from support.agreement import VOCABULARY
@@ -21,6 +22,10 @@ from support.server import Server, run_server
 # SGLang 0.5.10 and KTransformers' fork have no entry point for plugins: their users set PYTHONPATH.
 HAS_ENTRY_POINT = find_spec("sglang.srt.plugins") is not None
 IS_FORK = any(distribution.name == "sglang-kt" for distribution in distributions())
+runs_hybrid = pytest.mark.skipif(
+    not (HAS_ENTRY_POINT or IS_FORK), reason="hybrid runs are checked on the newest SGLang and on KTransformers' fork"
+)
+needs_fork = pytest.mark.skipif(not IS_FORK, reason="`kt run` starts KTransformers' fork of SGLang, which is not here")
 
 # SGLang's CPU backend wants to know which core is whose where two ranks share a NUMA node. The build from PyPI brings
 # NCCL, which SGLang would use for two ranks wherever it finds it: a CPU build has none. Ranks on GPUs are to find the same
@@ -51,9 +56,14 @@ def serve(
     return run_server(command, folder, log, settings, ready=ready)
 
 
+def hybrid_flags(folder: Path, on_device: int) -> list[str]:
+    """The flags of a hybrid run. on_device: how many experts of each layer the device gets."""
+    return ["--kt-weight-path", str(folder), "--kt-method", "RAWINT4", "--kt-num-gpu-experts", str(on_device)]
+
+
 @cache
 def boot_folder() -> str:
-    """As the README says to find it."""
+    """The folder to put on PYTHONPATH, found as the README says."""
     command = [sys.executable, "-m", "k26_plugins.sglang.boot"]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
