@@ -5,11 +5,9 @@ Through it a real server's parsers, streaming and detokenization see exactly the
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
 from support.server import Server
 
 from k26_plugins.common.prompt.control_tokens import escape
@@ -130,36 +128,28 @@ def parsed(server: Server, case: Case, script: dict[str, Any]) -> tuple[str, str
 
 
 def streamed(server: Server, case: Case, script: dict[str, Any]) -> tuple[str, str, list[tuple[str, str]]]:
-    """The same put together from a stream, each piece of which is one token or a few."""
+    """Reasoning, content and calls of a streamed answer, each piece of which is one token or a few, put together."""
     reasoning, content = "", ""
     calls: dict[int, tuple[str, str]] = {}
-    body = {"model": server.model, "stream": True, **_body(case, script)}
-    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=120) as response:
-        for line in response.iter_lines():
-            if not line.startswith("data: {"):
-                continue
-            for choice in json.loads(line[6:])["choices"]:
-                delta = choice["delta"]
-                reasoning += delta.get("reasoning") or delta.get("reasoning_content") or ""
-                content += delta.get("content") or ""
-                for piece in delta.get("tool_calls") or []:
-                    name, arguments = calls.get(piece["index"], ("", ""))
-                    function = piece["function"]
-                    calls[piece["index"]] = (
-                        name + (function.get("name") or ""),
-                        arguments + (function.get("arguments") or ""),
-                    )
+    for chunk in server.stream("/v1/chat/completions", **_body(case, script)):
+        for choice in chunk["choices"]:
+            delta = choice["delta"]
+            reasoning += delta.get("reasoning") or delta.get("reasoning_content") or ""
+            content += delta.get("content") or ""
+            for piece in delta.get("tool_calls") or []:
+                name, arguments = calls.get(piece["index"], ("", ""))
+                function = piece["function"]
+                calls[piece["index"]] = (
+                    name + (function.get("name") or ""),
+                    arguments + (function.get("arguments") or ""),
+                )
     return reasoning, content, [calls[index] for index in sorted(calls)]
 
 
 def completed(server: Server, prompt: Any, *, stream: bool, **body: Any) -> tuple[str, list[str], list[int]]:
     """Text of a raw completion, the names of the tokens that have a log probability, and their places in the text."""
-    body = {"model": server.model, "prompt": prompt, "max_tokens": 2000, "temperature": 0, "stream": stream, **body}
-    if stream:
-        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=120) as response:
-            answers = [json.loads(line[6:]) for line in response.iter_lines() if line.startswith("data: {")]
-    else:
-        answers = [server.complete(**body)]
+    body = {"prompt": prompt, "max_tokens": 2000, "temperature": 0, **body}
+    answers = server.stream("/v1/completions", **body) if stream else [server.complete(**body)]
     choices = [choice for answer in answers for choice in answer["choices"]]
     logprobs = [choice["logprobs"] for choice in choices if choice.get("logprobs")]
     names = [name for one in logprobs for name in one["tokens"]]

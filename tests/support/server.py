@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -18,6 +19,7 @@ from typing import Any
 
 import httpx
 import pytest
+from httpx_sse import EventSource
 from support.progress import Progress, StandsStillError
 
 
@@ -43,6 +45,13 @@ class Server:
         assert response.status_code == 200, response.text
         answer: dict[str, Any] = response.json()
         return answer
+
+    def stream(self, path: str, **body: Any) -> list[dict[str, Any]]:
+        """The pieces of a streamed answer, in order; the `[DONE]` at its end is none."""
+        request = {"model": self.model, "stream": True, **body}
+        with httpx.stream("POST", f"{self.url}{path}", json=request, timeout=120) as response:
+            assert response.status_code == 200, response.read()
+            return [json.loads(event.data) for event in EventSource(response).iter_sse() if event.data != "[DONE]"]
 
     def alive(self) -> bool:
         return httpx.get(f"{self.url}/health", timeout=20).status_code == 200

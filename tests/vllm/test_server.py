@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle
@@ -102,16 +101,10 @@ def test_the_planned_kv_cache_is_the_servers(server: Server, tiny_folder: Path) 
 
 def test_streaming_gives_the_same_text(server: Server) -> None:
     whole = said(server.chat("Hello", max_tokens=16, temperature=0)["choices"][0]["message"])
-    body = {"model": server.model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 16}
-    pieces = []
-    with httpx.stream(
-        "POST", f"{server.url}/v1/chat/completions", json={**body, "temperature": 0, "stream": True}, timeout=60
-    ) as response:
-        for line in response.iter_lines():
-            if line.startswith("data: {"):
-                pieces.append(said(json.loads(line[6:])["choices"][0]["delta"]))
+    body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 16, "temperature": 0}
+    pieces = server.stream("/v1/chat/completions", **body)
     assert whole
-    assert "".join(pieces) == whole
+    assert "".join(said(piece["choices"][0]["delta"]) for piece in pieces) == whole
 
 
 @pytest.mark.parametrize("sizes", [[(80, 60)], [(1000, 700)], [(28, 28), (300, 20), (1, 1)]], ids=str)

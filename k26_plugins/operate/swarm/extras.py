@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import httpx
+from httpx_sse import EventSource
 
 from k26_plugins.operate.swarm.client import Client
 from k26_plugins.operate.swarm.hostile import Hostile, hostile_requests
@@ -92,11 +93,14 @@ class Extras:
         body = {"model": client.model, "messages": messages, **client.body, "stream": True, "max_tokens": 512}
         try:
             async with client.http.stream("POST", f"{client.url}/v1/chat/completions", json=body) as response:
-                async for line in response.aiter_lines():
-                    if response.status_code != 200 or "[DONE]" in line:
-                        self.undropped.append(line[:200])
+                if response.status_code != 200:
+                    self.undropped.append((await response.aread()).decode("utf-8", "replace")[:200])
+                    return
+                async for event in EventSource(response).aiter_sse():
+                    if event.data == "[DONE]":
+                        self.undropped.append(event.data)
                         return
-                    if '"delta"' in line:
+                    if '"delta"' in event.data:
                         break
             self.drops += 1
         except httpx.HTTPError as error:
