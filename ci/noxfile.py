@@ -127,7 +127,8 @@ def install(session: nox.Session, *arguments: str) -> None:
 
 
 def _install_torch(session: nox.Session) -> None:
-    """At the root, where the rest is installed. By pip: uv does not know where pip finds the CPU wheel."""
+    """Install torch at the root, where the rest is installed. pip does it: uv does not know where pip finds the CPU
+    wheel."""
     session.chdir(ROOT)
     session.install("--quiet", "--no-compile", TORCH)
 
@@ -181,7 +182,7 @@ def release(session: nox.Session) -> None:
 
 
 def _files(pattern: str) -> list[str]:
-    """At the root. None is an error: a linter without files would find nothing."""
+    """The files of a pattern at the root. None is an error: a linter without files would find nothing."""
     found = sorted(str(path) for path in Path().glob(pattern))
     if not found:
         raise FileNotFoundError(pattern)

@@ -25,7 +25,7 @@ OUTSIDE = {
 """Pages of the site by the file of the repository that they are made of."""
 
 PACKAGES = {"k26_plugins.common": Path("k26_plugins/common"), "k26_kernels": Path("kernels/k26_kernels")}
-"""Whose API the site has."""
+"""The packages whose API the site has."""
 
 _LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s]+)\)")
 

@@ -26,7 +26,7 @@ class Group(click.Group):
 
 
 class Command(click.Command):
-    """Its help has a line for each argument, and the list of commands has the whole first paragraph of it."""
+    """A command whose help has a line for each argument. The list of commands has the help's whole first paragraph."""
 
     def get_short_help_str(self, limit: int = 45) -> str:
         return " ".join((self.help or "").partition("\n\n")[0].split())

@@ -15,7 +15,7 @@ SHELLS = {
     "zsh": (".zshrc", f'eval "$({VARIABLE}=zsh_source k26)"'),
     "fish": (".config/fish/completions/k26.fish", f"{VARIABLE}=fish_source k26 | source"),
 }
-"""For each shell the file in the home folder that it reads, and the line that belongs there."""
+"""The file in the home folder that each shell reads, and the line that belongs there."""
 
 
 def _shell() -> str:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Engine(StrEnum):
-    """Whose kernels there are peers for."""
+    """The engines for whose kernels there are peers."""
 
     VLLM = "vllm"
     SGLANG = "sglang"

@@ -94,7 +94,7 @@ def preprocessing() -> Iterator[None]:
 
 @functools.cache
 def collect_from_workers() -> None:
-    """In an API server, before it starts its workers: have them report, and their reports in the endpoint.
+    """Have an API server's workers report, and their reports in its endpoint; to be called before it starts them.
 
     Does nothing in those workers, nor where prometheus_client carries the figures over itself.
     """

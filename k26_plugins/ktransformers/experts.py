@@ -33,7 +33,8 @@ KEEPS_WEIGHTS = "kt-kernel keeps its weights to itself: choose the core's expert
 
 
 class KtExperts(ExpertsBackend):
-    """For a CPU. Called without KTransformers' stream callbacks, which do nothing, silently, where there is no CUDA.
+    """kt-kernel's experts on a CPU. They are called without KTransformers' stream callbacks, which silently do nothing where
+    there is no CUDA.
 
     Each rank gives it its own shard of every expert. KTransformers gives whole experts to the first rank alone, and with
     four ranks that run answers garbage (ktransformers issue 2076).

@@ -131,7 +131,7 @@ def _change(
 
 
 def _of_pattern(patterns: Mapping[str, float] | None, module: str, otherwise: float) -> float:
-    """As PEFT finds a module's own setting: by the end of its name."""
+    """A module's own setting, found as PEFT finds it, by the end of the module's name; else `otherwise`."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return float(value)

@@ -47,7 +47,7 @@ def _readable_name(server_args: Any) -> str:
 
 
 def _choose_parsers(server_args: Any) -> None:
-    """Those that the command line leaves out."""
+    """Choose the parsers that the command line leaves out."""
     missing = [name for name in ("reasoning_parser", "tool_call_parser") if getattr(server_args, name) is None]
     if missing and PARSERS.read() != "none":
         for name in missing:
@@ -61,7 +61,7 @@ def _choose_parsers(server_args: Any) -> None:
 
 
 def _choose_runner(server_args: Any) -> None:
-    """Where the core's experts are asked for on a GPU: a runner under which SGLang routes before the experts.
+    """Choose a runner under which SGLang routes before the experts, where the core's experts are asked for on a GPU.
 
     Left alone, SGLang takes flashinfer_trtllm on Blackwell for this checkpoint, whose kernel routes by itself.
     """

@@ -20,7 +20,7 @@ class KimiK25Config(compat.in_tree_config()):  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """As the in-tree class.
+        """The configuration as the in-tree class reads it, with the core's values where the core serves the checkpoint.
 
         Raises ConfigError, CheckpointError, or ValueError for a wrong setting, in the process that the user looks at.
         """

@@ -30,7 +30,7 @@ class K26MoEScheme(compat.moe_scheme_base()):  # type: ignore[misc]
 
     experts: LayerExperts
     on_host: LayerExperts
-    """Those of the experts that may be in the host's memory: here all, if that is the device."""
+    """The experts that may be in the host's memory: here all of them, if the device is the host."""
     is_awaited = False
     """Whether a saved state is to be loaded into the parameters yet, which SGLang calls processed before."""
 
@@ -120,7 +120,7 @@ def _layers_of(model: torch.nn.Module) -> list[Any]:
 
 
 def schemes_of(model: torch.nn.Module) -> list[K26MoEScheme]:
-    """Those of the layers whose experts our scheme loads."""
+    """The schemes of the layers whose experts our scheme loads."""
     return [layer.scheme for layer in _layers_of(model)]
 
 

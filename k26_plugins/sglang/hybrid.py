@@ -210,7 +210,7 @@ def complete_results(original: Callable[..., Any], scheduler: Any, batch: Any, r
 
 
 def _require_memory(arguments: Any, config: K26Config, num_host_experts: int) -> None:
-    """Before anything is loaded: this host's share of the experts that stay in its memory."""
+    """Refuse, before anything is loaded, a run whose experts on the CPU do not fit this host's memory."""
     layers = config.text.num_hidden_layers - config.text.first_k_dense_replace
     require_host_memory(
         num_host_experts * expert_bytes(config.text) * layers // arguments.nnodes,

@@ -54,7 +54,7 @@ async def read_messages(original: Callable[..., Any], serving: Any, request: Any
 
 
 async def read_thinking(original: Callable[..., Any], serving: Any, request: Any, raw_request: Any = None) -> Any:
-    """The same of a request of the Responses API."""
+    """What is read of a request of the Responses API: its `thinking`."""
     if hasattr(raw_request, "body"):
         hear_thinking(request, json.loads(await raw_request.body()))
     return await original(serving, request, raw_request)

@@ -13,9 +13,10 @@ import torch
 from k26_plugins.vllm import compat
 
 SCORES = 2**24
-"""That are held at once, 64 MB of float32."""
+"""The most scores that are held at once, 64 MB of float32."""
 QUERIES = 256
-"""That are taken at once: few, so that keys beyond their own tokens are not computed, which is half of them."""
+"""The most queries that are taken at once. They are few, so that keys beyond their own tokens, half of all, are not
+computed."""
 
 
 def attention(
@@ -59,7 +60,7 @@ class K26CPUPrefillBackend(compat.cpu_prefill_backend()):  # type: ignore[misc]
 
     @staticmethod
     def get_name() -> str:
-        """For vLLM's log."""
+        """The name in vLLM's log."""
         return "K26_CPU_MLA"
 
     def _ragged_sdpa(

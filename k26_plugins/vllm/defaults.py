@@ -14,7 +14,8 @@ PARSER = "kimi_k2"
 
 
 def before_serving(model_config: Any, engine_args: Any, flags: Any) -> None:
-    """Where the configuration is known, and before anything else of the API server is made."""
+    """Install the hooks of chats and choose the parsers: the configuration is known, and nothing else of the API server
+    is made yet."""
     if ARCHITECTURE in (model_config.hf_config.architectures or []) and hasattr(flags, "tool_call_parser"):
         chats.install()
         if PARSERS.read() != "none":

@@ -41,7 +41,7 @@ class TakesAdapters:
 
 
 def prepare_adapters(vllm_config: Any) -> None:
-    """Before the model is built. Without `--enable-lora` nothing is done."""
+    """Put the hooks for adapters in place before the model is built. Without `--enable-lora` nothing is done."""
     if vllm_config.lora_config is not None:
         compat.hook_lora_modules(modules_with_adapters)
         if current_platform.is_cpu():

@@ -16,7 +16,7 @@ from k26_plugins.common.experts.parameters import LayerExperts
 
 
 def experts_for(prepare_finalize: Any, moe: FusedMoEConfig, quant_config: Any, experts: LayerExperts) -> K26Experts:
-    """By the form in which the other part hands tokens over."""
+    """The class of experts for the form in which the other part hands tokens over."""
     if prepare_finalize.activation_format == mk.FusedMoEActivationFormat.Standard:
         return K26Experts(moe, quant_config, experts)
     buffers = {
@@ -116,7 +116,7 @@ class K26BatchedExperts(K26Experts):
     def moe_problem_size(
         self, a1: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, topk_ids: torch.Tensor
     ) -> tuple[int, int, int, int, int]:
-        """As of tokens without buffers, with a buffer's length for their number."""
+        """The sizes as for tokens without buffers, with a buffer's length in the place of their number."""
         return super().moe_problem_size(a1[0], w1, w2, topk_ids)
 
     def workspace_shapes(

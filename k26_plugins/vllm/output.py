@@ -52,7 +52,7 @@ class K26ReasoningParser(KimiK2ReasoningParser):
 
 
 class K26Parser(DelegatingParser):
-    """One answer's, whole or streamed."""
+    """The parser of one answer, whole or streamed."""
 
     def __init__(self, tokenizer: Any, tools: Any = None, *args: Any, **kwargs: Any) -> None:
         super().__init__(tokenizer, tools, *args, **kwargs)
@@ -104,7 +104,7 @@ class K26Parser(DelegatingParser):
         return delta if events else None
 
     def count_reasoning_tokens(self, token_ids: Sequence[int]) -> int:
-        """Those in front of the first marker that ends the think block."""
+        """The number of tokens in front of the first marker that ends the think block."""
         if not self._in_reasoning:
             return 0
         ends = {self.model_tokenizer.plain.special[name] for name in (THINK_END, SECTION_BEGIN, CALL_BEGIN)}

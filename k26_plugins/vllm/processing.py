@@ -47,7 +47,7 @@ def _image(image: Any) -> Image.Image:
 
 
 class K26ProcessingInfo(_in_tree.KimiK25ProcessingInfo):  # type: ignore[misc, name-defined]
-    """As the in-tree class, with the core's image processor and no file of the checkpoint executed."""
+    """The in-tree class with the core's image processor; no file of the checkpoint is executed."""
 
     def __init__(self, ctx: Any) -> None:
         BaseProcessingInfo.__init__(self, ctx)
@@ -63,7 +63,7 @@ class K26ProcessingInfo(_in_tree.KimiK25ProcessingInfo):  # type: ignore[misc, n
 
 
 class K26MultiModalProcessor(_in_tree.KimiK25MultiModalProcessor):  # type: ignore[misc, name-defined]
-    """As the in-tree class, and able to take videos: vLLM's rendering of chats looks for this method."""
+    """The in-tree class, made able to take videos: vLLM's rendering of chats looks for this method."""
 
     def split_video_chunks(self, video: Sequence[VideoChunk]) -> list[dict[str, Any]]:
         """Each chunk that the media connector made from a video, with the text of its place in the prompt."""

@@ -58,7 +58,7 @@ def _as_system(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _named(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], set[str]]:
-    """Where there is a video, every medium with a name: vLLM names a video's chunks, and then wants all media named.
+    """Give every medium a name where there is a video: vLLM names a video's chunks, and then wants all media named.
 
     Returns the messages and the names given here, which `_identify` replaces. Raises MediaError for a medium without an
     address: vLLM would look for its name in its cache, but has no such way for this model's media, and fails.

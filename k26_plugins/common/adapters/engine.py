@@ -60,7 +60,8 @@ class Engine:
     """An engine by its distributions."""
 
     checked: Mapping[str, str]
-    """By the distribution's name, in the order in which they are looked for: the releases that were checked."""
+    """The releases that were checked, by the distribution's name, in the order in which distributions are looked
+    for."""
     without: str
     """What else a user can do, as the end of "Install one of these, or …"."""
     title: str = ""

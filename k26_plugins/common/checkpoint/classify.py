@@ -29,7 +29,7 @@ class Layout(StrEnum):
     """Who serves a checkpoint, by how its tensors are stored."""
 
     PUBLISHED = "published"
-    """As moonshotai publishes it, in any sizes: the core serves it."""
+    """The layout that moonshotai publishes, in any sizes: the core serves it."""
     OTHER = "other"
     """This architecture, stored or built otherwise: the engine's own code serves it."""
     SAVED = "saved"
@@ -43,7 +43,7 @@ class Classification:
 
     layout: Layout
     config: K26Config
-    """Its sizes; of the published layout, all that the core needs."""
+    """The checkpoint's sizes; with the published layout, all that the core needs."""
     reasons: tuple[str, ...] = ()
     """What is not as published. Empty for the published layout."""
 
@@ -96,7 +96,7 @@ class Examination:
     inventory: Inventory | None
     """None where there are no weights to look at."""
     table: dict[str, TensorSpec]
-    """That of these sizes; empty where no tensor was held against it."""
+    """The table of tensors for these sizes; empty where no tensor was held against it."""
     saved_by_core: bool = False
     """Whether nothing else is not as published than that an engine saved it, with the core's experts."""
 

@@ -14,7 +14,8 @@ _LAYER = re.compile(r".*?\b(?:layers|blocks)\.\d+")
 
 
 class Fault(StrEnum):
-    """In the order in which they are listed: what is wrong with whole files first, which explains the rest."""
+    """The kinds of faults in the order in which they are listed: what is wrong with whole files comes first and
+    explains the rest."""
 
     MISSING_FILE = "missing file"
     UNFINISHED = "unfinished download"

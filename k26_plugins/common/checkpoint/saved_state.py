@@ -19,7 +19,7 @@ _EXPERTS = re.compile(r"(.+\.experts\b.*)\.w13_weight_packed")
 def saved_state_files(folder: Path) -> list[Path]:
     """The files of a state that was saved to the folder; none where a checkpoint is there too.
 
-    Of a checkpoint whose small files were copied along, its index is there and no file that it names.
+    Where only a checkpoint's small files were copied along, its index is there and no file that the index names.
     """
     files = sorted(file for file in folder.glob("model-*.safetensors") if _FILE.fullmatch(file.name))
     if files and any((folder / name).exists() for name in set(index_of(folder).values())):

@@ -95,7 +95,7 @@ class WatchedFile:
 
 
 _files: list[WatchedFile] = []
-"""Those that are watched in this process."""
+"""The files that are watched in this process."""
 _depth = 0
 _before = _Action()
 _entering = threading.Lock()

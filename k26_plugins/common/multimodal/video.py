@@ -39,7 +39,7 @@ class VideoInfo:
     """What the container says of a video. Its size is that of the frames as they are stored, before they are turned."""
 
     num_frames: int
-    """That are shown."""
+    """The frames that are shown."""
     fps: Fraction
     width: int
     height: int
@@ -126,8 +126,8 @@ def _constant_rate(pts: Sequence[int], frames: Fraction) -> bool:
 
 
 def _shown(packets: Sequence[_Packet]) -> list[_Packet]:
-    """Without those that the container tells players to decode only (an edit list), and those before the first whole frame,
-    which no decoder can make anything of (a stream that was cut)."""
+    """The packets that players show: without those that the container tells them to decode only (an edit list), and
+    those before the first whole frame, which no decoder can make anything of (a stream that was cut)."""
     first = next((index for index, packet in enumerate(packets) if packet.is_keyframe), 0)
     return [packet for packet in packets[first:] if not packet.is_discard]
 
@@ -152,8 +152,8 @@ def sample_frames(
 def sample_times(
     pts: Sequence[int], time_base: Fraction, sample_fps: float, max_frames: int | None = None
 ) -> list[int]:
-    """The same of a video of variable rate: what a player shows at every `1 / sample_fps` seconds, each frame once, and its
-    last frame."""
+    """The frames to take of a video of variable rate: those that a player shows at every `1 / sample_fps` seconds, each
+    once, and the last."""
 
     def at(rate: Fraction) -> list[int]:
         # The number of the first moment at or after a frame's time: frames with the same one hide all but their last.

@@ -16,7 +16,8 @@ END = "<|im_end|>"
 
 
 class _SeenByGrammars:
-    """Before the tokenizer's own class among the bases of its copy's."""
+    """What grammars' compilers see. The class of a tokenizer's copy has this as a base, before the tokenizer's own
+    class."""
 
     _words: dict[str, int]
     _end: int

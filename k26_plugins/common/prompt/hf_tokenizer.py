@@ -47,7 +47,8 @@ class KimiTokenizerFast(PreTrainedTokenizerFast):
     plain: KimiTokenizer | None = None
 
     def _encode_plus(self, text: Any, *args: Any, **kwargs: Any) -> BatchEncoding:
-        """By tiktoken where token ids are all that is asked for. Offsets, pairs and tensors of several are the backend's."""
+        """Encode by tiktoken where token ids are all that is asked for. The backend does offsets, pairs and tensors of
+        several."""
         texts = text if isinstance(text, list) else [text]
         tensors = kwargs.get("return_tensors")
         easy = texts and all(isinstance(one, str) for one in texts) and (tensors is None or isinstance(text, str))
@@ -67,7 +68,8 @@ class KimiTokenizerFast(PreTrainedTokenizerFast):
         return BatchEncoding(data, tensor_type=tensors, prepend_batch_axis=tensors is not None)
 
     def _has_added_tokens(self, plain: KimiTokenizer) -> bool:
-        """Which are none of tiktoken's. Counted by the library: vLLM puts a number of its own, of the start, into `len`."""
+        """Whether tokens were added, of which tiktoken knows nothing. The library counts: vLLM has `len` say the number
+        at the start."""
         return bool(super().__len__() != plain.vocab_size)
 
     def batch_decode(self, sequences: Any, *args: Any, **kwargs: Any) -> list[str]:
@@ -87,7 +89,7 @@ class KimiTokenizerFast(PreTrainedTokenizerFast):
         chat_template: str | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As transformers', with the tools declared as the model expects them and the messages' text kept text.
+        """transformers' method, with the tools declared as the model expects them and the messages' text kept text.
 
         `thinking` may have the forms and names that `thinking.template_options` takes.
         """

@@ -19,7 +19,8 @@ _LONGEST = max(map(len, MARKERS))
 
 
 class TokenText:
-    """One answer's. Markers come in the same order in the text and in the ids, so the n-th is the n-th."""
+    """The text of one answer with its token ids. Markers come in the same order in both, so that the n-th in the text
+    is the n-th among the ids."""
 
     def __init__(self, tokenizer: KimiTokenizer, *, special_shown: bool = False) -> None:
         """special_shown: the text has the names of the other special tokens too."""

@@ -54,7 +54,8 @@ def dense_weight(checkpoint: Checkpoint, module: str) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Adapter:
-    """By the module's name in the checkpoint: `lora_A` of `[rank, in_features]` and `lora_B` of `[out_features, rank]`."""
+    """A LoRA adapter: by the module's name in the checkpoint, `lora_A` `[rank, in_features]` and `lora_B`
+    `[out_features, rank]`."""
 
     weights: dict[str, tuple[torch.Tensor, torch.Tensor]]
 

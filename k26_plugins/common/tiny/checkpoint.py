@@ -92,8 +92,9 @@ def make_tiny(folder: str | Path, sizes: TinySizes | None = None, *, seed: int =
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """For operators too short to be shared: threads that wait for each other spin, and where others wanted the cores 23,040
-    experts took four times as long with two of them (2 cores of an Intel Emerald Rapids)."""
+    """Within the block torch has one thread, for operators too short to be shared. Threads that wait for each other
+    spin: where others wanted the cores, 23,040 experts took four times as long with two threads (2 cores of an Intel
+    Emerald Rapids)."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -32,7 +32,7 @@ class Stream:
     config: TextConfig
     """The model's configuration with the variant's change."""
     prompts: list[int]
-    """Which prompts it carries."""
+    """The numbers of the prompts that it carries."""
     lengths: list[int]
     """Tokens of each of them in this pass."""
     hidden: torch.Tensor

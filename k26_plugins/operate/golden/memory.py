@@ -27,7 +27,7 @@ FEED_TOKENS = 1024
 EXPERT_TOKENS = 256
 """Tokens that go through an expert at a time: many enough that unpacking its weights is little beside the products."""
 MAX_THREADS = 8
-"""That compute experts at the same time, each with memory of its own."""
+"""The most threads that compute experts at the same time, each with memory of its own."""
 SMALL_HIDDEN_SIZE = 1024
 """A model's up to which an operator is done before a second thread has started."""
 M_MMAP_THRESHOLD = -3  # malloc.h

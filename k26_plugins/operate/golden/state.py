@@ -61,7 +61,7 @@ class State:
         save_tensors(keys, self._keys(number, layer), {})
 
     def keys(self, number: int, layer: int) -> list[dict[str, torch.Tensor]]:
-        """The same of every pass before `number`, in order."""
+        """What attention of `layer` kept of the tokens of every pass before `number`, in order."""
         return [read(self._keys(earlier, layer))[0] for earlier in range(number)]
 
     def keep_answers(self, number: int, tensors: dict[str, torch.Tensor]) -> None:

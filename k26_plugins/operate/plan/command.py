@@ -79,7 +79,7 @@ def of_each_node(engine: str, command: list[str], nodes: int) -> list[list[str]]
 
 
 def with_ray(engine: str, command: list[str], nodes: int) -> list[list[str]]:
-    """The same over a Ray cluster: the first machine's two commands, then that of every other."""
+    """The commands over a Ray cluster: the first machine's two, then that of every other machine."""
     served = [*command, "--distributed-executor-backend", "ray"]
     if engine != "vllm":
         served = [*command, "--nnodes", str(nodes), "--use-ray"]

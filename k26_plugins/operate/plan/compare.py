@@ -26,7 +26,7 @@ class Row:
     context_parallel: int
     fits: bool
     weight_bytes: int
-    """On each GPU of the fullest stage."""
+    """The weights on each GPU of the fullest stage."""
     kv_tokens: int
     largest_context: int
     largest_concurrency: int

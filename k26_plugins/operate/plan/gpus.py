@@ -43,7 +43,7 @@ class Gpu:
     """Where its figures are published; empty where the user gave the memory."""
     vendor: str = "nvidia"
     source: str = DRIVER
-    """Where the memory is from."""
+    """The source of `memory`."""
 
 
 def _nvidia(name: str, mebibytes: int, gigabytes_per_second: int, link: str) -> Gpu:

@@ -42,7 +42,7 @@ class Plan:
     commands: list[list[str]]
     """One for each machine, by its rank; none where it does not fit."""
     ray: list[list[str]]
-    """The same over a Ray cluster, where there are several machines."""
+    """The commands over a Ray cluster, where there are several machines."""
     bounds: dict[str, float]
     """Tokens a second, by what bounds them."""
     config: K26Config

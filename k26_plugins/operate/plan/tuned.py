@@ -11,7 +11,7 @@ from k26_plugins.operate.plan.hardware import named
 
 
 def experts_line(engine: str, text: TextConfig, fit: Fit) -> str:
-    """For a plan of `vllm` or `sglang`."""
+    """The line that says which INT4 experts a plan of `vllm` or `sglang` takes."""
     tp, ep = (1, fit.layout.tp) if fit.layout.expert_parallel else (fit.layout.tp, 1)
     command = ["k26", "tune", *(["--ep", str(ep)] if ep > 1 else ["--tp", str(tp)]), "--engine", engine]
     shape = f"{text.hidden_size}x{text.moe_intermediate_size // tp}x{text.n_routed_experts // ep}"

@@ -86,7 +86,7 @@ class Endpoint(ABC):
         return self.post("/v1/chat/completions", model=self.model, messages=messages, **body)
 
     def answer_as_text(self, prompt: Prompt, count: int, top: int) -> list[dict[bytes, float]]:
-        """For each token of a greedy answer to messages the log-probabilities reported, the chosen token's first.
+        """The log-probabilities reported for each token of a greedy answer to messages, the chosen token's first.
 
         By bytes: the one name of a token that every OpenAI-compatible server gives.
         """

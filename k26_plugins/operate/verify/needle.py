@@ -14,7 +14,7 @@ from k26_plugins.operate.verify.endpoint import Endpoint, EndpointError
 LENGTHS = (8_000, 70_000, 200_000)
 """Prompt tokens, about."""
 DEPTHS = (0.1, 0.5, 0.9)
-"""Where the needle lies, of the whole."""
+"""Where the needle lies, as a share of the whole prompt."""
 TOKENS_OF_A_LINE = 14
 """Kimi's tokenizer makes 13.6 of a line, as measured."""
 ANSWER_TOKENS = 512
