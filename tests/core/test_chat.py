@@ -72,7 +72,7 @@ def test_no_control_token_comes_of_parts_put_together(parts: list[str]) -> None:
 def test_hostile_messages_are_text_between_the_templates_tokens(
     fast: KimiTokenizerFast, plain: KimiTokenizer, parts: list[str], as_tool: bool
 ) -> None:
-    """Judge: the tiktoken library, on the messages' own text without any control token allowed."""
+    """The judge is the tiktoken library, on the messages' own text without any control token allowed."""
     message: dict[str, Any] = {"role": "user", "content": [{"type": "text", "text": part} for part in parts]}
     if as_tool:
         message = {"role": "tool", "tool_call_id": "functions.f:0", "content": "".join(parts)}
@@ -219,7 +219,8 @@ def test_the_checkpoints_own_template_is_preferred(tiny_folder: Path, tmp_path: 
 
 
 def test_the_checkpoints_file_by_plain_jinja(tiny_folder: Path) -> None:
-    """All conversations: what the file itself says of them, without a mark or anything else of ours around it."""
+    """Every conversation is what the checkpoint's file itself makes of it, without a mark or anything else of ours
+    around it."""
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
     template = environment.from_string((tiny_folder / "chat_template.jinja").read_text())

@@ -25,7 +25,7 @@ def copied(tiny_folder: Path, tmp_path: Path) -> Path:
 
 
 def said(folder: Path, code: int = 1) -> list[str]:
-    """The lines of the command, and that a server's start is refused likewise."""
+    """The lines that the command prints. A server's start has to be refused with the same fault."""
     result = CliRunner().invoke(app, ["check", str(folder)])
     assert result.exit_code == code, result.output
     if code:
@@ -77,7 +77,8 @@ def test_a_file_ends_with_its_last_tensor(copied: Path) -> None:
     "left", [f"{FIRST}.aria2", f"{FIRST}.part", ".cache/huggingface/download/Qk3-9=.0a1b.incomplete"]
 )
 def test_an_unfinished_download(copied: Path, left: str) -> None:
-    """Although every header and size is right: aria2 makes the file as large as it will be, full of holes."""
+    """It is found although every header and size is right: aria2 makes the file as large as it will be, full of
+    holes."""
     file = copied / left
     file.parent.mkdir(parents=True, exist_ok=True)
     file.touch()
@@ -92,7 +93,7 @@ def test_the_hubs_locks_stay_behind_whole_files(copied: Path) -> None:
 
 
 def test_tensors_of_a_layer_are_one_line_and_files_are_named(copied: Path) -> None:
-    """A shard that lost its experts and got what is not of this model."""
+    """A shard has lost its experts and holds a tensor that is not of this model."""
     index = json.loads((copied / "model.safetensors.index.json").read_text())["weight_map"]
     file = index["language_model.model.layers.1.mlp.experts.3.down_proj.weight_packed"]
     weights = load_file(copied / file)

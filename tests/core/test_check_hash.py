@@ -54,7 +54,7 @@ def snapshot(tiny_folder: Path, tmp_path: Path) -> Path:
 
 
 def flip(file: Path) -> None:
-    """One bit of the last tensor: no header and no size tells of it. The file keeps the time that it had."""
+    """Flip one bit of the last tensor, of which no header and no size tells. The file keeps the time that it had."""
     status = file.stat()
     data = bytearray(file.read_bytes())
     data[-1] ^= 4
@@ -153,7 +153,7 @@ def test_nothing_says_what_files_should_hold(tiny_folder: Path) -> None:
 def test_what_was_right_is_not_read_again_while_it_stays(
     snapshot: Path, remembered: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By path, size, time and inode; another hash, another time or another inode is another file."""
+    """A file is known by path, size, time and inode; with another hash, time or inode it is read again."""
     expected = expected_contents(snapshot)
     assert verify_contents(snapshot, expected, Verified()) == []
     assert set(json.loads(remembered.read_text())) == {str((snapshot / one.name).resolve()) for one in expected}

@@ -40,7 +40,8 @@ def stat(inactive: int, active: int, prefix: str = "") -> str:
 
 
 def test_file_cache_is_not_in_use(groups: Groups) -> None:
-    """700 GiB, of which reading a checkpoint has filled 690: 5 GiB by the kernel's own count, and all but 10 to be had."""
+    """Reading a checkpoint has filled 690 of 700 GiB: by the kernel's own count 5 GiB are left, and all but 10 are to
+    be had."""
     limits = {"memory.max": 700 * GIB, "memory.current": 695 * GIB, "memory.stat": stat(600 * GIB, 85 * GIB)}
     groups("0::/\n", **limits)
     assert host_memory.total_bytes() == 700 * GIB
@@ -79,7 +80,7 @@ def test_version_1(groups: Groups) -> None:
             "memory/docker/abc/memory.limit_in_bytes": 64 * GIB,
             "memory/docker/abc/memory.usage_in_bytes": 60 * GIB,
             "memory/docker/abc/memory.stat": stat(40 * GIB, 10 * GIB, "total_"),
-            # As the kernel writes no limit.
+            # This is how the kernel writes that there is no limit.
             "memory/memory.limit_in_bytes": 9223372036854771712,
             "memory/memory.usage_in_bytes": 900 * GIB,
             "cpu,cpuacct/docker/abc/cpu.cfs_quota_us": 250000,

@@ -51,7 +51,7 @@ def test_a_release_has_what_the_table_says(engine: str, release: str) -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_snapshot_has_every_name_and_release(engine: str) -> None:
-    """Where it does not: `python ci/engine_names.py` with the releases of docs/versions.md."""
+    """Where this fails, run `python ci/engine_names.py` with the releases of docs/versions.md."""
     snapshot = read_snapshot(engine)
     assert (next(iter(snapshot)), next(reversed(snapshot))) == CHECKED[engine]
     names, overridden = touched(ENGINES[engine])
@@ -60,7 +60,8 @@ def test_the_snapshot_has_every_name_and_release(engine: str) -> None:
 
 @pytest.mark.parametrize("package", ABSENT)
 def test_a_name_that_a_release_lacks_has_something_in_its_place(package: str) -> None:
-    """Named in `ABSENT`, where the adapter's author says what happens; and nothing is named there without need."""
+    """It is named in `ABSENT`, where the adapter's author says what happens; and nothing is named there without
+    need."""
     absent = {name for found in _releases(package) for name, what in found.items() if what == GONE}
     assert {name for name in absent if not name.startswith(tuple(ABSENT[package]))} == set()
     assert {one for one in ABSENT[package] if not any(name.startswith(one) for name in absent)} == set()

@@ -100,7 +100,8 @@ def test_a_tensor_of_another_shape_is_named(backend: str, name: str, given: torc
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("backend", backends())
 def test_what_is_no_experts_id_counts_as_none(backend: str, dtype: torch.dtype) -> None:
-    """In the ids and in the map, beside ids that are right: the same bits as with −1 in its place."""
+    """Such values stand in the ids and in the map, beside ids that are right: the bits are those with −1 in their
+    place."""
     experts = create_experts(make_weights(4, 128, 64), backend)
     x, topk_weights = inputs(12, 128), route(12, 2, 4)[1]
     strange = [4, 5, 384, -2, -7, 2**31 - 1, *([2**32, 2**62 + 1] if dtype == torch.int64 else [])]
@@ -116,7 +117,7 @@ def test_what_is_no_experts_id_counts_as_none(backend: str, dtype: torch.dtype) 
 
 @pytest.mark.parametrize("backend", backends())
 def test_expert_parallel_ranks_add_up(backend: str) -> None:
-    """Two ranks with half of the experts each, unevenly placed, against one rank with all."""
+    """Two ranks have half of the experts each, unevenly placed; together they give what one rank with all gives."""
     weights = make_weights(8, 128, 64)
     ids, topk_weights = route(20, 3, 8)
     x = inputs(20, 128)
@@ -192,7 +193,7 @@ def test_what_load_was_given_is_kept_or_not_needed(backend: str) -> None:
 
 
 def test_memory_that_was_let_go_is_overwritten() -> None:
-    """What the test above relies on."""
+    """The test above relies on it."""
     weights = overwritten_when_let_go(make_weights(1, 128, 64))
     address, size = weights.w2_packed.data_ptr(), weights.w2_packed.nbytes
     kept = weights.w2_packed[:, :1]
@@ -204,7 +205,7 @@ def test_memory_that_was_let_go_is_overwritten() -> None:
 
 @pytest.mark.parametrize("bfloat16", [False, True])
 def test_both_paths_of_the_cpu_product_agree(bfloat16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One token more or less around the threshold: the same rows up to rounding, in either dtype."""
+    """One token more or less around the threshold gives the same rows up to rounding, in either dtype."""
     monkeypatch.setattr("k26_plugins.common.experts.cpu.multiplies_bfloat16", lambda: bfloat16)
     weights = make_weights(1, 256, 128)
     experts = CpuExperts.load(weights.copy_of([0]))
@@ -249,7 +250,8 @@ save_file(
 
 
 def test_lesser_instruction_sets(tmp_path: Path, record_property: Callable[[str, str], None]) -> None:
-    """With the instructions masked off, in processes of their own: both products, and the way back."""
+    """The better instructions are masked off, in processes of their own; both products are computed, and the way
+    back."""
     weights = make_weights(3, 192, 96)
     ids, topk_weights = route(130, 2, 3)
     x = inputs(130, 192)
@@ -309,7 +311,7 @@ def test_weights_that_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         ExpertWeights(weights.w13_packed, weights.w13_scale, weights.w2_packed, weights.w2_scale[..., :1])
     with pytest.raises(ExpertsError, match="no experts backend 'marlin'"):
         create_experts(weights, "marlin")
-    # As torch has it with AVX512.
+    # torch's layout with AVX512.
     monkeypatch.setattr("k26_plugins.common.experts.cpu.packed_layout", lambda: PackedLayout(64, False))
     with pytest.raises(ExpertsError, match="cpu is not, because hidden size of 96 is no multiple of 64"):
         create_experts(make_weights(2, 96, 64), "cpu")

@@ -26,7 +26,7 @@ def loop(id_: Any, **fields: Any) -> list[dict[str, Any]]:
 
 
 def ids(prompt: str) -> list[str]:
-    """As they stand in calls and results, in order."""
+    """The ids as they stand in calls and results, in order."""
     return re.findall(r"<\|tool_call_begin\|>(.*?)<\|tool_call_argument_begin\|>|## Return of (.*)\n", prompt)
 
 
@@ -38,7 +38,7 @@ def test_an_id_of_another_kind_becomes_kimis(id_: Any) -> None:
 
 
 def test_indices_count_over_the_conversation() -> None:
-    """Also where ids come again, as those of engines that count from 0 in each answer."""
+    """They also do where ids come again, as those of engines that count from 0 in each answer."""
     both = {"role": "assistant", "content": "", "tool_calls": [call("call_0"), call("call_1", "g.h-i")]}
     results = [{"role": "tool", "tool_call_id": id_, "content": "r"} for id_ in ("call_1", "call_0")]
     found = ids(render([*loop("call_0"), both, *results]))
@@ -74,7 +74,7 @@ CALLS = st.lists(st.tuples(IDS, NAMES), max_size=3)
 @settings(deadline=None)
 @given(st.lists(CALLS, max_size=5))
 def test_any_history_has_ids_of_kimis_form(turns: list[list[tuple[Any, str]]]) -> None:
-    """And a result directly after its call has its call's."""
+    """A result directly after its call has its call's id."""
     messages: list[dict[str, Any]] = [USER]
     for turn in turns:
         for id_, name in turn:
@@ -96,7 +96,7 @@ def test_instant_mode_shows_no_thoughts_of_the_tool_loop() -> None:
 
 
 def test_thoughts_among_an_answers_parts() -> None:
-    """As the Messages API's clients send them back."""
+    """The Messages API's clients send them back like this."""
     parts = [{"type": "thinking", "thinking": "TTT"}, {"type": "text", "text": "said"}]
     messages = loop("functions.f:0", content=parts)
     assert "<think>TTT</think>said<|tool_calls_section_begin|>" in render(messages)

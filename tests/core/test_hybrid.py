@@ -112,7 +112,7 @@ def test_experts_that_are_used_more_move_to_the_device(
 
 
 def deferring(weights: ExpertWeights, on_device: int, deferral: Deferral | None) -> list[HybridExperts]:
-    """Layers 1 to 3, each with the same experts."""
+    """A hybrid run's layers 1 to 3, each with the same experts."""
     placement = place(weights.num_experts, on_device)
     return [
         HybridExperts(
@@ -159,7 +159,7 @@ def test_the_sum_does_not_depend_on_streaming(host: str, chunk_bytes: int, monke
 
 
 def test_what_streams_is_ready_for_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before the first: for as many experts as are copied at a time, however many a batch needs."""
+    """It is ready before the first batch: for as many experts as are copied at a time, however many a batch needs."""
     monkeypatch.setattr("k26_plugins.common.experts.streamed.CHUNK_BYTES", 128 * 64 * 8)
     seen = record(monkeypatch, *BACKENDS.values())
     batches = Batches(3, 8, torch.float32, logging.getLogger("engine"))

@@ -124,7 +124,7 @@ def test_a_thousand_replays_give_what_the_waiting_run_gives(device: PretendedDev
 
 
 def test_replays_stay_right_when_experts_move(device: PretendedDevice, weights: ExpertWeights) -> None:
-    """And count what each expert was chosen for."""
+    """They also count how often each expert was chosen."""
     layers = [layer(device, weights, 3) for _ in range(2)]
     batch = Batch(5)
     with device.capture() as graph:
@@ -197,7 +197,7 @@ def test_a_longer_batch_waits_for_its_routing_and_may_be_streamed(
 
 
 def test_a_graph_holds_through_an_update_of_the_weights(device: PretendedDevice, weights: ExpertWeights) -> None:
-    """New weights where the old ones lay, as engines update them."""
+    """The new weights are put where the old ones lay, as engines update them."""
     experts = layer(device, weights, 0)
     batch = Batch(3)
     with device.capture() as graph:
@@ -253,7 +253,7 @@ def test_experts_that_wait_are_refused_in_a_graph(
 
 
 def test_the_judge_finds_a_host_function_that_calls_the_runtime(library: ctypes.CDLL, tmp_path_factory: Any) -> None:
-    """In a library of its own, since what was found once stays found."""
+    """The faulty function is in a library of its own, since what was found once stays found."""
     device = PretendedDevice(compile_runtime(tmp_path_factory.mktemp("again")))
     # A function of one pointer: nothing comes between.
     device.call("cudaLaunchHostFunc", device.stream, device.library.hipGetErrorString, None)

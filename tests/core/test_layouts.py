@@ -87,7 +87,7 @@ def test_a_name_on_the_hub_is_judged_by_its_configuration(tiny_folder: Path, nam
 
 
 def test_a_snapshot_in_the_hub_s_cache(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Links to blobs; and one that is still being downloaded is not called damaged."""
+    """A snapshot is made of links to blobs; one that is still being downloaded is not called damaged."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
@@ -221,7 +221,7 @@ LAYER = "language_model.model.layers.1.mlp.experts.routed_experts"
 
 
 def _experts(config: K26Config, ranks: int = 1) -> Parts:
-    """A layer's as `LayerExperts` has them while it is open."""
+    """A layer's parameters as `LayerExperts` has them while it is open."""
     text = config.text
     experts, hidden, inner = text.n_routed_experts, text.hidden_size, text.moe_intermediate_size // ranks
     return {
@@ -233,23 +233,23 @@ def _experts(config: K26Config, ranks: int = 1) -> Parts:
 
 
 def _with_shapes(parts: Parts) -> Parts:
-    """As both engines' own code has them, whatever it made of the rest."""
+    """Add the shapes that both engines' own code has, whatever it made of the rest."""
     shapes = torch.zeros(len(parts["w13_weight_packed"]), 2)
     return {**parts, "w13_weight_shape": shapes, "w2_weight_shape": shapes.clone()}
 
 
 def _transposed(parts: Parts) -> Parts:
-    """As Marlin's layout has them: by the inputs first."""
+    """Transpose the parts to Marlin's layout, in which the inputs come first."""
     return {name: tensor.transpose(1, 2).contiguous() for name, tensor in parts.items()}
 
 
 def _bytes(parts: Parts) -> Parts:
-    """As vLLM's Triton kernel takes them."""
+    """View the packed weights as the bytes that vLLM's Triton kernel takes."""
     return {name: tensor.view(torch.uint8) if name.endswith("packed") else tensor for name, tensor in parts.items()}
 
 
 def _save(tiny_folder: Path, folder: Path, *files: str, parts: Parts) -> Path:
-    """A state of these files, each with the same layer, beside the small files of the checkpoint and its index."""
+    """Save a state of these files, each with the same layer, beside the small files of the checkpoint and its index."""
     folder.mkdir()
     for file in tiny_folder.iterdir():
         if file.suffix != ".safetensors":
@@ -288,7 +288,8 @@ def test_a_state_saved_with_an_engines_own_experts(
 
 
 def test_a_state_saved_beside_the_checkpoint(tiny_folder: Path, tmp_path: Path) -> None:
-    """What the index names is the checkpoint; and a state of another layout is the engine's, whoever's experts it has."""
+    """The files that the index names are the checkpoint, and are taken before the state. A state of another layout is
+    left to the engine, whoever's experts it has."""
     parts = _experts(K26Config.from_path(tiny_folder))
     folder = _save(tiny_folder, tmp_path / "saved", "model-rank-0-part-0.safetensors", parts=parts)
     config = read_config_json(folder)

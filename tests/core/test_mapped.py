@@ -145,7 +145,7 @@ except CheckpointError as error:
     ("when", "ends"), [("while_it_is_copied", 0), ("after_the_last_was_given", 0), ("of_somebody_else", -signal.SIGBUS)]
 )
 def test_a_mapped_file_that_is_cut_within_what_is_copied(tmp_path: Path, when: str, ends: int) -> None:
-    """Ours is an error with the file's name; any other ends the process as it would have."""
+    """A file of ours that is cut is an error with its name; any other ends the process as it would have without us."""
     file = tmp_path / "model-1.safetensors"
     save_file({name: torch.ones(2**22, dtype=torch.bfloat16) for name in "ab"}, file)
     done = subprocess.run([sys.executable, "-c", CUT, str(file), when], capture_output=True, text=True, check=False)
@@ -154,7 +154,7 @@ def test_a_mapped_file_that_is_cut_within_what_is_copied(tmp_path: Path, when: s
 
 
 def test_only_what_is_needed_is_read_ahead(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not what lies between: the experts of a rank are spread over a file."""
+    """What lies between is not read: the experts of a rank are spread over a file."""
     files = weight_files(tiny_folder)
     asked: list[tuple[int, int]] = []
     monkeypatch.setattr(os, "posix_fadvise", lambda file, start, length, advice: asked.append((start, start + length)))
@@ -188,7 +188,7 @@ print(peak() - before)
 
 
 def test_memory_is_that_of_a_window(tmp_path: Path) -> None:
-    """What was loaded leaves the process's memory: 512 MB in 32 tensors, each of whose pages is touched."""
+    """What was loaded leaves the process's memory. 512 MB lie in 32 tensors, each of whose pages is touched."""
     save_file({f"t{index}": torch.zeros(2**23, dtype=torch.bfloat16) for index in range(32)}, tmp_path / "model")
     child = [sys.executable, "-c", MEASURE, str(tmp_path / "model")]
     result = subprocess.run(child, capture_output=True, text=True, check=True)

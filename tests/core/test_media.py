@@ -126,7 +126,7 @@ RAMP = np.linspace(0, 1, 300 * 4).reshape(4, 300)
     ids=["16-bit-png", "16-bit-tiff", "32-bit", "32-bit-signed", "float", "float-degrees"],
 )
 def test_more_than_eight_bits_are_scaled(values: np.ndarray, kind: str) -> None:
-    """Black to white in even steps; PIL's own RGB clips nearly all of it to one of the two."""
+    """The image goes from black to white in even steps; PIL's own RGB clips nearly all of it to one of the two."""
     levels = np.asarray(open_image(encode(Image.fromarray(values), kind)))
     assert np.abs(levels - np.rint(RAMP * 255)[..., None]).max() <= 1
     assert len(np.unique(levels)) == 256

@@ -76,7 +76,7 @@ def test_a_library_that_cannot_be_loaded(empty_cache: Path) -> None:
 
 
 def test_compiled_once(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks that start together, and one that comes later."""
+    """Several ranks start together, and one comes later: it is compiled once for all."""
     compiled: list[Path] = []
 
     def compile_slowly(target: Path, flags: tuple[str, ...]) -> None:
@@ -94,7 +94,7 @@ def test_compiled_once(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_which_instruction_sets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the CPU has and torch was not told to do without."""
+    """Taken are those that the CPU has and that torch was not told to do without."""
     x86, arm = (
         set().union(*(variant.needs for variant in VARIANTS.values() if variant.machine == machine))
         for machine in ("x86_64", "aarch64")
@@ -138,7 +138,7 @@ def test_a_compiler_too_old_for_the_best_set(empty_cache: Path, monkeypatch: pyt
 @pytest.mark.skipif("amx" in usable_variants(), reason="this system gives AMX's registers")
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="AMX is x86-64's")
 def test_a_system_that_refuses_amx(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """Asked for in truth: the next set is taken, and the log says so."""
+    """The real system is asked. The next set is taken, and the log says so."""
     best = usable_variants()[0]
     library.cache_clear()
     monkeypatch.setattr(build, "variants", lambda: ["amx", best])
@@ -153,7 +153,7 @@ def test_a_system_that_refuses_amx(monkeypatch: pytest.MonkeyPatch, caplog: pyte
 @needs_native
 @needs_amx
 def test_a_system_that_gives_amx_and_refuses_it_to_this_process() -> None:
-    """By a signal stack that has no room for AMX's registers: Linux looks at those of all threads."""
+    """A signal stack has no room for AMX's registers: Linux looks at those of all threads."""
     program = (
         "import ctypes; memory = ctypes.create_string_buffer(8192)\n"
         "class Stack(ctypes.Structure):\n"

@@ -88,7 +88,8 @@ def repacked_plainly(packed: torch.Tensor, scale: torch.Tensor, *, gated: bool) 
 
 @pytest.mark.parametrize("variant", each_variant())
 def test_repacked_bytes(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On every instruction set and any number of threads, also where a tile is not a multiple of a vector long."""
+    """They are the same on every instruction set and with any number of threads, also where a tile is not a multiple of
+    a vector long."""
     weights = make_weights(2, 96, 160)
     w13 = [repacked_plainly(weights.w13_packed[i], weights.w13_scale[i], gated=True) for i in range(2)]
     w2 = [repacked_plainly(weights.w2_packed[i], weights.w2_scale[i], gated=False) for i in range(2)]
@@ -104,7 +105,7 @@ def test_repacked_bytes(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_native
 def test_same_bits_on_every_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tokens alone, some together, and values at which rounding or the exponential could differ."""
+    """Tokens come alone and some together, with values at which rounding or the exponential could differ."""
     weights = make_weights(4, 544, 96)
     ids, topk_weights = route(23, 2, 4)
     x = inputs(23, 544)
@@ -121,7 +122,7 @@ def test_same_bits_on_every_instruction_set(monkeypatch: pytest.MonkeyPatch) -> 
 
 @needs_native
 def test_same_bits_with_any_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's threads and ours, one to three of them, on one node and on two, twice each."""
+    """torch's threads and ours are taken, one to three of them, on one node and on two, twice each."""
     weights = make_weights(6, 192, 160)
     ids, topk_weights = route(90, 3, 6)
     ids[5:20, 1] = -1
@@ -141,7 +142,7 @@ def test_same_bits_with_any_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_native
 def test_a_token_does_not_depend_on_its_batch() -> None:
-    """Also across the bounds of the tokens and of the groups of inputs that are computed at a time."""
+    """So it is across the bounds of the tokens and of the groups of inputs that are computed at a time."""
     weights = make_weights(4, 544, 32)
     experts = load(weights)
     ids, topk_weights = route(1100, 2, 4)
@@ -153,7 +154,8 @@ def test_a_token_does_not_depend_on_its_batch() -> None:
 
 @needs_native
 def test_submitted_work() -> None:
-    """Several at once, waited for in another order or not at all; arguments dropped meanwhile; results of apply."""
+    """Several calls are submitted at once and waited for in another order or not at all, while their arguments are
+    dropped. Each gives what `apply` gives."""
     weights = make_weights(4, 128, 64)
     experts = load(weights)
     ids, topk_weights = route(40, 2, 4)

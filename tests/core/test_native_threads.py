@@ -19,7 +19,7 @@ from k26_plugins.common.host.cores import Core
 
 
 def test_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eight CPUs on two nodes, CPU i and i + 4 the two threads of a core."""
+    """The machine has eight CPUs on two nodes; CPUs i and i + 4 are the two threads of a core."""
     monkeypatch.setattr(cores, "allowed_cpus", lambda: {1, 2, 3, 4, 5, 6, 7})
     monkeypatch.setattr(cores, "_read", lambda file: str(int(file.parts[-3][3:]) % 4))
     monkeypatch.setattr(cores, "_node", lambda cpu: cpu % 4 // 2)
@@ -28,7 +28,7 @@ def test_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_cores_of_a_rank_whose_threads_are_pinned_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The way vLLM's and SGLang's CPU workers pin themselves; a thread that is free does not count."""
+    """vLLM's and SGLang's CPU workers pin themselves in this way; a thread that is free does not count."""
     monkeypatch.setattr(cores, "_affinities", lambda: [{2}, {3}, {0, 1, 2, 3}])
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {2})
     assert cores.allowed_cpus() == {2, 3}

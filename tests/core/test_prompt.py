@@ -33,7 +33,7 @@ def plain(full_vocabulary: Path) -> KimiTokenizer:
 
 
 def test_a_list_of_ids_is_a_token_each(full_vocabulary: Path) -> None:
-    """As SGLang's fork asks for the texts of log-probabilities."""
+    """SGLang's fork asks in this way for the texts of log-probabilities."""
     fast = load_hf_tokenizer(full_vocabulary)
     first, second = 163586, 163606
     assert fast.batch_decode([first, second]) == ["<|im_end|>", "<think>"]
@@ -77,7 +77,7 @@ def test_both_tokenizers_give_the_same_ids(full_vocabulary: Path, plain: KimiTok
 
 
 def test_the_fast_tokenizer_answers_as_transformers_does(full_vocabulary: Path) -> None:
-    """Whatever is asked for beside the ids; the judge is the class that ours overrides."""
+    """So it does whatever is asked for beside the ids; the judge is the class that ours overrides."""
     fast = load_hf_tokenizer(full_vocabulary)
     judge = pickle.loads(pickle.dumps(fast))
     judge.plain = None
@@ -106,7 +106,8 @@ def test_the_fast_tokenizer_answers_as_transformers_does(full_vocabulary: Path) 
     "text", [" " * 1_000_000, "a" * 60_000, " " * 25_001 + "b" * 25_000, "ab " * 140_000, "\n" * 25_000 + "x"], ids=len
 )
 def test_a_text_of_any_length_is_encoded(plain: KimiTokenizer, text: str) -> None:
-    """Cut where the published tokenizer cuts, here by the letter: the tiktoken library gives up at a million spaces."""
+    """The text is cut where the published tokenizer cuts, here by the letter: the tiktoken library gives up at a
+    million spaces."""
     pieces = [""]
     for index, character in enumerate(text):
         if index % 400_000 == 0:
@@ -161,7 +162,7 @@ def test_media_are_followed_by_a_newline() -> None:
 
 
 def test_thinking_of_past_answers() -> None:
-    """Dropped up to the last answer without tool calls, kept after it, and kept everywhere on demand."""
+    """It is dropped up to the last answer without tool calls, kept after it, and kept everywhere on demand."""
     call = {"id": "functions.f:0", "function": {"name": "f", "arguments": '{"a":1}'}}
     messages = [
         USER,

@@ -73,7 +73,8 @@ def test_text_logits(judge: Any, reference: KimiK26) -> None:
 
 @torch.inference_mode()
 def test_decoding_through_the_compressed_cache(judge: Any, reference: KimiK26) -> None:
-    """Prefill in the plain form, then one token at a time in the absorbed form, against one whole pass of the judge."""
+    """Prefill in the plain form, then one token at a time in the absorbed form, give what the judge's one whole pass
+    gives."""
     input_ids = tokens(40)
     expected = judge(input_ids=input_ids[None]).logits[0]
     text = reference.text
@@ -99,7 +100,7 @@ def test_plain_absorbed_and_chunked_agree(reference: KimiK26) -> None:
 
 @torch.inference_mode()
 def test_pipeline_ranks_chained_give_the_whole(reference: KimiK26) -> None:
-    """Two ranks with a part of the layers each, the second fed with the first one's hidden states."""
+    """Two ranks have a part of the layers each; the second is fed with the first one's hidden states."""
     text, input_ids = reference.text, tokens(30)
     cache = KVCache(text.config, 30, torch.float32)
     hidden_states = text.embed(input_ids)

@@ -35,7 +35,7 @@ for folder in sys.argv[2:]:
 
 
 def read(state: str, *folders: Path) -> str:
-    """What a process says that has transformers read folders and trusts them, with the doors open or shut."""
+    """What a process says in which transformers reads folders and trusts them, with the plugin's doors open or shut."""
     done = subprocess.run(
         [sys.executable, "-c", READ, state, *map(str, folders)],
         capture_output=True,

@@ -55,7 +55,7 @@ def steps(file: Path) -> Iterator[dict[str, Any]]:
 
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.name)
 def test_what_a_workflow_runs_is_there(file: Path, sessions: set[str]) -> None:
-    """Sessions of the noxfile and scripts of ci/, by the names in the commands."""
+    """The commands name sessions of the noxfile and scripts of ci/."""
     called = [word for step in steps(file) for word in shlex.split(step.get("run", ""), comments=True)]
     assert called
     for word in called:

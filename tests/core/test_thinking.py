@@ -39,7 +39,7 @@ def test_which_is_heard_first() -> None:
 
 
 def test_thoughts_to_keep() -> None:
-    """As Moonshot's API has it; what the options say themselves counts."""
+    """Moonshot's API has it so; what the options say themselves counts first."""
     kept = {"type": "enabled", "keep": "all"}
     assert template_options({}, thinking=kept) == {"thinking": True, "preserve_thinking": True}
     said = template_options({"thinking": kept, "preserve_thinking": False})

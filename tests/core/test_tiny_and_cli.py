@@ -50,7 +50,7 @@ def test_sizes_that_cannot_be(tmp_path: Path) -> None:
 
 
 def test_adapters_and_a_draft_are_made_beside_it(tmp_path: Path) -> None:
-    """Adapters that PEFT's reader and `k26 merge` take; a draft of the layers that it says it reads."""
+    """PEFT's reader and `k26 merge` take the adapters; the draft reads the layers that it says it reads."""
     out = {name: str(tmp_path / name) for name in ("DIR", "LORA", "DRAFT", "OUT")}
     command = ["tiny", out["DIR"], "--layers", "5", "--lora", out["LORA"], "--eagle3", out["DRAFT"]]
     assert CliRunner().invoke(app, command).exit_code == 0

@@ -55,13 +55,13 @@ def assert_close(levels: np.ndarray) -> None:
 
 @pytest.mark.parametrize("size", [(1, 1), (28, 28), (50, 50), (640, 480), (100, 1), (1920, 1080)], ids=str)
 def test_images_that_keep_their_size(size: tuple[int, int]) -> None:
-    """Equal up to the rounding of float32: transformers folds rescaling and normalizing into one step."""
+    """They are equal up to the rounding of float32: transformers folds rescaling and normalizing into one step."""
     assert of_image(random_image(*size)).max() < 1e-4
 
 
 @pytest.mark.parametrize("size", [(3840, 2160), (3000, 3000), (10000, 100)], ids=str)
 def test_images_that_are_shrunk(size: tuple[int, int]) -> None:
-    """PIL's bicubic filter and torch's, both in integers: a level apart at one of a hundred pixels."""
+    """PIL's bicubic filter and torch's, both in integers, are a level apart at one of a hundred pixels."""
     assert_close(of_image(random_image(*size)))
 
 
@@ -133,7 +133,8 @@ def _in_chunks(theirs: Any) -> list[Any]:
 
 @pytest.mark.parametrize(("num_frames", "fps"), [(30, 10), (125, 25), (7, 2), (300, 30)])
 def test_frames_are_spread_otherwise(num_frames: int, fps: int) -> None:
-    """As many, but transformers takes the beginning of equal spans, the model's own code the last frame too."""
+    """There are as many frames, but transformers takes the beginning of equal spans, and the model's own code takes the
+    last frame too."""
     info = video_info(make_video(num_frames, fps))
     metadata = VideoMetadata(total_num_frames=info.num_frames, fps=float(info.fps))
     theirs = Kimi_K25VideoProcessor().sample_frames(metadata, fps=2).tolist()

@@ -54,7 +54,8 @@ def test_faster_but_less_exact_is_no_win() -> None:
 
 
 def test_a_small_error_does_not_excuse_a_loss() -> None:
-    """Half the time at one size, where it counts, against double at two, where it does not lose its error."""
+    """Half the time at one size, where it counts, stands against double the time at two, where it does not lose its
+    error."""
     assert winner(timed(OURS, 1, 4, 4, error=1e-3), timed("marlin", 2, 2, 2)) == "marlin"
 
 
@@ -119,7 +120,7 @@ def test_what_is_written_is_read(cache: Path) -> None:
 @pytest.mark.parametrize("field", ["gpu", "driver", "triton", "torch", "engine", "shape"], ids="other {}".format)
 @pytest.mark.usefixtures("cache")
 def test_another_key_is_another_measurement(field: str) -> None:
-    """Another driver, say. A file that was renamed is found out."""
+    """The key may have another driver, say. A file that was renamed is found out."""
     write_outcome(outcome(), outcome_file(KEY))
     other = replace(KEY, **{field: "other"})
     assert outcome_file(other) != outcome_file(KEY)
@@ -146,7 +147,7 @@ DAMAGED = {
 
 @pytest.mark.parametrize("name", DAMAGED)
 def test_a_damaged_file_is_as_none(name: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that the user gave is an error, which names it."""
+    """A damaged file that the user gave is an error, which names it."""
     file = outcome_file(KEY)
     write_outcome(outcome(), file)
     text = file.read_text()
@@ -181,7 +182,7 @@ def test_one_given_by_hand(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_folder_that_cannot_be_written(cache: Path) -> None:
-    """By a file in the place of the folder: root may write anywhere."""
+    """A file lies in the place of the folder, since root may write to any folder."""
     (cache / "k26-plugins").write_text("")
     with pytest.raises(OSError, match="k26-plugins"):
         write_outcome(outcome(), outcome_file(KEY))

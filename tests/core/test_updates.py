@@ -27,7 +27,7 @@ X, (IDS, TOPK_WEIGHTS) = inputs(20, HIDDEN), route(20, 2, EXPERTS)
 
 
 def attach_loader(parameter: Any) -> None:
-    """An engine's loader of one parameter, without tensor parallelism."""
+    """Give a parameter a loader like an engine's, without tensor parallelism."""
 
     def weight_loader(param: Any, weight: torch.Tensor, name: str, shard_id: str, expert_id: int) -> None:
         target = param.data[expert_id]
@@ -43,7 +43,7 @@ def make_layer(backend: str) -> LayerExperts:
 
 
 def load(experts: LayerExperts, weights: ExpertWeights, chosen: range = range(EXPERTS)) -> None:
-    """As an engine's loader does it, one expert's projection at a time."""
+    """Load as an engine's loader does, one expert's projection at a time."""
     for name, field in zip(PACKED_NAMES, Expert._fields, strict=True):
         for expert in chosen:
             whole = getattr(weights, field)[expert]
@@ -144,7 +144,8 @@ def keeps(monkeypatch: pytest.MonkeyPatch) -> type[ExpertsBackend]:
 @pytest.mark.skipif(not variants(), reason="this CPU has no instruction set of the native experts")
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="the system has no huge pages")
 def test_new_memory_is_made_of_huge_pages() -> None:
-    """Before anything is loaded: to put small pages together afterwards takes longer than to read the weights."""
+    """It is so before anything is loaded: to put small pages together afterwards takes longer than to read the
+    weights."""
     experts = LayerExperts(torch.nn.Module(), 2, 2048, 2048, "native", attach_loader)
     middle = experts.layer.get_parameter("w13_weight_packed").data[1].data_ptr()
     regions = re.findall(r"(?ms)^([0-9a-f]+)-([0-9a-f]+) .*?^VmFlags: ([^\n]*)$", Path("/proc/self/smaps").read_text())
@@ -172,7 +173,7 @@ def test_a_backend_that_keeps_its_weights_takes_whole_updates() -> None:
 
 
 def whole_layer(experts: LayerExperts, *, by_copy: bool = True) -> ExpertsOfLayer:
-    """As an engine without expert parallelism has it."""
+    """A layer as an engine without expert parallelism has it."""
     places = Places([experts], lambda expert: [(0, expert)], 0, 1) if by_copy else None
     return ExpertsOfLayer(
         experts.layer, experts, experts.open, experts.close, lambda expert: (expert,), lambda expert: True, places
@@ -215,7 +216,7 @@ def test_tensors_reach_their_places_by_name(tiny_folder: Path, *, by_copy: bool)
 
 
 def test_a_rank_takes_its_part_of_the_experts_that_it_keeps(tiny_folder: Path) -> None:
-    """Rank 1 of 2, and of the experts the even ones, in another order and one of them twice."""
+    """The rank is 1 of 2 and keeps the even experts, in another order and one of them twice."""
     checkpoint = Checkpoint(tiny_folder)
     text = checkpoint.config.text
     kept = [4, 0, 2, 4]
@@ -245,7 +246,7 @@ def test_a_rank_takes_its_part_of_the_experts_that_it_keeps(tiny_folder: Path) -
 
 
 def test_another_loader_of_a_parameter_is_given_the_tensors(tiny_folder: Path) -> None:
-    """As an engine puts one there that reloads a layer; of the parameters that have their own, it is not asked."""
+    """An engine that reloads a layer puts one there; it is not asked for parameters that have a loader of their own."""
     checkpoint = Checkpoint(tiny_folder)
     experts = layer_of(checkpoint)
     given: list[tuple[str, str, int, torch.Tensor]] = []

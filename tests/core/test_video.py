@@ -64,7 +64,7 @@ def test_the_frames_are_the_ones_meant(container: str, codec: str) -> None:
     assert (info.num_frames, info.fps, info.width, info.height) == (30, 10, 64, 48)
     chunks = list(read_chunks(data, MediaConfig()))
     assert [chunk.indices for chunk in chunks] == [(0, 6, 12, 17), (23, 29)]
-    # As transformers' processor cuts 2.3 s: what a float has of it.
+    # transformers' processor cuts 2.3 s to this too: it is what a float has of it.
     assert [chunk.timestamp for chunk in chunks] == ["00:00:00.000", "00:00:02.299"]
     assert [chunk.grid_thw for chunk in chunks] == [(4, 4, 6), (2, 4, 6)]
     assert [chunk.num_tokens for chunk in chunks] == [6, 6]
@@ -100,7 +100,8 @@ def greys(chunk: VideoChunk) -> np.ndarray:
 
 
 def assert_shown(data: bytes, first: int, count: int) -> None:
-    """All frames of an even video that a player shows, ten in a second, from the encoder's frame `first` on."""
+    """Assert that these are all frames of an even video that a player shows, ten in a second, from the encoder's frame
+    `first` on."""
     info = video_info(data)
     assert (info.num_frames, info.fps) == (count, 10)
     chunks = list(read_chunks(data, MediaConfig()))
@@ -134,7 +135,8 @@ def test_a_trimmed_video_that_was_cut_is_refused() -> None:
 
 
 def test_a_stream_that_begins_before_a_whole_frame_is_read_from_that_on() -> None:
-    """A piece of a broadcast: MPEG-TS packets of 188 bytes, cut off in the first of two groups of pictures."""
+    """The file is a piece of a broadcast: MPEG-TS packets of 188 bytes, cut off in the first of two groups of
+    pictures."""
     data = make_video(60, 10, container="mpegts", codec="libx264", options={"g": "30", "bf": "0", "sc_threshold": "0"})
     with av.open(io.BytesIO(data)) as container:
         second = [packet.pos for packet in container.demux(video=0) if packet.size][5]
@@ -166,7 +168,7 @@ def test_a_video_of_variable_rate_is_sampled_by_time(container: str, codec: str)
     max_frames=st.none() | st.integers(1, 20),
 )
 def test_what_a_player_shows_at_even_times(steps: list[int], sample_fps: float, max_frames: int | None) -> None:
-    """By plain search, at every moment; and never more than asked for."""
+    """The judge searches plainly at every moment; and there are never more frames than asked for."""
     pts = list(accumulate(steps, initial=-700))
     found = sample_times(pts, Fraction(1, 1000), sample_fps, max_frames)
     assert found == sorted(set(found))

@@ -117,7 +117,8 @@ def main() -> None:
             (Path(folder) / f"{number:02d}").write_bytes(data)
 
         def change(data: bytes, max_size: int, seed: int) -> bytes:
-            """Half of the time few bytes of a whole file: what libFuzzer makes seldom gets past a container's header."""
+            """Change few bytes of a whole file half of the time: what libFuzzer makes seldom gets past a container's
+            header."""
             rng = random.Random(seed)
             if rng.random() < 0.5:
                 return atheris.Mutate(data, max_size)

@@ -51,7 +51,8 @@ def test_garbage_is_refused() -> None:
 @pytest.mark.skipif(compat.ends_the_process() is not None, reason="this kt-kernel ends the process when it is imported")
 @pytest.mark.parametrize("per_token", [1, 3, 8])
 def test_experts_are_deferred_as_kt_kernel_defers_them(per_token: int) -> None:
-    """For one token. In a longer batch kt-kernel keeps what any token keeps, so that an answer depends on its neighbours."""
+    """The batch is one token: in a longer one kt-kernel keeps what any token keeps, so that an answer depends on its
+    neighbours."""
     from kt_kernel.experts_base import BaseMoEWrapper
 
     for seed in range(5):
@@ -89,7 +90,8 @@ def test_a_batch_beyond_kt_kernel_s_buffers_is_cut(monkeypatch: pytest.MonkeyPat
 
 @runs_here
 def test_what_load_was_given_is_kept_or_not_needed(record_property: Callable[[str, str], None]) -> None:
-    """Whatever class kt-kernel has for this CPU: one that computes from addresses must find the weights there."""
+    """So it is with whatever class kt-kernel has for this CPU: one that computes from addresses must find the weights
+    there."""
     weights = make_weights(8, 256, 128)
     ids, topk_weights = route(17, 2, 8)
     x = inputs(17, 256)
@@ -101,7 +103,7 @@ def test_what_load_was_given_is_kept_or_not_needed(record_property: Callable[[st
 
 @runs_here
 def test_a_class_that_cannot_split_its_weights_is_refused_on_two_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one for AVX2, and any that is not known."""
+    """Such are the class for AVX2, and any that is not known."""
     monkeypatch.setattr("k26_plugins.ktransformers.experts.cores", lambda _: [Core(0, 0), Core(1, 1)])
     for name, refused in (("AVX2RawInt4_MOE", True), ("AMXInt4_KGroup_MOE", False)):
         monkeypatch.setattr(compat, "raw_int4_class", lambda _, name=name: type(name, (), {}))
@@ -120,7 +122,7 @@ def test_no_tokens() -> None:
 
 @runs_here
 def test_what_is_no_experts_id_counts_as_none() -> None:
-    """Not even as one of those that the experts are padded with."""
+    """It does not even count as one of those with which the experts are padded."""
     experts = create_experts(make_weights(5, 256, 128), "kt")
     slots = [(0, 5), (1, 7), (2, 384), (3, -2), (4, 2**40)]
     x, topk_weights = inputs(5, 256), torch.ones(5, 2)
@@ -132,7 +134,8 @@ def test_what_is_no_experts_id_counts_as_none() -> None:
 
 @runs_here
 def test_two_ranks_shards_sum_to_the_whole() -> None:
-    """What KTransformers' own tensor parallelism gets wrong (issue 2076): here each rank has its part of every expert."""
+    """KTransformers' own tensor parallelism gets this wrong (its issue 2076): here each rank has its part of every
+    expert."""
     weights = make_weights(4, 256, 256)
     ids, topk_weights = route(9, 2, 4)
     x = inputs(9, 256)

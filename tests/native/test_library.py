@@ -76,14 +76,14 @@ def here(sample: Sample, tmp_path_factory: pytest.TempPathFactory) -> torch.Tens
 @needs_compiler
 @needs_set
 def test_address_and_undefined_behaviour_sanitizers(here: torch.Tensor) -> None:
-    """Both kinds of threads; every tensor is of exactly its size."""
+    """Both kinds of threads run; every tensor is of exactly its size."""
     assert here.isfinite().all()
 
 
 @needs_compiler
 @needs_set
 def test_thread_sanitizer(sample: Sample, here: torch.Tensor, tmp_path: Path) -> None:
-    """Three threads on two nodes, and a batch of jobs in flight."""
+    """Three threads on two nodes run, with a batch of jobs in flight."""
     assert COMPILER is not None
     flags = ("-g1", "-fsanitize=thread", *VARIANTS[usable_variants()[0]].flags)
     assert torch.equal(run(sample, tmp_path, COMPILER, *flags, emulator=FIXED_ADDRESSES)[0], here)
@@ -112,8 +112,8 @@ def pages_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("nodes", [(0, 1), (0, 0, 1, 1), (0, 0, 0, 1), (0, 1, 2)], ids=str)
 @pytest.mark.parametrize("inner", [512, 1056])
 def test_a_node_reads_the_pages_that_lie_there(nodes: tuple[int, ...], inner: int, pages_program: Path) -> None:
-    """Pretended nodes, real pages, each of them noted at its first touch. 1056: 33 groups, which no number of threads
-    divides evenly."""
+    """The nodes are pretended and the pages are real, each noted at its first touch. 1056 inputs are 33 groups, which no
+    number of threads divides evenly."""
     experts, hidden = 3, 1024
     sizes = map(str, (experts, hidden, inner, *nodes))
     shown = subprocess.run([str(pages_program), *sizes], capture_output=True, text=True, timeout=60, check=True).stdout
@@ -150,7 +150,8 @@ def test_avx512_and_amx_lane_by_lane(
     tmp_path: Path,
     record_property: Callable[[str, str], None],
 ) -> None:
-    """Their intrinsics in plain C++: the same bits. VNNI's product is written as an instruction, which this does not run."""
+    """Their intrinsics in plain C++ give the same bits. VNNI's product is written as an instruction, which this does
+    not run."""
     assert COMPILER is not None
     result, name = run(sample, tmp_path, COMPILER, "-D__AVX512F__", *macros, f"-I{DRIVER / 'avx512'}")
     assert name == named
@@ -199,7 +200,7 @@ def test_arm_under_an_emulator(
     reason="needs an x86 compiler, aarch64-linux-gnu-g++ and binutils",
 )
 def test_instructions_on_arm_against_avx2(tmp_path: Path) -> None:
-    """For a group of a tile, 512 weights: nothing branches, so that each instruction runs once for it."""
+    """Counted is a group of a tile, 512 weights: nothing branches, so that each instruction runs once for it."""
     assert COMPILER is not None
 
     def listed(source: str, function: str, compiler: str, *flags: str) -> list[str]:
@@ -215,7 +216,8 @@ def test_instructions_on_arm_against_avx2(tmp_path: Path) -> None:
         return instructions
 
     def count(variant: str) -> tuple[int, int]:
-        """For one token, weights unpacked in passing, and for four whose weights are unpacked already."""
+        """The instructions for one token, whose weights are unpacked in passing, and for four, whose weights are
+        unpacked already."""
         compiler = ARM_COMPILER if VARIANTS[variant].machine == "aarch64" else COMPILER
         one, four = (listed("group.cpp", name, str(compiler), *VARIANTS[variant].flags) for name in ("one", "four"))
         return len(one), len(four)

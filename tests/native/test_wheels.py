@@ -40,7 +40,7 @@ def libraries(wheel: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """With one instruction set for each machine: the best of this CPU, and ARM's."""
+    """The wheels, with one instruction set for each machine: the best of this CPU, and ARM's."""
     if not variants():
         pytest.skip("this CPU has no instruction set of the native experts")
     spec = importlib.util.spec_from_file_location("wheels_script", ROOT / "ci/wheels.py")
@@ -55,7 +55,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def test_native_serves_where_no_compiler_is(wheels: dict[str, Path], tmp_path: Path) -> None:
-    """Installed by pip, which looks at the platform tag too. torch is the environment's."""
+    """pip installs the wheel, and looks at the platform tag too. torch is the environment's."""
     site, empty, cache = (tmp_path / name for name in ("site", "empty", "cache"))
     empty.mkdir()
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site)]
@@ -90,7 +90,7 @@ def test_a_wheel_is_of_one_architecture(wheels: dict[str, Path], machine: str) -
 
 @pytest.mark.parametrize("machine", MACHINES)
 def test_a_wheel_loads_on_old_systems(wheels: dict[str, Path], machine: str) -> None:
-    """On all that torch's own wheels load on, which ask for glibc 2.28."""
+    """It loads on all systems on which torch's own wheels load, which ask for glibc 2.28."""
     if machine not in wheels:
         pytest.skip(f"no {machine}-linux-gnu-g++ (Debian: g++-{machine.replace('_', '-')}-linux-gnu)")
     asked = re.search(r"-manylinux_2_(\d+)_", wheels[machine].name)

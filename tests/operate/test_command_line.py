@@ -58,7 +58,7 @@ def test_an_interrupt_ends_with_its_own_status(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_shell_completes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The installed line asks for the script, and the script for words."""
+    """The line that is installed asks for the script, and the script asks for words."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("SHELL", "/bin/bash")
     (tmp_path / ".bashrc").write_text("alias ll='ls -l'")

@@ -172,7 +172,8 @@ def test_the_cases_are_part_of_a_verdict(tiny_folder: Path, golden_file: Path, m
 
 
 def test_a_case_is_not_decided_by_chance() -> None:
-    """One seed with two answers, a penalty that changes nothing, an answer that does not end: said, not held against it."""
+    """One seed may have two answers, a penalty change nothing, an answer not end: that is said, and not held against
+    the server."""
     seeds = iter(range(1000))
 
     def another(body: dict[str, Any], answer: dict[str, Any]) -> None:

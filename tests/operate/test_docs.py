@@ -64,7 +64,7 @@ def test_commands_run_as_written(
 
 
 def test_every_other_command_is_run_somewhere_or_has_a_reason() -> None:
-    """A new command, and an entry whose command or test is gone."""
+    """A new command fails this, and so does an entry whose command or test is gone."""
     assert lines(README) == commands(README), "README has a block that is no command: mend support/documented.py"
     others = {line for page in PAGES for line in commands(page)} - {
         line for page in PAGES for line in k26_commands(page)
@@ -100,7 +100,7 @@ def test_help_teaches(command: str | None) -> None:
 
 
 def test_every_question_has_one_place() -> None:
-    """Twenty of them; that the places are there is held by the test of links."""
+    """There are twenty questions; that the places exist is held by the test of links."""
     rows = re.findall(
         r"^\| (.+\?) \| \[[^\]]+\]\(([^)]+)\) \|$", (ROOT / "docs/where.md").read_text(encoding="utf-8"), re.M
     )

@@ -112,7 +112,7 @@ def test_an_engine_that_is_not_as_it_should(
 
 
 def test_what_kt_run_would_start(tiny_folder: Path, fake_engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """KTransformers' SGLang, without an entry point: with the plugin where this environment's path has it."""
+    """KTransformers' SGLang has no entry point: it starts with the plugin where this environment's path has it."""
     line = "export PYTHONPATH=HERE"
     monkeypatch.setattr(engines, "installed", lambda package: "0.7.2")
     for active in (True, False):
@@ -218,7 +218,7 @@ def test_bandwidths(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_each_node_reads_its_own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pretended nodes: each is read by itself, and all are read together."""
+    """The nodes are pretended: each is read by itself, and all are read together."""
     cpu = cores()[0].cpu
     read: list[list[Core]] = []
     whole = bandwidth.memory_rate

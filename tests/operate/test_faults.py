@@ -81,7 +81,7 @@ def test_twenty_prompts_take_seconds(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def held_out(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Golden]:
-    """Another checkpoint and other prompts than the bounds were set on, of 8,000 tokens."""
+    """The checkpoint and the prompts, of 8,000 tokens, are others than those on which the bounds were set."""
     work = tmp_path_factory.mktemp("held out")
     make_tiny(work / "tiny", seed=2)
     return work / "tiny", make_golden(work / "tiny", work, prompts=20, tokens=400, seed=4)

@@ -29,7 +29,7 @@ from k26_plugins.operate.golden.prompts import pixels
 def test_layers_streamed_give_the_reference(
     tiny_folder: Path, prompts_file: Path, golden_file: Path, dtype: torch.dtype
 ) -> None:
-    """Prompt and answer in one whole pass of the mapped model, in float32 and in the twin's bfloat16."""
+    """The judge is one whole pass of the mapped model over prompt and answer, in float32 and in the twin's bfloat16."""
     model = KimiK26(Checkpoint(tiny_folder), dtype)
     for prompt, found in zip(read_prompts(prompts_file, tiny_folder), Golden.load(golden_file).prompts, strict=True):
         token_ids = torch.tensor(found.token_ids)
@@ -93,7 +93,7 @@ def test_the_file_names_weights_and_holds_images(tiny_folder: Path, prompts_file
 
 
 def test_the_tiled_product_is_the_plain_one() -> None:
-    """Rows that end within a tile."""
+    """The rows end within a tile."""
     generator = torch.Generator().manual_seed(0)
     packed, scale = quantize(torch.randn(200, 96, generator=generator))
     x = torch.randn(5, 96, generator=generator)

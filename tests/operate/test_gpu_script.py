@@ -59,7 +59,7 @@ def test_every_step_runs_and_what_failed_is_said(tmp_path: Path) -> None:
 
 
 def test_what_it_calls_is_there() -> None:
-    """The files and options, which no stand-in would miss."""
+    """The files and options that the script calls exist; the stand-ins would not notice that one is missing."""
     text = SCRIPT.read_text()
     root = SCRIPT.parents[1]
     assert (root / "tests/kernels/test_gpu.py").exists()

@@ -38,7 +38,7 @@ def test_the_cpu_computes_its_share_of_a_prompt_alone_where_no_link_is() -> None
 
 
 def test_a_fast_link_leaves_the_cpu_little_of_a_prompt() -> None:
-    """What streams is copied in the time of its bytes, and each side ends when the other does."""
+    """The experts that stream take the time of copying their bytes, and each side ends when the other does."""
     found = choose(PUBLISHED, parse("H100")[1], 4, Load(), "ktransformers")
     plan = hybrid(PUBLISHED, found, RAM)
     on_host = 384 - plan.gpu_experts
@@ -55,7 +55,8 @@ def test_a_fast_link_leaves_the_cpu_little_of_a_prompt() -> None:
 
 
 def test_a_gpu_s_arithmetic_is_a_prompt_s_where_it_was_measured() -> None:
-    """Beside what does not count for little: 32,768 tokens before it double a chunk's attention at least."""
+    """The tokens before a chunk do not count for little beside it: 32,768 of them at least double the chunk's
+    attention."""
     found = choose(PUBLISHED, parse("H100")[1], 4, Load(), "ktransformers")
     plan = hybrid(PUBLISHED, found, RAM)
     rates = Rates(host=Line(0.0, 0.0), link=1e15, gpu_gemm=600e12)

@@ -138,7 +138,7 @@ def test_a_broken_driver_starts_no_cpu_server(tiny_folder: Path, monkeypatch: py
 def test_serve_takes_the_program_beside_its_python(
     tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a service starts it, with a PATH of the system's."""
+    """A service starts it with the system's PATH."""
     program = tmp_path / "vllm"
     program.write_text("")
     program.chmod(0o755)
@@ -165,7 +165,7 @@ def test_serve_takes_the_program_beside_its_python(
     ],
 )
 def test_outputs_are_tried_before_the_work(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before inputs are even looked at: none of them exists here."""
+    """They are tried before inputs are even looked at: none of the inputs exists here."""
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app, command.split())
     assert result.exit_code == (2 if command.split()[0] in ("verify", "compare", "swarm") else 1), result.output

@@ -72,7 +72,7 @@ def test_it_answers_as_the_float32_sum(tiny_folder: Path, tmp_path: Path) -> Non
 
 
 def test_settings_of_single_modules(tiny_folder: Path, tmp_path: Path) -> None:
-    """`alpha_pattern`, and ranks whose root divides."""
+    """One module has its own alpha by `alpha_pattern`, and each is scaled by the root of its rank (rsLoRA)."""
     adapter = draw(tiny_folder, MODULES[:2], seed=3)
     folder = adapter.write(tmp_path / "adapter", "model.")
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -88,7 +88,7 @@ def test_settings_of_single_modules(tiny_folder: Path, tmp_path: Path) -> None:
 
 
 def spoil(folder: Path, what: str) -> str:
-    """Returns what the message must say."""
+    """Spoil the adapter, and return what the message must say."""
     file, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     tensors = load_file(file)
     first = next(name for name in sorted(tensors) if name.endswith("lora_A.weight"))

@@ -82,7 +82,7 @@ def clean(archives: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory)
 
 
 def test_commands_run_without_the_clone(clean: Path, tmp_path: Path) -> None:
-    """The demonstration's first half and the reference's answer, which is the clone's."""
+    """The demonstration's first half runs, and the reference's answer is the clone's."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
     def run(*command: str) -> str:

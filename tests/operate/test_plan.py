@@ -82,7 +82,8 @@ def test_machines_by_hand(gpus: str, mebibytes: int, tp: int, fits: bool) -> Non
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run.gpus}-{run.context_parallel}-{run.kv_tokens}")
 def test_published_runs(run: Run) -> None:
-    """All that could be found, by the logs of those who ran them; the first also says its weights, 71.2 GiB on each GPU."""
+    """These are all runs that could be found, by the logs of those who ran them; the first also says its weights, 71.2
+    GiB on each GPU."""
     found = hardware_table.planned(run)
     assert found.kv_tokens == pytest.approx(run.kv_tokens, rel=0.04)
     if run is RUNS[0]:
@@ -102,7 +103,7 @@ def test_specification_figures() -> None:
 def test_pipeline_stages_hold_every_byte_once() -> None:
     held = [per_gpu(PUBLISHED, Layout(pp=4), stage) for stage in range(4)]
     assert sum(sum(parts.values()) for parts in held) == 595_148_192_736
-    # As vLLM: the layer that is left over goes to the stage before the last.
+    # vLLM does so: the layer that is left over goes to the stage before the last.
     assert [len(layers) for layers in stages(61, 4)] == [15, 15, 16, 15]
     assert [len(layers) for layers in stages(61, 1)] == [61]
 
@@ -161,7 +162,7 @@ def test_gpus_by_name(request_: str, expected: tuple[int, str]) -> None:
     assert (count, gpu.name) == expected
 
 
-# As nvidia-smi and amd-smi print them, and the name in the table.
+# The names that nvidia-smi and amd-smi print, and the name in the table.
 DRIVERS = {
     "NVIDIA H100 80GB HBM3": "H100",
     "NVIDIA H100 PCIe": "H100PCIE",
@@ -316,7 +317,8 @@ def test_a_checkpoint_that_is_not_there(checkpoint: str) -> None:
 
 
 def test_the_hybrid_run_by_hand() -> None:
-    """4 × H100: what attention, shared experts, ends, vision and 131,072 tokens leave, in slots of 1.384 GiB over 4 GPUs."""
+    """Experts take what attention, shared experts, ends, vision and 131,072 tokens leave of 4 × H100, in slots of 1.384
+    GiB over the four."""
     found = plan("--gpus", "4xH100", "--engine", "ktransformers", "--ram", "768")
     # SGLang holds kv_b_proj a second time, turned.
     plain = weights_by_hand(4) + 61 * 2 * 16384 * 512 / 4 - 570_761_441_280 / 4
@@ -349,7 +351,7 @@ def test_the_load_counts_images_and_requests() -> None:
 
 
 def test_the_bound_on_decoding_by_hand() -> None:
-    """One request on 8 × H200: what a token reads of each GPU's memory, over 4.8 TB/s."""
+    """For one request on 8 × H200 the bound is what a token reads of each GPU's memory, over 4.8 TB/s."""
     found = plan("--gpus", "8xH200", "--context", "1024")
     attention_cut = 61 * 2 * (12288 * 1536 + 16384 * 512 + 7168 * 8192)
     whole = 61 * 2 * (1536 * 7168 + 576 * 7168) + 60 * 384 * (7168 * 2 + 4)
@@ -375,7 +377,7 @@ OF_ONE_MARKET = {"A800", "H800", "H20", "H203E", "L20", "MI308X"}
 
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
 def test_every_gpu_has_its_source(gpu: Gpu) -> None:
-    """The vendor's own page, or a secondary source that is named; and the page shows it."""
+    """The source is the vendor's own page, or a secondary one that is named; and our page shows it."""
     address = urlsplit(gpu.link)
     assert address.scheme == "https"
     assert len(address.path) > 1

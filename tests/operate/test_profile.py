@@ -27,7 +27,7 @@ def test_every_token_chooses_its_experts_in_every_layer(tiny_folder: Path, promp
 
 
 def test_the_counts_are_the_router_s(tiny_folder: Path, tmp_path: Path) -> None:
-    """One token and one layer by hand: the second layer's router on what enters it, in float64."""
+    """One token and one layer are computed by hand: the second layer's router on what enters it, in float64."""
     from k26_plugins.common.checkpoint import Checkpoint
     from k26_plugins.common.reference.decoder import KVCache, rms_norm
     from k26_plugins.common.reference.kimi_k26 import KimiK26

@@ -48,7 +48,7 @@ def url(tiny_folder: Path) -> Iterator[str]:
 
 
 def swarm(url: str, *arguments: str, out: Path | None = None) -> tuple[int, str, dict[str, Any]]:
-    """Exit code, output and JSON of a small run."""
+    """Exit code, output and JSON of a small swarm's run."""
     files = [] if out is None else ["--json", str(out / "run.json"), "--html", str(out / "run.html")]
     result = CliRunner().invoke(app, ["swarm", "--url", url, *SMALL, *arguments, *files])
     return result.exit_code, result.output, json.loads((out / "run.json").read_text()) if out is not None else {}
@@ -71,7 +71,8 @@ def test_a_right_server_passes(url: str, tiny_folder: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(("what", "check"), [(HISTORY, "token accounting"), (ANSWER, "asked again alone")])
 def test_mixed_conversations_are_found(url: str, tiny_folder: Path, tmp_path: Path, what: str, check: str) -> None:
-    """Histories by the prompts' token ids; answers by asking again alone, since usage and ids are right."""
+    """Mixed histories are found by the prompts' token ids; mixed answers by asking again alone, since usage and ids are
+    right."""
     with mix(url, what) as proxy:
         code, output, found = swarm(proxy, "--checkpoint", str(tiny_folder), out=tmp_path)
     assert code == 1, output
@@ -95,7 +96,8 @@ def answered(agent: int, noise: int, places: int = 4, far: int | None = None) ->
 
 @pytest.mark.parametrize("far", range(4))
 def test_one_place_that_is_far_off_is_no_other_conversation(far: int) -> None:
-    """Seen in 8 of 400 answers of vLLM: where two experts are all but level, the batch decides which one is chosen."""
+    """It was seen in 8 of 400 answers of vLLM: where two experts are all but level, the batch decides which one is
+    chosen."""
     alone = [answered(agent, noise=0) for agent in range(20)]
     live = [answered(agent, noise=agent, far=far if agent == 7 else None) for agent in range(1, 20)]
     assert not compare_alone([answered(0, noise=30), *live], alone).faults()
@@ -104,7 +106,7 @@ def test_one_place_that_is_far_off_is_no_other_conversation(far: int) -> None:
 
 
 def repeats_its_code_word(messages: list[dict[str, Any]]) -> str:
-    """What a real model does with the swarm's messages."""
+    """Answer with the code word of the swarm's messages, as a real model does."""
     found = re.search(r"code word is ([\w-]+)", " ".join(text for message in messages for text in _texts(message)))
     return found[1] if found else "merged"
 
@@ -201,7 +203,7 @@ def test_memory_that_grows_is_seen() -> None:
 
 
 def test_a_line_separator_in_an_answer_ends_no_event(tiny_folder: Path, tmp_path: Path) -> None:
-    """Characters at which Python splits lines and a stream of events does not."""
+    """There are characters at which Python splits lines and a stream of events does not."""
     said = "one\u2028two\u2029three\x85four"
     with serve_reference(tiny_folder, speak=lambda messages: said) as address:
         code, output, found = swarm(address, out=tmp_path)

@@ -31,7 +31,7 @@ def swap_gate_and_up(name: str) -> str:
 
 
 def swap_shards(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Two ranks' columns of every down projection in each other's place."""
+    """Put two ranks' columns of every down projection in each other's place."""
     if ".experts." in name and "down_proj" in name and not name.endswith("shape"):
         return torch.cat(tensor.chunk(2, dim=1)[::-1], dim=1)
     return tensor
@@ -203,7 +203,8 @@ def test_needles_of_a_server(tiny_folder: Path, golden_file: Path) -> None:
 
 
 def test_the_seeded_config_is_another(tiny_folder: Path) -> None:
-    """The faults change what they say: a fault that changes nothing would be found by nobody."""
+    """Each fault changes the configuration that it says it changes: one that changed nothing would be found by
+    nobody."""
     config = K26Config.from_path(tiny_folder)
     assert yarn_factor(32.0)(config).text.rope_scaling.factor == config.text.rope_scaling.factor / 2
 

@@ -15,7 +15,7 @@ from support.sglang_server import CHUNK, EAGER, serve
 
 @pytest.fixture(scope="session")
 def server(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """With the vision tower's interpolation compiled."""
+    """A server that compiles the vision tower's interpolation."""
     log = tmp_path_factory.mktemp("sglang") / "server.log"
     with serve(tiny_folder, log, "--chunked-prefill-size", str(CHUNK), "--enable-cache-report") as running:
         yield running
@@ -23,7 +23,8 @@ def server(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 @pytest.fixture(scope="session")
 def scripted_server(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Answers are made to order, tests are let into its process, and it takes requests by gRPC where it can."""
+    """A server whose answers are made to order. It lets tests into its process, and takes requests by gRPC where it
+    can."""
     log = tmp_path_factory.mktemp("scripted") / "server.log"
     command = [*documented.as_run(documented.SERVE_SGLANG, tiny_folder), "--"]
     settings = {**EAGER, **of_sglang(sglang_orders, tmp_path_factory.mktemp("orders") / "plugin")}

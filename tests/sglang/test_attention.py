@@ -84,7 +84,7 @@ def test_a_decode_is_sglangs_own() -> None:
 
 
 def largest_allocation(backend: Any, length: int) -> int:
-    """Bytes, while a prompt of `length` tokens is extended by 64."""
+    """The bytes of the largest allocation while a prompt of `length` tokens is extended by 64."""
     cache, slots, rows = paged([length])
     query = torch.randn(64, HEADS, LATENT + ROPE).bfloat16()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:

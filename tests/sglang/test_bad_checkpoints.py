@@ -23,7 +23,7 @@ def damaged(name: str, whole: Path, folder: Path) -> Path:
 
 
 def configure(folder: Path) -> None:
-    """What the start does first of all, in the process that the user looks at."""
+    """Run what the start does first of all, in the process that the user looks at."""
     import sglang.srt.utils.hf_transformers_utils as utils
 
     from k26_plugins.sglang import register

@@ -75,7 +75,7 @@ def test_a_rank_without_the_plugin_stops_the_start(tiny_folder: Path, tmp_path: 
 def test_weights_that_a_trainer_sends_later(
     tiny_folder: Path, golden_file: Path, updated: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """The server is started without any; it answers, and afterwards as one that was started with them."""
+    """The server starts without weights and answers; after the update it answers as one that was started with them."""
     shutil.copytree(tiny_folder, tmp_path / "small", ignore=shutil.ignore_patterns("*.safetensors"))
     with serve(tmp_path / "small", tmp_path / "log", "--load-format", "dummy", **EAGER) as server:
         sampling = {"max_new_tokens": 4, "temperature": 0, "ignore_eos": True}

@@ -28,7 +28,7 @@ TRANSFERS = {
     "zmq_to_scheduler": "no server of the encoder has encoded the request's images",
     "zmq_to_tokenizer": "The encoder did not return multimodal embeddings",
 }
-"""By the way to hand them on, what is said where there are no embeddings; the second is SGLang's own."""
+"""What is said where there are no embeddings, by the way to hand them on; the second message is SGLang's own."""
 # The last has 16 bits, of which SGLang's own reading would make a white image.
 IMAGES = [
     *(png(random_image(120, 80, seed)) for seed in range(5)),
@@ -87,7 +87,7 @@ def to_images(server: Server) -> list[dict[int, float]]:
 
 
 def test_without_an_encoder_images_are_refused(answering: Apart) -> None:
-    """By the first way SGLang alone would answer about them with a vision tower that has no weights."""
+    """With the first way of transfer SGLang alone would answer about them, with a vision tower that has no weights."""
     answer = ask(answering.server, image_part(IMAGES[0]))
     assert answer.status_code == 503
     assert TRANSFERS[answering.transfer[1]] in answer.text

@@ -42,7 +42,7 @@ def test_wrong_ones_stop_the_start(dense_folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not HAS_ENTRY_POINT, reason="the wrong ones are put in their place by a plugin")
 def test_the_core_takes_the_place_of_wrong_ones(tiny_folder: Path, tmp_path: Path) -> None:
-    """Of the published weights, which are read again."""
+    """SGLang's experts for the published weights are wrong; the core's read the weights again."""
     settings = of_sglang(sglang_wrong_int4, tmp_path / "plugin")
     with serve(tiny_folder, tmp_path / "log", **settings, **EAGER) as server:
         log = server.log.read_text()

@@ -86,7 +86,7 @@ def served(server: Server, name: str | None) -> torch.Tensor:
 
 
 def all_served(server: Server, names: Iterable[str | None]) -> dict[str | None, torch.Tensor]:
-    """At the same time, in one batch if the server likes."""
+    """The answers with each adapter, all asked for at the same time, in one batch if the server likes."""
     asked = list(names)
     with ThreadPoolExecutor(len(asked)) as pool:
         return dict(zip(asked, pool.map(lambda name: served(server, name), asked), strict=True))
@@ -94,7 +94,7 @@ def all_served(server: Server, names: Iterable[str | None]) -> dict[str | None, 
 
 @pytest.fixture(scope="module")
 def expected(tiny_folder: Path, adapters: dict[str, Adapter]) -> dict[str | None, torch.Tensor]:
-    """By the adapter's name, None for the model without one."""
+    """The merged models' log-probabilities by the adapter's name, None for the model without one."""
     checkpoint = Checkpoint(tiny_folder)
     base = KimiK26(checkpoint, torch.float32)
     models = {None: base, **{name: merged(adapter, checkpoint) for name, adapter in adapters.items()}}
@@ -103,7 +103,7 @@ def expected(tiny_folder: Path, adapters: dict[str, Adapter]) -> dict[str | None
 
 @pytest.mark.usefixtures("folders")
 def test_adapters_answer_as_merged(server: Server, expected: dict[str | None, torch.Tensor]) -> None:
-    """All at once beside the model without one."""
+    """All adapters are asked at once, beside the model without one."""
     for name, found in all_served(server, expected).items():
         if name is not None:
             assert divergence(expected[None], expected[name]).mean() > 0.05

@@ -26,7 +26,7 @@ def verify(server: Server, golden_file: Path) -> Result:
 
 
 def test_k26_serve_has_become_the_engine(scripted_server: Server) -> None:
-    """The same process, so that signals and the exit status are the engine's."""
+    """`k26 serve` becomes the engine's process, so that signals and the exit status are the engine's."""
     running = Path(f"/proc/{scripted_server.pid}/cmdline").read_text().split("\0")
     assert running[1:3] == ["-m", "sglang.launch_server"]
 
@@ -43,13 +43,13 @@ def test_a_seeded_fault_is_found_and_located(scripted_server: Server, golden_fil
 
 
 def test_without_a_fault_it_passes(scripted_server: Server, golden_file: Path) -> None:
-    """After them all, so that each was undone."""
+    """This runs after all the faults, so that each is seen to be undone."""
     result = verify(scripted_server, golden_file)
     assert result.exit_code == 0, result.output
 
 
 def test_compare_asks_it_all_prompts(scripted_server: Server, prompts_file: Path) -> None:
-    """A server against itself: raw text too, which it tokenizes."""
+    """A server is compared with itself, by raw text too, which it tokenizes."""
     command = [
         "compare",
         scripted_server.url,

@@ -91,7 +91,7 @@ def test_a_functions_images_are_kept_by_the_responses_api() -> None:
 
 
 def test_an_answer_of_the_responses_api_stays_one_message() -> None:
-    """Whatever phase its text is of: parted from its calls, it would lose its reasoning."""
+    """So it does whatever phase its text is of: parted from its calls, it would lose its reasoning."""
     serving = pytest.importorskip("sglang.srt.entrypoints.openai.serving_responses").OpenAIServingResponses
     name = "_merge_consecutive_assistant_messages"
     original, changes = serving.__dict__.get(name), Registration()
@@ -110,7 +110,7 @@ def test_an_answer_of_the_responses_api_stays_one_message() -> None:
 
 
 class Serving:
-    """SGLang's own server of chats with no more of it than takes answers apart."""
+    """SGLang's own server of chats, of which only what takes answers apart is set up."""
 
     def __new__(cls, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         pytest.importorskip("sglang.srt.entrypoints.openai.chat_encoding_adapters")
@@ -133,7 +133,8 @@ def asked(**fields: Any) -> Any:
 
 
 def streamed(answers: Any, tokenizer: Any, request: Any, token_ids: list[int], sizes: list[int], stop: str) -> Any:
-    """Reasoning, content and calls put together of the events that a client gets, as SGLang's chunks come: all so far."""
+    """Reasoning, content and calls as a client puts them together. Each of SGLang's chunks holds all the text so
+    far."""
     reasoning, content, calls, parsers, called, end = "", "", {}, {}, {}, 0
     turn = itertools.cycle(sizes)
     while end < len(token_ids):

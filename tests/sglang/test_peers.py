@@ -53,7 +53,8 @@ def test_marlin(stand_in: Callable[..., None]) -> None:
 
 
 def test_triton(stand_in: Callable[..., None]) -> None:
-    """Down to SGLang's operator; what its kernels read of a server, the settings and the groups of ranks, is there."""
+    """The call reaches SGLang's operator; what its kernels read of a server, the settings and the groups of ranks, is
+    there."""
     from sglang.srt.runtime_context import get_exec, get_parallel
 
     given: list[dict[str, Any]] = []

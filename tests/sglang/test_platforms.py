@@ -32,7 +32,8 @@ Settled = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def settle(tiny_folder: Path) -> Iterator[Callable[[str, str, bool], Settled | str]]:
-    """By platform, flags and whether the plugin's hook runs: every argument as SGLang settles it, or why it refuses."""
+    """A function of the platform, the flags and whether the plugin's hook runs. It gives every argument as SGLang
+    settles it, or why SGLang refuses."""
     from sglang.srt.arg_groups.overrides import resolving_view
     from sglang.srt.runtime_context import override_platform
     from sglang.srt.server_args import ServerArgs
@@ -71,7 +72,8 @@ def settle(tiny_folder: Path) -> Iterator[Callable[[str, str, bool], Settled | s
 def test_sglang_settles_as_it_does_alone(
     settle: Callable[[str, str, bool], Settled | str], monkeypatch: pytest.MonkeyPatch, platform: str, experts: str
 ) -> None:
-    """But for the parsers, and for the runner where the core's experts compute: in a hybrid run, or by name."""
+    """Only the parsers differ, and the runner where the core's experts compute: in a hybrid run, or where they are
+    named."""
     monkeypatch.setenv("K26_EXPERTS", experts)
     started = 0
     for flags in FLAGS:

@@ -39,7 +39,7 @@ def test_a_server_goes_on_from_the_kv_cache_of_another(tiny_folder: Path, tmp_pa
     with serve(tiny_folder, tmp_path / "whole.log", **EAGER) as server:
         whole = [ask(server, prompt) for prompt in PROMPTS]
     port = free_port()
-    # Without overlap: with it, SGLang notes by CUDA's events what it may send early.
+    # There is no overlap: with it, SGLang notes by CUDA's events what it may send early.
     flags = ["--disaggregation-transfer-backend", "mooncake_tcp", "--disaggregation-bootstrap-port", str(port)]
     flags += ["--disable-overlap-schedule"]
     settings = {**EAGER, **of_sglang(sglang_prefill, tmp_path / "plugin")}

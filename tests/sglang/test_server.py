@@ -87,7 +87,8 @@ def test_verify_passes(server: Server, golden_file: Path) -> None:
 def test_updates_of_the_weights_while_serving(
     server: Server, tiny_folder: Path, golden_file: Path, updated: tuple[Path, Path]
 ) -> None:
-    """Another seed's, and back, by each way: the answers are those of a server that was started with them."""
+    """Each way brings another seed's weights or brings back the first: the answers are those of a server started with
+    them."""
     places = cycle((updated, (tiny_folder, golden_file)))
     for update, (folder, golden) in zip((*WAYS, from_disk), places, strict=False):
         update(server, folder)
@@ -105,7 +106,8 @@ def test_streaming_gives_the_same_text(server: Server) -> None:
 
 @pytest.mark.parametrize("sizes", [[(80, 60)], [(1000, 700)], [(28, 28), (300, 20), (1, 1)]], ids=str)
 def test_images(server: Server, tiny_folder: Path, reference: KimiK26, sizes: list[tuple[int, int]]) -> None:
-    """Same prompt tokens as the core's, and the answer's logprobs as the reference gives them for the core's pixels."""
+    """The prompt's tokens are the core's, and the answer's logprobs are those of the reference for the core's
+    pixels."""
     request = image_request(tiny_folder, sizes)
     more: dict[str, Any] = {"return_prompt_token_ids": True, "return_token_ids": True} if HAS_ENTRY_POINT else {}
     # The reference takes no media placeholder for an answer; its share of the distribution is small.
@@ -148,7 +150,7 @@ def test_a_second_request_hits_the_radix_cache(server: Server) -> None:
 
 
 def test_the_same_image_twice_hits_the_radix_cache(server: Server, tiny_folder: Path) -> None:
-    """And another image of the same size in its place does not."""
+    """Another image of the same size in its place does not."""
     one, other = image_request(tiny_folder, [(500, 400)]), image_request(tiny_folder, [(1, 1), (500, 400)])
     question = [other.content[1], other.content[2]]
     first, second, third = (

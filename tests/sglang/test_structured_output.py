@@ -26,7 +26,7 @@ def plain(tiny_folder: Path) -> KimiTokenizer:
 
 @pytest.fixture(scope="module", params=["xgrammar", "llguidance", "outlines"])
 def backend(tiny_folder: Path, plain: KimiTokenizer, request: pytest.FixtureRequest) -> Iterator[Any]:
-    """As the scheduler makes it of the flag."""
+    """The backend of grammars as the scheduler makes it of the flag."""
     from sglang.srt.constrained import base_grammar_backend
     from sglang.srt.runtime_context import get_context
 
@@ -42,7 +42,7 @@ def backend(tiny_folder: Path, plain: KimiTokenizer, request: pytest.FixtureRequ
 
 
 def grammar(backend: Any, kind: str, spec: Any) -> Any:
-    """As SGLang's manager of grammars asks for one."""
+    """The compiled grammar, asked for as SGLang's manager of grammars does."""
     kinds = {"json": ("json", json.dumps(spec)), "choice": ("regex", "|".join(CHOICES)), "regex": ("regex", spec)}
     future, _ = backend.get_cached_or_future_value(kinds.get(kind, (kind, spec)), False)
     return future.result()
@@ -60,7 +60,8 @@ def allowed(found: Any) -> list[int]:
 
 @pytest.mark.parametrize("kind", CASES)
 def test_whatever_is_allowed_is_valid(backend: Any, plain: KimiTokenizer, kind: str) -> None:
-    """And ends with the token with which the model ends answers."""
+    """An answer drawn from what the grammar allows is valid, and ends with the token with which the model ends
+    answers."""
     end = plain.special["<|im_end|>"]
     for seed in range(8):
         found = grammar(backend, kind, CASES[kind])

@@ -112,7 +112,8 @@ def _calls(turns: tuple[Turn, ...]) -> list[tuple[str, Any]]:
 
 
 def _check(running: Relay, folder: Path, turns: tuple[Turn, ...], options: dict[str, Any]) -> None:
-    """That the client sent back what the model thought, and that the model reads each request as the core renders it."""
+    """Assert that the client sent back what the model thought, and that the model reads each request as the core
+    renders it."""
     past = [message for message in running.requests[-1]["messages"] if message["role"] == "assistant"]
     thoughts = [message.get("reasoning") or message.get("reasoning_content") for message in past]
     assert thoughts == [turn.reasoning for turn in turns[:-1]]

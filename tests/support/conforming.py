@@ -17,7 +17,7 @@ from support.conformance import ARGUMENTS
 from support.endpoint import streamed
 from support.local_http import QuietHandler, serving
 
-# By the specification's arithmetic, in hand: tokens of 28 × 28 pixels, and 4,200 where an image is shrunk to its limit.
+# The specification's arithmetic by hand: tokens of 28 × 28 pixels, and 4,200 where an image is shrunk to its limit.
 IMAGE_TOKENS = {
     (28, 28): 1,
     (57, 29): 3 * 2,
@@ -110,7 +110,7 @@ def _is_valid(body: dict[str, Any]) -> bool:
 
 @contextmanager
 def conforming(endpoint: Conforming) -> Iterator[str]:
-    """Its address, until the block ends."""
+    """The address of such a server, which runs until the block ends."""
 
     class Handler(QuietHandler, BaseHTTPRequestHandler):  # the second base: a linter knows its methods by it
         def do_GET(self) -> None:

@@ -26,7 +26,7 @@ def instruction(file: Path, name: str) -> list[str]:
 
 
 def manifest(engine: str, kind: str) -> dict[str, Any]:
-    """The object of that kind."""
+    """The manifest's object of that kind."""
     documents = yaml.safe_load_all(MANIFESTS[engine].read_text(encoding="utf-8"))
     (found,) = (document for document in documents if document["kind"] == kind)
     assert isinstance(found, dict)
@@ -34,7 +34,7 @@ def manifest(engine: str, kind: str) -> dict[str, Any]:
 
 
 def pods(engine: str) -> list[dict[str, Any]]:
-    """The first machine's and the other's."""
+    """The specifications of the first machine's pod and of the others'."""
     templates = manifest(engine, "LeaderWorkerSet")["spec"]["leaderWorkerTemplate"]
     return [templates[name]["spec"] for name in ("leaderTemplate", "workerTemplate")]
 
@@ -53,7 +53,7 @@ def served(engine: str) -> list[list[str]]:
 
 
 def ray_commands() -> list[list[str]]:
-    """Those of the script that begin with `ray` or `vllm`, in its order."""
+    """The script's commands that begin with `ray` or `vllm`, in its order."""
     text = re.sub(r" *\\\n *", " ", RAY.read_text(encoding="utf-8")).replace('"$address:6379"', "HEAD_ADDRESS:6379")
     lines = [line.strip().removeprefix("exec ") for line in text.splitlines()]
     return [shlex.split(line) for line in lines if line.startswith(("ray ", "vllm "))]

@@ -62,7 +62,7 @@ class Conversation:
 
 
 def core_token_ids(folder: Path, conversation: Conversation) -> list[int]:
-    """By the core, without an engine."""
+    """The prompt's token ids as the core has them, without an engine."""
     config = media_config(folder)
     counts, videos = [], []
     for part in media_parts(conversation):

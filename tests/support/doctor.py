@@ -11,7 +11,7 @@ from k26_plugins.cli import app
 
 
 def doctor(*options: str, code: int = 0) -> dict[str, dict[str, Any]]:
-    """Its findings by what they are about. code: the exit status that it must end with."""
+    """The findings of `k26 doctor` by what they are about. code: the exit status that it must end with."""
     result = CliRunner().invoke(app, ["doctor", *options, "--json"])
     assert result.exit_code == code, result.output
     return {finding["what"]: finding for finding in json.loads(result.stdout)}

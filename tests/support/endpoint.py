@@ -33,7 +33,7 @@ class Fault:
 
     name: str = "none"
     read_as: Callable[[str], str] = lambda name: name
-    """Which tensor is read for a name."""
+    """The name of the tensor that is read in the place of a name."""
     tensor: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, tensor: tensor
     config: Callable[[K26Config], K26Config] = lambda config: config
     padding: float | None = None
@@ -205,7 +205,7 @@ def streamed(answer: dict[str, Any]) -> bytes:
         {"choices": [{"delta": {}, "finish_reason": choice["finish_reason"]}]},
         {"choices": [], "usage": answer["usage"]},
     ]
-    # As engines write them: without escapes for what is no ASCII.
+    # Engines write events without escapes for what is no ASCII.
     events = [*(json.dumps(chunk, ensure_ascii=False) for chunk in chunks), "[DONE]"]
     return b"".join(b"data: %s\n\n" % event.encode() for event in events)
 

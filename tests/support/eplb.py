@@ -25,7 +25,7 @@ TOLERANCE = 6e-3
 
 
 def assert_moved_experts_compute_as_before(engine: str) -> None:
-    """With every backend that this machine can run."""
+    """Every backend that this machine can run is tried."""
     weights = make_weights(1, HIDDEN, INNER)
     backends = [name for name, backend in BACKENDS.items() if backend.unsupported(weights) is None]
     context = multiprocessing.get_context("spawn")
@@ -45,7 +45,8 @@ def assert_moved_experts_compute_as_before(engine: str) -> None:
 
 
 def _rank(rank: int, port: int, engine: str, backends: list[str], said: Any) -> None:
-    """Puts by backend the errors of what both compute together, before and after, and how many places changed hands."""
+    """Puts into `said`, by backend, the errors of what both ranks compute together before the move and after it, and
+    how many places changed hands."""
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=RANKS, rank=rank)
     said.put({backend: _move(rank, import_module(f"support.{engine}_eplb"), backend) for backend in backends})
     dist.barrier()
@@ -55,7 +56,7 @@ def _rank(rank: int, port: int, engine: str, backends: list[str], said: Any) -> 
 def _move(rank: int, engine: Any, backend: str) -> tuple[list[float], list[float], int]:
     mine = slice(rank * LOCAL, (rank + 1) * LOCAL)
     all_weights = [make_weights(EXPERTS, HIDDEN, INNER, seed=layer) for layer in range(LAYERS)]
-    # As engines lay them out at the start: behind all experts the copies.
+    # Engines lay them out so at the start: the copies come behind all experts.
     old = (torch.arange(PLACES) % EXPERTS).repeat(LAYERS, 1)
     layers: list[LayerExperts] = []
     for layer, weights in enumerate(all_weights):

@@ -23,7 +23,7 @@ LOCATED = {
 
 
 def shift_by_three(token_ids: Sequence[int]) -> list[int]:
-    """As with transformers 5.4 under an engine that mended the media token and no other."""
+    """Shift the ids as transformers 5.4 does under an engine that mended the media token and no other."""
     kept = SPECIAL["<|media_pad|>"]
     return [token - 3 if token > SPECIAL["<|im_assistant|>"] and token != kept else token for token in token_ids]
 

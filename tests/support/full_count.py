@@ -30,13 +30,14 @@ MAX_MEAN_KL = 0.3
 
 
 class FullCountTests:
-    """For the engine of this environment."""
+    """Tests that each engine's environment derives and runs with its own engine."""
 
     def serve(self, folder: Path, log: Path) -> AbstractContextManager[Server]:
         raise NotImplementedError
 
     def logprobs(self, server: Server, prompt: list[int]) -> torch.Tensor:
-        """What the server gives after each token of the prompt but the last, `[num_tokens − 1, vocab_size]`."""
+        """The server's log-probabilities after each token of the prompt but the last, `[num_tokens − 1,
+        vocab_size]`."""
         raise NotImplementedError
 
     @pytest.fixture(scope="class")
@@ -76,9 +77,9 @@ class FullCountTests:
 
 @contextmanager
 def changed_when_mapped(folder: Path, change: str) -> Iterator[list[Path]]:
-    """Within the block the first of the folder's files that a child of this process is seen to have mapped is changed.
+    """Within the block, change the first of the folder's files that a child of this process is seen to have mapped.
 
-    Yields a list that it is put into.
+    Yields a list into which that file is put.
     """
     changed: list[Path] = []
     over = threading.Event()

@@ -51,7 +51,7 @@ def is_valid(kind: str, text: str) -> bool:
 
 
 def tokens(bitmask: torch.Tensor) -> list[int]:
-    """Those that a row of int32 allows, 32 in each."""
+    """The token ids that a row of int32 allows, each number for 32 of them."""
     return (bitmask[:, None] >> torch.arange(32) & 1).flatten().nonzero().flatten().tolist()
 
 

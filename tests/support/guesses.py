@@ -26,7 +26,7 @@ class Greedy:
     logprobs: torch.Tensor
     """`[positions, vocab]`, as computed when the token was chosen."""
     expected: torch.Tensor
-    """The same of a server without speculation that was given the whole answer as a prompt."""
+    """The log-probabilities of a server without speculation that was given the whole answer as a prompt."""
 
     def behind(self, allowed: list[int]) -> torch.Tensor:
         """How far, in log-probability, each token is behind the one that the judge would have chosen."""
@@ -34,7 +34,7 @@ class Greedy:
         return self.expected[:, allowed].max(1).values - chosen
 
     def divergence(self) -> torch.Tensor:
-        """KL of each position."""
+        """The KL divergence of each position."""
         return divergence(self.logprobs, self.expected)
 
 
@@ -76,8 +76,9 @@ def parts(one: Steps, other: Steps) -> bool:
 def assert_parts_no_more(
     guessed: dict[str, Steps], alone: dict[str, Steps], together: dict[str, Steps], mangled: Callable[[Steps], Steps]
 ) -> None:
-    """The same questions answered with speculation, and without one by one and all at once: another batch's shape.
+    """Assert that speculation changes no more answers than another batch's shape does.
 
+    guessed: answers with speculation. alone: the same questions without it, asked one by one; together: all at once.
     mangled: an answer as it would be if a guess had been taken unseen. The judge must find most of those.
     """
     found, own, bad = (

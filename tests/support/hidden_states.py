@@ -16,7 +16,7 @@ TOLERANCE = 0.02
 
 
 LAYERS_READ = (2, 3, 4)
-"""By the draft of `make_with_draft`."""
+"""The layers that the draft of `make_with_draft` reads."""
 
 
 def make_with_draft(folder: Path) -> tuple[Path, Path]:
@@ -28,7 +28,7 @@ def make_with_draft(folder: Path) -> tuple[Path, Path]:
 
 @torch.inference_mode()
 def in_front_of_layers(reference: KimiK26, token_ids: list[int]) -> torch.Tensor:
-    """`[layers, T, hidden_size]`."""
+    """The hidden states in front of each of the reference's layers, `[layers, T, hidden_size]`."""
     x = reference.embed(torch.tensor(token_ids))
     cache = KVCache(reference.config.text, len(token_ids), reference.text.dtype)
     found = []

@@ -8,7 +8,7 @@ INSTRUCTION_SET = "instruction set"
 
 
 def summarize(reporter: pytest.TerminalReporter) -> None:
-    """Those that were not are among the skipped tests, with the reason."""
+    """Write which instruction sets were run. Those that were not are among the skipped tests, with the reason."""
     ran = {
         str(value)
         for report in reporter.getreports("passed")

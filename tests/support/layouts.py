@@ -101,7 +101,7 @@ def k25(draft: Draft) -> None:
 
 
 def k27_code(draft: Draft) -> None:
-    """Saved again by transformers 5: other spellings of the same."""
+    """The configuration as transformers 5 saves it again, with other spellings of the same fields."""
     text = draft.text
     text["model_type"] = "deepseek_v3"
     scaling = text.pop("rope_scaling")
@@ -206,7 +206,7 @@ def bf16(draft: Draft) -> None:
 
 
 def dense(draft: Draft) -> None:
-    """The same with weights that are not zero: an engine's own code serves it."""
+    """Experts in bfloat16 whose weights are not zero, so that an engine's own code serves them."""
     generator = torch.Generator().manual_seed(0)
 
     def drawn(rows: int, inputs: int) -> dict[str, torch.Tensor]:

@@ -59,14 +59,15 @@ def report_of(folder: Path) -> dict[str, Any]:
 
 
 class LoadTests:
-    """For the engine of this environment."""
+    """Tests that each engine's environment derives and runs with its own engine."""
 
     @pytest.fixture(scope="class")
     def report(self, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         return report_of(tmp_path_factory.mktemp("loading") / "checkpoint")
 
     def test_memory_is_that_of_the_weights_and_a_few_windows(self, report: dict[str, Any]) -> None:
-        """With the published checkpoint 2 GB may come on top; here, where all weights are 1 GB, a quarter of that."""
+        """With the published checkpoint 2 GB may come on top of the weights; here, where all weights are 1 GB, a
+        quarter of that may."""
         assert report["weights"] > 800 * 2**20
         assert report["beyond_the_weights"] < 256 * 2**20
 
@@ -134,7 +135,8 @@ def said_by(load: Callable[[], object]) -> str:
 
 @contextmanager
 def limited_to(num_bytes: int) -> Iterator[None]:
-    """What this process may write to: its own memory and the mapped files, which are mapped so."""
+    """Limit the bytes that this process may write to: its own memory, and the mapped files, which are mapped
+    writable."""
     before = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (num_bytes, before[1]))
     try:

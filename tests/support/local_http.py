@@ -24,12 +24,12 @@ class QuietHandler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, *_: Any) -> None:
-        """Quiet."""
+        """Log nothing."""
 
 
 @contextmanager
 def serving(handler: type[QuietHandler]) -> Iterator[str]:
-    """Its URL, while it runs."""
+    """The URL of a server, which runs until the block ends."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     # It looks for its end so often: half a second, the default, would be most of a short test.
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()

@@ -16,8 +16,8 @@ HISTORY, ANSWER = "history", "answer"
 
 @contextmanager
 def mix(url: str, what: str, *, every: int = 4) -> Iterator[str]:
-    """The proxy's address. Every so many streamed chats get another one's conversation (HISTORY), or another one's answer
-    with the right usage and prompt (ANSWER). A chat that is alone passes unchanged."""
+    """The address of a proxy, which gives every so many streamed chats another one's conversation (HISTORY), or another
+    one's answer with the right usage and prompt (ANSWER). A chat that is alone passes unchanged."""
     lock = threading.Lock()
     flying: list[dict[str, Any]] = []
     sent = 0

@@ -15,7 +15,7 @@ from support.local_http import QuietHandler, serving
 
 @contextmanager
 def modelscope_hub(name: str, folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """Its address while it runs, and the names of the files that were fetched so far."""
+    """The address of the hub, which runs until the block ends, and the names of the files that were fetched so far."""
     root = f"/api/v1/models/{name}/repo"
     fetched: list[str] = []
 
@@ -33,7 +33,7 @@ def modelscope_hub(name: str, folder: Path) -> Iterator[tuple[str, list[str]]]:
             self.send(200, (folder / file).read_bytes())
 
         def do_POST(self) -> None:  # noqa: N802 - the name that http.server looks for
-            """To log in."""
+            """The client logs in."""
             self._answer({})
 
         def _answer(self, data: dict[str, Any]) -> None:

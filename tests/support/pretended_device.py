@@ -73,7 +73,7 @@ class PretendedDevice:
 
         @KERNEL
         def kernel(_: int | None) -> None:
-            # As torch calls an operator that a mode has taken.
+            # In this way torch calls an operator that a mode has taken.
             with torch._C._AutoDispatchBelowAutograd():
                 function()
 

@@ -26,7 +26,7 @@ REQUIRED = {
     "cuda": ("flashinfer", "flashinfer_cubin", "humming", "tokenspeed_mla", "deep_ep"),
     "rocm": ("amdsmi", "flash_attn", "deep_ep"),
 }
-"""Beside them what vLLM's builds require, and DeepEP: whoever asks for it has it."""
+"""What vLLM's builds require beside the compiled modules, and DeepEP: whoever asks for one of these has it."""
 OPERATORS = ("_C", "_moe_C", "_rocm_C", "_C_cache_ops")
 
 
@@ -35,7 +35,7 @@ class Gpu(NamedTuple):
     """`cuda` or `rocm`."""
     capability: tuple[int, int]
     architecture: str
-    """As AMD's driver names it."""
+    """The name that AMD's driver gives it."""
 
 
 GPUS = {
@@ -62,7 +62,7 @@ class _Named(type):
         def member(*args: Any, **kwargs: Any) -> None:
             pass
 
-        # As of an enumeration's.
+        # A member of an enumeration has one.
         member.value = name  # type: ignore[attr-defined]
         return member
 
@@ -143,7 +143,8 @@ class Machine:
         torch.cuda.Stream = torch.cuda.Event = _Named("Stream", (), {"__init__": lambda self, *args, **kwargs: None})
 
     def _operators(self) -> None:
-        """Of vLLM's builds: while it is imported those alone that say what a GPU supports, which is said of FP8 and FP4."""
+        """Pretend the operators of vLLM's builds. While vLLM is imported there are only those that say what a GPU
+        supports, and they say FP8 and FP4."""
         namespace = type(torch.ops._C)
         real = namespace.__getattr__
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import psutil
 
 STILL_SECONDS = 180
-"""Without a line in the log and without CPU time, after which nothing more is to be expected."""
+"""After so long without a line in the log and without CPU time nothing more is to be expected."""
 CPU_SECONDS = 900
-"""CPU time of all its processes together, after which a start never ends. The longest takes 200."""
+"""A start whose processes took more CPU time than this together never ends. The longest takes 200."""
 # An idle process wakes now and then: less than this share of a core is standing still.
 STILL_SHARE = 0.01
 

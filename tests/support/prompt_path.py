@@ -78,7 +78,7 @@ _JSON = st.recursive(
 _PARTS = st.lists(
     st.one_of(
         st.fixed_dictionaries({"type": st.just("text"), "text": _TEXT}),
-        # Without the two that take seconds.
+        # The two that take seconds are left out.
         st.sampled_from([part for name, part in BAD_MEDIA.items() if name not in ("image-nowhere", "video-too-long")]),
         _JSON,
     ),
@@ -148,7 +148,7 @@ class PromptPathTests:
         assert self.parsers in server.log.read_text()
 
     def test_token_ids_are_the_cores(self, server: Server, tiny_folder: Path) -> None:
-        """All conversations: the core's token ids, and those that are recorded."""
+        """In all conversations the token ids are the core's, and those that are recorded."""
         asked = conversations()
         with ThreadPoolExecutor(16) as pool:
             found = dict(zip(asked, pool.map(lambda one: prompt_token_ids(server, one), asked), strict=True))
@@ -162,7 +162,7 @@ class PromptPathTests:
         assert {one.name: digest(ids) for one, ids in found.items()} == recorded()
 
     def test_other_roles_are_system_messages_with_their_name(self, server: Server, tiny_folder: Path) -> None:
-        """In their places, as the template renders every role that it does not know."""
+        """They stay in their places, as the template renders every role that it does not know."""
         messages = [
             {"role": "system", "content": "S"},
             {"role": "user", "content": "1"},
@@ -192,7 +192,7 @@ class PromptPathTests:
     def test_thinking_in_the_forms_that_clients_send(
         self, server: Server, tiny_folder: Path, fields: dict[str, Any], options: dict[str, Any]
     ) -> None:
-        """In the prompt and in the answer, which is content where the model is not to think."""
+        """The prompt follows them, and so does the answer, which is all content where the model is not to think."""
         past = {"role": "assistant", "content": "b", "reasoning_content": "c"}
         messages = [{"role": "user", "content": "a"}, past, {"role": "user", "content": "d"}]
         script = self.script(tiny_folder, "plain")
@@ -242,7 +242,7 @@ class PromptPathTests:
         assert streamed(server, case, script) == expected
 
     def test_a_raw_completion_shows_no_marker(self, server: Server, tiny_folder: Path) -> None:
-        """Each among text, streamed or not; what spells one with ordinary tokens stays."""
+        """Each marker stands among text, streamed or not; what spells a marker with ordinary tokens stays."""
         kinds = [*MARKERS, "<|reserved_token_300|>", *map(escape, MARKERS), "text ", "<"]
         # Each once: every order is the core's test.
         parts = random.Random(0).sample(kinds, k=len(kinds))

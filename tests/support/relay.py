@@ -21,9 +21,9 @@ _PROMPT_TOKENS = re.compile(rb'"(?:prompt|input)_tokens": ?(\d+)')
 class Relay:
     url: str
     requests: list[dict[str, Any]] = field(default_factory=list)
-    """As the client sent them."""
+    """The requests as the client sent them."""
     answers: list[bytes] = field(default_factory=list)
-    """As the server sent them, with headers left out."""
+    """The answers as the server sent them, with headers left out."""
 
     def prompt_tokens(self) -> list[int]:
         """Tokens of each answer's prompt, as its usage says."""

@@ -27,7 +27,7 @@ TEXTS = [
 
 
 def image_of(size: tuple[int, int]) -> Image.Image:
-    """The same pixels in every environment: of a generator whose stream NumPy keeps."""
+    """An image whose pixels are the same in every environment: NumPy keeps the stream of their generator."""
     generator = np.random.RandomState(size[0] * 10007 + size[1])
     return Image.fromarray(generator.randint(0, 256, (size[1], size[0], 3), dtype=np.uint8))
 
@@ -44,7 +44,7 @@ def recorded() -> dict[str, Any]:
 
 
 def from_vllm(folder: Path) -> dict[str, Any]:
-    """What vLLM gives: run in its environment, with the tiny checkpoint's folder."""
+    """Record what vLLM gives; to be run in its environment, with the tiny checkpoint's folder."""
     from vllm.transformers_utils.processors.kimi_k25_vision_fused import KimiK25FusedVisionProcessor
 
     from k26_plugins.vllm.tokenizer import K26Tokenizer

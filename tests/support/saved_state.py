@@ -45,12 +45,12 @@ def run(step: str, folder: Path, saved: Path, **environment: str) -> dict[str, A
 
 
 class SavedStateTests:
-    """For the engine of this environment."""
+    """Tests that each engine's environment derives and runs with its own engine."""
 
     @pytest.mark.parametrize("small_files", ["all", "without the index"])
     def test_a_saved_state_is_the_checkpoint_again(self, tmp_path: Path, small_files: str) -> None:
-        """Read by other experts than those that it was saved with. Whoever copies all small files of the checkpoint, as the
-        engines' examples do, copies its index too."""
+        """Other experts read the state than those that it was saved with. Whoever copies all small files of the
+        checkpoint, as the engines' examples do, copies its index too."""
         folder, saved = tmp_path / "checkpoint", tmp_path / "saved"
         make_quick(folder, TinySizes())
         saved.mkdir()
@@ -110,7 +110,7 @@ def load_by_vllm(folder: str, **arguments: Any) -> Loaded:
     torch.cpu._is_amx_tile_supported = lambda: False
     dispatch = utils.dispatch_cpu_unquantized_gemm
     utils.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: dispatch(layer, remove_weight=False)
-    # As vLLM's worker on a CPU has it.
+    # vLLM's worker on a CPU does this too.
     torch.accelerator.empty_cache = lambda: None
     with set_current_vllm_config(config):
         loader = get_model_loader(config.load_config)

@@ -17,7 +17,7 @@ def rebalanced(load: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
 
 def move(layers: list[torch.nn.Module], old: torch.Tensor, new: torch.Tensor, rank: int) -> None:
     for number, one in enumerate(layers):
-        # As the in-tree model names them to EPLB.
+        # The in-tree model names them so to EPLB.
         weights = [parameter.data[:LOCAL] for _, parameter in one.named_parameters()]
         places = (old[number].tolist(), new[number].tolist())
         update_expert_weights_single_layer(weights, create_temp_buffers(weights), *places, LOCAL, RANKS, rank)

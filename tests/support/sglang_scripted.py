@@ -51,7 +51,8 @@ def _runner() -> Any:
 
 
 def _weigh() -> None:
-    """Writes into the server's log what weights and KV cache take: SGLang's own log has hundredths of a GB."""
+    """Write into the server's log how many bytes weights and KV cache take: SGLang's own log rounds to hundredths of a
+    GB."""
     model, pool = _runner().model, _runner().token_to_kv_pool
     held = list(model.parameters())
     for module in model.modules():
@@ -69,7 +70,7 @@ def _compare_with_language_model() -> None:
 
 
 def _read_expert_again() -> None:
-    """As SGLang does when the rank that had it is lost."""
+    """Read an expert from the disk, as SGLang does when the rank that had it is lost."""
     runner = _runner()
     args = runner.server_args
     wanted = runner.model.generate_weight_name_filter({FAULTY_LAYER: [FAULTY_EXPERT]})

@@ -24,8 +24,8 @@ def from_disk(server: Server, folder: Path) -> None:
 
 
 def from_tensors(server: Server, folder: Path) -> None:
-    """Handed over in shared memory, as by a trainer on the same machine; over weights that were drawn anew, as those of
-    `--load-format dummy` are."""
+    """Hands weights over in shared memory, as a trainer on the same machine does. Those that they replace were drawn
+    anew, as `--load-format dummy` draws them."""
     _ask(server, "weights_checker", action="reset_tensors")
     strategy = torch.multiprocessing.get_sharing_strategy()
     # By file descriptor, the default, only a process' own children may ask for one.
@@ -40,7 +40,7 @@ def from_tensors(server: Server, folder: Path) -> None:
 
 
 def from_a_group(server: Server, folder: Path) -> None:
-    """Broadcast by rank 0 of a process group that the server joins."""
+    """Broadcasts weights as rank 0 of a process group that the server joins."""
     port = free_port()
     place = {"master_address": "127.0.0.1", "master_port": port, "rank_offset": 1, "world_size": 2, "backend": "gloo"}
     with _meanwhile(partial(_ask, server, "init_weights_update_group", group_name=GROUP, **place)):
@@ -74,7 +74,7 @@ def _session(server: Server) -> Iterator[None]:
 
 @contextmanager
 def _meanwhile(ask: Callable[[], None]) -> Iterator[None]:
-    """A request that is answered only once this side has done its part."""
+    """Within the block a request is under way that is answered only once this side has done its part."""
     with ThreadPoolExecutor(1) as thread:
         answer = thread.submit(ask)
         yield

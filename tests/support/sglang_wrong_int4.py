@@ -18,7 +18,7 @@ def register() -> None:
     from k26_plugins.sglang import experts
 
     def process(scheme: Any, layer: Any) -> None:
-        """As kernels do, into another layout: what was loaded is gone."""
+        """Put the weights into another layout, as kernels do: what was loaded is gone."""
         for name in ("w13_weight_packed", "w2_weight_packed"):
             layer.get_parameter(name).data.zero_()
 

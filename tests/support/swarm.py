@@ -60,7 +60,7 @@ def assert_a_swarm_is_held(
 
 
 def assert_a_mixed_swarm_is_found(server: Server) -> None:
-    """Answers of others with the right usage: only asking again alone shows them."""
+    """Some answers are another agent's with the right usage: only asking again alone shows them."""
     with mix(server.url, ANSWER) as proxy:
         result = run_swarm(proxy, 4, 14, "--images", "0")
     assert result.exit_code == 1, result.output
@@ -102,7 +102,7 @@ def metric(server: Server, name: str) -> dict[str, float]:
 
 
 def assert_the_metrics_are_there(server: Server, ranks: int, layers: int) -> None:
-    """After a swarm with images."""
+    """Assert what a server's metrics hold after a swarm with images."""
     found = metric(server, "k26_experts_layers")
     assert len(found) == ranks
     assert set(found.values()) == {float(layers)}

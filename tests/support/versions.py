@@ -62,7 +62,7 @@ ABSENT = {
         "kt_kernel.utils.amx:_select_rawint4_backend": "before 0.6.2.post3 there is code for AMX alone, which is asked for",
     },
 }
-"""By the beginning of a name: what happens in a release without it."""
+"""What happens in a release without a name, by the beginning of the name."""
 
 
 def wrong_entries(snapshot: Mapping[str, str]) -> dict[str, tuple[str, str]]:

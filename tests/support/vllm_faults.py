@@ -80,7 +80,7 @@ def _drop_bias(worker: Workers, text: Any) -> None:
 
 
 def _halve_yarn(worker: Workers, text: Any) -> None:
-    """As if config.json said half: the rotation, and the factor on the softmax."""
+    """Change the rotation and the factor on the softmax as if config.json said half of YaRN's factor."""
     from vllm.model_executor.layers.rotary_embedding.common import yarn_get_mscale
 
     rotary = next(module for module in text.modules() if hasattr(module, "cos_sin_cache"))

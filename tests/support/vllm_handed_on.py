@@ -54,7 +54,7 @@ def items(folder: Path) -> list[Path]:
 
 
 def exchange(one: Path, other: Path) -> None:
-    """Each has what the other had."""
+    """Exchange two items, so that each folder has what the other had."""
     aside = one.with_name("aside")
     shutil.move(one, aside)
     shutil.move(other, one)

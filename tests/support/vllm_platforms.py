@@ -33,11 +33,12 @@ WAYS = {
     "plugin": {"VLLM_PLUGINS": "k26"},
     "triton": {"VLLM_PLUGINS": "k26", "K26_EXPERTS": "triton"},
 }
-"""By name, the environment. Without the plugin first: it stays as it is in what it has changed."""
+"""The environment by the way's name. The way without the plugin comes first, since what the plugin changes stays
+changed."""
 
 
 KERNEL_FLAGS = ("none", "TP", "EP", "DeepEP high throughput", "DeepEP low latency", "EPLB", "encoder only")
-"""By which the answer of the core's kernels may differ."""
+"""The flags by which the answer of the core's kernels may differ."""
 
 
 class WithoutWeights(TorchFunctionMode):
@@ -107,7 +108,7 @@ def build(config: Any) -> torch.nn.Module:
         set_current_vllm_config(config),
         ranks(config),
         set_default_torch_dtype(config.model_config.dtype),
-        # Without a number torch makes a tensor to find out.
+        # Where the device has no number, torch makes a tensor to find out.
         torch.device(current_platform.device_type, 0),
         WithoutWeights(),
         mock.patch.object(torch.nn.Module, "to", lambda module, *args, **kwargs: module),
@@ -196,7 +197,7 @@ def main(folder: str, draft: str, platforms: list[str], flags: list[str]) -> Non
 
     def ask(platform: str, name: str, way: str) -> dict[str, Any]:
         words = VLLM_FLAGS[name].replace("DRAFT", draft).split()
-        # As before a command in a shell.
+        # Variables stand before the flags, as before a command in a shell.
         variables = dict(word.split("=") for word in words if word.startswith("VLLM_"))
         os.environ.update(WAYS[way] | variables)
         if machine is not None:

@@ -1,6 +1,6 @@
 """New weights for a serving vLLM, as a trainer sends them: from the disk at once, or in buckets by a way of its own.
 
-Of the ways that vLLM brings, NCCL and CUDA's IPC, each needs GPUs; what the worker does with what they bring is the same.
+Each of the ways that vLLM brings, NCCL and CUDA's IPC, needs GPUs; what the worker does with what they bring is the same.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class _Bucket(WeightTransferUpdateInfo):
 
 
 class FromFiles(WeightTransferEngine[WeightTransferInitInfo, _Bucket]):
-    """A bucket names tensors of a file."""
+    """The way of the tests' own: a bucket names tensors of a file."""
 
     init_info_cls = WeightTransferInitInfo
     update_info_cls = _Bucket
@@ -76,7 +76,8 @@ def from_disk(server: Server, folder: Path) -> None:
 
 
 def in_buckets(server: Server, folder: Path) -> None:
-    """Over weights that are all zero, as a trainer finds those of `--load-format dummy` without sense."""
+    """Sends new weights over ones that are all zero, as a trainer sends them over the meaningless ones of
+    `--load-format dummy`."""
     _ask(server, "weight_checker", action="reset")
     _ask(server, "init_weight_transfer_engine", init_info={})
     _ask(server, "start_weight_update")

@@ -29,7 +29,7 @@ class Built(NamedTuple):
 
 
 def build(folder: Path) -> Built:
-    """By the engine that is installed."""
+    """Build the model by the engine that is installed."""
     # A folder of the tests has the name `sglang` too.
     return build_sglang(folder) if find_spec("sglang.srt") else build_vllm(folder)
 

@@ -41,7 +41,7 @@ def inputs(queries: list[int], lengths: list[int]) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("scores", [1, 700, 2**24], ids=str)
 @pytest.mark.parametrize("lengths", [[1], [300], [5, 1, 130, 64]], ids=str)
 def test_new_tokens_are_vllms_own(lengths: list[int], scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One query and one head at once, ragged blocks, and as many as are taken."""
+    """Blocks hold one query of one head, ragged parts of the batch, or as many as are taken by default."""
     monkeypatch.setattr(attention, "SCORES", scores)
     q, k, v, starts, _ = inputs(lengths, lengths)
     outputs = []
@@ -71,7 +71,7 @@ def test_a_request_without_a_cached_context() -> None:
 
 
 def largest_allocation(backend: Any, length: int) -> int:
-    """Bytes, while a prompt of `length` tokens is prefilled."""
+    """The bytes of the largest allocation while a prompt of `length` tokens is prefilled."""
     q, k, v, starts, _ = inputs([length], [length])
     backend._prefill_metadata = SimpleNamespace(query_start_loc=starts)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
@@ -80,7 +80,7 @@ def largest_allocation(backend: Any, length: int) -> int:
 
 
 def test_memory_does_not_grow_with_the_square_of_a_prompt() -> None:
-    """One of the length that an agent's first message has: an instruction and the declarations of its tools."""
+    """The prompt is as long as an agent's first message: an instruction and the declarations of its tools."""
     ours, theirs = backends()
     assert largest_allocation(theirs, 3000) >= 4 * HEADS * 3000**2
     assert largest_allocation(ours, 10_000) <= 5 * attention.SCORES

@@ -22,7 +22,7 @@ def damaged(name: str, whole: Path, folder: Path) -> Path:
 
 
 def configure(folder: Path) -> None:
-    """What the start does in the process that the user looks at, before any other is started."""
+    """Run what the start does in the process that the user looks at, before any other is started."""
     register()
     ModelConfig(str(folder), enforce_eager=True, max_model_len=4096)
 

@@ -64,7 +64,7 @@ def test_reasoning_has_both_names() -> None:
 
 
 def converted(content: list[dict[str, Any]], role: str = "user") -> list[Any]:
-    """Messages of the chat that vLLM makes of one of the Messages API."""
+    """The messages of the chat that vLLM makes of a message of the Messages API."""
     from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
     from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 
@@ -89,7 +89,7 @@ def test_an_error_is_said(text: Any, written: str) -> None:
 
 
 def test_images_of_a_result_stay_in_it() -> None:
-    """In their places, and no message of the user's comes between two results."""
+    """They stay in their places, and no message of the user's comes between two results."""
     source = {"type": "base64", "media_type": "image/png", "data": "aGVsbG8="}
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aGVsbG8="}}
     parts = [{"type": "image", "source": source}, {"type": "text", "text": "no"}, {"type": "image", "source": source}]

@@ -154,8 +154,8 @@ def test_compiled_answers_as_eager(tiny_folder: Path, tmp_path: Path, one_rank: 
 def test_weights_that_a_trainer_sends_later(
     tiny_folder: Path, golden_file: Path, updated: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """The server is started without any; it answers, and afterwards as one that was started with them. From the disk
-    vLLM loads none then."""
+    """The server starts without weights and answers; after the update it answers as one that was started with them.
+    vLLM then cannot load weights from the disk."""
     shutil.copytree(tiny_folder, tmp_path / "small", ignore=shutil.ignore_patterns("*.safetensors"))
     arguments = ["--enforce-eager", "--load-format", "dummy", *vllm_updates.ARGUMENTS]
     settings = {"PYTHONPATH": python_path(), "VLLM_SERVER_DEV_MODE": "1"}
@@ -176,7 +176,7 @@ def prefix_caching(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def test_a_second_request_hits_the_prefix_cache(prefix_caching: Server) -> None:
-    """The hit's answer is the first one's."""
+    """The answer of the request that hits is that of the first."""
     prompt = torch.randint(0, 256, (600,), generator=torch.Generator().manual_seed(0)).tolist()
     first, second = (prefix_caching.complete(prompt, max_tokens=4, temperature=0, ignore_eos=True) for _ in range(2))
     assert second["usage"]["prompt_tokens_details"]["cached_tokens"] >= 256
@@ -189,7 +189,8 @@ def test_a_second_request_hits_the_prefix_cache(prefix_caching: Server) -> None:
 
 
 def test_media_by_url_are_known_by_their_content(prefix_caching: Server) -> None:
-    """The next turn finds them in the prefix cache; another film under the same address is another film."""
+    """The next turn finds the media in the prefix cache; another film under the same address is not taken for the
+    first."""
     files = {"/image": png(random_image(300, 200)), "/video": make_video(12, size=(320, 240))}
 
     class Files(QuietHandler):

@@ -45,7 +45,7 @@ def to_images(server: Server) -> list[dict[int, float]]:
 
 
 def exchanged(answers: list[Any]) -> list[Any]:
-    """As they are where each two items handed on were exchanged."""
+    """The answers as they are once each two of the items handed on were exchanged."""
     return [answers[index ^ 1] for index in range(len(answers))]
 
 
@@ -55,7 +55,8 @@ def exchange_each_two(folder: Path) -> None:
 
 
 def test_a_server_answers_with_the_kv_cache_of_another(tiny_folder: Path, tmp_path: Path) -> None:
-    """It computes none of it: with each two prompts' caches exchanged, it answers the other one."""
+    """It computes none of the cache: once the caches of each two prompts were exchanged, it answers the other
+    prompt."""
     stored = tmp_path / "stored"
     # vLLM's plain MLA for CPUs begins no prompt in the middle; and what a server keeps itself it would not be given again.
     flags, settings = ("--enforce-eager", "--no-enable-prefix-caching"), {"VLLM_MLA_DISABLE": "1"}
@@ -71,7 +72,8 @@ def test_a_server_answers_with_the_kv_cache_of_another(tiny_folder: Path, tmp_pa
 
 @pytest.mark.skipif(find_spec("nixl") is None, reason="NIXL is not installed")
 def test_a_server_answers_with_the_kv_cache_that_nixl_brings(tiny_folder: Path, tmp_path: Path) -> None:
-    """vLLM's MLA for CPUs too computes a prompt's last token alone, and with another's cache answers the other."""
+    """vLLM's MLA for CPUs too computes a prompt's last token alone, and with another prompt's cache it answers that
+    prompt."""
 
     def channel() -> dict[str, str]:
         return {"VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())}
@@ -101,7 +103,7 @@ def test_a_server_answers_with_the_kv_cache_that_nixl_brings(tiny_folder: Path, 
 
 @pytest.mark.skipif(find_spec("lmcache") is None, reason="LMCache is not installed")
 def test_a_server_answers_with_the_kv_cache_that_lmcache_kept(tiny_folder: Path, tmp_path: Path) -> None:
-    """It keeps none itself."""
+    """The server itself keeps no cache of a prompt."""
     flags = ("--enforce-eager", "--no-enable-prefix-caching", *lmcache(free_port(), free_port()))
     with serve(tiny_folder, tmp_path / "log", *flags, VLLM_MLA_DISABLE="1") as server:
         computed = to_prompts(server)
@@ -111,7 +113,8 @@ def test_a_server_answers_with_the_kv_cache_that_lmcache_kept(tiny_folder: Path,
 
 
 def test_a_server_answers_with_the_embeddings_of_an_encoder(tiny_folder: Path, tmp_path: Path, server: Server) -> None:
-    """It encodes none itself: with each two images' embeddings exchanged, it answers about the other one."""
+    """It encodes no image itself: once the embeddings of each two images were exchanged, it answers about the other
+    image."""
     stored = tmp_path / "stored"
     with serve(tiny_folder, tmp_path / "encoder.log", "--enforce-eager", *encoded(stored, "ec_producer")) as encoder:
         for image in IMAGES:

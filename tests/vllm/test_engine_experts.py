@@ -38,7 +38,7 @@ COMPRESSED = "vllm.model_executor.layers.quantization.compressed_tensors.compres
 wna16 = import_module(f"{COMPRESSED}.compressed_tensors_moe_wna16")
 
 KERNEL = r"\w*CPUUnquantizedExperts"
-"""vLLM's for bfloat16: one class where the CPU has AMX, another where not."""
+"""The class of vLLM's experts for bfloat16: one where the CPU has AMX, another where it has not."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -88,7 +88,7 @@ class Model(torch.nn.Module):
 
 @contextmanager
 def vllms_dtype() -> Iterator[None]:
-    """The default one while vLLM makes and loads a model."""
+    """Make bfloat16 torch's default dtype, as vLLM does while it makes and loads a model."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -131,7 +131,7 @@ def test_the_right_ones_serve(config: K26Config, log: pytest.LogCaptureFixture) 
 def test_the_test_takes_the_memory_of_a_few_experts(
     config: K26Config, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
 ) -> None:
-    """Of a layer with many. What it holds is over before the next layer's turn."""
+    """The layer has many experts. What the test of one layer holds is given back before the next layer's turn."""
     text = replace(config.text, n_routed_experts=96, num_experts_per_tok=4, hidden_size=512, moe_intermediate_size=256)
     vision = replace(config.vision, text_hidden_size=text.hidden_size)
     model = dense_model(replace(config, text=text, vision=vision))
@@ -154,7 +154,7 @@ def test_the_test_takes_the_memory_of_a_few_experts(
 
 
 def repeat_one_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM's kernel with what issues tell of some GPUs: each token gets the first one's."""
+    """Break vLLM's kernel as issues tell of some GPUs: each token gets the first one's result."""
     original = cpu_moe.CPUUnquantizedExperts.apply
 
     def apply(self: Any, output: torch.Tensor, *arguments: Any, **options: Any) -> None:
@@ -165,7 +165,7 @@ def repeat_one_token(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_wrong_ones_stop_the_start(config: K26Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of weights that the core does not take."""
+    """The weights are such as the core does not take."""
     repeat_one_token(monkeypatch)
     model = dense_model(config)
     watch_engine_experts(model, None)
@@ -177,7 +177,7 @@ def test_wrong_ones_stop_the_start(config: K26Config, monkeypatch: pytest.Monkey
 def test_what_cannot_be_tested_serves(
     config: K26Config, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
 ) -> None:
-    """Another release's method, say: one line for all layers."""
+    """The method may be that of another release; the log has one line for all layers."""
 
     def apply(self: Any, layer: Any, x: Any, topk_weights: Any, topk_ids: Any) -> None:
         raise TypeError("a buffer is missing")
@@ -192,8 +192,8 @@ def test_what_cannot_be_tested_serves(
 
 
 class Plain:
-    """In the place of vLLM's INT4 kernels, of which none runs on every CPU: its own parameters and loader around a product
-    in plain PyTorch, which of one layer, `wrong`, takes the gate projection for the up projection."""
+    """Stands for vLLM's INT4 kernels, of which none runs on every CPU: vLLM's own parameters and loader around a
+    product in plain PyTorch, which in one layer, `wrong`, takes the gate projection for the up projection."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, wrong: int | None) -> None:
         self.wrong, self.dense = wrong, dict[int, tuple[torch.Tensor, torch.Tensor]]()
@@ -215,7 +215,7 @@ class Plain:
         monkeypatch.setattr(kernel, "apply", apply)
 
     def process(self, layer: Any) -> None:
-        """As kernels do, into another layout: what was loaded is gone."""
+        """Put the weights into another layout, as kernels do: what was loaded is gone."""
         w13 = torch.stack([dense(*one) for one in zip(layer.w13_weight_packed, layer.w13_weight_scale, strict=True)])
         w2 = torch.stack([dense(*one) for one in zip(layer.w2_weight_packed, layer.w2_weight_scale, strict=True)])
         if f".layers.{self.wrong}." in layer.layer_name:
@@ -226,7 +226,7 @@ class Plain:
 
 
 def int4_model(config: K26Config, checkpoint: Checkpoint) -> Model:
-    """Loaded by vLLM's loader of each parameter, and watched."""
+    """A model that vLLM's loader of each parameter has loaded, and whose experts are watched."""
     settings = json.loads((checkpoint.folder / "config.json").read_text())["text_config"]["quantization_config"]
     model = Model(config, compat.compressed_tensors_config().from_config(settings))
     watch_engine_experts(model, config)
@@ -278,7 +278,7 @@ def test_right_int4_ones_are_kept(
 def test_the_core_takes_the_place_of_wrong_ones(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture, which: str
 ) -> None:
-    """Of all layers, those among them that vLLM has repacked by then."""
+    """The core serves all layers, those too that vLLM has repacked by then."""
     text = checkpoint.config.text
     Plain(monkeypatch, text.first_k_dense_replace if which == "first" else text.num_hidden_layers - 1)
     model = int4_model(checkpoint.config, checkpoint)
@@ -290,7 +290,7 @@ def test_the_core_takes_the_place_of_wrong_ones(
 
 
 def test_the_core_s_are_ready_for_every_batch(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of vLLM's layers: for that of each, and before it serves."""
+    """The core's experts are made ready for the batches of each of vLLM's layers, before it serves."""
     text = checkpoint.config.text
     seen = record(monkeypatch, *BACKENDS.values())
     Plain(monkeypatch, text.first_k_dense_replace)

@@ -34,7 +34,7 @@ def quant_config(folder: Path) -> Any:
 
 
 def moe_config(intermediate_size: int = 64, **parallel: Any) -> FusedMoEConfig:
-    """Of a small layer on one rank, but for what `parallel` says."""
+    """The configuration of a small layer on one rank, but for what `parallel` says."""
     from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
     values: dict[str, Any] = {
@@ -89,7 +89,7 @@ CANNOT: dict[str, tuple[dict[str, Any], str, str]] = {
 def test_what_the_core_cannot_serve_is_asked_before_weights_are_created(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
-    """By name it is one error; otherwise the layer is vLLM's."""
+    """Where K26_EXPERTS names a backend that cannot serve, it is one error; otherwise the layer is left to vLLM."""
     changed, backend, said = CANNOT[name]
     moe = moe_config(**changed)
     monkeypatch.setenv("K26_EXPERTS", backend)
@@ -126,7 +126,8 @@ def test_experts_that_vllm_moves_compute_as_before() -> None:
 @pytest.mark.skipif(not compat.kernel_takes_experts_only(), reason="before, the kernel took more than experts")
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_tokens_in_a_buffer_of_each_experts_own(backend: str) -> None:
-    """Through vLLM's modular kernel, with its own plain code in the place of DeepEP's: the sum that the judge computes."""
+    """vLLM's modular kernel, with its own plain code in the place of DeepEP's, gives the sum that the judge
+    computes."""
     from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEKernel
     from vllm.model_executor.layers.fused_moe.prepare_finalize.batched import BatchedPrepareAndFinalize
 

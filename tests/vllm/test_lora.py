@@ -62,7 +62,7 @@ def served(server: Server, name: str) -> torch.Tensor:
 
 
 def test_adapters_answer_as_merged(server: Server, loaded: dict[str, Adapter], checkpoint: Checkpoint) -> None:
-    """All at once, beside the model without one: more than the engine holds at a time."""
+    """All adapters are asked at once, beside the model without one: more than the engine holds at a time."""
     names = [*loaded, server.model]
     with ThreadPoolExecutor(len(names)) as pool:
         found = dict(zip(names, pool.map(lambda name: served(server, name), names), strict=True))
@@ -87,7 +87,7 @@ REFUSED = {
 def test_an_adapter_that_would_be_dropped_is_refused(
     server: Server, loaded: dict[str, Adapter], tmp_path: Path, what: str
 ) -> None:
-    """By its modules' names, and the server goes on with those it has."""
+    """The names of its modules give the refusal, and the server goes on with the adapters it has."""
     shape = (4, 64)
     drawn = {module: (torch.ones(shape), torch.ones(shape[::-1])) for module in REFUSED[what]}
     folder = Adapter(drawn).write(tmp_path / "adapter", BEGINNINGS["hub"])

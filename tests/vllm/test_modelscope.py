@@ -65,7 +65,8 @@ def start(environment: dict[str, str]) -> dict[str, Any]:
 
 @pytest.mark.skipif(find_spec("modelscope") is None, reason="ModelScope's client is not installed")
 def test_a_model_by_modelscope_s_name(tiny_folder: Path, tmp_path: Path) -> None:
-    """All that the start reads before the weights, which come when the workers load them, comes from there."""
+    """All that the start reads before the weights comes from ModelScope's hub; the weights come when the workers load
+    them."""
     with modelscope_hub(NAME, tiny_folder) as (address, fetched):
         found = start(
             {

@@ -29,7 +29,8 @@ from k26_plugins.operate.verify.endpoint import Endpoint
 
 @pytest.fixture(scope="module")
 def two_ranks(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """On the reference backend, whose weights lie as in the checkpoint: a fault can be put into them."""
+    """It runs on the reference backend, whose weights lie as in the checkpoint, so that a fault can be put into
+    them."""
     arguments = ["--enforce-eager", "--tensor-parallel-size", "2"]
     arguments += ["--worker-extension-cls", "support.vllm_faults.Workers"]
     arguments += ["--middleware", "support.vllm_faults.Frontend"]
@@ -50,7 +51,7 @@ def test_every_fault_is_located() -> None:
 
 
 def test_k26_serve_has_become_the_engine(two_ranks: Server) -> None:
-    """The same process, so that signals and the exit status are the engine's."""
+    """`k26 serve` becomes the engine's process, so that signals and the exit status are the engine's."""
     running = Path(f"/proc/{two_ranks.pid}/cmdline").read_text().split("\0")
     assert [Path(word).name for word in running[1:3]] == ["vllm", "serve"]
     log = two_ranks.log.read_text()
@@ -78,13 +79,13 @@ def test_a_seeded_fault_is_found_and_located(two_ranks: Server, golden_file: Pat
 
 
 def test_without_a_fault_it_passes(two_ranks: Server, golden_file: Path) -> None:
-    """After them all, so that each was undone."""
+    """This runs after all the faults, so that each is seen to be undone."""
     result = verify(two_ranks, golden_file)
     assert result.exit_code == 0, result.output
 
 
 def test_compare_asks_it_all_prompts(two_ranks: Server, prompts_file: Path) -> None:
-    """A server against itself: raw text too, which it tokenizes."""
+    """A server is compared with itself, by raw text too, which it tokenizes."""
     command = ["compare", two_ranks.url, two_ranks.url, "--prompts", str(prompts_file), "--answer-tokens", "3"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
@@ -111,7 +112,7 @@ CALLS = {
 def test_tool_calls(
     two_ranks: Server, tiny_folder: Path, golden_file: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Random weights call no tool: what the model says is given to it, all else is the server's."""
+    """Random weights call no tool: the test says what the model answers, and all else is the server's."""
     fault, arguments, found = CALLS[name]
     answer = f"why</think>{SECTION_BEGIN}{call('functions.get_weather:0', arguments)}{SECTION_END}"
     said = script(tiny_folder, answer)

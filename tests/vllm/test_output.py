@@ -34,7 +34,7 @@ def tokenizer(tiny_folder: Path) -> Any:
 
 
 def parsers(tokenizer: Any, request: Any, **options: Any) -> Any:
-    """A fresh one for each answer, as vLLM's server makes it."""
+    """Makes a fresh parser for each answer, as vLLM's server does."""
     from vllm.parser.parser_manager import ParserManager
 
     # Before 0.32 it does not ask for the tokenizer.
@@ -110,7 +110,8 @@ def test_ids_of_calls_and_the_names_of_reasoning(tokenizer: Any) -> None:
     reason="before 0.31 vLLM has no grammar of calls or a schema",
 )
 def test_with_a_schema_calls_are_possible(tokenizer: Any) -> None:
-    """Calls or the schema, by default: vLLM's own default allows the schema alone, unless a tool is strict."""
+    """By default the answer is calls or what the schema allows: vLLM's own default allows the schema alone, unless a
+    tool is strict."""
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
     format_ = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
     request = parsers(tokenizer, asked())().adjust_request(asked(tool_choice="auto", response_format=format_))
@@ -123,7 +124,7 @@ def test_with_a_schema_calls_are_possible(tokenizer: Any) -> None:
 
 
 def shown(tokenizer: Any, token_ids: list[int]) -> str:
-    """What the parser is given: it asks for no special token to be shown."""
+    """The text that the parser is given, which asks for no special token to be shown."""
     text: str = tokenizer.decode(token_ids, skip_special_tokens=True)
     return text
 

@@ -29,10 +29,10 @@ KINDS = (
 )
 """The platforms of the tables; those of one kind are pretended by one process after another."""
 SOME = (("sm_100",),), ("none", "DeepEP low latency", "EPLB", "encoder only")
-"""What CI has time for."""
+"""The platforms and flags for which CI has time."""
 
 ATTENTION_FLAGS = ("none", "fp8 KV", "DCP")
-"""Those with rows of their own: by no others the backends of attention are chosen."""
+"""The flags that have rows of their own: the backends of attention are chosen by no others."""
 
 WRITTEN = {
     "model_config.tokenizer_mode",
@@ -58,7 +58,7 @@ Answers = dict[tuple[str, str], dict[str, dict[str, Any]]]
 
 @pytest.fixture(scope="module", params=["some", pytest.param("all", marks=pytest.mark.long)])
 def answers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Answers:
-    """By platform and flags, what each way to run comes to."""
+    """What each way to run comes to, by platform and flags."""
     folder = tmp_path_factory.mktemp("published")
     make_published_sizes(folder / "model")
     make_eagle3_draft(folder / "draft")

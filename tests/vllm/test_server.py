@@ -48,7 +48,8 @@ def test_prompt_logprobs(server: Server, reference: KimiK26) -> None:
 
 
 def test_decode_logprobs(server: Server, reference: KimiK26) -> None:
-    """Over many steps: near a tie bfloat16 sends a token to another expert now and then, and a mean of few shows it."""
+    """Many steps are taken: near a tie bfloat16 sends a token to another expert now and then, and a mean of few steps
+    shows it."""
     served, expected = [], []
     for seed in range(8):
         prompt = torch.randint(0, 256, (30,), generator=torch.Generator().manual_seed(seed))
@@ -83,7 +84,8 @@ def test_verify_passes(server: Server, golden_file: Path) -> None:
 def test_updates_of_the_weights_while_serving(
     server: Server, tiny_folder: Path, golden_file: Path, updated: tuple[Path, Path]
 ) -> None:
-    """Another seed's, and back, by each way: the answers are those of a server that was started with them."""
+    """Each way brings another seed's weights or brings back the first: the answers are those of a server started with
+    them."""
     places = cycle((updated, (tiny_folder, golden_file)))
     for update, (folder, golden) in zip(WAYS * 2, places, strict=False):
         update(server, folder)
@@ -109,7 +111,8 @@ def test_streaming_gives_the_same_text(server: Server) -> None:
 
 @pytest.mark.parametrize("sizes", [[(80, 60)], [(1000, 700)], [(28, 28), (300, 20), (1, 1)]], ids=str)
 def test_images(server: Server, tiny_folder: Path, reference: KimiK26, sizes: list[tuple[int, int]]) -> None:
-    """Same prompt tokens as the core's, and the tokens' logprobs as the reference gives them for the core's pixels."""
+    """The prompt's tokens are the core's, and the answer's logprobs are those of the reference for the core's
+    pixels."""
     request = image_request(tiny_folder, sizes)
     answer = server.chat(
         request.content,

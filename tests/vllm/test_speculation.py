@@ -46,7 +46,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def judge(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The same server without speculation."""
+    """A server of the same checkpoint without speculation."""
     log = tmp_path_factory.mktemp("judge") / "server.log"
     with serve(folders[0], log, "--enforce-eager", *SHORT_JSON) as running:
         yield running
@@ -169,7 +169,7 @@ def together(judge: Server) -> dict[str, Steps]:
 
 
 def unseen(steps: Steps) -> Steps:
-    """Its fifth token is the second-likeliest."""
+    """The answer as it were if a guess had been taken unseen: its fifth token is the second-likeliest."""
     second = sorted(steps.logprobs[4], key=steps.logprobs[4].__getitem__)[-2]
     return replace(steps, tokens=[*steps.tokens[:4], second])
 
@@ -180,7 +180,7 @@ def test_images_thinking_grammars_and_calls_are_answered_as_without(
     assert_parts_no_more({name: asked(guessing.server, name) for name in QUESTIONS}, alone, together, unseen)
 
 
-# By kind, the bytes of all answers: where allowed tokens and a grammar have none in common, vLLM answers with an error.
+# The bytes of all answers by kind: where allowed tokens and a grammar have none in common, vLLM answers with an error.
 DRAWN = {
     "json": (string.ascii_lowercase + string.digits + '{}[]":,-').encode(),
     "choice": "".join(CHOICES).encode(),
@@ -196,8 +196,8 @@ HELD_TO: dict[str, Any] = {"json": PLAIN_SCHEMA, "choice": CHOICES, "regex": REG
 def test_answers_drawn_at_random_are_valid_and_the_reasoning_is_free(
     guessing: Guessing, special: dict[str, int], thinking: bool
 ) -> None:
-    """Guesses are taken or not by chance then. Of few tokens, so that the thinking ends soon: there is no `logit_bias`
-    beside guesses."""
+    """Where answers are drawn, chance decides which guesses are taken. Few tokens are allowed, so that the thinking
+    ends soon: there is no `logit_bias` beside guesses."""
     ends = [special["<|im_end|>"], *([special[THINK_END]] if thinking else [])]
 
     def ask(kind: str, seed: int) -> dict[str, Any]:

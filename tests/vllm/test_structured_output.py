@@ -46,7 +46,7 @@ class Engine:
         self.manager = StructuredOutputManager(self.config)
 
     def grammar(self, kind: str, spec: Any) -> Any:
-        """Asked for as a request asks for it. Raises what vLLM refuses it with."""
+        """The compiled grammar, asked for as by a request. Raises what vLLM refuses it with."""
         from vllm.sampling_params import SamplingParams, StructuredOutputsParams
         from vllm.tokenizers import cached_tokenizer_from_config
         from vllm.v1.request import Request
@@ -87,7 +87,8 @@ def engine(tiny_folder: Path, request: pytest.FixtureRequest) -> Engine:
 
 @pytest.mark.parametrize("kind", CASES)
 def test_whatever_is_allowed_is_valid(engine: Engine, plain: KimiTokenizer, kind: str) -> None:
-    """And ends with the token with which the model ends answers, if it likes."""
+    """An answer drawn from what the grammar allows is valid, and may end with the token with which the model ends
+    answers."""
     ends = {plain.special["[EOS]"], plain.special["<|im_end|>"]}
     seen = set()
     for seed in range(8):
@@ -162,7 +163,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("backend", "kind", "spec", "said"), REFUSED, ids=[f"{one[0]}-{one[1]}" for one in REFUSED])
 def test_what_a_backend_refuses(tiny_folder: Path, backend: str, kind: str, spec: Any, said: str) -> None:
-    """As docs/features.md lists it."""
+    """docs/features.md lists these."""
     spec = call_grammar(tiny_folder, "required") if spec is None else spec
     from vllm.exceptions import VLLMValidationError
 
@@ -171,7 +172,7 @@ def test_what_a_backend_refuses(tiny_folder: Path, backend: str, kind: str, spec
 
 
 def test_lm_format_enforcer_fails_in_vllm_alone() -> None:
-    """It imports a module that vLLM no longer has, and takes that for no vLLM."""
+    """It imports a module that vLLM no longer has, and takes the failure to mean that there is no vLLM."""
     with pytest.raises(ImportError, match="vllm is not installed") as raised:
         importlib.import_module("lmformatenforcer.integrations.vllm")
     assert "vllm.transformers_utils.tokenizer" in str(raised.value.__context__)

@@ -33,7 +33,7 @@ CANNOT = {
 def test_what_the_core_cannot_serve_is_asked_before_weights_are_created(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
-    """By name it is one error; otherwise the layer is SGLang's."""
+    """Where K26_EXPERTS names a backend that cannot serve, it is one error; otherwise the layer is left to SGLang."""
     from sglang.srt.layers.moe.utils import MoeA2ABackend
 
     from k26_plugins.common.experts import ExpertsError
@@ -96,7 +96,7 @@ BLACKWELL: dict[str, tuple[list[str], str | None, str, str]] = {
 )
 @pytest.mark.parametrize("name", BLACKWELL)
 def test_what_sglang_chooses_on_blackwell_stands(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """By SGLang's own rule on a platform that says it is one: the documented command starts there."""
+    """SGLang's own rule is asked, on a platform that says it is Blackwell: the documented command starts there."""
     from sglang.srt.arg_groups import overrides
     from sglang.srt.runtime_context import override_platform
     from sglang.srt.server_args import ServerArgs
@@ -118,7 +118,7 @@ def test_what_sglang_chooses_on_blackwell_stands(tiny_folder: Path, monkeypatch:
         settled = overrides._deepseek_moe_quant_resolution(overrides.resolving_view(arguments))
     found = settled.get("moe_runner_backend", arguments.moe_runner_backend)
     assert found == runner
-    # As in SGLang's other processes.
+    # SGLang's other processes get the arguments pickled.
     arguments = pickle.loads(pickle.dumps(arguments))
     monkeypatch.setattr(compat, "server_args", lambda: arguments)
     monkeypatch.setattr(compat, "moe_runner_backend", Runner(found))

@@ -25,7 +25,8 @@ from k26_plugins.sglang import compat
 def test_a_layer_s_experts_are_loaded_and_updated(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_device: int | None
 ) -> None:
-    """By the names of the checkpoint, on one side or on both of a hybrid run; an update comes in two halves."""
+    """Tensors come by their names in the checkpoint, to one side or to both of a hybrid run; an update comes in two
+    halves."""
     from k26_plugins.common.experts.moving import Uses
     from k26_plugins.sglang.experts import K26MoEScheme, experts_of
     from k26_plugins.sglang.hybrid import HybridSettings, K26HybridScheme

@@ -17,7 +17,7 @@ from k26_plugins.sglang import compat
 
 
 def test_the_snapshot_says_what_this_release_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By reading its files it was made; here the engine itself is asked."""
+    """The snapshot was made by reading the release's files; here the engine itself is asked."""
     for name in sglang_foreign_kernels.NAMES:
         if not hasattr(torch.ops.sgl_kernel, name):
             monkeypatch.setattr(torch.ops.sgl_kernel, name, None, raising=False)
@@ -34,7 +34,8 @@ def test_a_name_that_sglang_lost_is_one_clear_error() -> None:
 def test_sglangs_own_class_serves_where_ours_lacks_a_name(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Only the import of our class needs it, not the registration of the plugin; with K26_STRICT=1 the start ends."""
+    """The import of our class needs the name, and the registration of the plugin does not; with K26_STRICT=1 the start
+    ends."""
     from sglang.srt.models.registry import import_model_classes
 
     in_tree = compat.in_tree_model().KimiK25ForConditionalGeneration

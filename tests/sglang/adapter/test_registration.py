@@ -31,7 +31,8 @@ def test_registration_takes_the_in_tree_classes_place_and_no_others() -> None:
 def test_the_probe_imports_the_models_class(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """SGLang's registry only logs that it cannot: by everything that registration does the plugin is active."""
+    """SGLang's registry only logs that it cannot import the class, and all that registration does has succeeded: the
+    probe has to look for itself."""
 
     def told() -> dict[str, Any]:
         probe.main()
@@ -57,7 +58,8 @@ def test_a_failing_registration_leaves_sglang_alone(
     not HAS_ENTRY_POINT, reason="SGLang 0.5.10 has no registry of hooks, and calls the adapter otherwise"
 )
 def test_registration_is_all_or_nothing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """Without each name that it looks up, in turn: SGLang's registries, hooks and variables are as they were."""
+    """Each name that registration looks up is missing in turn, and leaves SGLang's registries, hooks and variables as
+    they were."""
     import transformers.dynamic_module_utils as doors
     from sglang.srt.models.registry import ModelRegistry
     from sglang.srt.plugins.hook_registry import HookRegistry
@@ -94,7 +96,7 @@ def test_registration_is_all_or_nothing(monkeypatch: pytest.MonkeyPatch, caplog:
 
 
 def test_the_environment_variable_of_0_5_10_makes_it_active(tmp_path: Path) -> None:
-    """And another sitecustomize on the path runs too."""
+    """PYTHONPATH has the plugin's `sitecustomize`; another one on the path runs too."""
     (tmp_path / "sitecustomize.py").write_text("print('the other runs')\n")
     code = (
         "import sglang.srt.utils.hf_transformers_utils as utils, sglang.srt.managers.detokenizer_manager as manager\n"

@@ -43,7 +43,7 @@ class CountedProducts(TorchDispatchMode):
 
 @pytest.mark.skipif(find_spec("sglang.srt.arg_groups") is None, reason="this SGLang has no platform to pretend")
 def test_on_rocm_the_router_computes_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a device that is no CPU, and without data: what SGLang's own gate gives there is bfloat16."""
+    """SGLang's own gate gives bfloat16 on this pretended device, whose tensors have no data."""
     from sglang.srt.runtime_context import override_platform
 
     from k26_plugins.sglang.router import K26Gate

@@ -22,7 +22,7 @@ from k26_plugins.common.prompt.hf_tokenizer import KimiTokenizerFast
 def test_the_parsers_and_the_tokenizer_of_a_model_that_is_not_on_the_hub(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Of an object store and of ModelScope, by the libraries of theirs that SGLang asks."""
+    """SGLang asks the libraries of the object store and of ModelScope, which are pretended here."""
     from sglang.srt.server_args import ServerArgs
 
     from k26_plugins.sglang.arguments import before_settling

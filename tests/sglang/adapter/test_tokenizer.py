@@ -30,7 +30,7 @@ def test_another_models_tokenizer_is_sglangs(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_json_alone_is_left_to_sglang(tiny_folder: Path, tmp_path: Path) -> None:
-    """Beside `tiktoken.model` it changes nothing."""
+    """Beside `tiktoken.model` a `tokenizer.json` changes nothing."""
     folder = tmp_path / "DIR"
     shutil.copytree(tiny_folder, folder)
     settings = (folder / "tokenizer_config.json").read_text()
@@ -53,7 +53,7 @@ def save_tokenizer(folder: Path) -> None:
 
 @pytest.mark.skipif(find_spec("transformers.models.kimi_k25") is None, reason="this transformers has no such classes")
 def test_prompts_and_images_can_be_left_to_sglang(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One at a time, the other stays ours; no file of the checkpoint is needed for either."""
+    """Each is left to SGLang by itself, and the other stays ours; neither needs code of the checkpoint."""
     utils = hf_utils()
     monkeypatch.setenv("K26_PROMPTS", "engine")
     assert not isinstance(utils.get_tokenizer(str(tiny_folder)), KimiTokenizerFast)

@@ -50,7 +50,7 @@ class OpenAIClientTests(ScriptedTests):
             assert choice.finish_reason == ("tool_calls" if turn.calls else "stop")
             expected = core_token_ids(tiny_folder, Conversation("loop", messages, TOOLS))
             assert answer.usage.prompt_tokens == len(expected)
-            # As clients send it back: all that the answer said.
+            # Clients send back all that the answer said.
             messages = [*messages, message.model_dump(exclude_none=True)]
             for call_id, result in zip(turn.calls, turn.results, strict=True):
                 messages.append({"role": "tool", "tool_call_id": call_id, "content": result})
@@ -85,7 +85,7 @@ class OpenAIClientTests(ScriptedTests):
     def test_an_answer_cut_in_a_call(
         self, client: openai.OpenAI, server: Server, tiny_folder: Path, stream: bool
     ) -> None:
-        """In its arguments they are what is there; before them there is no call."""
+        """An answer cut in a call's arguments has as much of them as there is; cut before them, it has no call."""
         script = self.script(tiny_folder, CUT + "x" * 200)
         for written, arguments in ((CUT, ['{"city":"']), (CUT.removesuffix('{"city":"'), [])):
             limit = tokens(tiny_folder, written)
@@ -104,7 +104,7 @@ class OpenAIClientTests(ScriptedTests):
     def test_the_choice_of_a_tool(
         self, client: openai.OpenAI, server: Server, tiny_folder: Path, options: dict[str, Any], stream: bool
     ) -> None:
-        """No call and nothing of one where there is to be none."""
+        """Where there is to be no call, the answer has none, and no text of one."""
         turn = TURNS[0]
         answer = _ask(client, server, [QUESTION], self.script(tiny_folder, turn.answer), stream, **options)
         message = answer.choices[0].message
@@ -118,7 +118,7 @@ class OpenAIClientTests(ScriptedTests):
     def test_a_tool_that_must_be_called(
         self, client: openai.OpenAI, server: Server, tiny_folder: Path, choice: Any, stream: bool
     ) -> None:
-        """After the reasoning, and in the form that the model knows: a grammar allows nothing else."""
+        """The call comes after the reasoning, in the form that the model knows: a grammar allows nothing else."""
         script = self.script(tiny_folder, FORCED.answer)
         answer = _ask(client, server, [QUESTION], script, stream, tools=TOOLS, tool_choice=choice)
         message = answer.choices[0].message
@@ -158,7 +158,7 @@ def _ask(
 
 
 def _reasoning(message: Any) -> str:
-    """By both names that clients know."""
+    """The reasoning, which has to be there by both names that clients know."""
     extra = message.model_extra
     assert extra.get("reasoning") == extra.get("reasoning_content")
     return extra.get("reasoning") or ""

@@ -34,7 +34,7 @@ class Turn:
 
     @property
     def answer(self) -> str:
-        """As the model writes it."""
+        """The answer as the model writes it."""
         written = "".join(
             call(call_id, json.dumps(arguments, ensure_ascii=False) if arguments else self.nothing)
             for call_id, (_, arguments) in self.calls.items()

@@ -38,7 +38,8 @@ def test_the_configuration_is_understood_and_written_back(tiny_folder: Path) -> 
 
 
 def test_a_worker_without_the_package_cannot_read_the_configuration(tiny_folder: Path, tmp_path: Path) -> None:
-    """As on another machine of a Ray cluster, where every rank may lack it and none can miss it in another."""
+    """So it is on another machine of a Ray cluster: where every rank lacks the package, none can notice that another
+    does."""
     from vllm.config import ModelConfig
 
     register()
@@ -62,7 +63,7 @@ def test_a_worker_without_the_package_cannot_read_the_configuration(tiny_folder:
 
 @pytest.mark.parametrize("name", OTHER)
 def test_another_layout_is_left_to_vllm(tiny_folder: Path, tmp_path: Path, name: str) -> None:
-    """By vLLM's own reading of the configuration, with the reason in one line."""
+    """vLLM's own reading of the configuration is what is judged, and one line gives the reason."""
     folder = make(OTHER[name][0], tiny_folder, tmp_path / "made")
     warnings: list[str] = []
     assert core_answer(hf_config(folder), folder, warnings.append) is None
@@ -80,7 +81,7 @@ def test_the_published_layout_is_the_cores(tiny_folder: Path, tmp_path: Path, na
 
 @pytest.mark.parametrize("trusted", [False, True])
 def test_no_file_of_the_checkpoint_is_executed(tiny_folder: Path, tmp_path: Path, trusted: bool) -> None:
-    """By all that vLLM builds before the model: configuration, tokenizer, processor."""
+    """vLLM builds all that comes before the model: configuration, tokenizer, processor."""
     from vllm.config import ModelConfig
     from vllm.multimodal import MULTIMODAL_REGISTRY
     from vllm.tokenizers import cached_tokenizer_from_config

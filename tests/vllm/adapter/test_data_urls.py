@@ -13,7 +13,7 @@ from k26_plugins.vllm.media import K26MediaConnector
 
 @pytest.mark.parametrize("writer", WRITERS)
 def test_data_urls_are_read_as_their_writers_put_them(writer: str) -> None:
-    """vLLM 0.19.1 gives what its parser of addresses made of them."""
+    """vLLM 0.19.1 hands on what its parser of addresses made of the URLs, not the URLs themselves."""
     image = random_image(60, 40)
     found = K26MediaConnector().fetch_image(f"DATA:image/png;BASE64,{WRITERS[writer](png(image))}")
     assert np.array_equal(np.asarray(found.media), np.asarray(image))

@@ -16,7 +16,7 @@ from k26_plugins.vllm import compat, probe, register
 
 
 def test_the_snapshot_says_what_this_release_has() -> None:
-    """By reading its files it was made; here the engine itself is asked."""
+    """The snapshot was made by reading the release's files; here the engine itself is asked."""
     snapshot = read_snapshot("vllm")[compat.vllm_version().split("+")[0]]
     assert wrong_entries(snapshot) == {}
 
@@ -32,8 +32,8 @@ def test_a_name_that_vllm_lost_is_one_clear_error() -> None:
 def test_vllms_own_class_serves_where_ours_lacks_a_name(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Only the import of our class needs it, which registration does not do and the probe does; with K26_STRICT=1 the
-    start ends."""
+    """The import of our class needs the name. Registration does not import it, and the probe does; with K26_STRICT=1
+    the start ends."""
     import vllm.multimodal
 
     register()

@@ -18,7 +18,7 @@ FLAGS: dict[str, tuple[list[str], str | None, str | None]] = {
     "both by hand": (["--tool-call-parser", "hermes", "--reasoning-parser", "qwen3"], "hermes", "qwen3"),
     "switched off": ([], None, None),
 }
-"""Of the command line, and the parsers of tool calls and of reasoning that come of it."""
+"""Flags of the command line, and the parsers of tool calls and of reasoning that come of them."""
 
 
 @pytest.mark.parametrize("name", FLAGS)

@@ -38,7 +38,7 @@ def test_a_failing_registration_leaves_vllm_alone(
 
 
 def test_registration_is_all_or_nothing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """Without each name that it looks up, in turn: vLLM's registries and hooks are as they were."""
+    """Each name that registration looks up is missing in turn, and leaves vLLM's registries and hooks as they were."""
     import transformers.dynamic_module_utils as doors
     from vllm.config import ModelConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -79,7 +79,8 @@ def test_registration_is_all_or_nothing(monkeypatch: pytest.MonkeyPatch, caplog:
 
 
 def test_each_piece_can_be_left_to_vllm(tiny_folder: Path) -> None:
-    """One at a time, the others stay ours: each in a process in which no plugin was loaded before, as in a server."""
+    """Each piece is left to vLLM by itself, and the others stay ours. Each is asked in a process in which no plugin was
+    loaded before, as in a server."""
     script = f"""
 import json, os, sys
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -129,7 +130,8 @@ for variable in sys.argv[1:]:
 
 
 def test_a_cache_of_compiled_code_that_has_no_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file of a system's folder and a home that is none, as of a service's user: numba's own search finds nothing."""
+    """A service's user has no home, and the module's file lies in a folder of the system's: numba's own search finds no
+    place."""
     for name in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", "/dev/null")

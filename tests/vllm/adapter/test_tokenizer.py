@@ -10,7 +10,8 @@ from k26_plugins.common.prompt.hf_tokenizer import core_serves_prompts
 
 
 def test_a_token_that_vllm_adds_is_one_token(tiny_folder: Path) -> None:
-    """For the places of embeddings in a chat. vLLM keeps the tokenizer's length as it was, and copies the tokenizer."""
+    """vLLM marks the places of embeddings in a chat with it. It keeps the tokenizer's length as it was, and copies the
+    tokenizer."""
     from k26_plugins.vllm.tokenizer import K26Tokenizer
 
     tokenizer = copy.copy(K26Tokenizer.from_pretrained(tiny_folder))
@@ -22,7 +23,7 @@ def test_a_token_that_vllm_adds_is_one_token(tiny_folder: Path) -> None:
 
 
 def test_a_tokenizer_json_alone_is_left_to_vllm(tiny_folder: Path, tmp_path: Path) -> None:
-    """Beside `tiktoken.model` it changes nothing."""
+    """Beside `tiktoken.model` a `tokenizer.json` changes nothing."""
     folder = tmp_path / "DIR"
     shutil.copytree(tiny_folder, folder)
     (folder / "tokenizer.json").write_text("{}")

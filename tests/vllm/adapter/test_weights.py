@@ -13,7 +13,8 @@ from k26_plugins.vllm.experts import K26ExpertsMethod
 
 
 def test_the_methods_weights_are_the_checkpoints(tiny_folder: Path) -> None:
-    """Construction and loading by hand of one layer's experts, whole and as two tensor-parallel ranks that are summed."""
+    """One layer's experts are made and loaded by hand, whole and as two tensor-parallel ranks, whose results are
+    summed."""
     checkpoint = Checkpoint(tiny_folder)
     text = checkpoint.config.text
     generator = torch.Generator().manual_seed(0)
@@ -46,7 +47,8 @@ def test_the_methods_weights_are_the_checkpoints(tiny_folder: Path) -> None:
 
 
 def test_what_must_be_loaded_is_what_vllms_loader_promises(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of a checkpoint, but for what its own filters leave out: experts of other ranks, a language model's files."""
+    """That is all of a checkpoint but what the loader's own filters leave out: experts of other ranks, a language
+    model's files."""
     from vllm.config.load import LoadConfig
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
