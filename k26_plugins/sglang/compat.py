@@ -50,6 +50,8 @@ def register_models(changes: Registration, package: str) -> None:
     # A module without it is being imported, and will read the variable.
     if chosen != package or hasattr(sys.modules.get(names.MODEL_REGISTRY.module), names.MODEL_REGISTRY.attribute):
         registry = private(names.MODEL_REGISTRY)
+        # Where SGLang has put off its own models, it puts another mapping in the place of `models` with them.
+        registry.get_supported_archs()
         register = functools.partial(registry.register, package, overwrite=True)
         changes.entry(registry.models, ARCHITECTURE, register)
 
