@@ -29,8 +29,12 @@ MODELS_VARIABLE = "SGLANG_EXTERNAL_MODEL_PACKAGE"
 MEDIA_VARIABLE = "SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE"
 
 
-ENGINE = Engine(CHECKED_VERSIONS, "a newer k26-plugins; SGLANG_PLUGINS=none runs SGLang without it")
+# As SGLang's own registry of hooks has it, which releases before it lack and which would import too much for some names.
+ENGINE = Engine(
+    CHECKED_VERSIONS, "a newer k26-plugins; SGLANG_PLUGINS=none runs SGLang without it", wraps_everywhere=True
+)
 private = ENGINE.private
+wrap = ENGINE.wrap
 distribution = ENGINE.distribution
 sglang_version = ENGINE.release
 
@@ -130,25 +134,6 @@ def register_tokenizer_hook(changes: Registration, module: str, name: str) -> No
         changes.call(register)
     else:
         wrap(changes, _get_tokenizer(), hook)
-
-
-def wrap(changes: Registration, name: EngineName, hook: Callable[..., Any]) -> None:
-    """What SGLang's hook registry does, for releases before it and where it would import too much: `hook(original, …)`
-    around a method, or around a function in every module that imported it. Raises UnsupportedEngineError."""
-    owner, original = private(name.owner), private(name)
-    if getattr(original, "k26_hook", None) is hook:
-        return
-
-    @functools.wraps(original)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return hook(original, *args, **kwargs)
-
-    wrapped.k26_hook = hook  # type: ignore[attr-defined]
-    if isinstance(owner, type):
-        of_nobody = isinstance(vars(owner).get(name.attribute), staticmethod)
-        changes.attribute(owner, name.attribute, staticmethod(wrapped) if of_nobody else wrapped)
-    else:
-        changes.function(owner, name.attribute, wrapped)
 
 
 def register_argument_hook(changes: Registration, module: str, name: str) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from k26_plugins.common.adapters.engine import EngineName, UnsupportedEngineError
-from k26_plugins.common.adapters.registration import Registration, go_without
+from k26_plugins.common.adapters.hooks import go_without
+from k26_plugins.common.adapters.registration import Registration
 from k26_plugins.sglang import logger, names
 from k26_plugins.sglang.compat import ENGINE, private, sglang_version, wrap
 
@@ -32,9 +33,7 @@ def hook_grammars(around: Callable[..., Any]) -> None:
     """Put `around(original, server_args, tokenizer, …)` around what makes the compiler of grammars, in a process that has it
     imported: the scheduler's, where they are compiled."""
     if names.GRAMMAR_BACKEND.module in sys.modules:
-        changes = Registration()
-        wrap(changes, names.GRAMMAR_BACKEND, around)
-        changes.apply()
+        ENGINE.hook(around, names.GRAMMAR_BACKEND)
 
 
 def chat_part(part: Any) -> Any:

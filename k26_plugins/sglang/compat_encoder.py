@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
-from k26_plugins.common.adapters.registration import Registration
 from k26_plugins.sglang import compat, names
 
 
 def asks_the_model() -> bool:
-    """Whether this SGLang's server of the encoder alone lets the model's class prepare the media, as `hook_media` needs."""
+    """Whether this SGLang's server of the encoder alone lets the model's class prepare the media, as `encoder` needs."""
     return compat.ENGINE.has_module(names.ENCODER_CONFIG) and compat.ENGINE.has_module(names.LOAD_ENCODER_ITEM)
 
 
@@ -21,13 +19,6 @@ def in_its_threads() -> Any:
     config = compat.private(names.ENCODER_CONFIG)
     wish = {"preprocess_off_event_loop": True}
     return config(**wish) if wish.keys() <= {field.name for field in fields(config)} else config()
-
-
-def hook_media(hook: Callable[..., Any]) -> None:
-    """Put `hook(original, preprocessor, data, modality, …)` around what opens each medium that such a server is sent."""
-    changes = Registration()
-    compat.wrap(changes, names.LOAD_ENCODER_ITEM, hook)
-    changes.apply()
 
 
 def model_folder() -> tuple[str, str | None]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from k26_plugins.common.adapters.registration import Registration
 from k26_plugins.sglang import compat, names
 
 
@@ -16,17 +14,6 @@ def object_store_folder(name: str, *, fetch: bool = False) -> str:
         return name
     store = compat.private(names.OBJECT_STORE)
     return str((store.download_and_get_path if fetch else store.get_path)(name))
-
-
-def hook_checkpoint_loader(whole: Callable[..., Any], files: Callable[..., Any]) -> None:
-    """Put `whole(original, model, weights, target_device)` around what gives a model the weights of SGLang's loader of
-    checkpoints, always a whole one; and `files(original, files, …)` around what gives it the tensors of safetensors files.
-    """
-    changes = Registration()
-    compat.wrap(changes, names.LOAD_CHECKPOINT, whole)
-    compat.wrap(changes, names.SAFETENSORS_ITERATOR, files)
-    compat.wrap(changes, names.BUFFERED_ITERATOR, files)
-    changes.apply()
 
 
 def keeps_its_experts() -> bool:
@@ -43,15 +30,8 @@ def load_format() -> str:
 
 
 def loads_saved_state() -> bool:
-    """Whether SGLang is to load what `hook_saving` was called for."""
+    """Whether SGLang is to load a state that it saved of a running model."""
     return load_format() == "sharded_state"
-
-
-def hook_saving(hook: Callable[..., Any]) -> None:
-    """Put `hook(original, model, path, …)` around what saves a model's parameters for `--load-format sharded_state`."""
-    changes = Registration()
-    compat.wrap(changes, names.SAVE_MODEL, hook)
-    changes.apply()
 
 
 def local_experts(layer: Any) -> range:
@@ -61,3 +41,8 @@ def local_experts(layer: Any) -> range:
         return range(total)
     number = total // layer.moe_ep_size
     return range(layer.moe_ep_rank * number, (layer.moe_ep_rank + 1) * number)
+
+
+def serves_adapters() -> bool:
+    """Whether the user's flags ask for LoRA: SGLang turns it on by itself where adapters are named."""
+    return bool(compat.server_args().enable_lora)

@@ -15,7 +15,7 @@ from transformers import BaseImageProcessor
 from k26_plugins.common import metrics
 from k26_plugins.common.multimodal.image import MediaError, open_image
 from k26_plugins.common.multimodal.processor import MediaProcessor
-from k26_plugins.sglang import compat, compat_encoder
+from k26_plugins.sglang import compat, compat_encoder, names
 
 Prepare = Callable[[Sequence[Mapping[str, Any]], Any, Any], dict[str, torch.Tensor]]
 
@@ -25,7 +25,7 @@ def prepare_by_core() -> Prepare:
 
     From here on images are opened by the core too, in this process.
     """
-    compat_encoder.hook_media(open_medium)
+    compat.ENGINE.hook(open_medium, names.LOAD_ENCODER_ITEM)
     name, revision = compat_encoder.model_folder()
     settings, _ = BaseImageProcessor.get_image_processor_dict(name, revision=revision)
     processor = MediaProcessor(settings)

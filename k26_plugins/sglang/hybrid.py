@@ -29,7 +29,7 @@ from k26_plugins.common.host.memory import require_host_memory
 from k26_plugins.common.model.config import K26Config
 from k26_plugins.common.model.int4 import GROUP_SIZE
 from k26_plugins.common.settings import BATCH_INVARIANT, CPU_EXPERTS, EXPERTS, MOVE_EXPERTS, STREAM_FROM
-from k26_plugins.sglang import compat, compat_hybrid, compat_loading, logger
+from k26_plugins.sglang import compat, compat_loading, logger, names
 from k26_plugins.sglang.arguments import refuse_two_batches
 from k26_plugins.sglang.experts import K26MoEScheme
 
@@ -97,7 +97,7 @@ def hybrid_settings(config: K26Config) -> HybridSettings | None:
     )
     global _settings
     _settings = settings
-    compat_hybrid.hook_results(complete_results)
+    compat.ENGINE.hook(complete_results, names.BATCH_RESULT)
     return settings
 
 

@@ -21,7 +21,7 @@ from k26_plugins.common.experts.loading import is_needed, load_experts
 from k26_plugins.common.experts.saving import in_checkpoint_form
 from k26_plugins.common.model.config import K26Config
 from k26_plugins.common.settings import ENGINE, EXPERTS, MEDIA
-from k26_plugins.sglang import compat, compat_adapters, compat_encoder, compat_loading, encoder, logger
+from k26_plugins.sglang import compat, compat_encoder, compat_loading, encoder, logger, names
 from k26_plugins.sglang.engine_experts import WrongExpertsError, files_read, watch_engine_experts
 from k26_plugins.sglang.experts import (
     K26MoEScheme,
@@ -73,8 +73,9 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
             from k26_plugins.sglang.attention import K26TorchNativeAttnBackend
 
             compat.use_absorbed_mla_on_torch_native(K26TorchNativeAttnBackend)
-        compat_loading.hook_checkpoint_loader(whole_checkpoint, files_of_checkpoint)
-        compat_loading.hook_saving(saved_state)
+        compat.ENGINE.hook(whole_checkpoint, names.LOAD_CHECKPOINT)
+        compat.ENGINE.hook(files_of_checkpoint, names.SAFETENSORS_ITERATOR, names.BUFFERED_ITERATOR)
+        compat.ENGINE.hook(saved_state, names.SAVE_MODEL)
         if getattr(config, "language_only", False) and compat_encoder.encodes_here_too():
             # SGLang would leave the vision tower as it was drawn, and encode with it.
             config.language_only = False
@@ -94,8 +95,8 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
             use_float32_logits(self)
             for scheme in schemes_of(self):
                 scheme.is_awaited = compat_loading.loads_saved_state()
-            if experts_of(self) and compat_adapters.serves_adapters():
-                compat_adapters.hook_adapters(refuse_unserved)
+            if experts_of(self) and compat_loading.serves_adapters():
+                compat.ENGINE.hook(refuse_unserved, names.LORA_WEIGHT)
         watch_engine_experts(self, self.core_config)
         if getattr(config, "encoder_only", False) and MEDIA.read() != ENGINE and compat_encoder.asks_the_model():
             self.preprocess_mm_for_encoder = encoder.prepare_by_core()

@@ -6,7 +6,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from k26_plugins.common.adapters.registration import Hook, Registration, wanted_hooks
+from k26_plugins.common.adapters.hooks import Hook, wanted_hooks
+from k26_plugins.common.adapters.registration import Registration
 from k26_plugins.common.prompt.hf_tokenizer import CONTINUE_KEY
 from k26_plugins.common.prompt.output import MARKERS
 from k26_plugins.common.prompt.thinking import template_options

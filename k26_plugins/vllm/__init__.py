@@ -29,10 +29,10 @@ def register() -> None:
             changes, ("k26_plugins.vllm.tokenizer", "K26Tokenizer"), ("k26_plugins.vllm.renderer", "K26Renderer")
         )
         compat.register_parsers(changes, "k26_plugins.vllm.output", "K26ToolParser", "K26ReasoningParser")
-        compat.register_composition(changes, "k26_plugins.vllm.output", "compose")
+        compat.register_composition(changes)
         compat.register_grammars(changes, "k26_plugins.vllm.grammars", "grammar_tokenizer")
         compat.register_tokenizer_choice(changes, "k26_plugins.vllm.config", "choose_tokenizer")
-        compat.register_argument_hook(changes, "k26_plugins.vllm.defaults", "before_serving")
+        compat.register_argument_hook(changes)
         compat.register_config_hook(changes, "k26_plugins.vllm.config")
         changes.apply()
     except Exception as error:

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import pydantic
 
 from k26_plugins.common.adapters.engine import UnsupportedEngineError
-from k26_plugins.common.adapters.registration import Hook, Registration, go_without, wanted_hooks
+from k26_plugins.common.adapters.hooks import Hook, go_without, wanted_hooks
+from k26_plugins.common.adapters.registration import Registration
 from k26_plugins.common.prompt.call_names import is_object
 from k26_plugins.common.prompt.chat import as_error
 from k26_plugins.common.prompt.thinking import template_options

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from k26_plugins.common.adapters.engine import Engine, EngineName
+from k26_plugins.common.adapters.hooks import Later
 from k26_plugins.common.adapters.registration import Registration
 from k26_plugins.common.model.config import ARCHITECTURE
 from k26_plugins.vllm import names
@@ -30,6 +31,7 @@ ENGINE = Engine(
     "vLLM",
 )
 private = ENGINE.private
+wrap = ENGINE.wrap
 vllm_version = ENGINE.release
 
 
@@ -50,47 +52,14 @@ def register_config_hook(changes: Registration, module: str) -> None:
     class K26ConfigHook(base):  # type: ignore[misc, valid-type]
         @staticmethod
         def verify_and_update_model_config(model_config: Any) -> None:
-            importlib.import_module(module).prepare(model_config)
+            Later(module, "prepare")(model_config)
 
     changes.item(private(names.MODELS_CONFIG_MAP), ARCHITECTURE, K26ConfigHook)
 
 
 def register_tokenizer_choice(changes: Registration, module: str, name: str) -> None:
-    """Have `module.name(model_config)` called as soon as vLLM has read the checkpoint's configuration."""
-    original = private(names.GET_MODEL_ARCH_CONFIG)
-    if getattr(original, "k26_hook", None) is not None:
-        return
-
-    @functools.wraps(original)
-    def get_model_arch_config(model_config: Any, *args: Any, **kwargs: Any) -> Any:
-        getattr(importlib.import_module(module), name)(model_config)
-        return original(model_config, *args, **kwargs)
-
-    get_model_arch_config.k26_hook = name  # type: ignore[attr-defined]
-    _patch(changes, names.GET_MODEL_ARCH_CONFIG, get_model_arch_config)
-
-
-def _patch(changes: Registration, name: EngineName, value: Any) -> None:
-    changes.attribute(private(name.owner), name.attribute, value)
-
-
-def wrap(changes: Registration, name: EngineName, hook: Callable[..., Any]) -> None:
-    """Put `hook(original, …)` around a function or a method. Raises UnsupportedEngineError."""
-    found = private(name)
-    original = vars(private(name.owner)).get(name.attribute) or found
-    of_class, of_nobody = isinstance(original, classmethod), isinstance(original, staticmethod)
-    function = original.__func__ if of_class or of_nobody else original
-    if getattr(function, "k26_hook", None) is hook:
-        return
-
-    @functools.wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        if of_class:
-            return hook(functools.partial(function, args[0]), *args[1:], **kwargs)
-        return hook(function, *args, **kwargs)
-
-    wrapped.k26_hook = hook  # type: ignore[attr-defined]
-    _patch(changes, name, classmethod(wrapped) if of_class else staticmethod(wrapped) if of_nobody else wrapped)
+    """Have `module.name(original, model_config, …)` called as soon as vLLM has read the checkpoint's configuration."""
+    wrap(changes, names.GET_MODEL_ARCH_CONFIG, Later(module, name))
 
 
 def message_image(part: dict[str, Any]) -> dict[str, Any] | None:
@@ -113,33 +82,28 @@ def modelscope_folder(name: str, revision: str | None) -> str | None:
     return folder
 
 
-def register_argument_hook(changes: Registration, module: str, name: str) -> None:
-    """Have `module.name(model_config, engine_args, flags)` called where an API server knows its model's configuration.
+def register_argument_hook(changes: Registration) -> None:
+    """Have the command line's flags filled in where an API server knows its model's configuration.
 
-    flags: the command line's, in place. Each process of the server reads them after this moment.
+    Each process of the server reads them after this moment.
     """
-    if names.FROM_CLI_ARGS.module not in sys.modules:
-        return  # a worker: the command line is read elsewhere
-    read, create = private(names.FROM_CLI_ARGS), private(names.CREATE_MODEL_CONFIG)
-    if getattr(read, "k26_hook", None) is not None:
-        return
+    if names.FROM_CLI_ARGS.module in sys.modules:  # else a worker: the command line is read elsewhere
+        wrap(changes, names.FROM_CLI_ARGS, _keep_flags)
+        wrap(changes, names.CREATE_MODEL_CONFIG, _before_serving)
 
-    def from_cli_args(cls: type, flags: Any) -> Any:
-        engine_args = read.__func__(cls, flags)
-        engine_args.k26_flags = flags
-        return engine_args
 
-    @functools.wraps(create)
-    def create_model_config(engine_args: Any) -> Any:
-        model_config = create(engine_args)
-        # Without flags it is a program's engine, not a server.
-        if hasattr(engine_args, "k26_flags"):
-            getattr(importlib.import_module(module), name)(model_config, engine_args, engine_args.k26_flags)
-        return model_config
+def _keep_flags(original: Callable[..., Any], flags: Any) -> Any:
+    engine_args = original(flags)
+    engine_args.k26_flags = flags
+    return engine_args
 
-    from_cli_args.k26_hook = name  # type: ignore[attr-defined]
-    _patch(changes, names.FROM_CLI_ARGS, classmethod(from_cli_args))
-    _patch(changes, names.CREATE_MODEL_CONFIG, create_model_config)
+
+def _before_serving(original: Callable[..., Any], engine_args: Any) -> Any:
+    model_config = original(engine_args)
+    # Without flags it is a program's engine, not a server.
+    if hasattr(engine_args, "k26_flags"):
+        Later("k26_plugins.vllm.defaults", "before_serving")(model_config, engine_args, engine_args.k26_flags)
+    return model_config
 
 
 def register_parsers(changes: Registration, module: str, tool_parser: str, reasoning_parser: str) -> None:
@@ -153,37 +117,30 @@ def register_parsers(changes: Registration, module: str, tool_parser: str, reaso
             changes.entry(manager.lazy_parsers, PARSER, register)
 
 
-def register_composition(changes: Registration, module: str, name: str) -> None:
-    """Have `module.name(composed, reasoning_parser, tool_parser)` make the parser of answers where vLLM composed one of the
-    parsers `k26` alone."""
-    if not has_kimi_parser():
-        return
-    original = private(names.GET_PARSER)
-    if getattr(original, "k26_hook", None) is not None:
-        return
-    signature = inspect.signature(original)
+def register_composition(changes: Registration) -> None:
+    """Have the adapter make the parser of answers where vLLM composed one of the parsers `k26` alone."""
+    if has_kimi_parser():
+        wrap(changes, names.GET_PARSER, _get_parser)
 
-    @functools.wraps(original.__func__)
-    def get_parser(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        composed = original(*args, **kwargs)
-        bound = signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        given = bound.arguments
-        chosen = {given["tool_parser_name"] or PARSER, given["reasoning_parser_name"] or PARSER}
-        if composed is None or chosen != {PARSER}:
-            return composed
-        reasoning_parser = cls.get_reasoning_parser(given["reasoning_parser_name"])
-        tool_parser = cls.get_tool_parser(given["tool_parser_name"], given["enable_auto_tools"], given["model_name"])
-        return getattr(importlib.import_module(module), name)(composed, reasoning_parser, tool_parser)
 
-    get_parser.k26_hook = name  # type: ignore[attr-defined]
-    _patch(changes, names.GET_PARSER, classmethod(get_parser))
+def _get_parser(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    composed = original(*args, **kwargs)
+    bound = inspect.signature(original).bind(*args, **kwargs)
+    bound.apply_defaults()
+    given = bound.arguments
+    chosen = {given["tool_parser_name"] or PARSER, given["reasoning_parser_name"] or PARSER}
+    if composed is None or chosen != {PARSER}:
+        return composed
+    parsers = private(names.GET_PARSER.owner)
+    reasoning_parser = parsers.get_reasoning_parser(given["reasoning_parser_name"])
+    tool_parser = parsers.get_tool_parser(given["tool_parser_name"], given["enable_auto_tools"], given["model_name"])
+    return Later("k26_plugins.vllm.output", "compose")(composed, reasoning_parser, tool_parser)
 
 
 def register_grammars(changes: Registration, module: str, name: str) -> None:
     """Put `module.name(original, …)` around what gives the manager of structured output its tokenizer."""
     if names.GRAMMAR_TOKENIZER.module in sys.modules:  # else a worker, or another process that compiles no grammar
-        wrap(changes, names.GRAMMAR_TOKENIZER, getattr(importlib.import_module(module), name))
+        wrap(changes, names.GRAMMAR_TOKENIZER, Later(module, name))
 
 
 def level_of_calls(level: Any) -> Any:
@@ -283,52 +240,12 @@ def local_places(layer: Any) -> list[int] | None:
     return None if table is None else table.tolist()
 
 
-def hook_checkpoint_loader(whole: Callable[..., Any], files: Callable[..., Any]) -> None:
-    """Put `whole(original, loader, model_config, model)` around what gives a model the weights of vLLM's loader of
-    checkpoints, and `files(original, files, use_tqdm, strategy, local_expert_ids, …)` around what gives it the tensors of
-    safetensors files."""
-    changes = Registration()
-    wrap(changes, names.GET_ALL_WEIGHTS, whole)
-    wrap(changes, names.SAFETENSORS_ITERATOR, files)
-    changes.apply()
-
-
-def hook_saving(hook: Callable[..., Any]) -> None:
-    """Put `hook(original, model, path, …)` around what saves a model's parameters for `--load-format sharded_state`."""
-    changes = Registration()
-    wrap(changes, names.SAVE_MODEL, hook)
-    changes.apply()
-
-
 def reads_ahead_itself(files: list[str]) -> bool:
     """Whether the files lie on a network, of which vLLM reads all ahead with several threads at once."""
     if not ENGINE.has(names.FS_TYPE):
         # 0.19 knows NFS alone.
         return bool(private(names.IS_NFS_PATH)(files))
     return private(names.FS_TYPE)(files) in ("nfs", "nfs4", "lustre")
-
-
-def hook_lora_modules(hook: Callable[..., Any]) -> None:
-    """Put `hook(original, model)` around what says which modules of a model may have adapters."""
-    changes = Registration()
-    wrap(changes, names.SUPPORTED_LORA_MODULES, hook)
-    changes.apply()
-
-
-def hook_cpu_adapters(hook: Callable[..., Any]) -> None:
-    """Put `hook(original, inputs, weights, output, lora_indices, …)` around each adapter's first product on a CPU."""
-    changes = Registration()
-    wrap(changes, names.BGMV_SHRINK_OF_DECODING, hook)
-    wrap(changes, names.BGMV_SHRINK_OF_PREFILL, hook)
-    changes.apply()
-
-
-def hook_guesses(hook: Callable[..., Any]) -> None:
-    """Put `hook(original, values, ends, num_tokens, …)` around what repeats a request's temperature, top_k and top_p for
-    each of its guesses."""
-    changes = Registration()
-    wrap(changes, names.EXPAND_BATCH, hook)
-    changes.apply()
 
 
 def loader_filters(loader: Any) -> tuple[set[int] | None, tuple[str, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +26,13 @@ class Answer:
     """Whether it is a state that vLLM saved with the core's experts, which no others read."""
 
 
-def choose_tokenizer(model_config: Any) -> None:
+def choose_tokenizer(original: Callable[..., Any], model_config: Any, *args: Any, **kwargs: Any) -> Any:
     """The core's tokenizer for this architecture, unless the user chose one, or the checkpoint brings another."""
+    _choose_tokenizer(model_config)
+    return original(model_config, *args, **kwargs)
+
+
+def _choose_tokenizer(model_config: Any) -> None:
     if model_config.tokenizer_mode != "auto" or ARCHITECTURE not in (model_config.hf_config.architectures or []):
         return
     revision = model_config.tokenizer_revision

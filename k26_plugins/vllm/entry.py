@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from k26_plugins.common.adapters.engine import UnsupportedEngineError
-from k26_plugins.common.adapters.registration import go_without
+from k26_plugins.common.adapters.hooks import go_without
 from k26_plugins.vllm import compat, logger
 
 try:

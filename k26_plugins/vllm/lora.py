@@ -11,7 +11,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 from vllm.platforms import current_platform
 
 from k26_plugins.common.checkpoint.adapter_names import SPELLINGS
-from k26_plugins.vllm import compat
+from k26_plugins.vllm import compat, names
 from k26_plugins.vllm.experts import experts_of
 
 NAMES = WeightsMapper(orig_to_new_prefix=SPELLINGS)
@@ -43,9 +43,9 @@ class TakesAdapters:
 def prepare_adapters(vllm_config: Any) -> None:
     """Put the hooks for adapters in place before the model is built. Without `--enable-lora` nothing is done."""
     if vllm_config.lora_config is not None:
-        compat.hook_lora_modules(modules_with_adapters)
+        compat.ENGINE.hook(modules_with_adapters, names.SUPPORTED_LORA_MODULES)
         if current_platform.is_cpu():
-            compat.hook_cpu_adapters(only_with_adapter)
+            compat.ENGINE.hook(only_with_adapter, names.BGMV_SHRINK_OF_DECODING, names.BGMV_SHRINK_OF_PREFILL)
 
 
 def modules_with_adapters(original: Callable[[Any], list[str]], model: Any) -> list[str]:

@@ -18,7 +18,7 @@ from k26_plugins.common.experts import ExpertsError
 from k26_plugins.common.experts.loading import is_needed, load_experts
 from k26_plugins.common.experts.saving import in_checkpoint_form
 from k26_plugins.common.settings import ENGINE, EXPERTS, MEDIA
-from k26_plugins.vllm import compat, logger
+from k26_plugins.vllm import compat, logger, names
 from k26_plugins.vllm.engine_experts import files_read, watch_engine_experts
 from k26_plugins.vllm.experts import experts_of, use_core_experts
 from k26_plugins.vllm.files import readable_by_vllm
@@ -60,10 +60,11 @@ class KimiK25ForConditionalGeneration(TakesAdapters, _in_tree.KimiK25ForConditio
         if current_platform.is_cpu():
             compat.use_cpu_prefill_backend("k26_plugins.vllm.attention.K26CPUPrefillBackend")
             if vllm_config.speculative_config is not None:
-                compat.hook_guesses(repeated)
+                compat.ENGINE.hook(repeated, names.EXPAND_BATCH)
         prepare_adapters(vllm_config)
-        compat.hook_checkpoint_loader(whole_checkpoint, files_of_checkpoint)
-        compat.hook_saving(saved_state)
+        compat.ENGINE.hook(whole_checkpoint, names.GET_ALL_WEIGHTS)
+        compat.ENGINE.hook(files_of_checkpoint, names.SAFETENSORS_ITERATOR)
+        compat.ENGINE.hook(saved_state, names.SAVE_MODEL)
         with readable_by_vllm(vllm_config.model_config):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
         compat.keep_for_reloads(self)

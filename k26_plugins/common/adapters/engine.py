@@ -1,13 +1,15 @@
-"""The engine that an adapter is for: which release is installed, and its private names or one clear error."""
+"""The engine that an adapter is for: which release is installed, its private names or one clear error, hooks around them."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
+
+from k26_plugins.common.adapters.registration import Registration
 
 
 class UnsupportedEngineError(RuntimeError):
@@ -66,6 +68,8 @@ class Engine:
     """What else a user can do, as the end of "Install one of these, or …"."""
     title: str = ""
     """What users call it, if that is not the distribution's name."""
+    wraps_everywhere: bool = False
+    """Whether a function is replaced in all modules that have imported it, and not in its own alone."""
 
     def distribution(self) -> tuple[str, str]:
         """The name and the version of what is installed."""
@@ -118,3 +122,15 @@ class Engine:
         """The first that this release has, of names for the same in several releases, newest first; where it has none, the
         newest, for the error."""
         return next((name for name in names if self.has(name)), names[0])
+
+    def wrap(self, changes: Registration, name: EngineName, hook: Callable[..., Any]) -> None:
+        """Note that `hook(original, …)` goes around a function or a method. Raises as `private`."""
+        self.private(name)
+        changes.wrap(self.private(name.owner), name.attribute, hook, everywhere=self.wraps_everywhere)
+
+    def hook(self, around: Callable[..., Any], *names: EngineName) -> None:
+        """Put `around(original, …)` around functions or methods, all or none, at once. Raises as `private`."""
+        changes = Registration()
+        for name in names:
+            self.wrap(changes, name, around)
+        changes.apply()

@@ -6,35 +6,14 @@ first look up every name that they need, and note what they are going to change;
 
 from __future__ import annotations
 
-import logging
+import functools
+import inspect
 import sys
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping
 from types import ModuleType
 from typing import Any
 
-from k26_plugins.common.adapters.engine import EngineName
-from k26_plugins.common.settings import ENGINE, PARSERS, PROMPTS, STRICT
-
 _ABSENT = object()
-
-Hook = tuple[EngineName, Callable[..., Any], str]
-"""A function of the engine's, what goes around it, and what is lost where it is not there."""
-
-
-def wanted_hooks(requests: Sequence[Hook], answers: Sequence[Hook]) -> list[Hook]:
-    """The hooks of an API server's chats, those of requests and those of answers, each unless the user leaves that piece to
-    the engine."""
-    return [*(requests if PROMPTS.read() != ENGINE else ()), *(answers if PARSERS.read() != ENGINE else ())]
-
-
-def go_without(error: Exception, lost: str, logger: logging.Logger) -> None:
-    """Say that a name of the engine's is not where it was, and what is lost by it. With K26_STRICT=1 the start ends here.
-
-    Raises SystemExit: engines log any other exception of a plugin and go on.
-    """
-    if STRICT.read():
-        raise SystemExit(f"k26-plugins: {error} Without it {lost}, and {STRICT.variable}=1 stops the start.") from error
-    logger.warning("k26-plugins: %s Without it %s.", error, lost)
 
 
 class Registration:
@@ -74,7 +53,7 @@ class Registration:
 
         self.call(change)
 
-    def function(self, module: Any, name: str, value: Callable[..., Any]) -> None:
+    def function(self, module: Any, name: str, value: Any) -> None:
         """`module.name = value`, in its own module and in all that have imported it by name."""
         original = getattr(module, name)
 
@@ -83,6 +62,29 @@ class Registration:
             return lambda: _replace(name, value, original)
 
         self.call(change)
+
+    def wrap(self, owner: Any, name: str, hook: Callable[..., Any], *, everywhere: bool = False) -> None:
+        """`hook(original, …)` in the place of `owner.name`, a function of a module or a method of a class; repeatable.
+
+        A class method's `original` has its class already. everywhere: a module's function is replaced in all modules that
+        have imported it by name, and not in `owner` alone.
+        """
+        of_module = isinstance(owner, ModuleType)
+        found = getattr(owner, name) if of_module else inspect.getattr_static(owner, name)
+        kind = type(found) if isinstance(found, classmethod | staticmethod) else None
+        original = found.__func__ if kind else found
+        if getattr(original, "k26_hook", None) == hook:
+            return
+
+        @functools.wraps(original)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if kind is classmethod:
+                return hook(functools.partial(original, args[0]), *args[1:], **kwargs)
+            return hook(original, *args, **kwargs)
+
+        wrapped.k26_hook = hook  # type: ignore[attr-defined]
+        change = self.function if everywhere and of_module else self.attribute
+        change(owner, name, kind(wrapped) if kind else wrapped)
 
     def call(self, change: Callable[[], Callable[[], None]]) -> None:
         """Anything else: `change()` makes it and returns what takes it back."""

@@ -6,14 +6,11 @@ loads. Both stay shut for this model, from the moment that the plugin is registe
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
 
 from k26_plugins.common.adapters.registration import Registration
-
-_DOORS = "transformers.dynamic_module_utils"
 
 
 class RemoteCodeError(ValueError):
@@ -22,8 +19,9 @@ class RemoteCodeError(ValueError):
 
 def refuse_remote_code(changes: Registration) -> None:
     """Shut both doors in this process. Repeatable; other models are served as before."""
-    _put_around(changes, "resolve_trust_remote_code", _trust)
-    _put_around(changes, "get_class_from_dynamic_module", _load)
+    doors = importlib.import_module("transformers.dynamic_module_utils")
+    changes.wrap(doors, "resolve_trust_remote_code", _trust, everywhere=True)
+    changes.wrap(doors, "get_class_from_dynamic_module", _load, everywhere=True)
 
 
 def _trust(
@@ -62,18 +60,3 @@ def _refusal(what: str) -> RemoteCodeError:
         f"without --trust-remote-code. Leave out the flag that asks for it, such as --tokenizer-mode: the plugin's own "
         f"tokenizer, processor and model need none."
     )
-
-
-def _put_around(changes: Registration, name: str, hook: Callable[..., Any]) -> None:
-    """`hook(original, …)` in the place of a function, in its own module and in all that have imported it by name."""
-    doors = importlib.import_module(_DOORS)
-    original = getattr(doors, name)
-    if getattr(original, "k26_hook", None) is hook:
-        return
-
-    @functools.wraps(original)
-    def guarded(*args: Any, **named: Any) -> Any:
-        return hook(original, *args, **named)
-
-    guarded.k26_hook = hook  # type: ignore[attr-defined]
-    changes.function(doors, name, guarded)

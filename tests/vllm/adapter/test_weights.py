@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from k26_plugins.common.checkpoint import Checkpoint, CheckpointError, expert_name, shard
-from k26_plugins.vllm import compat
+from k26_plugins.vllm import compat, names
 from k26_plugins.vllm.experts import K26ExpertsMethod
 
 
@@ -52,12 +52,12 @@ def test_what_must_be_loaded_is_what_vllms_loader_promises(tiny_folder: Path, mo
     from vllm.config.load import LoadConfig
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-    from k26_plugins.vllm.model import KimiK25ForConditionalGeneration, files_of_checkpoint, whole_checkpoint
+    from k26_plugins.vllm.model import KimiK25ForConditionalGeneration, whole_checkpoint
 
     checkpoint = Checkpoint(tiny_folder)
     read = list(checkpoint.table)
     monkeypatch.setattr(DefaultModelLoader, "get_all_weights", DefaultModelLoader.get_all_weights)
-    compat.hook_checkpoint_loader(whole_checkpoint, files_of_checkpoint)
+    compat.ENGINE.hook(whole_checkpoint, names.GET_ALL_WEIGHTS)
     monkeypatch.setattr(
         DefaultModelLoader, "_get_weights_iterator", lambda self, source: ((n, checkpoint.tensor(n)) for n in read)
     )
