@@ -6,35 +6,29 @@
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
-from k26_plugins.common.settings import STRICT
+from k26_plugins.common.adapters.activation import activate
+
+if TYPE_CHECKING:
+    from k26_plugins.common.adapters.registration import Registration
 
 # Under SGLang's own logger, so that its level and format apply.
 logger = logging.getLogger("sglang.k26_plugins")
 
 
 def register() -> None:
-    """Put Kimi-K2.6's classes into SGLang's registries. Repeatable.
+    """Put Kimi-K2.6's classes into SGLang's registries. `SGLANG_PLUGINS` without `k26` in it switches the plugin off."""
+    activate("SGLang", logger, _note)
 
-    A failure is logged, and SGLang stays as it was; with K26_STRICT=1 it is a SystemExit, which ends the start.
-    `SGLANG_PLUGINS` without `k26` in it switches the plugin off.
-    """
-    try:
-        from k26_plugins.common.adapters.registration import Registration
-        from k26_plugins.common.adapters.remote_code import refuse_remote_code
-        from k26_plugins.sglang import compat
 
-        changes = Registration()
-        refuse_remote_code(changes)
-        compat.register_media(changes, "k26_plugins.sglang.media")
-        compat.register_config(changes, "k26_plugins.sglang.config", "KimiK25Config")
-        compat.register_processor(changes, "k26_plugins.sglang.processor", "K26Processor")
-        compat.register_argument_hook(changes, "k26_plugins.sglang.arguments", "before_settling")
-        compat.register_models(changes, "k26_plugins.sglang.models")
-        # Last: SGLang's own registry of hooks cannot take an applied one back.
-        compat.register_tokenizer_hook(changes, "k26_plugins.sglang.tokenizer", "get_tokenizer")
-        changes.apply()
-    except Exception as error:
-        if STRICT.read():
-            raise SystemExit(f"k26-plugins is not active, and K26_STRICT=1 stops the start: {error}") from error
-        logger.exception("k26-plugins is not active: SGLang serves Kimi-K2.6 with its own code.")
+def _note(changes: Registration) -> None:
+    from k26_plugins.sglang import compat
+
+    compat.register_media(changes, "k26_plugins.sglang.media")
+    compat.register_config(changes, "k26_plugins.sglang.config", "KimiK25Config")
+    compat.register_processor(changes, "k26_plugins.sglang.processor", "K26Processor")
+    compat.register_argument_hook(changes, "k26_plugins.sglang.arguments", "before_settling")
+    compat.register_models(changes, "k26_plugins.sglang.models")
+    # Last: SGLang's own registry of hooks cannot take an applied one back.
+    compat.register_tokenizer_hook(changes, "k26_plugins.sglang.tokenizer", "get_tokenizer")

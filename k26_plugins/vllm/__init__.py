@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
-from k26_plugins.common.settings import STRICT
+from k26_plugins.common.adapters.activation import activate
+
+if TYPE_CHECKING:
+    from k26_plugins.common.adapters.registration import Registration
 
 # Under vLLM's own logger, so that its level and format apply.
 logger = logging.getLogger("vllm.k26_plugins")
@@ -13,29 +17,21 @@ logger = logging.getLogger("vllm.k26_plugins")
 def register() -> None:
     """Put Kimi-K2.6's classes into vLLM's registries. Cheap, and repeatable.
 
-    vLLM does not catch what a plugin raises, and runs it for every model: a failure here is logged, and vLLM stays as it
-    was. With K26_STRICT=1 it is a SystemExit, which ends the start. `VLLM_PLUGINS` without `k26` in it switches the plugin
-    off.
+    vLLM does not catch what a plugin raises. `VLLM_PLUGINS` without `k26` in it switches the plugin off.
     """
-    try:
-        from k26_plugins.common.adapters.registration import Registration
-        from k26_plugins.common.adapters.remote_code import refuse_remote_code
-        from k26_plugins.vllm import compat
+    activate("vLLM", logger, _note)
 
-        changes = Registration()
-        refuse_remote_code(changes)
-        compat.register_model(changes, "k26_plugins.vllm.entry")
-        compat.register_tokenizer(
-            changes, ("k26_plugins.vllm.tokenizer", "K26Tokenizer"), ("k26_plugins.vllm.renderer", "K26Renderer")
-        )
-        compat.register_parsers(changes, "k26_plugins.vllm.output", "K26ToolParser", "K26ReasoningParser")
-        compat.register_composition(changes)
-        compat.register_grammars(changes, "k26_plugins.vllm.grammars", "grammar_tokenizer")
-        compat.register_tokenizer_choice(changes, "k26_plugins.vllm.config", "choose_tokenizer")
-        compat.register_argument_hook(changes)
-        compat.register_config_hook(changes, "k26_plugins.vllm.config")
-        changes.apply()
-    except Exception as error:
-        if STRICT.read():
-            raise SystemExit(f"k26-plugins is not active, and K26_STRICT=1 stops the start: {error}") from error
-        logger.exception("k26-plugins is not active: vLLM serves Kimi-K2.6 with its own code.")
+
+def _note(changes: Registration) -> None:
+    from k26_plugins.vllm import compat
+
+    compat.register_model(changes, "k26_plugins.vllm.entry")
+    compat.register_tokenizer(
+        changes, ("k26_plugins.vllm.tokenizer", "K26Tokenizer"), ("k26_plugins.vllm.renderer", "K26Renderer")
+    )
+    compat.register_parsers(changes, "k26_plugins.vllm.output", "K26ToolParser", "K26ReasoningParser")
+    compat.register_composition(changes)
+    compat.register_grammars(changes, "k26_plugins.vllm.grammars", "grammar_tokenizer")
+    compat.register_tokenizer_choice(changes, "k26_plugins.vllm.config", "choose_tokenizer")
+    compat.register_argument_hook(changes)
+    compat.register_config_hook(changes, "k26_plugins.vllm.config")
