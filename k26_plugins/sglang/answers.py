@@ -7,20 +7,12 @@ text alone (`output`).
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
-from k26_plugins.common.prompt.call_names import Tools
-from k26_plugins.common.prompt.output import (
-    THINK_END,
-    CallArguments,
-    CallStart,
-    Content,
-    Event,
-    OutputParser,
-    Reasoning,
-)
+from k26_plugins.common.adapters.answers import Answer, pieces, schemas
+from k26_plugins.common.prompt.output import THINK_END, Content, Event, Reasoning
 from k26_plugins.common.prompt.thinking import template_options
-from k26_plugins.common.prompt.token_text import TokenText
 from k26_plugins.sglang import compat_chats
 
 
@@ -143,11 +135,10 @@ class _Answer:
         wait: bool = False,
     ) -> None:
         """shown: special tokens are in the text. separate: reasoning is no content. wait: it is given out whole."""
-        self._tokenizer, self._shown = tokenizer, shown
         self._separate, self._wait, self._waiting = separate, wait, ""
         self._in_reasoning = False
-        self._output = OutputParser(in_reasoning=thinking, tools=_schemas(tools))
-        self._text = TokenText(tokenizer, special_shown=shown)
+        parsed = schemas(tools) if tools else None
+        self._answer = Answer(tokenizer, in_reasoning=thinking, tools=parsed, special_shown=shown)
         self._given_out = 0
 
     def whole(
@@ -157,50 +148,44 @@ class _Answer:
         matched = finish_reason.get("matched")
         if isinstance(matched, int) and not keep_stop and output_ids and output_ids[-1] == matched:
             output_ids = output_ids[:-1]
-        text = self._text.decode(output_ids)
+        text = self._answer.text.decode(output_ids)
         if isinstance(matched, str) and (found := text.find(matched)) >= 0:
             text = text[: found + (len(matched) if keep_stop else 0)]
-        return self._collect(self._feed(text, output_ids, finished=True), finished=True)
+        return self._collect(self._answer.feed(text, output_ids, finished=True), finished=True)
 
     def next(self, chunk: dict[str, Any], finish_reason: str | None) -> tuple[str, str, list[Any]]:
         """Reasoning, content and pieces of calls that SGLang's next chunk brings."""
-        new = compat_chats.new_output_ids(chunk, self._text.num_tokens, finish_reason)
+        new = compat_chats.new_output_ids(chunk, self._answer.text.num_tokens, finish_reason)
         text, self._given_out = compat_chats.new_text(chunk, self._given_out)
         finished = finish_reason is not None
-        return self._collect(self._feed(text, new, finished), finished)
-
-    def _feed(self, text: str, token_ids: list[int], finished: bool) -> list[Event]:
-        events = self._output.feed_pieces(self._text.split(text, token_ids))
-        if finished:
-            events += self._output.feed_pieces(self._text.finish()) + self._output.finish()
-        return events
+        return self._collect(self._answer.feed(text, new, finished=finished), finished)
 
     def _collect(self, events: list[Event], finished: bool) -> tuple[str, str, list[Any]]:
-        reasoning, content = "", ""
-        items: dict[int, Any] = {}
+        if not self._separate:
+            events = list(self._all_content(events))
+        elif events:
+            self._in_reasoning = isinstance(events[-1], Reasoning)
+        found = pieces(events)
+        items = [compat_chats.tool_call_item(call) for call in found.calls]
+        if not self._wait:
+            return found.reasoning, found.content, items
+        self._waiting += found.reasoning
+        if self._in_reasoning and not finished:
+            return "", found.content, items
+        reasoning, self._waiting = self._waiting, ""
+        return reasoning, found.content, items
+
+    def _all_content(self, events: list[Event]) -> Iterator[Event]:
+        """The events with reasoning as content, as the model wrote it."""
         for event in events:
             if isinstance(event, Reasoning):
-                self._in_reasoning = True
-                reasoning += event.text
-                continue
-            if self._in_reasoning and not self._separate:
-                content += reasoning + THINK_END
-                reasoning = ""
-            self._in_reasoning = False
-            match event:
-                case Content(text):
-                    content += text
-                case CallStart(index, _, name):
-                    items[index] = compat_chats.tool_call_item(index, name, "")
-                case CallArguments(index, text):
-                    items.setdefault(index, compat_chats.tool_call_item(index, None, "")).parameters += text
-        if not self._separate:
-            return "", content + reasoning, list(items.values())
-        if self._wait:
-            self._waiting += reasoning
-            reasoning = "" if self._in_reasoning and not finished else self._waiting
-            self._waiting = self._waiting if self._in_reasoning and not finished else ""
-        return reasoning, content, list(items.values())
+                yield Content(event.text)
+            elif self._in_reasoning:
+                yield Content(THINK_END)
+                yield event
+            else:
+                yield event
+            self._in_reasoning = isinstance(event, Reasoning)
 
 
 def is_thinking(request: Any) -> bool:
@@ -216,7 +201,3 @@ def name_reasoning_twice(event: str) -> str:
         if choice["delta"].get("reasoning_content") is not None:
             choice["delta"]["reasoning"] = choice["delta"]["reasoning_content"]
     return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
-
-
-def _schemas(tools: list[Any] | None) -> Tools | None:
-    return None if not tools else {tool.function.name: tool.function.parameters or {} for tool in tools}

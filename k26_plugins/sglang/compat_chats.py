@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from k26_plugins.common.adapters.answers import CallPiece
 from k26_plugins.common.adapters.engine import EngineName, UnsupportedEngineError
 from k26_plugins.common.adapters.hooks import go_without
 from k26_plugins.common.adapters.registration import Registration
@@ -45,8 +46,8 @@ def tool_parsing_result(normal_text: str, calls: list[Any]) -> Any:
     return private(names.PARSE_RESULT)(normal_text=normal_text, calls=calls)
 
 
-def tool_call_item(index: int, name: str | None, parameters: str) -> Any:
-    return private(names.CALL_ITEM)(tool_index=index, name=name, parameters=parameters)
+def tool_call_item(call: CallPiece) -> Any:
+    return private(names.CALL_ITEM)(tool_index=call.index, name=call.name, parameters=call.arguments)
 
 
 def tool_call(item: Any, call_id: str | None) -> Any:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from k26_plugins.common.prompt.output import CallArguments, CallStart, Content, Event, OutputParser
+from k26_plugins.common.adapters.answers import Pieces, pieces, schemas
+from k26_plugins.common.prompt.output import Event, OutputParser
 from k26_plugins.sglang import compat, compat_chats
 
 _in_tree = compat.in_tree_tool_detector()
@@ -24,8 +25,7 @@ class K26ToolDetector(_in_tree):  # type: ignore[misc, valid-type]
     def detect_and_parse(self, text: str, tools: list[Any]) -> Any:
         """A whole answer without its reasoning."""
         parser = _parser(tools)
-        normal, calls = _collect(parser.feed(text) + parser.finish())
-        return compat_chats.tool_parsing_result(normal, list(calls.values()))
+        return _result(pieces(parser.feed(text) + parser.finish()))
 
     def parse_streaming_increment(self, new_text: str, tools: list[Any]) -> Any:
         """The next piece of an answer without its reasoning."""
@@ -38,34 +38,20 @@ class K26ToolDetector(_in_tree):  # type: ignore[misc, valid-type]
         return self._result(self._parser.finish() if self._parser is not None else [])
 
     def _result(self, events: list[Event]) -> Any:
-        normal, calls = _collect(events)
-        for index, call in calls.items():
+        found = pieces(events)
+        for call in found.calls:
             # SGLang reads these two when the answer ends: whether there were calls, and whether all was sent.
-            if index == len(self.prev_tool_call_arr):
+            if call.index == len(self.prev_tool_call_arr):
                 self.prev_tool_call_arr.append({"name": call.name, "arguments": ""})
                 self.streamed_args_for_tool.append("")
-            self.streamed_args_for_tool[index] += call.parameters
-            self.prev_tool_call_arr[index]["arguments"] = self.streamed_args_for_tool[index]
-        return compat_chats.tool_parsing_result(normal, list(calls.values()))
+            self.streamed_args_for_tool[call.index] += call.arguments
+            self.prev_tool_call_arr[call.index]["arguments"] = self.streamed_args_for_tool[call.index]
+        return _result(found)
 
 
 def _parser(tools: list[Any]) -> OutputParser:
-    return OutputParser(
-        in_reasoning=False, tools={tool.function.name: tool.function.parameters or {} for tool in tools}
-    )
+    return OutputParser(in_reasoning=False, tools=schemas(tools))
 
 
-def _collect(events: list[Event]) -> tuple[str, dict[int, Any]]:
-    """Text, and one item for each call with what is new of it."""
-    normal = ""
-    calls: dict[int, Any] = {}
-    for event in events:
-        match event:
-            case Content(text):
-                normal += text
-            case CallStart(index, _, name):
-                calls[index] = compat_chats.tool_call_item(index, name, "")
-            case CallArguments(index, text):
-                call = calls.setdefault(index, compat_chats.tool_call_item(index, None, ""))
-                call.parameters += text
-    return normal, calls
+def _result(found: Pieces) -> Any:
+    return compat_chats.tool_parsing_result(found.content, [compat_chats.tool_call_item(call) for call in found.calls])

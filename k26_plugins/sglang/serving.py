@@ -6,10 +6,10 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from k26_plugins.common.adapters.answers import markers_are_ordinary
 from k26_plugins.common.adapters.hooks import Hook, wanted_hooks
 from k26_plugins.common.adapters.registration import Registration
 from k26_plugins.common.prompt.hf_tokenizer import CONTINUE_KEY
-from k26_plugins.common.prompt.output import MARKERS
 from k26_plugins.common.prompt.thinking import template_options
 from k26_plugins.common.settings import ENGINE, PARSERS
 from k26_plugins.sglang import compat, compat_chats, names
@@ -134,7 +134,7 @@ def settle(original: Callable[..., Any], serving: Any, request: Any, *args: Any,
     """
     asked = request.skip_special_tokens
     processed = original(serving, request, *args, **kwargs)
-    if set(serving.tokenizer_manager.tokenizer.all_special_tokens).isdisjoint(MARKERS):
+    if markers_are_ordinary(serving.tokenizer_manager.tokenizer):
         request.skip_special_tokens = processed.skip_special_tokens = asked
     request.chat_template_kwargs = template_options(request.chat_template_kwargs)
     allow_calls(serving, request, processed)

@@ -16,39 +16,32 @@ from vllm.parser.metrics import record_tool_parser_invocation
 from vllm.reasoning.kimi_k2_reasoning_parser import KimiK2ReasoningParser
 from vllm.tool_parsers.kimi_k2_tool_parser import KimiK2ToolParser
 
-from k26_plugins.common.prompt.call_names import Tools
-from k26_plugins.common.prompt.output import (
-    CALL_BEGIN,
-    MARKERS,
-    SECTION_BEGIN,
-    THINK_END,
-    CallArguments,
-    CallStart,
-    Content,
-    Event,
-    OutputParser,
-    Reasoning,
+from k26_plugins.common.adapters.answers import (
+    REASONING_NAMES,
+    Answer,
+    CallPiece,
+    markers_are_ordinary,
+    pieces,
+    schemas,
 )
+from k26_plugins.common.prompt.call_names import Tools
+from k26_plugins.common.prompt.output import CALL_BEGIN, SECTION_BEGIN, THINK_END, Event, Reasoning
 from k26_plugins.common.prompt.thinking import begins_in_reasoning, template_options
-from k26_plugins.common.prompt.token_text import TokenText
 from k26_plugins.vllm import compat
-
-# vLLM's name and the one of Moonshot's own API, which its clients read.
-REASONING_NAMES = ("reasoning", "reasoning_content")
 
 
 class K26ToolParser(KimiK2ToolParser):
     """What the tool-call parser `k26` is beside another's parser of reasoning, and for structural tags."""
 
     def adjust_request(self, request: Any) -> Any:
-        return request if _sees_markers(self.model_tokenizer) else super().adjust_request(request)
+        return request if markers_are_ordinary(self.model_tokenizer) else super().adjust_request(request)
 
 
 class K26ReasoningParser(KimiK2ReasoningParser):
     """What the reasoning parser `k26` is beside another's parser of tool calls, and in the engine's process."""
 
     def adjust_request(self, request: Any) -> Any:
-        return request if _sees_markers(self.model_tokenizer) else super().adjust_request(request)
+        return request if markers_are_ordinary(self.model_tokenizer) else super().adjust_request(request)
 
 
 class K26Parser(DelegatingParser):
@@ -59,8 +52,7 @@ class K26Parser(DelegatingParser):
         options = template_options(kwargs.get("chat_template_kwargs"))
         self._in_reasoning = self.reasoning_parser_cls is not None and options.get("thinking", True)
         self._prompt_seen = False
-        self._text: TokenText | None = None
-        self._output: OutputParser | None = None
+        self._answer: Answer | None = None
 
     def set_prompt_token_ids(self, prompt_token_ids: Sequence[int]) -> None:
         """What the prompt ends with is what the answer begins with, whatever the request said."""
@@ -117,48 +109,28 @@ class K26Parser(DelegatingParser):
         return super()._apply_structural_tag(request)
 
     def _feed(self, text: str, token_ids: Sequence[int], request: Any, finished: bool) -> list[Event]:
-        if self._output is None or self._text is None:
-            self._output = OutputParser(in_reasoning=self._in_reasoning, tools=self._tools(request))
-            self._text = TokenText(self.model_tokenizer.plain, special_shown=request.skip_special_tokens is False)
-        if not token_ids and finished and not self._text.num_tokens:
-            return self._output.feed(text) + self._output.finish()
-        events = self._output.feed_pieces(self._text.split(text, token_ids))
-        if finished:
-            events += self._output.feed_pieces(self._text.finish()) + self._output.finish()
-        return events
+        if self._answer is None:
+            self._answer = Answer(
+                self.model_tokenizer.plain,
+                in_reasoning=self._in_reasoning,
+                tools=self._tools(request),
+                special_shown=request.skip_special_tokens is False,
+            )
+        return self._answer.feed(text, token_ids, finished=finished)
 
     def _tools(self, request: Any) -> Tools | None:
         """None where the request allows no calls: vLLM drops them, and the parser must not take them for text."""
         if self.tool_parser_cls is None or not request.tools or request.tool_choice == "none":
             return None
-        functions = [getattr(tool, "function", tool) for tool in request.tools]
-        return {
-            function.name: getattr(function, "parameters", None) or {}
-            for function in functions
-            if isinstance(getattr(function, "name", None), str)
-        }
+        return schemas(request.tools)
 
     def _message(self, events: list[Event]) -> DeltaMessage:
-        reasoning = "".join(event.text for event in events if isinstance(event, Reasoning))
-        content = "".join(event.text for event in events if isinstance(event, Content))
-        calls: dict[int, DeltaToolCall] = {}
-        for event in events:
-            if isinstance(event, CallStart):
-                function = DeltaFunctionCall(name=event.name, arguments="")
-                calls[event.index] = DeltaToolCall(
-                    index=event.index, id=event.call_id, type="function", function=function
-                )
-            elif isinstance(event, CallArguments):
-                more = DeltaToolCall(index=event.index, function=DeltaFunctionCall(arguments=""))
-                found = calls.setdefault(event.index, more)
-                found.function.arguments += event.text
-        message: dict[str, Any] = {}
-        if reasoning:
-            message |= dict.fromkeys(REASONING_NAMES, reasoning)
-        if content:
-            message["content"] = content
-        if calls:
-            message["tool_calls"] = list(calls.values())
+        found = pieces(events)
+        message: dict[str, Any] = dict.fromkeys(REASONING_NAMES, found.reasoning) if found.reasoning else {}
+        if found.content:
+            message["content"] = found.content
+        if found.calls:
+            message["tool_calls"] = [_call(piece) for piece in found.calls]
         return DeltaMessage(**message)
 
     def _count(self, called: bool, request: Any, *, is_streaming: bool) -> None:
@@ -174,6 +146,9 @@ def compose(composed: type, reasoning_parser: type | None, tool_parser: type | N
     return type("K26Parser", (K26Parser,), chosen)
 
 
-def _sees_markers(tokenizer: Any) -> bool:
-    """Our tokenizer counts the markers among the ordinary tokens: no special token needs to be shown for their sake."""
-    return set(tokenizer.all_special_tokens).isdisjoint(MARKERS)
+def _call(piece: CallPiece) -> DeltaToolCall:
+    """vLLM sends what is set: of a piece that goes on with a call that is the arguments alone."""
+    if piece.name is None:
+        return DeltaToolCall(index=piece.index, function=DeltaFunctionCall(arguments=piece.arguments))
+    function = DeltaFunctionCall(name=piece.name, arguments=piece.arguments)
+    return DeltaToolCall(index=piece.index, id=piece.call_id, type="function", function=function)
