@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from k26_plugins.common.adapters.answers import Answer, pieces, schemas
+from k26_plugins.common.adapters.answers import Answer, name_reasoning_twice, pieces, schemas
 from k26_plugins.common.prompt.output import THINK_END, Content, Event, Reasoning
 from k26_plugins.common.prompt.thinking import template_options
 from k26_plugins.sglang import compat_chats
@@ -63,7 +63,7 @@ class K26Answers:
             content=text,
             tool_calls=self._calls(request, items),
         )
-        return [name_reasoning_twice(chunk) for chunk in chunks] if reasoning else chunks
+        return [name_reasoning(chunk) for chunk in chunks] if reasoning else chunks
 
     def parse_responses_output(
         self,
@@ -194,10 +194,9 @@ def is_thinking(request: Any) -> bool:
     return thinking
 
 
-def name_reasoning_twice(event: str) -> str:
+def name_reasoning(event: str) -> str:
     """A server-sent event of a chat with reasoning as vLLM calls it beside the name of Moonshot's API and SGLang's."""
     data = json.loads(event.removeprefix("data: "))
     for choice in data["choices"]:
-        if choice["delta"].get("reasoning_content") is not None:
-            choice["delta"]["reasoning"] = choice["delta"]["reasoning_content"]
+        name_reasoning_twice(choice["delta"])
     return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from k26_plugins.common.adapters.serving import say_parsers
 from k26_plugins.common.prompt.hf_tokenizer import is_this_model
 from k26_plugins.common.settings import EXPERTS, PARSERS
 from k26_plugins.sglang import compat, compat_loading, logger
@@ -52,12 +53,7 @@ def _choose_parsers(server_args: Any) -> None:
     if missing and PARSERS.read() != "none":
         for name in missing:
             setattr(server_args, name, PARSER)
-        logger.info(
-            "k26-plugins: reasoning parser %s, tool-call parser %s (flags win; %s=none leaves them out).",
-            server_args.reasoning_parser,
-            server_args.tool_call_parser,
-            PARSERS.variable,
-        )
+        say_parsers(logger, server_args.reasoning_parser, server_args.tool_call_parser)
 
 
 def _choose_runner(server_args: Any) -> None:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from k26_plugins.common.adapters.answers import CallPiece
+from k26_plugins.common.adapters.answers import CallPiece, name_reasoning_twice
 from k26_plugins.common.adapters.engine import EngineName, UnsupportedEngineError
 from k26_plugins.common.adapters.hooks import go_without
 from k26_plugins.common.adapters.registration import Registration
@@ -62,8 +62,7 @@ def reasoning_named_twice(response: Any) -> Any:
         return response
     data = response.model_dump(mode="json", by_alias=True)
     for choice in data["choices"]:
-        if choice["message"].get("reasoning_content") is not None:
-            choice["message"]["reasoning"] = choice["message"]["reasoning_content"]
+        name_reasoning_twice(choice["message"])
     return importlib.import_module("fastapi.responses").JSONResponse(data)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,20 +10,16 @@ import torch
 from k26_plugins.common.experts import ExpertsError
 from k26_plugins.common.experts.engine_test import (
     EngineLayer,
-    EngineTest,
     UntestableError,
     require_replaceable,
-    some_layers,
     stop,
+    watch_layers,
 )
 from k26_plugins.common.experts.triton import TritonExperts
 from k26_plugins.common.model.config import K26Config
 from k26_plugins.common.settings import EXPERTS
 from k26_plugins.sglang import compat, logger
 from k26_plugins.sglang.experts import K26MoEScheme
-
-# What SGLang's loader has read for the model that this process built last: it alone knows where the files are.
-files_read: list[str] = []
 
 
 class WrongExpertsError(ExpertsError):
@@ -36,23 +33,21 @@ def watch_engine_experts(model: torch.nn.Module, config: K26Config | None) -> No
     ExpertsError: a WrongExpertsError where the model can be built again with the core's, since SGLang's layers are built
     around their kernel.
     """
-    found = {module.layer_id: (name, module) for name, module in model.named_modules() if is_sglangs(module)}
-    files_read.clear()
 
     def on_wrong(wrong: str) -> None:
-        require_replaceable(wrong, "SGLang", published_layout=config is not None, files=files_read)
+        require_replaceable(wrong, "SGLang", published_layout=config is not None)
         if not compat.moe_runner_backend().is_auto():
             # Whoever chose it: other parts of SGLang went by that too.
             remedy = f"Set {EXPERTS.variable}={TritonExperts.name}, or another --moe-runner-backend"
             stop(wrong, f"--moe-runner-backend names theirs. {remedy}")
         raise WrongExpertsError(wrong)
 
-    layers = []
-    for number in some_layers(list(found)):
-        name, module = found[number]
-        topk = getattr(model.get_submodule(name.rpartition(".")[0]), "topk", None)
-        layers.append(_layer(module, topk))
-    EngineTest("SGLang", logger, on_wrong).watch(layers)
+    layers = {
+        module.layer_id: partial(_layer, module, getattr(model.get_submodule(name.rpartition(".")[0]), "topk", None))
+        for name, module in model.named_modules()
+        if is_sglangs(module)
+    }
+    watch_layers("SGLang", logger, layers, on_wrong)
 
 
 def is_sglangs(module: Any) -> bool:

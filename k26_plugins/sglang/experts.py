@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
-from k26_plugins.common.adapters.engine import UnsupportedEngineError
-from k26_plugins.common.adapters.serving import core_serves_layer
+from k26_plugins.common.adapters.experts import answer_with, backend_of_layer, core_serves_layer, require_config
 from k26_plugins.common.experts import ExpertsError, why_unsupported
 from k26_plugins.common.experts.base import Batches, LayerSizes
 from k26_plugins.common.experts.engine_test import stop
 from k26_plugins.common.experts.loading import ExpertsOfLayer, Places
 from k26_plugins.common.experts.parameters import LayerExperts
 from k26_plugins.common.experts.triton import TritonExperts
-from k26_plugins.common.experts.tuned import backend_for, installed_engine
 from k26_plugins.common.settings import ENGINE, EXPERTS
-from k26_plugins.sglang import compat, compat_loading, logger
+from k26_plugins.sglang import compat, compat_loading, logger, names
 
 # What was wrong with SGLang's own experts where this process found them so: it takes the core's from then on.
 _wrong: str | None = None
@@ -147,26 +146,17 @@ def use_core_experts(
     """Give this model's quantization configuration our scheme for routed experts, and leave the rest of it alone.
 
     backend_name: as `chosen_backend` gives it. make_scheme: from a backend's name, one for each layer; not called for the
-    name of SGLang's own experts. by_name: no other experts may take the place of the core's. The object's class is replaced
-    by a subclass of its own: the one of another model in the process keeps its.
+    name of SGLang's own experts. by_name: no other experts may take the place of the core's.
     """
-    base = compat.compressed_tensors_config()
-    if not isinstance(quant_config, base):
-        raise UnsupportedEngineError(
-            f"SGLang {compat.sglang_version()} read the INT4 checkpoint as {type(quant_config).__name__}, expected "
-            f"{base.__name__}: remove --quantization."
-        )
+    engine = f"SGLang {compat.sglang_version()}"
+    require_config(quant_config, compat.compressed_tensors_config(), engine, "remove --quantization")
 
-    class K26QuantConfig(type(quant_config)):  # type: ignore[misc]
-        def get_moe_scheme(self, layer: torch.nn.Module, layer_name: str | None = None) -> Any:
-            name = backend_name
-            if name == "auto" and not by_name:
-                name = backend_for(name, sizes_of(layer), installed_engine("sglang"), logger)
-            if name == ENGINE or not core_serves(layer, name, by_name=by_name):
-                return super().get_moe_scheme(layer=layer, layer_name=layer_name)
-            return make_scheme(name)
+    def ours(layer: torch.nn.Module) -> K26MoEScheme | None:
+        sizes, serves = partial(sizes_of, layer), partial(core_serves, layer, by_name=by_name)
+        name = backend_of_layer(backend_name, sizes, "sglang", logger, by_name=by_name, serves=serves)
+        return None if name is None else make_scheme(name)
 
-    quant_config.__class__ = K26QuantConfig
+    answer_with(quant_config, names.GET_MOE_SCHEME.attribute, ours)
 
 
 def sizes_of(layer: Any) -> LayerSizes:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from k26_plugins.common.adapters.answers import make_cut_calls_text
 from k26_plugins.common.prompt.call_names import is_object
 from k26_plugins.common.prompt.chat import as_error
 
@@ -25,14 +26,10 @@ def keep_history(original: Callable[..., Any], serving: Any, request: Any) -> An
 
 
 def show_cut_calls(original: Callable[..., Any], serving: Any, response: Any) -> Any:
-    """A call's input is an object here. Arguments that are none, as where the token limit cut them, are text, where SGLang
-    would make a call without arguments of it."""
+    """A cut call's arguments are text: SGLang would make a call without arguments of it."""
     for choice in response.choices[:1]:
-        message = choice.message
-        cut = [call for call in message.tool_calls or () if not is_object(call.function.arguments)]
-        if cut:
-            message.tool_calls = [call for call in message.tool_calls if call not in cut] or None
-            message.content = "\n".join(filter(None, [message.content, *(call.function.arguments for call in cut)]))
+        make_cut_calls_text(choice.message)
+        choice.message.tool_calls = choice.message.tool_calls or None
     return original(serving, response)
 
 

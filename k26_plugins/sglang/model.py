@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import nullcontext
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ from k26_plugins.common.checkpoint.engine_files import engine_files, is_under_wa
 from k26_plugins.common.checkpoint.mapped import mapped_tensors
 from k26_plugins.common.checkpoint.saved_state import require_its_loader
 from k26_plugins.common.checkpoint.watched import watched_files
-from k26_plugins.common.experts.loading import is_needed, load_experts
+from k26_plugins.common.experts.engine_test import files_read, note_files
+from k26_plugins.common.experts.loading import is_needed, load_weights
 from k26_plugins.common.experts.saving import in_checkpoint_form
 from k26_plugins.common.model.config import K26Config
 from k26_plugins.common.settings import ENGINE, EXPERTS, MEDIA
 from k26_plugins.sglang import compat, compat_encoder, compat_loading, encoder, logger, names
-from k26_plugins.sglang.engine_experts import WrongExpertsError, files_read, watch_engine_experts
+from k26_plugins.sglang.engine_experts import WrongExpertsError, watch_engine_experts
 from k26_plugins.sglang.experts import (
     K26MoEScheme,
     chosen_backend,
@@ -118,12 +119,9 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
         self.left_out = set()
         compat.forget_media_embeddings()
         layers = experts_of(self)
-        if not layers:
-            return super().load_weights(weights)
-        assert self.core_config is not None, "the core's experts are of the published layout"
         # SGLang's threads copy from files after their last tensor was given to it.
-        with watched_files(), closing(load_experts(weights, self.core_config, layers)) as others:
-            return super().load_weights(others)
+        with watched_files() if layers else nullcontext():
+            return load_weights(weights, self.core_config, layers, super().load_weights)
 
     def post_load_weights(self) -> None:
         """Called where a saved state was loaded, or weights came otherwise than by `load_weights`."""
@@ -207,8 +205,7 @@ def files_of_checkpoint(
     original: Callable[..., Any], files: list[str], *args: Any, disable_mmap: bool = False, **kwargs: Any
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of safetensors files; a way to read them that the user chose stays SGLang's."""
-    # Once each: an update reads the same files again.
-    files_read.extend(file for file in files if file not in files_read)
+    note_files(files)
     chosen = disable_mmap or kwargs.get("prefetch") or kwargs.get("drop_cache_after_load")
     # An update opens the files before it says for what: it is asked when the first tensor is.
     if chosen or not is_under_way():

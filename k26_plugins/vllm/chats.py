@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import pydantic
 
+from k26_plugins.common.adapters.answers import make_cut_calls_text, name_reasoning_twice
 from k26_plugins.common.adapters.engine import UnsupportedEngineError
 from k26_plugins.common.adapters.hooks import Hook, go_without, wanted_hooks
 from k26_plugins.common.adapters.registration import Registration
-from k26_plugins.common.prompt.call_names import is_object
 from k26_plugins.common.prompt.chat import as_error
 from k26_plugins.common.prompt.thinking import template_options
 from k26_plugins.vllm import compat, logger, names
@@ -40,7 +40,7 @@ def install() -> None:
         (compat.create_tokenize(), read_reasoning, "/tokenize leaves out `reasoning_content`"),
     ]
     answers: list[Hook] = [
-        (names.CHAT_MESSAGE, name_reasoning_twice, "an answer has its reasoning under vLLM's name alone"),
+        (names.CHAT_MESSAGE, name_reasoning, "an answer has its reasoning under vLLM's name alone"),
         (
             names.CHAT_ANSWER,
             length_wins,
@@ -77,10 +77,9 @@ def settle_thinking(original: Callable[..., Any], request: Any, *args: Any, **kw
     return dataclasses.replace(params, chat_template_kwargs=settled)
 
 
-def name_reasoning_twice(original: Callable[..., None], message: Any, **fields: Any) -> None:
+def name_reasoning(original: Callable[..., None], message: Any, **fields: Any) -> None:
     """Give a message's reasoning the name that vLLM has for it, and the one that Moonshot's API and its clients have."""
-    if fields.get("reasoning") is not None:
-        fields.setdefault("reasoning_content", fields["reasoning"])
+    name_reasoning_twice(fields)
     original(message, **fields)
 
 
@@ -129,13 +128,8 @@ def keep_results(original: Callable[..., None], block: Any, openai_messages: lis
 
 
 def show_cut_calls(original: Callable[..., Any], serving: Any, response: Any) -> Any:
-    """A call's input is an object here. Arguments that are none, as where the token limit cut them, are text, where vLLM
-    would refuse the whole answer."""
-    message = response.choices[0].message
-    cut = [call for call in message.tool_calls or () if not is_object(call.function.arguments)]
-    if cut:
-        message.tool_calls = [call for call in message.tool_calls if call not in cut]
-        message.content = "\n".join(filter(None, [message.content, *(call.function.arguments for call in cut)]))
+    """A cut call's arguments are text: vLLM would refuse the whole answer."""
+    make_cut_calls_text(response.choices[0].message)
     return original(serving, response)
 
 

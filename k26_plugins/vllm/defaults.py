@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from k26_plugins.common.adapters.serving import say_parsers
 from k26_plugins.common.model.config import ARCHITECTURE
 from k26_plugins.common.settings import PARSERS
 from k26_plugins.vllm import chats, compat, logger
@@ -30,9 +31,5 @@ def choose_parsers(engine_args: Any, flags: Any) -> None:
         flags.enable_auto_tool_choice = True
     if not flags.reasoning_parser and not getattr(flags.structured_outputs_config, "reasoning_parser", ""):
         flags.reasoning_parser = engine_args.reasoning_parser = parser
-    logger.info(
-        "k26-plugins: reasoning parser %s, tool-call parser %s (flags win; %s=none leaves them out).",
-        flags.reasoning_parser or flags.structured_outputs_config.reasoning_parser,
-        flags.tool_call_parser,
-        PARSERS.variable,
-    )
+    reasoning = flags.reasoning_parser or flags.structured_outputs_config.reasoning_parser
+    say_parsers(logger, reasoning, flags.tool_call_parser)

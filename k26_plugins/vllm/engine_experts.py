@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ import torch
 from k26_plugins.common.checkpoint.mapped import mapped_tensors
 from k26_plugins.common.experts.engine_test import (
     EngineLayer,
-    EngineTest,
     UntestableError,
+    files_read,
     require_replaceable,
-    some_layers,
     stop,
+    watch_layers,
 )
 from k26_plugins.common.experts.loading import load_experts
 from k26_plugins.common.experts.triton import TritonExperts
@@ -24,9 +25,6 @@ from k26_plugins.common.model.config import K26Config
 from k26_plugins.common.settings import EXPERTS
 from k26_plugins.vllm import compat, logger
 from k26_plugins.vllm.experts import K26ExpertsMethod, core_serves, experts_of, layer_number
-
-# What vLLM's loader of checkpoints has read in this process: it alone knows where the files are.
-files_read: list[str] = []
 
 
 def watch_engine_experts(model: torch.nn.Module, config: K26Config | None) -> None:
@@ -36,17 +34,16 @@ def watch_engine_experts(model: torch.nn.Module, config: K26Config | None) -> No
     ExpertsError, then, where those cannot.
     """
     found = {layer_number(name): module for name, module in model.named_modules() if is_vllms(module)}
-    files_read.clear()
 
     def on_wrong(wrong: str) -> None:
         use_core_instead(model, list(found.values()), config, wrong)
 
-    EngineTest("vLLM", logger, on_wrong).watch([_layer(found[number]) for number in some_layers(list(found))])
+    watch_layers("vLLM", logger, {number: partial(_layer, module) for number, module in found.items()}, on_wrong)
 
 
 def use_core_instead(model: torch.nn.Module, modules: Sequence[Any], config: K26Config | None, wrong: str) -> None:
     """Give the layers our method, and load their experts again. Raises ExpertsError where that cannot be."""
-    require_replaceable(wrong, "vLLM", published_layout=config is not None, files=files_read)
+    require_replaceable(wrong, "vLLM", published_layout=config is not None)
     assert config is not None
     if getattr(modules[0].moe_config.moe_parallel_config, "enable_eplb", False):
         stop(wrong, f"EPLB moves experts between ranks that keep theirs. Set {EXPERTS.variable}={TritonExperts.name}")

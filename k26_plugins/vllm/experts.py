@@ -11,14 +11,12 @@ from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CO
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.utils import set_weight_attrs
 
-from k26_plugins.common.adapters.engine import UnsupportedEngineError
-from k26_plugins.common.adapters.serving import core_serves_layer
+from k26_plugins.common.adapters.experts import answer_with, backend_of_layer, core_serves_layer, require_config
 from k26_plugins.common.experts import ExpertsError, why_unsupported
 from k26_plugins.common.experts.base import Batches, LayerSizes
 from k26_plugins.common.experts.loading import ExpertsOfLayer, Places
 from k26_plugins.common.experts.parameters import LayerExperts
-from k26_plugins.common.experts.tuned import backend_for, installed_engine
-from k26_plugins.common.settings import ENGINE, EXPERTS
+from k26_plugins.common.settings import EXPERTS
 from k26_plugins.vllm import compat, logger
 from k26_plugins.vllm.modular import K26Experts, experts_for
 
@@ -144,33 +142,24 @@ def use_core_experts(vllm_config: Any, setting: str, *, required: bool = True) -
     """Give this model's quantization configuration our method for routed experts, and leave the rest of it alone.
 
     setting: a backend's name, or `auto`, which each layer resolves for its device. required: no other experts may take the
-    place of the core's, whatever was measured to be faster. The object's class is replaced by a subclass of its own: the
-    one of another model in the process keeps its. Raises UnsupportedEngineError where they are required and vLLM reads the
-    checkpoint as something else.
+    place of the core's, whatever was measured to be faster. Raises UnsupportedEngineError where they are required and vLLM
+    read the checkpoint as something else.
     """
-    quant_config = vllm_config.quant_config
-    base = compat.compressed_tensors_config()
-    if not isinstance(quant_config, base):
-        if not required:
-            return
-        raise UnsupportedEngineError(
-            f"vLLM {compat.vllm_version()} read the INT4 checkpoint as {type(quant_config).__name__}, expected "
-            f"{base.__name__}: remove --quantization, or set K26_EXPERTS=engine to keep vLLM's experts."
-        )
+    quant_config, base = vllm_config.quant_config, compat.compressed_tensors_config()
+    if not required and not isinstance(quant_config, base):
+        return
+    remedy = "remove --quantization, or set K26_EXPERTS=engine to keep vLLM's experts"
+    require_config(quant_config, base, f"vLLM {compat.vllm_version()}", remedy)
 
-    class K26QuantConfig(type(quant_config)):  # type: ignore[misc]
-        def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-            if compat.is_routed_experts(layer):
-                backend_name = setting
-                # Layers that are never loaded, as of a server of encoders, are on no device that could be asked.
-                if not required:
-                    sizes = sizes_of(layer.moe_config)
-                    backend_name = backend_for(setting, sizes, installed_engine("vllm"), logger)
-                if backend_name != ENGINE and core_serves(layer.moe_config, backend_name):
-                    return K26ExpertsMethod(layer.moe_config, backend_name)
-            return super().get_quant_method(layer, prefix)
+    def ours(layer: torch.nn.Module) -> K26ExpertsMethod | None:
+        if not compat.is_routed_experts(layer):
+            return None
+        moe: Any = layer.moe_config
+        sizes, serves = partial(sizes_of, moe), partial(core_serves, moe)
+        name = backend_of_layer(setting, sizes, "vllm", logger, by_name=required, serves=serves)
+        return None if name is None else K26ExpertsMethod(moe, name)
 
-    quant_config.__class__ = K26QuantConfig
+    answer_with(quant_config, "get_quant_method", ours)
 
 
 def sizes_of(moe: FusedMoEConfig) -> LayerSizes:

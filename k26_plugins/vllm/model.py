@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import closing
 from typing import Any
 
 import torch
@@ -15,11 +14,12 @@ from k26_plugins.common.checkpoint import TensorSpec, account
 from k26_plugins.common.checkpoint.engine_files import engine_files, is_under_way, with_mapped_files
 from k26_plugins.common.checkpoint.saved_state import require_its_loader
 from k26_plugins.common.experts import ExpertsError
-from k26_plugins.common.experts.loading import is_needed, load_experts
+from k26_plugins.common.experts.engine_test import note_files
+from k26_plugins.common.experts.loading import is_needed, load_weights
 from k26_plugins.common.experts.saving import in_checkpoint_form
 from k26_plugins.common.settings import ENGINE, EXPERTS, MEDIA
 from k26_plugins.vllm import compat, logger, names
-from k26_plugins.vllm.engine_experts import files_read, watch_engine_experts
+from k26_plugins.vllm.engine_experts import watch_engine_experts
 from k26_plugins.vllm.experts import experts_of, use_core_experts
 from k26_plugins.vllm.files import readable_by_vllm
 from k26_plugins.vllm.guesses import repeated
@@ -74,12 +74,8 @@ class KimiK25ForConditionalGeneration(TakesAdapters, _in_tree.KimiK25ForConditio
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """All of the checkpoint, or any part of it: what is loaded later updates a running server (RLHF)."""
-        layers = experts_of(self)
-        if not layers:
-            return super().load_weights(weights)  # type: ignore[no-any-return]
-        assert self.core_config is not None, "the core's experts are of the published layout"
-        with closing(load_experts(weights, self.core_config, layers)) as others:
-            return super().load_weights(others)  # type: ignore[no-any-return]
+        loaded: set[str] = load_weights(weights, self.core_config, experts_of(self), super().load_weights)
+        return loaded
 
 
 def keep_constants(module: torch.nn.Module) -> None:
@@ -126,8 +122,7 @@ def files_of_checkpoint(
     **prefetch: Any,
 ) -> Iterable[tuple[str, torch.Tensor]]:
     """The tensors of safetensors files; a way to read them that the user chose stays vLLM's."""
-    # Once each: an update reads the same files again.
-    files_read.extend(file for file in files if file not in files_read)
+    note_files(files)
     if not is_under_way() or strategy not in (None, "lazy") or compat.reads_ahead_itself(files):
         return original(files, use_tqdm, strategy, local_expert_ids, **prefetch)
     return engine_files(sorted(files), logger, local_expert_ids)

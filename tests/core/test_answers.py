@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from k26_plugins.common.adapters.answers import Answer, CallPiece, Pieces, markers_are_ordinary, pieces, schemas
+from k26_plugins.common.adapters.answers import (
+    REASONING_NAMES,
+    Answer,
+    CallPiece,
+    Pieces,
+    make_cut_calls_text,
+    markers_are_ordinary,
+    name_reasoning_twice,
+    pieces,
+    schemas,
+)
 from k26_plugins.common.prompt.hf_tokenizer import load_hf_tokenizer
 from k26_plugins.common.prompt.output import CALL_ARGUMENTS, CALL_BEGIN, CALL_END, SECTION_BEGIN, SECTION_END, THINK_END
 from k26_plugins.common.prompt.tokenizer import KimiTokenizer
@@ -64,3 +75,26 @@ def test_markers_are_ordinary_to_the_cores_tokenizer_alone(tiny_folder: Path) ->
     ours = load_hf_tokenizer(tiny_folder)
     assert markers_are_ordinary(ours)
     assert not markers_are_ordinary(SimpleNamespace(all_special_tokens=[*ours.all_special_tokens, THINK_END]))
+
+
+@pytest.mark.parametrize("name", REASONING_NAMES)
+def test_reasoning_has_both_names(name: str) -> None:
+    fields: dict[str, Any] = {"content": "so", name: "why"}
+    name_reasoning_twice(fields)
+    assert fields == {"content": "so", "reasoning": "why", "reasoning_content": "why"}
+    name_reasoning_twice(without := {"content": "so", name: None})
+    assert without == {"content": "so", name: None}
+
+
+def test_cut_calls_become_text_and_whole_ones_stay() -> None:
+    def call(arguments: str) -> SimpleNamespace:
+        return SimpleNamespace(function=SimpleNamespace(arguments=arguments))
+
+    whole = call("{}")
+    message = SimpleNamespace(content="so", tool_calls=[call('{"a": '), whole, call("[1]")])
+    make_cut_calls_text(message)
+    assert (message.content, message.tool_calls) == ('so\n{"a": \n[1]', [whole])
+    for kept in (SimpleNamespace(content=None, tool_calls=None), SimpleNamespace(content=None, tool_calls=[whole])):
+        before = dict(vars(kept))
+        make_cut_calls_text(kept)
+        assert vars(kept) == before

@@ -14,8 +14,8 @@ def register() -> None:
     from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
     from sglang.srt.layers.quantization.compressed_tensors.schemes import CompressedTensorsWNA16MoE
 
+    from k26_plugins.common.adapters import experts
     from k26_plugins.common.settings import ENGINE
-    from k26_plugins.sglang import experts
 
     def process(scheme: Any, layer: Any) -> None:
         """Put the weights into another layout, as kernels do: what was loaded is gone."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from k26_plugins.common.prompt.call_names import Tools
+from k26_plugins.common.prompt.call_names import Tools, is_object
 from k26_plugins.common.prompt.output import (
     MARKERS,
     CallArguments,
@@ -98,3 +98,22 @@ def markers_are_ordinary(hf_tokenizer: Any) -> bool:
     """Whether the tokenizer counts the markers among the ordinary tokens, as the core's does: they are in an answer's text
     without any special token being shown for their sake."""
     return set(hf_tokenizer.all_special_tokens).isdisjoint(MARKERS)
+
+
+def name_reasoning_twice(fields: dict[str, Any]) -> None:
+    """Give the reasoning among a message's fields both names of `REASONING_NAMES`, in place."""
+    for name in REASONING_NAMES:
+        if fields.get(name) is not None:
+            fields.update(dict.fromkeys(REASONING_NAMES, fields[name]))
+            return
+
+
+def make_cut_calls_text(message: Any) -> None:
+    """In a chat's message, in place: calls whose arguments are no object, as where the token limit cut them, become text.
+
+    For the Messages API, in which a call's input is an object.
+    """
+    cut = [call for call in message.tool_calls or () if not is_object(call.function.arguments)]
+    if cut:
+        message.tool_calls = [call for call in message.tool_calls if call not in cut]
+        message.content = "\n".join(filter(None, [message.content, *(call.function.arguments for call in cut)]))

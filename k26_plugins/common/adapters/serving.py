@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from k26_plugins.common.checkpoint import Classification, Layout, classify
 from k26_plugins.common.model.config import K26Config
+from k26_plugins.common.settings import PARSERS
 
 
 def core_answer(hf_config: Any, folder: Path | None, warn: Callable[[str], None]) -> Classification | None:
@@ -46,14 +46,11 @@ def write_vision(config: K26Config, hf_vision_config: Any) -> None:
         setattr(hf_vision_config, f"init_pos_emb_{name}", size)
 
 
-@cache
-def core_serves_layer(logger: logging.Logger, engine: str, backend_name: str, reason: str | None) -> bool:
-    """Whether the core's experts take a layer, which is said once: every layer of a model has the same to say.
-
-    reason: why they cannot, None where they can.
-    """
-    if reason is None:
-        logger.info("k26-plugins: INT4 experts run on the core (%s).", backend_name)
-        return True
-    logger.warning("k26-plugins: %s's own INT4 experts are kept; the core's cannot serve here: %s.", engine, reason)
-    return False
+def say_parsers(logger: logging.Logger, reasoning: str | None, tool_calls: str | None) -> None:
+    """Log which parsers of answers a server has, where some of them were chosen for it."""
+    logger.info(
+        "k26-plugins: reasoning parser %s, tool-call parser %s (flags win; %s=none leaves them out).",
+        reasoning,
+        tool_calls,
+        PARSERS.variable,
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -28,6 +28,9 @@ FURTHER_BATCHES = (1, 64)
 LIMIT = 5e-2
 """On the relative error: above that of activations in 8 bits (1.2e-2), which some kernels take, and far below what a kernel
 that is wrong gives (above 0.5)."""
+
+files_read: list[str] = []
+"""What the engine's loader has read for the model that this process built last: it alone knows where the files are."""
 
 Matrices = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
 
@@ -224,16 +227,29 @@ class EngineTest:
             )
 
 
-def require_replaceable(wrong: str, engine: str, *, published_layout: bool, files: Sequence[str]) -> None:
-    """Raises ExpertsError where the core's experts cannot take the place of an engine's wrong ones.
+def note_files(files: Iterable[str]) -> None:
+    """Add to `files_read`, each once: an update reads the same files again."""
+    files_read.extend(file for file in files if file not in files_read)
 
-    files: those that the engine's loader has read, from which the weights are to be had again.
-    """
+
+def watch_layers(
+    engine: str,
+    logger: logging.Logger,
+    layers: Mapping[int, Callable[[], EngineLayer]],
+    on_wrong: Callable[[str], None],
+) -> None:
+    """Test some of a new model's layers with the engine's own experts, which are given by their number, as `EngineTest`."""
+    files_read.clear()
+    EngineTest(engine, logger, on_wrong).watch([layers[number]() for number in some_layers(list(layers))])
+
+
+def require_replaceable(wrong: str, engine: str, *, published_layout: bool) -> None:
+    """Raises ExpertsError where the core's experts cannot take the place of an engine's wrong ones."""
     if not published_layout:
         stop(wrong, "they are for the published INT4 weights")
     if EXPERTS.read() == ENGINE:
         stop(wrong, f"{EXPERTS.variable}={ENGINE} asks for {engine}'s. Unset it")
-    if not files:
+    if not files_read:
         way = "the way in which the weights are loaded gives them once"
         stop(wrong, f"{way}. Set {EXPERTS.variable}={TritonExperts.name}")
 

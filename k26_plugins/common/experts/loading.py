@@ -8,10 +8,10 @@ is loaded; experts in the host's memory are repacked here, layer by layer, while
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from typing import Any, NamedTuple
+from contextlib import closing, suppress
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -27,6 +27,7 @@ _PROJECTIONS = {"gate": ("w13", "w1"), "up": ("w13", "w3"), "down": ("w2", "w2")
 _PARTS = ("packed", "scale")
 _TENSORS_OF_EXPERT = len(_PROJECTIONS) * len(_PARTS)
 
+Loaded = TypeVar("Loaded")
 _Load = Callable[[torch.Tensor, int], None]
 """Loads a tensor of some kind, of an expert of the checkpoint."""
 
@@ -106,7 +107,7 @@ def is_needed(layers: Mapping[int, ExpertsOfLayer], config: K26Config) -> Callab
 
 def load_experts(
     weights: Iterable[tuple[str, torch.Tensor]], config: K26Config, layers: Mapping[int, ExpertsOfLayer]
-) -> Iterator[tuple[str, torch.Tensor]]:
+) -> Generator[tuple[str, torch.Tensor], None, None]:
     """Load the routed experts among the weights to their places; yield all others.
 
     layers: those of this rank, by their number in the model. A layer that serves is opened for the first tensor that it
@@ -152,6 +153,23 @@ def load_experts(
         repacking.stop()
         for layer in opened.values():
             layer.close()
+
+
+def load_weights(
+    weights: Iterable[tuple[str, torch.Tensor]],
+    config: K26Config | None,
+    layers: Mapping[int, ExpertsOfLayer],
+    load_others: Callable[[Iterable[tuple[str, torch.Tensor]]], Loaded],
+) -> Loaded:
+    """Load a checkpoint or any part of it, what is no routed expert's by `load_others`, which is the engine's.
+
+    config: of the published layout, without which no layers are the core's. Returns what `load_others` does.
+    """
+    if not layers:
+        return load_others(weights)
+    assert config is not None, "the core's experts are of the published layout"
+    with closing(load_experts(weights, config, layers)) as others:
+        return load_others(others)
 
 
 def _by_copy(kind: ExpertKind, places: Places, otherwise: _Load) -> _Load | None:
