@@ -13,7 +13,7 @@ from k26_plugins.common.experts import ExpertsError, why_unsupported
 from k26_plugins.common.experts.base import Batches, LayerSizes
 from k26_plugins.common.experts.engine_test import stop
 from k26_plugins.common.experts.loading import ExpertsOfLayer, Places
-from k26_plugins.common.experts.parameters import LayerExperts
+from k26_plugins.common.experts.parameters import LayerExperts, loader_attributes
 from k26_plugins.common.experts.triton import TritonExperts
 from k26_plugins.common.settings import ENGINE, EXPERTS
 from k26_plugins.sglang import compat, compat_loading, logger, names
@@ -52,19 +52,8 @@ class K26MoEScheme(compat.moe_scheme_base()):  # type: ignore[misc]
         sizes = (num_experts, hidden_size, intermediate_size_per_partition)
         # SGLang's dispatcher gives local ids.
         self.batches = Batches(layer.top_k, None, params_dtype, logger)
-        self.experts = LayerExperts(layer, *sizes, self.backend_name, self.loader_attributes(extra_weight_attrs))
+        self.experts = LayerExperts(layer, *sizes, self.backend_name, loader_attributes(extra_weight_attrs))
         self.on_host = self.experts
-
-    @staticmethod
-    def loader_attributes(extra_weight_attrs: dict[str, Any]) -> Callable[[torch.nn.Parameter], None]:
-        """Gives a parameter what SGLang's loader reads to cut for tensor parallelism and to place an expert."""
-        attributes = {**extra_weight_attrs, "is_transposed": False, "quant_method": "group"}
-
-        def set_attributes(parameter: torch.nn.Parameter) -> None:
-            for name, value in attributes.items():
-                setattr(parameter, name, value)
-
-        return set_attributes
 
     def create_moe_runner(self, layer: torch.nn.Module, moe_runner_config: Any) -> None:
         """No runner of SGLang's: its dispatcher then gives local ids, −1 for an expert of another rank."""

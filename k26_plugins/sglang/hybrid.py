@@ -19,7 +19,7 @@ from k26_plugins.common.experts.moving import Uses
 from k26_plugins.common.experts.native import NativeExperts
 from k26_plugins.common.experts.native.threads import process_threads
 from k26_plugins.common.experts.op import held_experts, number_of
-from k26_plugins.common.experts.parameters import LayerExperts
+from k26_plugins.common.experts.parameters import LayerExperts, loader_attributes
 from k26_plugins.common.experts.placement import PROFILE_FILE, LayerPlacement, Profile, place
 from k26_plugins.common.experts.streamed import SUM_DTYPE
 from k26_plugins.common.experts.streaming import Streaming
@@ -242,7 +242,7 @@ class K26HybridScheme(K26MoEScheme):
         self.layer_number = layer.layer_id
         self._placement = self.settings.placement(self.layer_number)
         sizes = (hidden_size, intermediate_size_per_partition)
-        set_attributes = self.loader_attributes(extra_weight_attrs)
+        set_attributes = loader_attributes(extra_weight_attrs)
         self.batches = Batches(layer.top_k, self.settings.num_experts, params_dtype, logger)
         host_ids, device_ids = self.placement.host_ids, self.placement.device_ids
         host = (self.host, len(host_ids), *sizes, self.settings.host_backend, set_attributes)

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG, FusedMoEConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
-from vllm.model_executor.utils import set_weight_attrs
 
 from k26_plugins.common.adapters.experts import answer_with, backend_of_layer, core_serves_layer, require_config
 from k26_plugins.common.experts import ExpertsError, why_unsupported
 from k26_plugins.common.experts.base import Batches, LayerSizes
 from k26_plugins.common.experts.loading import ExpertsOfLayer, Places
-from k26_plugins.common.experts.parameters import LayerExperts
+from k26_plugins.common.experts.parameters import LayerExperts, loader_attributes
 from k26_plugins.common.settings import EXPERTS
 from k26_plugins.vllm import compat, logger
 from k26_plugins.vllm.modular import K26Experts, experts_for
@@ -39,16 +38,8 @@ class K26ExpertsMethod(FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        # vLLM's loader reads these to cut for tensor parallelism and to place an expert.
-        extra_weight_attrs.update({"is_transposed": False, "quant_method": "group"})
-        self.experts = LayerExperts(
-            layer,
-            num_experts,
-            hidden_size,
-            intermediate_size_per_partition,
-            self.backend_name,
-            lambda parameter: set_weight_attrs(parameter, extra_weight_attrs),
-        )
+        sizes = (num_experts, hidden_size, intermediate_size_per_partition)
+        self.experts = LayerExperts(layer, *sizes, self.backend_name, loader_attributes(extra_weight_attrs))
 
     def process_weights_after_loading(self, layer: Any) -> None:
         expert_map, moe = layer.expert_map, self.moe

@@ -411,12 +411,6 @@ BATCHED_FORM = EngineName(
     why="know whether each expert gets its tokens in a buffer of its own",
     remove_when=_METHOD,
 )
-SET_WEIGHT_ATTRS = EngineName(
-    "vllm.model_executor.utils",
-    "set_weight_attrs",
-    why="give parameters what vLLM's loader reads to place an expert",
-    remove_when=_METHOD,
-)
 MODULAR_KERNEL = EngineName(
     "vllm.model_executor.layers.fused_moe",
     "modular_kernel",

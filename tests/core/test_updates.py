@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from k26_plugins.common.checkpoint import Checkpoint, expert_name
 from k26_plugins.common.checkpoint.engine_files import with_mapped_files
 from k26_plugins.common.experts import BACKENDS, ExpertsBackend, ExpertsError, ExpertWeights
 from k26_plugins.common.experts.base import Expert
-from k26_plugins.common.experts.loading import ExpertsOfLayer, Places, load_experts
+from k26_plugins.common.experts.loading import ExpertsOfLayer, Places, load_experts, load_weights
 from k26_plugins.common.experts.native.build import variants
 from k26_plugins.common.experts.parameters import PACKED_NAMES, LayerExperts
 from k26_plugins.common.experts.reference import ReferenceExperts
@@ -213,6 +213,36 @@ def test_tensors_reach_their_places_by_name(tiny_folder: Path, *, by_copy: bool)
     assert not layers[1].is_open
     assert not layers[1].tensors()["w13_packed"][3].chunk(2)[1].any()
     assert layers[1].tensors()["w13_packed"][3].chunk(2)[0].any()
+
+
+def test_what_is_no_experts_is_the_engines_to_load(tiny_folder: Path) -> None:
+    """All is, without layers of the core's; and where the engine's loading fails, the core's layers serve on."""
+    checkpoint = Checkpoint(tiny_folder)
+    names = [name for name, spec in checkpoint.table.items() if spec.layer == 1]
+    experts = layer_of(checkpoint)
+    layers = {1: whole_layer(experts)}
+
+    def weights() -> Iterator[tuple[str, torch.Tensor]]:
+        return ((name, checkpoint.tensor(name)) for name in names)
+
+    def named(given: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
+        return [name for name, _ in given]
+
+    assert load_weights(weights(), None, {}, named) == names
+    others = load_weights(weights(), checkpoint.config, layers, named)
+    assert others == [name for name in names if ".experts." not in name]
+    experts.close()
+
+    def fails(given: Iterable[tuple[str, torch.Tensor]]) -> None:
+        for name, _ in given:
+            if name == "model.another":
+                raise KeyError(name)
+
+    expert = next(name for name in names if name.endswith("experts.0.up_proj.weight_packed"))
+    update = [(expert, checkpoint.tensor(expert)), ("model.another", torch.zeros(1))]
+    with pytest.raises(KeyError, match=r"model\.another"):
+        load_weights(update, checkpoint.config, layers, fails)
+    assert not experts.is_open
 
 
 def test_a_rank_takes_its_part_of_the_experts_that_it_keeps(tiny_folder: Path) -> None:

@@ -6,7 +6,7 @@ repacked them, in the same storage. An update opens the layer, which restores th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +22,20 @@ PACKED_NAMES = ("w13_weight_packed", "w13_weight_scale", "w2_weight_packed", "w2
 _BLOCKS = {"gate": ("w13", 0, 2), "up": ("w13", 1, 2), "down": ("w2", 0, 1)}
 # The projections in each.
 _PROJECTIONS = (2, 2, 1, 1)
+
+
+def loader_attributes(given: Mapping[str, Any]) -> Callable[[torch.nn.Parameter], None]:
+    """Gives a parameter what the engines' loaders read of it to cut for tensor parallelism and to place an expert.
+
+    given: what the engine hands over for its parameters.
+    """
+    attributes = {**given, "is_transposed": False, "quant_method": "group"}
+
+    def set_attributes(parameter: torch.nn.Parameter) -> None:
+        for name, value in attributes.items():
+            setattr(parameter, name, value)
+
+    return set_attributes
 
 
 class LayerExperts:
