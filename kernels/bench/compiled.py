@@ -184,7 +184,7 @@ def compile_variant(variant: Variant) -> Facts:
     )
 
 
-def count(pattern: str, text: str) -> dict[str, int]:
+def count(pattern: str, text: str) -> dict[Any, int]:
     return dict(Counter(re.findall(pattern, text, re.MULTILINE)))
 
 

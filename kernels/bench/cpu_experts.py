@@ -19,6 +19,7 @@ kt-kernel's waiting threads then keep its working ones from running.
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,8 +28,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
-from kept import keep, machine  # beside this file
+from bench.kept import keep, machine
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -140,10 +142,11 @@ def measure(console: Console) -> dict[str, object]:
                     "error": error,
                 }
             )
+    kt: Any = experts.get("kt")
     return {
         "instruction_sets": {
             "native": process_threads().instruction_set if "native" in experts else "none",
-            "kt": type(experts["kt"].moe).__name__ if "kt" in experts else "none",
+            "kt": type(kt.moe).__name__ if kt is not None else "none",
             "dense": str(dtype),
         },
         "file_bytes": size,

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import date
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -85,6 +86,10 @@ def measure(
     def call(run: Run, batch: Batch) -> torch.Tensor:
         return run(batch.hidden_states, batch.topk_weights, batch.topk_ids, local)
 
+    def call_all(run: Run) -> None:
+        for batch in data:
+            call(run, batch)
+
     size = sum(len(pairs.unique()) for pairs in here) * layer.expert_bytes
     flops = sum(layer.flops(len(pairs)) for pairs in here)
     ours: torch.Tensor | None = None
@@ -95,7 +100,7 @@ def measure(
         try:
             result = call(run, data[0]).float()
             ours = result if ours is None else ours
-            seconds = clock(lambda run=run: [call(run, batch) for batch in data], name != WAITS_FOR_DEVICE)
+            seconds = clock(partial(call_all, run), name != WAITS_FOR_DEVICE)
         except Exception as error:  # a peer may fail in any way; it then has a row that says so
             if name == OURS:
                 raise
@@ -167,10 +172,11 @@ def plot(rows: list[Row], rates: tuple[float, float], title: str, file: Path) ->
         intensity, [min(rates[1], rates[0] * x) / 1e12 for x in intensity], "k-", label="copy and matmul, measured"
     )
     for name in dict.fromkeys(row.name for row in rows):
-        mine = [
-            row for row in rows if row.name == name and row.microseconds and row.of_copy and row.routing == "uniform"
+        points = [
+            (row.of_matmul * rates[1], row.of_copy * rates[0])
+            for row in rows
+            if row.name == name and row.microseconds and row.of_copy and row.of_matmul and row.routing == "uniform"
         ]
-        points = [(row.of_matmul * rates[1], row.of_copy * rates[0]) for row in mine if row.of_matmul]
         axes.plot([flops / size for flops, size in points], [flops / 1e12 for flops, _ in points], "o", label=name)
     axes.set(xscale="log", yscale="log", xlabel="operations a byte of weights", ylabel="TFLOP/s", title=title)
     axes.legend()

@@ -23,20 +23,20 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 import torch
-from cold import drop  # beside this file, as `kept` is
-from kept import keep, machine
+from bench.cold import drop
+from bench.kept import keep, machine
 from rich.console import Console
 from rich.table import Table
+from support.quick import make_quick
 
 from k26_plugins.common.checkpoint import StreamedCheckpoint, expert_bytes
 from k26_plugins.common.model.config import TextConfig
 from k26_plugins.common.tiny.checkpoint import TinySizes
 from k26_plugins.operate.golden import GoldenJob, read_prompts
 from k26_plugins.operate.golden.variants import SUSPECT_TEXTS, SUSPECT_TOKENS, VARIANTS
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
-from support.quick import make_quick
 
 EXPERTS, LAYERS, TOP_K = 64, 2, 8
 TOKENS = (64, 256, 1024)

@@ -66,7 +66,15 @@ def predict(machine: Machine, config: K26Config) -> Prediction:
 
 def table(config: K26Config) -> list[str]:
     """The table in Markdown, in milliseconds."""
-    columns = ("machine", "experts on GPUs", "CPU reads", "CPU", "GPUs", "copies and waits", "launches")
+    columns: tuple[str, ...] = (
+        "machine",
+        "experts on GPUs",
+        "CPU reads",
+        "CPU",
+        "GPUs",
+        "copies and waits",
+        "launches",
+    )
     columns += ("a token", "copies and calls in a graph", "launches", "a token")
     lines = [_row(*columns), "|---" * len(columns) + "|"]
     for machine in MACHINES:

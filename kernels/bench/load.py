@@ -77,7 +77,7 @@ def read_into_new(files: list[Path]) -> None:
     for file in files:
         new = torch.empty(file.stat().st_size, dtype=torch.uint8)
         with file.open("rb", buffering=0) as opened:
-            memory = memoryview(new.numpy())
+            memory = new.numpy().data
             while memory and (count := opened.readinto(memory)):
                 memory = memory[count:]
 
@@ -162,7 +162,7 @@ def main() -> None:
 
 def weights_of(built: Built) -> list[int]:
     """A number for each parameter that tells others apart: a copy of real sizes would not fit beside them."""
-    return [crc32(parameter.data.view(torch.uint8).numpy()) for parameter in built.model.parameters()]
+    return [crc32(parameter.data.view(torch.uint8).numpy().data) for parameter in built.model.parameters()]
 
 
 def clear(built: Built, *, new: bool) -> None:

@@ -12,16 +12,19 @@ PyPI has torchvision as a CUDA build; beside a CPU torch its Python part will do
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 import torch
-from kept import keep, machine  # beside this file
+from bench.kept import keep, machine
 from PIL import Image
 
 from k26_plugins.common.multimodal.image import MediaConfig
@@ -66,16 +69,16 @@ def main() -> None:
     results = []
     for name, (sizes, frames) in CASES.items():
         if frames == 1:
-            media = [{"type": "image", "image": noise(size, index)} for index, size in enumerate(sizes)]
+            media: list[dict[str, Any]] = [
+                {"type": "image", "image": noise(size, index)} for index, size in enumerate(sizes)
+            ]
         else:
             media = [{"type": "video_chunk", "video_chunk": [noise(sizes[0], index) for index in range(frames)]}]
         for normalized in (False, True):
-            functions: dict[str, Callable[[], Any]] = {
-                "core": lambda media=media, n=normalized: core.preprocess(media, do_normalize=n)
-            }
+            functions: dict[str, Callable[[], Any]] = {"core": partial(core.preprocess, media, do_normalize=normalized)}
             if fused is not None:
-                functions["vllm_fused"] = lambda media=media, n=normalized: fused.preprocess(
-                    media, do_rescale=n, do_normalize=n
+                functions["vllm_fused"] = partial(
+                    fused.preprocess, media, do_rescale=normalized, do_normalize=normalized
                 )
                 ours, theirs = (function()["pixel_values"].numpy().tobytes() for function in functions.values())
                 if ours != theirs:

@@ -146,7 +146,7 @@ def peer(python: str, folder: Path, turns: int) -> list[dict[str, Any]]:
 
 def sweep(python: str, folder: Path) -> list[dict[str, Any]]:
     make_tiny(folder / "int4")
-    results = []
+    results: list[dict[str, Any]] = []
     with vllm(python, folder / "int4") as url:
         swarm(url, WARM_UP, folder / "run.json")
         for name, shapes in SWEEP.items():

@@ -14,14 +14,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from kept import keep, machine  # beside this file
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from bench.kept import keep, machine
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer
 
@@ -128,6 +131,9 @@ def main() -> None:
     def with_offsets(text: str) -> list[int]:
         return found["core"](text, add_special_tokens=False, return_offsets_mapping=True)["input_ids"]
 
+    def of_core(marked: str, _: str) -> list[int]:
+        return encoder(found["core"])(marked)
+
     def measured(what: str, who: str, tokens_per_second: float, note: str) -> None:
         results.append({"what": what, "who": who, "tokens_per_second": round(tokens_per_second), "note": note})
         print(f"{what:44} {who:16} {tokens_per_second:12,.0f} tokens/s  {note}")
@@ -136,13 +142,13 @@ def main() -> None:
         token_ids = plain.encode(text)
         functions = {name: encoder(tokenizer) for name, tokenizer in found.items()}
         marked = escape(text)
-        functions["core, marked"] = lambda _, marked=marked: encoder(found["core"])(marked)
+        functions["core, marked"] = partial(of_core, marked)
         functions["core, with offsets"] = with_offsets
         for who, encode in functions.items():
             same = encode(text) == token_ids
             if who.startswith("core") and not same:
                 raise SystemExit(f"{who}: other ids than the tiktoken library's.")
-            speed = rate(len(token_ids), lambda encode=encode, text=text: encode(text))
+            speed = rate(len(token_ids), partial(encode, text))
             measured(f"encode {what}", who, speed, "" if same else "other ids")
     text = TEXTS["a document, 160 kB"][:20_000]
     token_ids = plain.encode(text)

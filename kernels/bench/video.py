@@ -23,10 +23,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import av
 import numpy as np
-from kept import keep, machine  # beside this file
-from media import declare_torchvision_operators, fused_processor  # beside this file
+from bench.kept import keep, machine
+from bench.media import declare_torchvision_operators, fused_processor
 from PIL import Image
 
 from k26_plugins.common.multimodal.image import MediaConfig
