@@ -294,8 +294,8 @@ class Release:
             if getattr(inner, "name", None) == member or member in _targets(inner):
                 return module, inner
         # What a class sets on itself in its methods.
-        for inner in ast.walk(node):
-            if isinstance(inner, ast.Assign | ast.AnnAssign) and f"self.{member}" in _targets(inner):
+        for below in ast.walk(node):
+            if isinstance(below, ast.Assign | ast.AnnAssign) and f"self.{member}" in _targets(below):
                 return module, "set in a method"
         outside = ""
         for base in node.bases:

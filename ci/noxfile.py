@@ -282,7 +282,9 @@ def _install_sglang(session: nox.Session, version: str, *arguments: str) -> None
     session.chdir(ROOT)
     session.run("python", "ci/install_sglang.py", version, *arguments)
     install(session, "-e", ".", "pytest", "hypothesis", "httpx")
-    session.env["LD_LIBRARY_PATH"] = session.run("python", "ci/install_sglang.py", "--driver", silent=True).strip()
+    driver = session.run("python", "ci/install_sglang.py", "--driver", silent=True)
+    assert isinstance(driver, str), "what was printed, as it was run in silence"
+    session.env["LD_LIBRARY_PATH"] = driver.strip()
 
 
 @environment

@@ -206,7 +206,7 @@ def with_fields(message: Any, fields: dict[str, str]) -> Any:
     missing = {name: value for name, value in fields.items() if name not in type(message).model_fields}
     if not missing:
         return message
-    return _open_class(type(message)).model_construct(**dict(message), **missing)
+    return _open_class(message.__class__).model_construct(**dict(message), **missing)
 
 
 @functools.cache
@@ -253,8 +253,8 @@ def router_gate() -> type:
     return found
 
 
-def compressed_tensors_config() -> type:
-    found: type = private(names.COMPRESSED_TENSORS)
+def compressed_tensors_config() -> type[Any]:
+    found: type[Any] = private(names.COMPRESSED_TENSORS)
     return found
 
 

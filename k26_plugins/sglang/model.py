@@ -57,7 +57,7 @@ OF_LANGUAGE_MODEL = frozenset(
 )
 
 
-class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):  # type: ignore[misc, name-defined]
+class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):  # type: ignore[name-defined]
     """Keeps the in-tree class' name: SGLang compares names."""
 
     # Looked up on the class, before there is a model; SGLang adds to it.

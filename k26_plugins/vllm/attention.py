@@ -77,5 +77,6 @@ class K26CPUPrefillBackend(compat.cpu_prefill_backend()):  # type: ignore[misc]
         queries, lengths = (offsets.diff().tolist() for offsets in (q_cu_seq_lens, kv_cu_seq_lens))
         # The tensors may be padded beyond the last request.
         parts = zip(*(t[: sum(n)].split(n) for t, n in ((q, queries), (k, lengths), (v, lengths))), strict=True)
-        outputs, lses = zip(*(attention(*part, self.scale, causal=causal) for part in parts), strict=True)
+        found = (attention(new, keys, values, self.scale, causal=causal) for new, keys, values in parts)
+        outputs, lses = zip(*found, strict=True)
         return (torch.cat(outputs), torch.cat(lses, dim=1)) if return_softmax_lse else torch.cat(outputs)

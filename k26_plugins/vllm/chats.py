@@ -160,7 +160,7 @@ def _incomplete(event: Any) -> Any:
     status = response.get("status") if isinstance(response, dict) else response.status
     if status != "incomplete":
         return event
-    return _incomplete_event(type(event)).model_construct(**{**dict(event), "type": "response.incomplete"})
+    return _incomplete_event(event.__class__).model_construct(**{**dict(event), "type": "response.incomplete"})
 
 
 @functools.cache

@@ -177,8 +177,8 @@ def in_tree_model() -> Any:
     return private(names.IN_TREE_MODEL)
 
 
-def compressed_tensors_config() -> type:
-    found: type = private(names.COMPRESSED_TENSORS)
+def compressed_tensors_config() -> type[Any]:
+    found: type[Any] = private(names.COMPRESSED_TENSORS)
     return found
 
 

@@ -10,6 +10,6 @@ try:
     from k26_plugins.vllm.model import KimiK25ForConditionalGeneration
 except (ImportError, AttributeError, UnsupportedEngineError) as error:
     go_without(error, "vLLM's own model class serves, with its own experts and media", logger)
-    KimiK25ForConditionalGeneration = compat.in_tree_model().KimiK25ForConditionalGeneration
+    KimiK25ForConditionalGeneration = compat.in_tree_model().KimiK25ForConditionalGeneration  # type: ignore[misc]
 
 __all__ = ["KimiK25ForConditionalGeneration"]

@@ -24,6 +24,7 @@ class K26ExpertsMethod(FusedMoEMethodBase):
     """Creates the packed weights as the checkpoint has them; after loading, a core backend repacks them in place."""
 
     experts: LayerExperts
+    moe_kernel: Any
 
     def __init__(self, moe: FusedMoEConfig, backend_name: str) -> None:
         super().__init__(moe)
@@ -104,7 +105,8 @@ def experts_of(model: torch.nn.Module) -> dict[int, ExpertsOfLayer]:
             number = layer_number(name)
             experts, physical_ids = method.experts, compat.physical_ids(module)
             slots = cache(partial(_slots, physical_ids, compat.local_places(module)))
-            parallel = module.moe_config.moe_parallel_config
+            moe: Any = module.moe_config
+            parallel = moe.moe_parallel_config
             places = Places([experts], slots, parallel.tp_rank, parallel.tp_size)
             found[number] = ExpertsOfLayer(
                 module, experts, experts.open, experts.close, physical_ids, partial(_is_local, slots), places

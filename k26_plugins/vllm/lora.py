@@ -50,7 +50,8 @@ def prepare_adapters(vllm_config: Any) -> None:
 
 def modules_with_adapters(original: Callable[[Any], list[str]], model: Any) -> list[str]:
     """The last parts of the names of the modules that an adapter may be for: vLLM names the others in its refusal."""
-    if not isinstance(model, TakesAdapters):
+    takes_adapters = isinstance(model, TakesAdapters)
+    if not takes_adapters:
         return original(model)
     found = set(original(model.get_language_model())) - WITHOUT_ADAPTERS
     if experts_of(model):

@@ -99,6 +99,7 @@ class K26Experts(mk.FusedMoEExpertsModular):
         expert_map: torch.Tensor | None,
         *args: Any,
         workspace2: torch.Tensor,
+        expert_tokens_meta: Any,
         **kwargs: Any,
     ) -> None:
         # The scales lie beside w1 and w2, in the layer's parameters too.
@@ -139,6 +140,7 @@ class K26BatchedExperts(K26Experts):
         topk_ids: torch.Tensor,
         activation: Any,
         global_num_experts: int,
+        expert_map: torch.Tensor | None,
         *args: Any,
         expert_tokens_meta: Any,
         **kwargs: Any,

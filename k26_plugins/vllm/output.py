@@ -47,6 +47,8 @@ class K26ReasoningParser(KimiK2ReasoningParser):
 class K26Parser(DelegatingParser):
     """The parser of one answer, whole or streamed."""
 
+    tool_strict_level: Any
+
     def __init__(self, tokenizer: Any, tools: Any = None, *args: Any, **kwargs: Any) -> None:
         super().__init__(tokenizer, tools, *args, **kwargs)
         options = template_options(kwargs.get("chat_template_kwargs"))

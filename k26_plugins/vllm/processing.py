@@ -46,7 +46,7 @@ def _image(image: Any) -> Image.Image:
     return decoded
 
 
-class K26ProcessingInfo(_in_tree.KimiK25ProcessingInfo):  # type: ignore[misc, name-defined]
+class K26ProcessingInfo(_in_tree.KimiK25ProcessingInfo):  # type: ignore[name-defined]
     """The in-tree class with the core's image processor; no file of the checkpoint is executed."""
 
     def __init__(self, ctx: Any) -> None:
@@ -62,7 +62,7 @@ class K26ProcessingInfo(_in_tree.KimiK25ProcessingInfo):  # type: ignore[misc, n
         )
 
 
-class K26MultiModalProcessor(_in_tree.KimiK25MultiModalProcessor):  # type: ignore[misc, name-defined]
+class K26MultiModalProcessor(_in_tree.KimiK25MultiModalProcessor):  # type: ignore[name-defined]
     """The in-tree class, made able to take videos: vLLM's rendering of chats looks for this method."""
 
     def split_video_chunks(self, video: Sequence[VideoChunk]) -> list[dict[str, Any]]:

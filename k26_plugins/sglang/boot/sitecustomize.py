@@ -4,6 +4,7 @@ SGLang 0.5.11 and later have an entry point and need none of this. Another `site
 """
 
 import sys
+from collections.abc import Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import module_from_spec
 from pathlib import Path
@@ -17,7 +18,7 @@ class Watcher:
     """A finder on sys.meta_path that changes nothing but what happens after one module has been executed."""
 
     @classmethod
-    def find_spec(cls, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+    def find_spec(cls, name: str, path: Sequence[str] | None = None, target: object = None) -> ModuleSpec | None:
         if name != WATCHED:
             return None
         sys.meta_path.remove(cls)
@@ -31,7 +32,7 @@ class Watcher:
 
                 register()
 
-            spec.loader.exec_module = execute_and_register
+            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
 
 

@@ -26,7 +26,7 @@ _NO_ENCODER = (
 # 0.5.10 prepares images nowhere but in the processor, which is the core's.
 if MEDIA.read() != ENGINE and hasattr(_in_tree, "KimiGPUProcessorWrapper"):
 
-    class CoreWrapper(_in_tree.KimiGPUProcessorWrapper):  # type: ignore[misc, name-defined]
+    class CoreWrapper(_in_tree.KimiGPUProcessorWrapper):  # type: ignore[name-defined]
         """Where there is a GPU the in-tree class resizes on it, by other arithmetic: pixels a few levels apart."""
 
         def _gpu_call(self, text: Any, images: Any, *args: Any) -> Any:
@@ -36,7 +36,7 @@ if MEDIA.read() != ENGINE and hasattr(_in_tree, "KimiGPUProcessorWrapper"):
     _in_tree.KimiGPUProcessorWrapper = CoreWrapper
 
 
-class K26MediaProcessor(_in_tree.KimiK2_5VLImageProcessor):  # type: ignore[misc, name-defined]
+class K26MediaProcessor(_in_tree.KimiK2_5VLImageProcessor):  # type: ignore[name-defined]
     """The in-tree class knows images. A video comes to it as images: one for each chunk, with more than one frame."""
 
     # SGLang takes the class for these models: for none where the user leaves images to SGLang.
