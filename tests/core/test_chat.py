@@ -177,7 +177,7 @@ def test_enable_thinking_is_another_name(fast: KimiTokenizerFast) -> None:
     messages = CONVERSATIONS["plain"]
     text = fast.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
     assert text.endswith("<think></think>")
-    both = {"thinking": True, "enable_thinking": False}
+    both: dict[str, Any] = {"thinking": True, "enable_thinking": False}
     assert fast.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **both).endswith("<think>")
 
 

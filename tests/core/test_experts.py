@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -281,7 +282,7 @@ def broken(how: Callable[[torch.Tensor], torch.Tensor]) -> type[ExpertsBackend]:
     class Broken(CpuExperts):
         name = "broken"
 
-        def apply(self, *args: torch.Tensor, **kwargs: torch.Tensor | None) -> torch.Tensor:
+        def apply(self, *args: torch.Tensor, **kwargs: Any) -> torch.Tensor:
             return how(super().apply(*args, **kwargs))
 
     return Broken

@@ -25,8 +25,8 @@ def loop(id_: Any, **fields: Any) -> list[dict[str, Any]]:
     return [USER, answer, {"role": "tool", "tool_call_id": id_, "content": "42"}]
 
 
-def ids(prompt: str) -> list[str]:
-    """The ids as they stand in calls and results, in order."""
+def ids(prompt: str) -> list[tuple[str, str]]:
+    """The ids as they stand in calls and results, in order: (of a call, "") or ("", of a result)."""
     return re.findall(r"<\|tool_call_begin\|>(.*?)<\|tool_call_argument_begin\|>|## Return of (.*)\n", prompt)
 
 

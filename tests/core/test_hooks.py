@@ -56,7 +56,8 @@ def test_each_kind_of_method_stays_of_its_kind(engine: Any, owner: str) -> None:
     one = its()
     assert one.of_object(2) == (one, -2)
     assert its.of_class(2) == one.of_class(2) == (its, -2)
-    assert type("Further", (its,), {}).of_class(2)[0].__name__ == "Further"
+    further: Any = type("Further", (its,), {})
+    assert further.of_class(2)[0].__name__ == "Further"
     assert its.of_nobody(2) == one.of_nobody(2) == (None, -2)
     assert owner == "Base" or dict(vars(engine.Base)) == base, "what a class inherits stays its base's"
 

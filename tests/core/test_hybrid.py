@@ -61,7 +61,7 @@ def test_deferred_experts_are_in_the_next_layer_s_sum(tokens: int, per_token: in
         found = layer.apply(x, ids, topk_weights)
         is_least = torch.zeros_like(ids, dtype=torch.bool)
         for token in range(tokens):
-            by_weight = sorted(range(4), key=lambda place, row=topk_weights[token]: row[place].item())
+            by_weight = sorted(range(4), key=topk_weights[token].tolist().__getitem__)
             is_least[token, by_weight[: per_token if number < 3 else 0]] = True
         is_deferred = is_least & torch.isin(ids, torch.tensor(placement.host_ids))
         now = judge(weights, x, ids.masked_fill(is_deferred, -1), topk_weights) + left

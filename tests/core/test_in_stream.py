@@ -186,9 +186,12 @@ def test_a_longer_batch_waits_for_its_routing_and_may_be_streamed(
 ) -> None:
     experts = layer(device, weights, 3, streaming=Streaming("auto", 4))
     submitted: list[int] = []
-    monkeypatch.setattr(
-        experts.in_stream, "submit", lambda x, *_: submitted.append(len(x)) or (lambda: torch.zeros_like(x))
-    )
+
+    def submit(x: torch.Tensor, *_: Any) -> Callable[[], torch.Tensor]:
+        submitted.append(len(x))
+        return lambda: torch.zeros_like(x)
+
+    monkeypatch.setattr(experts.in_stream, "submit", submit)
     for tokens in (3, 4):
         batch = Batch(tokens)
         experts.apply(batch.x, batch.ids, batch.weights, out=batch.out)

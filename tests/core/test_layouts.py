@@ -172,7 +172,7 @@ DAMAGED: dict[str, tuple[Change, str]] = {
     "more experts than there are": (_text(n_routed_experts=9), "missing: "),
     "another number of layers": (_text(num_hidden_layers=2), "beyond the layers or experts of config.json"),
     "bf16 that says INT4": (
-        lambda draft: bf16(draft) or draft.text.update(quantization_config=Draft(draft.source).quantization),
+        _after(bf16, lambda draft: draft.text.update(quantization_config=Draft(draft.source).quantization)),
         "no weight is quantized",
     ),
     "INT4 that says nothing": (lambda draft: draft.text.pop("quantization_config"), "no quantization_config"),

@@ -10,7 +10,7 @@ import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -202,7 +202,7 @@ def test_a_load_of_an_engine(tiny_folder: Path, caplog: pytest.LogCaptureFixture
     logger = logging.getLogger("engine")
     caplog.set_level(logging.INFO)
 
-    def engine():  # type: ignore[no-untyped-def]
+    def engine() -> Iterator[tuple[str, torch.Tensor]]:
         assert is_under_way()
         yield from engine_files(files, logger, experts=(1, 3))
 

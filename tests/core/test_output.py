@@ -54,7 +54,8 @@ def parse(pieces: list[str], in_reasoning: bool = True, tools: Tools | None = TO
 
 
 def collected(events: list[Event]) -> Answer:
-    reasoning, content, calls = "", "", []
+    reasoning, content = "", ""
+    calls: list[Any] = []
     for event in events:
         match event:
             case Reasoning(text):

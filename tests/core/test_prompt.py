@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -164,7 +165,7 @@ def test_media_are_followed_by_a_newline() -> None:
 def test_thinking_of_past_answers() -> None:
     """It is dropped up to the last answer without tool calls, kept after it, and kept everywhere on demand."""
     call = {"id": "functions.f:0", "function": {"name": "f", "arguments": '{"a":1}'}}
-    messages = [
+    messages: list[dict[str, Any]] = [
         USER,
         {"role": "assistant", "content": "old", "reasoning": "R1"},
         USER,

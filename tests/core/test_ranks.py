@@ -18,7 +18,8 @@ def rank(number: int, port: int, version: str | None, said: Any) -> None:
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=number)
     try:
         if version is not None:
-            ranks.__version__ = version  # type: ignore[misc]
+            module: Any = ranks
+            module.__version__ = version
             ranks.require_everywhere("SWITCH", timedelta(seconds=3))
         said.put((number, "right"))
     except ranks.MissingPluginError as error:

@@ -6,6 +6,7 @@ import importlib.util
 import re
 import shlex
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -71,6 +72,16 @@ def test_what_a_workflow_runs_is_there(file: Path, sessions: set[str]) -> None:
 def test_every_session_of_ci_has_a_machine(noxfile: ModuleType) -> None:
     (job,) = read(ROOT / ".github/workflows/ci.yml")["jobs"].values()
     assert job["strategy"]["matrix"]["session"] == list(noxfile.CI)
+
+
+def test_types_are_checked_of_every_file() -> None:
+    """mypy is given the folders of tests/ and the scripts of ci/ by their names."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["mypy"]
+    folders = {file.relative_to(ROOT / "tests").parts[0] for file in (ROOT / "tests").glob("*/**/*.py")}
+    assert {"support", *(f"tests.{folder}" for folder in folders - {"support"})} <= set(settings["packages"])
+    files = {"tests": (ROOT / "tests").glob("*.py"), "": (ROOT / "ci").glob("*.py")}
+    modules = {f"{folder}.{file.stem}".lstrip(".") for folder, found in files.items() for file in found}
+    assert modules <= set(settings["modules"])
 
 
 def test_only_the_publisher_of_a_release_may_write() -> None:

@@ -61,11 +61,13 @@ def test_prompt_and_parser_agree(fast: KimiTokenizerFast, data: st.DataObject) -
         {"role": "user", "content": ""},
     ]
     prompt = fast.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False, **options)
+    assert fast.plain is not None
     assert begins_in_reasoning(fast.plain, prompt) == template_options(options).get("thinking", True)
 
 
 def test_a_continued_answer_is_behind_its_thoughts(fast: KimiTokenizerFast) -> None:
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "c", "reasoning": "r"}]
     text = fast.apply_chat_template(messages, continue_final_message=True, tokenize=False)
+    assert fast.plain is not None
     assert not begins_in_reasoning(fast.plain, fast.plain.encode_prompt(text))
     assert not begins_in_reasoning(fast.plain, [])

@@ -8,6 +8,8 @@ from k26_kernels import KernelExperts, batched_experts, batched_plan
 from k26_kernels.reference import batched_experts_reference
 from support.experts import error, inputs, judge, make_weights, to_device
 
+from k26_plugins.common.experts import ExpertWeights
+
 TOLERANCE = 5e-3
 MAX_TOKENS = 40
 # The experts have no token, one, a full block, one more than that, a full buffer, and three.
@@ -16,7 +18,7 @@ COUNTS = [0, 1, 16, 17, MAX_TOKENS, 3]
 
 def on(
     device: torch.device, num_experts: int, hidden_size: int, intermediate_size: int
-) -> tuple[KernelExperts, object]:
+) -> tuple[KernelExperts, ExpertWeights]:
     weights = make_weights(num_experts, hidden_size, intermediate_size)
     copy = to_device(weights, device)
     return KernelExperts.from_checkpoint(copy.w13_packed, copy.w13_scale, copy.w2_packed, copy.w2_scale), weights

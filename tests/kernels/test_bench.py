@@ -14,7 +14,7 @@ from bench.dense import WAITS_FOR_DEVICE, dequantize_and_dense
 from bench.layers import GLOBAL_EXPERTS, LAYERS
 from click.testing import CliRunner
 from k26_kernels import KernelExperts
-from k26_kernels.config import GemmConfig, KernelConfig, default_configs, measured
+from k26_kernels.config import GemmConfig, KernelConfig, default_configs, kernel_configs, measured
 
 from k26_plugins.cli import app
 from k26_plugins.common.experts.base import ExpertWeights
@@ -106,7 +106,7 @@ def test_the_fastest_tiles_are_taken(device: torch.device, monkeypatch: pytest.M
 
 def test_a_tile_is_timed(device: torch.device) -> None:
     experts = experts_of(TINY, device)
-    config = tiles.kernel_configs(experts.device, experts.shape)["16"]
+    config = kernel_configs(experts.device, experts.shape)["16"]
     ran = []
 
     def clock(run: Callable[[], object], graph: bool) -> float:

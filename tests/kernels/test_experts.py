@@ -290,7 +290,8 @@ def test_workspaces_cover_every_smaller_batch(
     num_tokens: int, top_k: int, here: int, intermediate_size: int, target: str, batch_invariant: bool
 ) -> None:
     device, shape = Device(TARGETS[target], "a GPU", 132), Shape(7168, intermediate_size, here)
-    experts = KernelExperts(*[torch.empty(0)] * 4, device, shape)
+    nothing = torch.empty(0)
+    experts = KernelExperts(nothing, nothing, nothing, nothing, device, shape)
     room = workspace_bytes(experts, num_tokens, top_k, 384, batch_invariant)
     most = min(num_tokens, TOKENS_AT_ONCE)
     for count in {*range(1, min(most, 600) + 1), *range(1, most + 1, 37), most}:

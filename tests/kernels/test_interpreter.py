@@ -10,7 +10,7 @@ from k26_kernels.unpack import INTERPRETED, dot_operand, rounded
 
 
 @triton.jit
-def matmul(x, y, out, MENDED: tl.constexpr) -> None:  # noqa: N803
+def matmul(x: tl.tensor, y: tl.tensor, out: tl.tensor, MENDED: tl.constexpr) -> None:  # noqa: N803
     i, j = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
     a, b = tl.load(x + i * 16 + j), tl.load(y + i * 16 + j)
     if MENDED:
@@ -19,7 +19,7 @@ def matmul(x, y, out, MENDED: tl.constexpr) -> None:  # noqa: N803
 
 
 @triton.jit
-def cast(x, out, MENDED: tl.constexpr) -> None:  # noqa: N803
+def cast(x: tl.tensor, out: tl.tensor, MENDED: tl.constexpr) -> None:  # noqa: N803
     i = tl.arange(0, 256)
     value = tl.load(x + i)
     tl.store(out + i, rounded(value, tl.bfloat16) if MENDED else value.to(tl.bfloat16))

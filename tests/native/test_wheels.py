@@ -11,6 +11,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.native_sample import usable_variants
@@ -46,7 +47,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     spec = importlib.util.spec_from_file_location("wheels_script", ROOT / "ci/wheels.py")
     assert spec is not None
     assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
+    script: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     script.VARIANTS = {name: VARIANTS[name] for name in (usable_variants()[0], "neon_dotprod")}
     folder = tmp_path_factory.mktemp("wheels")

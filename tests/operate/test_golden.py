@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -70,16 +71,16 @@ def test_experts_are_those_that_the_router_chose(tiny_folder: Path, golden_file:
             found.gaps >= 0, torch.tensor([True, True, False, False, False, False]).expand(found.gaps.shape)
         )
         token = torch.tensor(found.token_ids[:1])
-        chosen = []
-        choose = type(model.text.layers[1].mlp).choose
+        chosen: list[torch.Tensor] = []
+        layer: Any = type(model.text.layers[1].mlp)
 
-        def spy(moe: object, x: torch.Tensor, choose: object = choose, chosen: list[torch.Tensor] = chosen) -> object:
+        def spy(moe: Any, x: torch.Tensor, choose: Any = layer.choose, chosen: list[torch.Tensor] = chosen) -> Any:
             result = choose(moe, x)
             chosen.append(result[1])
             return result
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(type(model.text.layers[1].mlp), "choose", spy)
+            patch.setattr(layer, "choose", spy)
             model.logprobs(token)
         assert [set(ids[0].tolist()) for ids in chosen] == [set(row[:2].tolist()) for row in found.experts[0]]
 

@@ -77,7 +77,7 @@ def clean(archives: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory)
     for distribution in required("k26-plugins"):
         for entry in {file.parts[0] for file in distribution.files or [] if file.parts[0] not in ("..", "__pycache__")}:
             if not (site / entry).is_symlink():
-                (site / entry).symlink_to(distribution.locate_file(entry))
+                (site / entry).symlink_to(str(distribution.locate_file(entry)))
     return folder / "bin"
 
 

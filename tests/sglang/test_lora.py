@@ -97,7 +97,9 @@ def expected(tiny_folder: Path, adapters: dict[str, Adapter]) -> dict[str | None
     """The merged models' log-probabilities by the adapter's name, None for the model without one."""
     checkpoint = Checkpoint(tiny_folder)
     base = KimiK26(checkpoint, torch.float32)
-    models = {None: base, **{name: merged(adapter, checkpoint) for name, adapter in adapters.items()}}
+    models: dict[str | None, KimiK26] = {None: base} | {
+        name: merged(adapter, checkpoint) for name, adapter in adapters.items()
+    }
     return {name: model.logprobs(PROMPT)[:-1] for name, model in models.items()}
 
 

@@ -42,7 +42,8 @@ def test_whole_and_streamed(name: str) -> None:
     assert (whole.normal_text, [(item.name, item.parameters) for item in whole.calls]) == (case.content, case.calls)
     for seed in range(10):
         rng, rest, detector = random.Random(seed), text, K26ToolDetector()
-        content, calls = "", {}
+        content = ""
+        calls: dict[int, Any] = {}
         pieces = []
         while rest:
             size = rng.choice([1, 2, 7, 40, 3000])
@@ -99,7 +100,11 @@ def test_an_answer_of_the_responses_api_stays_one_message() -> None:
     if original is None:
         pytest.skip("this SGLang joins nothing")
     call_ = {"id": "now:0", "type": "function", "function": {"name": "now", "arguments": "{}"}}
-    parts = [{"reasoning_content": "why"}, {"content": "ok", "phase": "commentary"}, {"tool_calls": [call_]}]
+    parts: list[dict[str, Any]] = [
+        {"reasoning_content": "why"},
+        {"content": "ok", "phase": "commentary"},
+        {"tool_calls": [call_]},
+    ]
     try:
         changes.apply()
         for owner in (serving, object.__new__(serving)):
@@ -135,7 +140,8 @@ def asked(**fields: Any) -> Any:
 def streamed(answers: Any, tokenizer: Any, request: Any, token_ids: list[int], sizes: list[int], stop: str) -> Any:
     """Reasoning, content and calls as a client puts them together. Each of SGLang's chunks holds all the text so
     far."""
-    reasoning, content, calls, parsers, called, end = "", "", {}, {}, {}, 0
+    reasoning, content, end = "", "", 0
+    calls, parsers, called = dict[Any, Any](), dict[Any, Any](), dict[Any, Any]()
     turn = itertools.cycle(sizes)
     while end < len(token_ids):
         end = min(len(token_ids), end + next(turn))

@@ -83,7 +83,7 @@ def test_sglang_settles_as_it_does_alone(
             continue
         assert isinstance(ours, dict), (flags, ours)
         started += 1
-        expected = {} if flags == "parsers" else dict(PARSERS)
+        expected: dict[str, Any] = {} if flags == "parsers" else dict(PARSERS)
         hybrid = flags == "hybrid"
         # On a CPU no runner is asked.
         if platform != CPU and (hybrid or (experts == "triton" and not flags.startswith("runner"))):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def test_whatever_is_allowed_is_valid(backend: Any, plain: KimiTokenizer, kind: 
     end = plain.special["<|im_end|>"]
     for seed in range(8):
         found = grammar(backend, kind, CASES[kind])
-        *answer, last = walk(lambda found=found: allowed(found), found.accept_token, {end}, seed)
+        *answer, last = walk(partial(allowed, found), found.accept_token, {end}, seed)
         assert last == end
         assert max(answer) < 256, "a control token in the answer"
         text = plain.decode(answer)

@@ -154,7 +154,7 @@ class Served:
         seen = self.fault.token_ids(token_ids) if shift else token_ids
         logprobs = self.model.logprobs(torch.tensor(seen), *pixels)
         reported: list[Any] = [None]
-        asked = body.get("prompt_logprobs")
+        asked: Any = body.get("prompt_logprobs")
         for row, token in zip(logprobs[:-1], token_ids[1:], strict=True) if asked is not None else ():
             entry = self._top(row, asked) | {token: float(row[token])}
             reported.append({str(key): {"logprob": value} for key, value in entry.items()})

@@ -11,7 +11,7 @@ import sys
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -69,7 +69,6 @@ class _Named(type):
 
 class _Package(ModuleType):
     __version__ = "99"
-    __path__: ClassVar[list[str]] = []
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -132,20 +131,22 @@ class Machine:
     def _torch(self) -> None:
         torch.version.hip = "7.0" if self.gpu.kind == "rocm" else None
         torch.version.cuda = "13.0" if self.gpu.kind == "cuda" else None
-        torch.cuda.is_available = lambda: True
-        torch.cuda.device_count = lambda: COUNT
-        torch.cuda.current_device = lambda: torch.device("cuda:0")
-        torch.cuda.get_device_capability = lambda device=None: self.gpu.capability
-        torch.cuda.get_device_properties = lambda device=None: SimpleNamespace(
+        # Not typed as what it is, since its members become what they are not.
+        cuda: Any = torch.cuda
+        cuda.is_available = lambda: True
+        cuda.device_count = lambda: COUNT
+        cuda.current_device = lambda: torch.device("cuda:0")
+        cuda.get_device_capability = lambda device=None: self.gpu.capability
+        cuda.get_device_properties = lambda device=None: SimpleNamespace(
             name="pretended", major=self.gpu.capability[0], minor=self.gpu.capability[1], total_memory=140 * GIB,
             gcnArchName=self.gpu.architecture, multi_processor_count=128, is_integrated=False,
         )  # fmt: skip
-        torch.cuda.Stream = torch.cuda.Event = _Named("Stream", (), {"__init__": lambda self, *args, **kwargs: None})
+        cuda.Stream = cuda.Event = _Named("Stream", (), {"__init__": lambda self, *args, **kwargs: None})
 
     def _operators(self) -> None:
         """Pretend the operators of vLLM's builds. While vLLM is imported there are only those that say what a GPU
         supports, and they say FP8 and FP4."""
-        namespace = type(torch.ops._C)
+        namespace: Any = type(torch.ops._C)
         real = namespace.__getattr__
 
         def operator(operators: Any, name: str) -> Any:

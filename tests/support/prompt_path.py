@@ -163,7 +163,7 @@ class PromptPathTests:
 
     def test_other_roles_are_system_messages_with_their_name(self, server: Server, tiny_folder: Path) -> None:
         """They stay in their places, as the template renders every role that it does not know."""
-        messages = [
+        messages: list[dict[str, Any]] = [
             {"role": "system", "content": "S"},
             {"role": "user", "content": "1"},
             {"role": "developer", "content": "D <|im_end|>"},

@@ -23,4 +23,4 @@ def register() -> None:
 
     for name in ("tensor", "empty", "zeros"):
         setattr(torch, name, unpinned(getattr(torch, name)))
-    torch.Tensor.pin_memory = lambda tensor, *args: tensor  # type: ignore[method-assign, assignment]
+    torch.Tensor.pin_memory = lambda tensor, *args: tensor  # type: ignore[method-assign]

@@ -14,7 +14,7 @@ def register() -> None:
     from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
     from sglang.srt.layers.quantization.compressed_tensors.schemes import CompressedTensorsWNA16MoE
 
-    from k26_plugins.common.adapters import experts
+    from k26_plugins.common.adapters import experts as module
     from k26_plugins.common.settings import ENGINE
 
     def process(scheme: Any, layer: Any) -> None:
@@ -25,6 +25,7 @@ def register() -> None:
     def apply(scheme: Any, layer: Any, dispatch_output: Any) -> Any:
         return StandardCombineInput(hidden_states=torch.zeros_like(dispatch_output.hidden_states))
 
+    experts: Any = module
     experts.backend_for = lambda *arguments: ENGINE
     CompressedTensorsWNA16MoE.get_min_capability = classmethod(lambda cls: 0)
     CompressedTensorsWNA16MoE.create_moe_runner = lambda *arguments: None

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import FunctionType
+from typing import Any
 
 from engine_names import GONE, read_snapshot
 
@@ -84,14 +85,15 @@ def wrong_entries(snapshot: Mapping[str, str]) -> dict[str, tuple[str, str]]:
 def _asked(name: str) -> str:
     module, _, path = name.partition(":")
     try:
-        found = importlib.import_module(module)
+        found: Any = importlib.import_module(module)
     except ModuleNotFoundError:
         return GONE
     for part in path.split(".") if path else ():
         if not hasattr(found, part):
             return GONE
         found = getattr(found, part)
-    function = inspect.unwrap(getattr(found, "__func__", found))
+    function: Any = getattr(found, "__func__", found)
+    function = inspect.unwrap(function)
     # What an earlier test has put in the place of the engine's own says nothing of the engine.
     if not isinstance(function, FunctionType) or function.__module__.startswith("k26_plugins."):
         return "?"

@@ -185,10 +185,11 @@ class Frontend:
         from starlette.responses import JSONResponse
 
         engine = scope["app"].state.engine_client
+        answer: Any = None
         if scope["path"] == WEIGHTS_PATH:
-            answer: Any = await engine.collective_rpc("k26_weights")
+            answer = await engine.collective_rpc("k26_weights")
         else:
-            answer = await self._fault(engine, json.loads(await Request(scope, receive).body())["name"])
+            await self._fault(engine, json.loads(await Request(scope, receive).body())["name"])
         await JSONResponse(answer)(scope, receive, send)
 
     async def _fault(self, engine: Any, name: str | None) -> None:

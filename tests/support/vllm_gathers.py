@@ -21,7 +21,11 @@ def all_gatherv(
     """sizes: how many rows each rank has."""
     assert dim == 0
     if isinstance(input_, list):
-        return [all_gatherv(self, one, dim, sizes) for one in input_]
+        return [_gathered(self, one, sizes) for one in input_]
+    return _gathered(self, input_, sizes)
+
+
+def _gathered(self: CpuCommunicator, input_: torch.Tensor, sizes: list[int] | None) -> torch.Tensor:
     counts = sizes or [len(input_)] * self.world_size
     # Gloo gathers tensors of one size.
     padded = input_.new_zeros(max(counts), *input_.shape[1:])

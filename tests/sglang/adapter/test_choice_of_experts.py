@@ -141,11 +141,11 @@ def test_two_choices_by_hand_contradict_each_other(monkeypatch: pytest.MonkeyPat
 def quant_config(folder: Path) -> Any:
     """SGLang's own reading of the checkpoint's quantization."""
     settings = json.loads((folder / "config.json").read_text())["text_config"]["quantization_config"]
-    return compat.compressed_tensors_config().from_config(settings)  # type: ignore[attr-defined]
+    return compat.compressed_tensors_config().from_config(settings)
 
 
 def layer_of(intermediate_size: int = 64) -> FusedMoE:
     """A layer with the sizes that SGLang gives it before it asks for its scheme."""
-    layer = FusedMoE()
+    layer: Any = FusedMoE()
     layer.num_local_experts, layer.hidden_size, layer.intermediate_size_per_partition = 8, 128, intermediate_size
     return layer

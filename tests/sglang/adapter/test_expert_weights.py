@@ -41,7 +41,7 @@ def test_a_layer_s_experts_are_loaded_and_updated(
     else:
         uses = Uses(logging.getLogger("moving"), moves=False)
         scheme = K26HybridScheme("cpu", HybridSettings(experts, on_device, None, "native", None, None, None, uses))
-    layer = FusedMoE()
+    layer: Any = FusedMoE()
     layer.layer_id, layer.num_experts, layer.top_k = 1, experts, 2
     layer.moe_ep_size, layer.moe_tp_size, layer.moe_tp_rank = 1, 1, 0
     unmoved = SimpleNamespace(init_expert_location="trivial", enable_eplb=False, ep_num_redundant_experts=0)

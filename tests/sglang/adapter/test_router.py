@@ -18,7 +18,7 @@ def test_the_router_s_logits_are_float32(monkeypatch: pytest.MonkeyPatch) -> Non
     """The in-tree gate gives bfloat16 on a CPU."""
     from k26_plugins.sglang.router import use_float32_logits
 
-    gate = torch.nn.Module.__new__(compat.router_gate())
+    gate: Any = torch.nn.Module.__new__(compat.router_gate())
     torch.nn.Module.__init__(gate)
     gate.weight = torch.nn.Parameter(torch.randn(8, 64).bfloat16(), requires_grad=False)
     gate.quant_method = None

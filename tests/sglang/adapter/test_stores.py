@@ -46,11 +46,12 @@ def test_the_parsers_and_the_tokenizer_of_a_model_that_is_not_on_the_hub(
         assert model_id == "moonshotai/Kimi-K2.6"
         return str(tiny_folder / file_path)
 
-    for module, members in {
+    modules: dict[str, dict[str, Any]] = {
         "runai_model_streamer": {"ObjectStorageModel": ObjectStorage},
         "modelscope": {"model_file_download": download},
         "modelscope.utils.file_utils": {"get_model_cache_root": lambda: str(cache)},
-    }.items():
+    }
+    for module, members in modules.items():
         monkeypatch.setitem(sys.modules, module, SimpleNamespace(**members))
     monkeypatch.setenv("SGLANG_CACHE_DIR", str(tmp_path))
     if "://" not in name:

@@ -99,7 +99,7 @@ def test_two_halves_of_a_batch_are_refused_before_sglang_asks_for_more(tiny_fold
     parser = argparse.ArgumentParser()
     ServerArgs.add_cli_args(parser)
     command = ["--model-path", str(tiny_folder), "--device", "cpu", "--enable-two-batch-overlap"]
-    settled = []
+    settled: list[Any] = []
     before_settling(settled.append, ServerArgs.from_cli_args(parser.parse_args(command)))
     assert len(settled) == 1
     with_hybrid = ServerArgs.from_cli_args(parser.parse_args([*command, *hybrid_flags(tiny_folder, 4)]))

@@ -72,7 +72,7 @@ class OpenAIClientTests(ScriptedTests):
         report = Report(city="北京", warm=True)
         completion = client.chat.completions.parse(
             model=server.model,
-            messages=[QUESTION],  # type: ignore[list-item]
+            messages=[QUESTION],
             response_format=Report,
             max_tokens=500,
             extra_body=self.script(tiny_folder, f"Both.{THINK_END}{report.model_dump_json()}"),

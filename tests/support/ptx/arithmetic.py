@@ -136,6 +136,7 @@ def apply(machine: Machine, instruction: Instruction, mask: Mask, function: Call
     part = kind.removesuffix("x2")
     if part in SIZES:
         function = rounded_once(part, function)
+    wide: np.dtype[Any]
     if kind == "f32x2":
         wide, function = np.dtype(np.uint64), in_float_pairs(function)
     elif kind.endswith("x2"):
@@ -200,8 +201,8 @@ def move(machine: Machine, instruction: Instruction, mask: Mask) -> None:
             machine.write(name, parts[:, index].copy(), mask)
     elif isinstance(source, tuple):
         part = kind.itemsize // len(source)
-        parts = [machine.lanes(name, f"u{part}") for name in source]
-        machine.write(target, np.stack(parts, axis=1).view(kind).reshape(-1), mask)
+        lanes = [machine.lanes(name, f"u{part}") for name in source]
+        machine.write(target, np.stack(lanes, axis=1).view(kind).reshape(-1), mask)
     else:
         machine.write(target, machine.read(source, kind), mask)
 

@@ -44,7 +44,9 @@ class Emulated:
         constants = {p.name: values[p.name] for p in self.kernel.params if p.is_constexpr}
         given = [values[name] for name in names if name not in constants]
         kernel, shared = self.compile(names, constants, given, options)
-        parameters = dict.fromkeys(kernel.parameters, np.uint64(0))  # the last are Triton's own scratch: none
+        parameters: dict[str, Any] = dict.fromkeys(
+            kernel.parameters, np.uint64(0)
+        )  # the last are Triton's own scratch: none
         for name, value in zip(kernel.parameters, given, strict=False):
             parameters[name] = number(value)
         memory = Global([value for value in given if isinstance(value, torch.Tensor)])
