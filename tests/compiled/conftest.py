@@ -11,7 +11,7 @@ import pytest
 import triton
 from k26_kernels.target import TARGETS, Device
 from k26_kernels.unpack import INTERPRETED
-from support.ptx import Emulated
+from support.ptx.launch import Emulated
 
 if INTERPRETED.value:
     raise pytest.UsageError("Triton's interpreter is on: run tests/compiled in a process of its own.")

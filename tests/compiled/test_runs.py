@@ -20,7 +20,8 @@ from k26_kernels.router import route_reference
 from k26_kernels.target import OVERWRITES_WEIGHTS, TARGETS
 from support.experts import dense, error, inputs, judge, make_weights, to_device
 from support.experts import route as choose_experts
-from support.ptx import Emulated, PtxError
+from support.ptx.launch import Emulated
+from support.ptx.memory import PtxError
 from triton.runtime.errors import PTXASError
 
 from k26_plugins.common.experts import ExpertWeights

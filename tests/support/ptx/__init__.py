@@ -1,8 +1,9 @@
 """Runs compiled kernels without a GPU: an interpreter of the PTX that Triton emits, one program (thread block) at a time.
 
 Triton's own interpreter runs a kernel's source; this runs what the compiler made of it, inline assembly, layouts, matrix
-instructions, asynchronous copies and barriers included. It is written from NVIDIA's PTX ISA 9.x, knows the instructions
-that these kernels use and refuses any other by name. What it checks beside the arithmetic, as a sanitizer would:
+instructions, asynchronous copies and barriers included. It is written from NVIDIA's PTX ISA 9.x, knows the forms of
+instructions that these kernels use (`operations.py`; tests/ptx has a test for each) and refuses any other by name. What it
+checks beside the arithmetic, as a sanitizer would:
 
 - an access outside the tensors and the shared memory that were given, or one that is not aligned to its width;
 - two warps that meet in shared memory without a barrier between them;
@@ -12,8 +13,3 @@ that these kernels use and refuses any other by name. What it checks beside the 
 It does not know: time, the order of warps (they go in step), memory ordering between programs, and whether the machine
 code that NVIDIA's assembler makes of the PTX is right.
 """
-
-from support.ptx.launch import Emulated
-from support.ptx.machine import PtxError
-
-__all__ = ["Emulated", "PtxError"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from support.ptx.machine import WARP, Machine, Mask, PtxError
+from support.ptx.machine import WARP, Lanes, Machine, Mask, PtxError
 from support.ptx.text import Address, Instruction, Operand
 
 
@@ -56,10 +56,9 @@ def store(machine: Machine, instruction: Instruction, mask: Mask) -> None:
 
 
 def atomic(machine: Machine, instruction: Instruction, mask: Mask) -> None:
-    if not is_shared(instruction) or "add" not in instruction.modifiers or instruction.modifiers[-1] != "u32":
-        raise PtxError(f"the interpreter does not know {instruction.text}")
     target, address, value = instruction.operands
     places = machine.shared.offsets(machine.addresses(address)[mask], 4)
+    machine.shared.note_atomic(places, machine.lane[mask] // WARP)
     counters = machine.shared.data.view(np.uint32)
     old = np.zeros(machine.threads, np.uint32)
     amounts = machine.lanes(value, np.uint32)[mask]
@@ -68,19 +67,21 @@ def atomic(machine: Machine, instruction: Instruction, mask: Mask) -> None:
         seen.append(counters[place])
         counters[place] += amount
     old[mask] = seen
-    # Atomics need no barrier among one another, but whatever else touches the place does.
-    machine.shared.written[places] = machine.shared.epoch
-    machine.shared.writer[places] = machine.shared.MANY
     machine.write(target, old, mask)
 
 
+ARRIVED = np.iinfo(np.int64).max
+"""In the place of a group: this thread's part of a copy is done."""
+
+
 def copy(machine: Machine, instruction: Instruction, mask: Mask) -> None:
-    """`cp.async` and its groups: the bytes arrive when a wait asks for them, not before."""
+    """`cp.async` and its groups, which are each thread's own: the bytes arrive when a wait asks for them, not before."""
     if "commit_group" in instruction.modifiers:
-        machine.pending["copy"].append([])
+        machine.committed += mask
         return
     if "wait_group" in instruction.modifiers:
-        machine.wait("copy", int(machine.read(instruction.operands[0], np.uint32)))
+        left = machine.read(instruction.operands[0], np.uint32).astype(np.int64)
+        wait_for_copies(machine, np.where(mask, machine.committed - left, 0))
         return
     operands = instruction.operands
     if "L2::cache_hint" in instruction.modifiers:
@@ -93,20 +94,33 @@ def copy(machine: Machine, instruction: Instruction, mask: Mask) -> None:
     offsets = machine.shared.offsets(to, width)
     machine.shared.note_write(offsets, warps)
 
-    def arrive() -> None:
+    def arrive(due: Mask) -> None:
         data = np.zeros((len(to), width), np.uint8)
-        whole = count == width
-        if not (whole | (count == 0)).all():
+        whole = due & (count == width)
+        if not (whole | (count == 0))[due].all():
             raise PtxError(f"the interpreter knows whole copies only: {instruction.text}")
         if whole.any():
             data[whole] = machine.memory.load(origin[whole], width)
-        machine.shared.store(to, data, warps)
+        machine.shared.store(to[due], data[due], warps[due])
 
-    machine.pending["copy"][-1].append(arrive)
+    machine.copies.append((machine.lane[mask], machine.committed[mask], arrive))
+
+
+def wait_for_copies(machine: Machine, before: Lanes) -> None:
+    """Lets those copies arrive whose group is, for their thread, before a number."""
+    for threads, group, arrive in machine.copies:
+        due = group < before[threads]
+        if due.any():
+            arrive(due)
+            group[due] = ARRIVED
+    machine.copies = [one for one in machine.copies if (one[1] != ARRIVED).any()]
 
 
 def barrier(machine: Machine, instruction: Instruction, mask: Mask) -> None:
-    """All threads are here."""
+    """All threads are here; a barrier for fewer of them is not known."""
+    _, *count = instruction.operands
+    if count and (machine.read(count[0], np.uint32) != machine.threads).any():
+        raise PtxError(f"a barrier that some threads do not reach: {instruction.text}")
     machine.shared.barrier()
 
 
@@ -114,15 +128,31 @@ def nothing(machine: Machine, instruction: Instruction, mask: Mask) -> None:
     """Does nothing: threads in step keep the order by themselves, and advice to a cache has none to go to."""
 
 
+WIDTHS = tuple(
+    f"{vector}b{bits}"
+    for vector, most in (("", 64), ("v2.", 64), ("v4.", 32))
+    for bits in (8, 16, 32, 64)
+    if bits <= most
+)
+"""A register or several; sixteen bytes at most."""
+
 OPERATIONS: dict[str, Callable[[Machine, Instruction, Mask], None]] = {
-    "ld": load,
-    "st": store,
-    "atom": atomic,
-    "cp": copy,
-    "bar": barrier,
-    "barrier": barrier,
-    "fence": nothing,
-    "createpolicy": nothing,
+    "ld.param.b32": load,
+    "ld.param.b64": load,
+    **{f"ld.{space}.{width}": load for space in ("global", "shared") for width in WIDTHS},
+    **{f"st.{space}.{width}": store for space in ("global", "shared", "shared::cta") for width in WIDTHS},
+    "atom.shared.add.u32": atomic,
+    "atom.relaxed.sys.shared.add.u32": atomic,
+    "cp.async.ca.shared.global": copy,
+    "cp.async.cg.shared.global": copy,
+    "cp.async.cg.shared.global.L2::cache_hint": copy,
+    "cp.async.commit_group": copy,
+    "cp.async.wait_group": copy,
+    "bar.sync": barrier,
+    "barrier.sync": barrier,
+    "fence.proxy.async.shared::cta": nothing,
+    "createpolicy.fractional.L2::evict_first.b64": nothing,
     # Launches come one after the other here.
-    "griddepcontrol": nothing,
+    "griddepcontrol.launch_dependents": nothing,
+    "griddepcontrol.wait": nothing,
 }

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
 
 import numpy as np
-from support.ptx.machine import WARP, Machine, Mask, PtxError
+from support.ptx.machine import WARP, Machine, Mask, PtxError, need_whole_warps
 from support.ptx.text import Instruction
 
 TYPES = {
@@ -14,11 +14,13 @@ TYPES = {
         f"{sign}{bits}": np.dtype(f"{'i' if sign == 's' else 'u'}{bits // 8}")
         for sign in "sub"
         for bits in (8, 16, 32, 64)
+        if (sign, bits) != ("b", 8)
     },
     "f32": np.dtype(np.float32),
     "pred": np.dtype(np.bool_),
 }
 Values = Any
+Operation: TypeAlias = Callable[[Machine, Instruction, Mask], None]
 
 
 def kind_of(instruction: Instruction) -> str:
@@ -33,11 +35,20 @@ def bfloat16_to_double(x: Values) -> Values:
 def to_bfloat16(x: Values) -> Values:
     """The bits of the nearest bfloat16, ties to even, rounded once from float64."""
     wide = np.asarray(x, np.float64)
-    raw = wide.view(np.uint64)
-    raw = (raw + np.uint64((1 << 44) - 1) + ((raw >> np.uint64(45)) & np.uint64(1))) >> np.uint64(45) << np.uint64(45)
-    rounded = np.where(np.isfinite(wide), raw.view(np.float64), wide)
+    # Of eight significant bits the last is a unit; subnormals have all one unit.
+    unit = np.ldexp(1.0, np.maximum(np.frexp(wide)[1] - 8, -133))
     with np.errstate(over="ignore"):
-        return (rounded.astype(np.float32).view(np.uint32) >> np.uint32(16)).astype(np.uint16)
+        return ((np.rint(wide / unit) * unit).astype(np.float32).view(np.uint32) >> np.uint32(16)).astype(np.uint16)
+
+
+def added_to_odd(a: Values, b: Values) -> Values:
+    """The sum in float64; where that is not exact, its last bit is one, so that rounding it again is as if it were."""
+    total = np.asarray(a + b)
+    with np.errstate(invalid="ignore"):
+        back = total - a
+        lost = (a - (total - back)) + (b - back)
+        even = total.view(np.uint64) & np.uint64(1) == 0
+        return np.where((np.abs(lost) > 0) & even, np.nextafter(total, np.copysign(np.inf, lost)), total)
 
 
 SIZES = {"bf16": np.dtype(np.uint16), "f16": np.dtype(np.uint16)}
@@ -88,8 +99,9 @@ BINARY: dict[str, Callable[[Values, Values], Values]] = {
     "and": lambda a, b: a & b,
     "or": lambda a, b: a | b,
     "xor": lambda a, b: a ^ b,
-    "min": np.fmin,
-    "max": np.fmax,
+    # A number wins over NaN, and -0 is below +0.
+    "min": lambda a, b: np.where((a < b) | ((a == b) & np.signbit(a)) | (b != b), a, b),
+    "max": lambda a, b: np.where((a > b) | ((a == b) & np.signbit(b)) | (b != b), a, b),
     "shl": shifted(left=True),
     "shr": shifted(left=False),
 }
@@ -103,10 +115,12 @@ COMPARE: dict[str, Callable[[Values, Values], Values]] = {
     "gt": lambda a, b: a > b,
     "ge": lambda a, b: a >= b,
 }
+ORDERS = ("eq", "ne", "lt", "le", "gt", "ge")
+"""Those that integers have too."""
 
 
 def rounded_once(kind: str, function: Callable[..., Values]) -> Callable[..., Values]:
-    """Computes on 16-bit floats in float64, which holds every product of two, and rounds the result."""
+    """Computes on 16-bit floats in float64, which holds every product and sum of two, and rounds the result."""
     return lambda *values: to_type(function(*(from_type(value, kind).astype(np.float64) for value in values)), kind)
 
 
@@ -162,8 +176,6 @@ def binary(machine: Machine, instruction: Instruction, mask: Mask) -> None:
 def wide_product(machine: Machine, instruction: Instruction) -> Values:
     """Both halves of a product of integers, or its high one."""
     kind = TYPES[kind_of(instruction)]
-    if kind.itemsize == 8:
-        raise PtxError(f"the interpreter does not know {instruction.text}")
     double = f"{kind.kind}{2 * kind.itemsize}"
     a, b = (np.asarray(machine.read(source, kind)).astype(double) for source in instruction.operands[1:3])
     product = a * b
@@ -179,12 +191,11 @@ def multiply_add(machine: Machine, instruction: Instruction, mask: Mask) -> None
 
 
 def fused(machine: Machine, instruction: Instruction, mask: Mask) -> None:
-    """Multiplies and adds with one rounding; float32 goes by way of float64, which holds the product exactly."""
+    """Multiplies and adds with one rounding, by way of float64, which holds every product exactly."""
 
     def function(a: Values, b: Values, c: Values) -> Values:
-        if np.asarray(a).dtype == np.float32:
-            return (np.asarray(a).astype(np.float64) * b + c).astype(np.float32)
-        return a * b + c
+        total = added_to_odd(np.asarray(a, np.float64) * b, np.asarray(c, np.float64))
+        return total.astype(np.asarray(a).dtype)
 
     apply(machine, instruction, mask, function)
 
@@ -208,13 +219,9 @@ def move(machine: Machine, instruction: Instruction, mask: Mask) -> None:
 
 
 def set_predicate(machine: Machine, instruction: Instruction, mask: Mask) -> None:
-    comparison, *rest = instruction.modifiers
-    kind = TYPES[rest.pop()]
-    target, a, b, *third = instruction.operands
-    result = COMPARE[comparison](machine.read(a, kind), machine.read(b, kind))
-    if rest:
-        result = BINARY[rest[0]](result, machine.read(third[0], np.bool_))
-    machine.write(target, result, mask)
+    comparison, kind = instruction.modifiers
+    target, a, b = instruction.operands
+    machine.write(target, COMPARE[comparison](machine.read(a, TYPES[kind]), machine.read(b, TYPES[kind])), mask)
 
 
 def select(machine: Machine, instruction: Instruction, mask: Mask) -> None:
@@ -225,14 +232,14 @@ def select(machine: Machine, instruction: Instruction, mask: Mask) -> None:
 
 
 def extract_bits(machine: Machine, instruction: Instruction, mask: Mask) -> None:
+    """`bfe`: places count modulo 256, and beyond the highest bit the field is filled with zeros or with its sign."""
     target, source, *places = instruction.operands
     kind = TYPES[kind_of(instruction)]
-    first, length = (machine.read(place, np.uint32).astype(np.int64) for place in places)
-    value = np.asarray(machine.read(source, f"u{kind.itemsize}")).astype(np.int64)
-    field = (value >> first) & ((np.int64(1) << length) - 1)
-    if kind.kind == "i":
-        field = np.where(field >> (length - 1) & 1, field - (np.int64(1) << length), field)
-    machine.write(target, field.astype(kind), mask)
+    wide = np.dtype(f"{kind.kind}8")
+    first, length = (machine.read(place, np.uint32) & np.uint32(0xFF) for place in places)
+    value = machine.read(source, kind).astype(wide) >> np.minimum(first, 63).astype(wide)
+    above = (64 - np.clip(length, 1, 32)).astype(wide)
+    machine.write(target, np.where(length > 0, value << above >> above, 0).astype(kind), mask)
 
 
 def logic_of_three(machine: Machine, instruction: Instruction, mask: Mask) -> None:
@@ -273,7 +280,7 @@ def convert(machine: Machine, instruction: Instruction, mask: Mask) -> None:
         machine.write(target, to_type(values[0], to), mask)
 
 
-def one_operand(function: Callable[[Values], Values]) -> Callable[[Machine, Instruction, Mask], None]:
+def one_operand(function: Callable[[Values], Values]) -> Operation:
     return lambda machine, instruction, mask: apply(machine, instruction, mask, function)
 
 
@@ -284,6 +291,7 @@ def shuffle(machine: Machine, instruction: Instruction, mask: Mask) -> None:
     value = machine.lanes(source, np.uint32)
     lane = machine.lane % WARP
     step, packed = (machine.read(operand, np.uint32).astype(np.int64) for operand in (amount, ends))
+    step = step & 31
     clamp, segment = packed & 31, packed >> 8 & 31
     lowest = lane & segment
     highest = lowest | (clamp & ~segment)
@@ -294,12 +302,15 @@ def shuffle(machine: Machine, instruction: Instruction, mask: Mask) -> None:
         "idx": lowest | (step & ~segment),
     }[mode]
     inside = partner >= highest if mode == "up" else partner <= highest
-    chosen = np.where(inside, partner, lane) + machine.lane // WARP * WARP
-    machine.write(target, value[chosen.astype(np.int64)], mask)
+    chosen = (np.where(inside, partner, lane) + machine.lane // WARP * WARP).astype(np.int64)
+    if not mask[chosen[mask]].all():
+        raise PtxError(f"a lane's value is wanted that is not here: {instruction.text}")
+    machine.write(target, value[chosen], mask)
 
 
 def reduce_warp(machine: Machine, instruction: Instruction, mask: Mask) -> None:
     target, source, members = instruction.operands
+    need_whole_warps(instruction, mask)
     if not (np.asarray(machine.read(members, np.uint32)) == 0xFFFFFFFF).all():
         raise PtxError(f"the interpreter knows whole warps only: {instruction.text}")
     values = machine.lanes(source, TYPES[kind_of(instruction)]).reshape(-1, WARP)
@@ -309,8 +320,6 @@ def reduce_warp(machine: Machine, instruction: Instruction, mask: Mask) -> None:
 
 def ballot(machine: Machine, instruction: Instruction, mask: Mask) -> None:
     """Collects one bit from each lane of the warp that is here."""
-    if instruction.modifiers[1] != "ballot":
-        raise PtxError(f"the interpreter does not know {instruction.text}")
     target, source, _ = instruction.operands
     votes = (machine.lanes(source, np.bool_) & mask).reshape(-1, WARP)
     bits = (votes.astype(np.uint64) << np.arange(WARP, dtype=np.uint64)).sum(axis=1).astype(np.uint32)
@@ -326,28 +335,57 @@ def count_bits(machine: Machine, instruction: Instruction, mask: Mask) -> None:
 def elect(machine: Machine, instruction: Instruction, mask: Mask) -> None:
     """Chooses one lane of each warp, here the lowest; which one it is would be the hardware's choice."""
     assert isinstance(instruction.operands[0], str)
+    need_whole_warps(instruction, mask)
     lane, predicate = instruction.operands[0].split("|")
     machine.write(lane, np.zeros(machine.threads, np.uint32), mask)
     machine.write(predicate, machine.lane % WARP == 0, mask)
 
 
-OPERATIONS: dict[str, Callable[[Machine, Instruction, Mask], None]] = {
-    **dict.fromkeys(BINARY, binary),
-    "mad": multiply_add,
-    "fma": fused,
-    "mov": move,
-    "setp": set_predicate,
-    "selp": select,
-    "bfe": extract_bits,
-    "lop3": logic_of_three,
-    "prmt": permute_bytes,
-    "cvt": convert,
-    "neg": one_operand(lambda a: -a),
-    "not": one_operand(lambda a: ~a),
-    "ex2": one_operand(np.exp2),
-    "shfl": shuffle,
-    "redux": reduce_warp,
-    "vote": ballot,
-    "popc": count_bits,
-    "elect": elect,
+def forms(operation: Operation, name: str, kinds: Iterable[str]) -> dict[str, Operation]:
+    """The entries of an operation that is known for several types."""
+    return {f"{name}.{kind}": operation for kind in kinds}
+
+
+SIGNED, UNSIGNED, BITS = (tuple(f"{sign}{bits}" for bits in (16, 32, 64)) for sign in "sub")
+INTEGERS = (*SIGNED, *UNSIGNED)
+NARROW = ("s16", "s32", "u16", "u32")
+"""Those whose product fits into another type."""
+ANY_INTEGER = ("s8", "u8", *INTEGERS)
+HALVES = ("f16", "f16x2", "bf16", "bf16x2")
+
+OPERATIONS: dict[str, Operation] = {
+    **forms(binary, "add", (*INTEGERS, "s16x2", "u16x2", "f32", "f32x2")),
+    **forms(binary, "sub", (*INTEGERS, "f32", "f32x2")),
+    **forms(binary, "mul", ("f32", "f32x2", *HALVES)),
+    **forms(binary, "mul.lo", INTEGERS),
+    **forms(binary, "mul.hi", NARROW),
+    **forms(binary, "mul.wide", NARROW),
+    **forms(binary, "div", ("s32", "u32", "full.f32")),
+    **{key: binary for name in ("and", "or", "xor") for key in forms(binary, name, (*BITS, "pred"))},
+    **{key: binary for name in ("min", "max") for key in forms(binary, name, (*INTEGERS, "f32"))},
+    **forms(binary, "shl", BITS),
+    **forms(binary, "shr", (*BITS, *INTEGERS)),
+    **forms(multiply_add, "mad.lo", INTEGERS),
+    **forms(multiply_add, "mad.wide", NARROW),
+    **forms(fused, "fma.rn", ("f32", "f32x2", *HALVES)),
+    **forms(move, "mov", (*BITS, *INTEGERS, "f32", "pred")),
+    **{key: set_predicate for name in ORDERS for key in forms(set_predicate, f"setp.{name}", (*INTEGERS, "f32"))},
+    **{key: set_predicate for name in ("eq", "ne") for key in forms(set_predicate, f"setp.{name}", BITS)},
+    **{key: set_predicate for name in ("num", "nan") for key in forms(set_predicate, f"setp.{name}", ("f32",))},
+    **forms(select, "selp", (*BITS, *INTEGERS, "f32")),
+    **forms(extract_bits, "bfe", ("s32", "u32")),
+    **forms(logic_of_three, "lop3", ("b32",)),
+    **forms(permute_bytes, "prmt", ("b32",)),
+    **{key: convert for to in ANY_INTEGER for key in forms(convert, f"cvt.{to}", set(ANY_INTEGER) - {to})},
+    **{key: convert for to in ("f32", "f16", "bf16") for key in forms(convert, f"cvt.rn.{to}", NARROW)},
+    **{key: convert for to in HALVES for key in forms(convert, f"cvt.rn.{to}", ("f32",))},
+    **forms(convert, "cvt.f32", ("f16", "bf16")),
+    **forms(one_operand(lambda a: -a), "neg", SIGNED),
+    **forms(one_operand(lambda a: ~a), "not", (*BITS, "pred")),
+    **forms(one_operand(np.exp2), "ex2.approx", ("f32",)),
+    **{f"shfl.sync.{mode}.b32": shuffle for mode in ("bfly", "up", "down", "idx")},
+    **{f"redux.sync.{name}.{kind}": reduce_warp for name in ("add", "min", "max") for kind in ("s32", "u32")},
+    "vote.sync.ballot.b32": ballot,
+    "popc.b32": count_bits,
+    "elect.sync": elect,
 }

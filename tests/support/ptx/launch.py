@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 import triton
-from support.ptx import access, arithmetic, matrix, tensor
 from support.ptx.machine import Machine
 from support.ptx.memory import Global
+from support.ptx.operations import OPERATIONS
 from support.ptx.text import Kernel, parse
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-OPERATIONS = {**arithmetic.OPERATIONS, **access.OPERATIONS, **matrix.OPERATIONS, **tensor.OPERATIONS}
 POINTER = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
 
 

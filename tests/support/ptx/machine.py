@@ -19,7 +19,8 @@ REGISTER_TYPES = {"%p": np.bool_, "%rs": np.uint16, "%r": np.uint32, "%rd": np.u
 DECLARED_TYPES = {".pred": np.bool_, ".b16": np.uint16, ".b32": np.uint32, ".b64": np.uint64}
 
 
-BARRIERS = ("bar", "barrier")
+JUMPS = ("bra", "bra.uni", "ret")
+BARRIERS = ("bar.sync", "barrier.sync")
 
 
 class NotYetError(Exception):
@@ -46,8 +47,12 @@ class Machine:
         self.registers: dict[str, Lanes] = {}
         self.owned: Counter[str] = Counter()
         """Registers that matrix instructions still work on, and how many do."""
-        self.pending: dict[str, list[list[Callable[[], None]]]] = {"copy": [[]], "mma": [[]]}
-        """Asynchronous work by kind, in groups of which the last is still open."""
+        self.products: list[list[Callable[[], None]]] = [[]]
+        """Matrix instructions under way, in groups of which the last is still open."""
+        self.copies: list[tuple[Lanes, Lanes, Callable[[Mask], None]]] = []
+        """Copies under way: whose they are, each thread's group, and what lets those of some threads arrive."""
+        self.committed = np.zeros(kernel.threads, np.int64)
+        """How many groups of copies each thread has closed."""
         self.tensor_memory: object = None
         """Tensor memory is sm_100's; it is made when it is first touched."""
         lane = np.arange(self.threads, dtype=np.uint32)
@@ -117,13 +122,6 @@ class Machine:
         wide = self.read(operand.base, self.type_of(operand.base) if operand.base[0] == "%" else np.uint32)
         return np.broadcast_to(wide.astype(np.int64) + operand.offset, self.threads)
 
-    def wait(self, kind: str, left: int) -> None:
-        """Let asynchronous work end until `left` groups of it are under way."""
-        groups = self.pending[kind]
-        while len(groups) - 1 > left:
-            for work in groups.pop(0):
-                work()
-
     def run(self, operations: dict[str, Callable[[Machine, Instruction, Mask], None]]) -> None:
         instructions = self.kernel.instructions
         end, place = len(instructions), 0
@@ -142,7 +140,7 @@ class Machine:
             mask = active
             if instruction.predicate is not None:
                 mask = active & (self.read(instruction.predicate, np.bool_) ^ instruction.negated)
-            if instruction.name in ("bra", "ret"):
+            if instruction.opcode in JUMPS:
                 target = end if instruction.target is None else instruction.target
                 if together and (mask.all() or not mask.any()):
                     place = target if mask.any() else place + 1
@@ -151,10 +149,13 @@ class Machine:
                 self.at[active] = place + 1
                 self.at[mask] = target
                 continue
-            if instruction.name in BARRIERS and not together:
-                self.waiting |= active
-                continue
-            operation = operations.get(instruction.name)
+            if instruction.opcode in BARRIERS and mask.any():
+                if (mask != active).any():
+                    raise PtxError(f"a barrier that some threads do not reach: {instruction.text}")
+                if not together:
+                    self.waiting |= active
+                    continue
+            operation = operations.get(instruction.opcode)
             if operation is None:
                 raise PtxError(f"the interpreter does not know {instruction.text}")
             try:
@@ -179,7 +180,7 @@ class Machine:
         if not self.waiting.any():
             return None
         at_barrier = {
-            place for place in np.unique(self.at[self.waiting]) if self.instruction_at(place).name in BARRIERS
+            place for place in np.unique(self.at[self.waiting]) if self.instruction_at(place).opcode in BARRIERS
         }
         if len(at_barrier) == len(np.unique(self.at[self.waiting])):
             if len(at_barrier) == 1 and self.waiting.all():
@@ -194,6 +195,17 @@ class Machine:
 
     def instruction_at(self, place: Any) -> Instruction:
         return self.kernel.instructions[int(place)]
+
+
+def need_everyone(instruction: Instruction, mask: Mask) -> None:
+    if not mask.all():
+        raise PtxError(f"an instruction of whole warps that some threads do not reach: {instruction.text}")
+
+
+def need_whole_warps(instruction: Instruction, mask: Mask) -> None:
+    warps = mask.reshape(-1, WARP)
+    if (warps.any(axis=1) != warps.all(axis=1)).any():
+        raise PtxError(f"the interpreter knows whole warps only: {instruction.text}")
 
 
 @cache

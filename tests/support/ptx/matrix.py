@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from support.ptx.access import names
 from support.ptx.arithmetic import bfloat16_to_double
-from support.ptx.machine import WARP, Lanes, Machine, Mask, PtxError
+from support.ptx.machine import WARP, Lanes, Machine, Mask, PtxError, need_everyone
 from support.ptx.text import Instruction
 
 GROUP = np.arange(WARP) // 4  # each lane's row of its part of a fragment
@@ -49,8 +49,6 @@ def store_accumulators(machine: Machine, targets: tuple[str, ...], matrix: Lanes
 
 def multiply(machine: Machine, instruction: Instruction, mask: Mask) -> None:
     """`mma.sync` multiplies 16 × 8 × 16 of bfloat16 at once."""
-    if instruction.modifiers != ("sync", "aligned", "m16n8k16", "row", "col", "f32", "bf16", "bf16", "f32"):
-        raise PtxError(f"the interpreter does not know {instruction.text}")
     need_everyone(instruction, mask)
     d, a, b, c = map(names, instruction.operands)
     left = left_operand([of_warps(machine, name) for name in a])
@@ -60,11 +58,6 @@ def multiply(machine: Machine, instruction: Instruction, mask: Mask) -> None:
         right[:, PAIR + 8 * index, GROUP] = bfloat16_to_double(register & np.uint32(0xFFFF))
         right[:, PAIR + 8 * index + 1, GROUP] = bfloat16_to_double(register >> np.uint32(16))
     store_accumulators(machine, d, left @ right + accumulators([of_warps(machine, name) for name in c]))
-
-
-def need_everyone(instruction: Instruction, mask: Mask) -> None:
-    if not mask.all():
-        raise PtxError(f"an instruction of whole warps that some threads do not reach: {instruction.text}")
 
 
 def move_matrices(machine: Machine, instruction: Instruction, mask: Mask) -> None:
@@ -129,15 +122,18 @@ def multiply_group(machine: Machine, instruction: Instruction, mask: Mask) -> No
     if kind == "fence":
         return
     if kind == "commit_group":
-        machine.pending["mma"].append([])
+        machine.products.append([])
         return
     if kind == "wait_group":
-        machine.wait("mma", int(machine.read(instruction.operands[0], np.uint32)))
+        left = int(machine.read(instruction.operands[0], np.uint32))
+        while len(machine.products) - 1 > left:
+            for work in machine.products.pop(0):
+                work()
         return
     shape = instruction.modifiers[3]
     n = int(shape[4:-3])
     d, a, descriptor, scale, *signs = instruction.operands
-    if kind != "mma_async" or not isinstance(a, tuple) or signs != ["1", "1", "0"]:
+    if not isinstance(a, tuple) or signs != ["1", "1", "0"]:
         raise PtxError(f"the interpreter does not know {instruction.text}")
     targets = names(d)
     described = np.unique(machine.lanes(descriptor, np.uint64).reshape(-1, WARP * WARPS), axis=1)
@@ -158,12 +154,19 @@ def multiply_group(machine: Machine, instruction: Instruction, mask: Mask) -> No
             total += accumulators([machine.registers[name].reshape(-1, WARP) for name in targets])
         store_accumulators(machine, targets, total)
 
-    machine.pending["mma"][-1].append(finish)
+    machine.products[-1].append(finish)
 
 
 OPERATIONS: dict[str, Callable[[Machine, Instruction, Mask], None]] = {
-    "mma": multiply,
-    "ldmatrix": move_matrices,
-    "stmatrix": move_matrices,
-    "wgmma": multiply_group,
+    "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32": multiply,
+    **{
+        f"{name}.sync.aligned.m8n8.x{count}{transposed}.shared.b16": move_matrices
+        for name in ("ldmatrix", "stmatrix")
+        for count in (1, 2, 4)
+        for transposed in ("", ".trans")
+    },
+    "wgmma.fence.sync.aligned": multiply_group,
+    "wgmma.commit_group.sync.aligned": multiply_group,
+    "wgmma.wait_group.sync.aligned": multiply_group,
+    **{f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.bf16.bf16": multiply_group for n in range(8, 257, 8)},
 }

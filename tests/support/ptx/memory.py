@@ -16,6 +16,12 @@ class PtxError(Exception):
     """A program did what it must not, or has an instruction that the interpreter does not know."""
 
 
+def need_agreement(stored: Bytes, values: Bytes) -> None:
+    """Which of several threads that store at one place comes last is nobody's to know."""
+    if (stored != values).any():
+        raise PtxError("threads write different values to one place at once")
+
+
 class Global:
     """The tensors that a kernel was given, at their own addresses; nothing else may be touched."""
 
@@ -53,6 +59,7 @@ class Global:
     def store(self, addresses: Lanes, values: Bytes) -> None:
         for here, data, offsets in self.places(addresses, values.shape[1]):
             data[offsets] = values[here]
+            need_agreement(data[offsets], values[here])
 
 
 class Shared:
@@ -101,6 +108,13 @@ class Shared:
         self.writer[offsets] = here
         self.written[offsets] = self.epoch
 
+    def note_atomic(self, offsets: Lanes, warps: Lanes) -> None:
+        """Atomics need no barrier among one another, but whatever else touches the place does."""
+        atomic = (self.written[offsets] == self.epoch) & (self.writer[offsets] == self.MANY)
+        self.written[offsets] = np.where(atomic, 0, self.written[offsets])
+        self.note_write(offsets, warps)
+        self.writer[offsets] = self.MANY
+
     def count_conflicts(self, addresses: Lanes, size: int) -> None:
         """32 banks of 4 bytes serve up to 128 bytes of a warp at a time; another word of a bank has to wait.
 
@@ -127,3 +141,4 @@ class Shared:
         self.note_write(offsets, warps)
         self.count_conflicts(addresses, values.shape[1])
         self.data[offsets] = values
+        need_agreement(self.data[offsets], values)

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import numpy as np
 from support.ptx.access import names, nothing
 from support.ptx.arithmetic import bfloat16_to_double
-from support.ptx.machine import WARP, Lanes, Machine, Mask, NotYetError, PtxError
-from support.ptx.matrix import need_everyone, read_described
+from support.ptx.machine import WARP, Lanes, Machine, Mask, NotYetError, PtxError, need_everyone
+from support.ptx.matrix import read_described
 from support.ptx.text import Address, Instruction
 
 LANES, COLUMNS = 128, 512
@@ -73,11 +73,9 @@ def places(machine: Machine, instruction: Instruction, address: object, count: i
         rows, columns = thread + 0 * register, register + 0 * thread
     elif shape == "16x128b":
         rows, columns = thread // 4 + register % 2 * 8, thread % 4 + register // 2 * 4
-    elif shape == "16x32bx2":
+    else:
         second = int(machine.read(instruction.operands[1 if instruction.modifiers[0] == "st" else 2], np.uint32))
         rows, columns = thread % 16 + 0 * register, register + thread // 16 * second
-    else:
-        raise PtxError(f"the interpreter does not know {instruction.text}")
     if (lane // WARP != machine.lane // WARP % 4).any():
         raise PtxError(f"a warp touches lanes of tensor memory that are another's: {instruction.text}")
     if (column + columns >= memory_of(machine).allocated).any():
@@ -143,10 +141,12 @@ def barrier(machine: Machine, instruction: Instruction, mask: Mask) -> None:
     if kind in ("init", "inval"):
         place = one(machine, instruction.operands[0], mask)
         if kind == "init":
+            if (machine.read(instruction.operands[1], np.uint32) != 1).any():
+                raise PtxError(f"the interpreter knows barriers for one arrival only: {instruction.text}")
             phases[place] = 0
         else:
             del phases[place]
-    elif kind == "try_wait":
+    else:
         place = one(machine, instruction.operands[1], mask)
         parity = int(machine.lanes(instruction.operands[2], np.uint32)[mask][0])
         if place not in phases:
@@ -159,31 +159,29 @@ def barrier(machine: Machine, instruction: Instruction, mask: Mask) -> None:
                 memory.pending.popleft()()
             phases[ended] += 1
         machine.write(instruction.operands[0], machine.everyone, mask)
-    else:
-        raise PtxError(f"the interpreter does not know {instruction.text}")
 
 
-KINDS: dict[str, Callable[[Machine, Instruction, Mask], None]] = {
-    "alloc": allocate,
-    "dealloc": deallocate,
-    "relinquish_alloc_permit": nothing,
-    "st": store,
-    "ld": load,
-    "mma": multiply,
-    "commit": commit,
+OPERATIONS: dict[str, Callable[[Machine, Instruction, Mask], None]] = {
+    "tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32": allocate,
+    "tcgen05.dealloc.cta_group::1.sync.aligned.b32": deallocate,
+    "tcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned": nothing,
+    **{
+        f"tcgen05.{name}.sync.aligned.{shape}.x{count}.b32": operation
+        for name, operation in (("ld", load), ("st", store))
+        for shape, most in (("32x32b", 128), ("16x128b", 64), ("16x32bx2", 128))
+        for count in (1, 2, 4, 8, 16, 32, 64, 128)
+        if count <= most
+    },
+    "tcgen05.mma.cta_group::1.kind::f16": multiply,
+    "tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64": commit,
+    "tcgen05.commit.cta_group::1.mbarrier::arrive::one.b64": commit,
     # Loads and stores of tensor memory are done at once here.
-    "wait::ld": nothing,
-    "wait::st": nothing,
-    "fence::before_thread_sync": nothing,
-    "fence::after_thread_sync": nothing,
+    "tcgen05.wait::ld.sync.aligned": nothing,
+    "tcgen05.wait::st.sync.aligned": nothing,
+    "tcgen05.fence::before_thread_sync": nothing,
+    "tcgen05.fence::after_thread_sync": nothing,
+    "mbarrier.init.shared::cta.b64": barrier,
+    "mbarrier.inval.shared::cta.b64": barrier,
+    "mbarrier.try_wait.parity.shared::cta.b64": barrier,
+    "mbarrier.try_wait.parity.shared.b64": barrier,
 }
-
-
-def tensor(machine: Machine, instruction: Instruction, mask: Mask) -> None:
-    operation = KINDS.get(instruction.modifiers[0])
-    if operation is None:
-        raise PtxError(f"the interpreter does not know {instruction.text}")
-    operation(machine, instruction, mask)
-
-
-OPERATIONS: dict[str, Callable[[Machine, Instruction, Mask], None]] = {"tcgen05": tensor, "mbarrier": barrier}

@@ -19,8 +19,10 @@ Operand: TypeAlias = str | tuple[str, ...] | Address
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
+    opcode: str
+    """The operation with its modifiers, `mad.wide.s32`: what the interpreter's tables are keyed by."""
     name: str
-    """The operation without its modifiers: `mad` for `mad.wide.s32`."""
+    """The operation alone: `mad`."""
     modifiers: tuple[str, ...]
     operands: tuple[Operand, ...]
     predicate: str | None
@@ -99,4 +101,4 @@ def instruction(text: str, scopes: tuple[int, ...], labels: dict[tuple[str, int]
     if name == "bra":
         target = next(labels[rest, scope] for scope in reversed(scopes) if (rest, scope) in labels)
     operands = tuple(operand(part) for part in split(rest))
-    return Instruction(name, tuple(modifiers), operands, predicate, negated == "!", target, text)
+    return Instruction(opcode, name, tuple(modifiers), operands, predicate, negated == "!", target, text)
