@@ -191,11 +191,14 @@ def _files(pattern: str) -> list[str]:
 
 @environment
 def kernels(session: nox.Session) -> None:
-    """The Triton kernels without a GPU: under the interpreter, and what the newest and the oldest Triton make of them."""
+    """The Triton kernels without a GPU: under the interpreter, and what the newest and the oldest Triton make of them.
+
+    What they make runs in an interpreter of PTX, which has tests of its own.
+    """
     _install_torch(session)
     # Triton's interpreter has to be chosen before anything imports Triton: a process of its own.
     install(session, "-e", ".[test]")
-    session.run("pytest", "-q", "tests/kernels", *session.posargs, success_codes=[0, NO_TESTS])
+    session.run("pytest", "-q", "tests/kernels", "tests/ptx", *session.posargs, success_codes=[0, NO_TESTS])
     for version in ("triton", f"triton=={TRITON_OLDEST}"):
         install(session, "-e", ".[test]", version)
         session.run("pytest", "-q", "tests/compiled", *session.posargs)
