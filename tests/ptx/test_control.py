@@ -69,7 +69,7 @@ def test_threads_that_return_do_nothing_more(run: Run, opcode: str) -> None:
 
 
 def test_a_label_belongs_to_its_scope(run: Run) -> None:
-    """Inline assembly comes several times with the same label, and with registers of its own."""
+    """Inline assembly comes several times with the same label, which the code around it may have too."""
     block = """
     {
     .reg .pred done;
@@ -82,7 +82,8 @@ def test_a_label_belongs_to_its_scope(run: Run) -> None:
     add.s32 %r1, %r1, 100;
     }
     """
-    assert run(block + block, {"%r1": [0, 1, 2]}).registers["%r1"].tolist() == [205, 211, 212]
+    around = "bra AGAIN;\nmov.b32 %r1, 7;\nAGAIN:\n"
+    assert run(around + block + block, {"%r1": [0, 1, 2]}).registers["%r1"].tolist() == [205, 211, 212]
 
 
 EXCHANGE = """

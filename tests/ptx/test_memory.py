@@ -215,6 +215,7 @@ WRONG = {
     "written that another warp read": [
         "@%p1 ld.shared.b32 %r9, [%r2];\n@!%p1 st.shared.b32 [%r2], %r3;",
         "ld.shared.b32 %r9, [%r2];\n@%p1 st.shared.b32 [%r2], %r3;",
+        "@%p1 ld.shared.b32 %r9, [%r2];\n@!%p1 ld.shared.b32 %r9, [%r2];\n@!%p1 st.shared.b32 [%r2], %r3;",
         "@%p1 ld.shared.b32 %r9, [%r2];\n@!%p1 atom.shared.add.u32 %r9, [%r2], 1;",
         "@%p1 ld.shared.b32 %r9, [%r2];\n@!%p1 cp.async.ca.shared.global [%r2], [%rd1], 4;",
     ],
@@ -260,3 +261,11 @@ def test_bank_conflicts(run: Run, text: str, stride: int, conflicts: int) -> Non
     """32 banks of 4 bytes; 8 and 16 bytes a lane go half and a quarter of a warp at a time."""
     machine = run(text, {"%r1": np.arange(32) * stride, "%rd1": [0] * 32}, shared=32 * 256)
     assert machine.shared.conflicts == conflicts
+
+
+def test_each_quarter_of_a_warp_has_conflicts_of_its_own(run: Run) -> None:
+    """Each reads half of the banks twice; that the next quarter reads the other half does not help."""
+    quarter, lane = np.divmod(np.arange(32), 8)
+    at = quarter * 256 + lane * 32 + quarter % 2 * 16
+    machine = run("ld.shared.v4.b32 {%r9, %r8, %r7, %r6}, [%r1];", {"%r1": at}, shared=1024)
+    assert machine.shared.conflicts == 4
