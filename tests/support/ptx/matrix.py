@@ -125,8 +125,8 @@ def multiply_group(machine: Machine, instruction: Instruction, mask: Mask) -> No
         machine.products.append([])
         return
     if kind == "wait_group":
-        left = int(machine.read(instruction.operands[0], np.uint32))
-        while len(machine.products) - 1 > left:
+        in_flight = int(machine.read(instruction.operands[0], np.uint32))
+        while len(machine.products) - 1 > in_flight:
             for work in machine.products.pop(0):
                 work()
         return
