@@ -140,7 +140,8 @@ def test_a_register_that_was_never_written(run: Run) -> None:
 
 @pytest.mark.parametrize("opcode", ["ld.param.b32", "ld.param.b64"])
 def test_parameters(run: Run, opcode: str) -> None:
-    register, value = {"b32": ("%r1", np.int32(-5)), "b64": ("%rd1", np.uint64(1 << 63))}[opcode[-3:]]
+    given: dict[str, tuple[str, Any]] = {"b32": ("%r1", np.int32(-5)), "b64": ("%rd1", np.uint64(1 << 63))}
+    register, value = given[opcode[-3:]]
     machine = run(f"{opcode} {register}, [kernel_param_1];", parameters={"kernel_param_1": value})
     assert machine.registers[register].tolist() == [int(value) % (1 << int(opcode[-2:]))] * 32
 

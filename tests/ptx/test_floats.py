@@ -179,7 +179,11 @@ def test_fma(run: Run, opcode: str) -> None:
 )
 def test_fma_rounds_once(run: Run, opcode: str, kind: str, row: tuple[float, ...]) -> None:
     form, count = FORMATS[kind], 2 if opcode.endswith("x2") else 1
-    encode = {"f32": np.float32, "bf16": lambda x: (np.float32(x).view(np.uint32) >> 16).astype(np.uint16)}[kind]
+    encodings: dict[str, Callable[[float], Any]] = {
+        "f32": np.float32,
+        "bf16": lambda x: (np.float32(x).view(np.uint32) >> 16).astype(np.uint16),
+    }
+    encode = encodings[kind]
     patterns = [int(encode(value).view(f"u{form.bits // 8}")) for value in row]
     assert [form.decode(pattern) for pattern in patterns] == list(row)
     name = REGISTER[form.bits * count]

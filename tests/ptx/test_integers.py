@@ -57,8 +57,8 @@ def check(
     assert patterns(machine.registers[target], width) == patterns((value_of(one, to) for one in expected), width)
 
 
-BINARY = {"add": add, "sub": sub, "mul.lo": mul, "min": min, "max": max}
-LOGIC = {"and": and_, "or": or_, "xor": xor}
+BINARY: dict[str, Callable[..., int]] = {"add": add, "sub": sub, "mul.lo": mul, "min": min, "max": max}
+LOGIC: dict[str, Callable[..., int]] = {"and": and_, "or": or_, "xor": xor}
 
 
 @pytest.mark.parametrize(
