@@ -232,8 +232,12 @@ void down(const Worker& me, const State& state, int64_t begin, int64_t tokens, i
   alignas(64) float product[kBlockTokens * kRows];
   float* total = state.total.as<float>();
   for (int64_t row = first * tokens; row < last * tokens; ++row) store(total + row * kRows, all(0));
-  for (const int32_t expert : routing.chosen) {
+  for (size_t place = 0; place < routing.chosen.size(); ++place) {
+    const int32_t expert = routing.chosen[place];
     const int32_t end = routing.first[expert + 1];
+    // The last tile is followed by the first one of the next expert.
+    const int64_t next = place + 1 < routing.chosen.size() ? routing.chosen[place + 1] : -1;
+    const int64_t skipped = next < 0 ? 0 : (next - expert) * tiles + first - last;
     for (int32_t pair = routing.first[expert]; pair < end; pair += kBlockTokens) {
       const int count = std::min(kBlockTokens, end - pair);
       const Terms* terms = state.intermediate_terms.as<Terms>() + pair;
@@ -245,7 +249,8 @@ void down(const Worker& me, const State& state, int64_t begin, int64_t tokens, i
         if (count >= kFewestInTiles)
           multiply(weights, scales, 0, layer.intermediate / kGroup, in_tiles, kIntelAhead, product);
         else
-          multiply(weights, scales, 0, layer.intermediate / kGroup, x, product);
+          multiply(weights, scales, 0, layer.intermediate / kGroup, x, product,
+                   tile + 1 < last ? Jump{} : Jump{skipped * tile_bytes, skipped * tile_scales});
         for (int i = 0; i < count; ++i) {
           float* to = total + (tile * tokens + routing.tokens[pair + i]) * kRows;
           store(to, fma(load(product + i * kRows), all(routing.weights[pair + i]), load(to)));
