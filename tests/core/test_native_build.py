@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 import platform
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.experts import make_weights
-from support.native_experts import needs_amx, needs_native
+from support.native_experts import needs_amx, needs_native, run_apart
 from support.native_sample import usable_variants
 
 from k26_plugins.common.experts import create_experts
@@ -166,10 +163,6 @@ def test_a_system_that_gives_amx_and_refuses_it_to_this_process() -> None:
         "experts = create_experts(make_weights(2, 128, 64), 'native')\n"
         "experts.apply(inputs(40, 128), *route(40, 2, 2)); print(process_threads().instruction_set)\n"
     )
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=env, timeout=120, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = run_apart(program)
     assert done.stdout.strip() == "AVX512 with VNNI"
     assert "not on the faster amx: the system refuses the registers of amx (No space left on device)" in done.stderr

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import threading
 
 import pytest
 import torch
 from support.experts import inputs, make_weights, route
-from support.native_experts import load, needs_native
+from support.native_experts import load, needs_native, run_apart
 
 from k26_plugins.common.experts.native.build import library
 from k26_plugins.common.experts.native.threads import Threads, process_threads
@@ -106,9 +104,5 @@ def test_a_process_ends_with_work_in_flight() -> None:
         "experts = NativeExperts.load(make_weights(4, 256, 256)); ids, weights = route(200, 2, 4)\n"
         "wait = experts.submit(inputs(200, 256), ids, weights)\n"
     )
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=env, timeout=120, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = run_apart(program)
     assert "Exception ignored" not in done.stderr

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 from support.experts import make_weights
 from support.native_sample import usable_variants
@@ -14,6 +18,16 @@ REASON = NativeExperts.unsupported(make_weights(1, 128, 64))
 
 needs_native = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 needs_amx = pytest.mark.skipif("amx" not in usable_variants(), reason="no amx here")
+
+
+def run_apart(program: str) -> subprocess.CompletedProcess[str]:
+    """What a program said that ran to its end in a process of its own, with this one's path of imports."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=env, timeout=120, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done
 
 
 def load(weights: ExpertWeights) -> NativeExperts:
