@@ -171,6 +171,19 @@ def test_submitted_work() -> None:
 
 
 @needs_native
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_a_result_in_a_dtype_that_the_library_does_not_write(dtype: torch.dtype) -> None:
+    """It is the float32 result, converted, and what the caller gave is what it gets."""
+    experts = load(make_weights(4, 128, 64))
+    batch = (inputs(5, 128), *route(5, 2, 4))
+    single = experts.apply(*batch, out=torch.empty(5, 128))
+    given = torch.empty(5, 128, dtype=dtype)
+    assert experts.apply(*batch, out=given) is given
+    assert torch.equal(given, single.to(dtype))
+    assert torch.equal(experts.submit(*batch, out=torch.empty_like(given))(), given)
+
+
+@needs_native
 def test_what_is_not_finite_stays_so() -> None:
     weights = make_weights(2, 128, 64)
     experts = load(weights)

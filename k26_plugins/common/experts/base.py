@@ -164,13 +164,15 @@ class RoutedBatch(NamedTuple):
     expert_map: torch.Tensor | None
     """int32 `[num_global_experts]`."""
     out: torch.Tensor
-    """`[num_tokens, hidden_size]` in any floating dtype: what the routed sum is written to."""
+    """`[num_tokens, hidden_size]`, in one of the backend's `out_dtypes`: what the routed sum is written to."""
     workspace: torch.Tensor | None
     """As the caller gave it."""
+    result: torch.Tensor
+    """What the caller gets: `out` itself, or another tensor where that is no form in which the backend writes."""
 
-    def write_to(self, result: torch.Tensor) -> torch.Tensor:
-        """`result` with what was written to `out`, which may be `result` itself."""
-        return result if result is self.out else result.copy_(self.out)
+    def finish(self) -> torch.Tensor:
+        """`result`, with what was written to `out`."""
+        return self.result if self.result is self.out else self.result.copy_(self.out)
 
 
 class RoutedExperts(ABC):
@@ -226,6 +228,8 @@ class ExpertsBackend(RoutedExperts):
     """Batches of the self-test, in which every token chooses the same two experts: one for each path of the backend."""
     activation_dtype: ClassVar[torch.dtype | None] = torch.bfloat16
     """To which hidden states of another dtype are rounded; None for a backend that takes them as they are."""
+    out_dtypes: ClassVar[tuple[torch.dtype, ...] | None] = None
+    """In which the backend writes, float32 among them, from which any other is converted; None for all."""
 
     def __init__(self, sizes: Sizes) -> None:
         self.sizes = sizes
@@ -266,10 +270,9 @@ class ExpertsBackend(RoutedExperts):
         No value is looked at, and where a tensor has that form already nothing is done to it: on a device nothing is
         launched and nothing waits.
         """
-        result = torch.empty_like(hidden_states, memory_format=torch.contiguous_format) if out is None else out
-        batch = self._batch(hidden_states, topk_ids, topk_weights, expert_map, result, workspace)
+        batch = self._batch(hidden_states, topk_ids, topk_weights, expert_map, out, workspace)
         self._forward(batch)
-        return batch.write_to(result)
+        return batch.finish()
 
     def submit(
         self,
@@ -281,13 +284,12 @@ class ExpertsBackend(RoutedExperts):
         out: torch.Tensor | None = None,
     ) -> Callable[[], torch.Tensor]:
         """Start `apply`; the function that is returned waits for the result. The arguments stay unchanged until then."""
-        result = torch.empty_like(hidden_states, memory_format=torch.contiguous_format) if out is None else out
-        batch = self._batch(hidden_states, topk_ids, topk_weights, expert_map, result, None)
+        batch = self._batch(hidden_states, topk_ids, topk_weights, expert_map, out, None)
         wait_for_forward = self._start_forward(batch)
 
         def wait() -> torch.Tensor:
             wait_for_forward()
-            return batch.write_to(result)
+            return batch.finish()
 
         return wait
 
@@ -297,13 +299,16 @@ class ExpertsBackend(RoutedExperts):
         topk_ids: torch.Tensor,
         topk_weights: torch.Tensor,
         expert_map: torch.Tensor | None,
-        out: torch.Tensor,
+        out: torch.Tensor | None,
         workspace: torch.Tensor | None,
     ) -> RoutedBatch:
-        check_shapes(self.sizes.hidden_size, hidden_states, topk_ids, topk_weights, expert_map, out)
+        result = torch.empty_like(hidden_states, memory_format=torch.contiguous_format) if out is None else out
+        check_shapes(self.sizes.hidden_size, hidden_states, topk_ids, topk_weights, expert_map, result)
         device = self.sizes.device
-        if not out.is_contiguous() or out.device != device:
-            out = torch.empty(out.shape, dtype=out.dtype, device=device)
+        out = result
+        is_written = self.out_dtypes is None or result.dtype in self.out_dtypes
+        if not (is_written and result.is_contiguous() and result.device == device):
+            out = torch.empty(result.shape, dtype=result.dtype if is_written else torch.float32, device=device)
         return RoutedBatch(
             _laid_out(hidden_states, self.activation_dtype or hidden_states.dtype, device),
             _laid_out(as_int32(topk_ids), torch.int32, device),
@@ -311,6 +316,7 @@ class ExpertsBackend(RoutedExperts):
             None if expert_map is None else _laid_out(as_int32(expert_map), torch.int32, device),
             out,
             workspace,
+            result,
         )
 
     @abstractmethod

@@ -21,6 +21,7 @@ class NativeExperts(ExpertsBackend):
 
     name = "native"
     device_type = "cpu"
+    out_dtypes = (torch.bfloat16, torch.float32)
 
     def __init__(self, weights: ExpertWeights) -> None:
         super().__init__(weights)
@@ -73,31 +74,18 @@ class NativeExperts(ExpertsBackend):
 
     def _forward(self, batch: RoutedBatch) -> None:
         """Compute in C++, on torch's threads or the pool's."""
-        call, written = _call(batch)
-        process_threads().run(self.layer, call)
-        if written is not batch.out:
-            batch.out.copy_(written)
+        process_threads().run(self.layer, _call(batch))
 
     def _start_forward(self, batch: RoutedBatch) -> Callable[[], None]:
         """Start the work on the pool's threads and return at once."""
-        call, written = _call(batch)
-        running = process_threads().submit(self.layer, call, (*batch, written, *self.tensors().values()))
-
-        def wait() -> None:
-            running.wait()
-            if written is not batch.out:
-                batch.out.copy_(written)
-
-        return wait
+        return process_threads().submit(self.layer, _call(batch), (*batch, *self.tensors().values())).wait
 
 
-def _call(batch: RoutedBatch) -> tuple[Call, torch.Tensor]:
-    """As the library takes it, and what it writes to: `out` where it knows the dtype, else float32 to be converted."""
-    out = batch.out
-    written = out if out.dtype in (torch.bfloat16, torch.float32) else torch.empty_like(out, dtype=torch.float32)
+def _call(batch: RoutedBatch) -> Call:
+    """As the library takes it."""
     expert_map = batch.expert_map
     num_tokens, top_k = batch.topk_ids.shape
-    call = Call(
+    return Call(
         batch.hidden_states.data_ptr(),
         batch.topk_ids.data_ptr(),
         batch.topk_weights.data_ptr(),
@@ -105,10 +93,9 @@ def _call(batch: RoutedBatch) -> tuple[Call, torch.Tensor]:
         0 if expert_map is None else expert_map.numel(),
         num_tokens,
         top_k,
-        written.data_ptr(),
-        written.dtype == torch.float32,
+        batch.out.data_ptr(),
+        batch.out.dtype == torch.float32,
     )
-    return call, written
 
 
 def _layer(weights: ExpertWeights) -> Layer:
