@@ -26,10 +26,7 @@ from k26_kernels.align import PAIRS_AT_ONCE, PAIRS_RANKED, align_kernel, count_k
 from k26_kernels.batched import TOKENS_WRITTEN, table_kernel
 from k26_kernels.combine import reduce_kernel, silu_and_mul_kernel
 from k26_kernels.config import INVARIANT, SINGLE, GemmConfig, KernelConfig, Shape, default_configs
-from k26_kernels.dequantize import dequantize_kernel
-from k26_kernels.layout import ROWS
 from k26_kernels.moe_gemm import moe_gemm_kernel
-from k26_kernels.router import router_kernel
 from k26_kernels.target import TARGETS, Device, Target
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -89,8 +86,6 @@ KERNELS = {
     "count": (count_kernel, "*i32 *i32 *i32 i32 i32 i32"),
     "place": (place_kernel, "*i32 *i32 *i32 *i32 *i32 i32 i32 i32"),
     "silu_and_mul": (silu_and_mul_kernel, "*fp32 *bf16 i32"),
-    "dequantize": (dequantize_kernel, "*i32 *bf16 *i32 *bf16"),
-    "router": (router_kernel, "*fp32 *fp32 *fp32 *i32 fp32"),
     "reduce": (reduce_kernel, "*bf16 *i32 *i32 *bf16 i32 i32 i32"),
 }
 
@@ -132,14 +127,6 @@ def variants() -> Iterator[Variant]:
         "place": {**sort, "BLOCK_SIZE_M": 16, "PAIRS_RANKED": PAIRS_RANKED},
         "silu_and_mul": {"I": intermediate_size, "SPLIT_K": 2, "BLOCK": 256},
         "reduce": {"H": hidden_size, "TOP_K": TOP_K, "SPLIT_K": 1, "HAS_MAP": True, "BLOCK": 1024},
-        "router": {"NUM_EXPERTS": 384, "TOP_K": TOP_K, "NORMALIZE": True, "BLOCK": 512, "BLOCK_TOP_K": 8},
-        "dequantize": {
-            "N": 2 * intermediate_size,
-            "K": hidden_size,
-            "GATED": True,
-            "BLOCK_SIZE_N": ROWS,
-            "BLOCK_SIZE_K": 128,
-        },
     }
     for target in TARGETS.values():
         for name, constants in small.items():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from k26_kernels import dequantize, device_of, repack
+from bench.dequantize import dequantize
+from k26_kernels import device_of, repack
 
 from k26_plugins.common.experts.base import ExpertWeights
 from k26_plugins.common.experts.peer import Run

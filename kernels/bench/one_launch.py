@@ -13,10 +13,8 @@ import argparse
 
 import torch
 from bench.layers import LAYERS
-from k26_kernels import KernelExperts, batched_experts, dequantize, fused_experts, route
-from k26_kernels.dequantize import dequantize_reference
+from k26_kernels import KernelExperts, batched_experts, fused_experts
 from k26_kernels.reference import batched_experts_reference, fused_experts_reference
-from k26_kernels.router import route_reference
 
 from k26_plugins.operate.tune.measure import random_weights
 from k26_plugins.operate.tune.routing import Layer
@@ -49,16 +47,6 @@ def small_ones(device: torch.device, batches: tuple[int, ...] = (1, 20, 520)) ->
     found = torch.zeros_like(buffers)
     batched_experts(buffers, experts, counts, found, expected=3)
     compare("experts on buffers of their own", found, batched_experts_reference(buffers, experts, counts))
-    chosen = torch.arange(2, device=device)
-    stored = experts.w2_packed[:2], experts.w2_scale[:2]
-    fragment = experts.device.target.fragment
-    compare(
-        "dequantize", dequantize(*stored, chosen, gated=False), dequantize_reference(*stored, fragment, gated=False)
-    )
-    generator = torch.Generator(device).manual_seed(0)
-    logits = torch.randn(4, 384, generator=generator, device=device)
-    bias = torch.zeros(384, device=device)
-    compare("router", route(logits, bias, 8, 2.8)[0], route_reference(logits, bias, 8, 2.8)[0])
 
 
 def main() -> None:

@@ -2,10 +2,8 @@
 
 from k26_kernels.batched import batched_experts, batched_plan
 from k26_kernels.config import Shape
-from k26_kernels.dequantize import dequantize
 from k26_kernels.experts import KernelExperts, fused_experts, use_configs, workspace_bytes
 from k26_kernels.layout import repack, restore
-from k26_kernels.router import route
 from k26_kernels.target import device_of
 from k26_kernels.variants import compile_batched, compile_variants
 
@@ -16,12 +14,10 @@ __all__ = [
     "batched_plan",
     "compile_batched",
     "compile_variants",
-    "dequantize",
     "device_of",
     "fused_experts",
     "repack",
     "restore",
-    "route",
     "use_configs",
     "workspace_bytes",
 ]

@@ -5,8 +5,19 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from k26_kernels.dequantize import dequantize_reference
 from k26_kernels.experts import KernelExperts
+from k26_kernels.layout import GROUP_SIZE, restore
+
+
+def dequantize_reference(
+    packed: torch.Tensor, scale: torch.Tensor, fragment: str, dtype: torch.dtype = torch.bfloat16, *, gated: bool
+) -> torch.Tensor:
+    """The matrices of all experts, `[E, N, K]`, in plain PyTorch from copies of the stored tensors."""
+    packed, scale = packed.clone(), scale.clone()
+    restore(packed, scale, fragment, gated=gated)
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=packed.device)
+    q = ((packed.unsqueeze(-1) >> shifts) & 0xF).flatten(-2) - 8
+    return (q * scale.float().repeat_interleave(GROUP_SIZE, dim=-1)).to(dtype)
 
 
 def fused_experts_reference(

@@ -17,9 +17,7 @@ if INTERPRETED.value:
     raise pytest.UsageError("Triton's interpreter is on: run tests/compiled in a process of its own.")
 
 # Where each launch finds its kernel.
-experts, align, dequantize, router = (
-    import_module(f"k26_kernels.{name}") for name in ("experts", "align", "dequantize", "router")
-)
+experts, align, dequantize = map(import_module, ("k26_kernels.experts", "k26_kernels.align", "bench.dequantize"))
 KERNELS = {
     "align_kernel": align,
     "count_kernel": align,
@@ -28,13 +26,12 @@ KERNELS = {
     "reduce_kernel": experts,
     "moe_gemm_kernel": experts,
     "dequantize_kernel": dequantize,
-    "router_kernel": router,
 }
 ORIGINAL = {name: getattr(module, name) for name, module in KERNELS.items()}
 # One target goes through all tests in CI, sm_90 whose instructions are asynchronous; the others through what differs by
 # target, under the newest Triton.
 IN_CI = "sm_90"
-DIFFERS = ("test_dequantize", "test_router", "test_every_config[sm_80-32]", "test_every_config[sm_100-32]",
+DIFFERS = ("test_dequantize", "test_every_config[sm_80-32]", "test_every_config[sm_100-32]",
            "test_every_config[sm_120-32]", "test_the_other_members_of_a_family[121-sm_120]")  # fmt: skip
 NEWEST = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
 FEW_SMS = 4  # so that programs walk over several tiles

@@ -13,10 +13,10 @@ from contextlib import nullcontext
 import pytest
 import torch
 import triton
-from k26_kernels import KernelExperts, dequantize, fused_experts, repack, route, workspace_bytes
+from bench.dequantize import dequantize
+from k26_kernels import KernelExperts, fused_experts, repack, workspace_bytes
 from k26_kernels.align import counts_bytes, max_blocks, moe_align_block_size, moe_align_block_size_reference
 from k26_kernels.experts import make_plan
-from k26_kernels.router import route_reference
 from k26_kernels.target import OVERWRITES_WEIGHTS, TARGETS
 from support.experts import dense, error, inputs, judge, make_weights, to_device
 from support.experts import route as choose_experts
@@ -148,17 +148,6 @@ def test_align(compiled_for: CompiledFor, target: str) -> None:
     rows = [tuple(row) for row in blocks[1:].view(room, 5)[: blocks[0]].tolist()]
     assert (sorted_pairs[sorted_pairs >= 0].tolist(), rows) == moe_align_block_size_reference(ids, expert_map, 6, 16)
     assert kernels["place_kernel"].launches > 0
-
-
-@pytest.mark.parametrize("target", NVIDIA)
-def test_router(compiled_for: CompiledFor, target: str) -> None:
-    compiled_for(target)
-    generator = torch.Generator().manual_seed(0)
-    logits, bias = torch.randn(3, 384, generator=generator), torch.randn(384, generator=generator) * 0.1
-    weights, ids = route(logits, bias, 8, 2.827)
-    expected_weights, expected_ids = route_reference(logits, bias, 8, 2.827)
-    assert torch.equal(ids.long(), expected_ids)
-    torch.testing.assert_close(weights, expected_weights, rtol=1e-5, atol=1e-6)
 
 
 # What a compiler or a careless hand could leave out or get wrong: the run has to notice each.

@@ -31,6 +31,6 @@ def each_layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
             pytest.skip("another GPU's layout")
     else:
         fake = target.Device(target.TARGETS[request.param], "interpreter", 4)
-        for module in (sys.modules["k26_kernels.experts"], sys.modules["k26_kernels.dequantize"]):
+        for module in (sys.modules["k26_kernels.experts"], sys.modules["bench.dequantize"]):
             monkeypatch.setattr(module, "device_of", lambda device: fake)
     return str(request.param)

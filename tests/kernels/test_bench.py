@@ -79,8 +79,8 @@ def test_one_launch_of_each(device: torch.device) -> None:
 
 
 def test_one_launch_notices_a_wrong_result() -> None:
-    with pytest.raises(SystemExit, match="router is wrong"):
-        one_launch.compare("router", torch.ones(3), torch.tensor([1.0, 1.0, 1.1]))
+    with pytest.raises(SystemExit, match="experts is wrong"):
+        one_launch.compare("experts", torch.ones(3), torch.tensor([1.0, 1.0, 1.1]))
 
 
 def experts_of(layer: Layer, device: torch.device) -> KernelExperts:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from k26_kernels.dequantize import dequantize, dequantize_reference
+from bench.dequantize import dequantize
 from k26_kernels.layout import FRAGMENTS, SLAB, repack, restore, row_order
+from k26_kernels.reference import dequantize_reference
 from support.experts import dense, make_weights
 
 MATRICES = [("w13", True), ("w2", False)]

@@ -1,12 +1,11 @@
-"""Stored INT4 weights back to a dense matrix: for dense GEMMs over few experts, and for tests."""
+"""Stored INT4 weights back to dense matrices, for a dense GEMM: the experts' kernels never write them out."""
 
 from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
-
-from k26_kernels.layout import GROUP_SIZE, PACK_FACTOR, ROWS, check_sizes, restore
+from k26_kernels.layout import PACK_FACTOR, ROWS, check_sizes
 from k26_kernels.target import device_of
 from k26_kernels.unpack import load_scales, load_words, weights_tile
 
@@ -57,14 +56,3 @@ def dequantize(
             BLOCK_SIZE_N=ROWS, BLOCK_SIZE_K=block_size, FRAGMENT=target.fragment, num_warps=4,
         )  # fmt: skip
     return out
-
-
-def dequantize_reference(
-    packed: torch.Tensor, scale: torch.Tensor, fragment: str, dtype: torch.dtype = torch.bfloat16, *, gated: bool
-) -> torch.Tensor:
-    """The matrices of all experts, `[E, N, K]`, in plain PyTorch from copies of the stored tensors."""
-    packed, scale = packed.clone(), scale.clone()
-    restore(packed, scale, fragment, gated=gated)
-    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=packed.device)
-    q = ((packed.unsqueeze(-1) >> shifts) & 0xF).flatten(-2) - 8
-    return (q * scale.float().repeat_interleave(GROUP_SIZE, dim=-1)).to(dtype)
