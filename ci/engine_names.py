@@ -31,6 +31,8 @@ SNAPSHOTS = ROOT / "tests/releases"
 ENGINES = {"vllm": "vllm", "sglang": "sglang", "sglang-kt": "sglang", "kt-kernel": "ktransformers"}
 """By the snapshot's name, which is the distribution's, the adapter."""
 GONE = "-"
+SET_IN_A_METHOD = "set in a method"
+"""An attribute of a class' objects, which the class itself has not."""
 
 
 # --- what the adapters touch
@@ -62,6 +64,10 @@ class Source(ast.NodeVisitor):
         """Methods of classes derived from the engine's, by the engine's class, whether that has them or not."""
         self.words: set[str] = set()
         """Every attribute and method, of whatever."""
+        self.hidden: set[str] = set()
+        """Attributes of other objects than its own that begin with an underscore."""
+        # Likewise of its own, and `_replace`, which Python promises of a named tuple.
+        self._own = {"_replace"}
         # What the functions without arguments give, filled in as they are read.
         self._returned: dict[str, set[str]] = {}
         self._values: dict[str, set[str]] = {}
@@ -70,6 +76,7 @@ class Source(ast.NodeVisitor):
         for file in sorted(files, key=lambda one: (not one.name.startswith("compat"), one)):
             self._values = {}
             self.visit(ast.parse(file.read_text(encoding="utf-8")))
+        self.hidden -= self._own
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
         if node.module and node.module.split(".")[0] == self.package:
@@ -110,13 +117,19 @@ class Source(ast.NodeVisitor):
     def visit_Call(self, node: ast.Call) -> None:
         self.generic_visit(node)
         self.found.update(self._names(node))
+        match node:
+            case ast.Call(ast.Name("getattr" | "hasattr" | "setattr"), [_, ast.Constant(str(attribute)), *_]):
+                self.hidden.update(_hidden(attribute))
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
         self.generic_visit(node)
         self.words.add(node.attr)
         self.found.update(self._names(node))
+        is_own = ast.unparse(node.value) in ("self", "cls", "super()")
+        (self._own if is_own else self.hidden).update(_hidden(node.attr))
         if ast.unparse(node.value) == "names" and node.attr in self.table:
             self.constants.add(node.attr)
+            self.words.add(self.table[node.attr].attribute)
 
     def visit_Constant(self, node: ast.Constant) -> None:
         """A module's name outside the table; a logger of ours is below the engine's."""
@@ -156,6 +169,10 @@ class Source(ast.NodeVisitor):
             yield from self._returned[called]
 
 
+def _hidden(attribute: str) -> list[str]:
+    return [attribute] if attribute.startswith("_") and not attribute.endswith("__") else []
+
+
 def _member(owner: str, name: str) -> str:
     """The member of a module, or of an object in one; of anything deeper the object is the name that counts."""
     if ":" not in owner:
@@ -178,10 +195,14 @@ def _own(names: set[str]) -> Iterator[str]:
 
 
 def not_in_table(adapter: str) -> set[str]:
-    """What an adapter's source touches and neither is in its table nor a member of what is."""
+    """What an adapter's source touches and neither is in its table nor a member of what is, and the hidden attributes of
+    the engine's objects that neither is called."""
     tabled = [key(name) for name in table(adapter).values()]
     members = tuple(f"{name}." for name in tabled if ":" in name)
-    return {name for name in source(adapter).found if name not in tabled and not name.startswith(members)}
+    its = source(adapter)
+    known = {re.split(r"[.:]", name)[-1] for name in (*tabled, *its.found)}
+    found = {name for name in its.found if name not in tabled and not name.startswith(members)}
+    return found | (its.hidden - known)
 
 
 def not_touched(adapter: str) -> set[str]:
@@ -287,6 +308,8 @@ class Release:
         return not name.startswith("_")
 
     def _in_class(self, module: str, node: ast.AST, member: str) -> tuple[str, ast.AST | str]:
+        if isinstance(node, ast.FunctionDef):
+            return module, GONE
         if not isinstance(node, ast.ClassDef):
             # A value, such as a registry: its class says what it has.
             return module, f"of {self._describe(module, node)}"
@@ -295,8 +318,8 @@ class Release:
                 return module, inner
         # What a class sets on itself in its methods.
         for below in ast.walk(node):
-            if isinstance(below, ast.Assign | ast.AnnAssign) and f"self.{member}" in _targets(below):
-                return module, "set in a method"
+            if f"self.{member}" in _targets(below) or _is_buffer(below, member):
+                return module, SET_IN_A_METHOD
         outside = ""
         for base in node.bases:
             name = ast.unparse(base).split("[")[0]
@@ -342,6 +365,14 @@ def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
                 yield from _statements(getattr(node, part, []))
             for handler in getattr(node, "handlers", []):
                 yield from _statements(handler.body)
+
+
+def _is_buffer(node: ast.AST, member: str) -> bool:
+    """Whether a module of torch's registers this member as its buffer."""
+    match node:
+        case ast.Call(ast.Attribute(ast.Name("self"), "register_buffer"), [ast.Constant(value), *_]):
+            return bool(value == member)
+    return False
 
 
 def _targets(node: ast.AST) -> list[str]:

@@ -183,7 +183,7 @@ def compressed_tensors_config() -> type[Any]:
 
 
 def is_routed_experts(layer: object) -> bool:
-    """`RoutedExperts` since 0.2x, `FusedMoE` before: both carry their `moe_config`."""
+    """`RoutedExperts` since 0.24, `FusedMoE` before: both carry their `moe_config`."""
     return hasattr(layer, "moe_config")
 
 
@@ -204,7 +204,7 @@ def keep_for_reloads(model: Any) -> None:
     Of the published model this is 1 GB.
     """
     for module in model.modules():
-        if getattr(module, "is_amx_bmm_enabled", False):
+        if getattr(module, names.IS_AMX_BMM_ENABLED.attribute, False):
             module.process_weights_after_loading = functools.partial(
                 _keeping, module, module.process_weights_after_loading
             )
@@ -235,8 +235,7 @@ def physical_ids(layer: Any) -> Callable[[int], Iterable[int]]:
 
 def local_places(layer: Any) -> list[int] | None:
     """Where this rank keeps each physical id's expert, negative where it does not; None where it keeps all, in order."""
-    # `expert_map` is another table where AITER computes.
-    table = layer._expert_map
+    table = ENGINE.member(layer, names.EXPERT_MAP)
     return None if table is None else table.tolist()
 
 
@@ -251,8 +250,8 @@ def reads_ahead_itself(files: list[str]) -> bool:
 def loader_filters(loader: Any) -> tuple[set[int] | None, tuple[str, ...]]:
     """The ids of the experts that a loader of checkpoints reads, None for all; and the beginnings of the names that
     `--mm-encoder-only` lets it leave out."""
-    left_out = getattr(loader, "_encoder_only_lm_prefixes", None) or ()
-    return getattr(loader, "local_expert_ids", None), tuple(left_out)
+    left_out = getattr(loader, names.LEFT_OUT_PREFIXES.attribute, None) or ()
+    return getattr(loader, names.LOCAL_EXPERT_IDS.attribute, None), tuple(left_out)
 
 
 def kernel_takes_experts_only() -> bool:
@@ -272,7 +271,7 @@ def make_kernel(method: Any, layer: Any, make_experts: Callable[..., Any]) -> An
     prepare_finalize = private(names.PREPARE_FINALIZE)(
         moe=method.moe,
         quant_config=method.moe_quant_config,
-        routing_tables=layer._expert_routing_tables(),
+        routing_tables=ENGINE.member(layer, names.ROUTING_TABLES)(),
         allow_new_interface=True,
     )
     experts = make_experts(method.moe, method.moe_quant_config, prepare_finalize)

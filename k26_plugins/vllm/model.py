@@ -84,7 +84,8 @@ def keep_constants(module: torch.nn.Module) -> None:
     It fills all that a state dict would have. vLLM's normalization of pixels is in two buffers, which no update restores.
     """
     for part in module.modules():
-        part._non_persistent_buffers_set.update(part._buffers)
+        for name, buffer in list(part.named_buffers(recurse=False)):
+            part.register_buffer(name, buffer, persistent=False)
 
 
 def saved_state(original: Callable[..., None], model: Any, *args: Any, **kwargs: Any) -> None:

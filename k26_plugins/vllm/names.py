@@ -441,6 +441,37 @@ WEIGHTED_BY_THE_CORE = EngineName(
     why="weight and sum a token's experts itself",
     remove_when=_MODULAR,
 )
+EXPERT_MAP = EngineName(
+    "vllm.model_executor.layers.fused_moe.routed_experts",
+    "RoutedExperts._expert_map",
+    # `expert_map` is another table where AITER computes.
+    why="know which experts a rank keeps, and where",
+    remove_when=_METHOD,
+    since="0.24.0",
+)
+EXPERT_MAP_BEFORE = EngineName(
+    "vllm.model_executor.layers.fused_moe.layer",
+    "FusedMoE._expert_map",
+    why=EXPERT_MAP.why,
+    remove_when="no release below 0.24 is served",
+    until="0.23.0",
+)
+ROUTING_TABLES = EngineName(
+    "vllm.model_executor.layers.fused_moe.routed_experts",
+    "RoutedExperts._expert_routing_tables",
+    why="hand vLLM's modular kernel the tables by which DeepEP finds an expert's rank",
+    remove_when=_MODULAR,
+    since="0.24.0",
+)
+ROUTING_TABLES_BEFORE = EngineName(
+    "vllm.model_executor.layers.fused_moe.layer",
+    "FusedMoE._expert_routing_tables",
+    why=ROUTING_TABLES.why,
+    remove_when="no release below 0.24 is served",
+    # Before, vLLM's modular kernel is not used.
+    since="0.22.0",
+    until="0.23.0",
+)
 WORKSPACE_IS_MADE = EngineName(
     "vllm.v1.worker.workspace",
     "is_workspace_manager_initialized",
@@ -469,6 +500,19 @@ SAFETENSORS_ITERATOR = EngineName(
     "safetensors_weights_iterator",
     why="read the checkpoint's files with the core's threads",
     remove_when=_LOADER,
+)
+LOCAL_EXPERT_IDS = EngineName(
+    "vllm.model_executor.model_loader.default_loader",
+    "DefaultModelLoader.local_expert_ids",
+    why="leave the experts of other ranks unread, as vLLM does",
+    remove_when=_LOADER,
+)
+LEFT_OUT_PREFIXES = EngineName(
+    "vllm.model_executor.model_loader.default_loader",
+    "DefaultModelLoader._encoder_only_lm_prefixes",
+    why="leave the language model unread under `--mm-encoder-only`, as vLLM does",
+    remove_when=_LOADER,
+    since="0.31.0",
 )
 SAVE_MODEL = EngineName(
     "vllm.model_executor.model_loader.sharded_state_loader",
@@ -546,6 +590,13 @@ REGISTER_PREFILL = EngineName(
     why=CPU_PREFILL.why,
     remove_when=_PREFILL_ON_CPU,
     since="0.23.0",
+)
+IS_AMX_BMM_ENABLED = EngineName(
+    "vllm.model_executor.layers.attention.mla_attention",
+    "MLAAttention.is_amx_bmm_enabled",
+    why="keep a weight of MLA's that vLLM empties on a CPU with AMX, for a reload of the weights",
+    remove_when="vLLM reloads a model's weights on a CPU with AMX by itself",
+    since="0.29.0",
 )
 EXPAND_BATCH = EngineName(
     "vllm.v1.sample.rejection_sampler",

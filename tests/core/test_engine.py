@@ -41,6 +41,15 @@ def test_one_that_is_gone_is_one_error(gone: EngineName) -> None:
     )
 
 
+def test_a_member_of_an_object_is_found_in_whichever_class() -> None:
+    strict = entry("json.decoder", "JSONDecoder.strict")  # which only an object of the class has
+    assert ENGINE.member(json.JSONDecoder(strict=False), strict) is False
+    with pytest.raises(
+        UnsupportedEngineError, match=r"has no json\.decoder\.JSONDecoder\.strict, which .* to read numbers"
+    ):
+        ENGINE.member(json.JSONEncoder, strict)
+
+
 def test_without_the_engine_the_import_is_the_error() -> None:
     with pytest.raises(ImportError, match="no_such_engine"):
         ENGINE.private(entry("no_such_engine.module", "Here"))

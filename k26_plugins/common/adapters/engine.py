@@ -20,8 +20,9 @@ class UnsupportedEngineError(RuntimeError):
 class EngineName:
     """A name of an engine's that an adapter touches and that the engine does not promise to keep.
 
-    Each adapter has its names in one table, `names.py`: what it looks up, patches, imports or derives from. What it then
-    takes from an object that it found (a registry's method, say) goes with the object's entry. Making one imports nothing.
+    Each adapter has its names in one table, `names.py`: what it looks up, patches, imports or derives from, and every
+    attribute with an underscore. What else it takes from an object that it found (a registry's method, say) goes with the
+    object's entry. Making one imports nothing.
     """
 
     module: str
@@ -100,6 +101,14 @@ class Engine:
         except (ImportError, AttributeError) as error:
             if find_spec(name.module.split(".")[0]) is None:
                 raise
+            raise self.lacks(name) from error
+
+    def member(self, owner: object, name: EngineName) -> Any:
+        """What an object of the engine's has by a name, in whichever class. Raises UnsupportedEngineError where it is
+        gone."""
+        try:
+            return getattr(owner, name.attribute)
+        except AttributeError as error:
             raise self.lacks(name) from error
 
     def has_module(self, name: EngineName) -> bool:
