@@ -41,7 +41,7 @@ def test_a_whole_answer(tokenizer: KimiTokenizer, with_ids: bool) -> None:
 
 
 def test_a_streamed_answer_by_its_tokens(tokenizer: KimiTokenizer) -> None:
-    """Of a call, the first piece has its name and the later ones only more of its arguments."""
+    """The first piece of a call has the call's name, and the later pieces only more of its arguments."""
     answer = Answer(tokenizer, in_reasoning=True, tools={"now": {}})
     text = f"why{THINK_END}so{CALL.replace('{}', '{ }')}"
     found = [

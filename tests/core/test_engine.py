@@ -64,7 +64,7 @@ def test_of_several_the_first_that_is_there_counts() -> None:
 
 
 def test_asking_for_a_module_imports_none_of_it() -> None:
-    """But the packages that it is in. Nor does making an entry."""
+    """Only the packages that hold the module are imported, and making an entry imports nothing."""
     code = (
         "import sys\n"
         "from k26_plugins.common.adapters.engine import Engine, EngineName\n"

@@ -30,7 +30,7 @@ def test_the_table_is_what_the_source_touches(adapter: str) -> None:
 
 @pytest.mark.parametrize(("engine", "release"), RELEASES)
 def test_a_release_has_what_the_table_says(engine: str, release: str) -> None:
-    """From `since` to `until`. Of a fork they say nothing, unless it is named."""
+    """`since` and `until` bound the releases that have a name. They say nothing about a fork that they do not name."""
     snapshot = read_snapshot(engine)
     order = list(snapshot)
     is_fork = engine != next(one for one, adapter in ENGINES.items() if adapter == ENGINES[engine])

@@ -117,7 +117,7 @@ def test_expert_parallel_holds_whole_experts() -> None:
 
 def test_context_parallel_multiplies_the_cache() -> None:
     one, eight = (fit(PUBLISHED, parse("8xH200")[1], Layout(tp=8, context_parallel=n), Load()) for n in (1, 8))
-    # But for what the ranks' workspace takes of each GPU.
+    # Each rank's workspace takes its part of every GPU.
     workspace = round(8 * 8 * 0.1 * GIB / KV)
     assert eight.kv_tokens == pytest.approx(8 * one.kv_tokens - workspace, rel=1e-3)
 

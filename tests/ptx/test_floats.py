@@ -251,7 +251,7 @@ COMPARE = {
 
 @pytest.mark.parametrize("opcode", [f"setp.{order}.f32" for order in COMPARE])
 def test_setp(run: Run, opcode: str) -> None:
-    """Of these only `nan` is true where an operand is NaN; zeros are equal whatever their signs."""
+    """Only the comparison `nan` is true where an operand is NaN; zeros are equal whatever their signs."""
     form = FORMATS["f32"]
     rows = list(product(edges(form), repeat=2))
     machine = run(f"{opcode} %p1, %r1, %r2;", {"%r1": [a for a, _ in rows], "%r2": [b for _, b in rows]})
@@ -292,7 +292,7 @@ def floats_to_round(form: Format) -> list[float]:
 
 @pytest.mark.parametrize("opcode", ["cvt.rn.bf16.f32", "cvt.rn.f16.f32", "cvt.rn.bf16x2.f32", "cvt.rn.f16x2.f32"])
 def test_to_narrower_floats(run: Run, opcode: str) -> None:
-    """Of two numbers the first goes to the upper half. torch's conversion agrees with the fractions."""
+    """The first of two numbers goes to the upper half. torch's conversion agrees with the fractions."""
     kind = opcode.split(".")[2].removesuffix("x2")
     form, dtype = FORMATS[kind], torch.bfloat16 if kind == "bf16" else torch.float16
     values = np.array(floats_to_round(form), np.float32)

@@ -58,7 +58,7 @@ SPACES = ("global", "shared", "shared::cta")
 
 @pytest.mark.parametrize("opcode", [f"st.{space}.{width}" for space in SPACES for width in WIDTHS])
 def test_stores(run: Run, opcode: str) -> None:
-    """Of a wider register the lowest bytes are stored, the first of several at the lowest place."""
+    """The lowest bytes of a wider register are stored, and the first of several registers at the lowest address."""
     _, space, width = opcode.split(".", 2)
     size, names, operand = registers_of(width)
     step, taken, at = size * len(names), np.arange(THREADS) % 3 > 0, scattered(size * len(names))

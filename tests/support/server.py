@@ -90,11 +90,11 @@ def start_fails(pattern: str) -> Iterator[None]:
 
 
 def free_port() -> int:
-    """A port of this machine that nothing listens on.
+    """Return a port of this machine that nothing listens on.
 
-    Below those that the system gives to connections: between this look and the server's own, seconds later, and for the
-    ports that engines count from this one, another test's connection could take such a one. And below 22000 to 29999, of
-    which SGLang's server takes one for itself before it binds this one.
+    The port lies below those that the system gives to connections: the server binds it, and the ports that engines count
+    from it, seconds after this look, and by then another test's connection could have taken one of those. It also lies below
+    22000 to 29999, since SGLang's server takes a port of that range for itself before it binds this one.
     """
     while True:
         port = random.randrange(12_000, 22_000)

@@ -35,7 +35,7 @@ def bfloat16_to_double(x: Values) -> Values:
 def to_bfloat16(x: Values) -> Values:
     """The bits of the nearest bfloat16, ties to even, rounded once from float64."""
     wide = np.asarray(x, np.float64)
-    # Of eight significant bits the last is a unit; subnormals have all one unit.
+    # The last of a bfloat16's eight significant bits is the unit; all subnormals share one unit.
     unit = np.ldexp(1.0, np.maximum(np.frexp(wide)[1] - 8, -133))
     with np.errstate(over="ignore"):
         return ((np.rint(wide / unit) * unit).astype(np.float32).view(np.uint32) >> np.uint32(16)).astype(np.uint16)
