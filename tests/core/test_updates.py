@@ -302,7 +302,7 @@ def test_another_loader_of_a_parameter_is_given_the_tensors(tiny_folder: Path) -
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_a_layer_is_repacked_while_others_are_still_to_come(tiny_folder: Path, backend: str) -> None:
-    """A load of the whole checkpoint closes a layer with its last tensor. After any other load the engine closes the layers."""
+    """A load of the whole checkpoint closes a layer with its last tensor; after any other load the engine closes it."""
     checkpoint = Checkpoint(tiny_folder)
     layers = {number: layer_of(checkpoint, backend) for number in (1, 2)}
     found = {number: whole_layer(experts) for number, experts in layers.items()}
