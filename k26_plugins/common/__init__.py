@@ -1,1 +1,1 @@
-"""The core: what Kimi-K2.6 is, independent of any engine."""
+"""The core: everything about Kimi-K2.6 that does not depend on an inference engine."""

@@ -1,6 +1,6 @@
-"""What an expert's computation costs, by its number of tokens, where it lies and where it is copied to.
+"""Model the seconds that an expert takes, by its number of tokens, on the host or on the device.
 
-Without torch: the planner computes with it too.
+The module does without torch, because the planner (`k26 plan`) computes with it too.
 """
 
 from __future__ import annotations
@@ -9,25 +9,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 MEASURED_TOKENS = (1, 256)
-"""Tokens of each expert in the two measurements that a line goes through."""
-# A prediction must save this share of the time to be followed: the measured figures are not exact.
+"""The two numbers of tokens per expert at which times are measured; `Line.through` goes through both points."""
+# Experts are streamed only if that is predicted to save more than this share of the time: measured times are not exact.
 MARGIN = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """Seconds that an expert takes: to read or copy its weights, and for each of its tokens."""
+    """The time of one expert as a linear function of its tokens."""
 
     expert: float
+    """Seconds to read or copy the expert's weights, whatever the number of tokens."""
     token: float
+    """Seconds for each token that chose the expert."""
 
     def seconds(self, tokens: int) -> float:
-        """Seconds for one expert that `tokens` tokens chose."""
+        """Return the seconds that one expert takes for `tokens` tokens."""
         return self.expert + self.token * tokens
 
     @classmethod
     def through(cls, few: float, many: float) -> Line:
-        """The line through the seconds that the two MEASURED_TOKENS took, without a slope below 0."""
+        """Return the line through the seconds `few` and `many` measured at MEASURED_TOKENS; slope and offset are at
+        least 0.
+        """
         low, high = MEASURED_TOKENS
         token = max(0.0, many - few) / (high - low)
         return cls(max(0.0, few - token * low), token)
@@ -35,15 +39,19 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class StreamCosts:
-    """What an expert costs on the host, and streamed to the device. The two work at the same time."""
+    """The costs of an expert that the host computes, and of one that is streamed.
+
+    Streaming copies the expert's weights to the device for one batch. Host and device work at the same time.
+    """
 
     host: Line
     streamed: Line
 
     def choose(self, counts: Sequence[int]) -> list[int]:
-        """The experts to stream, those with the most tokens, so that both sides end together; none if little is gained.
+        """Return the indices of the experts to stream, so that host and device end at about the same time.
 
-        counts: tokens of each of the host's experts.
+        The experts with the most tokens are chosen first. The list is empty if streaming saves no more than MARGIN of
+        the time. counts: tokens of each expert that is kept on the host.
         """
         used = [(count, expert) for expert, count in enumerate(counts) if count]
         host = sum(self.host.seconds(count) for count, _ in used)
@@ -61,7 +69,9 @@ class StreamCosts:
         return [expert for _, expert in used[:best]]
 
     def predict(self, counts: Sequence[int]) -> float:
-        """Seconds of a batch with these experts, streamed as `choose` says."""
+        """Return the seconds of a batch with `counts` tokens per expert, if the experts that `choose` returns are
+        streamed.
+        """
         chosen = set(self.choose(counts))
         streamed = sum(self.streamed.seconds(counts[expert]) for expert in chosen)
         host = sum(self.host.seconds(c) for expert, c in enumerate(counts) if c and expert not in chosen)

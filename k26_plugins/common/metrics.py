@@ -1,8 +1,9 @@
-"""What the core measures, in the engines' Prometheus endpoint, under names `k26_…`.
+"""Report what the core measures on the engines' Prometheus endpoint, under names that begin with `k26_`.
 
-Experts are loaded in worker processes and the endpoint is the API server's. Where the engine runs prometheus_client in its
-multiprocess mode (SGLang with --enable-metrics, vLLM with several API servers) that carries the figures over. In vLLM with
-one API server each worker writes a small file, and a collector in the API server reads them at every scrape.
+The experts are loaded in worker processes, while the endpoint belongs to the API server. Where the engine runs
+prometheus_client in its multiprocess mode (SGLang with --enable-metrics, vLLM with several API servers), that mode
+carries the figures over. In vLLM with one API server, each worker writes its figures to a small file, and a collector
+in the API server reads these files at every scrape.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 
 FOLDER_VARIABLE = "K26_METRICS_FOLDER"
-"""Set by the plugin itself, for the processes that the API server starts."""
+"""The environment variable that tells worker processes where to write their files; `collect_from_workers` sets it."""
 _MULTIPROCESS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 _EXPERTS = {
@@ -41,7 +42,7 @@ _HELP = {
 
 @dataclass
 class _Experts:
-    """What is reported of one backend in this process."""
+    """The figures of one experts backend in this process."""
 
     layers: int = 0
     self_test_error: float = 0.0
@@ -57,18 +58,27 @@ _HIT_RATE_HELP = "Share of the routed experts' uses that a hybrid run's device c
 
 
 def experts_chosen(whose: str, why: str) -> None:
-    """What `K26_EXPERTS=auto` took in this process, for all layers."""
+    """Report which experts `K26_EXPERTS=auto` chose for all layers in this process.
+
+    whose: the core backend's name, or `engine` for the engine's own experts. why: the reason; both become labels.
+    """
     _chosen[whose] = why
     _report([(_CHOICE, _CHOICE_HELP, {"experts": whose, "why": why}, 1)])
 
 
 def hybrid_hit_rate(share: float) -> None:
-    """Report a hybrid run's share. Only SGLang has such runs, and it carries the figure over itself."""
+    """Report the share (0 to 1) of the routed experts' uses that a hybrid run computed on the device.
+
+    Only SGLang has hybrid runs, and prometheus_client's multiprocess mode carries the figure over there.
+    """
     _report([(_HIT_RATE, _HIT_RATE_HELP, {}, share)])
 
 
 def experts_loaded(backend: str, self_test_error: float, self_test_seconds: float, *, update: bool = False) -> None:
-    """A layer's experts passed their self-test and are in place. update: in that of earlier ones."""
+    """Report that the experts of one layer passed their self-test and are in place.
+
+    self_test_error: relative error. update: the weights replace those of a layer that was already counted.
+    """
     found = _loaded.setdefault(backend, _Experts())
     found.layers += not update
     found.self_test_error = max(found.self_test_error, self_test_error)
@@ -78,7 +88,7 @@ def experts_loaded(backend: str, self_test_error: float, self_test_seconds: floa
 
 @contextmanager
 def decoding(kind: str) -> Iterator[None]:
-    """Around the decoding of one `image` or `video`."""
+    """Measure how long the block takes to decode one medium; `kind` is `image` or `video`."""
     began = time.perf_counter()
     yield
     _observe("k26_media_decode_seconds", "Seconds to decode one image or video.", time.perf_counter() - began, kind)
@@ -86,7 +96,7 @@ def decoding(kind: str) -> Iterator[None]:
 
 @contextmanager
 def preprocessing() -> Iterator[None]:
-    """Around resizing, padding and cutting the media of one request."""
+    """Measure how long the block takes to resize, pad and cut the media of one call."""
     began = time.perf_counter()
     yield
     _observe("k26_media_preprocess_seconds", "Seconds to preprocess one call's media.", time.perf_counter() - began)
@@ -94,9 +104,10 @@ def preprocessing() -> Iterator[None]:
 
 @functools.cache
 def collect_from_workers() -> None:
-    """Have an API server's workers report, and their reports in its endpoint; to be called before it starts them.
+    """Make the workers of this API server report their figures, and show these figures on the server's endpoint.
 
-    Does nothing in those workers, nor where prometheus_client carries the figures over itself.
+    The function must be called before the API server starts its workers. It does nothing in the workers themselves, nor
+    where prometheus_client runs in its multiprocess mode.
     """
     if multiprocessing.parent_process() is not None or _MULTIPROCESS_VARIABLE in os.environ:
         return
@@ -107,14 +118,14 @@ def collect_from_workers() -> None:
     REGISTRY.register(_Collector(Path(folder)))
 
     def remove() -> None:
-        if os.getpid() == owner:  # and not in a fork of it
+        if os.getpid() == owner:  # a forked child runs this handler too
             shutil.rmtree(folder, ignore_errors=True)
 
     atexit.register(remove)
 
 
 class _Collector:
-    """The workers' reports as Prometheus wants them."""
+    """A Prometheus collector that reads the files of the workers."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -144,7 +155,7 @@ def _write(folder: Path) -> None:
         temporary.write_text(json.dumps(report))
         temporary.rename(temporary.with_suffix(".json"))
     except OSError:
-        return  # a worker on another host: its figures are not in this endpoint
+        return  # a worker on another host cannot reach the folder: this endpoint does not show its figures
 
 
 def _rank() -> str:
@@ -152,7 +163,10 @@ def _rank() -> str:
 
 
 def _report(gauges: Iterable[tuple[str, str, dict[str, str], float]]) -> None:
-    """Have the endpoint show gauges by name, text, labels and value: by prometheus_client, or by this process' file."""
+    """Show gauges, given as (name, help text, labels, value), on the endpoint.
+
+    The gauges go through prometheus_client in its multiprocess mode, otherwise through this process's file.
+    """
     folder = os.environ.get(FOLDER_VARIABLE)
     if _MULTIPROCESS_VARIABLE in os.environ:
         for name, text, labels, value in gauges:

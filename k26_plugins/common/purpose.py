@@ -1,4 +1,7 @@
-"""What a server is for. Apart from the experts: the command line's help names it, and imports no torch."""
+"""Define what a server is meant for: decode, prefill or both.
+
+The enum is separate from the experts because the command line's help lists its values and must not import torch.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from enum import StrEnum
 
 
 class Purpose(StrEnum):
-    """Which batches a server's kernel is chosen for."""
+    """The kind of batches that the kernels of a server are chosen for."""
 
     DECODE = "decode"
     PREFILL = "prefill"

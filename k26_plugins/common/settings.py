@@ -1,4 +1,7 @@
-"""What a user may choose by hand, the same in every engine: a table of environment variables, read when an engine starts."""
+"""Define what users may choose through environment variables, the same in every engine.
+
+The variables form one table (`TABLE`), which is read when an engine starts.
+"""
 
 from __future__ import annotations
 
@@ -14,41 +17,45 @@ Words = Callable[[], tuple[str, ...]]
 
 AUTO = "auto"
 ENGINE = "engine"
-"""The word that leaves a piece to the engine's own code."""
+"""The value that leaves a part of the work to the engine's own code."""
 CORE_BACKENDS = ("triton", "native", "cpu", "reference")
-"""Names of the core's experts, in the order in which `auto` tries them."""
+"""Names of the core's experts backends, in the order in which `auto` tries them."""
 BACKENDS_GROUP = "k26_plugins.experts"
-"""The entry points by which a package offers a backend that `auto` does not try: the KTransformers adapter's kt-kernel."""
+"""The entry-point group in which other packages offer experts backends that `auto` does not try, such as the
+KTransformers adapter's kt-kernel.
+"""
 
 
 def backend_names() -> tuple[str, ...]:
-    """Every backend of experts that can be asked for by name."""
+    """Return the names of all experts backends that can be chosen by name: the core's and those of other installed
+    packages.
+    """
     offered = (point.name for point in entry_points(group=BACKENDS_GROUP))
     return (*CORE_BACKENDS, *(name for name in offered if name not in CORE_BACKENDS))
 
 
 @dataclass(frozen=True, slots=True)
 class Setting(Generic[T_co]):
-    """One variable. `EXPERTS.read()` is what was chosen, and `EXPERTS.variable` the name to say it by."""
+    """One environment variable: `EXPERTS.read()` returns the user's choice, `EXPERTS.variable` is the name to print."""
 
     variable: str
     default: str
-    """What counts where the variable is unset; empty where that is no word."""
+    """The text that is parsed where the variable is unset; it may be empty, which is not among `words`."""
     words: Words
-    """The words that it takes, by a function, since some come from other packages."""
+    """Returns the words that the variable accepts. A function, because some of the words come from other packages."""
     other: str
-    """What it takes beside words, such as "a number of tokens"; empty for nothing."""
+    """What the variable accepts besides words, such as "a number of tokens"; empty if nothing."""
     meaning: str
-    """What is chosen, as its row in docs/settings.md begins."""
+    """What the user chooses with it: the beginning of its row in docs/settings.md."""
     parse: Callable[[str], T_co]
-    """The value of a text. Raises ValueError for a text that it does not take."""
+    """Converts the text to the value. Raises ValueError for a text that the variable does not accept."""
 
     def choices(self) -> tuple[str, ...]:
-        """All that it takes, words first."""
+        """Return everything that the variable accepts, words first, for an error message."""
         return (*self.words(), *([self.other] if self.other else []))
 
     def read(self) -> T_co:
-        """What is chosen now. Raises ValueError, which names the variable and all that it takes."""
+        """Return the value chosen now. Raises ValueError, which names the variable and everything that it accepts."""
         text = os.environ.get(self.variable, self.default).strip()
         try:
             return self.parse(text)
@@ -173,10 +180,10 @@ STRICT = _switch(
 )
 
 TABLE: tuple[Setting[object], ...] = tuple(value for value in list(globals().values()) if isinstance(value, Setting))
-"""All of the above, in this order, which is that of docs/settings.md."""
+"""All settings of this module in the order of docs/settings.md."""
 
 
 def check_settings() -> None:
-    """Read every setting, so that a wrong one stops a server's start before anything is loaded. Raises ValueError."""
+    """Read every setting, so that a wrong value stops a server before anything is loaded. Raises ValueError."""
     for setting in TABLE:
         setting.read()

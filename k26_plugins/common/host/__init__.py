@@ -1,1 +1,1 @@
-"""What the machine gives: cores, memory, control groups, a folder for what was computed."""
+"""Read what the host machine offers: cores, memory, control groups, a device's runtime, a cache folder."""

@@ -1,4 +1,4 @@
-"""Where the package keeps what it would otherwise compute again."""
+"""Locate the folders in which the package caches what would otherwise be computed again."""
 
 from __future__ import annotations
 
@@ -7,10 +7,16 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """`k26-plugins` in `$XDG_CACHE_HOME` or `~/.cache`; not made. Where no home is known the `~` is left, to be named so."""
+    """Return `k26-plugins` in `$XDG_CACHE_HOME` or in `~/.cache`, without creating it.
+
+    If no home directory is known, the `~` stays in the path, so that an error message shows it.
+    """
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "k26-plugins"  # noqa: PTH111
 
 
 def outcome_folder() -> Path:
-    """Where `k26 tune` keeps what it measured. The function is here because a plan calls it without importing torch."""
+    """Return the folder in which `k26 tune` keeps its measurements.
+
+    The function is in this module because `k26 plan` calls it and must not import torch.
+    """
     return cache_folder() / "tuned"

@@ -1,4 +1,4 @@
-"""Python's collector of cycles, which is in the way where hundreds of thousands of objects are made and kept."""
+"""Pause Python's garbage collector where it costs time: while hundreds of thousands of objects are created and kept."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from contextlib import contextmanager
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """Keep the collector off: it would look at all that is kept again and again, a third of the time of a check."""
+    """Disable the garbage collector within the block.
+
+    While a checkpoint is checked, the collector would traverse all objects that are kept again and again, which takes a
+    third of the time.
+    """
     if not gc.isenabled():
         yield
         return

@@ -1,4 +1,4 @@
-"""Which cores the threads of the experts run on."""
+"""Choose the cores on which the threads of the experts run."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ _share: int | None = None
 
 
 class Core(NamedTuple):
-    """A physical core by the first of its CPUs that this process may use."""
+    """A physical core: its NUMA node, and the first of its CPUs (hardware threads) that this process may use."""
 
     node: int
     cpu: int
 
 
 def share(number: int) -> None:
-    """Have this process' experts run on `number` cores where no limit is given: a rank's part of what a user allowed."""
+    """Make `number` the default limit of `cores`: this rank's part of the cores that the user allowed for the experts."""
     global _share
     _share = number
 
 
 def cores(limit: int | None = None) -> list[Core]:
-    """The physical cores of this process, one NUMA node after the other; at most `limit`, taken evenly from the nodes.
+    """Return the physical cores that this process may use, sorted by NUMA node.
 
-    No more than a control group gives time for: threads beyond it are stopped in the middle of their work, and the
-    others wait for them.
+    limit: the largest number of cores, taken evenly from the nodes; by default what `share` set, else all. A control
+    group's CPU quota limits the number too: threads beyond the quota would be suspended in the middle of their work,
+    and all others would wait for them.
     """
     limit = limit or _share
     quota = cpu_quota()
@@ -51,10 +52,10 @@ def cores(limit: int | None = None) -> list[Core]:
 
 
 def allowed_cpus() -> set[int]:
-    """The CPUs of this process.
+    """Return the CPUs that this process may use.
 
-    An engine that runs on CPUs pins each thread of its rank to one, this one among them: then the rank's CPUs are those
-    of all threads that are pinned so.
+    An engine that runs on CPUs pins each thread of a rank to a single CPU, the calling thread too. If the calling
+    thread is pinned, the rank's CPUs are those of all threads that are pinned to one CPU.
     """
     mine = os.sched_getaffinity(0)
     pinned = [cpus for cpus in _affinities() if len(cpus) == 1]
@@ -62,7 +63,7 @@ def allowed_cpus() -> set[int]:
 
 
 def _affinities() -> list[set[int]]:
-    """The CPUs of each thread of this process."""
+    """Return the set of allowed CPUs of each thread of this process."""
     found: list[set[int]] = []
     for task in Path("/proc/self/task").iterdir():
         with suppress(ProcessLookupError):  # the thread has ended

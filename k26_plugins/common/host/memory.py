@@ -1,4 +1,4 @@
-"""How much of the host's memory is free, and a refusal before loading where it does not suffice."""
+"""Read how much host memory is available, and refuse to load what does not fit."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ _MEMINFO = Path("/proc/meminfo")
 
 
 class HostMemoryError(ValueError):
-    """The host's memory does not suffice. The message has both numbers and the remedy."""
+    """The host's memory does not suffice. The message names the bytes needed, the bytes available and the remedy."""
 
 
 def total_bytes() -> int:
-    """The machine's memory, or less where a control group (a container) says so."""
+    """Return the bytes of the machine's memory, or the limit of a control group (a container) if that is less."""
     total, limit = _meminfo("MemTotal"), memory_limit()
     return total if limit is None else min(total, limit)
 
 
 def available_bytes() -> int:
-    """What this process may still take: the kernel's MemAvailable, or less where a control group says so."""
+    """Return the bytes that this process may still allocate: the kernel's MemAvailable, or less if a control group
+    allows less.
+    """
     available, left = _meminfo("MemAvailable"), memory_left()
     return available if left is None else max(min(available, left), 0)
 
@@ -32,7 +34,11 @@ def _meminfo(name: str) -> int:
 
 
 def require_host_memory(num_bytes: int, what: str, remedy: str) -> None:
-    """Raise HostMemoryError where less than `num_bytes` are available."""
+    """Raise HostMemoryError if fewer than `num_bytes` bytes are available.
+
+    what: the subject of the message, such as "12 experts of 60 layers on the CPU". remedy: what the user can do, for
+    the message.
+    """
     available = available_bytes()
     if num_bytes > available:
         raise HostMemoryError(
