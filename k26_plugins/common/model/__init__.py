@@ -1,1 +1,1 @@
-"""The model's facts and its small pieces: configuration, INT4, the router, rotary embedding."""
+"""The model's configuration and its small building blocks: INT4 packing, router, rotary embedding."""

@@ -1,10 +1,11 @@
-"""Kimi-K2.6's configuration, typed and validated, from any of the three schemas it is found in.
+"""Kimi-K2.6's configuration, typed and validated, read from any of the three schemas in which it occurs.
 
 The hub's `config.json` (`vt_*`, `init_pos_emb_*`), SGLang's `KimiK25Config` and transformers' `Kimi_K25Config`
-(`pos_emb_*`, `image_token_id`) name the same facts differently; `K26Config.from_dict` reads each. Where a mapping carries
-two spellings the hub's wins: engines fill the other one with class defaults, nobody fills the hub's.
+(`pos_emb_*`, `image_token_id`) name the same facts differently; `K26Config.from_dict` reads each. If a mapping has both
+spellings of a field, the hub's wins, because engines fill the other spelling with the defaults of their class and never
+touch the hub's.
 
-The defaults are the published model's; docs/model.md has them in words.
+The defaults are the published model's; docs/model.md explains them.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ PACK_FACTOR = 8
 
 
 class ConfigError(ValueError):
-    """A configuration that is not Kimi-K2.6's, or one that contradicts itself. The message names the field."""
+    """A configuration that is not Kimi-K2.6's or that contradicts itself. The message names the field."""
 
 
 class OtherLayoutError(ConfigError):
-    """This architecture in another layout than the published one, or with a part that the core does not compute.
+    """This architecture in a layout other than the published one, or with a part that the core does not compute.
 
-    Such a checkpoint is the engine's to serve.
+    The engine's own code may serve such a checkpoint.
     """
 
 
@@ -58,7 +59,7 @@ def _multiple(prefix: str, config: object, name: str, of: int, why: str) -> None
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class YarnConfig:
-    """YaRN rotary scaling (Peng et al. 2023), always on in this model."""
+    """YaRN rotary scaling (Peng et al. 2023), which this model always uses."""
 
     factor: float = 64.0
     original_max_position_embeddings: int = 4096
@@ -75,7 +76,7 @@ class YarnConfig:
                 _refuse(f"text_config.rope_scaling.{name}", value, "a positive number")
 
     def magnitude(self, mscale: float) -> float:
-        """YaRN's attention temperature term, 0.1 · mscale · ln(factor) + 1."""
+        """Return YaRN's attention temperature term, 0.1 · mscale · ln(factor) + 1; 1 if `factor` is at most 1."""
         return 0.1 * mscale * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
 
 
@@ -147,18 +148,18 @@ class TextConfig:
 
     @property
     def softmax_scale(self) -> float:
-        """Scale of the attention scores, in the plain and in the absorbed form: 0.1446796258 for the published model."""
+        """Scale of the attention scores in the plain and in the absorbed form: 0.1446796258 for the published model."""
         scale: float = self.qk_head_dim**-0.5 * self.rope_scaling.magnitude(self.rope_scaling.mscale_all_dim) ** 2
         return scale
 
     def is_moe_layer(self, layer: int) -> bool:
-        """Whether the layer, counted from 0, has routed experts; the first ones are dense."""
+        """Return whether `layer`, counted from 0, has routed experts; the first layers are dense."""
         return layer >= self.first_k_dense_replace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VisionConfig:
-    """MoonViT-3d and its projector."""
+    """The configuration of MoonViT-3d and its projector."""
 
     patch_size: int = 14
     hidden_size: int = 1152
@@ -197,7 +198,7 @@ class VisionConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class K26Config:
-    """The whole model."""
+    """The configuration of the whole model."""
 
     text: TextConfig = field(default_factory=TextConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
@@ -220,10 +221,10 @@ class K26Config:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> K26Config:
-        """Read a `config.json` mapping, or an engine's configuration turned into one.
+        """Read a `config.json` mapping, or an engine's configuration converted to a mapping.
 
         Raises ConfigError, which names the field, for another architecture or for a value that this model cannot have,
-        and OtherLayoutError for what is not as published.
+        and OtherLayoutError for a configuration that departs from the published layout.
         """
         found, other = cls.read(config)
         if other:
@@ -232,9 +233,10 @@ class K26Config:
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> tuple[K26Config, list[str]]:
-        """The sizes of any checkpoint of this architecture, and what in its configuration is not as published.
+        """Read the sizes of a checkpoint of this architecture, and list its departures from the published layout.
 
-        Where the list is not empty the sizes say how large the model is, and not how it is stored. Raises ConfigError.
+        If the list is not empty, the returned configuration describes only how large the model is, not how it is
+        stored. Raises ConfigError.
         """
         _check_architecture(config)
         text = config.get("text_config")
@@ -267,12 +269,15 @@ class K26Config:
 
     @classmethod
     def from_path(cls, path: str | Path) -> K26Config:
-        """Read a `config.json`, or the one in a checkpoint's folder."""
+        """Read a `config.json`, or the one in a checkpoint's folder.
+
+        Raises ConfigError, and OtherLayoutError as `from_dict`.
+        """
         return cls.from_dict(read_config_json(path))
 
 
 def read_config_json(path: str | Path) -> dict[str, Any]:
-    """The JSON object of a configuration file, or of `config.json` in a folder."""
+    """Return the JSON object of a configuration file, or of `config.json` in a folder. Raises ConfigError."""
     file = Path(path)
     if file.is_dir():
         file = file / "config.json"
@@ -287,7 +292,7 @@ def read_config_json(path: str | Path) -> dict[str, Any]:
     return config
 
 
-# Other spellings of a field, the hub's first.
+# The hub's spelling of each field, which is tried before the field's own name.
 _VISION_SPELLINGS: dict[str, tuple[str, ...]] = {
     "hidden_size": ("vt_hidden_size",),
     "num_hidden_layers": ("vt_num_hidden_layers",),
@@ -312,7 +317,7 @@ def _check_architecture(config: Mapping[str, Any]) -> None:
 def _pick(
     prefix: str, target: type, config: Mapping[str, Any], spellings: Mapping[str, tuple[str, ...]]
 ) -> dict[str, Any]:
-    """The fields of `target` that `config` gives, under any spelling; a required one that is missing is refused."""
+    """Return the fields of `target` that `config` gives, under any spelling; refuse a required field that is missing."""
     picked: dict[str, Any] = {}
     for item in fields(target):
         if item.name in _STRUCTURED:
@@ -328,7 +333,10 @@ def _pick(
 
 
 def _read_yarn(text: Mapping[str, Any]) -> YarnConfig:
-    """The parameters of a scaling that is YaRN's; the published ones of any other, which `departures` has named."""
+    """Read the parameters of a YaRN scaling.
+
+    For any other scaling, which `departures` reports, return the published parameters.
+    """
     scaling = text.get("rope_scaling") or text.get("rope_parameters")
     known = {item.name for item in fields(YarnConfig)}
     given = scaling if is_yarn(scaling) else {}

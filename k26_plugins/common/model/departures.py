@@ -1,6 +1,7 @@
-"""What in a configuration of this architecture is not as in the published one, as far as the core's arithmetic goes.
+"""List where a configuration of this architecture departs from what the core's arithmetic relies on.
 
-None of it is an error: an engine may serve it by its own code. Sizes are no departure, every one is served.
+A departure is no error, because an engine may serve such a model by its own code. Sizes are never departures: the core
+serves all of them.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeGuard
 
-# What the arithmetic of this package takes for granted. A missing field has the published value.
+# The values that the arithmetic of this package relies on. A missing field counts as having the published value.
 _TEXT_FIXED: dict[str, tuple[object, ...]] = {
     "scoring_func": ("sigmoid",),
     "topk_method": ("noaux_tc",),
@@ -37,7 +38,7 @@ _WEIGHTS_FIXED: dict[str, object] = {
     "group_size": 32,
     "actorder": None,
 }
-# What the published configuration keeps in bfloat16, by a linear layer of each kind.
+# The parts that the published configuration keeps in bfloat16, with the name of one linear layer of each.
 _NOT_QUANTIZED = {
     "lm_head": "lm_head",
     "the attention": "model.layers.{moe}.self_attn.o_proj",
@@ -46,7 +47,10 @@ _NOT_QUANTIZED = {
 
 
 def departures(config: Mapping[str, Any]) -> list[str]:
-    """Each as "FIELD is VALUE, not EXPECTED", in the order of the file's parts. Empty for a configuration as published."""
+    """Return a message for each departure, such as "config field 'FIELD' is VALUE, expected EXPECTED".
+
+    The list is empty for a configuration as published. `config` is a mapping that `K26Config.read` accepts.
+    """
     text, vision = config["text_config"], config["vision_config"]
     found = [
         _differs(f"{prefix}.{name}", part[name], *allowed)
@@ -64,18 +68,24 @@ def departures(config: Mapping[str, Any]) -> list[str]:
 
 
 def quantization_config(config: Mapping[str, Any]) -> Any:
-    """The description of the quantization: at the top level in some files, inside `text_config` in others."""
+    """Return the description of the quantization, or None if there is none.
+
+    Some files have it at the top level, others inside `text_config`.
+    """
     return config.get("quantization_config") or config["text_config"].get("quantization_config")
 
 
 def is_yarn(scaling: object) -> TypeGuard[Mapping[str, Any]]:
-    """Whether `rope_scaling` of a configuration is YaRN, by the published type or by an engine's name for it."""
+    """Return whether a configuration's `rope_scaling` is YaRN, by the published type or by an engine's name for it."""
     # SGLang and vLLM rename the type for their DeepSeek rotary class.
     return isinstance(scaling, Mapping) and _rope_type(scaling) in ("yarn", "deepseek_yarn")
 
 
 def is_quantized(module: str, group: Mapping[str, Any], ignore: Iterable[str]) -> bool:
-    """Whether a group of compressed-tensors' description covers a linear layer, by its name without `language_model.`."""
+    """Return whether a quantization group of compressed-tensors covers a linear layer.
+
+    module: the layer's name without `language_model.`. ignore: the description's list of layers that are left out.
+    """
     targets = group.get("targets") or ()
     chosen = any(target == "Linear" or _matches(target, module) for target in targets)
     return chosen and not any(_matches(entry, module) for entry in ignore)

@@ -1,4 +1,4 @@
-"""Which experts a token goes to, and with which weights (docs/model.md, 3.3, `noaux_tc` with one group)."""
+"""Route tokens to experts and weight the experts (docs/model.md, 3.3: `noaux_tc` with one group)."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import torch.nn.functional as F
 
 
 def router_logits(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Scores `[num_tokens, num_experts]` in float32 of hidden_states `[num_tokens, hidden_size]`.
+    """Return the router's logits, float32 `[num_tokens, num_experts]`, for hidden_states `[num_tokens, hidden_size]`.
 
-    weight: `[num_experts, hidden_size]`. Products of bfloat16 are exact in float32, so a device that sums them in float32
+    weight: `[num_experts, hidden_size]`. Products of bfloat16 are exact in float32, so a GPU that sums them in float32
     need not convert its operands.
     """
     if hidden_states.is_cuda and hidden_states.dtype == weight.dtype == torch.bfloat16:
@@ -20,11 +20,11 @@ def router_logits(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Te
 def route(
     logits: torch.Tensor, bias: torch.Tensor, top_k: int, scaling: float, *, normalize: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose `top_k` experts for each token.
+    """Choose `top_k` experts for each token, and weight them.
 
-    logits: float32 `[num_tokens, num_experts]`. bias: float32 `[num_experts]`; it takes part in the choice and not in
-    the weights. Returns topk_weights float32 and topk_ids int64, both `[num_tokens, top_k]`; the weights sum to `scaling`
-    where they are normalized.
+    logits: float32 `[num_tokens, num_experts]`. bias: float32 `[num_experts]`; it affects which experts are chosen, not
+    their weights. Returns topk_weights float32 and topk_ids int64, both `[num_tokens, top_k]`. With `normalize`, the
+    weights of a token sum to `scaling`.
     """
     scores = torch.sigmoid(logits.float())
     topk_ids = torch.topk(scores + bias.float(), top_k, dim=-1).indices
