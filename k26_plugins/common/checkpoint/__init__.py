@@ -1,6 +1,7 @@
-"""The checkpoint: its table of tensors, reading them, and checking a folder against the table.
+"""The checkpoint: the table of its tensors, reading them, and checking a folder against the table.
 
-What reads tensors needs torch, which takes seconds to import; it is imported when it is first asked for.
+The modules that read tensors need torch, whose import takes seconds; each of them is imported when a name of it is
+first used.
 """
 
 from __future__ import annotations

@@ -1,8 +1,13 @@
-"""How trainers name the modules that a LoRA adapter is for: after the class that they load."""
+"""How trainers name the modules that a LoRA adapter applies to.
+
+The names depend on the model class that the trainer loads.
+"""
 
 from __future__ import annotations
 
-# What the hub's class, transformers' own and one of the language model alone call the language model.
+# The prefix of the language model's modules in the hub's class, in transformers' own class and in a class of the language
+# model alone.
 BEGINNINGS = {"hub": "language_model.model.", "transformers": "model.language_model.", "text": "model."}
-# What takes those beginnings' place in the checkpoint, whose names are the hub's. The first beginning that fits counts.
+# The prefix that each of the other classes' prefixes has in the checkpoint, which uses the hub's names. The first prefix
+# that matches counts.
 SPELLINGS = {"model.language_model.": "language_model.model.", "model.": "language_model.model."}

@@ -1,4 +1,4 @@
-"""Hold a checkpoint's headers and file sizes against the tensor table, without reading a weight."""
+"""Check a checkpoint's headers and file sizes against the tensor table, without reading any weights."""
 
 from __future__ import annotations
 
@@ -16,23 +16,26 @@ from k26_plugins.common.model.config import read_config_json
 
 @dataclass(slots=True)
 class Report:
-    """What `check` found."""
+    """The result of `check`."""
 
     num_files: int = 0
     num_tensors: int = 0
     num_bytes: int = 0
-    """Bytes of the tensors that are in place and right."""
+    """Bytes of the tensors that are complete and correct."""
     problems: list[Problem] = field(default_factory=list)
-    """What is wrong with files first, then tensors."""
+    """The faults: those of files first, then those of tensors."""
     other_layout: list[str] = field(default_factory=list)
-    """What is not as published; empty for the published layout. An engine's own code serves such a checkpoint."""
+    """The departures from the published layout, empty if there are none.
+
+    An engine's own code may serve such a checkpoint.
+    """
 
 
 def check(folder: str | Path, on_file: Callable[[int, int], None] = lambda done, total: None) -> Report:
-    """Examine the checkpoint in `folder`: against the table of its configuration where that is of the published layout.
+    """Examine the checkpoint in `folder`, and report its tensors, faults and departures from the published layout.
 
-    `on_file(done, total)` is called after each file. Raises ConfigError or CheckpointError where there is nothing to
-    examine: no readable config.json, no weight files.
+    `on_file(done, total)` is called after each file. Raises ConfigError or CheckpointError if there is nothing to
+    examine: no readable config.json, or no weight files.
     """
     folder = Path(folder)
     with paused():
@@ -43,7 +46,7 @@ def _report(folder: Path, examined: Examination) -> Report:
     inventory = examined.inventory
     if inventory is None:
         if not examined.other:
-            weight_files(folder)  # which says that there is none
+            weight_files(folder)  # raises CheckpointError: the folder has no weight files
         return Report(other_layout=examined.other)
     report = Report(num_files=len(inventory.files), problems=examined.problems, other_layout=examined.other)
     if report.other_layout or not report.problems:
@@ -61,7 +64,7 @@ def _report(folder: Path, examined: Examination) -> Report:
         elif entry.name not in broken:
             report.num_tensors += 1
             report.num_bytes += entry.end - entry.start
-    # Tensors of a file that is not there, or has no header, are not listed one by one: the file's name says it all.
+    # The tensors of a file that is missing or has no readable header are not listed: the fault of the file suffices.
     report.problems += [
         missing(table[name])
         for name in table.keys() - inventory.entries.keys()

@@ -1,8 +1,9 @@
-"""One of three answers for a checkpoint: the published layout, this architecture in another layout, or an error.
+"""Classify a checkpoint: the published layout, this architecture in another layout, or an error.
 
-The answer comes from what the files' headers say, and the configuration is held against it. What differs from the
-published table in the same way wherever it occurs is another layout, which an engine may serve by its own code. What
-differs here and there is damage, and so is a configuration that says something else than the weights.
+The classification rests on the headers of the files, against which the configuration is checked. If tensors differ from
+the published table in the same way wherever they occur, the checkpoint has another layout, which an engine may serve by
+its own code. If single tensors differ, the checkpoint is damaged; a configuration that contradicts the weights is an
+error too.
 """
 
 from __future__ import annotations
@@ -21,35 +22,37 @@ from k26_plugins.common.checkpoint.saved_state import has_core_experts, saved_st
 from k26_plugins.common.checkpoint.table import TensorSpec, tensor_table
 from k26_plugins.common.model.config import K26Config, read_config_json
 
-# Where quantizers say it that leave config.json as it was: ModelOpt, AutoAWQ, AutoGPTQ.
+# Files in which ModelOpt, AutoAWQ and AutoGPTQ describe the quantization, if they leave config.json unchanged.
 _QUANTIZATION_FILES = ("hf_quant_config.json", "quant_config.json", "quantize_config.json")
 
 
 class Layout(StrEnum):
-    """Who serves a checkpoint, by how its tensors are stored."""
+    """How a checkpoint's tensors are stored, which decides who serves the checkpoint."""
 
     PUBLISHED = "published"
-    """The layout that moonshotai publishes, in any sizes: the core serves it."""
+    """The layout that moonshotai publishes, in any sizes; the core serves it."""
     OTHER = "other"
-    """This architecture, stored or built otherwise: the engine's own code serves it."""
+    """This architecture, stored or built otherwise; the engine's own code serves it."""
     SAVED = "saved"
-    """What an engine saved while the core's experts were in it: the core serves it, and the engine's loader of such states
-    loads it."""
+    """A state that an engine saved while it used the core's experts.
+
+    The core serves it, and the engine's loader of such states (`--load-format sharded_state`) loads it.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class Classification:
-    """The layout of a checkpoint, and why it is that one."""
+    """The layout of a checkpoint, with the reasons."""
 
     layout: Layout
     config: K26Config
-    """The checkpoint's sizes; with the published layout, all that the core needs."""
+    """The checkpoint's sizes. For the published layout, this is all that the core needs."""
     reasons: tuple[str, ...] = ()
-    """What is not as published. Empty for the published layout."""
+    """The departures from the published layout; empty if there are none."""
 
     @property
     def reason(self) -> str:
-        """The first of the reasons, and how many more there are."""
+        """The first of the reasons and the number of further ones, as text; empty if there are none."""
         more = f" (and {len(self.reasons) - 1} more)" if len(self.reasons) > 1 else ""
         return f"{self.reasons[0]}{more}" if self.reasons else ""
 
@@ -57,7 +60,10 @@ class Classification:
 def classify_folder(
     folder: str | Path, on_file: Callable[[int, int], None] = lambda done, total: None
 ) -> Classification:
-    """The answer for a checkpoint's folder, by its own config.json. Raises ConfigError or CheckpointError, the third."""
+    """Classify the checkpoint in `folder` by its own config.json.
+
+    Raises ConfigError or CheckpointError, as `classify` does.
+    """
     folder = Path(folder)
     return classify(read_config_json(folder), folder, on_file)
 
@@ -67,12 +73,12 @@ def classify(
     folder: Path | None,
     on_file: Callable[[int, int], None] = lambda done, total: None,
 ) -> Classification:
-    """The answer for a configuration, as a file or an engine has it, and the weights in `folder`.
+    """Classify a checkpoint from its configuration, as a file or an engine has it, and from the weights in `folder`.
 
-    folder: None, or one without weights, where they are not here yet (a name on the hub, dummy weights): then the
-    configuration decides, and what arrives is checked while it is loaded. `on_file(done, total)` is called after each
-    file. Raises ConfigError for another model or impossible sizes, CheckpointError for weights that are damaged or
-    contradict the configuration.
+    folder: None, or a folder without weights, if the weights are not on this machine yet (a name on the hub, dummy
+    weights). The configuration alone decides then, and the weights are checked while they are loaded. `on_file(done,
+    total)` is called after each file. Raises ConfigError for another model or impossible sizes, and CheckpointError for
+    weights that are damaged or contradict the configuration.
     """
     examined = examine_all(config, folder, on_file)
     if examined.problems:
@@ -87,18 +93,18 @@ def classify(
 
 @dataclass(frozen=True, slots=True)
 class Examination:
-    """All that the answer is made of."""
+    """Everything that a classification or a report is made from."""
 
     sizes: K26Config
     other: list[str]
-    """What is not as published."""
+    """The departures from the published layout."""
     problems: list[Problem]
     inventory: Inventory | None
-    """None where there are no weights to look at."""
+    """The contents of the weight files; None if there are none."""
     table: dict[str, TensorSpec]
-    """The table of tensors for these sizes; empty where no tensor was held against it."""
+    """The table of tensors for these sizes; empty if no tensor was compared with it."""
     saved_by_core: bool = False
-    """Whether nothing else is not as published than that an engine saved it, with the core's experts."""
+    """Whether an engine saved the weights with the core's experts in use, and the configuration is as published."""
 
 
 def examine_all(
@@ -106,7 +112,10 @@ def examine_all(
     folder: Path | None,
     on_file: Callable[[int, int], None] = lambda done, total: None,
 ) -> Examination:
-    """Do what `classify` does and list the faults. Raises ConfigError, and CheckpointError for a damaged index."""
+    """Examine a checkpoint as `classify` does, but list its faults instead of raising them.
+
+    Raises ConfigError, and CheckpointError for a damaged index.
+    """
     sizes, other = K26Config.read(config)
     inventory, problems, table, saved_by_core = None, list[Problem](), dict[str, TensorSpec](), False
     if folder is not None and (saved := saved_state_files(folder)):

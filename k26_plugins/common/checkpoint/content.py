@@ -1,8 +1,9 @@
-"""The content of a checkpoint's files against what the hub says of it: by hash, every byte read.
+"""Verify the content of a checkpoint's files by hash, reading every byte.
 
-The hub names a large file by its SHA-256, a small one as git does, by the SHA-1 of `blob SIZE`, a zero byte and the
-content. In the hub's cache that is the name of the blob that a snapshot's file links to; beside what `hf download
---local-dir` brought it stands in a `.metadata` file. Elsewhere a manifest says it, as `sha256sum` writes it.
+The hub identifies a large file by its SHA-256, and a small file as git does: by the SHA-1 of `blob SIZE`, a zero byte
+and the content. In the hub's cache, the hash is the name of the blob that a snapshot's file links to. In a folder that
+`hf download --local-dir` filled, it is in a `.metadata` file. For any other folder, the user gives a manifest in the
+format of `sha256sum`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,11 @@ class Expected(NamedTuple):
 
 
 def expected_contents(folder: Path, manifest: Path | None = None) -> list[Expected]:
-    """What the files of a folder should hold. Raises CheckpointError where nothing says it."""
+    """Return the expected hash of each file in `folder`.
+
+    The hashes come from `manifest` if given, else from the records of the hub's client. Raises CheckpointError if the
+    manifest is unreadable or if nothing records the hashes.
+    """
     if manifest is not None:
         return _read_manifest(manifest)
     found = []
@@ -57,7 +62,7 @@ def expected_contents(folder: Path, manifest: Path | None = None) -> list[Expect
 
 
 def _metadata(folder: Path, name: Path) -> str | None:
-    """The hash that the hub's client wrote down beside a file: commit, hash and time, a line each."""
+    """Return the hash that the hub's client recorded for a file; the record has three lines: commit, hash and time."""
     try:
         return (folder / _METADATA / f"{name}.metadata").read_text("utf-8").split("\n")[1].strip()
     except (OSError, IndexError, UnicodeDecodeError):
@@ -89,8 +94,10 @@ def verify_contents(
     verified: Verified,
     on_bytes: Callable[[int], None] = lambda count: None,
 ) -> list[Problem]:
-    """Read each file once, several at a time, and compare. What is right is remembered in `verified` as soon as it is known,
-    and not read again while the file stays as it is. `on_bytes(count)` is called with bytes that are done, from any thread.
+    """Read each file once, several at a time, compare their hashes, and return the faults.
+
+    A file that is right is recorded in `verified` at once, and is not read again while it stays unchanged.
+    `on_bytes(count)` is called with the number of further bytes that are done, from any thread.
     """
     stop = threading.Event()
     with ThreadPoolExecutor(min(MAX_THREADS, usable_cpus())) as pool:
@@ -98,7 +105,7 @@ def verify_contents(
             found = pool.map(lambda one: _verify(folder / one.name, one, verified, on_bytes, stop), expected)
             return [problem for problem in found if problem is not None]
         finally:
-            stop.set()  # an interrupt is not kept waiting by files of 10 GB
+            stop.set()  # after an interrupt, the threads need not finish their files of 10 GB
 
 
 def _verify(
@@ -136,14 +143,18 @@ def _verify(
 
 
 def repair_commands(folder: Path, names: Sequence[str], hub_name: str) -> list[str]:
-    """Shell commands that download these files and nothing else. `hub_name` for a folder that does not say its own."""
+    """Return shell commands that delete and download the files `names`, and nothing else.
+
+    hub_name: the model's name on the hub, used unless `folder` is a snapshot in the hub's cache, whose path holds the
+    name.
+    """
     folder = folder.absolute()
     commands = []
     cached = _SNAPSHOT.fullmatch(folder.parent.parent.name) if folder.parent.name == "snapshots" else None
     for name in names:
         file = folder / name
         if cached:
-            # The client takes a blob that is there for whole, whatever it holds.
+            # The hub's client downloads no blob that exists, even if its content is wrong, so the blob is deleted first.
             blob = folder.parent.parent / "blobs" / file.readlink().name if file.is_symlink() else file
             source = [cached[1].replace("--", "/"), "--revision", folder.name]
             target = ["--cache-dir", str(folder.parent.parent.parent)]

@@ -1,7 +1,7 @@
-"""The files that an engine's loader of checkpoints has chosen, mapped in the place of the engine's own iterator.
+"""Map the files that an engine's weight loader has chosen, in place of the engine's own iterator over their tensors.
 
-An engine finds, downloads and filters the files; one function of its gives their tensors, for every model. Ours takes its
-place while a model of ours is loaded, and says once, not by rank, how far it is.
+An engine finds, downloads and filters the files; one of its functions then yields their tensors, for every model. While
+one of our models is loaded, `engine_files` takes the place of that function. One rank logs the progress for all ranks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
-    """Says in a log how many bytes were loaded, how fast, and what time is left."""
+    """Logs how many bytes have been loaded, how fast, and the time that is left."""
 
     def __init__(
         self, num_bytes: int, say: Callable[[str], object], clock: Callable[[], float] = time.monotonic
@@ -32,7 +32,7 @@ class Progress:
         self._start = self._said = clock()
 
     def advance(self, count: int) -> None:
-        """Count `count` bytes more as loaded; a line is written where the last one is old enough."""
+        """Count `count` more bytes as loaded; write a line if the last one is at least SECONDS_BETWEEN_LINES old."""
         self.done += count
         now = self._clock()
         if now - self._said >= SECONDS_BETWEEN_LINES:
@@ -41,7 +41,7 @@ class Progress:
             self._say(f"weights: {_gb(self.done)} of {_gb(self.num_bytes)} GB, {self._rate(now)}, {left:.0f} s left")
 
     def end(self) -> None:
-        """Write the last line: how much was loaded, and how long it took."""
+        """Write the last line: how much was loaded, how long it took, and how fast it was."""
         now = self._clock()
         self._say(f"weights: {_gb(self.done)} GB in {now - self._start:.1f} s, {self._rate(now)}")
 
@@ -50,7 +50,7 @@ class Progress:
 
 
 class _Load:
-    """A load of one of our models that is under way."""
+    """A load of one of our models that is in progress."""
 
     def __init__(
         self, config: K26Config, is_needed: Callable[[ExpertKind, int], bool] | None, num_experts: int
@@ -69,10 +69,11 @@ def with_mapped_files(
     is_needed: Callable[[ExpertKind, int], bool] | None = None,
     num_experts: int | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Pass the engine's weights on; files that it opens meanwhile are mapped by us.
+    """Yield the engine's weights unchanged; files that the engine opens meanwhile are mapped by `engine_files`.
 
-    is_needed: whether this rank keeps any of a routed expert's tensor, else it is not read ahead; all if not given.
-    num_experts: of each layer that the engine gives, all if not said.
+    is_needed: returns whether this rank keeps any part of the given expert's tensor; a tensor that it does not keep is
+    not read ahead. By default all are kept. num_experts: how many experts of each layer the engine loads, by default
+    all.
     """
     load = _Load(config, is_needed, config.text.n_routed_experts if num_experts is None else num_experts)
     _under_way.append(load)
@@ -83,21 +84,21 @@ def with_mapped_files(
 
 
 def is_under_way() -> bool:
-    """Whether an engine is loading this model in this process now."""
+    """Return whether an engine is loading one of our models in this process now."""
     return bool(_under_way)
 
 
 def num_experts_under_way() -> int | None:
-    """How many experts of each layer are loaded by the load under way, None where there is none."""
+    """Return how many experts of each layer the load in progress loads, or None if none is in progress."""
     return _under_way[-1].num_experts if _under_way else None
 
 
 def engine_files(
     files: Sequence[str], logger: logging.Logger, experts: Iterable[int] | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the files, for the load that is under way.
+    """Yield name and tensor of every tensor in the files, for the load in progress.
 
-    experts: those of the checkpoint's experts that the engine wants, all if not given; others are left out.
+    experts: the checkpoint's experts that the engine wants, by default all; the tensors of other experts are left out.
     """
     load = _under_way[-1]
     chosen = None if experts is None else set(experts)

@@ -1,4 +1,4 @@
-"""The names of the routed experts' tensors, taken apart: 99 of 100 names of a checkpoint."""
+"""Parse the names of the routed experts' tensors, which are 99 of 100 names of a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from k26_plugins.common.model.config import K26Config
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExpertKind:
-    """A tensor that each routed expert of a layer has. There is one object for each kind, so that it may be a quick key."""
+    """A tensor that each routed expert of a layer has: one projection's packed weights, scales or shape.
+
+    Only one object exists for each kind, so that it is compared and hashed quickly, by identity.
+    """
 
     layer: int
     projection: str
@@ -19,11 +22,11 @@ class ExpertKind:
     part: str
     """packed, scale or shape."""
     spec: TensorSpec
-    """That of expert 0: shape, dtype and cut are the same for all."""
+    """The entry of expert 0 in the table: shape, dtype and shard dimension are the same for all experts."""
 
 
 class ExpertNames:
-    """Finds what a name stands for by small dictionaries, where a table of all names takes 0.7 s to make."""
+    """Looks up tensor names in small dictionaries, because creating a table of all names takes 0.7 s."""
 
     def __init__(self, config: K26Config) -> None:
         text = config.text
@@ -31,7 +34,7 @@ class ExpertNames:
         self._experts = {str(expert): expert for expert in range(text.n_routed_experts)}
         self._others = tensor_table(config, experts=0)
         firsts = tensor_table(config, experts=1)
-        # By what stands before the expert's number, and then by what stands behind it.
+        # Keyed by the part of the name before the expert's number, then by the part after it.
         self._kinds: dict[str, dict[str, ExpertKind]] = {}
         for layer in layers:
             for projection in ("gate", "up", "down"):
@@ -44,8 +47,8 @@ class ExpertNames:
         self._last: tuple[str, tuple[ExpertKind, int] | None] = ("", None)
 
     def expert_tensor(self, name: str) -> tuple[ExpertKind, int] | None:
-        """What `name` stands for, and of which expert; None where it is no routed expert's."""
-        # Who accounts for a tensor asks, and then who loads it.
+        """Return the kind and the expert's number of the tensor `name`, or None if it belongs to no routed expert."""
+        # Each name is looked up twice in a row: for the accounting and for the loading.
         last, found = self._last
         if last is not name:
             found = self._taken_apart(name)
@@ -62,12 +65,15 @@ class ExpertNames:
         return None if kind is None or expert is None else (kind, expert)
 
     def spec(self, name: str) -> TensorSpec | None:
-        """Shape and dtype of the tensor `name`, None where the checkpoint has none of it."""
+        """Return the entry of `name` in the table, or None if the checkpoint has no such tensor."""
         found = self.expert_tensor(name)
         return self._others.get(name) if found is None else found[0].spec
 
 
 @cache
 def expert_names(config: K26Config) -> ExpertNames:
-    """Kept: the accounting and the loading take the same names apart, and an update may come in hundreds of parts."""
+    """Return the names for a configuration, created once.
+
+    The accounting and the loading parse the same names, and an update of the weights may come in hundreds of parts.
+    """
     return ExpertNames(config)

@@ -1,4 +1,4 @@
-"""What can be wrong with a tensor or a file of a checkpoint, and how it is said."""
+"""Define what can be wrong with a tensor or a file of a checkpoint, and word it for the user."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ _LAYER = re.compile(r".*?\b(?:layers|blocks)\.\d+")
 
 
 class Fault(StrEnum):
-    """The kinds of faults in the order in which they are listed: what is wrong with whole files comes first and
-    explains the rest."""
+    """The kinds of faults in the order in which they are listed.
+
+    Faults of whole files come first, because they explain the others.
+    """
 
     MISSING_FILE = "missing file"
     UNFINISHED = "unfinished download"
@@ -33,7 +35,7 @@ class Fault(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong, with the tensor or file it concerns and the remedy in `message`."""
+    """One fault: the tensor or file that it concerns, and a message with the remedy."""
 
     fault: Fault
     name: str
@@ -41,14 +43,17 @@ class Problem:
 
     @property
     def order(self) -> tuple[int, str]:
-        """The key by which problems are sorted: by their kind, then by name."""
+        """The sort key of problems: by kind, then by name."""
         return list(Fault).index(self.fault), self.name
 
 
 def compare(
     name: str, shape: Iterable[int], dtype: str, spec: TensorSpec | None, file: str | None = None
 ) -> Problem | None:
-    """The fault of a tensor against its line in the table, or None. `dtype` is safetensors' name, `file` holds it."""
+    """Compare a tensor with its entry in the table, and return the problem, or None.
+
+    dtype: safetensors' name of it. spec: None if the table has no such tensor. file: the file that holds the tensor.
+    """
     if spec is None:
         return extra(name, file)
     if tuple(shape) != spec.shape:
@@ -61,24 +66,27 @@ def compare(
 
 
 def extra(name: str, file: str | None = None) -> Problem:
-    """The problem of a tensor that the model does not have. file: the one that holds it, where that is known."""
+    """Return the problem of a tensor that the model does not have. file: the file that holds it, if known."""
     if file is None:
         return Problem(Fault.EXTRA, name, "is not part of this model: remove the file that it came with.")
     return Problem(Fault.EXTRA, name, f"in {file} is not part of this model: remove that file, or download it again.")
 
 
 def missing(spec: TensorSpec) -> Problem:
-    """The problem of a tensor of the table that no file holds."""
+    """Return the problem of a tensor of the table that no file holds."""
     message = f"should be {spec.dtype} {list(spec.shape)}: download the checkpoint again."
     return Problem(Fault.MISSING, spec.name, message)
 
 
 def folded(problems: Sequence[Problem]) -> list[str]:
-    """A line for each problem; one line for all of a kind in a layer."""
+    """Return the problems as lines of text.
+
+    Problems of the same kind in the same layer share a line; each other problem has its own.
+    """
     groups: dict[tuple[Fault, str, str], list[Problem]] = {}
     for problem in sorted(problems, key=lambda item: item.order):
         layer = _LAYER.match(problem.name)
-        # What is said of an extra tensor does not depend on its shape: another sentence is another cause.
+        # The message of an extra tensor does not depend on its shape, so another message means another cause.
         cause = problem.message if problem.fault is Fault.EXTRA else ""
         groups.setdefault((problem.fault, layer[0] if layer else problem.name, cause), []).append(problem)
     lines = []
@@ -92,7 +100,7 @@ def folded(problems: Sequence[Problem]) -> list[str]:
 
 
 def listed(problems: Sequence[Problem]) -> str:
-    """The first of `folded`, and how many more lines there are."""
+    """Return the first lines of `folded` as one text, with the number of further lines."""
     lines = folded(problems)
     shown = "\n".join(f"  {line}" for line in lines[:NUM_PROBLEMS_SHOWN])
     more = f"\n  and {len(lines) - NUM_PROBLEMS_SHOWN} more" if len(lines) > NUM_PROBLEMS_SHOWN else ""

@@ -1,4 +1,7 @@
-"""A name for a checkpoint's weights that takes seconds, not hours: it tells models apart, it does not find a flipped bit."""
+"""Identify a checkpoint's weights within seconds instead of hours.
+
+The fingerprint tells models apart, but it does not detect a flipped bit.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,14 @@ import hashlib
 from k26_plugins.common.checkpoint.stream import StreamedCheckpoint
 
 NUM_BYTES = 64
-"""How many bytes of each tensor are hashed, from its start."""
+"""Bytes at the start of each tensor that are hashed."""
 
 
 def fingerprint(checkpoint: StreamedCheckpoint) -> str:
-    """`sha256:` over every tensor's name, dtype, shape and first bytes, the same however the tensors lie in files.
+    """Return `sha256:` and the hash over every tensor's name, dtype, shape and first bytes.
 
-    Raises CheckpointError for a tensor that is missing.
+    The result does not depend on how the tensors are distributed over files. Raises CheckpointError for a missing
+    tensor.
     """
     digest = hashlib.sha256()
     heads = {name: checkpoint.head(name, NUM_BYTES) for name in checkpoint.in_file_order(checkpoint.table)}

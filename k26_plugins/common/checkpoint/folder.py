@@ -1,4 +1,4 @@
-"""Where a checkpoint's files lie: a folder of the user's, or the hub's cache with its links."""
+"""Find the folder with a checkpoint's files: the user's own, or a snapshot in the hub's cache."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from k26_plugins.common.checkpoint.saved_state import saved_state_files
 
 
 def local_folder(name: str | Path, revision: str | None = None, cache_dir: str | None = None) -> Path | None:
-    """The folder itself, or the cached snapshot of a name on the hub; None where its files are not all here yet.
+    """Return `name` if it is a folder, else the snapshot of the model `name` in the hub's cache.
 
-    Nothing is downloaded: an engine fetches the rest of a snapshot, and what arrives is checked while it is loaded.
+    Return None if the cache does not hold all files of the snapshot. Nothing is downloaded: the engine fetches the rest
+    of a snapshot, and the files that arrive are checked while they are loaded.
     """
     folder = Path(name)
     if folder.is_dir():
@@ -29,7 +30,10 @@ def local_folder(name: str | Path, revision: str | None = None, cache_dir: str |
 
 
 def whole_folder(folder: Path) -> Path | None:
-    """The folder, and None where a file that its index names is not here: a download that an engine goes on with."""
+    """Return `folder`, or None if its weight files are not all there.
+
+    Files are missing, for example, while a download is unfinished; the engine completes it.
+    """
     try:
         here = all(file.exists() for file in weight_files(folder))
     except CheckpointError:
@@ -38,11 +42,11 @@ def whole_folder(folder: Path) -> Path | None:
 
 
 def weights_folder(name: str | Path, revision: str | None = None, cache_dir: str | None = None) -> Path | None:
-    """The folder that `local_folder` finds, None where it has an index and none of its files.
+    """Return the folder that `local_folder` finds, or None if the folder has an index but none of the weight files.
 
-    Engines keep the small files of an object store's checkpoint in such a folder and stream the weights; others load dummy
-    weights. Where real ones are wanted and missing, the engine says so. A state that an engine saved is there, whatever
-    index was copied beside it.
+    Engines keep the small files of a checkpoint in an object store in such a folder and stream the weights; others load
+    dummy weights. If real weights are wanted and missing, the engine reports it. A state that an engine saved counts as
+    weights, even if a checkpoint's index was copied beside it.
     """
     folder = local_folder(name, revision, cache_dir)
     if (

@@ -1,4 +1,4 @@
-"""The headers of safetensors files: what a file says it holds, read without its weights."""
+"""Read the headers of safetensors files: what a file declares that it holds, without its weights."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read. The message names the file or the tensor, and the remedy."""
+    """A checkpoint that cannot be read or is damaged. The message names the file or the tensor, and the remedy."""
 
 
 class HeaderEntry(NamedTuple):
-    """One tensor as a file's header declares it."""
+    """A tensor as the header of a file declares it."""
 
     name: str
     shape: tuple[int, ...]
@@ -32,7 +32,10 @@ class HeaderEntry(NamedTuple):
 
 
 def read_header(file: Path) -> list[HeaderEntry]:
-    """The tensors that a safetensors file declares. Raises CheckpointError where the header itself is damaged."""
+    """Return the tensors that a safetensors file declares.
+
+    Raises CheckpointError if the file cannot be read or its header is damaged.
+    """
     damaged = f"{file.name} is no whole safetensors file"
     remedy = "Download the file again."
     cause = {
@@ -66,7 +69,7 @@ def read_header(file: Path) -> list[HeaderEntry]:
             entries = [_entry(name, fields, 8 + length) for name, fields in header.items() if name != "__metadata__"]
         except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
             raise CheckpointError(f"{damaged}: its header lacks {error}. {remedy}") from error
-        # While the collector is off, or it would look at these thousands of objects once more.
+        # Deleted here, while the garbage collector is paused, which would otherwise traverse these thousands of objects.
         del header
         return entries
 
@@ -78,7 +81,10 @@ def _entry(name: str, fields: dict[str, Any], data_start: int) -> HeaderEntry:
 
 
 def index_of(folder: Path) -> dict[str, str]:
-    """The file of each tensor, as the index has it; empty without an index. Raises CheckpointError."""
+    """Return the file name of each tensor from the index, or an empty dict if there is no index.
+
+    Raises CheckpointError.
+    """
     index = folder / INDEX_FILE
     if not index.exists():
         return {}
@@ -89,9 +95,10 @@ def index_of(folder: Path) -> dict[str, str]:
 
 
 def weight_files(folder: Path, index: dict[str, str] | None = None) -> list[Path]:
-    """The safetensors files of a checkpoint: those that its index names, else all in the folder.
+    """Return the safetensors files of a checkpoint.
 
-    index: what `index_of` gave, where it was read.
+    They are the files that the index names, or all in the folder if there is no index. index: the result of `index_of`,
+    if it was called already. Raises CheckpointError if there are no files or the index is damaged.
     """
     if (folder / INDEX_FILE).exists():
         return [folder / name for name in sorted(set((index_of(folder) if index is None else index).values()))]

@@ -1,4 +1,7 @@
-"""What the weight files of a folder say that they hold, and which of them are damaged: headers and sizes, no weights."""
+"""List the tensors that a folder's weight files declare, and find damaged files.
+
+Only headers and file sizes are read, no weights.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +20,18 @@ _NUMBERED = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
 
 @dataclass(slots=True)
 class Inventory:
-    """What the files of a checkpoint's folder hold, by their headers and the index."""
+    """The contents of a checkpoint's weight files, by their headers and the index."""
 
     files: list[Path]
     index: dict[str, str] = field(default_factory=dict)
-    """The file of each tensor, as the index has it."""
+    """The file name of each tensor, as the index gives it."""
     entries: dict[str, HeaderEntry] = field(default_factory=dict)
     damage: list[Problem] = field(default_factory=list)
-    """Files that are missing, unfinished or unreadable, tensors that are cut off or there twice."""
+    """Files that are missing, unfinished or unreadable, and tensors that are truncated or repeated."""
     holders: dict[str, str] = field(default_factory=dict)
-    """The file of each tensor."""
+    """The name of the file in which each tensor was found."""
     lost_files: set[str] = field(default_factory=set)
-    """Files of whose tensors nothing is known."""
+    """Names of the files whose tensors are unknown."""
 
 
 def take_inventory(
@@ -36,12 +39,12 @@ def take_inventory(
     on_file: Callable[[int, int], None] = lambda done, total: None,
     saved_state: list[Path] | None = None,
 ) -> Inventory:
-    """Read the headers. `on_file(done, total)` is called after each file.
+    """Read the headers of a folder's weight files. `on_file(done, total)` is called after each file.
 
-    saved_state: the files of one, in the place of a checkpoint's: each rank's have the same tensors' names. Raises
-    CheckpointError where there is no weight file or the index is damaged.
+    saved_state: the files of a state that an engine saved, which are read in place of a checkpoint's; the files of its
+    ranks hold tensors of the same names. Raises CheckpointError if there are no weight files or the index is damaged.
     """
-    from concurrent.futures import ThreadPoolExecutor  # brings logging, and `k26 plan` reads no header
+    from concurrent.futures import ThreadPoolExecutor  # imports logging, which `k26 plan` does not need
 
     index = {} if saved_state else index_of(folder)
     named = saved_state or weight_files(folder, index)
@@ -70,7 +73,10 @@ def take_inventory(
 
 
 def _missing_files(index: dict[str, str], files: list[Path]) -> list[Problem]:
-    """Files that the index names, and files that the names of the others speak of."""
+    """Return a problem for each missing file.
+
+    A file is missing if `files` names it, or if the numbering of the other files (`…-00002-of-00064`) implies it.
+    """
     tensors = Counter(index.values())
     found: dict[tuple[str, str, int], set[int]] = {}
     lost = [file.name for file in files if not file.is_file()]
@@ -94,9 +100,13 @@ def _missing_files(index: dict[str, str], files: list[Path]) -> list[Problem]:
 
 
 def _unfinished(folder: Path) -> list[Problem]:
-    """What download programs keep beside a file until it is whole: some give the file its full size at once, with holes."""
+    """Return a problem for each partial file or marker that a download program keeps until its file is complete.
+
+    Some programs give a file its full size at once, with holes, so that its size alone proves nothing.
+    """
     left = [file for ending in UNFINISHED for file in folder.glob(f"*.safetensors{ending}")]
-    # The hub's own client keeps its parts apart; a lock stays behind a whole file too.
+    # The hub's own client keeps partial files in a folder of their own. Its lock files do not count: they stay after a
+    # complete download too.
     left += (folder / ".cache" / "huggingface" / "download").rglob("*.incomplete")
     return [
         Problem(

@@ -1,7 +1,8 @@
-"""A checkpoint's files mapped one by one, in the order of their bytes, and read ahead of what is made of them.
+"""Map a checkpoint's files one by one, yield their tensors in the order of their bytes, and read ahead.
 
-A rank touches just the rows that it keeps, so nothing is copied that it does not need. What comes next is asked of the
-disk while a window of neighbouring tensors is loaded or repacked. `watched.py` sees to files that change meanwhile.
+A rank touches only the rows that it keeps, so no byte is copied that the rank does not need. While a window of
+neighbouring tensors is loaded or repacked, the system reads the following windows from the disk. `watched.py` detects
+files that change meanwhile.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ _START = HeaderEntry._fields.index("start")
 
 
 class _File(WatchedFile):
-    """A file of which the header is read. Raises CheckpointError where it cannot be, or the file is not whole."""
+    """A watched file whose header has been read.
+
+    The constructor raises CheckpointError if the header cannot be read or the file is incomplete.
+    """
 
     def __init__(self, path: Path) -> None:
         self.entries = sorted(read_header(path), key=itemgetter(_START))
@@ -42,7 +46,7 @@ class _File(WatchedFile):
             raise CheckpointError(f"{self.entries[-1].name} ends after {path} does: download that file again.")
 
     def ask_for(self, entries: Iterable[HeaderEntry]) -> None:
-        """Have the system read the bytes of these, without waiting for them."""
+        """Ask the system to read the bytes of these tensors, without waiting for them."""
         start = end = 0
         for entry in entries:
             if entry.start != end:
@@ -76,11 +80,11 @@ def mapped_tensors(
     on_bytes: Callable[[int], None] = lambda count: None,
     window_bytes: int = WINDOW_BYTES,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the files by name, views of the mapped files.
+    """Yield every tensor of the files with its name, as a view of the mapped file.
 
-    is_read: whether the tensor's bytes will be touched, else they are not read ahead; all if not given. on_bytes: told the
-    length of each window when all of it was taken. Raises CheckpointError with the file's name where a file is damaged,
-    vanishes, or is changed before its last tensor was taken.
+    is_read: returns whether the bytes of the named tensor will be touched; other tensors are not read ahead. By default
+    all are. on_bytes: called with the length of each window once all its tensors were consumed. Raises CheckpointError
+    with the file's name if a file is damaged, vanishes, or changes before its last tensor was consumed.
     """
     with watched_files():
         for path in files:
@@ -120,7 +124,7 @@ def _tensors(
 
 @cache
 def _length(shape: tuple[int, ...], dtype: str) -> int:
-    """How many bytes a tensor takes in its file."""
+    """Return how many bytes a tensor occupies in its file."""
     return math.prod(shape) * _DTYPES[dtype].itemsize
 
 
@@ -134,7 +138,10 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _let_go(mapping: mmap.mmap, window: _Window) -> None:
-    """Take the window's pages out of the process's memory; a view that is kept finds them again."""
+    """Remove the window's pages from the process's memory.
+
+    A view that is still in use reads them from the file again.
+    """
     start = -(-window.start // mmap.PAGESIZE) * mmap.PAGESIZE
     length = window.end - start
     if length > 0:

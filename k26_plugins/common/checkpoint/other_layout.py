@@ -1,8 +1,8 @@
-"""What tells another layout of this architecture from a damaged checkpoint, tensor by tensor.
+"""Tell another layout of this architecture from a damaged checkpoint, tensor by tensor.
 
-A *module* is a tensor's name without its last part, which holds its *parts* (`weight`, `weight_scale`, …). A *kind* is a
-module without the numbers of its layer, block and expert. A quantizer changes every module of a kind, or its configuration
-says which it left alone; a broken download does neither.
+A *module* is a tensor's name without its last component; the last components are the module's *parts* (`weight`,
+`weight_scale`, …). A *kind* is a module without the numbers of its layer, block and expert. A quantizer changes every
+module of a kind, or its configuration says which modules it left alone. A broken download does neither.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def examine(
     *,
     quantized_elsewhere: bool,
 ) -> tuple[list[Problem], list[str]]:
-    """What is wrong with the tensors, and what of them is in another layout; both empty for the published one.
+    """Return the faults of the tensors, and their departures from the published layout.
 
-    table: of those sizes. departures: of the configuration. quantized_elsewhere: another file than config.json describes
-    the quantization.
+    Both are empty for the published layout. table: the tensor table of `sizes`. departures: those of the configuration.
+    quantized_elsewhere: a file other than config.json describes the quantization.
     """
     if entries.keys() == table.keys():
         problems = [one for entry in entries.values() if (one := _compare(entry, table.get(entry.name)))]
@@ -58,13 +58,13 @@ def examine(
 
 
 def kind_of(name: str) -> str:
-    """The name with `*` for the numbers of layers and experts: the same for all tensors of a kind."""
+    """Return the name with `*` for the numbers of layers, blocks and experts, the same for all tensors of a kind."""
     return _NUMBERS.sub(r"\1.*", name)
 
 
 def _compare(entry: HeaderEntry, spec: TensorSpec | None) -> Problem | None:
     if spec is not None and entry.shape == spec.shape and entry.dtype == spec.dtype:
-        return None  # as nearly all of 208,550 tensors
+        return None  # the quick answer for nearly all of 208,550 tensors
     return compare(entry.name, entry.shape, entry.dtype, spec)
 
 
@@ -79,13 +79,16 @@ def _by_module(entries: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def _lost(
     modules: Modules, expected: Mapping[str, Mapping[str, TensorSpec]], table: Mapping[str, TensorSpec]
 ) -> tuple[list[Problem], list[str]]:
-    """Modules, and parts of a module, that are not there. Where all of a kind lack them and something that the table
-    does not know is there in their place, it is another layout."""
+    """Return the faults and the departures of tensors in the table that the checkpoint lacks.
+
+    If every module of a kind lacks the tensor, and the checkpoint has modules that the table does not know, this is
+    another layout.
+    """
     lost: dict[str, list[TensorSpec]] = defaultdict(list)
     total: Counter[str] = Counter()
     for module, specs in expected.items():
         parts = modules.get(module, {})
-        # Other parts in the place of these are another form of storage, which has its own look.
+        # A module with other parts in place of the expected ones is stored in another form; `_converted` handles it.
         stands_in = bool(parts.keys() - specs.keys()) and form_of({p: e.dtype for p, e in parts.items()}) is not None
         for spec in specs.values():
             total[kind_of(spec.name)] += 1
@@ -107,7 +110,10 @@ def _converted(
     table: Mapping[str, TensorSpec],
     departs: bool,
 ) -> tuple[list[Problem], list[str]]:
-    """Tensors of the published names with another shape or dtype, and modules stored in another form."""
+    """Return the faults and the departures of tensors that are stored differently.
+
+    These are tensors with another shape or dtype than the table's, and modules that are stored in another form.
+    """
     dtypes: dict[str, list[Problem]] = defaultdict(list)
     total: Counter[str] = Counter()
     problems: list[Problem] = []
@@ -126,7 +132,7 @@ def _converted(
             problem = _compare(entry, spec)
             if problem is None:
                 continue
-            # A quantized weight has a shape of its own where the configuration declares another quantization.
+            # If the configuration declares another quantization, a quantized weight may have another shape.
             if problem.fault is Fault.WRONG_SHAPE and not added and (plain or not departs):
                 problems.append(problem)
             elif problem.fault is Fault.WRONG_DTYPE and not added:
@@ -149,7 +155,10 @@ def _extra(
     config: Mapping[str, Any],
     departs: bool,
 ) -> tuple[list[Problem], list[str]]:
-    """Modules that the table does not have: more layers or experts than the configuration says, or another kind."""
+    """Return the faults and the departures of modules that the table does not have.
+
+    Such a module is one more layer or expert than the configuration says, or one of another kind.
+    """
     kinds = {kind_of(module) for module in expected}
     unknown: dict[str, list[str]] = defaultdict(list)
     problems: list[Problem] = []

@@ -1,4 +1,4 @@
-"""Memory-mapped reading of a checkpoint: a tensor's bytes come from the file when they are touched."""
+"""Read a checkpoint through memory mapping: the bytes of a tensor come from the file when they are touched."""
 
 from __future__ import annotations
 
@@ -22,12 +22,17 @@ class Checkpoint:
     """The tensors of a checkpoint's folder, by name."""
 
     def __init__(self, folder: str | Path) -> None:
+        """Read the configuration. Raises ConfigError."""
         self.folder = Path(folder)
         self.config = K26Config.from_path(self.folder)
         self.table: dict[str, TensorSpec] = tensor_table(self.config)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor `name`, a view of the mapped file, in the table's shape and dtype."""
+        """Return the tensor `name` in the table's shape and dtype.
+
+        The result is a view of the mapped file unless the dtype had to be converted. Raises CheckpointError if the
+        tensor is missing or differs from the table, or if a file cannot be read.
+        """
         file = self._files.get(name)
         if file is None:
             raise CheckpointError(f"{name} is missing from {self.folder}. Run `k26 check` for the whole list.")
@@ -40,7 +45,7 @@ class Checkpoint:
 
     @cached_property
     def _files(self) -> dict[str, Any]:
-        """The open file of every tensor."""
+        """The open file of every tensor, by the tensor's name."""
         opened: dict[str, Any] = {}
         for path in weight_files(self.folder):
             try:

@@ -1,4 +1,7 @@
-"""What an engine saved of a running model, `--load-format sharded_state`: its own parameters, rank by rank."""
+"""Recognize the state that an engine saved of a running model (`--load-format sharded_state`).
+
+Its files hold the engine's own parameters, rank by rank, instead of the checkpoint's tensors.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,18 @@ from pathlib import Path
 from k26_plugins.common.checkpoint.header import CheckpointError, HeaderEntry, index_of
 from k26_plugins.common.model.config import PACK_FACTOR, K26Config
 
-# As the engines name them where the user gives no pattern: by tensor-parallel rank, or by pipeline stage too.
+# The engines' default file names, with the tensor-parallel rank, or with the pipeline stage too.
 _FILE = re.compile(r"model-(rank-\d+|pp-\d+-tp-\d+)-part-\d+\.safetensors")
-# The loaders that would read these files and find none of a checkpoint's tensors.
+# The load formats whose loaders would read these files and find none of the checkpoint's tensors in them.
 _OF_CHECKPOINTS = ("auto", "hf", "safetensors")
 _EXPERTS = re.compile(r"(.+\.experts\b.*)\.w13_weight_packed")
 
 
 def saved_state_files(folder: Path) -> list[Path]:
-    """The files of a state that was saved to the folder; none where a checkpoint is there too.
+    """Return the files of a state that was saved to `folder`, or an empty list if a checkpoint is there too.
 
-    Where only a checkpoint's small files were copied along, its index is there and no file that the index names.
+    A copied index does not count as a checkpoint if the folder has none of the files that it names. Raises
+    CheckpointError for a damaged index.
     """
     files = sorted(file for file in folder.glob("model-*.safetensors") if _FILE.fullmatch(file.name))
     if files and any((folder / name).exists() for name in set(index_of(folder).values())):
@@ -28,9 +32,10 @@ def saved_state_files(folder: Path) -> list[Path]:
 
 
 def has_core_experts(entries: Iterable[HeaderEntry], config: K26Config) -> bool:
-    """Whether the routed experts in it are the core's, saved in the checkpoint's form.
+    """Return whether the saved routed experts are the core's, which are saved in the checkpoint's form.
 
-    Those of an engine's own are under the same names as its kernels want them, and beside them are their shapes.
+    An engine's own experts are saved under the same names, but in the layout of the engine's kernels, and with their
+    shapes (`weight_shape`).
     """
     found = {entry.name: entry for entry in entries}
     layers = [match[1] for name in found if (match := _EXPERTS.fullmatch(name))]
@@ -49,7 +54,10 @@ def has_core_experts(entries: Iterable[HeaderEntry], config: K26Config) -> bool:
 
 
 def require_its_loader(load_format: str) -> None:
-    """Raises CheckpointError for an engine's loader of checkpoints, which it takes where nobody chose another."""
+    """Raise CheckpointError if `load_format` is a loader of checkpoints, which cannot read a saved state.
+
+    Engines use such a loader unless the user chooses another.
+    """
     if load_format in _OF_CHECKPOINTS:
         raise CheckpointError(
             "this is a state that an engine saved, not a checkpoint: give --load-format sharded_state."

@@ -1,4 +1,4 @@
-"""In what form a linear layer's weights are stored, and whether that is the form that the configuration declares."""
+"""Find the form in which a linear layer's weights are stored, and compare it with what the configuration declares."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from k26_plugins.common.model.departures import is_quantized, quantization_confi
 
 PLAIN = "plain"
 _FLOATS = ("BF16", "F16", "F32")
-# The form, by the name and the dtype of the part that holds the weights.
+# The form of the weights by the name and the dtype of the part that holds them.
 _FORMS = {
     ("weight_packed", "I32"): "pack-quantized",
     ("weight_packed", "U8"): "packed floats",
@@ -22,7 +22,7 @@ _FORMS = {
     ("weight", "I8"): "8 bits",
     ("weight", "U8"): "bytes",
 }
-# What a quantizer may have written. One that is not here may have written anything.
+# The forms that each quantization method may write. A method that is not listed may write any form.
 _METHODS = {
     "fp8": {"8 bits"},
     "awq": {"qweight"},
@@ -41,12 +41,12 @@ NUM_SHOWN = 3
 
 
 def is_plain(dtype: str) -> bool:
-    """Whether weights of this dtype, as safetensors names it, are floating-point numbers that nobody quantized."""
+    """Return whether weights of this dtype (safetensors' name) are floating-point numbers that were not quantized."""
     return dtype in _FLOATS
 
 
 def form_of(parts: Mapping[str, str]) -> str | None:
-    """The form of a module's weights by its parts' dtypes; None where none of its parts holds weights."""
+    """Return the form of a module's weights by the dtypes of its parts, or None if no part holds weights."""
     for (part, dtype), form in _FORMS.items():
         if parts.get(part) == dtype:
             return form
@@ -61,7 +61,11 @@ def contradictions(
     *,
     quantized_elsewhere: bool,
 ) -> list[Problem]:
-    """Where the weights are stored otherwise than the configuration says, or nothing."""
+    """Return the problems of weights that are stored in another form than the configuration declares.
+
+    modules, forms: the parts and the form of each module, by its name. quantized_elsewhere: a file other than
+    config.json describes the quantization.
+    """
     quantized = {name: form for name, form in forms.items() if form not in (None, PLAIN)}
     declared = quantization_config(config)
     if not isinstance(declared, Mapping):
@@ -88,7 +92,7 @@ def contradictions(
 def _packed(
     module: str, parts: Mapping[str, HeaderEntry], table: Mapping[str, TensorSpec], declared: Mapping[str, Any]
 ) -> Iterator[Problem]:
-    """A packed linear layer against the groups of the description, where these say enough."""
+    """Compare a packed linear layer with the groups of the quantization's description, as far as these give sizes."""
     matrix = _matrix(module, table)
     groups = [group for group in (declared.get("config_groups") or {}).values() if isinstance(group, Mapping)]
     plain_name = module.removeprefix(LANGUAGE_MODEL)
@@ -114,7 +118,7 @@ def _packed(
 
 
 def _matrix(module: str, table: Mapping[str, TensorSpec]) -> tuple[int, int] | None:
-    """Rows and inputs of a linear layer, as the configuration has them."""
+    """Return the rows and inputs of a linear layer by the table, or None if it has no such layer."""
     if spec := table.get(f"{module}.weight"):
         return (spec.shape[0], spec.shape[1]) if len(spec.shape) == 2 else None
     if spec := table.get(f"{module}.weight_packed"):

@@ -1,6 +1,7 @@
-"""Plain reading of a checkpoint: what is held in memory is what was asked for, and nothing is read that was not.
+"""Read a checkpoint with plain reads, so that memory holds only the tensors that were asked for.
 
-The mapped reader (`reader.py`) leaves to the kernel which pages stay; here a run can say beforehand what it will hold.
+With the mapped reader (`reader.py`), the kernel decides which pages stay in memory. With this one, a run can tell in
+advance how much memory it will use.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ class _Place(NamedTuple):
 
 
 class StreamedCheckpoint:
-    """The tensors of a checkpoint's folder, by name, each read from its file when it is asked for.
+    """The tensors of a checkpoint's folder, by name; each is read from its file when it is asked for.
 
-    May be used from several threads; `bytes_read` sums over them.
+    An object may be used from several threads; `bytes_read` counts the bytes that all of them read.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        """Read the headers. Raises ConfigError or CheckpointError."""
+        """Read the configuration and the headers. Raises ConfigError or CheckpointError."""
         self.folder = Path(folder)
         self.config = K26Config.from_path(self.folder)
         self.table: dict[str, TensorSpec] = tensor_table(self.config)
@@ -64,28 +65,34 @@ class StreamedCheckpoint:
             os.close(descriptor)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor `name`, in memory of its own, in the table's dtype."""
+        """Return the tensor `name` in the table's dtype, in memory of its own. Raises CheckpointError."""
         spec = self._spec(name)
         out = torch.empty(spec.shape, dtype=TORCH_DTYPES[self._place(name).dtype])
         self._read(name, 0, out)
         return out.to(TORCH_DTYPES[spec.dtype])
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows `start` to `stop` of a tensor, along its first dimension."""
+        """Return rows `start` to `stop` (exclusive) of a tensor along its first dimension. Raises CheckpointError."""
         spec = self._spec(name)
         out = torch.empty((stop - start, *spec.shape[1:]), dtype=TORCH_DTYPES[spec.dtype])
         self._read(name, start * (spec.num_bytes // spec.shape[0]), out)
         return out
 
     def head(self, name: str, num_bytes: int) -> bytes:
-        """The first bytes of a tensor in the table's dtype, fewer where it is smaller."""
+        """Return the first `num_bytes` bytes of a tensor in the table's dtype, or all of a smaller one.
+
+        Raises CheckpointError.
+        """
         place = self._place(name)
         if place.dtype != self._spec(name).dtype:
             return self.tensor(name).view(torch.uint8).numpy().tobytes()[:num_bytes]
         return os.pread(place.descriptor, min(num_bytes, place.end - place.start), place.start)
 
     def in_file_order(self, names: Iterable[str]) -> list[str]:
-        """Sort tensors by where they lie: file by file, and within a file by their first byte."""
+        """Return the names sorted by where their tensors are: by file, then by the first byte.
+
+        Raises CheckpointError.
+        """
         return sorted(names, key=lambda name: self._place(name)[:2])
 
     def _spec(self, name: str) -> TensorSpec:
@@ -107,7 +114,7 @@ class StreamedCheckpoint:
             if count <= 0:
                 raise CheckpointError(f"{place.file} ends within {name}: download that file again.")
             done += count
-        # The pages would only push out what other processes use: each byte is wanted once.
+        # Each byte is read once, so its pages leave the page cache, where they would displace what other processes use.
         os.posix_fadvise(place.descriptor, place.start + offset, done, os.POSIX_FADV_DONTNEED)
         with self._lock:
             self.bytes_read += done

@@ -1,7 +1,7 @@
-"""The table of every tensor in a Kimi-K2.6 checkpoint: name, shape, dtype and how tensor parallelism cuts it.
+"""The table of every tensor in a Kimi-K2.6 checkpoint: name, shape, dtype and how tensor parallelism shards it.
 
-Names and shapes follow from the configuration alone. For the published one the table holds 208,550 tensors and
-595,148,192,736 bytes.
+Names and shapes follow from the configuration alone. For the published configuration, the table holds 208,550 tensors
+and 595,148,192,736 bytes.
 """
 
 from __future__ import annotations
@@ -18,28 +18,31 @@ if TYPE_CHECKING:
     import torch
 
 LANGUAGE_MODEL = "language_model."
-# By safetensors' names of the dtypes that occur.
+# Bytes of an element by safetensors' name of its dtype.
 ITEM_BYTES = {"BF16": 2, "F32": 4, "I32": 4, "I64": 8}
 
 
 class TensorSpec(NamedTuple):
-    """One tensor of the checkpoint, as stored: `[out_features, in_features]` for a matrix."""
+    """A tensor of the checkpoint as it is stored; a matrix has the shape `[out_features, in_features]`."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str = "BF16"
     shard_dim: int | None = None
-    """Dimension that tensor parallelism cuts; None where every rank holds the whole tensor."""
+    """Dimension along which tensor parallelism shards the tensor; None if every rank holds the whole tensor."""
     shard_blocks: int = 1
-    """Equal blocks along `shard_dim` that are each cut by themselves (3 for a fused query, key, value)."""
+    """Equal blocks along `shard_dim`, each of which is sharded by itself (3 for a fused query, key, value)."""
     layer: int | None = None
-    """Decoder layer, for pipeline parallelism; None outside the decoder's layers."""
+    """Decoder layer, for pipeline parallelism; None outside the decoder layers."""
     expert: int | None = None
     """Routed expert, for expert parallelism; None outside the routed experts."""
 
     @property
     def stored_dtypes(self) -> tuple[str, ...]:
-        """compressed-tensors writes a `weight_shape` in int64 too: two small numbers, the same in both."""
+        """The dtypes that a file may store the tensor in, as safetensors names them.
+
+        compressed-tensors writes a `weight_shape`, two small numbers, in int64 too.
+        """
         return (self.dtype, "I64") if self.dtype == "I32" and self.shape == (2,) else (self.dtype,)
 
     @property
@@ -49,13 +52,15 @@ class TensorSpec(NamedTuple):
 
 
 class ShardError(ValueError):
-    """A tensor-parallel size that a tensor cannot be cut into."""
+    """A tensor-parallel size that does not divide a tensor."""
 
 
 def shard(tensor: torch.Tensor, spec: TensorSpec, rank: int, size: int) -> torch.Tensor:
-    """The part of a whole `tensor` that tensor-parallel `rank` of `size` holds, a view where one block is cut.
+    """Return the part of the whole `tensor` that tensor-parallel `rank` of `size` ranks holds.
 
-    A row-parallel matrix (`shard_dim` 1) gives partial sums, which the ranks add; its bias is not cut and is added once.
+    The part is a view if the tensor has one block (`shard_blocks` 1). A row-parallel matrix (`shard_dim` 1) gives
+    partial sums, which the ranks add up; its bias is not sharded and is added once. Raises ShardError if `size` does
+    not divide the dimension.
     """
     if spec.shard_dim is None or size == 1:
         return tensor
@@ -72,9 +77,10 @@ def shard(tensor: torch.Tensor, spec: TensorSpec, rank: int, size: int) -> torch
 
 
 def tensor_table(config: K26Config, *, experts: int | None = None) -> dict[str, TensorSpec]:
-    """Every tensor of a checkpoint with this configuration, by name.
+    """Return every tensor of a checkpoint with this configuration, by name.
 
-    experts: how many routed experts of a layer are listed, all if not given. They are alike, and 99 of 100 tensors theirs.
+    experts: how many routed experts of each layer are listed, by default all. The experts of a layer are alike, and
+    their tensors are 99 of 100 tensors of a checkpoint.
     """
     experts = config.text.n_routed_experts if experts is None else experts
     with paused():
@@ -83,12 +89,12 @@ def tensor_table(config: K26Config, *, experts: int | None = None) -> dict[str, 
 
 
 def expert_name(layer: int, expert: int, projection: str, part: str) -> str:
-    """Name of a routed expert's tensor: `projection` gate, up or down; `part` packed, scale or shape."""
+    """Return the name of a routed expert's tensor. projection: gate, up or down. part: packed, scale or shape."""
     return f"{LANGUAGE_MODEL}model.layers.{layer}.mlp.experts.{expert}.{projection}_proj.weight_{part}"
 
 
 def expert_bytes(text: TextConfig) -> int:
-    """One routed expert of one layer as stored, 24,772,632 bytes for the published model."""
+    """Return the bytes of one routed expert of one layer as stored, 24,772,632 for the published model."""
     return sum(math.prod(shape) * ITEM_BYTES[dtype] for _, _, shape, dtype, _ in _expert_parts(text))
 
 
@@ -145,7 +151,7 @@ def _moe(text: TextConfig, layer: int, experts: int) -> Iterator[TensorSpec]:
 
 
 def _expert_parts(text: TextConfig) -> Iterator[tuple[str, str, tuple[int, ...], str, int | None]]:
-    """For each tensor of an expert its projection, part, shape, dtype and the dimension that is cut."""
+    """Yield projection, part, shape, dtype and sharded dimension of each tensor of an expert."""
     wide = (text.moe_intermediate_size, text.hidden_size)
     group = text.quantization.group_size
     for projection, (n, k), shard_dim in (("gate", wide, 0), ("up", wide, 0), ("down", wide[::-1], 1)):
@@ -176,7 +182,7 @@ def _vision_tower(vision: VisionConfig) -> Iterator[TensorSpec]:
 
 
 def _projector(vision: VisionConfig) -> Iterator[TensorSpec]:
-    """Whole on every rank, as both engines have it."""
+    """Yield the projector's tensors, which every rank holds whole in both engines."""
     merged = vision.merged_size
     yield from _affine("mm_projector.pre_norm", (vision.hidden_size,))
     yield from _affine("mm_projector.proj.0", (merged, merged))
@@ -187,5 +193,5 @@ def _affine(
     prefix: str, shape: tuple[int, ...], *, shard_dim: int | None = None, shard_blocks: int = 1
 ) -> Iterator[TensorSpec]:
     yield TensorSpec(f"{prefix}.weight", shape, shard_dim=shard_dim, shard_blocks=shard_blocks)
-    # A cut along the outputs cuts the bias too; a cut along the inputs leaves it whole.
+    # Sharding along the outputs shards the bias too; sharding along the inputs leaves it whole.
     yield TensorSpec(f"{prefix}.bias", shape[:1], shard_dim=0 if shard_dim == 0 else None, shard_blocks=shard_blocks)

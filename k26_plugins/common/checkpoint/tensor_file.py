@@ -1,4 +1,4 @@
-"""Writing safetensors files."""
+"""Write safetensors files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-# In the order in which safetensors lays them into a file.
+# safetensors' names of the dtypes, in the order in which safetensors writes tensors of these dtypes to a file.
 _NAMES = {
     torch.int64: "I64",
     torch.float64: "F64",
@@ -25,10 +25,11 @@ _NAMES = {
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], file: Path, metadata: dict[str, str]) -> None:
-    """Write a file that is there whole or not at all, whenever the process is killed, readable by whom the umask lets.
+    """Write tensors to `file`, which is either complete or absent, whenever the process is killed.
 
-    The bytes are those of safetensors' own `save_file`, which takes 80 µs for each tensor, 17 s for this model's, and makes
-    a file that its owner alone may read, which a server of another user cannot open.
+    The bytes are those of safetensors' own `save_file`. That function takes 80 µs for each tensor, 17 s for this
+    model's tensors, and creates a file that only its owner may read, so that a server of another user cannot open it.
+    Here the umask decides who may read the file.
     """
     order = {dtype: position for position, dtype in enumerate(_NAMES)}
     names = sorted(tensors, key=lambda name: (order[tensors[name].dtype], name))

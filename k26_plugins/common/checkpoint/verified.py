@@ -1,4 +1,7 @@
-"""Which files were read and found right, kept between runs: hashing 595 GB is not begun again at the first byte."""
+"""Remember between runs which files were verified.
+
+After an interruption, hashing 595 GB need not start again at the first byte.
+"""
 
 from __future__ import annotations
 
@@ -12,29 +15,29 @@ from k26_plugins.common.host.cache_folder import cache_folder
 
 
 class Verified:
-    """Hashes of files by path, size, time of modification and inode, in the user's cache folder.
+    """The hashes of verified files by path, size, modification time and inode, kept in the user's cache folder.
 
-    Where that cannot be written nothing is remembered, which only costs time.
+    If the cache folder cannot be written, nothing is remembered, which only costs time.
     """
 
     def __init__(self, file: Path | None = None) -> None:
-        """file: where it is kept, `k26-plugins/verified.json` in `$XDG_CACHE_HOME` or `~/.cache` if not given."""
+        """Set where the hashes are kept: `file`, by default `verified.json` in `cache_folder()`."""
         self.file = file or cache_folder() / "verified.json"
         self._lock = threading.Lock()
         self.num_known = 0
-        """Files that were not read again."""
+        """Files that did not have to be read again."""
 
     def is_known(self, file: Path, status: os.stat_result, digest: str) -> bool:
-        """Whether this hash was found for the file as `status` describes it. A hit counts in `num_known`."""
+        """Return whether `digest` was remembered for the file in the state `status`. A hit counts in `num_known`."""
         with self._lock:
             known = self._read().get(str(file.resolve())) == [*_mark(status), digest]
             self.num_known += known
         return known
 
     def remember(self, file: Path, status: os.stat_result, digest: str) -> None:
-        """Keep a file's hash for later runs; nothing happens where the folder cannot be written."""
+        """Keep a file's hash for later runs; do nothing if the cache folder cannot be written."""
         with self._lock:
-            # Read again: another run may have written meanwhile.
+            # The hashes are read again, because another run may have written some meanwhile.
             known = self._read() | {str(file.resolve()): [*_mark(status), digest]}
             scratch = self.file.with_name(f".{self.file.name}.{os.getpid()}")
             try:

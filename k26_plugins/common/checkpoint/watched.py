@@ -1,8 +1,9 @@
-"""Files that lie open while they are loaded: whether they are still what they were, and what a read that fails becomes.
+"""Detect that files change or become unreadable while they are loaded.
 
-Where a page of a mapped file cannot be had, because the file was cut or its disk or mount fails, the system sends the
-process SIGBUS, which ends it without a word. While files are watched such a read is let through with zeros, in whatever
-code it is (a copy of torch's, on any of its threads), and the load ends soon after with an error that names the file.
+If a page of a mapped file cannot be read, because the file was truncated or because its disk or mount fails, the system
+sends SIGBUS, which ends the process without a message. While files are watched, such a read yields zeros instead, in
+whatever code it happens (a copy in torch, on any of its threads), and the load ends soon after with an error that names
+the file.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _IN_PLACE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED
 
 
 class _Action(ctypes.Structure):
-    """`struct sigaction` of Linux's C libraries on 64 bits."""
+    """`struct sigaction` of the C libraries of 64-bit Linux."""
 
     _fields_ = (
         ("handler", ctypes.c_void_p),
@@ -51,9 +52,10 @@ _c.sigaction.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
 
 
 class WatchedFile:
-    """A file as it was when it was opened, within `watched_files()`."""
+    """An open file, with the state that it had when it was opened; used within `watched_files()`."""
 
     def __init__(self, path: Path) -> None:
+        """Open the file. Raises OSError."""
         self.path = path
         self.descriptor = os.open(path, os.O_RDONLY)
         _files.append(self)
@@ -64,15 +66,15 @@ class WatchedFile:
         self._address, self._is_lost = 0, False
 
     def map(self) -> mmap.mmap:
-        """The whole file, which is unmapped when nobody holds this or a view of it."""
-        # A private mapping may be written to as torch demands; nobody does.
+        """Map the whole file; it is unmapped when neither the mapping nor a view of it is referenced any more."""
+        # torch demands a buffer that is writable. A private mapping is, though nothing writes to it.
         mapping = mmap.mmap(self.descriptor, self.size, access=mmap.ACCESS_COPY)
         self._address = torch.frombuffer(mapping, dtype=torch.uint8).data_ptr()
         self._mapping = weakref.ref(mapping)
         return mapping
 
     def require_unchanged(self) -> None:
-        """Raises CheckpointError with the file's name where it vanished, is another now, or could not be read."""
+        """Raise CheckpointError with the file's name if the file vanished, was changed, or could not be read."""
         try:
             now = _state(self.path.stat())
         except OSError as error:
@@ -87,7 +89,10 @@ class WatchedFile:
             )
 
     def replace_by_zeros(self, address: int) -> bool:
-        """Put zeros in the place of the mapped file, if that is what lies at the address."""
+        """Replace the mapped file by zeros if `address` lies in its mapping.
+
+        Return whether it lies there and the replacement succeeded.
+        """
         if self._mapping() is None or not self._address <= address < self._address + self.size:
             return False
         self._is_lost = True
@@ -103,10 +108,10 @@ _entering = threading.Lock()
 
 @contextmanager
 def watched_files() -> Iterator[None]:
-    """Watch the files that are opened within, and require at the end that all of them are unchanged.
+    """Watch the files that are opened within the block, and require at its end that all of them are unchanged.
 
-    Blocks may lie within each other; files are watched until the outermost ends, because the threads of an engine may copy
-    from a file after the last of its tensors was given to it.
+    Blocks may be nested. Files stay watched until the outermost block ends, because an engine's threads may copy from a
+    file after its last tensor was delivered. Raises CheckpointError.
     """
     global _depth
     with _entering:
@@ -127,13 +132,13 @@ def watched_files() -> Iterator[None]:
 
 
 def _on_bus_error(number: int, information: ctypes._Pointer[_Information], context: int | None) -> None:
-    # Called in the midst of the read that failed, which is repeated when this returns.
+    # This signal handler runs in the middle of the read that failed; the read is repeated when the handler returns.
     address, is_ours = information.contents.address or 0, False
     try:
         is_ours = any(file.replace_by_zeros(address) for file in _files)
     finally:
         if not is_ours:
-            # The repeated read ends as it would have without us.
+            # The repeated read raises SIGBUS again, which the previous handler receives.
             _c.sigaction(number, ctypes.byref(_before), None)
 
 
