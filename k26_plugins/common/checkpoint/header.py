@@ -69,7 +69,7 @@ def read_header(file: Path) -> list[HeaderEntry]:
             entries = [_entry(name, fields, 8 + length) for name, fields in header.items() if name != "__metadata__"]
         except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
             raise CheckpointError(f"{damaged}: its header lacks {error}. {remedy}") from error
-        # Deleted here, while the garbage collector is paused, which would otherwise traverse these thousands of objects.
+        # Deleted while the garbage collector is paused, which would otherwise traverse these thousands of objects.
         del header
         return entries
 

@@ -74,7 +74,7 @@ def _groups(controller: str) -> Iterator[Path]:
     for line in _read(PROC / "cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            # Where controllers of version 1 are mounted too, version 2's unified tree is mounted in a folder of its own.
+            # Where controllers of version 1 are mounted too, version 2's unified tree has a folder of its own.
             roots = [ROOT, ROOT / "unified"]
         elif controller in controllers.split(","):
             roots = [ROOT / controller, ROOT / controllers]

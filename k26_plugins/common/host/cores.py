@@ -23,7 +23,10 @@ class Core(NamedTuple):
 
 
 def share(number: int) -> None:
-    """Make `number` the default limit of `cores`: this rank's part of the cores that the user allowed for the experts."""
+    """Set the default limit of `cores`.
+
+    number: this rank's part of the cores that the user allowed for the experts.
+    """
     global _share
     _share = number
 

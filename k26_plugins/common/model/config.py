@@ -317,7 +317,10 @@ def _check_architecture(config: Mapping[str, Any]) -> None:
 def _pick(
     prefix: str, target: type, config: Mapping[str, Any], spellings: Mapping[str, tuple[str, ...]]
 ) -> dict[str, Any]:
-    """Return the fields of `target` that `config` gives, under any spelling; refuse a required field that is missing."""
+    """Return the fields of `target` that `config` gives, under any spelling.
+
+    Raises ConfigError for a required field that is missing.
+    """
     picked: dict[str, Any] = {}
     for item in fields(target):
         if item.name in _STRUCTURED:

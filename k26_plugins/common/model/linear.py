@@ -35,5 +35,8 @@ class Linear(nn.Linear):
 
 @functools.cache
 def multiplies_bfloat16() -> bool:
-    """Return whether this CPU has vector instructions for bfloat16 products; without them PyTorch is faster in float32."""
+    """Return whether this CPU has vector instructions for bfloat16 products.
+
+    Without them, PyTorch is faster in float32.
+    """
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

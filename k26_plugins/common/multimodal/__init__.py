@@ -1,1 +1,1 @@
-"""Images and videos, from bytes to the vision tower's input."""
+"""Turn images and videos, from their bytes on, into the input of the vision tower."""

@@ -1,4 +1,4 @@
-"""A picture of what the model sees of an image or a video: its frames as they were cut into patches."""
+"""Draw what the model sees of an image or a video: its frames as they were cut into patches."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _GAP = 4
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One picture of a sheet."""
+    """A picture of the sheet, with its label."""
 
     label: str
     image: Image.Image
 
 
 def unpatchify(patches: npt.NDArray[np.uint8], grid_thw: tuple[int, int, int]) -> npt.NDArray[np.uint8]:
-    """`[t · h · w, 3, patch, patch]` to frames `[t, h · patch, w · patch, 3]`, padding included."""
+    """Join patches `[t · h · w, 3, patch, patch]` to frames `[t, h · patch, w · patch, 3]`, padding included."""
     frames, grid_h, grid_w = grid_thw
     patch = patches.shape[-1]
     cut = patches.reshape(frames, grid_h, grid_w, 3, patch, patch)
@@ -32,14 +32,14 @@ def unpatchify(patches: npt.NDArray[np.uint8], grid_thw: tuple[int, int, int]) -
 
 
 def thumbnail(pixels: npt.NDArray[np.uint8], label: str) -> Frame:
-    """A frame `[H, W, 3]`, shrunk to be shown beside others."""
+    """Shrink a frame, uint8 `[H, W, 3]`, so that it can be shown beside others."""
     image = Image.fromarray(pixels)
     image.thumbnail((_THUMBNAIL, _THUMBNAIL))
     return Frame(label, image)
 
 
 def contact_sheet(frames: Sequence[Frame], columns: int = 4) -> Image.Image:
-    """The frames row by row, `columns` in a row, each with its label above it."""
+    """Draw the frames row by row, `columns` in a row, each with its label above it. At least one frame is needed."""
     columns = min(columns, len(frames))
     width = max(frame.image.width for frame in frames)
     height = max(frame.image.height for frame in frames) + _LABEL

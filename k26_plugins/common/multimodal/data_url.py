@@ -1,4 +1,4 @@
-"""The bytes in a `data:` URL (RFC 2397), and in base64 as its many writers put it (RFC 4648)."""
+"""Decode `data:` URLs (RFC 2397), and base64 (RFC 4648) in the variants that clients write."""
 
 from __future__ import annotations
 
@@ -16,18 +16,21 @@ _SHOWN = 32
 
 
 def require_url(url: object) -> None:
-    """Raise MediaError for an address that is none."""
+    """Raise MediaError if `url` is not a string or is blank."""
     if not isinstance(url, str) or not url.strip():
         raise MediaError("the image or video has no URL: send an http(s) address or data:…;base64, with the file.")
 
 
 def is_data_url(url: str) -> bool:
-    """Schemes have no case."""
+    """Return whether the URL's scheme is `data:`, in upper or lower case."""
     return url[: len(SCHEME)].lower() == SCHEME
 
 
 def data_url_bytes(url: str) -> bytes:
-    """What a `data:` URL holds: base64 where it says so in any case, else percent-encoded. Raises MediaError."""
+    """Return the bytes of a `data:` URL. Raises MediaError.
+
+    The data is base64 if the URL says so (in upper or lower case), else percent-encoded.
+    """
     header, comma, data = url[len(SCHEME) :].partition(",")
     if not comma:
         raise MediaError(
@@ -39,7 +42,10 @@ def data_url_bytes(url: str) -> bytes:
 
 
 def base64_bytes(text: str) -> bytes:
-    """Decode base64 of either alphabet, in lines or in one, percent-encoded or not, padded or not. Raises MediaError."""
+    """Decode base64 in the standard or the URL-safe alphabet. Raises MediaError.
+
+    The text may contain line breaks, be percent-encoded, and lack the padding.
+    """
     data = unquote_to_bytes(text) if "%" in text else text.encode("utf-8", "replace")
     data = _WHITESPACE.sub(b"", data).translate(_URL_SAFE).rstrip(b"=")
     try:

@@ -1,7 +1,7 @@
-"""Images and video frames to the vision tower's input: resize, pad, cut into patches, count tokens.
+"""Turn images and video frames into the input of the vision tower: resize, pad, cut into patches, count tokens.
 
-The arithmetic is that of the model's own preprocessing (NaViT resize, PIL's bicubic filter, padding at the right and the
-bottom before normalization), to the byte.
+The arithmetic equals that of the model's own preprocessing to the byte: NaViT resize, PIL's bicubic filter, and padding
+at the right and the bottom before normalization.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-# PIL's own threshold of a decompression bomb, 2 × 89 million pixels; the largest input that resizing keeps is 51 million.
+# PIL's limit for decompression bombs, 2 × 89 million pixels. The largest image that is not shrunk has 51 million.
 MAX_PIXELS = 178_956_970
 TIMESTAMP_MODES = ("hh:mm:ss.fff", "mm:ss.fff", "mm:ss")
 _MAX_THREADS = 4
@@ -29,29 +29,29 @@ _PIECE = 2**20
 
 
 class MediaError(ValueError):
-    """An image that cannot be shown to the model. The message names what is wrong with it, for the client."""
+    """An image or a video that cannot be shown to the model. The message tells the client what is wrong with it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MediaConfig:
-    """`media_proc_cfg` of the checkpoint's preprocessor_config.json."""
+    """The settings under `media_proc_cfg` in the checkpoint's preprocessor_config.json."""
 
     patch_size: int = 14
     merge_kernel_size: int = 2
     in_patch_limit: int = 16384
-    """Patches of an image, before padding."""
+    """Most patches of an image, before padding."""
     in_patch_limit_each_frame: int | None = 4096
-    """Patches of a video frame; None as for an image."""
+    """Most patches of a video frame; None means the limit of an image."""
     in_patch_limit_video: int | None = None
-    """Patches of all frames of one chunk together."""
+    """Most patches of all frames of a chunk together; None means no limit."""
     patch_limit_on_one_side: int = 512
     fixed_output_tokens: int | None = None
     image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
     temporal_merge_kernel_size: int = 4
-    """Frames of a video chunk."""
+    """Frames of a video chunk; the last chunk may have fewer."""
     sample_fps: float = 2.0
-    """Frames that the model sees of a second of video, at most."""
+    """Most frames that the model sees of each second of video."""
     timestamp_mode: str = "hh:mm:ss.fff"
 
     def __post_init__(self) -> None:
@@ -83,7 +83,7 @@ class MediaConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> MediaConfig:
-        """Read the mapping of a preprocessor_config.json."""
+        """Read the mapping of a preprocessor_config.json. Raises MediaError."""
         media = config.get("media_proc_cfg")
         if not isinstance(media, Mapping):
             raise MediaError("preprocessor_config.json has no media_proc_cfg: take the file of the published model.")
@@ -96,7 +96,7 @@ class MediaConfig:
 
     @classmethod
     def from_path(cls, folder: str | Path) -> MediaConfig:
-        """Read preprocessor_config.json of a checkpoint's folder."""
+        """Read preprocessor_config.json in a checkpoint's folder. Raises MediaError."""
         file = Path(folder) / "preprocessor_config.json"
         try:
             return cls.from_dict(json.loads(file.read_text(encoding="utf-8")))
@@ -106,7 +106,7 @@ class MediaConfig:
 
 @dataclass(frozen=True, slots=True)
 class Resize:
-    """What becomes of an image: its new size, the padding, the grid of patches and the tokens it takes."""
+    """How an image is resized: new size and padding in pixels, the grid of patches, and the tokens it takes."""
 
     width: int
     height: int
@@ -118,9 +118,10 @@ class Resize:
 
 
 def navit_resize(width: int, height: int, config: MediaConfig, patch_limit: int | None = None) -> Resize:
-    """The resize of an image of `width` × `height` pixels: shrunk to the limits, never enlarged (docs/model.md, 4.4).
+    """Compute the resize of an image of `width` × `height` pixels, which is shrunk to the limits but never enlarged.
 
-    `patch_limit` is the limit on patches, an image's if not given. Raises MediaError for an empty image.
+    docs/model.md, 4.4 gives the rule. patch_limit: most patches, by default those of an image. Raises MediaError for an
+    empty image.
     """
     if width <= 0 or height <= 0:
         raise MediaError(f"the image is {width} × {height} pixels, expected at least 1 × 1.")
@@ -143,7 +144,10 @@ def navit_resize(width: int, height: int, config: MediaConfig, patch_limit: int 
 
 
 def frame_resize(width: int, height: int, num_frames: int, config: MediaConfig) -> Resize:
-    """The resize of every frame in a video chunk of `num_frames`, from the size of its first frame."""
+    """Compute the resize of every frame in a video chunk of `num_frames` frames, from the size of its first frame.
+
+    Raises MediaError for an empty frame.
+    """
     limit = config.in_patch_limit_each_frame or config.in_patch_limit
     if config.in_patch_limit_video is not None:
         limit = min(round(config.in_patch_limit_video / num_frames), limit)
@@ -151,10 +155,10 @@ def frame_resize(width: int, height: int, num_frames: int, config: MediaConfig) 
 
 
 def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode an image file to RGB; transparency is dropped and EXIF rotation is not applied, as in the reference.
+    """Decode an image file to RGB; as in the reference, transparency is dropped and EXIF rotation is not applied.
 
-    Levels of more than eight bits are scaled to 0..255, which the reference clips to white or black. The number of pixels is
-    held against `max_pixels` by the header, before anything is decoded. Raises MediaError.
+    Levels of more than eight bits are scaled to 0..255, where the reference clips them to white or black. The number of
+    pixels in the header is compared with `max_pixels` before anything is decoded. Raises MediaError.
     """
     try:
         with warnings.catch_warnings():
@@ -174,17 +178,17 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB of an image in any of PIL's modes; what has more than eight bits is scaled, not clipped."""
+    """Convert an image in any of PIL's modes to RGB; levels of more than eight bits are scaled, not clipped."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return Image.fromarray(_levels(np.asarray(image))).convert("RGB")
     return image.convert("RGB")
 
 
 def _levels(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """0..255 of gray values `[height, width]`.
+    """Scale gray values `[height, width]` to 0..255.
 
-    Their range is the format's, 16 bits or 0 to 1. Where a value lies outside, the format leaves the range open (integers
-    of 32 bits, measurements): then it is that of the values.
+    The range of the values is the format's: 16 bits for integers, 0 to 1 for floats. If a value lies outside that
+    range, the format leaves the range open (32-bit integers, measurements), and the range is that of the values.
     """
     low, high = (0.0, 1.0) if values.dtype.kind == "f" else (0.0, 65535.0)
     shape, values = values.shape, values.ravel()
@@ -195,12 +199,12 @@ def _levels(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
         if least < low or most > high:
             low, high = float(least), float(most)
     levels = np.empty(values.size, dtype=np.uint8)
-    # In pieces: in float64 a large image would take eight times its memory.
+    # The image is scaled in pieces, because in float64 a large image would take eight times its memory.
     for start in range(0, values.size, _PIECE):
         piece = slice(start, start + _PIECE)
-        with np.errstate(invalid="ignore"):  # a damaged file's NaN may be a signalling one
+        with np.errstate(invalid="ignore"):  # a damaged file may contain signalling NaNs
             wide = values[piece].astype(np.float64)
-        # What is no number is black, and infinity is as bright or as dark as the image gets.
+        # NaN becomes black; infinities become the brightest and the darkest level.
         scaled = np.nan_to_num(np.clip((wide - low) * (255 / ((high - low) or 1.0)), 0, 255))
         levels[piece] = np.rint(scaled)
     return levels.reshape(shape)
@@ -208,13 +212,19 @@ def _levels(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
 
 @cache
 def _formats() -> list[str]:
-    """All that Pillow reads but EPS: for that it starts Ghostscript, a program's interpreter."""
+    """Return all formats that Pillow reads except EPS.
+
+    For EPS, Pillow starts Ghostscript, an interpreter of programs.
+    """
     Image.init()
     return [name for name in Image.ID if name != "EPS"]
 
 
 def check_size(width: int, height: int, kind: str = "image", max_pixels: int = MAX_PIXELS) -> None:
-    """Raise MediaError for an image or a video (`kind`) without pixels, or with more than `max_pixels` in a frame."""
+    """Raise MediaError for an image or a video without pixels, or with more than `max_pixels` in a frame.
+
+    kind: `image` or `video`, for the message.
+    """
     if width <= 0 or height <= 0:
         raise MediaError(f"the {kind} is {width} × {height} pixels, expected at least 1 × 1.")
     if width * height > max_pixels:
@@ -222,7 +232,7 @@ def check_size(width: int, height: int, kind: str = "image", max_pixels: int = M
 
 
 def media_resize(frames: Sequence[Image.Image], config: MediaConfig, *, is_video: bool) -> Resize:
-    """The resize of one medium: an image (one frame) or a chunk of video frames."""
+    """Compute the resize of a medium: an image (one frame) or a chunk of video frames. Raises MediaError."""
     check_size(*frames[0].size)
     if is_video:
         return frame_resize(*frames[0].size, len(frames), config)
@@ -230,7 +240,10 @@ def media_resize(frames: Sequence[Image.Image], config: MediaConfig, *, is_video
 
 
 def patchify(frames: Sequence[Image.Image], resize: Resize, config: MediaConfig) -> npt.NDArray[np.uint8]:
-    """Resize, pad with 0 and cut: uint8 `[frames · grid_h · grid_w, 3, patch, patch]`, frame by frame, row by row."""
+    """Resize frames, pad them with 0 and cut them into patches.
+
+    Returns uint8 `[frames · grid_h · grid_w, 3, patch, patch]`, frame by frame, row by row.
+    """
     patch = config.patch_size
     size = (resize.width, resize.height)
     out = np.zeros((len(frames), resize.grid_h, resize.grid_w, 3, patch, patch), dtype=np.uint8)
@@ -243,10 +256,13 @@ def patchify(frames: Sequence[Image.Image], resize: Resize, config: MediaConfig)
 
 
 def normalize(patches: npt.NDArray[np.uint8], config: MediaConfig) -> npt.NDArray[np.float32]:
-    """float32 (v / 255 − mean) / std of uint8 patches `[N, 3, patch, patch]`; padding becomes (0 − mean) / std."""
+    """Return float32 (v / 255 − mean) / std of uint8 patches `[N, 3, patch, patch]`.
+
+    Padding becomes (0 − mean) / std.
+    """
     levels = np.arange(256, dtype=np.float32)[:, None] / np.float32(255.0)
     mean = np.asarray(config.image_mean, dtype=np.float32)
-    # The reference multiplies by the reciprocal; for a std of 0.5 that is the same bits as dividing.
+    # The reference multiplies by the reciprocal; for a std of 0.5 that gives the same bits as dividing.
     table = (levels - mean) * (np.float32(1.0) / np.asarray(config.image_std, dtype=np.float32))
     out = np.empty(patches.shape, dtype=np.float32)
     for channel in range(3):
@@ -257,10 +273,11 @@ def normalize(patches: npt.NDArray[np.uint8], config: MediaConfig) -> npt.NDArra
 def preprocess(
     media: Sequence[Sequence[Image.Image]], config: MediaConfig, *, is_video: Sequence[bool] | None = None
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """Patches of several media, each a list of frames (one for an image), and their grids.
+    """Return the patches of several media, each a list of frames (one for an image), and their grids.
 
-    Returns uint8 patches `[Σ t · h · w, 3, patch, patch]` and grid_thw int64 `[num_media, 3]`. Several media are
-    processed at once: PIL's resize runs outside the interpreter's lock. Raises MediaError.
+    The patches are uint8 `[Σ t · h · w, 3, patch, patch]`, the grids (grid_thw) int64 `[num_media, 3]`. is_video: for
+    each medium whether it is a chunk of video frames, by default none is. Threads process several media at the same
+    time, since PIL's resize releases the interpreter's lock. Raises MediaError.
     """
     video = is_video or [False] * len(media)
     resizes = [media_resize(frames, config, is_video=flag) for frames, flag in zip(media, video, strict=True)]

@@ -1,4 +1,7 @@
-"""The core's preprocessing behind the interface of the checkpoint's own image processor, which the engines call."""
+"""Offer the core's preprocessing behind the interface of the checkpoint's own image processor.
+
+The engines call that interface.
+"""
 
 from __future__ import annotations
 
@@ -16,29 +19,35 @@ from k26_plugins.common.multimodal.video import VideoChunk
 
 
 class MediaProcessor:
-    """Media are mappings `{"type": "image", "image": …}` or `{"type": "video_chunk", "video_chunk": …}`.
+    """The image processor that engines call in place of the checkpoint's own.
 
-    A video chunk is one that the core read, which may also stand in an image's place, or a list of an engine's frames.
+    A medium is a mapping `{"type": "image", "image": …}` or `{"type": "video_chunk", "video_chunk": …}`. The value of a
+    video chunk is a list of an engine's frames or a VideoChunk that the core has read; the latter may also be the value
+    of an image.
     """
 
     def __init__(self, settings: Mapping[str, Any], to_image: Callable[[Any], Image.Image] | None = None) -> None:
-        """settings: the mapping of preprocessor_config.json. to_image: takes PIL's image out of an engine's wrapper."""
+        """Read the settings. Raises MediaError.
+
+        settings: the mapping of preprocessor_config.json. to_image: takes PIL's image out of an engine's wrapper.
+        """
         self.config = MediaConfig.from_dict(settings)
         self.media_proc_cfg: dict[str, Any] = dict(settings["media_proc_cfg"])
         self.num_frames_per_chunk = self.config.temporal_merge_kernel_size
         self._to_image = to_image or _as_is
 
     def media_tokens_calculator(self, media: Mapping[str, Any]) -> int:
-        """Tokens that one image or video chunk takes in the prompt. Raises MediaError."""
+        """Return the tokens that an image or a video chunk takes in the prompt. Raises MediaError."""
         if isinstance(chunk := media[media["type"]], VideoChunk):
             return chunk.num_tokens
         frames, is_video = self._frames(media)
         return media_resize(frames, self.config, is_video=is_video).num_tokens
 
     def preprocess(self, medias: Sequence[Mapping[str, Any]], *, do_normalize: bool = True) -> dict[str, torch.Tensor]:
-        """pixel_values `[Σ t · h · w, 3, patch, patch]`, float32 or raw uint8, and grid_thws int64 `[num_media, 3]`.
+        """Return the vision tower's input for the media, as a dict. Raises MediaError.
 
-        Raises MediaError.
+        `pixel_values`: `[Σ t · h · w, 3, patch, patch]`, float32, or raw uint8 without `do_normalize`. `grid_thws`:
+        int64 `[num_media, 3]`.
         """
         with metrics.preprocessing():
             return self._preprocess(medias, do_normalize=do_normalize)
@@ -67,7 +76,10 @@ class MediaProcessor:
 def _merged(
     chunks: Sequence[Any], patches: npt.NDArray[np.uint8], grids: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """The media in their order: chunks that the core read, and in the places of the others what was cut here."""
+    """Return the patches and grids of all media in their order.
+
+    Chunks that the core has read bring their own patches; `patches` and `grids` belong to the other media.
+    """
     all_patches, all_grids = [], []
     start = done = 0
     for chunk in chunks:

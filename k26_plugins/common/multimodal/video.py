@@ -1,7 +1,8 @@
-"""Videos to chunks of frames as the model sees them: which frames, their timestamps, their patches (docs/model.md, 4.5).
+"""Turn a video into the chunks of frames that the model sees (docs/model.md, 4.5).
 
-Frames are read one after the other and cut into patches chunk by chunk: what is in memory is the file, the patches of the
-frames used, and a few frames of full size. Times count from the first frame that a player shows.
+The module chooses the frames and makes their timestamps and patches. Frames are decoded one after the other and cut
+into patches chunk by chunk. Memory holds only the file, the patches of the chosen frames, and a few frames of full
+size. Times count from the first frame that a player shows.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from PIL import Image
 from k26_plugins.common.multimodal.image import MediaConfig, MediaError, check_size, frame_resize, patchify
 from k26_plugins.common.prompt.special_tokens import CHUNK_PLACE
 
-# A video has as many tokens at most as the model has positions.
+# The model has this many positions, so no video may have more tokens.
 MAX_TOKENS = 262_144
-# Containers that hold their own data. Playlists among ffmpeg's formats would have it open other files.
+# Containers that hold their own data. Others of ffmpeg's formats are playlists, which make it open other files.
 _FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,ogg,gif"
 _OPTIONS = {"format_whitelist": _FORMATS, "protocol_whitelist": "none"}
 _THREADS = 4
@@ -36,29 +37,35 @@ _THREADS = 4
 
 @dataclass(frozen=True, slots=True)
 class VideoInfo:
-    """What the container says of a video. Its size is that of the frames as they are stored, before they are turned."""
+    """What the container tells about a video.
+
+    The size is that of the frames as they are stored, before they are rotated.
+    """
 
     num_frames: int
-    """The frames that are shown."""
+    """Number of frames that a player shows."""
     fps: Fraction
     width: int
     height: int
     pts: tuple[int, ...] | None
-    """The frames' times in the order in which they are shown; None where the container gives none (AVI)."""
+    """The times of the frames in the order in which they are shown; None if the container has none (AVI)."""
     time_base: Fraction
-    """Seconds of one step of `pts`."""
+    """Seconds of one unit of `pts`."""
     constant_rate: bool
-    """Whether every frame is shown within half a frame of its place in an even row: rounded timestamps are."""
+    """Whether every frame is shown less than half a frame's duration from its time at the constant rate `fps`.
+
+    Timestamps that the container rounded stay within that.
+    """
 
     def seconds(self, index: int) -> float:
-        """When frame `index` is shown."""
+        """Return the seconds after which frame `index` is shown."""
         if self.pts is None or self.constant_rate:
             return float(index / self.fps)
         return float((self.pts[index] - self.pts[0]) * self.time_base)
 
 
 class _Packet(NamedTuple):
-    """A packet without its data."""
+    """A packet of the container without its data."""
 
     pts: int | None
     duration: int
@@ -68,25 +75,25 @@ class _Packet(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class VideoChunk:
-    """Up to four frames that are encoded together."""
+    """Up to four frames that the vision tower encodes together."""
 
     indices: tuple[int, ...]
-    """Where its frames are in the video, counted from 0."""
+    """Indices of its frames in the video, from 0."""
     timestamp: str
-    """The time of its first frame."""
+    """The time of its first frame, as text."""
     patches: npt.NDArray[np.uint8]
-    """`[t · grid_h · grid_w, 3, patch, patch]`"""
+    """uint8 `[t · grid_h · grid_w, 3, patch, patch]`."""
     grid_thw: tuple[int, int, int]
     num_tokens: int
 
     @property
     def prompt(self) -> str:
-        """Its place in the prompt; the pad token in it stands for `num_tokens`."""
+        """The chunk's text in the prompt; the pad token in it stands for `num_tokens` tokens."""
         return self.timestamp + CHUNK_PLACE
 
 
 def video_info(data: bytes) -> VideoInfo:
-    """Frames are counted by their packets, without decoding. Raises MediaError."""
+    """Read what the container tells about a video; frames are counted by packets, not decoded. Raises MediaError."""
     with _opened(data) as (container, stream):
         promised = stream.frames
         packets = [
@@ -94,7 +101,7 @@ def video_info(data: bytes) -> VideoInfo:
             for packet in container.demux(stream)
             if packet.size and not packet.is_corrupt
         ]
-        # MP4's header counts the frames that its edit list cut away, too; the duration is of what it kept.
+        # The frame count in an MP4 header includes frames that its edit list cuts away; the duration does not.
         kept = stream.duration if "mp4" in container.format.name else None
         fps, time_base = (
             Fraction(rate or 0) for rate in (stream.average_rate or stream.guessed_rate, stream.time_base)
@@ -117,8 +124,11 @@ def video_info(data: bytes) -> VideoInfo:
 
 
 def _constant_rate(pts: Sequence[int], frames: Fraction) -> bool:
-    """Whether that is a row with so many frames in each step of time, to less than half a frame."""
-    # In whole numbers: an hour has 100,000 frames.
+    """Return whether the times have a constant rate of `frames` per unit of time.
+
+    Each time may be less than half a frame's duration from its place.
+    """
+    # Whole numbers are faster than fractions: an hour of video has 100,000 frames.
     return all(
         2 * abs(frames.numerator * (time - pts[0]) - frames.denominator * index) < frames.denominator
         for index, time in enumerate(pts)
@@ -126,22 +136,30 @@ def _constant_rate(pts: Sequence[int], frames: Fraction) -> bool:
 
 
 def _shown(packets: Sequence[_Packet]) -> list[_Packet]:
-    """The packets that players show: without those that the container tells them to decode only (an edit list), and
-    those before the first whole frame, which no decoder can make anything of (a stream that was cut)."""
+    """Return the packets that players show.
+
+    Left out are packets that the container marks as decode-only (an edit list), and those before the first keyframe,
+    which no decoder can decode (a stream that was cut).
+    """
     first = next((index for index, packet in enumerate(packets) if packet.is_keyframe), 0)
     return [packet for packet in packets[first:] if not packet.is_discard]
 
 
 def _fill(shown: Sequence[_Packet], duration: int) -> bool:
-    """Whether these packets take all of a video's duration, up to half a frame: containers round it."""
+    """Return whether these packets take up the video's whole duration.
+
+    Half a frame may be missing, because containers round the duration.
+    """
     return sum(packet.duration for packet in shown) >= duration - duration / len(shown) / 2
 
 
 def sample_frames(
     num_frames: int, fps: float | Fraction, sample_fps: float, max_frames: int | None = None
 ) -> list[int]:
-    """Indices of the frames that the model sees of a video of constant rate: evenly spread, `sample_fps` of them in a
-    second, at least one."""
+    """Return the indices of the frames that the model sees of a video of constant rate.
+
+    They are evenly spread, `sample_fps` for each second, at least one and at most `max_frames`.
+    """
     rate = min(sample_fps, float(fps))
     count = max(round(num_frames * rate / float(fps)), 1)
     if max_frames is not None:
@@ -152,11 +170,15 @@ def sample_frames(
 def sample_times(
     pts: Sequence[int], time_base: Fraction, sample_fps: float, max_frames: int | None = None
 ) -> list[int]:
-    """The frames to take of a video of variable rate: those that a player shows at every `1 / sample_fps` seconds, each
-    once, and the last."""
+    """Return the indices of the frames that the model sees of a video of variable rate.
+
+    They are the frames that a player shows at every multiple of `1 / sample_fps` seconds, each once, and the last
+    frame. If these are more than `max_frames`, the moments are spread further apart.
+    """
 
     def at(rate: Fraction) -> list[int]:
-        # The number of the first moment at or after a frame's time: frames with the same one hide all but their last.
+        # For each frame, the index of the first moment at or after its time. Of frames with the same index, only the
+        # last is seen.
         steps = time_base * rate
         moments = [-(-(time - pts[0]) * steps.numerator // steps.denominator) for time in pts]
         return [index for index in range(len(pts)) if index + 1 == len(pts) or moments[index] < moments[index + 1]]
@@ -170,7 +192,10 @@ def sample_times(
 
 
 def timestamp(seconds: float, mode: str) -> str:
-    """`hh:mm:ss.fff` or one of the shorter modes of preprocessor_config.json; milliseconds are cut, not rounded."""
+    """Format seconds in a mode of preprocessor_config.json, `hh:mm:ss.fff` or a shorter one.
+
+    Milliseconds are truncated, not rounded.
+    """
     whole = int(seconds)
     minutes, rest = divmod(whole, 60)
     text = (
@@ -182,9 +207,10 @@ def timestamp(seconds: float, mode: str) -> str:
 def read_chunks(
     data: bytes, config: MediaConfig, max_tokens: int = MAX_TOKENS, max_frames: int | None = None
 ) -> Iterator[VideoChunk]:
-    """The chunks of a video file, in order. Raises MediaError, before any frame is decoded where it can.
+    """Yield the chunks of a video file in order. Raises MediaError, if possible before any frame is decoded.
 
-    max_tokens: a video that takes more is refused. max_frames: of a longer video so many are taken, as evenly spread.
+    max_tokens: a video that takes more tokens is refused. max_frames: of a longer video, only so many frames are taken,
+    evenly spread.
     """
     info = video_info(data)
     if info.pts is None or info.constant_rate:
@@ -192,7 +218,7 @@ def read_chunks(
     else:
         indices = sample_times(info.pts, info.time_base, config.sample_fps, max_frames)
     groups = _groups(indices, config.temporal_merge_kernel_size)
-    # A frame takes as many tokens when it is turned.
+    # Rotating a frame does not change its number of tokens.
     tokens = sum(frame_resize(info.width, info.height, len(group), config).num_tokens for group in groups)
     if tokens > max_tokens:
         raise MediaError(
@@ -212,7 +238,7 @@ def read_chunks(
 def make_chunk(
     indices: Sequence[int], frames: Sequence[Image.Image], seconds: float, config: MediaConfig
 ) -> VideoChunk:
-    """One chunk of decoded frames, the first of which is shown after `seconds`. Raises MediaError."""
+    """Build a chunk from decoded frames, the first of which is shown after `seconds`. Raises MediaError."""
     check_size(*frames[0].size, "video")
     resize = frame_resize(*frames[0].size, len(frames), config)
     grid = (len(frames), resize.grid_h, resize.grid_w)
@@ -230,7 +256,10 @@ def _in_groups(frames: Iterator[Image.Image], groups: Sequence[Sequence[int]]) -
 
 
 def _frames(data: bytes, info: VideoInfo, indices: Sequence[int]) -> Iterator[Image.Image]:
-    """The frames of these indices, which rise, as RGB. The next frame stands for one that no decoder shows."""
+    """Yield the frames of these ascending indices as RGB images.
+
+    If a decoder does not return a frame, the next one takes its place.
+    """
     wanted = deque(indices)
     last, position = None, -1
     with _opened(data) as (container, stream):
@@ -247,7 +276,7 @@ def _frames(data: bytes, info: VideoInfo, indices: Sequence[int]) -> Iterator[Im
                     yield image
                 if not wanted:
                     return
-    # Packets at the end need not be frames of their own (VP8's hidden references): then the one before is the last.
+    # The last packets may give no frame of their own (VP8's hidden reference frames); then the last frame stands for them.
     if last is None or len(wanted) > 1:
         raise MediaError(f"the video ends before its frame {wanted[0]}: send a whole file.")
     yield _image(last)
@@ -259,7 +288,7 @@ def _image(frame: av.VideoFrame) -> Image.Image:
 
 
 def _upright(frame: av.VideoFrame) -> Image.Image:
-    """Turned as a player shows it, where its container says so: in quarters, counter-clockwise."""
+    """Rotate a frame as a player shows it, counter-clockwise by the quarter turns that its container asks for."""
     pixels = frame.to_ndarray(format="rgb24")
     return Image.fromarray(np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90))))
 

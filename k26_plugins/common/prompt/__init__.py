@@ -1,1 +1,1 @@
-"""From messages to token ids: the tokenizer and the chat rendering."""
+"""From messages to token ids and from an answer's text to events: tokenizer, chat template, parsing of answers."""

@@ -1,4 +1,4 @@
-"""Which tool a call is of, and under which id a client sees it, where the model did not write `functions.NAME:INDEX`."""
+"""Determine a call's tool and id, also where the model did not write `functions.NAME:INDEX`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-# Names may hold dots, hyphens and colons; the last colon is the index'.
+# Names may contain dots, hyphens and colons; the last colon separates the index.
 _KIMIS_ID = re.compile(r"(?:functions\.)?(?P<name>\S+):(?P<index>\d+)")
 
 Tools = Mapping[str, Mapping[str, Any]]
@@ -16,7 +16,11 @@ Tools = Mapping[str, Mapping[str, Any]]
 
 
 def tool_name(header: str, tools: Tools) -> str | None:
-    """The tool that a call's header names: as Kimi writes it, or by a declared name alone. None for any other header."""
+    """Return the tool that a call's header names, or None.
+
+    The header is `functions.NAME:INDEX` or `NAME:INDEX` with any name, or `functions.NAME` or `NAME` with a declared
+    name.
+    """
     found = _KIMIS_ID.fullmatch(header)
     named = found["name"] if found else None
     bare = header.removeprefix("functions.")
@@ -26,7 +30,10 @@ def tool_name(header: str, tools: Tools) -> str | None:
 
 
 def tool_by_arguments(arguments: str, tools: Tools) -> str | None:
-    """The only tool that takes these arguments, JSON as the model wrote it; None where none does, or several do."""
+    """Return the only declared tool that accepts these arguments, or None if no tool or several tools do.
+
+    arguments: JSON as the model wrote it. A tool accepts them if all required parameters and only known ones are given.
+    """
     try:
         passed = json.loads(arguments or "{}")
     except (ValueError, RecursionError):
@@ -38,7 +45,7 @@ def tool_by_arguments(arguments: str, tools: Tools) -> str | None:
 
 
 def is_object(arguments: str) -> bool:
-    """Whether a call's arguments are what every API takes for them: a JSON object."""
+    """Return whether a call's arguments are a JSON object, the only form that every API accepts."""
     try:
         return isinstance(json.loads(arguments), dict)
     except (ValueError, RecursionError):
@@ -46,13 +53,17 @@ def is_object(arguments: str) -> bool:
 
 
 class CallIds:
-    """Ids of one answer's calls, no two of them alike."""
+    """The ids of one answer's calls, all different."""
 
     def __init__(self) -> None:
         self._used: set[str] = set()
 
     def take(self, header: str, name: str) -> str:
-        """What the model wrote, where it has Kimi's form and is free; else `functions.NAME:INDEX` by the next free index."""
+        """Return the id of the answer's next call.
+
+        The id is what the model wrote, if that has Kimi's form and is free, else `functions.NAME:INDEX` with the next
+        free index.
+        """
         found = _KIMIS_ID.fullmatch(header)
         written = header if found and found["name"] == name else None
         index = found["index"] if found and written else header if header.isdecimal() else len(self._used)

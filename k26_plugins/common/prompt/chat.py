@@ -1,4 +1,7 @@
-"""Messages to a prompt: the checkpoint's chat template, what it is given, and the places of images in it."""
+"""Render messages to a prompt by the checkpoint's chat template.
+
+The module also prepares the template's input, and expands the placeholders of media among the prompt's token ids.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +22,18 @@ from k26_plugins.common.prompt.tool_declaration import declare_tools, sorted_dee
 from k26_plugins.common.prompt.tool_ids import with_kimis_ids
 
 TEMPLATE_FILE = "chat_template.jinja"
-# Ends the text of a message that is to be continued: a character that no text holds, and no mark of control_tokens.
+# Marks the end of a message that is to be continued: a noncharacter, which no text contains and which `control_tokens`
+# does not use.
 _OPEN_END = "\ufdd3"
 MEDIA_PARTS = ("image", "image_url", "video", "video_url")
-"""Types of content parts in whose place the template puts a medium."""
+"""Types of content parts that the template replaces by a medium's placeholder."""
 
 
 class VerbatimArguments(dict[str, Any]):
-    """A past tool call's arguments as parsed, with the text that they came from.
+    """A past tool call's parsed arguments, with the text that they were parsed from.
 
-    Engines parse that text before they render it, and rendering would then write other white space than the model did.
+    Engines parse the text before they render it, and rendering the parsed arguments would give other white space than
+    the model wrote.
     """
 
     def __init__(self, text: str) -> None:
@@ -40,7 +45,7 @@ class VerbatimArguments(dict[str, Any]):
         self.text = text or "{}"
 
     def __bool__(self) -> bool:
-        """True: vLLM replaces arguments that are empty, and some are only unreadable."""
+        """Return True: vLLM replaces empty arguments, and arguments that are not valid JSON are empty here too."""
         return True
 
     def __reduce__(self) -> tuple[type[VerbatimArguments], tuple[str]]:
@@ -49,21 +54,27 @@ class VerbatimArguments(dict[str, Any]):
 
 @dataclass(frozen=True, slots=True)
 class TemplateInput:
-    """What the chat template is rendered with."""
+    """The variables with which the chat template is rendered."""
 
     messages: list[dict[str, Any]]
     tools: list[Any] | None
     tools_ts_str: str | None
-    """The declaration of the tools; None where they are to be written as JSON."""
+    """The tools' declaration in TypeScript; None if the template is to write them as JSON, or if there are no tools."""
 
 
 def own_template() -> str:
-    """The template that this package ships, written after docs/model.md, 5.2; the checkpoint's is preferred."""
+    """Return the chat template that this package ships, written after docs/model.md, 5.2.
+
+    It is used only for a checkpoint without a template.
+    """
     return resources.files(__package__).joinpath(TEMPLATE_FILE).read_text(encoding="utf-8")
 
 
 def keep_arguments(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Copies of OpenAI-style messages whose tool calls' arguments survive an engine's parsing: see VerbatimArguments."""
+    """Return copies of OpenAI-style messages in which an engine's parsing does not change the arguments of tool calls.
+
+    The arguments become VerbatimArguments.
+    """
     return [_map_arguments(message, _keep) for message in messages]
 
 
@@ -76,11 +87,12 @@ def prepare(
     parsed_arguments: bool = False,
     kimis_ids: bool = True,
 ) -> TemplateInput:
-    """Messages and tools as the chat template takes them.
+    """Convert messages and tools to the chat template's input.
 
-    escape_…: text that spells a control token stays text. parsed_arguments: a template of the user's expects a past
-    call's arguments as an object; Kimi's writes the text that the model wrote. kimis_ids: past tool calls get ids of the
-    form that the model writes. Raises ValueError for a part of a message that is neither text nor an image or video.
+    escape_messages, escape_tools: text that spells a control token stays text. parsed_arguments: past calls' arguments
+    are objects, as a user's own template expects, instead of the text that the model wrote, as Kimi's template expects.
+    kimis_ids: past tool calls get ids of the form that the model writes. Raises ValueError for a content part that is
+    neither text, image nor video.
     """
     written = [
         _with_known_parts(_map_arguments(message, _keep if parsed_arguments else _verbatim)) for message in messages
@@ -109,11 +121,11 @@ def render(
     continue_final_message: bool = False,
     control_tokens_as_text: bool = True,
 ) -> str:
-    """The prompt of OpenAI-style `messages`, with control tokens by name; `KimiTokenizer.encode_prompt` reads it.
+    """Render OpenAI-style `messages` to a prompt with control tokens by name, for `KimiTokenizer.encode_prompt`.
 
-    folder: the checkpoint, whose `chat_template.jinja` is used where it has one. The template runs in jinja2's sandbox.
-    continue_final_message: leave the last message open and start no new one; ValueError where it has no text. Raises
-    jinja2.TemplateError where the template does.
+    folder: the checkpoint, whose `chat_template.jinja` is used if it has one. The template runs in jinja2's sandbox.
+    continue_final_message: leave the last message open and start no new one. Raises ValueError if that message has no
+    text, and jinja2.TemplateError if the template raises it.
     """
     file = None if folder is None else Path(folder) / TEMPLATE_FILE
     source = file.read_text(encoding="utf-8") if file is not None and file.exists() else own_template()
@@ -132,7 +144,11 @@ def render(
 
 
 def as_error(content: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
-    """A tool's result that is an error, text or parts, with that in its text: a chat's message has no other place for it."""
+    """Return the content of a tool result that reports an error, with the word "Error" at the beginning of its text.
+
+    A chat message has no field for errors, so only the text can tell the model. Text that begins with "error" or
+    `<tool_use_error>` is left as it is. content: text or content parts.
+    """
     if isinstance(content, str):
         return content if content.lower().startswith(("error", "<tool_use_error>")) else f"Error: {content}"
     first = next((place for place, part in enumerate(content) if part["type"] == "text"), None)
@@ -145,7 +161,10 @@ def as_error(content: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
 def expand_media_placeholders(
     token_ids: Sequence[int], tokens_per_medium: Sequence[int], placeholder_id: int
 ) -> list[int]:
-    """Repeat each placeholder token to its medium's number of tokens, in order. Raises ValueError on another count."""
+    """Repeat each placeholder token as often as its medium has tokens.
+
+    Raises ValueError if there are not as many placeholders as media.
+    """
     found = sum(token_id == placeholder_id for token_id in token_ids)
     if found != len(tokens_per_medium):
         raise ValueError(f"the prompt has {found} places for media and {len(tokens_per_medium)} media were given.")
@@ -158,7 +177,10 @@ def expand_media_placeholders(
 
 @lru_cache(maxsize=4)
 def _compiled(source: str) -> Template:
-    """What transformers gives a chat template: published ones leave loops by `break`, and raise."""
+    """Compile a template in an environment like the one of transformers.
+
+    Published templates leave loops by `break`, and call `raise_exception`.
+    """
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
@@ -169,7 +191,7 @@ def _compiled(source: str) -> Template:
 
 
 def _to_json(value: object, ensure_ascii: bool = False, **options: Any) -> str:
-    # Unlike jinja2's own filter this escapes no HTML, as transformers' does not.
+    # Like transformers' filter, and unlike jinja2's own, this one does not escape HTML.
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
@@ -178,7 +200,7 @@ def _raise_exception(message: str) -> None:
 
 
 def _open(messages: list[dict[str, Any]]) -> None:
-    """Put the sign of an open end behind the last message's text, in place."""
+    """Append the sign of an open end to the last message's text, in place."""
     last = messages[-1] if messages else {}
     if isinstance(last.get("content"), str):
         last["content"] += _OPEN_END
@@ -191,7 +213,10 @@ def _open(messages: list[dict[str, Any]]) -> None:
 
 
 def _with_known_parts(message: dict[str, Any]) -> dict[str, Any]:
-    """Thoughts among the parts of a past answer go where the template reads thoughts; another unknown part is refused."""
+    """Move thinking parts of a past answer to `reasoning`, where the template reads it.
+
+    Raises ValueError for any other unknown part.
+    """
     content = message.get("content")
     if not isinstance(content, list | tuple):
         return message
@@ -214,7 +239,7 @@ def _with_known_parts(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _as_sent(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """A tool without what engines fill in where a request leaves it out: `strict: false`, and null for the rest."""
+    """Return a tool without the defaults that engines fill in: `strict: false`, and null for other fields."""
     sent: dict[str, Any] = _without_defaults({name: _without_defaults(value) for name, value in tool.items()})
     return sent
 
@@ -227,7 +252,7 @@ def _without_defaults(value: Any) -> Any:
 
 def _map_arguments(message: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
     calls = message.get("tool_calls")
-    # What is of another shape is the engine's to refuse.
+    # The engine refuses calls of any other shape.
     if not isinstance(calls, list | tuple | Iterator):
         return dict(message)
     changed = []

@@ -1,8 +1,9 @@
-"""The tokenizer as compilers of grammars are to see it, which ask for its vocabulary and the token that ends an answer.
+"""Show the tokenizer to grammar compilers with the model's own end token and without most control tokens.
 
-The published tokenizer's own end is `[EOS]`, with which this model ends no answer, and its control tokens are words like
-others. A grammar made of that lets `<|im_end|>` stand in a string, where it ends the answer in the middle, and where the
-answer may end it allows `[EOS]` alone: of the choices `red` and `reddish` the model could not choose the shorter.
+Grammar compilers ask a tokenizer for its vocabulary and for the token that ends an answer. The published tokenizer's
+end token is `[EOS]`, with which this model ends no answer, and its control tokens look like ordinary words. A grammar
+compiled from these allows `<|im_end|>` inside a string, where it ends the answer in the middle; and where the answer
+may end, it allows only `[EOS]`, so that of the choices `red` and `reddish` the model could not choose the shorter.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ END = "<|im_end|>"
 
 
 class _SeenByGrammars:
-    """What grammars' compilers see. The class of a tokenizer's copy has this as a base, before the tokenizer's own
-    class."""
+    """The attributes that grammar compilers read.
+
+    The class of the tokenizer's copy has this class as its first base, before the tokenizer's own class.
+    """
 
     _words: dict[str, int]
     _end: int
@@ -33,10 +36,10 @@ class _SeenByGrammars:
 
 
 def for_grammars(tokenizer: Any) -> Any:
-    """A copy of the core's tokenizer for compilers of grammars; any other tokenizer is returned as it is.
+    """Return a copy of the core's tokenizer for grammar compilers; return any other tokenizer as it is.
 
-    It ends an answer with `<|im_end|>`. Of the control tokens its vocabulary has the markers of thinking and of tool calls,
-    which grammars of calls spell; the others are in no grammar.
+    The copy's end token is `<|im_end|>`. Its vocabulary has no control tokens except the markers of thinking and of
+    tool calls, which the grammars of calls contain.
     """
     plain = getattr(tokenizer, "plain", None)
     if plain is None:

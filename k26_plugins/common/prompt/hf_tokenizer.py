@@ -1,7 +1,7 @@
-"""The tokenizer as the engines want it: a fast Hugging Face tokenizer, built from `tiktoken.model` without remote code.
+"""Build the tokenizer that the engines use: a fast Hugging Face tokenizer from `tiktoken.model`, without remote code.
 
 transformers' own conversion of this file splits text by a generic pattern and, in some releases, shifts the ids of the
-special tokens. Here the pattern is Kimi's and the ids are the file's.
+special tokens. This module uses Kimi's pattern and the ids of the file.
 """
 
 from __future__ import annotations
@@ -27,28 +27,34 @@ from k26_plugins.common.prompt.tokenizer import RANKS_FILE, SPLIT_PATTERN, KimiT
 from k26_plugins.common.settings import CONTROL_TOKENS, ENGINE, PROMPTS, TOOL_IDS
 
 SETTINGS_FILE = "tokenizer_config.json"
-# Control tokens that the engines' parsers must find in decoded text.
+# Beginnings of the control tokens that stay visible in decoded text, because the engines' parsers look for them there.
 VISIBLE = ("<think>", "</think>", "<|tool_call")
-# A key of the last message: continue it. For engines that have no other way to say so.
+# If the last message has this key, it is continued. For engines that cannot pass `continue_final_message`.
 CONTINUE_KEY = "k26_continue"
 
 
 class KimiTokenizerFast(PreTrainedTokenizerFast):  # type: ignore[misc]
-    """A class of its own: engines patch a tokenizer's class, and reload those of transformers' generic one."""
+    """Kimi's tokenizer as a Hugging Face fast tokenizer.
+
+    It is a class of its own because engines patch a tokenizer's class, and reload tokenizers of transformers' generic
+    class.
+    """
 
     escape_messages = True
     escape_tools = True
     kimis_ids = True
-    # The template that came with the tokenizer; a user may put another into `chat_template`.
+    # The template that came with the tokenizer; the user may set another one as `chat_template`.
     kimi_template: str | None = None
-    # What stands in a video's place.
+    # The text that the rendered prompt has in place of a video.
     video_place = VIDEO_PLACEHOLDER
     # The same tokenizer on the tiktoken library, which encodes several times as fast.
     plain: KimiTokenizer | None = None
 
     def _encode_plus(self, text: Any, *args: Any, **kwargs: Any) -> BatchEncoding:
-        """Encode by tiktoken where token ids are all that is asked for. The backend does offsets, pairs and tensors of
-        several."""
+        """Encode by tiktoken if only token ids are asked for.
+
+        The tokenizers library handles the rest: offsets, pairs of texts, and tensors of several texts.
+        """
         texts = text if isinstance(text, list) else [text]
         tensors = kwargs.get("return_tensors")
         easy = texts and all(isinstance(one, str) for one in texts) and (tensors is None or isinstance(text, str))
@@ -68,14 +74,17 @@ class KimiTokenizerFast(PreTrainedTokenizerFast):  # type: ignore[misc]
         return BatchEncoding(data, tensor_type=tensors, prepend_batch_axis=tensors is not None)
 
     def _has_added_tokens(self, plain: KimiTokenizer) -> bool:
-        """Whether tokens were added, of which tiktoken knows nothing. The library counts: vLLM has `len` say the number
-        at the start."""
+        """Return whether tokens were added, which tiktoken does not know.
+
+        The count is the tokenizers library's, because vLLM makes `len` return the number that it had at the start.
+        """
         return bool(super().__len__() != plain.vocab_size)
 
     def batch_decode(self, sequences: Any, *args: Any, **kwargs: Any) -> list[str]:
-        """A flat list of ids is a token each, as in transformers 4 and as KTransformers' SGLang means it for logprobs.
+        """Decode sequences of token ids; decode each id of a flat list by itself.
 
-        transformers 5 joins them to one text.
+        transformers 4 does so too, and KTransformers' SGLang relies on it for logprobs. transformers 5 would join the
+        ids of a flat list to one text.
         """
         if isinstance(sequences, list) and sequences and isinstance(sequences[0], int):
             sequences = [[token_id] for token_id in sequences]
@@ -89,9 +98,10 @@ class KimiTokenizerFast(PreTrainedTokenizerFast):  # type: ignore[misc]
         chat_template: str | None = None,
         **kwargs: Any,
     ) -> Any:
-        """transformers' method, with the tools declared as the model expects them and the messages' text kept text.
+        """Render a conversation as transformers' method does, with two differences.
 
-        `thinking` may have the forms and names that `thinking.template_options` takes.
+        Tools are declared in the form that the model expects, and text in messages that spells a control token stays
+        text. `thinking` may have the forms and names that `thinking.template_options` takes.
         """
         kwargs = template_options(kwargs)
         chat_template = chat_template or self.chat_template
@@ -123,7 +133,8 @@ class KimiTokenizerFast(PreTrainedTokenizerFast):  # type: ignore[misc]
 
 
 _WHOLE = TruncationStrategy.DO_NOT_TRUNCATE
-# What `_encode_plus` is asked for without effect on the ids of one text; no token is added at its ends.
+# Arguments of `_encode_plus` that it handles itself or that do not change a text's ids (the tokenizer adds no token at
+# the ends of a text).
 _WITHOUT_EFFECT = {
     "add_special_tokens", "max_length", "stride", "padding_side", "verbose", "return_tensors", "return_attention_mask",
     "truncation_strategy",
@@ -131,14 +142,20 @@ _WITHOUT_EFFECT = {
 
 
 def _wants_ids_only(kwargs: Mapping[str, Any]) -> bool:
-    """Everything else is as if it had not been said."""
+    """Return whether the arguments of `_encode_plus` ask only for token ids.
+
+    Other arguments with an empty value count as not given.
+    """
     others = {name: value for name, value in kwargs.items() if name not in _WITHOUT_EFFECT}
     padding = others.pop("padding_strategy", PaddingStrategy.DO_NOT_PAD)
     return bool(padding == PaddingStrategy.DO_NOT_PAD and not any(others.values()))
 
 
 def tokenizer_folder(path_or_name: str | Path, revision: str | None = None, cache_dir: str | None = None) -> Path:
-    """The folder that holds a model's tokenizer files: its own, or where the hub's library keeps those it downloads."""
+    """Return the folder with a model's tokenizer files.
+
+    This is `path_or_name` if it is a folder, else the snapshot in the hub's cache to which the files are downloaded.
+    """
     folder = Path(path_or_name)
     if folder.is_dir():
         return folder
@@ -149,7 +166,7 @@ def tokenizer_folder(path_or_name: str | Path, revision: str | None = None, cach
 
 
 def is_this_model(path_or_name: str | Path, revision: str | None = None) -> bool:
-    """Whether the folder, or the model on the hub, has a config.json of this architecture."""
+    """Return whether the folder, or the model on the hub, has a config.json of this architecture."""
     where: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
     try:
         file = cached_file(str(path_or_name), "config.json", **where)
@@ -160,8 +177,11 @@ def is_this_model(path_or_name: str | Path, revision: str | None = None) -> bool
 
 
 def core_serves_prompts(path_or_name: str | Path, revision: str | None = None) -> bool:
-    """Whether the tokenizer and the prompts of a checkpoint of this model are the core's, as far as the user and its files
-    say: one that brings `tokenizer.json` in the place of `tiktoken.model` is transformers' to read."""
+    """Return whether the core tokenizes and renders the prompts of a checkpoint of this model.
+
+    The engine does so if the user chose it by `K26_PROMPTS`, or if the checkpoint has a `tokenizer.json` and no
+    `tiktoken.model`; transformers reads the former.
+    """
     if PROMPTS.read() == ENGINE:
         return False
     where: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
@@ -177,11 +197,12 @@ def load_hf_tokenizer(
 ) -> KimiTokenizerFast:
     """Build the tokenizer of a checkpoint's folder; `kwargs` go to its constructor. Raises TokenizerError.
 
-    video_place: what stands for a video in a rendered chat; an adapter that puts its chunks among token ids wants control
-    tokens there. escape_messages: False for an adapter that marks the messages before its engine touches them.
+    video_place: the text in place of a video in a rendered chat; an adapter that inserts the video's chunks among token
+    ids needs control tokens there. escape_messages: False for an adapter that marks the messages before its engine
+    processes them.
 
-    Control tokens in text become control tokens, as with the published tokenizer: chat prompts are rendered to text. What
-    `control_tokens.escape` marked stays text.
+    As with the published tokenizer, the name of a control token in text becomes the control token, because chat prompts
+    are rendered to text. Names that `control_tokens.escape` marked stay text.
     """
     folder = Path(folder)
     reference = KimiTokenizer(folder)
@@ -190,11 +211,11 @@ def load_hf_tokenizer(
         AddedToken(name, normalized=False, special=not name.startswith(VISIBLE))
         for name in sorted(reference.special, key=reference.special.__getitem__)
     ]
-    # The marks go after control tokens were found: those are looked for in text that is not normalized yet.
+    # The library looks for control tokens in the text before it is normalized, so the marks are removed after that.
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Replace(MARK, ""), normalizers.Replace(QUOTED_SIGN, unescape(QUOTED_SIGN))]
     )
-    # Added in the order of their ids, which follow the ranks without a gap.
+    # The tokens get consecutive ids after the ranks, so they are added in the order of their ids.
     tokenizer.add_tokens(added)
     settings = _read_settings(folder / SETTINGS_FILE)
     template = folder / TEMPLATE_FILE

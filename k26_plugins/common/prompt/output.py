@@ -1,14 +1,14 @@
-"""The model's answer taken apart: reasoning, content and tool calls, from pieces cut anywhere.
+"""Parse the model's answer into reasoning, content and tool calls, from streaming chunks that may be cut anywhere.
 
-An answer in thinking mode begins inside the think block. It ends the block with `</think>` or, without it, with a section of
-tool calls (docs/model.md, 5.3); where `</think>` follows that section, the answer goes on behind it:
+An answer in thinking mode begins inside the think block. The block ends with `</think>` or, without it, with a section
+of tool calls (docs/model.md, 5.3); if `</think>` follows that section, the answer continues after it:
 
     reasoning</think>content<|tool_calls_section_begin|>
     <|tool_call_begin|>functions.NAME:INDEX<|tool_call_argument_begin|>{"a": 1}<|tool_call_end|>…
     <|tool_calls_section_end|>
 
-What a model writes beside this form is read as far as it has a meaning: a call without a section, a missing end, a marker
-where none belongs. No marker becomes text.
+The parser also accepts other forms as far as they have a meaning: a call without a section, a missing end, a marker in
+an unexpected place. It never passes a marker on as text.
 """
 
 from __future__ import annotations
@@ -28,48 +28,48 @@ SECTION_END = "<|tool_calls_section_end|>"
 CALL_BEGIN = "<|tool_call_begin|>"
 CALL_ARGUMENTS = "<|tool_call_argument_begin|>"
 CALL_END = "<|tool_call_end|>"
-# What a parser must find in an answer's text: no other special token is to be shown for its sake.
+# The control tokens that structure an answer. The parser needs only these in an answer's text, no other special tokens.
 MARKERS = (THINK_BEGIN, THINK_END, SECTION_BEGIN, SECTION_END, CALL_BEGIN, CALL_ARGUMENTS, CALL_END)
 
 
 class Marker(str):
-    """A marker that the model wrote as a control token, among pieces of text that may spell one."""
+    """A marker that the model wrote as a control token, among pieces of text that may spell a marker."""
 
     __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
-    """The next piece of the thinking."""
+    """The next piece of the reasoning content."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """The next piece of the answer."""
+    """The next piece of the content."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class CallStart:
-    """A tool call begins."""
+    """The start of a tool call."""
 
     index: int
-    """Place of the call in this answer, from 0."""
+    """Index of the call in this answer, from 0."""
     call_id: str
-    """`functions.NAME:INDEX`; no other call of this answer has it."""
+    """`functions.NAME:INDEX`, unique within this answer."""
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class CallArguments:
-    """The next piece of a call's arguments."""
+    """The next piece of a tool call's arguments."""
 
     index: int
     text: str
-    """JSON as the model wrote it; all pieces of an ended call together are not empty."""
+    """JSON as the model wrote it. The joined pieces of a call that has ended are never empty."""
 
 
 Event: TypeAlias = Reasoning | Content | CallStart | CallArguments
@@ -79,12 +79,17 @@ class _State(Enum):
     REASONING = auto()
     CONTENT = auto()
     SECTION = auto()
-    """The place between calls, and after the section: to a user who asked for calls the model has no more to say there."""
+    """Between calls, and after the section.
+
+    If the request declares tools, the parser drops text in this state, because a client that gets tool calls expects no
+    further content.
+    """
     HEADER = auto()
     ARGUMENTS = auto()
 
 
-# What is a marker in text whose token ids are unknown: there a tag of thinking is more likely spelled than meant.
+# The markers that count in text whose token ids are unknown. `<think>` does not count in content, and neither tag of
+# thinking counts in arguments, because there the model more likely quotes the tag.
 _IN_TEXT = {
     _State.REASONING: MARKERS,
     _State.CONTENT: tuple(marker for marker in MARKERS if marker != THINK_BEGIN),
@@ -96,16 +101,19 @@ _PATTERNS = {state: re.compile("|".join(map(re.escape, markers))) for state, mar
 
 
 class OutputParser:
-    """Feed an answer's pieces, take events. Any way of cutting the same answer gives the same events, up to where texts are
-    cut.
+    """A state machine that takes the pieces of one answer and returns events.
 
-    White space at the end of the reasoning, around arguments, and alone in front of a section of calls is dropped.
+    However an answer is cut into pieces, the events are the same, except for where their texts are cut. White space at
+    the end of the reasoning, around arguments, and alone before a section of calls is dropped.
     """
 
     def __init__(self, *, in_reasoning: bool, tools: Tools | None = None) -> None:
-        """in_reasoning: the prompt opened the think block. tools: those declared, by which calls are named that the model
-        did not name; None where no calls are asked for: then they are dropped, and text outside them is content. vLLM
-        begins a grammar of the content where a section ends the thinking."""
+        """Start before an answer's first piece.
+
+        in_reasoning: the prompt opened the think block. tools: the declared tools, which serve to name calls that the
+        model did not name. None means that no calls are asked for: calls are dropped, and text between and after them
+        is content, because vLLM starts the grammar of the content where a section of calls ends the reasoning.
+        """
         self._state = _State.REASONING if in_reasoning else _State.CONTENT
         self._thinks = in_reasoning
         self._tools = tools
@@ -120,7 +128,10 @@ class OutputParser:
         self.num_calls = 0
 
     def feed(self, text: str) -> list[Event]:
-        """The events of the next piece of an answer whose token ids are unknown: its markers are found by their names."""
+        """Return the events of the next text of an answer whose token ids are unknown.
+
+        Markers are found by their names.
+        """
         events: list[Event] = []
         self._pending += text
         while match := _PATTERNS[self._state].search(self._pending):
@@ -134,7 +145,10 @@ class OutputParser:
         return events
 
     def feed_pieces(self, pieces: Iterable[str]) -> list[Event]:
-        """The events of the next pieces of an answer, in which each marker is a `Marker` and all else is text."""
+        """Return the events of the next pieces of an answer whose token ids are known.
+
+        Only a `Marker` counts as a marker; everything else is text.
+        """
         return [
             event
             for piece in pieces
@@ -142,7 +156,10 @@ class OutputParser:
         ]
 
     def finish(self) -> list[Event]:
-        """The events of what was held back. A call that was cut stays as it is: without arguments it is none."""
+        """Return the events of the text that was held back, at the end of the answer.
+
+        A call that was cut off stays incomplete; one that was cut before its arguments is no call.
+        """
         events = list(self._text(self._pending))
         self._pending = ""
         if self._state is _State.CONTENT and self._space:
@@ -161,7 +178,7 @@ class OutputParser:
         if self._state is _State.ARGUMENTS and not (self._started or self._unnamed):
             text = text.lstrip()
         whole = self._space + text
-        # White space waits for what follows it.
+        # White space at the end is held back until it is known what follows.
         kept = whole.rstrip()
         if self._state is _State.CONTENT and (kept or self._content_begun):
             kept = whole
@@ -186,7 +203,7 @@ class OutputParser:
             return
         if marker in (CALL_ARGUMENTS, CALL_END) and self._state is _State.HEADER:
             self._begin_arguments()
-        # A template of the user's may leave it to the model to open the block.
+        # A user's own template may leave it to the model to open the think block.
         if marker == THINK_BEGIN and self._state is _State.CONTENT and not self._content_begun:
             self._thinks = True
             self._go(_State.REASONING)
@@ -218,7 +235,10 @@ class OutputParser:
             yield from self._arguments("{}")
 
     def _arguments(self, text: str) -> Iterator[Event]:
-        """A call is told of with the first of its arguments: one that is cut before them was never written."""
+        """Yield a piece of a call's arguments, and before the first piece the start of the call.
+
+        A call that is cut before its arguments is therefore never reported.
+        """
         if self._tools is None:
             return
         if not self._started:
@@ -229,7 +249,10 @@ class OutputParser:
         yield CallArguments(self.num_calls - 1, text)
 
     def _lost_call(self) -> Iterator[Event]:
-        """A call of no tool that can be told is content: an agent that got nothing would end in silence."""
+        """Yield a call whose tool cannot be determined as content.
+
+        If the call were dropped, an agent would get an empty answer and stop.
+        """
         text = f"{self._header} {self._unnamed}".strip()
         if self._tools is not None and text:
             yield self._content("\n" + text if self._content_begun else text)
@@ -240,7 +263,7 @@ class OutputParser:
 
 
 def beginning_of_a_marker(text: str, markers: tuple[str, ...] = MARKERS) -> int:
-    """Length of the longest end of `text` that a marker begins with."""
+    """Return the length of the longest suffix of `text` that a marker begins with, 0 if there is none."""
     start = max(0, len(text) - max(map(len, markers)) + 1)
     position = text.find("<", start)
     while position >= 0:

@@ -1,4 +1,7 @@
-"""The places of media among a prompt's token ids, for engines that load media after the prompt was tokenized."""
+"""Find and replace the placeholders of media among a prompt's token ids.
+
+Engines that load media after they tokenize the prompt need this.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,19 @@ from k26_plugins.common.prompt.control_tokens import escape
 
 
 def media_kinds(token_ids: Sequence[int], tokenizer: Any) -> list[str]:
-    """What each placeholder of a prompt stands for, in order: `image` or `video`.
+    """Return what each placeholder of a prompt stands for, in order: `image` or `video`.
 
-    tokenizer: a Hugging Face one of this model.
+    tokenizer: a Hugging Face tokenizer of this model. Raises ValueError for a placeholder that is not where the chat
+    template puts it.
     """
     return [_text(tokenizer, token_ids[begin + 1 : content]) for begin, content, _ in _places(token_ids, tokenizer)]
 
 
 def place_videos(token_ids: Sequence[int], videos: Sequence[Sequence[str]], tokenizer: Any) -> list[int]:
-    """Token ids with each video's one place become the places of its chunks, whose prompts `videos` holds.
+    """Return the token ids with each video's single placeholder replaced by its chunks, whose prompts `videos` holds.
 
-    The text in front of a video is tokenized anew together with the first chunk's timestamp, as it is where a prompt is
-    completed before it is tokenized. Raises ValueError on another number of videos.
+    The text before a video is tokenized again together with the first chunk's timestamp, as if the prompt had been
+    completed before tokenization. Raises ValueError if there are not as many placeholders as videos.
     """
     places = [
         place
@@ -43,9 +47,9 @@ def place_videos(token_ids: Sequence[int], videos: Sequence[Sequence[str]], toke
 
 
 def _places(token_ids: Sequence[int], tokenizer: Any) -> Iterator[tuple[int, int, int]]:
-    """Positions of each placeholder's beginning, of its content token and of its end.
+    """Yield the positions of each placeholder's beginning, of its content token and of its end.
 
-    Raises ValueError for a placeholder that is not between these, which a raw prompt may hold.
+    Raises ValueError for a placeholder that these tokens do not enclose, which a raw prompt may contain.
     """
     names = ("<|media_begin|>", "<|media_content|>", "<|media_pad|>", "<|media_end|>")
     begin_id, content_id, pad_id, end_id = (tokenizer.convert_tokens_to_ids(name) for name in names)

@@ -1,10 +1,10 @@
-"""Kimi's special tokens: 256 slots that follow the mergeable ranks, the named ones at fixed places."""
+"""Kimi's special tokens: 256 ids after the mergeable ranks, of which the named ones have fixed offsets."""
 
 from __future__ import annotations
 
 NUM_SPECIAL_TOKENS = 256
 
-# Offset of each named token from the first slot; with the published 163,584 ranks `[BOS]` is 163584.
+# Offset of each named token from the first special id; with the published 163,584 ranks `[BOS]` is 163584.
 NAMED_OFFSETS = {
     "[BOS]": 0,
     "[EOS]": 1,
@@ -31,12 +31,12 @@ NAMED_OFFSETS = {
     "[PAD]": 255,
 }
 
-# What a message holds in a video's place until its chunks are known; no token of the vocabulary.
+# The text in a message that stands for a video until its chunks are known; it is no token of the vocabulary.
 VIDEO_PLACEHOLDER = "<|kimi_k25_video_placeholder|>"
-# The place of one chunk in a prompt, behind its timestamp; the pad token stands for the chunk's tokens.
+# The placeholder of one chunk in a prompt, after its timestamp; the pad token stands for the chunk's tokens.
 CHUNK_PLACE = "<|media_begin|>video<|media_content|><|media_pad|><|media_end|>"
 
 
 def special_token_ids(num_ranks: int) -> dict[str, int]:
-    """Token id of each named special token in a vocabulary with `num_ranks` mergeable ranks."""
+    """Return the token id of each named special token in a vocabulary with `num_ranks` mergeable ranks."""
     return {name: num_ranks + offset for name, offset in NAMED_OFFSETS.items()}

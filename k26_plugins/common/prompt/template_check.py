@@ -1,7 +1,7 @@
-"""A checkpoint's chat template beside the one that ships: on which conversations the two differ.
+"""Compare a checkpoint's chat template with the one that this package ships: on which conversations do the two differ?
 
-The checkpoint's is the one that is used. A difference says that the shipped one, which stands in where a folder has none, is
-not that model's; or that somebody changed the file.
+The checkpoint's template is the one that is used. A difference means that the shipped template, which is used where a
+folder has none, is not that model's, or that somebody changed the folder's file.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _STEPS: list[dict[str, Any]] = [
     {"role": "assistant", "content": "", "reasoning_content": "R2", "tool_calls": [_CALL, _CALL]},
     {"role": "tool", "tool_call_id": "functions.f:0", "content": "42"},
 ]
-# What docs/model.md, 5.2 tells of, a conversation and the template's options for each.
+# A conversation, and the template's options, for each rule of docs/model.md, 5.2.
 SAMPLES: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     "a message": ([_USER], {}),
     "instant mode": ([_USER], {"thinking": False}),
@@ -39,7 +39,7 @@ SAMPLES: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
 
 
 def differing_samples(folder: str | Path) -> list[str]:
-    """Names of the samples that the folder's template renders otherwise; none where it has no template."""
+    """Return the names of the samples that the folder's template renders differently; none if it has no template."""
     if not (Path(folder) / TEMPLATE_FILE).exists():
         return []
     return [name for name, (messages, options) in SAMPLES.items() if _differs(folder, messages, options)]

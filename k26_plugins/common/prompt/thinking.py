@@ -1,4 +1,7 @@
-"""Whether the model is to think: one value of the many that clients send, for the prompt and for the answer's parser."""
+"""Decide whether the model is to think.
+
+Clients say it in many ways; the prompt and the answer's parser use the one value that this module returns.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,12 @@ _OFF = ("", "false", "off", "no", "none", "disabled", "0")
 def template_options(
     options: Mapping[str, Any] | None, *, thinking: Any = None, reasoning_effort: str | None = None
 ) -> dict[str, Any]:
-    """The chat template's options with `thinking` as a bool, or without it where nobody said anything of it.
+    """Return the chat template's options with `thinking` as a bool, or without it if the request does not mention it.
 
-    options: as sent in `chat_template_kwargs`, where `enable_thinking` is another name. thinking: the request's own field,
-    as Moonshot's API has it, `{"type": "disabled"}` or `{"type": "enabled", "keep": "all"}`. What is said first in this
-    order counts: `thinking` of the options, of the request, `enable_thinking`, a reasoning effort of `none`.
+    options: the request's `chat_template_kwargs`, where `enable_thinking` is another name for `thinking`. thinking: the
+    request's own field, as in Moonshot's API: `{"type": "disabled"}` or `{"type": "enabled", "keep": "all"}`; the
+    latter also sets `preserve_thinking`. The first value that is given, in this order, counts: `thinking` in the
+    options, `thinking` in the request, `enable_thinking`, a reasoning effort of `none`.
     """
     given = dict(options or {})
     said = [given.pop("thinking", None), thinking, given.pop("enable_thinking", None)]
@@ -34,7 +38,7 @@ def template_options(
 
 
 def begins_in_reasoning(tokenizer: KimiTokenizer, prompt_token_ids: Sequence[int]) -> bool:
-    """Whether a prompt leaves the think block open, so that the answer begins with reasoning."""
+    """Return whether a prompt leaves the think block open, so that the answer begins with reasoning."""
     begin, end = tokenizer.special[THINK_BEGIN], tokenizer.special[THINK_END]
     closed = {end, tokenizer.special["<|im_middle|>"], tokenizer.special["<|im_end|>"]}
     for token_id in reversed(prompt_token_ids):

@@ -1,7 +1,8 @@
-"""An answer's text beside its token ids: which of the markers in it the model wrote as control tokens.
+"""Match an answer's text with its token ids, to find the markers that the model wrote as control tokens.
 
-A model that quotes this format writes a marker's name with ordinary tokens. In the text of an answer both look alike. The
-text is the engine's: it may lag behind the ids, be cut at a stop string, and hold replacements for bytes that are no UTF-8.
+A model that quotes the format of answers writes a marker's name with ordinary tokens, and in the text both look alike.
+The text comes from the engine: it may lag behind the ids, be cut at a stop string, and contain replacements for bytes
+that are not valid UTF-8.
 """
 
 from __future__ import annotations
@@ -19,11 +20,17 @@ _LONGEST = max(map(len, MARKERS))
 
 
 class TokenText:
-    """The text of one answer with its token ids. Markers come in the same order in both, so that the n-th in the text
-    is the n-th among the ids."""
+    """The text of one answer with its token ids.
+
+    Markers, whether control tokens or spelled, have the same order in both: the n-th in the text is the n-th among the
+    ids.
+    """
 
     def __init__(self, tokenizer: KimiTokenizer, *, special_shown: bool = False) -> None:
-        """special_shown: the text has the names of the other special tokens too."""
+        """Start before an answer's first token.
+
+        special_shown: the text contains the names of the other special tokens too.
+        """
         self._tokenizer = tokenizer
         self._special_shown = special_shown
         self._markers = {tokenizer.special[name] for name in MARKERS}
@@ -33,14 +40,18 @@ class TokenText:
         self._pending = ""
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of a whole answer, where the engine gives none: of the special tokens the markers alone, or all."""
+        """Return the text of a whole answer, for an engine that gives none.
+
+        Of the special tokens, it contains only the markers, or all with `special_shown`.
+        """
         hidden = set() if self._special_shown else self._tokenizer.special_ids - self._markers
         return self._tokenizer.decode([token_id for token_id in token_ids if token_id not in hidden])
 
     def split(self, text: str, token_ids: Sequence[int]) -> list[str]:
-        """The next text as pieces, of which those that are control tokens are a `Marker`.
+        """Return the next text as pieces; each marker that the model wrote as a control token is a `Marker`.
 
-        token_ids: those behind the ones that were given before; all that `text` is made of must be among both.
+        token_ids: the ids after those of earlier calls; all ids that `text` was decoded from must have been given by
+        now.
         """
         self.num_tokens += len(token_ids)
         for token_id in token_ids:
@@ -49,7 +60,7 @@ class TokenText:
         pieces: list[str] = []
         spelled = 0
         while match := _NAMES.search(self._pending, spelled):
-            # A text without ids of its own is nobody's control token.
+            # A marker in text for which no ids were given is no control token.
             if self._meant and self._meant.popleft():
                 pieces += [self._pending[: match.start()], Marker(match.group())]
                 self._pending, spelled = self._pending[match.end() :], 0
@@ -61,14 +72,14 @@ class TokenText:
         return [piece for piece in pieces if piece]
 
     def shown(self, text: str, token_ids: Sequence[int], *, finished: bool) -> str:
-        """What a client of raw text gets of the next text: all but the markers. Arguments as of `split`."""
+        """Return the next text without markers, as a client of raw completions gets it. Arguments as for `split`."""
         pieces = self.split(text, token_ids)
         if finished:
             pieces += self.finish()
         return "".join(piece for piece in pieces if not isinstance(piece, Marker))
 
     def finish(self) -> list[str]:
-        """The text that was held back because a marker might have come of it."""
+        """Return the text that was held back because it might have become a marker."""
         rest, self._pending = self._pending, ""
         return [rest] if rest else []
 

@@ -1,4 +1,7 @@
-"""Kimi's tokenizer on the tiktoken library, from the checkpoint's own `tiktoken.model`; no code of it is executed."""
+"""Kimi's tokenizer on the tiktoken library, built from the checkpoint's `tiktoken.model`.
+
+No code of the checkpoint is executed.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ RANKS_FILE = "tiktoken.model"
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 _UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
 _LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
-# docs/model.md, 5.1. Runs of Han characters stand for themselves; the letter classes leave Han out.
+# docs/model.md, 5.1. A run of Han characters is a piece by itself; the classes of letters exclude Han.
 SPLIT_PATTERN = "|".join(
     [
         r"[\p{Han}]+",
@@ -34,7 +37,8 @@ SPLIT_PATTERN = "|".join(
 )
 
 
-# The published tokenizer's limits on what it hands to the library at once, which gives up at a million spaces.
+# The published tokenizer's limits on the characters that it passes to the library at once, and on a run of characters
+# with or without white space; the library fails on a million spaces.
 _MAX_CHARS, _MAX_RUN = 400_000, 25_000
 _LONG_SPACE = re.compile(rf"\s{{{_MAX_RUN + 1}}}")
 _END_OF_RUN = re.compile(rf"\s{{{_MAX_RUN}}}(?=\s)|\S{{{_MAX_RUN}}}(?=\S)")
@@ -45,7 +49,7 @@ class TokenizerError(ValueError):
 
 
 class KimiTokenizer:
-    """Text to token ids and back."""
+    """Converts text to token ids and back."""
 
     def __init__(self, folder: str | Path) -> None:
         """Read `tiktoken.model` of a checkpoint's folder. Raises TokenizerError."""
@@ -63,17 +67,20 @@ class KimiTokenizer:
         )
 
     def __deepcopy__(self, memo: object) -> KimiTokenizer:
-        """Itself: nothing of it changes, and engines copy the tokenizer that holds it."""
+        """Return the tokenizer itself: it never changes, and engines copy the object that holds it."""
         return self
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`. A control token's name in it stays text."""
+        """Return the token ids of `text`, in which the name of a control token stays text."""
         if len(text) <= _MAX_RUN:
             return self._encoding.encode_ordinary(text)
         return [token_id for piece in _pieces(text) for token_id in self._encoding.encode_ordinary(piece)]
 
     def encode_prompt(self, prompt: str) -> list[int]:
-        """Token ids of a rendered prompt: control tokens by name, what `control_tokens.escape` marked stays text."""
+        """Return the token ids of a rendered prompt, in which the name of a control token is the control token.
+
+        Names that `control_tokens.escape` marked stay text.
+        """
         token_ids: list[int] = []
         for piece in self._special_pattern.split(prompt):
             token_id = self.special.get(piece)
@@ -84,15 +91,15 @@ class KimiTokenizer:
         return token_ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of token ids; bytes that are no UTF-8 become U+FFFD."""
+        """Return the text of token ids; bytes that are not valid UTF-8 become U+FFFD."""
         return self._encoding.decode(list(token_ids))
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that one token stands for; a control token's are its name."""
+        """Return the bytes of one token; a control token's bytes are its name."""
         return self._encoding.decode_single_token_bytes(token_id)
 
     def check(self, config: K26Config) -> None:
-        """Raise TokenizerError where the configuration and the tokenizer disagree on an id."""
+        """Raise TokenizerError if the configuration and the tokenizer disagree on the vocabulary's size or on an id."""
         if self.vocab_size != config.text.vocab_size:
             raise TokenizerError(
                 f"{RANKS_FILE} gives {self.vocab_size} tokens and config.json {config.text.vocab_size}: "
@@ -112,7 +119,11 @@ class KimiTokenizer:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Cut after 400,000 characters, and in runs of more than 25,000 with space or without."""
+    """Yield the text in pieces that the library can encode.
+
+    The text is cut after every 400,000 characters, and a run of characters with or without white space after every
+    25,000.
+    """
     for start in range(0, len(text), _MAX_CHARS):
         part = text[start : start + _MAX_CHARS]
         begin = 0

@@ -1,7 +1,7 @@
-"""Tools as the model was trained to see them: a TypeScript-like namespace of functions (docs/model.md, 5.2).
+"""Declare tools as the model was trained to see them: as a TypeScript-like namespace of functions (docs/model.md, 5.2).
 
-A tool's JSON Schema is read once, top down; each function here gives the text of one piece of it. `indent` is the white
-space in front of the line that the piece begins on.
+A tool's JSON Schema is read once, top down; each function here returns the text of one part of it. `indent` is the
+white space before the line on which the part begins.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 Schema: TypeAlias = Mapping[str, Any]
 
 _STEP = "  "
-# What each type's comment may say of its limits, in this order.
+# The limits that the comment of a value of each type lists, in this order.
 _LIMITS = {
     "string": ("maxLength", "minLength", "pattern"),
     "number": ("maximum", "minimum"),
@@ -36,21 +36,22 @@ _PYTHON_TYPES: dict[str, type | tuple[type, ...]] = {
 
 
 class DeclarationError(ValueError):
-    """A JSON Schema that has no TypeScript form. The message names the part."""
+    """A JSON Schema that cannot be expressed in TypeScript. The message names the part."""
 
 
 @dataclass
 class _Definitions:
-    """The `$defs` met so far, and whether the parameters refer to themselves."""
+    """The `$defs` found so far, and whether the parameters refer to themselves."""
 
     schemas: dict[str, Any] = field(default_factory=dict)
     refers_to_itself: bool = False
 
 
 def sorted_deep(value: Any, depth: int = 0) -> Any:
-    """A copy of JSON data with every object's keys in alphabetical order: what is rendered depends on content alone.
+    """Return a copy of JSON data with the keys of every object sorted.
 
-    Raises ValueError for data nested deeper than MAX_DEPTH.
+    The prompt then does not depend on the order in which a client sends them. Raises ValueError for data nested deeper
+    than MAX_DEPTH.
     """
     require_shallow(depth)
     if isinstance(value, Mapping):
@@ -61,10 +62,10 @@ def sorted_deep(value: Any, depth: int = 0) -> Any:
 
 
 def declare_tools(tools: Sequence[Schema]) -> str | None:
-    """The declaration of OpenAI-style tools whose keys are sorted, empty if none is a function.
+    """Return the declaration of OpenAI-style tools whose keys are sorted; it is empty if none of them is a function.
 
-    None, with a warning in the log, where a schema has no TypeScript form: the chat template then writes all tools as
-    JSON, as the published tokenizer does.
+    Return None, and log a warning, if a schema cannot be expressed in TypeScript. The chat template then writes all
+    tools as JSON, as the published tokenizer does.
     """
     try:
         functions = [
@@ -150,7 +151,7 @@ def _additional(value: Any, indent: str, definitions: _Definitions) -> str | Non
 
 
 def _properties(schema: Schema, indent: str, definitions: _Definitions) -> list[tuple[bool, str, str]]:
-    """(optional, name, text) of each property, in the schema's order."""
+    """Return (optional, name, text) for each property, in the schema's order."""
     required = set(schema.get("required", ()))
     entries = []
     for name, content in schema.get("properties", {}).items():
@@ -195,7 +196,7 @@ def _reference(target: str, definitions: _Definitions) -> str:
 
 
 def _notes(schema: Any, indent: str) -> str:
-    """A value's description and limits as lines of comment."""
+    """Return a value's description and limits as comment lines."""
     if isinstance(schema, bool):
         return ""
     notes = _comment(schema.get("description") or "", indent)

@@ -1,7 +1,7 @@
-"""Ids of past tool calls as the model writes them: `functions.NAME:INDEX`, counted over the conversation.
+"""Give past tool calls ids as the model writes them: `functions.NAME:INDEX`, counted over the conversation.
 
-Clients bring others: the Responses and Messages APIs make their own, and so does another model whose conversation goes on
-here. In a result the id is all that names the function, so the model would read `## Return of call_9f`.
+Clients send other ids: the Responses and Messages APIs create their own, and a conversation may have begun with another
+model. In a tool result, only the id names the function, so the model would otherwise read `## Return of call_9f`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any
 
 
 def with_kimis_ids(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Copies of messages in which every call has such an id, and every result that of its call.
+    """Return copies of messages in which every call has an id of Kimi's form, and every result has its call's id.
 
-    An id of that form stays as it is, whatever its index; so does that of a result without a call. A result without an id
-    gets an empty one, which a template can write.
+    An id of that form is kept, whatever its index, and so is the id of a result without a call. A result without an id
+    gets an empty one, because a template cannot write a missing id.
     """
     used = {str(call.get("id")) for message in messages for call in _calls(message)}
     current: dict[str, str] = {}
@@ -43,7 +43,10 @@ def with_kimis_ids(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
 
 
 def _calls(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """What is of another shape is the engine's to refuse."""
+    """Return the tool calls of a message.
+
+    Return none for calls of another shape, which the engine refuses.
+    """
     calls = message.get("tool_calls")
     if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
         return []

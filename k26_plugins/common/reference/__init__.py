@@ -1,1 +1,1 @@
-"""The whole model in plain PyTorch, which every engine is held to."""
+"""The whole model in plain PyTorch: the reference that every engine's answers are compared with."""

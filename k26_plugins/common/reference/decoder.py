@@ -1,8 +1,9 @@
-"""The text decoder in plain PyTorch: the definition of the model that every engine is held to.
+"""The text decoder in plain PyTorch: the definition of the model, with which every engine's results are compared.
 
-One sequence, no batch dimension: `T` tokens, `H` hidden size, `N` attention heads, `C` kv_lora_rank, `R`
-qk_rope_head_dim. Weights are views of the mapped checkpoint; routed experts are read one by one when a token chooses
-them, so that the published 594 GB can be walked through with little memory.
+It computes one sequence, without a batch dimension. In the shapes, `T` is the number of tokens, `H` the hidden size,
+`N` the number of attention heads, `C` kv_lora_rank and `R` qk_rope_head_dim. Weights are views of the mapped
+checkpoint. Each routed expert is read when a token chooses it, so that the published 594 GB can be computed with little
+memory.
 """
 
 from __future__ import annotations
@@ -21,19 +22,22 @@ from k26_plugins.common.model.rope import apply_rope, yarn_inv_freq
 from k26_plugins.common.model.router import route, router_logits
 
 Weights = Callable[[str], torch.Tensor]
-"""Gives the checkpoint's tensor of a full name."""
+"""Returns the checkpoint's tensor for its full name."""
 
 
 @dataclass(slots=True)
 class KVCache:
-    """What attention keeps of a token: the compressed latent after its norm and the shared key after its rotation."""
+    """The KV cache: for each token the compressed latent after its norm, and the shared key after its rotation."""
 
     config: TextConfig
     max_tokens: int
     dtype: torch.dtype = torch.bfloat16
     length: int = 0
     layers: range | None = None
-    """The decoder layers that it serves; all by default, some where layers come one after the other."""
+    """The decoder layers that the cache serves, by default all.
+
+    A run that computes one layer after the other serves only some.
+    """
     latent: torch.Tensor = field(init=False)
     """`[layers, max_tokens, C]`."""
     k_rope: torch.Tensor = field(init=False)
@@ -47,14 +51,17 @@ class KVCache:
         self.k_rope = torch.zeros(*shape, self.config.qk_rope_head_dim, dtype=self.dtype)
 
     def of_layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latent `[max_tokens, C]` and key `[max_tokens, R]` of a decoder layer."""
+        """Return the latents `[max_tokens, C]` and the keys `[max_tokens, R]` of a decoder layer, as views."""
         assert self.layers is not None, "set when it is made"
         index = self.layers.index(layer)
         return self.latent[index], self.k_rope[index]
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Root-mean-square norm over the last dimension in float32; the weight is applied in the dtype of `x`."""
+    """Apply root-mean-square norm over the last dimension in float32, then the weight in the dtype of `x`.
+
+    A float64 `x` is normalized in float64.
+    """
     compute = x.double() if x.dtype == torch.float64 else x.float()
     normed = compute * torch.rsqrt(compute.square().mean(-1, keepdim=True) + eps)
     return normed.to(x.dtype) * weight
@@ -79,7 +86,11 @@ class Attention:
         self.o_proj = weights(f"{prefix}.o_proj.weight")
 
     def forward(self, x: torch.Tensor, cache: KVCache, *, absorbed: bool) -> torch.Tensor:
-        """Attend `[T, H]` to the cache and to itself, and add it to the cache."""
+        """Return attention's output `[T, H]` for x `[T, H]`, and append the tokens to the cache.
+
+        The tokens attend to the cached ones and causally to each other. absorbed: whether queries are projected into
+        the latent's space, instead of latents into keys and values.
+        """
         config, start, end = self.config, cache.length, cache.length + len(x)
         positions = torch.arange(start, end)
         q = linear(rms_norm(linear(x, self.q_a_proj), self.q_a_layernorm, self.low_rank_norm_eps), self.q_b_proj)
@@ -98,7 +109,7 @@ class Attention:
     def _plain(
         self, q_nope: torch.Tensor, q_rope: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor
     ) -> torch.Tensor:
-        """Keys and values of every head are unfolded from the latent; `[T, N, v_head_dim]`."""
+        """Project the latents to keys and values of every head, and return `[T, N, v_head_dim]`."""
         config = self.config
         heads = linear(latent, self.kv_b_proj).unflatten(-1, (config.num_attention_heads, -1))
         k_nope, value = heads.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
@@ -116,7 +127,10 @@ class Attention:
     def _absorbed(
         self, q_nope: torch.Tensor, q_rope: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor
     ) -> torch.Tensor:
-        """The query is folded into the latent's space, and the latent is key and value at once."""
+        """Project the queries into the latent's space, where the latent is both key and value.
+
+        Return `[T, N, v_head_dim]`.
+        """
         config = self.config
         unfold = self.kv_b_proj.unflatten(0, (config.num_attention_heads, -1))
         w_uk, w_uv = unfold.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
@@ -133,12 +147,12 @@ class Attention:
 
     @staticmethod
     def _mask(num_queries: int, num_keys: int) -> torch.Tensor:
-        """True where query t may see key s; the last query sees every key."""
+        """Return bool `[num_queries, num_keys]`, True where a query may see a key; the last query sees every key."""
         return torch.ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries)
 
 
 class SwiGLU:
-    """down(silu(gate · x) · (up · x)): layer 0's feed-forward and the shared expert."""
+    """The feed-forward down(silu(gate · x) · (up · x)) of the dense layers and of the shared expert."""
 
     def __init__(self, weights: Weights, prefix: str) -> None:
         self.gate_proj = weights(f"{prefix}.gate_proj.weight")
@@ -146,12 +160,12 @@ class SwiGLU:
         self.down_proj = weights(f"{prefix}.down_proj.weight")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: `[T, H]`; returns the same shape."""
+        """Return the output, of the same shape, for x `[T, H]`."""
         return linear(F.silu(linear(x, self.gate_proj)) * linear(x, self.up_proj), self.down_proj)
 
 
 class MoE:
-    """Routed experts, weighted, plus the shared expert, unweighted."""
+    """The feed-forward of an MoE layer: the weighted sum of routed experts, plus the shared expert without a weight."""
 
     def __init__(self, config: TextConfig, weights: Weights, layer: int) -> None:
         self.config, self.layer, self.weights = config, layer, weights
@@ -175,7 +189,10 @@ class MoE:
         )
 
     def choose(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights float32 and ids of the experts for `[T, H]`, both `[T, top_k]`."""
+        """Return the weights (float32) and ids (int64) of the experts for x `[T, H]`.
+
+        Both have the shape `[T, top_k]`.
+        """
         config = self.config
         return route(
             router_logits(x, self.gate),
@@ -186,14 +203,14 @@ class MoE:
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: `[T, H]`; returns the same shape."""
+        """Return the output, of the same shape, for x `[T, H]`."""
         topk_weights, topk_ids = self.choose(x)
         routed = reference_experts(x, topk_ids, topk_weights, self.expert, self.config.n_routed_experts)
         return routed.to(x.dtype) + self.shared_experts.forward(x)
 
 
 class Block:
-    """One decoder layer, pre-norm."""
+    """A decoder layer, pre-norm."""
 
     def __init__(self, config: TextConfig, weights: Weights, layer: int, low_rank_norm_eps: float) -> None:
         prefix = f"{LANGUAGE_MODEL}model.layers.{layer}"
@@ -204,17 +221,20 @@ class Block:
         self.mlp = MoE(config, weights, layer) if config.is_moe_layer(layer) else SwiGLU(weights, f"{prefix}.mlp")
 
     def forward(self, x: torch.Tensor, cache: KVCache, *, absorbed: bool) -> torch.Tensor:
-        """x: `[T, H]`, appended to `cache`; returns the same shape. absorbed: the form of attention, see `Attention`."""
+        """Return the output, of the same shape, for x `[T, H]`, and append the tokens to `cache`.
+
+        absorbed: the form of attention, see `Attention.forward`.
+        """
         x = x + self.self_attn.forward(rms_norm(x, self.input_layernorm, self.eps), cache, absorbed=absorbed)
         return x + self.mlp.forward(rms_norm(x, self.post_attention_layernorm, self.eps))
 
 
 class TextModel:
-    """Embedding, decoder layers, final norm and head.
+    """The text decoder: embedding, decoder layers, final norm and head.
 
-    dtype: of the activations; weights of another floating dtype are converted when the model is built (bfloat16, the
-    checkpoint's own, copies nothing). low_rank_norm_eps: epsilon of the two norms inside attention; the engines use
-    rms_norm_eps, transformers 1e-6.
+    dtype: dtype of the activations. Weights in bfloat16, except INT4 scales, are converted to it when the model is
+    built, which copies nothing if it is bfloat16 too. low_rank_norm_eps: epsilon of the two norms inside attention; the
+    engines use rms_norm_eps, which is the default, and transformers 1e-6.
     """
 
     def __init__(
@@ -226,7 +246,7 @@ class TextModel:
     ) -> None:
         def cast(name: str) -> torch.Tensor:
             tensor = weights(name)
-            # Scales are the INT4 format's own dtype, the router's bias stays in float32.
+            # The scales keep the dtype of the INT4 format, and the router's bias stays in float32.
             return tensor.to(dtype) if tensor.dtype == torch.bfloat16 and "weight_scale" not in name else tensor
 
         self.config, self.dtype = config, dtype
@@ -237,13 +257,14 @@ class TextModel:
         self.lm_head = cast(f"{LANGUAGE_MODEL}lm_head.weight")
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """`[T, H]` for token ids `[T]`."""
+        """Return embeddings `[T, H]` for token ids `[T]`."""
         return F.embedding(input_ids, self.embed_tokens).to(self.dtype)
 
     def forward(self, x: torch.Tensor, cache: KVCache, *, absorbed: bool | None = None) -> torch.Tensor:
-        """Final hidden states `[T, H]` of embeddings `[T, H]` that follow what is in the cache.
+        """Return the final hidden states `[T, H]` for embeddings `[T, H]` that follow the cached tokens.
 
-        absorbed: form of attention; by default the plain one on an empty cache and the absorbed one after.
+        absorbed: the form of attention; by default the plain form on an empty cache and the absorbed form otherwise.
+        Raises ValueError if the cache is too small.
         """
         if cache.length + len(x) > cache.max_tokens:
             raise ValueError(f"{cache.length} + {len(x)} tokens do not fit in a cache of {cache.max_tokens}.")
@@ -254,6 +275,6 @@ class TextModel:
         return rms_norm(x, self.norm, self.config.rms_norm_eps)
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`[T, vocab_size]`, float32 (float64 for float64 input)."""
+        """Return logits `[T, vocab_size]` in float32 (float64 for float64 input)."""
         logits = linear(hidden_states, self.lm_head)
         return logits if logits.dtype == torch.float64 else logits.float()

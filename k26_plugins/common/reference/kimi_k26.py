@@ -1,4 +1,4 @@
-"""The whole reference model: text decoder and vision tower on one checkpoint."""
+"""The whole reference model: text decoder and vision tower, loaded from one checkpoint."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from k26_plugins.common.reference.moonvit import MoonViT
 
 
 class KimiK26:
-    """Kimi-K2.6 in plain PyTorch. Slow, small and readable: what an engine's answers are compared with."""
+    """Kimi-K2.6 in plain PyTorch, slow but small and readable; engines' answers are compared with it."""
 
     def __init__(
         self, checkpoint: Checkpoint, dtype: torch.dtype = torch.bfloat16, low_rank_norm_eps: float | None = None
@@ -32,12 +32,13 @@ class KimiK26:
         pixel_values: torch.Tensor | None = None,
         grid_thw: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Embeddings `[T, hidden_size]` of token ids `[T]`, the media's in the places of the placeholder tokens.
+        """Return the embeddings `[T, hidden_size]` of token ids `[T]` and media.
 
-        Raises ValueError where the media have another number of tokens than there are placeholders.
+        The embeddings of media take the place of the placeholder tokens. pixel_values, grid_thw: as for
+        `MoonViT.forward`. Raises ValueError if the media do not have as many tokens as there are placeholders.
         """
         placeholder = input_ids == self.config.media_placeholder_token_id
-        # As transformers and the engines do: whatever row the placeholder has, it is not looked up.
+        # As in transformers and the engines, the placeholder's own row in the embedding is not looked up.
         embeddings = self.text.embed(input_ids.masked_fill(placeholder, 0))
         if pixel_values is None or grid_thw is None:
             media = embeddings[:0]
@@ -58,7 +59,7 @@ class KimiK26:
         pixel_values: torch.Tensor | None = None,
         grid_thw: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """float32 `[T, vocab_size]`: row t is the distribution of the token after `input_ids[t]`."""
+        """Return float32 `[T, vocab_size]`; row t has the log-probabilities of the token after `input_ids[t]`."""
         cache = KVCache(self.config.text, len(input_ids), self.text.dtype)
         hidden_states = self.text.forward(self.embed(input_ids, pixel_values, grid_thw), cache)
         return self.text.logits(hidden_states).float().log_softmax(-1)
@@ -77,7 +78,8 @@ class KimiK26:
     ) -> Iterator[int]:
         """Yield token ids until the stop token, which is not yielded, or until `max_new_tokens`.
 
-        temperature 0 takes the likeliest token; else tokens are drawn from the smallest set with probability `top_p`.
+        With temperature 0, the likeliest token is taken. Otherwise, tokens are drawn from the smallest set of the
+        likeliest tokens whose probability together is at least `top_p`.
         """
         generator = torch.Generator().manual_seed(seed)
         cache = KVCache(self.config.text, len(input_ids) + max_new_tokens, self.text.dtype)
@@ -95,6 +97,6 @@ def _choose(logits: torch.Tensor, temperature: float, top_p: float, generator: t
     if temperature <= 0:
         return int(logits.argmax())
     probabilities, order = torch.softmax(logits / temperature, -1).sort(descending=True)
-    # A token stays while those before it have less than top_p together: the first always does.
+    # A token is kept if the probabilities before it sum to less than top_p, so the first is always kept.
     probabilities[probabilities.cumsum(-1) - probabilities >= top_p] = 0
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])

@@ -1,7 +1,7 @@
-"""MoonViT-3d and its projector in plain PyTorch (docs/model.md, 4.2); parameters carry the checkpoint's names.
+"""MoonViT-3d and its projector in plain PyTorch (docs/model.md, 4.2).
 
-A medium is an image (t = 1) or a chunk of at most four video frames. Shapes: `P` patches of all media, `D` the tower's
-width; patches are ordered by frame, row, column.
+Parameters have the checkpoint's names. A medium is an image (t = 1) or a chunk of at most four video frames. In the
+shapes, `P` is the number of patches of all media and `D` the tower's width; patches are ordered by frame, row, column.
 """
 
 from __future__ import annotations
@@ -17,14 +17,20 @@ ROPE_THETA = 10000.0
 
 
 def time_table(num_frames: int, dim: int) -> torch.Tensor:
-    """Sine and cosine position of a frame in its chunk, float32 `[num_frames, dim]`: not stored in the checkpoint."""
+    """Return the sinusoidal position embedding of the frames in a chunk, float32 `[num_frames, dim]`.
+
+    The checkpoint does not store it.
+    """
     omega = ROPE_THETA ** (-torch.arange(dim // 2, dtype=torch.float32) / (dim // 2))
     angles = torch.arange(num_frames, dtype=torch.float32).unsqueeze(-1) * omega
     return torch.cat((angles.sin(), angles.cos()), dim=-1)
 
 
 def rope_angles(t: int, h: int, w: int, head_dim: int) -> torch.Tensor:
-    """Angles `[t · h · w, head_dim / 2]`: pair 2j turns by the column, pair 2j + 1 by the row, the same in each frame."""
+    """Return the rotary angles of a medium's patches, float32 `[t · h · w, head_dim / 2]`, the same in each frame.
+
+    Pair 2j rotates by the column, pair 2j + 1 by the row.
+    """
     freq = ROPE_THETA ** (-torch.arange(0, head_dim, 4, dtype=torch.float32) / head_dim)
     rows = torch.arange(h, dtype=torch.float32).repeat_interleave(w)
     columns = torch.arange(w, dtype=torch.float32).repeat(h)
@@ -33,7 +39,10 @@ def rope_angles(t: int, h: int, w: int, head_dim: int) -> torch.Tensor:
 
 
 def rotate_pairs(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    """Turn adjacent pairs of `[P, heads, head_dim]` in float32."""
+    """Rotate adjacent pairs of x `[P, heads, head_dim]` by `angles` `[P, head_dim / 2]`, in float32.
+
+    A float64 `x` is rotated in float64.
+    """
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     cos, sin = angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
     even, odd = x.to(compute).unflatten(-1, (-1, 2)).unbind(-1)
@@ -41,7 +50,11 @@ def rotate_pairs(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
 
 
 class PositionEmbedding(nn.Module):
-    """A learned grid, resampled to the medium's size, and a fixed sinusoid over a chunk's frames."""
+    """The position embedding of patches.
+
+    A learned grid is resampled to the medium's size; for several frames, a fixed sinusoid over the frames of a chunk is
+    added.
+    """
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -49,7 +62,10 @@ class PositionEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.pos_emb_height, config.pos_emb_width, config.hidden_size))
 
     def forward(self, t: int, h: int, w: int) -> torch.Tensor:
-        """`[t · h · w, D]`. Raises ValueError for more frames than a chunk has."""
+        """Return position embeddings `[t · h · w, D]` for t frames of h rows and w columns of patches.
+
+        Raises ValueError for more frames than a chunk may have.
+        """
         if not 1 <= t <= self.max_frames:
             raise ValueError(f"a medium has {t} frames, expected 1 to {self.max_frames}: split the video into chunks.")
         grid: torch.Tensor = self.weight
@@ -61,13 +77,13 @@ class PositionEmbedding(nn.Module):
         spatial = grid.flatten(0, 1)
         if t == 1:
             return spatial
-        # The table is float32 whatever the model's dtype.
+        # The table is computed in float32, whatever the model's dtype is.
         time = time_table(t, spatial.shape[-1]).to(spatial)
         return (spatial.unsqueeze(0) + time.unsqueeze(1)).flatten(0, 1)
 
 
 class PatchEmbed(nn.Module):
-    """Patches `[patches, 3, patch_size, patch_size]` of all media, one after the other, to `[patches, hidden_size]`."""
+    """The embedding of patches with their positions."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -75,13 +91,16 @@ class PatchEmbed(nn.Module):
         self.pos_emb = PositionEmbedding(config)
 
     def forward(self, pixel_values: torch.Tensor, grids: list[tuple[int, int, int]]) -> torch.Tensor:
-        """Embed patches and add each one's position. grids: (frames, rows, columns) of each medium."""
+        """Return `[P, D]` for the patches `[P, 3, patch_size, patch_size]` of all media, one after the other.
+
+        grids: (frames, rows, columns) of each medium.
+        """
         x: torch.Tensor = self.proj(pixel_values).flatten(1)
         return x + torch.cat([self.pos_emb(*grid) for grid in grids])
 
 
 class Mlp(nn.Module):
-    """Two linear layers around GELU in its tanh form; `[patches, hidden_size]` both ways."""
+    """Two linear layers with a GELU, in its tanh form, between them."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -89,13 +108,13 @@ class Mlp(nn.Module):
         self.fc1 = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: `[N, D]`; returns the same shape."""
+        """Return the output, of the same shape, for x `[P, D]`."""
         out: torch.Tensor = self.fc1(F.gelu(self.fc0(x), approximate="tanh"))
         return out
 
 
 class EncoderBlock(nn.Module):
-    """Attention and MLP, each behind a LayerNorm; `[patches, hidden_size]` both ways."""
+    """A transformer block, pre-norm: attention and MLP."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -107,7 +126,11 @@ class EncoderBlock(nn.Module):
         self.mlp = Mlp(config)
 
     def forward(self, x: torch.Tensor, angles: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-        """x: `[N, D]`. angles: each patch's rotary angles. lengths: patches of each medium, which attend to each other."""
+        """Return the output, of the same shape, for x `[P, D]`.
+
+        angles: the rotary angles of each patch. lengths: number of patches of each medium; only patches of the same
+        medium attend to each other.
+        """
         x = x + self.wo(self._attention(self.wqkv(self.norm0(x)), angles, lengths))
         out: torch.Tensor = x + self.mlp(self.norm1(x))
         return out
@@ -115,14 +138,14 @@ class EncoderBlock(nn.Module):
     def _attention(self, qkv: torch.Tensor, angles: torch.Tensor, lengths: list[int]) -> torch.Tensor:
         query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(1)
         query, key = rotate_pairs(query, angles), rotate_pairs(key, angles)
-        # Every medium attends to itself only, all of a chunk's frames to each other.
+        # Patches attend only to patches of the same medium, but to those of all frames of their chunk.
         segments = zip(*(tensor.transpose(0, 1).split(lengths, dim=1) for tensor in (query, key, value)), strict=True)
         outs = [F.scaled_dot_product_attention(q, k, v) for q, k, v in segments]
         return torch.cat(outs, dim=1).transpose(0, 1).flatten(1)
 
 
 class Encoder(nn.Module):
-    """The blocks and the last norm. A medium's patches attend to each other, over all frames of a chunk of video."""
+    """The transformer blocks and the final norm."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -131,7 +154,10 @@ class Encoder(nn.Module):
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, x: torch.Tensor, grids: list[tuple[int, int, int]]) -> torch.Tensor:
-        """x: `[N, D]`, the patches of all media; returns the same shape. grids: (frames, rows, columns) of each medium."""
+        """Return the output, of the same shape, for x `[P, D]`, the patches of all media.
+
+        grids: (frames, rows, columns) of each medium.
+        """
         angles = torch.cat([rope_angles(*grid, self.head_dim) for grid in grids])
         lengths = [t * h * w for t, h, w in grids]
         for block in self.blocks:
@@ -141,7 +167,7 @@ class Encoder(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """MoonViT: from patches to what the projector takes, the mean over frames and 2 × 2 patches to a token."""
+    """MoonViT without the projector."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -150,7 +176,10 @@ class VisionTower(nn.Module):
         self.encoder = Encoder(config)
 
     def forward(self, pixel_values: torch.Tensor, grids: list[tuple[int, int, int]]) -> list[torch.Tensor]:
-        """For each medium `[tokens, 4, D]`: the mean over its frames, 2 × 2 patches to a token."""
+        """Return `[tokens, 4, D]` for each medium: the mean over its frames, with 2 × 2 patches for each token.
+
+        pixel_values: `[P, 3, patch, patch]`, normalized. grids: (frames, rows, columns) of each medium.
+        """
         x = self.encoder(self.patch_embed(pixel_values, grids), grids)
         rows, columns = self.merge
         merged = []
@@ -161,25 +190,28 @@ class VisionTower(nn.Module):
 
 
 class Projector(nn.Module):
-    """Norm of each patch by itself, then two linear layers over the 2 × 2 block."""
+    """The projector from the tower to the text model.
+
+    A norm is applied to each patch, and two linear layers to 2 × 2 patches at a time.
+    """
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.pre_norm = nn.LayerNorm(config.hidden_size, eps=config.projector_ln_eps)
         self.proj = nn.Sequential(
             Linear(config.merged_size, config.merged_size),
-            nn.GELU(),  # the exact one, unlike the tower's
+            nn.GELU(),  # the exact form, while the tower uses the tanh form
             Linear(config.merged_size, config.text_hidden_size),
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: `[tokens, 4, D]`, 2 × 2 patches each; returns `[tokens, hidden size of the text model]`."""
+        """Return `[tokens, hidden size of the text model]` for x `[tokens, 4, D]`, 2 × 2 patches for each token."""
         out: torch.Tensor = self.proj(self.pre_norm(x).flatten(1))
         return out
 
 
 class MoonViT(nn.Module):
-    """Vision tower and projector. `load_state_dict` takes the checkpoint's names."""
+    """The vision tower with its projector. `load_state_dict` takes the checkpoint's names."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -187,9 +219,10 @@ class MoonViT(nn.Module):
         self.mm_projector = Projector(config)
 
     def forward(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> list[torch.Tensor]:
-        """Embeddings `[tokens, text_hidden_size]` of each medium.
+        """Return the embeddings `[tokens, text_hidden_size]` of each medium.
 
-        pixel_values: `[P, 3, patch, patch]`, normalized. grid_thw: `[num_media, 3]`, frames, rows and columns of patches.
+        pixel_values: `[P, 3, patch, patch]`, normalized. grid_thw: `[num_media, 3]`, frames, rows and columns of
+        patches.
         """
         grids = [(t, h, w) for t, h, w in grid_thw.tolist()]
         dtype = self.vision_tower.patch_embed.proj.weight.dtype

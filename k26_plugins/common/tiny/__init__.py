@@ -1,1 +1,1 @@
-"""Small checkpoints, adapters and drafts of the published structure, to try an engine with."""
+"""Make small checkpoints, adapters and drafts with the published structure, to try an engine with."""

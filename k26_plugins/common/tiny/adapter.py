@@ -1,6 +1,7 @@
-"""LoRA adapters of drawn values for a checkpoint, in PEFT's own format: to try an engine with.
+"""Make LoRA adapters with random values for a checkpoint, in PEFT's format, to try an engine with.
 
-Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models": a linear layer's weight becomes W + ALPHA / RANK · B · A.
+A LoRA adapter (Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models") changes a linear layer's weight to W +
+ALPHA / RANK · B · A.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from k26_plugins.common.model.int4 import dequantize
 from k26_plugins.common.tiny.checkpoint import make_new
 
 RANK, ALPHA = 4, 8
-# The linear layers on which both engines take adapters. MLA multiplies kv_b_proj into its neighbours.
+# The linear layers for which both engines accept adapters. kv_b_proj is not among them, because MLA multiplies it into
+# its neighbours.
 _SERVED = (
     *(f"self_attn.{name}" for name in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj")),
     *(f"mlp.{where}{name}_proj" for where in ("", "shared_experts.") for name in ("gate", "up", "down")),
@@ -27,9 +29,10 @@ _SERVED = (
 
 
 def make_adapters(checkpoint: str | Path, folder: str | Path, *, seed: int = 0) -> list[Path]:
-    """Write adapters for all layers that may have one into `folder`, which is made: one of each way to name modules.
+    """Write an adapter for each way to name modules (BEGINNINGS) into `folder`, which is created.
 
-    Returns their folders. Raises FileExistsError where the folder already holds something.
+    Each adapter is for all layers that may have one. Returns the adapters' folders. Raises FileExistsError if `folder`
+    already contains something.
     """
     source, folder = Checkpoint(Path(checkpoint)), Path(folder)
     make_new(folder)
@@ -39,13 +42,13 @@ def make_adapters(checkpoint: str | Path, folder: str | Path, *, seed: int = 0) 
 
 
 def served_modules(checkpoint: Checkpoint) -> list[str]:
-    """The linear layers that may have an adapter in every engine, by their names in the checkpoint."""
+    """Return the linear layers that may have an adapter in every engine, by their names in the checkpoint."""
     weights = (name.removesuffix(".weight") for name in checkpoint.table if name.endswith(".weight"))
     return [name for name in weights if name.split(".", 4)[-1] in _SERVED and ".layers." in name]
 
 
 def dense_weight(checkpoint: Checkpoint, module: str) -> torch.Tensor:
-    """float32 `[out_features, in_features]` of a linear layer, INT4 or not."""
+    """Return the weight of a linear layer, INT4 or not, as float32 `[out_features, in_features]`."""
     if f"{module}.weight" in checkpoint.table:
         return checkpoint.tensor(f"{module}.weight").float()
     packed, scale = (checkpoint.tensor(f"{module}.weight_{part}") for part in ("packed", "scale"))
@@ -54,14 +57,20 @@ def dense_weight(checkpoint: Checkpoint, module: str) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter: by the module's name in the checkpoint, `lora_A` `[rank, in_features]` and `lora_B`
-    `[out_features, rank]`."""
+    """A LoRA adapter.
+
+    `weights` has, by the module's name in the checkpoint, `lora_A` `[rank, in_features]` and `lora_B` `[out_features,
+    rank]`.
+    """
 
     weights: dict[str, tuple[torch.Tensor, torch.Tensor]]
 
     @classmethod
     def draw(cls, checkpoint: Checkpoint, modules: Sequence[str], seed: int) -> Adapter:
-        """Each module's change is about a third of its weight."""
+        """Draw an adapter for the modules.
+
+        Its change of a weight has about a third of the weight's standard deviation.
+        """
         generator = torch.Generator().manual_seed(seed)
         weights = {}
         for module in modules:
@@ -75,7 +84,10 @@ class Adapter:
         return cls(weights)
 
     def write(self, folder: Path, beginning: str) -> Path:
-        """beginning: what a trainer's class calls the language model, one of BEGINNINGS. Returns the folder."""
+        """Write the adapter into `folder`, which is created, and return the folder.
+
+        beginning: the prefix of the language model in the trainer's class, one of the values of BEGINNINGS.
+        """
         folder.mkdir(parents=True)
         tensors = {}
         for module, (a, b) in self.weights.items():

@@ -1,8 +1,9 @@
 """Make a small random checkpoint with exactly Kimi-K2.6's structure, for tests and for trying an engine.
 
-Everything that a reader of the real checkpoint meets is there: hub-style config.json with the names of both schemas,
-sharded safetensors with an index, INT4 experts, the vision tower and projector, `tiktoken.model` with the special tokens
-in their places, a chat template and preprocessor_config.json. Only the sizes and the values are made up.
+It has everything that a reader of the real checkpoint meets: a config.json in the hub's style with the names of both
+schemas, sharded safetensors with an index, INT4 experts, the vision tower and projector, `tiktoken.model` with the
+special tokens at their offsets, a chat template and preprocessor_config.json. Only the sizes and the values are
+invented.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ from k26_plugins.common.prompt.special_tokens import NUM_SPECIAL_TOKENS, special
 
 @dataclass(frozen=True, kw_only=True)
 class TinySizes:
-    """Sizes of the checkpoint. The head dimensions stay the model's own: the engines' MLA kernels are made for them."""
+    """Sizes of a tiny checkpoint.
+
+    The head dimensions are the real model's, because the engines' MLA kernels are written for them.
+    """
 
     layers: int = 3
     hidden_size: int = 128
@@ -50,22 +54,22 @@ class TinySizes:
 
 
 VISION_HEAD_DIM = 72
-# Weights of experts that are quantized at a time: they stay in a core's cache.
+# Number of expert weights that are quantized at a time, so few that they stay in a core's cache.
 WEIGHTS_AT_ONCE = 2**18
 
 
 def make_new(folder: Path) -> None:
-    """Make a folder to write into. Raises FileExistsError where it already holds something."""
+    """Create a folder to write into. Raises FileExistsError if it already contains something."""
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty: give a new folder.")
     folder.mkdir(parents=True, exist_ok=True)
 
 
 def make_tiny(folder: str | Path, sizes: TinySizes | None = None, *, seed: int = 0) -> K26Config:
-    """Write the checkpoint into `folder`, which is made, and return its configuration.
+    """Write a tiny checkpoint into `folder`, which is created, and return its configuration.
 
-    The same sizes and seed give the same bytes. Raises ConfigError for sizes that the model cannot have, and
-    FileExistsError where the folder already holds something.
+    The same sizes and seed give the same bytes. Raises ConfigError for sizes that the model cannot have, ValueError for
+    a vocabulary that is too small, and FileExistsError if the folder already contains something.
     """
     folder = Path(folder)
     sizes = sizes or TinySizes()
@@ -92,9 +96,11 @@ def make_tiny(folder: str | Path, sizes: TinySizes | None = None, *, seed: int =
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Within the block torch has one thread, for operators too short to be shared. Threads that wait for each other
-    spin: where others wanted the cores, 23,040 experts took four times as long with two threads (2 cores of an Intel
-    Emerald Rapids)."""
+    """Limit torch to one thread within the block, for operators that are too short to be shared by threads.
+
+    Threads that wait for each other spin. While other processes used the cores, 23,040 experts took four times as long
+    with two threads (2 cores of an Intel Emerald Rapids).
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -174,7 +180,7 @@ def _config_json(sizes: TinySizes) -> dict[str, Any]:
         "projector_hidden_act": "gelu",
         "projector_ln_eps": 1e-5,
         "text_hidden_size": sizes.hidden_size,
-        # transformers' names for the same: an engine that reads only these would otherwise take the real model's sizes.
+        # transformers' names of the same sizes: an engine that reads only these would otherwise use the real model's.
         "hidden_size": vision_hidden,
         "num_hidden_layers": sizes.vision_layers,
         "num_attention_heads": sizes.vision_heads,
@@ -235,7 +241,7 @@ def _quantization_config() -> dict[str, Any]:
                 "output_activations": None,
             }
         },
-        # As published. The vision tower is not listed although it is not quantized.
+        # The published list. It does not name the vision tower, which is not quantized either.
         "ignore": [
             "lm_head",
             "re:.*self_attn.*",
@@ -298,7 +304,7 @@ def _tokenizer_config(vocab_size: int) -> dict[str, Any]:
 
 
 def _write_ranks(file: Path, count: int) -> None:
-    """The 256 bytes, then as many pairs and triples of them as `count` asks for, in order."""
+    """Write `count` ranks: the 256 bytes, then pairs and triples of bytes, in order."""
     sequences: Iterator[tuple[int, ...]] = itertools.chain.from_iterable(
         itertools.product(range(256), repeat=length) for length in itertools.count(1)
     )
@@ -337,7 +343,8 @@ def _write_weights(folder: Path, config: K26Config, shards: int, seed: int) -> N
 
 
 def _random(spec: TensorSpec, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    # A seed of its own for each name: the bytes do not depend on the order. torch uses the low 32 bits only.
+    # Each name has its own seed, so that the values do not depend on the order of the tensors. torch uses only the low
+    # 32 bits of a seed.
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {spec.name}".encode()))
     return torch.randn(shape, generator=generator)
 
@@ -347,7 +354,10 @@ def _make_tensor(spec: TensorSpec, seed: int) -> torch.Tensor:
 
 
 def _make_experts(first: TensorSpec, table: dict[str, TensorSpec], seed: int) -> dict[str, torch.Tensor]:
-    """All tensors of some experts of a layer, from that of `first` on: quantized together, one by one takes far longer."""
+    """Make all tensors of a group of experts of one layer, which begins with the expert of `first`.
+
+    The experts are quantized together, because one by one takes far longer.
+    """
     assert first.layer is not None, "experts are part of a layer"
     assert first.expert is not None, "the caller asks for an expert"
     found: dict[str, torch.Tensor] = {}
@@ -377,10 +387,12 @@ def _centre(spec: TensorSpec) -> float:
 
 
 def _spread(spec: TensorSpec) -> float:
-    """Standard deviation that keeps activations near 1, and a layer's update small beside the residual it is added to.
+    """Return the standard deviation of a tensor's values.
 
-    The second is what training does, and it matters: with updates as large as the residual, one token that bfloat16
-    sends to another expert (it happens near ties) changes every later token's distribution beyond comparison.
+    It keeps activations near 1, and keeps a layer's update small compared with the residual that it is added to. The
+    latter is as in trained models, and it matters: if updates were as large as the residual, a single token that
+    bfloat16 rounding routes to another expert (which happens near ties) would change every later token's distribution
+    beyond comparison.
     """
     if spec.name.endswith("e_score_correction_bias"):
         return 0.02

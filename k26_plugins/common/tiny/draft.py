@@ -1,8 +1,9 @@
-"""A small Eagle3 draft for a small checkpoint, in the layout of the drafts that are published for this model.
+"""Make a small Eagle3 draft model for a small checkpoint, in the layout of published drafts.
 
-Li et al., "EAGLE-3: Scaling up Inference Acceleration of Large Language Models via Training-Time Test". The published drafts
-with this model's attention are one decoder layer of `Eagle3DeepseekV2ForCausalLM`: dense, its attention's input the last
-token's embedding beside the target's hidden states in front of three layers, which `fc` makes one of.
+Eagle3 is from Li et al., "EAGLE-3: Scaling up Inference Acceleration of Large Language Models via Training-Time Test".
+The drafts that are published for this model and use its attention have one dense decoder layer of
+`Eagle3DeepseekV2ForCausalLM`. The input of its attention is the last token's embedding, concatenated with a projection
+(`fc`) of the target's hidden states before three layers.
 """
 
 from __future__ import annotations
@@ -21,16 +22,17 @@ from k26_plugins.common.model.config import TextConfig
 from k26_plugins.common.tiny.checkpoint import make_new
 
 WEIGHTS_FILE = "model.safetensors"
-# The scale of drawn matrices: how much the guess takes from the target's hidden states, beside what it takes from the token.
+# The scale of random matrices: how much a guess depends on the target's hidden states, compared with the token.
 NOISE = 0.1
 
 
 def make_eagle3(target: str | Path, folder: str | Path, *, seed: int = 0) -> tuple[int, ...]:
-    """Write a draft for the checkpoint in `target` into `folder`, which is made; returns the layers whose inputs it reads.
+    """Write a draft for the checkpoint in `target` into `folder`, which is created.
 
-    It guesses from the last token, which a tiny model goes by most of all: its attention finds the tokens that are the same,
-    and their embedding goes to the target's own `lm_head`. So guesses are taken and refused alike. Raises ValueError for a
-    target of fewer than five layers, and FileExistsError where the folder already holds something.
+    Returns the indices of the target's layers whose inputs the draft reads. The draft guesses from the last token, on
+    which a tiny model's answer depends most: its attention finds equal tokens, and passes their embedding to the
+    target's own `lm_head`. So some guesses are accepted and some are rejected. Raises ValueError for a target of fewer
+    than five layers, and FileExistsError if the folder already contains something.
     """
     target, folder = Path(target), Path(folder)
     checkpoint = Checkpoint(target)
@@ -44,7 +46,11 @@ def make_eagle3(target: str | Path, folder: str | Path, *, seed: int = 0) -> tup
 
 
 def layers_read(num_layers: int) -> tuple[int, ...]:
-    """The third layer, the middle one and the third from the end, as published; in a small model those that follow."""
+    """Return the indices of the target's layers whose inputs the draft reads.
+
+    They are the third, the middle one and the third from the end, as published. In a small model, the second and third
+    index are raised so that all three differ. Raises ValueError for fewer than five layers.
+    """
     if num_layers < 5:
         raise ValueError(
             f"an Eagle3 draft reads what goes into three layers from the third on, and the checkpoint has {num_layers}: "
@@ -55,8 +61,8 @@ def layers_read(num_layers: int) -> tuple[int, ...]:
 
 def _config_json(text: dict[str, Any], layers: tuple[int, ...]) -> dict[str, Any]:
     without = ("quantization_config", "n_shared_experts", "num_nextn_predict_layers", "auto_map")
-    # Both engines read this type without remote code. A draft of type deepseek_v3 vLLM takes for DeepSeek's own, which is of
-    # another layout.
+    # Both engines read this type without remote code. vLLM takes a draft of type deepseek_v3 for DeepSeek's own, whose
+    # layout differs.
     return {
         **{name: value for name, value in text.items() if name not in without},
         "architectures": ["Eagle3DeepseekV2ForCausalLM"],
@@ -93,10 +99,13 @@ def _weights(checkpoint: Checkpoint, num_read: int, seed: int) -> dict[str, torc
 
 
 def _attention(text: TextConfig) -> dict[str, torch.Tensor]:
-    """Queries and keys are the token's embedding, so that equal tokens find each other, and so are values. No rotation."""
+    """Return attention weights by which queries, keys and values are the token's embedding, without rotation.
+
+    Equal tokens thus find each other.
+    """
     hidden, heads, rope = text.hidden_size, text.num_attention_heads, text.qk_rope_head_dim
     nope, value, latent = text.qk_nope_head_dim, text.v_head_dim, text.kv_lora_rank
-    # The input is the embedding, and behind it what `fc` gives.
+    # The input is the embedding, followed by the output of `fc`.
     query_head = torch.cat([torch.eye(nope, text.q_lora_rank), torch.zeros(rope, text.q_lora_rank)])
     key_and_value = torch.cat([torch.eye(nope, latent), torch.eye(value, latent)])
     output = torch.zeros(hidden, heads * value)
