@@ -40,13 +40,13 @@ class Setting(Generic[T_co]):
 
     variable: str
     default: str
-    """The text that is parsed where the variable is unset; it may be empty, which is not among `words`."""
+    """The text that counts where the variable is unset; an empty one need not be among `words`."""
     words: Words
     """Returns the words that the variable accepts. A function, because some of the words come from other packages."""
     other: str
-    """What the variable accepts besides words, such as "a number of tokens"; empty if nothing."""
+    """The values that the variable accepts besides words, such as "a number of tokens"; empty if there are none."""
     meaning: str
-    """What the user chooses with it: the beginning of its row in docs/settings.md."""
+    """The choice that the user makes with the variable: the beginning of its row in docs/settings.md."""
     parse: Callable[[str], T_co]
     """Converts the text to the value. Raises ValueError for a text that the variable does not accept."""
 

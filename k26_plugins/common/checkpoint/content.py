@@ -154,7 +154,7 @@ def repair_commands(folder: Path, names: Sequence[str], hub_name: str) -> list[s
     for name in names:
         file = folder / name
         if cached:
-            # The blob is deleted first, because the hub's client keeps a blob that exists, even if its content is wrong.
+            # The blob is deleted first: the hub's client keeps a blob that exists, even if its content is wrong.
             blob = folder.parent.parent / "blobs" / file.readlink().name if file.is_symlink() else file
             source = [cached[1].replace("--", "/"), "--revision", folder.name]
             target = ["--cache-dir", str(folder.parent.parent.parent)]

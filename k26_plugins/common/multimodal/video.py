@@ -37,7 +37,7 @@ _THREADS = 4
 
 @dataclass(frozen=True, slots=True)
 class VideoInfo:
-    """What the container tells about a video.
+    """The container's description of a video.
 
     The size is that of the frames as they are stored, before they are rotated.
     """
@@ -93,7 +93,10 @@ class VideoChunk:
 
 
 def video_info(data: bytes) -> VideoInfo:
-    """Read what the container tells about a video; frames are counted by packets, not decoded. Raises MediaError."""
+    """Read the container's description of a video.
+
+    Raises MediaError. Frames are counted by their packets, without decoding.
+    """
     with _opened(data) as (container, stream):
         promised = stream.frames
         packets = [
@@ -177,8 +180,8 @@ def sample_times(
     """
 
     def at(rate: Fraction) -> list[int]:
-        # For each frame, the index of the first moment at or after its time. Of frames with the same index, only the
-        # last is seen.
+        # For each frame, the index of the first moment at or after its time. Only the last of the frames with the same
+        # index is seen.
         steps = time_base * rate
         moments = [-(-(time - pts[0]) * steps.numerator // steps.denominator) for time in pts]
         return [index for index in range(len(pts)) if index + 1 == len(pts) or moments[index] < moments[index + 1]]
@@ -276,7 +279,7 @@ def _frames(data: bytes, info: VideoInfo, indices: Sequence[int]) -> Iterator[Im
                     yield image
                 if not wanted:
                     return
-    # The last packets may give no frame of their own (VP8's hidden reference frames); then the last frame stands for them.
+    # The last packets may give no frame of their own (VP8's hidden references): then the last frame stands for them.
     if last is None or len(wanted) > 1:
         raise MediaError(f"the video ends before its frame {wanted[0]}: send a whole file.")
     yield _image(last)
