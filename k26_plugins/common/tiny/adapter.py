@@ -1,7 +1,7 @@
 """Make LoRA adapters with random values for a checkpoint, in PEFT's format, to try an engine with.
 
-A LoRA adapter (Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models") changes a linear layer's weight to W +
-ALPHA / RANK · B · A.
+A LoRA adapter changes a linear layer's weight to W + ALPHA / RANK · B · A (Hu et al., "LoRA: Low-Rank Adaptation of
+Large Language Models").
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def dense_weight(checkpoint: Checkpoint, module: str) -> torch.Tensor:
 class Adapter:
     """A LoRA adapter.
 
-    `weights` has, by the module's name in the checkpoint, `lora_A` `[rank, in_features]` and `lora_B` `[out_features,
-    rank]`.
+    `weights` holds the pair `lora_A` `[rank, in_features]` and `lora_B` `[out_features, rank]` by a module's name in
+    the checkpoint.
     """
 
     weights: dict[str, tuple[torch.Tensor, torch.Tensor]]
