@@ -129,7 +129,7 @@ def video_info(data: bytes) -> VideoInfo:
 def _constant_rate(pts: Sequence[int], frames: Fraction) -> bool:
     """Return whether the times have a constant rate of `frames` per unit of time.
 
-    Each time may be less than half a frame's duration from its place.
+    Each time may deviate from that rate by less than half a frame's duration.
     """
     # Whole numbers are faster than fractions: an hour of video has 100,000 frames.
     return all(

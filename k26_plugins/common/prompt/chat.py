@@ -65,7 +65,7 @@ class TemplateInput:
 def own_template() -> str:
     """Return the chat template that this package ships, written after docs/model.md, 5.2.
 
-    It is used only for a checkpoint without a template.
+    A checkpoint's own template is preferred.
     """
     return resources.files(__package__).joinpath(TEMPLATE_FILE).read_text(encoding="utf-8")
 

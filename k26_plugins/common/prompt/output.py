@@ -249,7 +249,7 @@ class OutputParser:
         yield CallArguments(self.num_calls - 1, text)
 
     def _lost_call(self) -> Iterator[Event]:
-        """Yield a call whose tool cannot be determined as content.
+        """Yield, as content, a call whose tool cannot be determined.
 
         If the call were dropped, an agent would get an empty answer and stop.
         """
