@@ -1,1 +1,6 @@
-"""What an operator asks: is it right (golden, verify), does it fit (plan), why not (doctor), what do I run (serve)."""
+"""The commands of an operator, without an engine.
+
+They answer whether a server computes the right thing (golden, verify), whether the model fits a machine and which
+command serves it (plan), why something does not work (doctor), and whether a server stands the load of many agents
+(swarm).
+"""

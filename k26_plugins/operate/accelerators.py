@@ -1,6 +1,7 @@
-"""The GPUs of this machine, asked without an engine and without torch.
+"""Find the GPUs of this machine, without an engine and without torch.
 
-Asked in a process of its own, with a time limit: a driver that hangs hangs whoever asks it.
+The drivers are queried in a process of its own, with a time limit, because a driver that hangs blocks every process
+that queries it. `python -m` on this module is that process: it prints the GPUs as JSON.
 """
 
 from __future__ import annotations
@@ -23,21 +24,26 @@ AMD_VENDOR = "0x1002"
 
 
 class AcceleratorError(RuntimeError):
-    """There is a GPU and it cannot be asked. The message says by whom, and why."""
+    """The error for a GPU that is present and cannot be queried. The message says which tool failed, and why."""
 
 
 class Accelerator(NamedTuple):
+    """One GPU, as its driver describes it."""
+
     name: str
     memory: int
-    """Bytes in all, as the driver shows them."""
+    """Total bytes of GPU memory, as the driver reports them."""
     vendor: str
+    """`nvidia` or `amd`."""
     driver: str
+    """The driver's version; `amdgpu` for an AMD GPU."""
 
 
 def accelerators() -> list[Accelerator]:
-    """Every GPU that this process may use (CUDA_VISIBLE_DEVICES, HIP_VISIBLE_DEVICES); empty where there is none.
+    """Return every GPU that this process may use; the list is empty if there is none.
 
-    Raises AcceleratorError where one is there and does not answer.
+    CUDA_VISIBLE_DEVICES restricts NVIDIA GPUs; HIP_VISIBLE_DEVICES or else ROCR_VISIBLE_DEVICES restricts AMD GPUs.
+    Raises AcceleratorError if a GPU is present and its driver does not answer.
     """
     command = [sys.executable, "-m", __spec__.name]
     try:
@@ -61,12 +67,15 @@ def _visible(found: list[Accelerator], vendor: str) -> list[Accelerator]:
     entries = [entry.strip() for entry in chosen.split(",") if entry.strip()]
     if all(entry.isdigit() for entry in entries):
         return [found[int(entry)] for entry in entries if int(entry) < len(found)]
-    # They are named by UUID: which is which matters to nobody here.
+    # The entries are UUIDs. Only the number of GPUs is kept: no caller needs to know which UUID is which GPU.
     return found[: len(entries)]
 
 
 def nvidia() -> list[Accelerator]:
-    """Ask NVML, the driver's own library, or `nvidia-smi` where the library is not on the path."""
+    """Return the NVIDIA GPUs that NVML, the driver's own library, lists, or `nvidia-smi` if the library is not found.
+
+    Raises AcceleratorError if a GPU is present and cannot be queried.
+    """
     try:
         nvml = ctypes.CDLL(NVML)
     except OSError:
@@ -76,7 +85,7 @@ def nvidia() -> list[Accelerator]:
         nvml.nvmlErrorString.restype = ctypes.c_char_p
         said = nvml.nvmlErrorString(code).decode()
         if not _nvidia_devices():
-            return []  # the library of a machine or an image without the card
+            return []  # a machine or a container image that has the library but no GPU
         raise AcceleratorError(
             f"an NVIDIA GPU is there and its driver answers: {said}. After an update of the driver restart the machine; in "
             f"a container give it the host's driver (--gpus all)."
@@ -122,7 +131,7 @@ def _nvidia_devices() -> bool:
 
 
 def amd() -> list[Accelerator]:
-    """Read what the kernel's driver shows, which needs no ROCm."""
+    """Return the AMD GPUs from what the kernel's driver shows under /sys, so that ROCm is not needed."""
     found = []
     for card in sorted(AMD_CARDS.glob("card[0-9]*/device"), key=lambda path: path.parent.name):
         with suppress(OSError, ValueError):
@@ -132,7 +141,7 @@ def amd() -> list[Accelerator]:
             name = product.read_text().strip() if product.exists() else ""
             memory = int((card / "mem_info_vram_total").read_text())
             found.append(Accelerator(name or "AMD GPU", memory, "amd", "amdgpu"))
-    # A chip for a screen only is no accelerator.
+    # A GPU with less than 8 GiB is taken for one that only drives a screen.
     return [item for item in found if item.memory >= 8 * 2**30]
 
 

@@ -1,4 +1,7 @@
-"""What this machine does in a second for a hybrid run, measured in a few seconds: its CPU's experts, its links, its GPUs."""
+"""Measure, in a few seconds, the rates of this machine that decide the speed of a hybrid run.
+
+The rates are those of the experts on the CPU, of the links from host memory to the GPUs, and of a GEMM on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -17,24 +20,29 @@ from k26_plugins.operate.plan.hybrid_speed import Rates
 from k26_plugins.operate.random_experts import random_experts
 
 ROUNDS = 5
-# Experts whose prompts are timed: their arithmetic takes longer than their reading.
+# Experts that are timed with many tokens. A few are enough: arithmetic then takes longer than reading the weights, so
+# it does not matter whether the caches hold them.
 WITH_MANY_TOKENS = 4
 PRODUCT = 8192
-"""Rows and columns of a GPU's product."""
+"""Rows and columns of the square matrices that the GPU multiplies."""
 
 
 def measure(text: TextConfig) -> Rates:
-    """Measure experts of this configuration on this process's cores. Raises ExpertsError where no backend can run here.
+    """Measure the rates of this machine, with experts of the sizes in `text` on this process's cores.
 
-    Takes a quarter of the memory that is free at most.
+    The weights are random and take at most about a quarter of the available memory. Raises ExpertsError if no backend
+    for experts can run here.
     """
     return Rates(host=host_line(text), link=links_rate(), gpu_gemm=gpu_gemm_rate())
 
 
 def host_line(text: TextConfig) -> Line:
-    """Seconds of an expert on the CPU, by its tokens, with the backend that a hybrid run takes."""
+    """Return the seconds of one expert on the CPU as a line over its tokens, with the backend that a hybrid run takes.
+
+    Raises ExpertsError if no backend can run here.
+    """
     one = random_experts(1, text.hidden_size, text.moe_intermediate_size, "cpu")
-    # So many that caches hold few of them from one call to the next, but no more than a layer has.
+    # Enough experts that the caches keep few of their weights from one call to the next, but no more than a layer has.
     count = max(WITH_MANY_TOKENS, min(beyond_caches() // expert_bytes(text), text.n_routed_experts))
     weights = ExpertWeights(*(part.repeat(count, *[1] * (part.dim() - 1)) for part in one.parts()))
     experts = create_experts(weights, CPU_EXPERTS.read())
@@ -43,12 +51,12 @@ def host_line(text: TextConfig) -> Line:
 
 
 def links_rate() -> float | None:
-    """Bytes a second from pinned memory to all GPUs at once; None without one."""
+    """Return the bytes per second from pinned host memory to all GPUs at once, or None without a GPU."""
     return copy_rate(range(torch.cuda.device_count())) if torch.cuda.is_available() else None
 
 
 def gpu_gemm_rate() -> float | None:
-    """Operations a second of a large bfloat16 GEMM on the first GPU; None without one."""
+    """Return the operations per second of a large bfloat16 GEMM on the first GPU, or None without a GPU."""
     if not torch.cuda.is_available():
         return None
     matrix = torch.randn(PRODUCT, PRODUCT, device="cuda").to(torch.bfloat16)
@@ -61,7 +69,7 @@ def gpu_gemm_rate() -> float | None:
 
 
 def _seconds_each(experts: ExpertsBackend, text: TextConfig, count: int, tokens_each: int) -> float:
-    """`tokens_each` tokens choose each of the first `count` experts."""
+    """Return the seconds per expert of a batch in which each of the first `count` experts gets `tokens_each` tokens."""
     x = torch.randn(count * tokens_each, text.hidden_size).to(torch.bfloat16)
     ids = torch.arange(count, dtype=torch.int32).repeat(tokens_each).unsqueeze(1)
     weights = torch.ones(len(x), 1)
@@ -69,7 +77,7 @@ def _seconds_each(experts: ExpertsBackend, text: TextConfig, count: int, tokens_
 
 
 def _fastest(run: Callable[[], object]) -> float:
-    """Seconds of the fastest of a few runs, after one that warms up."""
+    """Return the seconds of the fastest of ROUNDS runs, after one run that warms up."""
     run()
     times = []
     for _ in range(ROUNDS):

@@ -1,4 +1,4 @@
-"""The machine that is planned for: given by the user, or this one."""
+"""Describe the machine that `k26 plan` plans for: the one that the user gives, or this one."""
 
 from __future__ import annotations
 
@@ -18,26 +18,34 @@ NODES = Path("/sys/devices/system/node")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
+    """The GPUs that are planned for, and the system memory and cores of the machine that holds them."""
+
     gpu: Gpu
     count: int
+    """Number of GPUs, all of the kind `gpu`."""
     ram: int | None = None
-    """Bytes of system memory."""
+    """Bytes of system memory; None if the user did not give them."""
     ram_bandwidth: float | None = None
-    """Bytes a second."""
+    """Bytes per second of system memory; None if the user did not give them."""
     cores: int
+    """Physical cores."""
     sockets: int
+    """NUMA nodes."""
     request: str
-    """The GPUs as `--gpus` takes them."""
+    """The GPUs in the form that `--gpus` takes."""
 
 
 def this_machine() -> Machine | None:
-    """This machine, None where it has no GPU. Raises AcceleratorError."""
+    """Return this machine, or None if it has no GPU; GPUs of several kinds all count as the one with the least memory.
+
+    Raises AcceleratorError if a GPU is present and cannot be queried.
+    """
     found = accelerators()
     if not found:
         return None
     smallest = min(found, key=lambda item: item.memory)
     known = named(smallest.name) or Gpu(smallest.name, smallest.memory, None, link="", vendor=smallest.vendor)
-    # What the driver shows of this very GPU, whatever is known of its kind.
+    # The memory that the driver reports for this GPU counts, not the one in the table of known GPUs.
     gpu = replace(known, memory=smallest.memory)
     request = f"{len(found)}x{smallest.memory / GIB:.1f}"
     return Machine(
@@ -48,9 +56,11 @@ def this_machine() -> Machine | None:
 def machine_of(
     gpus: str | None, ram: float | None, bandwidth: float | None, cores: int | None, sockets: int | None
 ) -> Machine:
-    """What the options say; this machine for those that are left out. ram: GB. bandwidth: GB/s.
+    """Return the machine that the options of `k26 plan` describe, with this machine's values for options left out.
 
-    Raises HardwareError, AcceleratorError.
+    This machine's system memory is used only if `gpus` is left out too; its memory bandwidth is never known. ram: GB.
+    bandwidth: GB/s. Raises HardwareError if the GPUs are unknown or missing, and AcceleratorError if this machine's
+    GPUs cannot be queried.
     """
     if gpus is None:
         own = this_machine()
@@ -70,12 +80,12 @@ def machine_of(
 
 
 def own_cores() -> int:
-    """Physical cores that this process may keep busy."""
+    """Return the number of physical cores that this process may keep busy."""
     return min(len(cores()), usable_cpus())
 
 
 def own_sockets() -> int:
-    """NUMA nodes with a CPU of this process."""
+    """Return the number of NUMA nodes that have a CPU on which this process may run; at least 1."""
     allowed = os.sched_getaffinity(0)
     with_cpus = {node.parent.name for cpu in allowed for node in NODES.glob(f"node[0-9]*/cpu{cpu}")}
     return max(len(with_cpus), 1)

@@ -1,7 +1,7 @@
-"""A LoRA adapter merged into a checkpoint: what comes out is served by every engine, on every kind of experts.
+"""Merge a LoRA adapter into a checkpoint, so that every engine can serve the result with every backend of experts.
 
-Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models": a linear layer's weight becomes W + s · B · A. The folder of
-an adapter is PEFT's.
+After Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", the weight W of a linear layer becomes W + s · B
+· A. The adapter is a folder in the format of the PEFT library.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ COPY_BYTES = 16 * 2**20
 
 
 class MergeError(ValueError):
-    """An adapter or a folder that cannot be merged. The message names it and the remedy."""
+    """The error for an adapter or folder that cannot be merged. The message names it and the remedy."""
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """The change of one linear layer."""
+    """The change that an adapter makes to the weight of one linear layer: scale · B · A."""
 
     a: torch.Tensor
     """`[rank, in_features]`."""
@@ -43,32 +43,38 @@ class LowRank:
     scale: float
 
     def change(self) -> torch.Tensor:
-        """float32 `[out_features, in_features]`."""
+        """Return the difference that is added to the weight, float32 `[out_features, in_features]`."""
         return self.scale * (self.b.float() @ self.a.float())
 
 
 @dataclass
 class Merged:
-    """What a merge did."""
+    """The report of a merge: how many matrices changed, and how much of the change INT4 lost."""
 
     num_modules: int = 0
+    """Linear layers that the adapter changes."""
     num_int4: int = 0
+    """INT4 matrices that were quantized again."""
     _changed: float = field(default=0.0, repr=False)
     _lost: float = field(default=0.0, repr=False)
 
     def add_int4(self, change: torch.Tensor, lost: torch.Tensor) -> None:
+        """Count one INT4 matrix. change: what the adapter adds to it. lost: the error of quantizing the sum again."""
         self.num_int4 += 1
         self._changed += change.square().sum().item()
         self._lost += lost.square().sum().item()
 
     @property
     def share_lost(self) -> float:
-        """The error of rounding INT4 matrices again, over the adapter's change of them: a ratio of norms."""
+        """The error of quantizing INT4 matrices again, divided by the adapter's change of them: a ratio of norms."""
         return math.sqrt(self._lost / self._changed) if self._changed else 0.0
 
 
 def read_adapter(folder: Path, checkpoint: Checkpoint) -> dict[str, LowRank]:
-    """The changes by the module's name in the checkpoint. Raises MergeError."""
+    """Read the adapter in `folder` and return its changes by the module's name in the checkpoint.
+
+    Raises MergeError if the adapter cannot be read, is of another kind than LoRA, or does not fit the checkpoint.
+    """
     settings = _settings(folder / CONFIG_FILE)
     found: dict[str, dict[str, torch.Tensor]] = {}
     try:
@@ -131,7 +137,7 @@ def _change(
 
 
 def _of_pattern(patterns: Mapping[str, float] | None, module: str, otherwise: float) -> float:
-    """A module's own setting, found as PEFT finds it, by the end of the module's name; else `otherwise`."""
+    """Return the value of the first pattern that matches the module's name at its end, as in PEFT, or `otherwise`."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return float(value)
@@ -141,11 +147,12 @@ def _of_pattern(patterns: Mapping[str, float] | None, module: str, otherwise: fl
 def merge(
     folder: Path, adapter: Path, out: Path, on_bytes: Callable[[int, int], object] = lambda count, size: None
 ) -> Merged:
-    """Write `folder` with the adapter merged into `out`, a new folder, in the memory of one matrix.
+    """Write the checkpoint in `folder` with the adapter merged into it to `out`, a new or empty folder.
 
-    Dense matrices are summed in float32 and rounded to their dtype; INT4 ones are quantized as the published checkpoint is,
-    symmetric in groups of 32. Every other byte is copied. on_bytes: told the length of each piece that was copied, and
-    of all that is to be. Raises MergeError, CheckpointError, ConfigError, OSError.
+    Beside the adapter, about one matrix is in memory at a time. Dense matrices are summed in float32 and rounded to
+    their dtype; INT4 matrices are quantized as the published checkpoint is, symmetrically in groups of 32. Every other
+    byte is copied. on_bytes: called with the number of bytes of each piece that was copied and with the total number of
+    bytes to copy. Raises MergeError, CheckpointError, ConfigError, OSError.
     """
     checkpoint = Checkpoint(folder)
     changes = read_adapter(adapter, checkpoint)
@@ -178,12 +185,13 @@ def merge(
 class _Job:
     def __init__(self, checkpoint: Checkpoint, changes: Mapping[str, LowRank]) -> None:
         self._checkpoint, self._changes = checkpoint, changes
-        # Packed weights and scales of a matrix, until both have been written.
+        # The packed weights and scales of each matrix that was quantized again, until both have been written: the
+        # file's header may list them apart.
         self._pending: dict[str, dict[str, torch.Tensor]] = {}
         self.report = Merged(num_modules=len(changes))
 
     def merged(self, entry: HeaderEntry) -> torch.Tensor | None:
-        """The tensor that takes this one's place, None where it stays."""
+        """Return the tensor that replaces the one of this header entry, or None if the tensor stays as it is."""
         module, _, part = entry.name.rpartition(".")
         change = self._changes.get(module)
         if change is None:

@@ -1,4 +1,4 @@
-"""Which experts a workload uses: the reference model's own choices over prompts."""
+"""Count which experts a workload uses, by running its prompts through the reference model and its router."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from k26_plugins.operate.golden.prompts import Prompt, pixels
 
 
 class CountingMoE(MoE):
-    """Keeps how often each expert was chosen."""
+    """The reference's MoE layer, which also counts how often its router chose each expert."""
 
     counts: torch.Tensor
-    """int64 `[n_routed_experts]`."""
+    """int64 `[n_routed_experts]`: how many tokens chose each expert."""
 
     def choose(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         topk_weights, topk_ids = super().choose(x)
@@ -28,7 +28,11 @@ class CountingMoE(MoE):
 
 
 def profile_experts(folder: Path, prompts: list[Prompt], on_prompt: Callable[[], None]) -> Profile:
-    """Run every prompt through the reference model of the checkpoint in `folder`; `on_prompt` is called after each."""
+    """Return how often each expert is chosen when the reference model of the checkpoint in `folder` runs the prompts.
+
+    The prompts must be tokenized (`read_prompts`). `on_prompt` is called after each prompt. Raises CheckpointError and
+    MediaError.
+    """
     model = KimiK26(Checkpoint(folder))
     num_experts = model.config.text.n_routed_experts
     for block in model.text.layers:

@@ -1,4 +1,4 @@
-"""INT4 experts with random weights, for what is tested or timed without a checkpoint."""
+"""Make INT4 experts with random weights, for tests and timings that have no checkpoint."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from k26_plugins.common.model.int4 import GROUP_SIZE, PACK_FACTOR
 
 
 def random_experts(count: int, hidden_size: int, intermediate_size: int, device: torch.device | str) -> ExpertWeights:
-    """`count` experts, the same at each call on a kind of device.
+    """Return `count` experts with random weights; calls with the same sizes and kind of device return the same weights.
 
-    Any bits are weights; scales are such that a unit activation gives a unit output.
+    The packed weights are random bits, since any bits are valid INT4 weights. The bfloat16 scales are such that each
+    matrix turns activations of unit variance into outputs of about unit variance.
     """
     generator = torch.Generator(device).manual_seed(0)
 

@@ -1,4 +1,7 @@
-"""What is installed, what is active, what would run, and whether it is right: `examine` gathers it all."""
+"""Examine an environment for `k26 doctor`: what is installed, whether the plugins are active, and what they compute.
+
+Each module of this package examines one subject and returns findings; `examine` runs them in turn.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +26,10 @@ def examine(
     *,
     measure: bool = True,
 ) -> list[Finding]:
-    """Everything about this environment. engine: one that must be there; by default any that is found is looked at.
+    """Return the findings about this environment and, if `checkpoint` names a folder, about that checkpoint.
 
-    measure: how fast weights move, too.
+    engine: an engine that must be installed, one of ENGINES; every installed engine is examined in any case. on_stage:
+    called with the name of each stage before the stage begins. measure: whether to measure how fast weights move, too.
     """
     findings: list[Finding] = []
     for stage, examined in (

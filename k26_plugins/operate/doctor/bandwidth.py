@@ -1,4 +1,7 @@
-"""How fast this machine moves weights: out of its memory, to its GPUs, from the checkpoint's disk. Takes seconds."""
+"""Measure how fast this machine moves weights: from its memory, to its GPUs, and from the checkpoint's disk.
+
+All of these measurements together take seconds.
+"""
 
 from __future__ import annotations
 
@@ -20,16 +23,16 @@ from k26_plugins.common.host.memory import available_bytes
 from k26_plugins.operate.doctor.finding import Finding, Level
 
 ROUNDS = 3
-PATIENCE = 60.0  # seconds until a thread that does not read counts as lost
+PATIENCE = 60.0  # seconds after which a thread that has not finished its read counts as lost
 MIN_BUFFER, COPIED = 2**28, 2**28
 CACHES = Path("/sys/devices/system/cpu")
 BLOCK, READERS, READ_SECONDS = 2**24, 8, 2.0
-# The published checkpoint, for what a rate means.
+# The size of the published checkpoint, from which a finding says how long loading takes at the measured rate.
 PUBLISHED_BYTES = 595_148_192_736
 
 
 def bandwidth_findings(checkpoint: Path | None) -> list[Finding]:
-    """Memory, each GPU's link, and with a checkpoint its disk."""
+    """Return the measured rates of memory, of each GPU's link and, with a checkpoint, of the checkpoint's disk."""
     findings = [memory_finding()]
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         rate = copy_rate([index])
@@ -40,7 +43,7 @@ def bandwidth_findings(checkpoint: Path | None) -> list[Finding]:
         except OSError as error:
             return [*findings, Finding(Level.NOTE, "disk", f"cannot be read: {error}")]
         if not rate:
-            return findings  # empty files, of which the checkpoint's own finding speaks
+            return findings  # The files are empty: `checkpoint_findings` reports that.
         minutes = PUBLISHED_BYTES / rate / 60
         detail = f"{rate / 1e9:.2f} GB/s {how}: the published checkpoint takes at least {minutes:.1f} minutes to load"
         findings.append(Finding(Level.OK, "disk", detail))
@@ -48,7 +51,10 @@ def bandwidth_findings(checkpoint: Path | None) -> list[Finding]:
 
 
 def memory_finding() -> Finding:
-    """What all cores of this process read together, and of several NUMA nodes what each reads of its own memory."""
+    """Return the rate at which all cores of this process read memory together.
+
+    If there are several NUMA nodes, the finding also has the rate of each node alone, reading its own memory.
+    """
     found = cores()
     nodes = sorted({core.node for core in found})
     detail = f"{memory_rate(found) / 1e9:.0f} GB/s read, {len(found)} cores"
@@ -59,15 +65,15 @@ def memory_finding() -> Finding:
 
 
 def memory_rate(chosen: Sequence[Core]) -> float:
-    """Bytes a second that a thread on each of these cores reads, all at once, the best of a few rounds.
+    """Return the bytes per second that these cores read together, one thread on each; the best of a few rounds.
 
-    Each reads what it wrote itself, which lies on its NUMA node.
+    Each thread reads a buffer that it wrote itself, so the buffer is on the thread's NUMA node.
     """
     size = beyond_caches() // len(chosen) // 8
     meeting = Barrier(len(chosen) + 1, timeout=PATIENCE)
 
     def read(core: Core) -> None:
-        with suppress(OSError):  # a core may be taken away from a control group meanwhile
+        with suppress(OSError):  # The core may have been taken from this process's control group meanwhile.
             os.sched_setaffinity(0, {core.cpu})
         words = np.ones(size, dtype=np.int64)
         for _ in range(ROUNDS + 1):
@@ -88,12 +94,18 @@ def memory_rate(chosen: Sequence[Core]) -> float:
 
 
 def beyond_caches() -> int:
-    """Bytes of which caches hold little from one reading to the next, a quarter of the free memory at most."""
+    """Return a buffer size in bytes of which the caches keep little from one read to the next.
+
+    The size is at most a quarter of the available memory.
+    """
     return min(max(MIN_BUFFER, 4 * last_level_caches()), available_bytes() // 4)
 
 
 def last_level_caches() -> int:
-    """Bytes of all caches of the third level, each counted once; what fits there is not read from memory."""
+    """Return the bytes of all L3 caches together, each counted once; 0 if the kernel lists none.
+
+    A buffer that fits in these caches would be read from them and not from memory.
+    """
     found = {}
     for cache in CACHES.glob("cpu[0-9]*/cache/index3"):
         try:
@@ -105,7 +117,7 @@ def last_level_caches() -> int:
 
 
 def copy_rate(gpus: Sequence[int]) -> float:
-    """Bytes a second from pinned host memory to these GPUs, all at once."""
+    """Return the bytes per second from pinned host memory to these GPUs, all at once and summed over the GPUs."""
     devices = [torch.device("cuda", index) for index in gpus]
     source = torch.ones(COPIED, dtype=torch.uint8).pin_memory()
     targets = [torch.empty_like(source, device=device) for device in devices]
@@ -120,7 +132,11 @@ def copy_rate(gpus: Sequence[int]) -> float:
 
 
 def disk_rate(folder: Path) -> tuple[float, str]:
-    """Bytes a second of the checkpoint's files past the system's cache, and how they were read. Raises OSError."""
+    """Return the bytes per second at which the checkpoint's files are read, and a text that says how they were read.
+
+    The files are read with O_DIRECT, past the page cache, or through the page cache if O_DIRECT fails. Raises OSError
+    if they cannot be read at all.
+    """
     files = sorted(folder.glob("*.safetensors"), key=lambda file: file.stat().st_size, reverse=True)
     try:
         return _disk_rate(files, os.O_DIRECT), "past the cache"
@@ -136,7 +152,7 @@ def _disk_rate(files: list[Path], flags: int) -> float:
     end = time.perf_counter() + READ_SECONDS
 
     def read() -> int:
-        done, buffer = 0, mmap.mmap(-1, BLOCK)  # aligned as a read past the cache wants it
+        done, buffer = 0, mmap.mmap(-1, BLOCK)  # O_DIRECT needs a buffer that is aligned to pages.
         with suppress(Empty):
             while time.perf_counter() < end:
                 file, start = pieces.get_nowait()

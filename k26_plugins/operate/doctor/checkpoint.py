@@ -1,4 +1,4 @@
-"""The checkpoint's state: tensors, tokenizer, template, preprocessing."""
+"""Examine a checkpoint's folder: its tensors, tokenizer files, image preprocessing and chat template."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from k26_plugins.operate.doctor.finding import Finding, Level
 
 NUM_SHOWN = 3
 REPOSITORY = "moonshotai/Kimi-K2.6"
-# What is wrong with a file that its name stands for, and with a tensor whose file the index knows.
+# A problem with one of OF_FILES is named by its file; a problem with one of OF_TENSORS is named by a tensor, whose file
+# the index gives.
 OF_FILES = (Fault.MISSING_FILE, Fault.UNFINISHED, Fault.UNREADABLE, Fault.NOT_ITS_END)
 OF_TENSORS = (Fault.MISSING, Fault.TRUNCATED, Fault.WRONG_SHAPE, Fault.WRONG_DTYPE)
 WEIGHTS = ".safetensors"
@@ -33,6 +34,7 @@ SETTINGS_FILE, PREPROCESSOR_FILE = "tokenizer_config.json", "preprocessor_config
 
 
 def checkpoint_findings(folder: Path) -> list[Finding]:
+    """Return whether the checkpoint is whole, with a command that downloads what is missing or damaged."""
     try:
         report = check(folder)
     except (CheckpointError, ConfigError) as error:
@@ -78,13 +80,13 @@ def checkpoint_findings(folder: Path) -> list[Finding]:
 
 
 def _mend(folder: Path, problems: Sequence[Problem]) -> str:
-    """The command that gets the files at fault, or lets them be read; none where no file is to blame."""
+    """Return the command that makes the faulty files readable or downloads them again; empty if no file is to blame."""
     try:
         index = index_of(folder)
     except CheckpointError:
         return _download(folder, INDEX_FILE)
     named = {problem.name for problem in problems if problem.fault in OF_FILES}
-    # A part of a download belongs to the file whose name it begins with.
+    # An unfinished download's name begins with the name of the file that it belongs to.
     files = {name[: name.index(WEIGHTS) + len(WEIGHTS)] for name in named if WEIGHTS in name}
     files |= {index[problem.name] for problem in problems if problem.fault in OF_TENSORS and problem.name in index}
     closed = sorted(file for file in files if (folder / file).exists() and not os.access(folder / file, os.R_OK))
@@ -94,7 +96,10 @@ def _mend(folder: Path, problems: Sequence[Problem]) -> str:
 
 
 def _download(folder: Path, *files: str) -> str:
-    """Fetch files from the published repository. A file that is there and wrong is fetched again only when told so."""
+    """Return the command that downloads these files from the published repository; empty without files.
+
+    `--force-download` is needed because `hf` does not download a damaged file again by itself.
+    """
     if not files:
         return ""
     return shlex.join(["hf", "download", REPOSITORY, *files, "--local-dir", str(folder), "--force-download"])

@@ -1,6 +1,7 @@
-"""Each engine that is installed: its version against those checked, and whether the plugin is active in it.
+"""Examine each installed engine: whether its version is one of those checked, and whether the plugin is active in it.
 
-Asked in a process of its own, which loads plugins as the engine does: what a server would find, not what is hoped.
+Each engine is examined by `python -m k26_plugins.ENGINE.probe`, a process of its own that loads plugins as the engine
+does, so the findings say what a server would find.
 """
 
 from __future__ import annotations
@@ -17,19 +18,22 @@ from k26_plugins.operate.doctor.machine import installed, numbers
 PROBES = {"vllm": "k26_plugins.vllm.probe", "sglang": "k26_plugins.sglang.probe"}
 PLUGIN_LISTS = {"vllm": "VLLM_PLUGINS", "sglang": "SGLANG_PLUGINS"}
 ENGINES = (*PROBES, "ktransformers")
-# KTransformers' SGLang, the only one that its command line starts.
+# KTransformers' fork of SGLang, the only SGLang that KTransformers' command line starts.
 FORK = "sglang-kt"
-# Against one that hangs: SGLang imports all of its models, which takes minutes where other work is on the cores.
+# The limit ends a probe that hangs. It is long because SGLang imports all of its models, which takes minutes on busy
+# cores.
 PROBE_SECONDS = 900
 
 
 def is_installed(engine: str) -> bool:
+    """Return whether the engine's Python package can be imported, without importing it."""
     spec = find_spec(engine)
-    # A folder of that name on the path is a namespace, without an origin.
+    # A mere folder of that name on the path is found as a namespace package, which has no origin.
     return spec is not None and spec.origin is not None
 
 
 def engine_findings(required: str | None) -> list[Finding]:
+    """Return the findings about every installed engine. required: one of ENGINES, whose absence is a fault."""
     findings: list[Finding] = []
     for engine, probe in PROBES.items():
         if is_installed(engine):
@@ -73,7 +77,7 @@ def _probe(engine: str, module: str) -> list[Finding]:
     else:
         remedy = "without it the engine's own code serves Kimi-K2.6"
         detail = f"{name}: the plugin is NOT active: {state['why_not']}"
-        # An engine's list of plugins that leaves this one out.
+        # The environment variable with the engine's list of plugins, which may leave this plugin out.
         variable = PLUGIN_LISTS[engine]
         fix = state["fix"] or (f"unset {variable}" if variable in os.environ else "")
         findings.append(Finding(Level.BAD, engine, detail, remedy, fix))

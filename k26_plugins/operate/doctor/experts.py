@@ -1,4 +1,4 @@
-"""Which experts backend would run on this device, with the self-test that a server makes at its start."""
+"""Examine which backends of experts run on this device, with the self-test that a server makes at its start."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from k26_plugins.operate.doctor.tuned import tuned_findings
 from k26_plugins.operate.random_experts import random_experts
 
 NUM_EXPERTS = 2
-# What decides how fast integers are multiplied, by Linux' name for it.
+# The instruction sets that decide how fast integers are multiplied: the name in /proc/cpuinfo, and the name to show.
 CPU_FEATURES = {
     "avx2": "AVX2",
     "avx_vnni": "AVX-VNNI",
@@ -34,7 +34,11 @@ CPU_FEATURES = {
 
 
 def experts_findings(checkpoint: Path | None) -> list[Finding]:
-    """Every backend on this device, on weights of the checkpoint or random ones of the published sizes."""
+    """Return the self-test's result for every backend on this device, and which experts a server would take.
+
+    The weights are two experts of the checkpoint's first MoE layer, or random ones of the published sizes if there is
+    no checkpoint or if it has another layout.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         setting = EXPERTS.read()
@@ -68,7 +72,8 @@ def experts_findings(checkpoint: Path | None) -> list[Finding]:
         remedy = "" if passed else "report it with the device's name; the next backend is used"
         findings.append(Finding(Level.OK if passed else Level.BAD, title, detail, remedy))
     if setting == "auto" and device != "cpu":
-        # By what was measured for a layer's sizes, not by the first that is right.
+        # On a GPU a server chooses by what `k26 tune` measured for its layers' sizes, and not the first backend that is
+        # right.
         return [*findings, *tuned_findings(on_device.device)]
     taken = "the engine's own" if setting == ENGINE else chosen if setting == "auto" else setting
     if taken is None:
@@ -77,7 +82,7 @@ def experts_findings(checkpoint: Path | None) -> list[Finding]:
 
 
 def instruction_set() -> Finding:
-    """What the CPU has for products of integers, and what of it the native experts take."""
+    """Return which instruction sets for integer products the CPU has, and which one the native experts use."""
     flags = cpu_flags()
     has = ", ".join(shown for name, shown in CPU_FEATURES.items() if name in flags) or "none that is known"
     try:

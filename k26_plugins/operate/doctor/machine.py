@@ -1,4 +1,4 @@
-"""Versions of packages, the CPU, memory, GPUs and their driver."""
+"""Examine the machine: versions of packages, the CPU, the memory, the GPUs and their driver."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from k26_plugins.operate.accelerators import AcceleratorError, accelerators
 from k26_plugins.operate.doctor.finding import Finding, Level
 
 PACKAGES = ("k26-plugins", "torch", "triton", "transformers", "compressed-tensors", "safetensors", "tiktoken")
-# transformers issues 45356 and 45359: Kimi's special tokens packed without their gaps.
+# These versions of transformers number Kimi's special tokens without the gaps between their ids (transformers issues
+# 45356 and 45359). The first version of the pair is the first broken one, the second is the first mended one.
 BROKEN_TRANSFORMERS = ((5, 4), (5, 5, 4))
 
 
 def installed(package: str) -> str | None:
+    """Return the version of an installed package, or None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -27,7 +29,10 @@ def installed(package: str) -> str | None:
 
 
 def numbers(text: str) -> tuple[int, ...]:
-    """A version's release: `0.32.0+cpu` is (0, 32, 0), a `dev` that was built without its history ()."""
+    """Return the release numbers of a version: (0, 32, 0) for `0.32.0+cpu`; empty if the text is no version.
+
+    A package that was built without its git history may have the version `dev`, which has no numbers.
+    """
     try:
         return Version(text).release
     except InvalidVersion:
@@ -35,6 +40,7 @@ def numbers(text: str) -> tuple[int, ...]:
 
 
 def version_findings() -> list[Finding]:
+    """Return the versions of Python and the packages, and a note if transformers breaks Kimi's special tokens."""
     found = {package: installed(package) for package in PACKAGES}
     listed = ", ".join(f"{package} {number}" for package, number in found.items() if number)
     findings = [Finding(Level.OK, "packages", f"Python {platform.python_version()}, {listed}")]
@@ -49,6 +55,7 @@ def version_findings() -> list[Finding]:
 
 
 def machine_findings() -> list[Finding]:
+    """Return the findings about the CPU, the memory and the GPUs."""
     info = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
     lines = dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
     fields = {key.strip(): value.strip() for key, value in lines.items()}

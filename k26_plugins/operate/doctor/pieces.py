@@ -1,4 +1,4 @@
-"""Which pieces are the plugin's here and which were left to the engine, by the settings of this environment."""
+"""Report which parts of serving the plugin takes over and which the environment's settings leave to the engine."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from k26_plugins.operate.doctor.finding import Finding, Level
 
 
 def piece_findings() -> list[Finding]:
+    """Return the setting of each part (experts, prompts, media, parsers), or a fault if a value is invalid."""
     try:
         settings.check_settings()
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What `k26 tune` measured on this machine's GPU, and what a server makes of it."""
+"""Examine what `k26 tune` measured on this machine's GPU, and which experts a server chooses from it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TITLE = "experts: tuned"
 
 
 def tuned_findings(device: torch.device) -> list[Finding]:
-    """Each outcome for this kind of GPU: which experts it chooses, or why no server uses it."""
+    """Return, for each outcome of `k26 tune` on this kind of GPU, which experts it chooses or why no server uses it."""
     reason = unusable_on(device)
     if reason is not None:
         return [Finding(Level.NOTE, TITLE, f"servers take the engine's own experts: {reason.rstrip('.')}")]
