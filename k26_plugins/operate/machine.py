@@ -24,9 +24,9 @@ class Machine:
     count: int
     """Number of GPUs, all of the kind `gpu`."""
     ram: int | None = None
-    """Bytes of system memory; None if the user did not give them."""
+    """Bytes of system memory; None if they are not known."""
     ram_bandwidth: float | None = None
-    """Bytes per second of system memory; None if the user did not give them."""
+    """Bytes per second of system memory; None if they are not known."""
     cores: int
     """Physical cores."""
     sockets: int

@@ -1,4 +1,7 @@
-"""Golden logits: what the reference answers on the real checkpoint, computed on one machine with little memory."""
+"""Compute golden logits: the reference's answers on the real checkpoint, on one machine with little memory.
+
+`k26 verify` compares a server with them.
+"""
 
 from k26_plugins.operate.golden.file import Golden, GoldenError, GoldenPrompt
 from k26_plugins.operate.golden.job import GoldenJob

@@ -1,4 +1,4 @@
-"""The first hidden states of every carried model: rows of the embedding, and images through the vision tower."""
+"""Compute the first hidden states of every carried model from rows of the embedding and from the vision tower."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EMBED_TOKENS = "language_model.model.embed_tokens.weight"
 
 
 def embed_tokens(checkpoint: StreamedCheckpoint, token_ids: torch.Tensor) -> torch.Tensor:
-    """bfloat16 `[T, hidden_size]`; only the rows that occur are read."""
+    """Return the embeddings of token ids `[T]`, bfloat16 `[T, hidden_size]`; each row that occurs is read once."""
     unique, inverse = token_ids.unique(return_inverse=True)
     rows = [checkpoint.rows(EMBED_TOKENS, token, token + 1) for token in unique.tolist()]
     return torch.cat(rows)[inverse]
@@ -25,7 +25,7 @@ def embed_tokens(checkpoint: StreamedCheckpoint, token_ids: torch.Tensor) -> tor
 
 @torch.inference_mode()
 def embed_prompts(checkpoint: StreamedCheckpoint, prompts: Sequence[Prompt], streams: Sequence[Stream]) -> None:
-    """Set every stream's hidden states to the embeddings of its prompts."""
+    """Set every stream's hidden states to the embeddings of its prompts, in the stream's dtype."""
     placeholder = checkpoint.config.media_placeholder_token_id
     texts: dict[int, torch.Tensor] = {}
     for index in streams[0].prompts:
@@ -47,7 +47,10 @@ def embed_prompts(checkpoint: StreamedCheckpoint, prompts: Sequence[Prompt], str
 def _embed_media(
     checkpoint: StreamedCheckpoint, prompts: Sequence[Prompt], streams: Sequence[Stream]
 ) -> dict[tuple[torch.dtype, float | None, int], torch.Tensor]:
-    """Embeddings of each prompt's images, by dtype, value of the padding and prompt; one image at a time."""
+    """Return the embeddings of each prompt's images by dtype, value of the padding and the prompt's number.
+
+    The vision tower computes one image at a time.
+    """
     wanted = dict.fromkeys(
         (stream.variant.dtype, stream.variant.padding, index)
         for stream in streams
@@ -78,5 +81,5 @@ def _load_tower(checkpoint: StreamedCheckpoint, read: dict[str, torch.Tensor], d
 
 
 def largest_number_of_patches(prompts: Sequence[Prompt], folder: Path) -> int:
-    """Patches of the prompt that has the most, 0 without images."""
+    """Return the number of image patches of the prompt that has the most, 0 without images."""
     return max((int(pixels(prompt, folder)[1].prod(-1).sum()) for prompt in prompts if prompt.images), default=0)

@@ -1,4 +1,7 @@
-"""The golden file: what the reference answers to some prompts, in one safetensors file that stands alone."""
+"""Write and read the golden file: the reference's answers to some prompts.
+
+It is one safetensors file, which needs neither the checkpoint nor the prompts beside it.
+"""
 
 from __future__ import annotations
 
@@ -18,46 +21,51 @@ KEY = "k26_golden"
 
 
 class GoldenError(ValueError):
-    """A file that is no golden file. The message names it and the remedy."""
+    """The error for a file that is no golden file. The message names the file and the remedy."""
 
 
 @dataclass(slots=True, kw_only=True)
 class GoldenPrompt:
-    """One prompt with its answer. `T` prompt tokens, `D` tokens of the answer, `R = T + D − 1` positions, `K` kept tokens.
+    """One prompt with the reference's answer to it.
 
-    Position t holds the distribution of token t + 1 of `token_ids`.
+    It has `T` prompt tokens, `D` tokens of the answer and `R = T + D − 1` positions, at each of which the `K` likeliest
+    tokens are kept. Position t holds the distribution of token t + 1 of `token_ids`.
     """
 
     name: str
     request: dict[str, Any]
-    """`messages` (an image part holds its number in `images`), `tools`, `thinking`; or `text`."""
+    """`messages`, `tools` and `thinking`, or `text`; an image part of a message holds the image's index in `images`."""
     text: str
-    """Rendered, with one placeholder for each image."""
+    """The rendered prompt, with one placeholder for each image."""
     num_prompt_tokens: int
     token_ids: list[int]
-    """`T + D`: the prompt, then what the reference answers greedily."""
+    """The `T` token ids of the prompt, then the `D` token ids of the reference's greedy answer."""
     top_ids: torch.Tensor
-    """int64 `[R, K]`, the likeliest tokens in order."""
+    """int64 `[R, K]`: the likeliest tokens, the likeliest first."""
     top_logprobs: torch.Tensor
-    """float32 `[R, K]`."""
+    """float32 `[R, K]`: the log-probabilities of `top_ids`."""
     next_logprobs: torch.Tensor
-    """float32 `[R]`, of the token that follows."""
+    """float32 `[R]`: the log-probability of the token that follows each position."""
     twin_logprobs: torch.Tensor
-    """float32 `[R, K]`: the same tokens' under the reference in bfloat16."""
+    """float32 `[R, K]`: the log-probabilities of `top_ids` under the twin, the reference in bfloat16."""
     twin_kl: torch.Tensor
-    """float32 `[R]`: KL of that over the whole vocabulary, which is what rounding does."""
+    """float32 `[R]`: the twin's KL divergence from the reference over the whole vocabulary: what rounding alone
+    does."""
     experts: torch.Tensor
-    """int16 `[R, MoE layers, K + N]`: where each token was routed, then the experts that came next."""
+    """int16 `[R, MoE layers, num_experts_per_tok + NEAR]`: the experts that the router chose for each token, the next
+    best after them."""
     gaps: torch.Tensor
-    """float32, likewise: how far each is inside (above zero) or outside of the choice, in the router's scores."""
+    """float32, in the shape of `experts`: how far each expert is inside (above zero) or outside (below zero) of the
+    choice, in the router's scores."""
     suspects: dict[str, torch.Tensor] = field(default_factory=dict)
-    """float32 `[n, K]`: the same tokens' log-probabilities at the first n positions, under a model with a known mistake."""
+    """By the suspect's name, float32 `[n, K]`: the log-probabilities of `top_ids` at the first n positions, under a
+    model with a known mistake."""
     images: list[bytes] = field(default_factory=list)
-    """The files' bytes, as they are sent."""
+    """The bytes of the image files, as they are sent to a server."""
 
     @property
     def prompt(self) -> Prompt:
-        """The prompt alone."""
+        """The prompt without the answer."""
         token_ids = self.token_ids[: self.num_prompt_tokens]
         return Prompt(name=self.name, request=self.request, text=self.text, token_ids=token_ids, images=self.images)
 
@@ -67,14 +75,15 @@ _TENSORS = ("top_ids", "top_logprobs", "next_logprobs", "twin_logprobs", "twin_k
 
 @dataclass(slots=True)
 class Golden:
-    """All prompts, and what they were computed on."""
+    """The content of a golden file: all prompts with their answers, and what they were computed on."""
 
     info: dict[str, Any]
-    """`fingerprint` of the weights, `special_tokens` by name, `token_bytes` (hex) of the ids that answers hold, and more."""
+    """`fingerprint` of the weights, `special_tokens` by name, `token_bytes` (hex) of the likeliest tokens of the
+    answers, and a few values of the configuration."""
     prompts: list[GoldenPrompt]
 
     def tokens_by_expert(self) -> torch.Tensor:
-        """int64 `[MoE layers, experts]`: how many tokens of the prompts and answers each expert saw."""
+        """Return how many tokens of the prompts and answers each expert got, int64 `[MoE layers, experts]`."""
         num_experts = int(self.info["num_experts"])
         experts, gaps = (torch.cat([getattr(prompt, name) for prompt in self.prompts]) for name in ("experts", "gaps"))
         layers = experts.shape[1]
@@ -82,6 +91,7 @@ class Golden:
         return torch.bincount(key[gaps >= 0], minlength=layers * num_experts).view(layers, num_experts)
 
     def save(self, file: Path) -> None:
+        """Write the golden file."""
         tensors: dict[str, torch.Tensor] = {}
         described: list[dict[str, Any]] = []
         for number, prompt in enumerate(self.prompts):
@@ -104,12 +114,13 @@ class Golden:
             for index, image in enumerate(prompt.images):
                 tensors[f"{number}.image.{index}"] = torch.frombuffer(bytearray(image), dtype=torch.uint8)
         info = {"format": FORMAT, **self.info, "prompts": described}
-        # One entry only: safetensors writes several in any order, and the same run shall give the same bytes.
+        # All of `info` is one metadata entry, because safetensors writes several entries in any order and the same run
+        # must give the same bytes.
         save_tensors(tensors, file, {KEY: json.dumps(info, ensure_ascii=False, sort_keys=True)})
 
     @classmethod
     def load(cls, file: Path) -> Golden:
-        """Read a golden file. Raises GoldenError."""
+        """Read a golden file. Raises GoldenError if it is none, or has another version's format."""
         remedy = "Make one with `k26 golden`."
         try:
             tensors, metadata = read(file)

@@ -1,4 +1,7 @@
-"""From final hidden states to what a golden file keeps, with lm_head read in blocks: no logits are held whole."""
+"""Compute the distributions that a golden file keeps from the final hidden states.
+
+lm_head is read in blocks of rows, so that the logits over the whole vocabulary are never held at once.
+"""
 
 from __future__ import annotations
 
@@ -15,39 +18,44 @@ LM_HEAD = "language_model.lm_head.weight"
 
 @dataclass(slots=True)
 class Other:
-    """Another model's answers to some of the positions."""
+    """The final hidden states of another carried model, the twin or a suspect, at some of the model's positions."""
 
     hidden: torch.Tensor
-    """`[n, hidden_size]` in its dtype, normed."""
+    """`[n, hidden_size]` in the other model's dtype, after the final norm."""
     rows: torch.Tensor
-    """int64 `[n]`: which of the model's positions these are."""
+    """int64 `[n]`: the model's position that each row belongs to."""
 
 
 @dataclass(slots=True)
 class Answers:
-    """Distributions over the vocabulary at `N` positions, as far as they are kept."""
+    """The kept part of the distributions over the vocabulary at `N` positions."""
 
     top_ids: torch.Tensor
-    """int64 `[N, K]`, the model's likeliest tokens in order."""
+    """int64 `[N, K]`: the model's likeliest tokens, the likeliest first."""
     top_logprobs: torch.Tensor
-    """float32 `[N, K]`."""
+    """float32 `[N, K]`: the log-probabilities of `top_ids`."""
     target_logprobs: torch.Tensor
-    """float32 `[N]`, of the token that follows; NaN where none is known."""
+    """float32 `[N]`: the log-probability of the token that follows each position; NaN where that token is not known."""
     others: list[torch.Tensor]
-    """For each other model float32 `[n, K]`: its log-probabilities of the model's `top_ids` at its rows."""
+    """For each other model, float32 `[n, K]`: its log-probabilities of the model's `top_ids` at its `rows`."""
     kl: list[torch.Tensor]
-    """For each other model float32 `[n]`: Σ p · (log p − log q) over the whole vocabulary, p the model's."""
+    """For each other model, float32 `[n]`: its KL divergence from the model, Σ p · (log p − log q) over the whole
+    vocabulary, where p is the model's distribution and q the other model's."""
 
 
 class _Sum:
-    """A running log Σ exp over blocks of logits, and Σ p · (l − m) with it."""
+    """A running log Σ exp over blocks of logits, kept as the largest logit so far and a sum relative to it."""
 
     def __init__(self, count: int) -> None:
         self.largest = torch.full((count,), -torch.inf, dtype=torch.float64)
         self.total = torch.zeros(count, dtype=torch.float64)
 
     def add(self, logits: torch.Tensor) -> torch.Tensor:
-        """Take a block `[count, rows]` in. Returns by what earlier sums shrink, `[count]`."""
+        """Add a block of logits, `[count, rows]`.
+
+        Returns the factor `[count]` by which sums relative to the earlier largest logit must be multiplied, since the
+        block may have a larger one.
+        """
         largest = torch.maximum(self.largest, logits.amax(-1).double())
         shrink = (self.largest - largest).exp()
         self.total = self.total * shrink + (logits - largest.float().unsqueeze(-1)).exp().sum(-1, dtype=torch.float64)
@@ -62,9 +70,10 @@ class _Sum:
 def answers(
     checkpoint: StreamedCheckpoint, hidden: torch.Tensor, targets: torch.Tensor, others: list[Other], top_k: int
 ) -> Answers:
-    """The kept part of the distributions of `hidden`, float32 `[N, hidden_size]`, normed.
+    """Return the log-probabilities of the model's `top_k` likeliest tokens at each position, in the other models too.
 
-    targets: int64 `[N]`, the token that follows each position, −1 where none is known.
+    hidden: the model's final hidden states after the final norm, float32 `[N, hidden_size]`. targets: int64 `[N]`, the
+    token that follows each position, −1 where that token is not known.
     """
     count, vocabulary = len(hidden), checkpoint.config.text.vocab_size
     top_k = min(top_k, vocabulary)
@@ -82,11 +91,12 @@ def answers(
         shrink = own.add(logits)
         here = (targets >= start) & (targets < stop)
         target[here] = logits[here].gather(1, targets[here, None] - start)[:, 0]
-        # The block's own likeliest, merged with those so far.
+        # Merge the likeliest tokens of this block with the likeliest of all earlier blocks.
         values, ids = logits.topk(min(top_k, stop - start), dim=-1)
         merged, order = torch.cat((best, values), -1).topk(min(top_k, best.shape[1] + values.shape[1]), dim=-1)
         for index, other in enumerate(others):
-            # Logits of the other's dtype are rounded to it, as the model's head does.
+            # The product is computed in the other model's dtype, so its logits are rounded as that model's head rounds
+            # them.
             theirs = linear(other.hidden, head.to(other.hidden.dtype)).float()
             sums[index].add(theirs)
             mine = logits[other.rows]

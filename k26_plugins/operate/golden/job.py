@@ -1,4 +1,9 @@
-"""A golden run: the whole batch through one layer at a time, pass by pass, its state on disk after each layer."""
+"""Run the computation of a golden file.
+
+The whole batch goes through one layer after the other, and the state is written to disk after each layer, so that a run
+that is killed can be continued. The first pass computes the prompts and the first token of each answer, every later
+pass one more token of each answer.
+"""
 
 from __future__ import annotations
 
@@ -35,12 +40,17 @@ NORM = "language_model.model.norm.weight"
 
 
 class GoldenJob:
-    """Computes a golden file. What it will take is known when it is made; `run` does it."""
+    """The computation of one golden file. The constructor works out how much memory it takes; `run` does the work."""
 
     def __init__(
         self, checkpoint: StreamedCheckpoint, prompts: Sequence[Prompt], out: Path, top_k: int, answer_tokens: int
     ) -> None:
-        """answer_tokens: of each prompt's greedy answer, at least 1; each one after the first is another pass."""
+        """Read the headers and work out what the run takes.
+
+        out: the golden file; the state goes to a folder beside it. top_k: likeliest tokens to keep at each position.
+        answer_tokens: tokens of each prompt's greedy answer, at least 1; each token after the first is another pass
+        over the layers.
+        """
         self.checkpoint, self.prompts, self.out = checkpoint, prompts, out
         self.top_k, self.num_passes = top_k, answer_tokens
         self.config = checkpoint.config
@@ -58,17 +68,20 @@ class GoldenJob:
 
     @property
     def peak_bytes(self) -> int:
-        """Memory that the run takes at most, beyond what the process has already."""
+        """Bytes of memory that the run takes at most, beyond what the process has already."""
         return max(self.stages.values())
 
     @property
     def steps(self) -> int:
-        """Layers to pass, over all passes."""
+        """Number of layers that the batch goes through, counted over all passes."""
         return self.num_passes * self.config.text.num_hidden_layers
 
     @torch.inference_mode()
     def run(self, on_step: Callable[[int], None] = lambda done: None) -> Golden:
-        """Do the work that is left, write the golden file and delete the state. Raises StateError, CheckpointError."""
+        """Do the work that is left, write the golden file, delete the state and return the golden file's content.
+
+        on_step: called with the number of layers that are done, of `steps`. Raises StateError, CheckpointError.
+        """
         with memory.threads_for(self.config.text):
             return self._run(on_step)
 
@@ -103,7 +116,11 @@ class GoldenJob:
         passed: int,
         on_step: Callable[[int], None],
     ) -> dict[str, torch.Tensor]:
-        """Every layer once: over the prompts in pass 0, over one token of each after."""
+        """Take the batch through every layer once and return the pass's answers, as tensors to be saved.
+
+        The batch is all prompt tokens in pass 0, and the last token of each active answer in later passes. resumed: the
+        state after `passed` layers of this pass, if an earlier process left one.
+        """
         streams = self._streams(number, active, tokens)
         choices: list[Choice] = []
         if resumed is not None:
@@ -123,7 +140,7 @@ class GoldenJob:
         for index in range(passed, layers):
             layer = Layer(self.checkpoint, index)
             keys = layer.attend(streams, _joined(state.keys(number, index)))
-            # The last pass' are asked for by none.
+            # No pass follows the last one, so nothing would read its keys.
             if number < self.num_passes - 1:
                 named = {f"{variant}.{prompt}": value for (variant, prompt), value in keys.items()}
                 state.keep_keys(number, index, named)
@@ -169,7 +186,10 @@ class GoldenJob:
         return images if variant.on_images_only else sorted(texts + images)
 
     def _active(self, tokens: list[list[int]]) -> list[int]:
-        """Prompts whose answer goes on: not past a stop token, nor past one that stands for an image."""
+        """Return the numbers of the prompts whose answer goes on.
+
+        An answer ends after a stop token, and after the placeholder of an image, for which there is no image.
+        """
         ends = (self.config.eos_token_id, self.config.media_placeholder_token_id)
         return [
             index
@@ -214,7 +234,8 @@ class GoldenJob:
         for index, (prompt, found_parts) in enumerate(zip(self.prompts, parts, strict=True)):
             joined = {name: torch.cat(values) for name, values in found_parts.items()}
             following = joined["target_logprobs"]
-            # An answer's token is the likeliest of the position before it.
+            # A pass does not know the token that it generates. The answer is greedy, so that token is the likeliest
+            # one.
             unknown = following.isnan()
             following[unknown] = joined["top_logprobs"][unknown, 0]
             prompts.append(
@@ -242,7 +263,7 @@ class GoldenJob:
             "version": __version__,
             "vocab_size": text.vocab_size,
             "special_tokens": tokenizer.named,
-            # Endpoints that report tokens as text are matched by it.
+            # `k26 verify` needs the bytes to match the tokens of endpoints that report tokens as text.
             "token_bytes": {
                 str(token): tokenizer.token_bytes(token).hex() for token in torch.cat(answered).unique().tolist()
             },
@@ -254,7 +275,7 @@ class GoldenJob:
         return Golden(info, prompts)
 
     def _identity(self) -> str:
-        """What must be the same for a state to be gone on with."""
+        """Return a hash of everything that must be the same for a run to continue from a state."""
         inputs = {
             "version": __version__,
             "weights": self.fingerprint,
@@ -275,7 +296,7 @@ class GoldenJob:
 
 
 def _stacked(choices: list[Choice]) -> dict[str, torch.Tensor]:
-    """The layers' choices as `[T, layers, K + N]`; nothing where no layer has made one."""
+    """Return the layers' choices stacked to `[T, layers, K + N]`; empty if no MoE layer has been passed yet."""
     if not choices:
         return {}
     return {
@@ -285,7 +306,7 @@ def _stacked(choices: list[Choice]) -> dict[str, torch.Tensor]:
 
 
 def _joined(passes: list[dict[str, torch.Tensor]]) -> Keys:
-    """Each prompt's keys of all passes, one after the other."""
+    """Return each prompt's keys of all passes so far, concatenated."""
     joined: dict[tuple[str, int], list[torch.Tensor]] = {}
     for kept in passes:
         for name, value in kept.items():

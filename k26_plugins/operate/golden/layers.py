@@ -1,4 +1,4 @@
-"""One decoder layer over a whole batch of prompts and every carried model, with the layer's bytes read once."""
+"""Compute one decoder layer over a whole batch of prompts and for every carried model, while the layer is read once."""
 
 from __future__ import annotations
 
@@ -32,38 +32,41 @@ class Stream:
     config: TextConfig
     """The model's configuration with the variant's change."""
     prompts: list[int]
-    """The numbers of the prompts that it carries."""
+    """The numbers of the prompts that the model answers."""
     lengths: list[int]
-    """Tokens of each of them in this pass."""
+    """The number of tokens of each of these prompts in this pass."""
     hidden: torch.Tensor
     """`[Σ lengths, hidden_size]` in the variant's dtype."""
 
 
 class Routing(NamedTuple):
-    """What the routed experts get of one stream."""
+    """The input of the routed experts for one stream."""
 
     x: torch.Tensor
-    """`[T, hidden_size]`, normed."""
+    """`[T, hidden_size]`, after the norm."""
     topk_weights: torch.Tensor
+    """`[T, num_experts_per_tok]`."""
     topk_ids: torch.Tensor
+    """`[T, num_experts_per_tok]`."""
 
 
 class Choice(NamedTuple):
-    """The router's choice for the model's tokens. `K` chosen experts and `N` that come next."""
+    """The router's choice for the model's tokens: the `K` experts that it chose for each and the `N` next best."""
 
     experts: torch.Tensor
-    """int16 `[T, K + N]`: the chosen ones, then the next in order."""
+    """int16 `[T, K + N]`: the chosen experts, then the experts with the next best scores, the best first."""
     gaps: torch.Tensor
-    """float32 `[T, K + N]`: by how much a chosen one's biased score is above the best that was not chosen; of the others
-    by how much it is below the last chosen one's, a negative number."""
+    """float32 `[T, K + N]`: for a chosen expert, by how much its biased score is above the best score that was not
+    chosen; for another expert, by how much its biased score is below the lowest chosen score, as a negative number."""
 
 
 Keys = dict[tuple[str, int], torch.Tensor]
-"""Latent and rotated key of a prompt's tokens, `[tokens, C + R]`, by variant and prompt."""
+"""The KV cache of one layer: latent and rotated key of a prompt's tokens, `[tokens, kv_lora_rank + qk_rope_head_dim]`,
+by the variant's name and the prompt's number."""
 
 
 class Layer:
-    """A decoder layer whose weights are read part by part: attention, then feed-forward."""
+    """A decoder layer whose weights are read part by part: first those of attention, then those of the feed-forward."""
 
     def __init__(self, checkpoint: StreamedCheckpoint, layer: int) -> None:
         self.checkpoint, self.layer = checkpoint, layer
@@ -71,7 +74,11 @@ class Layer:
         self.prefix = f"language_model.model.layers.{layer}"
 
     def attend(self, streams: list[Stream], earlier: Keys) -> Keys:
-        """Add attention to every stream's hidden states. Returns the keys of this pass' tokens, for later passes."""
+        """Add attention to every stream's hidden states and return the keys of this pass's tokens, for later passes.
+
+        earlier: the keys of this layer from all earlier passes. Suspects have no later pass, so their keys are not
+        returned.
+        """
         kept: Keys = {}
         read: dict[str, torch.Tensor] = {}
         for dtype, group in _by_dtype(streams):
@@ -87,7 +94,8 @@ class Layer:
                     chunk = query_chunk(self.config, cache.max_tokens)
                     for piece in x.split(chunk):
                         normed = rms_norm(piece, norm, self.config.rms_norm_eps)
-                        # One new token against many kept ones: unfolding the keys of all of them would be most of the work.
+                        # In later passes one new token attends to many earlier ones. The absorbed form is used, because
+                        # decompressing the keys of all earlier tokens would be most of the work.
                         parts.append(piece + attention.forward(normed, cache, absorbed=bool(earlier)))
                         cache.length += len(piece)
                     if not stream.variant.is_suspect:
@@ -107,7 +115,7 @@ class Layer:
     def feed_forward(self, streams: list[Stream]) -> Choice | None:
         """Add the feed-forward to every stream's hidden states.
 
-        Returns where the tokens of the first stream went and almost went, None in a dense layer.
+        Returns the router's choice for the tokens of the first stream, the model itself; None in a dense layer.
         """
         routing, choice = self._feed_plain(streams)
         if not routing:
@@ -117,7 +125,11 @@ class Layer:
         return choice
 
     def _feed_plain(self, streams: list[Stream]) -> tuple[dict[str, Routing], Choice | None]:
-        """Add what is not routed, the dense feed-forward or the shared expert, and say where tokens are routed to."""
+        """Add the part that every token goes through: the dense feed-forward, or the shared expert of a MoE layer.
+
+        Returns the input of the routed experts by the variant's name, empty in a dense layer, and the router's choice
+        for the first stream.
+        """
         routing: dict[str, Routing] = {}
         choice: Choice | None = None
         read: dict[str, torch.Tensor] = {}
@@ -140,7 +152,10 @@ class Layer:
         return routing, choice
 
     def _routed(self, streams: list[Stream], routing: dict[str, Routing]) -> list[torch.Tensor]:
-        """The routed sum of each stream, float32: as `reference_experts`, with each expert read for all at once."""
+        """Return the weighted sum of the routed experts for each stream, float32 in the shape of its hidden states.
+
+        The sum is that of `reference_experts`, but each expert is read once for all streams.
+        """
         outs = [torch.zeros(stream.hidden.shape) for stream in streams]
         pairs = [
             dict(tokens_by_expert(routing[stream.variant.name].topk_ids, None, self.config.n_routed_experts))
@@ -153,8 +168,8 @@ class Layer:
                 for part in mine[expert].split(EXPERT_TOKENS) if expert in mine else ():
                     yield _Piece(stream.variant, routing[stream.variant.name], part, out)
 
-        # Products run beside one another, each on one thread: the operators are too short to be shared. They are added up
-        # in order, so that the sum has the same bits on any number of threads.
+        # Products run side by side, each on one thread, because a single operator is too short to be split over
+        # threads. The products are added in order, so that the sum has the same bits on any number of threads.
         threads = compute_threads()
         waiting: deque[Future[list[_Product]]] = deque()
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -165,12 +180,12 @@ class Layer:
                     waiting.append(pool.submit(_products, batch, parts))
             for future in waiting:
                 _add(future.result())
-        # The number of threads of those to come, which the initializer has set too.
+        # The initializers have set PyTorch's number for threads that start later to 1 as well; set it back.
         torch.set_num_threads(torch.get_num_threads())
         return outs
 
     def _experts(self, touched: list[int]) -> Iterator[tuple[int, Expert]]:
-        """Packed weights and scales of each expert, the next ones read while one is computed."""
+        """Yield each expert's number, packed weights and scales, and read the next experts in the meantime."""
 
         def read(expert: int) -> Expert:
             names = {
@@ -193,7 +208,11 @@ class Layer:
                 yield expert, waiting.pop(0).result()
 
     def _weights(self, read: dict[str, torch.Tensor], dtype: torch.dtype) -> Weights:
-        """Tensors outside the routed experts in `dtype`, the router's bias in its own; each is read once, into `read`."""
+        """Return a function from a name to the tensor of that name, for tensors outside the routed experts.
+
+        bfloat16 tensors are cast to `dtype`; others, such as the router's bias, keep their dtype. Each tensor is read
+        from the checkpoint once, into `read`.
+        """
         cast: dict[str, torch.Tensor] = {}
 
         def weights(name: str) -> torch.Tensor:
@@ -216,18 +235,18 @@ def _choice(moe: MoE, routing: Routing) -> Choice:
 
 
 class _Piece(NamedTuple):
-    """Tokens of one stream that go to an expert."""
+    """Some tokens of one stream that go to the same expert."""
 
     variant: Variant
     routing: Routing
     pairs: torch.Tensor
-    """Their places in the flattened choice, token · top_k + k."""
+    """The token–expert pairs of these tokens, numbered token · top_k + k."""
     out: torch.Tensor
-    """The stream's routed sum, which the product is added to."""
+    """The stream's sum of routed experts, to which the product is added."""
 
 
 class _Product(NamedTuple):
-    """What an expert adds to a stream's routed sum."""
+    """The weighted outputs `y` of an expert, to be added to the rows `rows` of a stream's sum `out`."""
 
     out: torch.Tensor
     rows: torch.Tensor
@@ -235,7 +254,7 @@ class _Product(NamedTuple):
 
 
 def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
-    """Pieces together, at most EXPERT_TOKENS tokens at a time."""
+    """Yield the pieces in batches of at most EXPERT_TOKENS tokens."""
     batch: list[_Piece] = []
     for piece in pieces:
         if batch and sum(len(other.pairs) for other in batch) + len(piece.pairs) > EXPERT_TOKENS:
@@ -246,7 +265,7 @@ def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
 
 
 def _products(pieces: list[_Piece], parts: Expert) -> list[_Product]:
-    """What an expert adds to each piece, with one GEMM for all: each pass over its weights counts."""
+    """Return an expert's products for all pieces, with one GEMM for all, because each pass over the weights is costly."""
     tokens = [piece.pairs // piece.routing.topk_ids.shape[1] for piece in pieces]
     sizes = [len(rows) for rows in tokens]
     x = torch.cat([piece.routing.x[rows].float() for piece, rows in zip(pieces, tokens, strict=True)])
@@ -265,7 +284,7 @@ def _add(products: list[_Product]) -> None:
 
 
 def _by_dtype(streams: list[Stream]) -> Iterator[tuple[torch.dtype, list[Stream]]]:
-    """Streams of one dtype together: their weights are converted once, and one dtype's are held at a time."""
+    """Yield the streams grouped by dtype, so that weights are cast once and held in one dtype at a time."""
     for dtype in dict.fromkeys(stream.variant.dtype for stream in streams):
         yield dtype, [stream for stream in streams if stream.variant.dtype == dtype]
 

@@ -1,11 +1,12 @@
-"""The prompts of a golden file: a JSON object a line, rendered and tokenized as the model wants them.
+"""Read a file of prompts, and render and tokenize them as the model wants them. Each line of the file is a JSON object:
 
     {"id": "hello", "messages": [{"role": "user", "content": "Hello"}]}
     {"id": "photo", "messages": [{"role": "user", "content": [{"type": "image", "image": "photo.png"},
                                                               {"type": "text", "text": "What is this?"}]}]}
     {"id": "raw", "text": "The capital of France is"}
 
-`thinking` (true) and `tools` may stand beside `messages`. An image is a path, relative to the file of prompts.
+`thinking` (true by default) and `tools` may stand beside `messages`. An image is a path, relative to the file of
+prompts.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from k26_plugins.common.prompt.tokenizer import KimiTokenizer
 
 
 class PromptError(ValueError):
-    """A line of prompts that cannot be used. The message names the file, the line and the remedy."""
+    """The error for a file of prompts that cannot be used. The message names the file or the line, and the remedy."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -33,17 +34,18 @@ class Prompt:
 
     name: str
     request: dict[str, Any]
-    """`messages` (with `tools` and `thinking`) or `text`, as in the file; an image part holds its number in `images`."""
+    """`messages` (with `tools` and `thinking`) or `text`, as in the file, but an image part holds the image's index in
+    `images` instead of a path."""
     text: str = ""
-    """Rendered, one placeholder for each image."""
+    """The rendered prompt, with one placeholder for each image; empty if `messages` have not been rendered."""
     token_ids: list[int] = field(default_factory=list)
-    """Each placeholder repeated to its image's number of tokens."""
+    """The tokens of `text`, each placeholder repeated to its image's number of tokens; empty before tokenizing."""
     images: list[bytes] = field(default_factory=list)
-    """The files' bytes."""
+    """The bytes of the image files."""
 
 
 def read_requests(file: Path) -> list[Prompt]:
-    """The prompts in `file` as they stand there, neither rendered nor tokenized. Raises PromptError."""
+    """Return the prompts in `file` and read their images, but neither render nor tokenize them. Raises PromptError."""
     prompts: list[Prompt] = []
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
@@ -65,7 +67,10 @@ def read_requests(file: Path) -> list[Prompt]:
 
 
 def read_prompts(file: Path, folder: Path) -> list[Prompt]:
-    """The prompts in `file`, rendered and tokenized for the checkpoint in `folder`. Raises PromptError."""
+    """Return the prompts in `file`, rendered and tokenized for the checkpoint in `folder`.
+
+    Raises PromptError; ConfigError, TokenizerError or MediaError if the checkpoint's own files cannot be used.
+    """
     config = K26Config.from_path(folder)
     tokenizer = KimiTokenizer(folder)
     tokenizer.check(config)
@@ -97,10 +102,10 @@ def _request(request: dict[str, Any], where: str, base: Path) -> Prompt:
 
 
 def pixels(prompt: Prompt, folder: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The vision tower's input for the prompt's images.
+    """Return the vision tower's input for the prompt's images.
 
-    Returns pixel_values float32 `[P, 3, patch, patch]`, grid_thw int64 `[num_images, 3]`, and which pixels are padding,
-    bool, in the shape of pixel_values.
+    The three tensors are pixel_values, float32 `[P, 3, patch, patch]`; grid_thw, int64 `[num_images, 3]`; and which
+    pixels are padding, bool, in the shape of pixel_values. Raises MediaError.
     """
     media = MediaConfig.from_path(folder)
     opened = [open_image(image) for image in prompt.images]

@@ -1,4 +1,4 @@
-"""What a golden run keeps on disk while it runs, so that a killed one goes on after the last layer that it passed."""
+"""Keep the state of a golden run on disk, so that a run that was killed continues after the last layer that it finished."""
 
 from __future__ import annotations
 
@@ -15,24 +15,27 @@ IDENTITY = "identity"
 
 
 class StateError(ValueError):
-    """A state that is not of this run. The message names the folder and the remedy."""
+    """The error for a state that is of another run or cannot be read. The message names the path and the remedy."""
 
 
 def read(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file. Raises StateError."""
+    """Return the tensors and the metadata of a safetensors file. Raises StateError if it cannot be read."""
     try:
         with safe_open(file, framework="pt") as opened:
-            # Copies: a mapped file would be held to the layer's end.
+            # The tensors are copied, because otherwise they would keep the whole file mapped until the layer ends.
             return {name: opened.get_tensor(name).clone() for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise StateError(f"{file} cannot be read ({error}): delete it and run again.") from error
 
 
 class State:
-    """The folder of a running job."""
+    """The folder in which a job keeps its state."""
 
     def __init__(self, folder: Path, identity: str) -> None:
-        """Make the folder, or take it over. Raises StateError where it belongs to a run with other inputs."""
+        """Create the folder, or continue with the one that is there.
+
+        identity: a hash of the run's inputs. Raises StateError if the folder belongs to a run with other inputs.
+        """
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         mark = folder / "run.json"
@@ -45,7 +48,7 @@ class State:
             )
 
     def latest(self) -> tuple[int, int, dict[str, torch.Tensor]]:
-        """Pass, number of layers passed in it, and the tensors that were kept; (0, −1, {}) at the beginning."""
+        """Return the last pass, the number of layers finished in it, and the tensors kept then; (0, −1, {}) at the start."""
         file = self.folder / "hidden.safetensors"
         if not file.exists():
             return 0, -1, {}
@@ -53,25 +56,27 @@ class State:
         return int(metadata["pass"]), int(metadata["layers"]), tensors
 
     def keep(self, number: int, layers: int, tensors: dict[str, torch.Tensor]) -> None:
-        """The state after `layers` layers of pass `number`."""
+        """Write the state after `layers` layers of pass `number`, in place of the state before."""
         save_tensors(tensors, self.folder / "hidden.safetensors", {"pass": str(number), "layers": str(layers)})
 
     def keep_keys(self, number: int, layer: int, keys: dict[str, torch.Tensor]) -> None:
-        """What attention of `layer` keeps of the tokens of pass `number`."""
+        """Write the keys that attention of `layer` computed for the tokens of pass `number`."""
         save_tensors(keys, self._keys(number, layer), {})
 
     def keys(self, number: int, layer: int) -> list[dict[str, torch.Tensor]]:
-        """What attention of `layer` kept of the tokens of every pass before `number`, in order."""
+        """Return the keys of `layer` from every pass before `number`, in the order of the passes. Raises StateError."""
         return [read(self._keys(earlier, layer))[0] for earlier in range(number)]
 
     def keep_answers(self, number: int, tensors: dict[str, torch.Tensor]) -> None:
+        """Write the answers of pass `number`."""
         save_tensors(tensors, self._answers(number), {})
 
     def answers(self, number: int) -> dict[str, torch.Tensor] | None:
-        """What pass `number` found, None where it has not ended."""
+        """Return the answers of pass `number`, or None if that pass has not ended. Raises StateError."""
         return read(self._answers(number))[0] if self._answers(number).exists() else None
 
     def discard(self) -> None:
+        """Delete the folder."""
         shutil.rmtree(self.folder)
 
     def _keys(self, number: int, layer: int) -> Path:

@@ -1,8 +1,8 @@
-"""The models that one run of the reference carries through the checkpoint side by side.
+"""Define the models that a golden run carries through the checkpoint side by side.
 
-Beside the right model in float32 goes its twin in bfloat16, which says what rounding alone does to each answer, and a few
-suspects: the same model with a mistake that serving code has made or could make. The bytes are read once for all. An
-endpoint that answers as a suspect does, and not as the model, has that mistake.
+They are the right model in float32; its twin in bfloat16, which shows what rounding alone does to each answer; and a
+few suspects, each the same model with one mistake that serving code has made or could make. The checkpoint is read once
+for all of them. An endpoint that answers as a suspect does, and not as the model does, has the suspect's mistake.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from k26_plugins.common.model.config import TextConfig
 
 MODEL = "model"
 TWIN = "bfloat16"
-# A suspect answers the first tokens of the first prompts only: enough to be told apart, and little to compute.
+# A suspect computes only the first tokens of the first prompts. That is enough to tell suspects apart, and cheap.
 SUSPECT_TOKENS = 96
 SUSPECT_TEXTS = 4
 SUSPECT_IMAGES = 2
@@ -39,26 +39,33 @@ def _same_weight(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
-    """How a carried model differs from the right one."""
+    """A carried model, as its differences from the right one."""
 
     name: str
     meaning: str
+    """What is wrong with the model, as reports show it."""
     remedy: str = ""
+    """What to check in a server that answers as this model does."""
     dtype: torch.dtype = torch.float32
     config: Callable[[TextConfig], TextConfig] = _same_config
+    """Returns this model's configuration for the right model's."""
     weight: Callable[[str, torch.Tensor], torch.Tensor] = _same_weight
-    """Changes a tensor outside the routed experts."""
+    """Returns this model's tensor for the name and value of one of the right model's tensors outside the routed
+    experts."""
     activation: Activation = swiglu
-    """From a routed expert's gate and up, `[tokens, I]` each, to what its down projection gets."""
+    """Returns the input of a routed expert's down projection for the outputs of its gate and up projections, all of
+    shape `[tokens, moe_intermediate_size]`."""
     padding: float | None = None
-    """Value of padded pixels after normalization."""
+    """The value of padded pixels after normalization; None for the right one."""
 
     @property
     def is_suspect(self) -> bool:
+        """Whether this is a model with a mistake."""
         return self.name not in (MODEL, TWIN)
 
     @property
     def on_images_only(self) -> bool:
+        """Whether the mistake shows only in prompts with images."""
         return self.padding is not None
 
 
@@ -71,7 +78,7 @@ def _yarn(factor: Callable[[float], float]) -> Callable[[TextConfig], TextConfig
 
 
 def _without_magnitude(config: TextConfig) -> TextConfig:
-    # Both at 0, so that cosine and sine keep their size and the softmax loses its factor.
+    # With both at 0 the cosines and sines keep their size, and only the softmax scale loses YaRN's factor.
     return replace(config, rope_scaling=replace(config.rope_scaling, mscale=0.0, mscale_all_dim=0.0))
 
 
@@ -84,7 +91,7 @@ def _swap_gate_up(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def _swap_shards(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """Halves of the down projection's inputs in each other's place: the same as its columns'."""
+    """Swap the halves of the down projection's inputs, which has the same effect as swapping the halves of its columns."""
     return swiglu(gate, up).roll(gate.shape[-1] // 2, -1)
 
 
