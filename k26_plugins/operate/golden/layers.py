@@ -265,7 +265,7 @@ def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
 
 
 def _products(pieces: list[_Piece], parts: Expert) -> list[_Product]:
-    """Return an expert's products for all pieces, with one GEMM for all, because each pass over the weights is costly."""
+    """Return an expert's products for all pieces, from one GEMM, because each pass over the weights is costly."""
     tokens = [piece.pairs // piece.routing.topk_ids.shape[1] for piece in pieces]
     sizes = [len(rows) for rows in tokens]
     x = torch.cat([piece.routing.x[rows].float() for piece, rows in zip(pieces, tokens, strict=True)])

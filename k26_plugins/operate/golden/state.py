@@ -1,4 +1,4 @@
-"""Keep the state of a golden run on disk, so that a run that was killed continues after the last layer that it finished."""
+"""Keep the state of a golden run on disk, so that a killed run continues after the last layer that it finished."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class State:
             )
 
     def latest(self) -> tuple[int, int, dict[str, torch.Tensor]]:
-        """Return the last pass, the number of layers finished in it, and the tensors kept then; (0, −1, {}) at the start."""
+        """Return the last pass, its number of finished layers and the tensors kept then; (0, −1, {}) at the start."""
         file = self.folder / "hidden.safetensors"
         if not file.exists():
             return 0, -1, {}

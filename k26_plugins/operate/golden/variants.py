@@ -91,7 +91,7 @@ def _swap_gate_up(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def _swap_shards(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """Swap the halves of the down projection's inputs, which has the same effect as swapping the halves of its columns."""
+    """Swap the halves of the down projection's inputs, which has the same effect as swapping its columns' halves."""
     return swiglu(gate, up).roll(gate.shape[-1] // 2, -1)
 
 

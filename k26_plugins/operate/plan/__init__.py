@@ -1,1 +1,1 @@
-"""Does it fit, what is the command, how fast can it be: answered from the configuration alone, without a GPU."""
+"""Plan a deployment from the model's configuration, without a GPU: whether it fits, its command, and its speed."""

@@ -1,4 +1,4 @@
-"""The way of cutting that leaves the most KV cache, and what would work where a machine does not."""
+"""Choose the parallel layout of a model over a machine's GPUs, and advise what would work if none fits."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from k26_plugins.operate.plan.hybrid import Hybrid, hybrid
 from k26_plugins.operate.plan.weights import GPUS_IN_A_NODE, Layout, LayoutError, is_possible, node_of
 
 WORTH_SERVING = 2048
-"""Tokens of a request below which a smaller load is no advice."""
+"""Tokens of the shortest request that is still advised; a server of shorter requests is of no use."""
 COUNTS = (1, 2, 4, 8, 16, 24, 32)
-"""Machines that are looked at for advice."""
+"""Numbers of GPUs that are tried for advice."""
 
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """Something that fits, and the options of `k26 plan` that say so."""
+    """A deployment that fits, with the options of `k26 plan` that show it."""
 
     text: str
     options: tuple[str, ...]
 
 
 def layouts(config: K26Config, count: int, engine: str) -> list[Layout]:
-    """Ways to cut over `count` GPUs: tensor parallel within a machine, pipeline stages for the rest.
+    """Return the possible layouts over `count` GPUs: tensor parallel within a machine, pipeline stages for the rest.
 
-    KTransformers has no stages: the largest tensor parallel within one machine, which may leave GPUs idle.
+    The layouts with the fewest pipeline stages come first. KTransformers has no pipeline stages: its only layout is the
+    largest tensor parallelism that is possible within one machine, which may leave GPUs idle.
     """
     found = []
     node = node_of(count)
@@ -40,13 +41,17 @@ def layouts(config: K26Config, count: int, engine: str) -> list[Layout]:
             possible = node % tp == 0
         if possible and is_possible(config, layout):
             found.append(layout)
-    # Fewer stages first: a stage waits for the one before it.
+    # Layouts with fewer stages come first, because each stage waits for the stage before it.
     found.sort(key=lambda layout: (layout.pp, -layout.tp))
     return found if engine != "ktransformers" else found[:1]
 
 
 def options_of(config: K26Config, count: int, engine: str) -> list[Layout]:
-    """`layouts`, each followed by those that cut its KV cache over ranks, where the engine can."""
+    """Return `layouts`, each followed by the same layout with decode-context parallelism, if the engine supports it.
+
+    Decode-context parallelism, which only vLLM's layouts without pipeline stages get, splits the KV cache of each
+    request over 2, 4 or 8 ranks.
+    """
     found = []
     for layout in layouts(config, count, engine):
         found.append(layout)
@@ -56,9 +61,9 @@ def options_of(config: K26Config, count: int, engine: str) -> list[Layout]:
 
 
 def choose(config: K26Config, gpu: Gpu, count: int, load: Load, engine: str) -> Fit:
-    """The first layout that fits; else the one with the most KV cache.
+    """Return the fit of the first layout that holds the load; if none does, that of the layout with the most KV cache.
 
-    Raises LayoutError where no layout is possible at all.
+    Raises LayoutError if no layout is possible at all.
     """
     tried: list[Fit] = []
     for layout in options_of(config, count, engine):
@@ -68,14 +73,18 @@ def choose(config: K26Config, gpu: Gpu, count: int, load: Load, engine: str) -> 
         tried.append(found)
     if not tried:
         raise LayoutError(f"{count} GPUs cannot share this model: it has {config.text.num_hidden_layers} layers.")
-    # Where no layout leaves a KV cache the plainest says why.
+    # If no layout leaves a KV cache, `max` returns the first and simplest one, whose reason is the easiest to
+    # understand.
     return max(tried, key=lambda item: item.kv_tokens)
 
 
 def nearest(
     config: K26Config, gpu: Gpu, count: int, load: Load, engine: str, ram: int | None, request: str
 ) -> list[Advice]:
-    """What would work instead, the smallest change first. Each entry is a plan that fits. request: the GPUs as given."""
+    """Return what would work instead of a plan that does not fit, the smallest change first. Each entry fits.
+
+    ram: bytes of system memory, for a hybrid run; None if unknown. request: the GPUs as the user gave them.
+    """
     here = ("--gpus", request, *_load_options(load))
     if engine == "ktransformers":
         return _nearest_hybrid(config, gpu, count, load, ram, request)
@@ -130,7 +139,10 @@ def _hybrid_advice(mixed: Hybrid, here: tuple[str, ...], before: str = "") -> Ad
 
 
 def _fewest(config: K26Config, load: Load, engine: str) -> tuple[int, Gpu] | None:
-    """The smallest number of any known GPU that holds the load, and of those the one with the least memory."""
+    """Return the smallest number of equal known GPUs that holds the load, and the kind of GPU; None if 8 are too few.
+
+    If several kinds of GPU hold the load with that number, the kind with the least memory is returned.
+    """
     for count in COUNTS[:4]:
         for gpu in sorted(KNOWN.values(), key=lambda item: item.memory):
             if _fits(config, gpu, count, load, engine):
@@ -143,7 +155,7 @@ def _fits(config: K26Config, gpu: Gpu, count: int, load: Load, engine: str) -> b
 
 
 def _load_options(load: Load) -> tuple[str, ...]:
-    """The options of `k26 plan` that differ from its defaults."""
+    """Return the options of `k26 plan` for the values of the load that differ from the defaults."""
     usual, options = Load(), []
     for name, option in (
         ("context", "--context"),

@@ -1,4 +1,4 @@
-"""The engine's own commands for a plan, one for each machine."""
+"""Write the engine's own commands for a plan, one for each machine. A command is a list of words."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from k26_plugins.operate.plan.hybrid import Hybrid
 ENGINES = ("vllm", "sglang", "ktransformers")
 PARSERS = ["--tool-call-parser", "kimi_k2", "--reasoning-parser", "kimi_k2"]
 HEAD = "HEAD_ADDRESS"
-"""To be filled in: the first machine's address, which the others reach."""
+"""A placeholder for the first machine's address, which all other machines must reach; the user replaces it."""
 VLLM_PORT, SGLANG_PORT, RAY_PORT = 29500, 20000, 6379
 
 
 def vllm_command(checkpoint: str, fit: Fit) -> list[str]:
+    """Return vLLM's command. checkpoint: a folder or a name on the hub."""
     layout = fit.layout
     command = ["vllm", "serve", checkpoint, "--tensor-parallel-size", str(layout.tp)]
     if layout.pp > 1:
@@ -29,11 +30,12 @@ def vllm_command(checkpoint: str, fit: Fit) -> list[str]:
         command += ["--kv-cache-dtype", "fp8"]
     command += ["--max-model-len", str(_context(fit)), "--gpu-memory-utilization", f"{fit.load.memory_fraction:.2f}"]
     command += ["--max-num-batched-tokens", str(fit.load.batched_tokens), "--max-num-seqs", str(fit.load.sequences)]
-    # Without parsers: the plugin chooses its own, and a flag would put vLLM's in their place.
+    # No parsers are named: the plugin chooses its own parsers, and a flag would replace them with vLLM's.
     return command
 
 
 def sglang_command(checkpoint: str, fit: Fit) -> list[str]:
+    """Return SGLang's command. checkpoint: a folder or a name on the hub."""
     layout = fit.layout
     command = ["python", "-m", "sglang.launch_server", "--model-path", checkpoint, "--tp-size", str(layout.tp)]
     if layout.pp > 1:
@@ -44,14 +46,18 @@ def sglang_command(checkpoint: str, fit: Fit) -> list[str]:
         command += ["--mm-enable-dp-encoder"]
     if fit.load.kv_dtype == "fp8":
         command += ["--kv-cache-dtype", "fp8_e4m3"]
-    # SGLang's fraction is for weights and KV cache together; what is left of the memory is for all else.
+    # SGLang's fraction of the memory is for weights and KV cache together; activations and buffers take the rest.
     static = (fit.budget - fit.activations - fit.overhead) / fit.gpu.memory
     command += ["--context-length", str(_context(fit)), "--mem-fraction-static", f"{static:.2f}"]
     return [*command, "--chunked-prefill-size", str(fit.load.batched_tokens), *PARSERS]
 
 
 def ktransformers_command(checkpoint: str, fit: Fit, plan: Hybrid, threads: int, sockets: int) -> list[str]:
-    """SGLang with its `--kt-…` flags. `checkpoint` is a folder: the experts of both sides are read from the same files."""
+    """Return the command of a hybrid run: SGLang's, with its `--kt-…` flags.
+
+    checkpoint: a folder, since the experts on the GPUs and those in system memory are read from the same files.
+    threads: CPU threads that compute experts. sockets: NUMA nodes over which these threads are spread.
+    """
     command = ["python", "-m", "sglang.launch_server", "--model", checkpoint, "--kt-weight-path", checkpoint]
     command += ["--kt-method", "RAWINT4", "--kt-num-gpu-experts", str(plan.gpu_experts), "--kt-cpuinfer", str(threads)]
     command += ["--kt-threadpool-count", str(sockets), "--tensor-parallel-size", str(fit.layout.tp)]
@@ -66,7 +72,7 @@ def ktransformers_command(checkpoint: str, fit: Fit, plan: Hybrid, threads: int,
 
 
 def of_each_node(engine: str, command: list[str], nodes: int) -> list[list[str]]:
-    """The command of each machine, by its rank, where the engine starts its own processes everywhere."""
+    """Return the command of each machine, by the machine's rank, if the engine is started on every machine by hand."""
     if nodes == 1:
         return [command]
     if engine == "vllm":
@@ -79,7 +85,10 @@ def of_each_node(engine: str, command: list[str], nodes: int) -> list[list[str]]
 
 
 def with_ray(engine: str, command: list[str], nodes: int) -> list[list[str]]:
-    """The commands over a Ray cluster: the first machine's two, then that of every other machine."""
+    """Return three commands for a Ray cluster: Ray's head, then the server, then Ray on every other machine.
+
+    The first two run on the first machine. The server must be started after Ray runs on all machines.
+    """
     served = [*command, "--distributed-executor-backend", "ray"]
     if engine != "vllm":
         served = [*command, "--nnodes", str(nodes), "--use-ray"]
@@ -91,7 +100,10 @@ def with_ray(engine: str, command: list[str], nodes: int) -> list[list[str]]:
 
 
 def plain_command(engine: str, checkpoint: str, device: str | None) -> list[str]:
-    """The command where there is nothing to plan: without a GPU, or of another layout of the weights."""
+    """Return the command without any plan, for a machine without a GPU or for weights in another layout.
+
+    device: SGLang's `--device`; None leaves the choice to SGLang. vLLM's command does not use it.
+    """
     if engine == "vllm":
         return ["vllm", "serve", checkpoint]
     command = ["python", "-m", "sglang.launch_server", "--model-path", checkpoint]
@@ -99,9 +111,10 @@ def plain_command(engine: str, checkpoint: str, device: str | None) -> list[str]
 
 
 def shown(command: list[str]) -> str:
+    """Return the command as one line for a shell."""
     return shlex.join(command)
 
 
 def _context(fit: Fit) -> int:
-    """Tokens of one request of the load, images included."""
+    """Return the tokens of one request of the load, images included, but no more than the model can take."""
     return min(fit.load.tokens // fit.load.concurrency, fit.max_position)

@@ -1,4 +1,4 @@
-"""Every engine and every layout of one machine, side by side."""
+"""Compare all engines and layouts on one machine, one row of a table for each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HEADER = ("engine", "layout", "fits", "weights", "KV cache", "longest", "at once
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One engine on one layout."""
+    """One engine with one layout."""
 
     engine: str
     tensor_parallel: int
@@ -26,17 +26,21 @@ class Row:
     context_parallel: int
     fits: bool
     weight_bytes: int
-    """The weights on each GPU of the fullest stage."""
+    """Bytes of weights on each GPU of the fullest stage."""
     kv_tokens: int
+    """Tokens of KV cache that fit."""
     largest_context: int
+    """Tokens of the longest single request that fits."""
     largest_concurrency: int
-    """How many requests of the load's length fit at the same time."""
+    """Number of requests of the load's length that fit at the same time."""
     bound: float | None
-    """Tokens a second of one request, from published bandwidths; no measurement."""
+    """Tokens per second of one request that published bandwidths allow at most, not a measurement; None if unknown."""
     note: str
+    """What else there is to say, such as how a hybrid run divides the experts."""
 
     @property
     def cells(self) -> tuple[str, ...]:
+        """The row as text, a cell for each column of HEADER."""
         layout = f"TP{self.tensor_parallel}"
         layout += f" PP{self.pipeline_parallel}" if self.pipeline_parallel > 1 else ""
         layout += f" DCP{self.context_parallel}" if self.context_parallel > 1 else ""
@@ -54,7 +58,7 @@ class Row:
 
 
 def compare(config: K26Config, machine: Machine, load: Load) -> list[Row]:
-    """A row for each engine and way of cutting that the machine allows."""
+    """Return a row for each engine and each layout that is possible on the machine."""
     rows = []
     for engine in ENGINES:
         for layout in options_of(config, machine.count, engine):
@@ -84,7 +88,7 @@ def compare(config: K26Config, machine: Machine, load: Load) -> list[Row]:
 
 
 def as_table(rows: list[Row]) -> str:
-    """Columns in line, for a terminal."""
+    """Return the rows below a header, with their columns aligned, for a terminal."""
     cells = [HEADER, *(row.cells for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(HEADER))]
     return "\n".join(

@@ -1,4 +1,4 @@
-"""A plan's memory as bars of text, one for the GPUs of each pipeline stage: they hold the same."""
+"""Draw a plan's memory as bars of text, one for each pipeline stage, since all GPUs of a stage hold the same."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ LEGEND = ", ".join(f"{mark} {part}" for part, mark in MARKS.items())
 
 
 def memory_by_gpu(config: K26Config, tightest: Fit, mixed: Hybrid | None) -> list[dict[str, Any]]:
-    """For each stage its `gpus` (first and last) and `bytes` by part. The tightest stage says how long the KV cache is."""
+    """Return, for each stage, its `gpus` (the first and the last number) and the `bytes` of each part of MARKS.
+
+    The KV cache of every stage has as many tokens as fit in the tightest stage; that of a hybrid run has those of the
+    load. mixed: how a hybrid run divides the experts, None for another plan.
+    """
     found = []
     layout, load = tightest.layout, tightest.load
     tokens = tightest.kv_tokens if mixed is None else load.tokens
@@ -35,14 +39,17 @@ def memory_by_gpu(config: K26Config, tightest: Fit, mixed: Hybrid | None) -> lis
 
 
 def bars(config: K26Config, tightest: Fit, mixed: Hybrid | None) -> list[str]:
-    """A line for each stage, `WIDTH` characters for all of a GPU's memory, and the legend; more where it does not fit."""
+    """Return a line for each stage, then the legend.
+
+    WIDTH characters are a GPU's whole memory; what does not fit is drawn behind the end of the bar.
+    """
     memory = tightest.gpu.memory
     lines = []
     for stage in memory_by_gpu(config, tightest, mixed):
         first, last = stage["gpus"]
         bar, reached = "", 0
         for part, size in stage["bytes"].items():
-            # A part is drawn to where it ends, so that rounding adds up to the whole.
+            # Each part is drawn up to the rounded place where it ends, so that rounding errors do not add up.
             reached += size
             bar += MARKS[part] * (round(reached / memory * WIDTH) - len(bar))
         name = f"GPU {first}" if first == last else f"GPUs {first} to {last}"

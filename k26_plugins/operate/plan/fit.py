@@ -1,4 +1,4 @@
-"""What a GPU holds beside the weights, and how many tokens of KV cache are left."""
+"""Work out what a GPU holds beside the weights, and how many tokens of KV cache fit in the rest of its memory."""
 
 from __future__ import annotations
 
@@ -10,70 +10,77 @@ from k26_plugins.operate.plan.weights import Layout, per_gpu, stages
 
 KV_BYTES = {"bf16": 2, "fp8": 1}
 BATCHED_TOKENS = 8192
-"""Tokens in one step, both engines' usual size for prefill."""
+"""Largest number of tokens in one step; both engines usually prefill in steps of this size."""
 SEQUENCES = 256
-"""Requests in one step, for which the sampler's memory is reserved; the command asks for no more."""
-# What engines keep besides, which nobody publishes part by part. Fitted, not computed, to all the published runs in
-# docs/hardware.md: CUDA context, communication buffers, CUDA graphs and the allocator's slack; how often the sampler holds
-# the logits of all requests while it sorts them; and what each rank of decode-context parallelism adds to the workspace.
+"""Largest number of requests in one step, for which the sampler's memory is reserved; vLLM's command allows no more."""
+# The three constants below stand for memory of the engines that nobody publishes part by part. They are fitted to all
+# the published runs in docs/hardware.md, not computed. OVERHEAD is for the CUDA context, communication buffers, CUDA
+# graphs and the allocator's slack; LOGITS_COPIES is how often the sampler holds the logits of all requests while it
+# sorts them; CONTEXT_PARALLEL_BYTES is what each rank of decode-context parallelism adds to the workspace.
 OVERHEAD = round(1.5 * GIB)
 LOGITS_COPIES = 6.75
 CONTEXT_PARALLEL_BYTES = round(0.10 * GIB)
 OVERHEAD_SOURCE = "fitted to the published runs in docs/hardware.md, which are met within 4 %; not computed"
-# Tokens that an image of the largest size takes (docs/model.md, 4.4).
+# The number of tokens of an image of the largest size (docs/model.md, 4.4).
 IMAGE_TOKENS = 4225
 BLOCK = 64
-"""Tokens of a KV page in MLA backends."""
+"""Tokens in a page of the KV cache in MLA backends."""
 MEMORY_FRACTION = 0.90
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """What is to be served."""
+    """The requests that a server is planned for, and the limits that it is given."""
 
     context: int = 131072
-    """Tokens of one request, prompt and answer."""
+    """Tokens of one request, prompt and answer together, without its images."""
     concurrency: int = 1
-    """Requests of that length at the same time."""
+    """Number of requests of that length at the same time."""
     images: int = 0
-    """Images of the largest size in each request, beside `context`."""
+    """Number of images of the largest size in each request; their tokens are added to `context`."""
     kv_dtype: str = "bf16"
+    """The KV cache's dtype, a key of KV_BYTES."""
     memory_fraction: float = MEMORY_FRACTION
     """The share of each GPU's memory that the engine may use."""
     sequences: int = SEQUENCES
-    """Requests in one step at most."""
+    """Largest number of requests in one step."""
     batched_tokens: int = BATCHED_TOKENS
-    """Tokens in one step at most."""
+    """Largest number of tokens in one step."""
 
     @property
     def tokens(self) -> int:
-        """Tokens of KV cache for all of it."""
+        """Tokens of KV cache that all requests need together, images included."""
         return self.concurrency * (self.context + self.images * IMAGE_TOKENS)
 
 
 @dataclass(slots=True, kw_only=True)
 class Fit:
-    """One GPU of the tightest pipeline stage."""
+    """The memory of one GPU of a pipeline stage; where a plan has one Fit, it is that of the tightest stage."""
 
     layout: Layout
     gpu: Gpu
     load: Load
     weights: dict[str, int] = field(default_factory=dict)
+    """Bytes by part, one of `weights.PARTS`."""
     activations: int = 0
+    """Bytes."""
     overhead: int = 0
+    """Bytes of everything else that the engine keeps."""
     budget: int = 0
     """Bytes that the engine may use."""
     kv_per_token: float = 0.0
-    """Bytes on this GPU for one token of context."""
+    """Bytes of KV cache on this GPU for one token of context."""
     max_position: int = 0
+    """Tokens of the longest request that the model can take."""
 
     @property
     def kv_bytes(self) -> int:
-        """What is left for the KV cache; negative where the weights do not fit."""
+        """Bytes that are left for the KV cache; negative if weights, activations and overhead exceed the budget."""
         return self.budget - sum(self.weights.values()) - self.activations - self.overhead
 
     @property
     def kv_tokens(self) -> int:
+        """Tokens of KV cache that fit, a multiple of BLOCK; 0 if none do."""
         return max(int(self.kv_bytes / self.kv_per_token) // BLOCK * BLOCK, 0)
 
     @property
@@ -83,16 +90,17 @@ class Fit:
 
     @property
     def largest_concurrency(self) -> int:
-        """Requests of the load's length at the same time."""
+        """Number of requests of the load's length that fit at the same time."""
         return self.kv_tokens // (self.load.tokens // self.load.concurrency)
 
     @property
     def fits(self) -> bool:
+        """Whether the KV cache of the whole load fits."""
         return self.kv_tokens >= self.load.tokens
 
     @property
     def why(self) -> str:
-        """One sentence."""
+        """One sentence that says why the load fits, or why it does not."""
         weights, budget = sum(self.weights.values()) / GIB, self.budget / GIB
         needed = f"weights take {weights:.1f} GiB of each GPU, of which the engine may use {budget:.1f} GiB"
         if weights > budget:
@@ -105,13 +113,20 @@ class Fit:
 
 
 def kv_bytes_per_token(text: TextConfig, kv_dtype: str, num_layers: int | None = None) -> int:
-    """Bytes of one token: the latent and the rotated key of each layer, the same on every tensor-parallel rank."""
+    """Return the bytes of one token's KV cache, which is the latent and the rotated key of each layer.
+
+    Every tensor-parallel rank holds the same. kv_dtype: a key of KV_BYTES. num_layers: all layers by default.
+    """
     layers = text.num_hidden_layers if num_layers is None else num_layers
     return layers * (text.kv_lora_rank + text.qk_rope_head_dim) * KV_BYTES[kv_dtype]
 
 
 def activation_bytes(config: K26Config, tp: int, load: Load) -> int:
-    """What a step of the load's most tokens holds at once, in bfloat16, and the sampler's logits of its most requests."""
+    """Return the bytes that the largest step of the load holds at once on one of `tp` ranks.
+
+    They are the bfloat16 activations of `batched_tokens` tokens and the sampler's float32 logits of `sequences`
+    requests.
+    """
     text, vision, tokens = config.text, config.vision, load.batched_tokens
     hidden = 4 * tokens * text.hidden_size * 2
     routed_width = 3 * text.moe_intermediate_size // tp + text.hidden_size
@@ -119,18 +134,21 @@ def activation_bytes(config: K26Config, tp: int, load: Load) -> int:
     heads = text.num_attention_heads // tp
     attention = tokens * heads * (2 * text.qk_head_dim + text.v_head_dim) * 2
     logits = round(LOGITS_COPIES * load.sequences * text.vocab_size * 4)
-    # As many image tokens as text tokens, four patches each.
+    # A step may have as many image tokens as text tokens; each image token is four patches in the vision tower.
     patches = 4 * tokens * (6 * vision.hidden_size + 2 * vision.intermediate_size) * 2
     return hidden + routed + attention + logits + patches
 
 
 def fit(config: K26Config, gpu: Gpu, layout: Layout, load: Load) -> Fit:
-    """The tightest stage's GPU. Raises LayoutError."""
+    """Return a GPU of the tightest stage, the one whose KV cache holds the fewest tokens.
+
+    Raises LayoutError if the model cannot be cut as `layout` says.
+    """
     return min(fit_stages(config, gpu, layout, load), key=lambda item: item.kv_bytes / item.kv_per_token)
 
 
 def fit_stages(config: K26Config, gpu: Gpu, layout: Layout, load: Load) -> list[Fit]:
-    """A GPU of each pipeline stage. Raises LayoutError."""
+    """Return one GPU of each pipeline stage. Raises LayoutError if the model cannot be cut as `layout` says."""
     overhead = OVERHEAD + (CONTEXT_PARALLEL_BYTES * layout.context_parallel if layout.context_parallel > 1 else 0)
     found = []
     for stage, layers in enumerate(stages(config.text.num_hidden_layers, layout.pp)):

@@ -1,9 +1,9 @@
-"""GPUs of the last three generations: the memory that the driver shows and the bandwidth that the vendor publishes.
+"""List the GPUs of the last three generations, with the memory that the driver shows and the published bandwidth.
 
-Memory is what `nvidia-smi` or `amd-smi` shows as total, in MiB, read from its published output. Where no such output was
-found it is the data sheet's size in decimal GB, which is less than a driver shows. Bandwidth is the data sheet's, in GB/s.
-Each has a link to where the vendor publishes it; where no page of the vendor's was found, to the secondary source that is
-named beside it.
+Memory is the total that `nvidia-smi` or `amd-smi` shows, in MiB, read from published outputs of these tools. Where no
+such output was found, memory is the data sheet's size in decimal GB, which is less than a driver shows. Bandwidth is
+the data sheet's, in GB/s. Each GPU has a link to the vendor's page with these figures; where no such page was found, to
+the secondary source that SECONDARY names.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NVIDIA_PDF = "https://www.nvidia.com/content/dam/en-zz/Solutions/"
 GEFORCE = "https://images.nvidia.com/aem-dam/Solutions/geforce/"
 DESIGN = f"{NVIDIA}design-visualization/desktop-graphics/"
 AMD = "https://www.amd.com/en/products/"
-# GPUs for one market, of which neither vendor keeps a page.
+# The vendors have no page for GPUs that are made for one market, so these figures have secondary sources.
 TOMS_HARDWARE = (
     "https://www.tomshardware.com/pc-components/gpus/new-nvidia-ai-gpus-designed-to-get-around-us-export-bans-come-to-china-"
     "h20-l20-and-l2-to-fill-void-left-by-restricted-models"
@@ -34,16 +34,19 @@ HGX = f"{NVIDIA}data-center/hgx/"
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
+    """A kind of GPU with its published figures."""
+
     name: str
     memory: int
-    """Bytes in all, as the driver shows them."""
+    """Total bytes, as the driver shows them or, with the source DATA_SHEET, as the data sheet has them."""
     bandwidth: float | None
-    """Bytes a second of its memory, as published; None where only the memory is known."""
+    """Bytes per second of the GPU's memory, as published; None if it is not known."""
     link: str
-    """Where its figures are published; empty where the user gave the memory."""
+    """The page with the figures; empty if the user or the driver gave the memory of an unknown GPU."""
     vendor: str = "nvidia"
+    """`nvidia` or `amd`."""
     source: str = DRIVER
-    """The source of `memory`."""
+    """The source of `memory`: DRIVER or DATA_SHEET."""
 
 
 def _nvidia(name: str, mebibytes: int, gigabytes_per_second: int, link: str) -> Gpu:
@@ -105,7 +108,7 @@ GPUS = (
     _sheet("MI250X", 64, 1638, f"{AMD}accelerators/instinct/mi200/mi250x.html", "amd"),
     _sheet("MI300A", 128, 5300, f"{AMD}accelerators/instinct/mi300/mi300a.html", "amd"),
     _amd("MI300X", 196592, 5300, f"{AMD}accelerators/instinct/mi300/mi300x.html"),
-    # AMD publishes no bandwidth of it, and others do not agree.
+    # AMD publishes no bandwidth of the MI308X, and secondary sources do not agree.
     _amd("MI308X", 196592, None, LLM_PROF),
     _amd("MI325X", 262144, 6000, f"{AMD}accelerators/instinct/mi300/mi325x.html"),
     _sheet("MI350X", 288, 8000, f"{AMD}accelerators/instinct/mi350/mi350x.html", "amd"),
@@ -115,7 +118,7 @@ GPUS = (
         "R9700", 32, 640, f"{AMD}graphics/workstations/radeon-ai-pro/ai-9000-series/amd-radeon-ai-pro-r9700.html", "amd"
     ),
 )
-# A GCD of MI250X is a GPU of its own to every program.
+# The figures of the MI250X are those of one of its two dies (GCDs), because programs see each die as a GPU of its own.
 KNOWN = {gpu.name: gpu for gpu in GPUS}
 ALIASES = {
     "3090": "RTX3090",
@@ -126,7 +129,7 @@ ALIASES = {
     "PRO6000": "RTXPRO6000",
     "RTX6000PRO": "RTXPRO6000",
     "PRO5000": "RTXPRO5000",
-    # The driver's name, which states the memory of the CPU.
+    # The driver's names of the GH200 state the memory of the CPU.
     "GH200480GB": "GH200",
     "GH200120GB": "GH200",
     "H20E": "H203E",

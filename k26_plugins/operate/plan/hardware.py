@@ -1,4 +1,4 @@
-"""What a user calls a machine's GPUs."""
+"""Find the GPU that a user or a driver names: `8xH200`, `NVIDIA GeForce RTX 4090`, or a memory size."""
 
 from __future__ import annotations
 
@@ -10,25 +10,29 @@ from k26_plugins.operate.plan.gpus import ALIASES, GIB, KNOWN, Gpu
 _REQUEST = re.compile(r"(?:(\d+)\s*[x×*]\s*)?(.+)", re.IGNORECASE | re.DOTALL)
 _MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*(?:GI?B?)?", re.IGNORECASE)
 _STATED = re.compile(r"[\s\-_](\d+)\s*G(?:I?B)?\b")
-# What vendors and drivers write around a GPU's own name.
+# The words that vendors and drivers write around a GPU's own name; `_known` removes them.
 _AROUND = re.compile(
     r"MAX-?Q|[\s\-_\"']|NVIDIA|AMD|GEFORCE|INSTINCT|RADEON|TESLA|QUADRO|HBM\d?E?|SXM\d?|OAM|GENERATION|BLACKWELL|SERVER|"
     r"WORKSTATION|EDITION|GRAPHICS|AC$"
 )
 PLAUSIBLE_GIB = (4, 512)
-"""A number outside of it is no memory of one GPU, and then a model's number."""
+"""The range of plausible memory sizes of one GPU. A number outside of this range is taken for part of the GPU's
+name."""
 SAME = 0.07
-"""Up to this difference a stated size says the known one again: 80 GB of a driver's 79.6 GiB, 141 of 140.4."""
+"""Largest relative difference at which a size that the user states is taken for the known size: a driver shows 79.6 GiB
+for 80 GB and 140.4 GiB for 141 GB."""
 
 
 class HardwareError(ValueError):
-    """A GPU that is not known. The message says how to give its memory instead."""
+    """The error for GPUs that are unknown or missing. The message says what to give instead."""
 
 
 def parse(request: str) -> tuple[int, Gpu]:
-    """Number and kind of `8xH200`, `4 x "RTX 4090 48GB"`, a driver's own name, or a memory size in GiB: `8x96`.
+    """Return the number and the kind of the requested GPUs.
 
-    A size that the request states wins over the one that is known of the name. Raises HardwareError.
+    A request is such as `8xH200`, `4 x "RTX 4090 48GB"`, a driver's own name, or `8x96` with a memory size in GiB. A
+    size that the request states takes precedence over the size known for the name. Raises HardwareError if the GPU is
+    not known.
     """
     matched = _REQUEST.fullmatch(request.strip())
     if matched is None:
@@ -46,10 +50,14 @@ def parse(request: str) -> tuple[int, Gpu]:
 
 
 def named(kind: str) -> Gpu | None:
-    """The GPU of a name as users and drivers write it, None for one that is not known."""
+    """Return the GPU of this name, as users and drivers write names, or None if it is not known.
+
+    If the name states a memory size that differs from the known one, the GPU has the stated size.
+    """
     kind = kind.upper()
     stated = _STATED.search(kind)
-    # Whole first: some names end in a size, and the driver's name of GH200 states the CPU's memory.
+    # The whole name is looked up first, because some known names end in a size and the driver's name of the GH200
+    # states the memory of the CPU.
     found = _known(kind)
     if found is not None or stated is None:
         return found

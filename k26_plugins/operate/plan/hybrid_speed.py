@@ -1,8 +1,9 @@
-"""Predicted speed of a hybrid run: tokens a second of prompts and of answers, and the chunk of a prompt that is best.
+"""Predict the speed of a hybrid run in prefill and decode, and find the chunk size of prefill that is the fastest.
 
-A layer of a step is what comes before its routing is known, then the CPU's experts beside the GPUs', then their sum. Bytes
-are the planner's, each read once. What the CPU's experts and the links take is measured (`k26 plan --measure`); what else a
-GPU does nobody measured, and the assumptions stand below.
+In a step, each layer first computes what precedes the routing, then the CPU's experts while the GPUs compute theirs,
+then the sum. The number of bytes is the planner's, and each byte is read once. The rates of the CPU's experts, of the
+links and of a large GEMM on a GPU are measured (`k26 plan --measure`). Nobody measured the rest of what a GPU does; the
+constants below are assumptions.
 """
 
 from __future__ import annotations
@@ -17,71 +18,92 @@ from k26_plugins.operate.plan.hybrid import Hybrid, hybrid
 from k26_plugins.operate.plan.speed import experts_touched, plain_bytes
 
 NATIVE_SHARE = 0.85
-"""The share of its reading rate that a CPU's experts reach with one token: measured, 80 to 99 % (docs/cpu-experts.md)."""
-# Assumed, as nothing below was measured on a GPU.
-# Kernels of a layer: attention, norms and router; the GPUs' routed and shared experts; sums and what follows them.
+"""The share of the memory's read rate that the experts on a CPU reach with one token; measured as 80 to 99 %
+(docs/cpu-experts.md)."""
+# The constants from here to GPU_SHARE are assumed: none was measured on a GPU.
+# Kernels of a layer: attention, norms and router; the GPUs' routed and shared experts; the sums and what follows them.
 BEFORE, BESIDE, AFTER = 12, 7, 3
-# Seconds: to launch a kernel from Python, or in a graph; of a small copy; until the stream has called the host; until the
-# host is awake after the stream; of a sum over GPUs, two in a layer.
+# Seconds: to launch a kernel from Python; to launch a kernel in a CUDA graph; for a small copy; until the stream has
+# called the host; until the host is awake after the stream; for an all-reduce over the GPUs, of which a layer has two.
 LAUNCH, LAUNCH_IN_GRAPH, COPY, CALL, WAKE, SUM = 10e-6, 2e-6, 5e-6, 10e-6, 20e-6, 12e-6
-COPIES = 4  # activations, ids and weights there, and the result back
-# The share of a large GEMM's rate that a prompt's kernels reach together.
+COPIES = 4  # Activations, ids and weights go to the host, and the result comes back.
+# The share of a large GEMM's rate that the kernels of prefill reach on average.
 GPU_SHARE = 0.6
 CHUNKS = (2048, 4096, 8192, 16384, 32768)
-"""Tokens of a prompt in one step (`--chunked-prefill-size`) that are looked at."""
+"""Numbers of prompt tokens in one step (`--chunked-prefill-size`) that are tried."""
 ANSWER = 1024
-"""Tokens of a request that are taken for its answer, or half of a shorter request."""
+"""Number of a request's tokens that are taken for its answer; half of the tokens if the request has fewer than
+2,048."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """What a machine does in a second."""
+    """The measured rates of a machine."""
 
     host: Line
-    """Seconds of one whole expert on the CPU's cores."""
+    """Seconds of one whole expert on all of the CPU's cores, over its number of tokens."""
     link: float | None = None
-    """Bytes a second from the host's memory to all GPUs together; None: no expert is streamed."""
+    """Bytes per second from host memory to all GPUs together; None if no experts are streamed."""
     gpu_gemm: float | None = None
-    """Operations a second of a large bfloat16 GEMM on one GPU; None: a prompt's arithmetic there is not counted."""
+    """Operations per second of a large bfloat16 GEMM on one GPU; if None, arithmetic on the GPUs takes no time in
+    prefill."""
 
     @classmethod
     def of_bandwidth(cls, config: K26Config, bandwidth: float) -> Rates:
-        """Rates from the memory's bandwidth alone, bytes a second: they hold for a token or a few, not for prompts."""
+        """Return the rates that follow from the bandwidth of system memory alone, in bytes per second.
+
+        They hold for one token or a few tokens and not for prefill, because an expert's arithmetic counts nothing.
+        """
         return cls(host=Line(expert_bytes(config.text) / (bandwidth * NATIVE_SHARE), 0.0))
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Seconds of a step; the parts are those of all layers, whatever runs beside them."""
+    """The seconds of one step, summed over all layers.
+
+    Each part is counted whole even if it runs while another does, so the parts may add up to more than `total`.
+    """
 
     cpu: float
+    """The experts on the CPU."""
     gpu: float
+    """The kernels on the GPUs."""
     waits: float
+    """Copies between GPU and host in decode, and waits of one for the other."""
     launches: float
+    """Kernel launches."""
     total: float
+    """The whole step."""
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """How fast one request is that is as long as the load's, the last of its tokens the answer."""
+    """The predicted speed of one request of the load's length, whose last tokens are its answer."""
 
     chunk: int
+    """Prompt tokens in one step."""
     prompt_tokens: int
     prompt_seconds: float
+    """Seconds to the first token."""
     answer_tokens: int
     waiting: Step
-    """A token of the answer without CUDA graphs."""
+    """The step of one answer token without CUDA graphs."""
     graph: Step
+    """The step of one answer token in a CUDA graph."""
 
     @property
     def seconds(self) -> float:
+        """Seconds of the whole request without CUDA graphs."""
         return self.prompt_seconds + self.answer_tokens * self.waiting.total
 
 
 def decode_step(
     config: K26Config, fit: Fit, plan: Hybrid, rates: Rates, *, sequences: int, context: int, in_graph: bool
 ) -> Step:
-    """A token of each of `sequences` requests that are `context` tokens long."""
+    """Return the step that decodes one token of each of `sequences` requests that are `context` tokens long.
+
+    fit: its GPU must have a bandwidth. in_graph: whether the step is a CUDA graph.
+    """
     text, bandwidth = config.text, fit.gpu.bandwidth
     assert bandwidth is not None, "without a bandwidth nothing is predicted"
     layers = text.num_hidden_layers - text.first_k_dense_replace
@@ -105,14 +127,17 @@ def decode_step(
 
 
 def prefill_step(config: K26Config, fit: Fit, plan: Hybrid, rates: Rates, *, chunk: int, before: int) -> Step:
-    """`chunk` tokens of a prompt after `before` of its tokens. The router is taken to choose evenly."""
+    """Return the step that computes `chunk` tokens of a prompt after `before` of its tokens, without a CUDA graph.
+
+    The router is assumed to choose experts evenly. fit: its GPU must have a bandwidth.
+    """
     text, bandwidth, tp = config.text, fit.gpu.bandwidth, fit.layout.tp
     assert bandwidth is not None, "without a bandwidth nothing is predicted"
     layers = text.num_hidden_layers - text.first_k_dense_replace
     rate = None if rates.gpu_gemm is None else rates.gpu_gemm * GPU_SHARE * tp
 
     def on_gpu(operations: float, num_bytes: float) -> float:
-        """num_bytes: read by each GPU."""
+        """Return the seconds of `operations` on all GPUs together, while each of them reads `num_bytes`."""
         return max(num_bytes / bandwidth, 0.0 if rate is None else operations / rate)
 
     touched = experts_touched(config, chunk) / plan.num_experts
@@ -128,7 +153,8 @@ def prefill_step(config: K26Config, fit: Fit, plan: Hybrid, rates: Rates, *, chu
         (plan.gpu_experts * each + text.n_shared_experts * chunk) * pair,
         plan.gpu_experts * touched * expert_bytes(text) / tp + fit.weights["shared experts"] / layers,
     )
-    # Each token is multiplied by two bytes' weights once, and attends to those before it and half of its chunk.
+    # Each token takes two operations for each weight of two bytes, so as many operations as there are bytes of weights.
+    # It attends to all tokens before the chunk and, on average, to half of the chunk.
     attended = 2.0 * chunk * (before + chunk / 2) * text.num_attention_heads * (text.qk_head_dim + text.v_head_dim)
     read = _before_bytes(config, fit)
     dense = chunk * read * tp / layers
@@ -139,7 +165,7 @@ def prefill_step(config: K26Config, fit: Fit, plan: Hybrid, rates: Rates, *, chu
 
 
 def speed(config: K26Config, fit: Fit, plan: Hybrid, rates: Rates) -> Speed:
-    """How fast one request of the load is, in chunks of the load's `batched_tokens`."""
+    """Return the predicted speed of one request of the load, with prefill in chunks of the load's `batched_tokens`."""
     context, chunk = fit.load.context, fit.load.batched_tokens
     answer = min(ANSWER, context // 2)
     prompt = context - answer
@@ -153,13 +179,15 @@ def speed(config: K26Config, fit: Fit, plan: Hybrid, rates: Rates) -> Speed:
 
 
 def fastest(config: K26Config, found: Fit, ram: int | None, rates: Rates) -> tuple[Fit, Hybrid, Speed] | None:
-    """The chunk with which a request of the load is answered first, and what fits with it; None where no chunk fits.
+    """Return the fit, the division of the experts and the speed for the chunk size with which a request ends first.
 
-    A larger chunk copies and reads the experts less often, and its activations leave the GPUs fewer experts.
+    Returns None if no chunk size fits. With a larger chunk the experts are copied and read less often, but its
+    activations leave room for fewer experts on the GPUs. found: the plan with all experts on the GPUs. ram: bytes of
+    system memory.
     """
     best = None
     for chunk in CHUNKS:
-        # No larger than the prompt, as SGLang has it.
+        # A chunk is no larger than the request, as in SGLang; the smallest chunk is always tried.
         if chunk > max(found.load.context, CHUNKS[0]):
             break
         load = replace(found.load, batched_tokens=chunk)
@@ -174,14 +202,15 @@ def fastest(config: K26Config, found: Fit, ram: int | None, rates: Rates) -> tup
 
 
 def threads_of(cores: int, ranks: int) -> int:
-    """Cores for the CPU's experts (`--kt-cpuinfer`): all but one for each rank's own process, where there are many.
+    """Return the number of cores for the CPU's experts (`--kt-cpuinfer`).
 
-    While the CPU computes, the rank's process waits for its GPU and keeps a core busy; a layer is done when the slowest
-    of the experts' threads is.
+    With at least 8 cores for each rank, one core is left for each rank's own process, which keeps a core busy while it
+    waits for its GPU. If it took that core from the experts, the slowest of their threads would hold up the layer. With
+    fewer cores, the experts get all of them.
     """
     return cores - ranks if cores >= 8 * ranks else cores
 
 
 def _before_bytes(config: K26Config, fit: Fit) -> float:
-    """Weights that each GPU reads before the routings of all layers."""
+    """Return the bytes of all weights but experts that each GPU reads in a step; all count as read before the routing."""
     return plain_bytes(config, fit) - fit.weights["shared experts"]

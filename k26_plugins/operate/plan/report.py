@@ -1,4 +1,4 @@
-"""A plan as text and as JSON."""
+"""Make a plan for an engine on a machine, and show it as text or JSON."""
 
 from __future__ import annotations
 
@@ -33,41 +33,51 @@ OVERHEAD_ROW = "graphs, buffers, context"
 
 @dataclass(slots=True)
 class Plan:
-    """The answer."""
+    """The plan of one engine on one machine: whether it fits, and the commands or advice."""
 
     engine: str
     machine: Machine
     fit: Fit
+    """The tightest pipeline stage."""
     hybrid: Hybrid | None
+    """How the experts are divided; None for another plan than KTransformers'."""
     commands: list[list[str]]
-    """One for each machine, by its rank; none where it does not fit."""
+    """The command of each machine, by the machine's rank; empty if the plan does not fit."""
     ray: list[list[str]]
-    """The commands over a Ray cluster, where there are several machines."""
+    """The commands for a Ray cluster, as `with_ray` returns them; empty if there is only one machine."""
     bounds: dict[str, float]
-    """Tokens a second, by what bounds them."""
+    """Upper bounds on tokens per second, by what sets the bound."""
     config: K26Config
     advice: list[Advice] = field(default_factory=list)
+    """What would work instead; empty if the plan fits."""
     speed: Speed | None = None
-    """Predicted, of a hybrid run whose machine was measured."""
+    """The predicted speed of a hybrid run whose machine was measured."""
 
     @property
     def fits(self) -> bool:
+        """Whether the machine holds the model and the load."""
         return self.hybrid.fits if self.hybrid is not None else self.fit.fits
 
     @property
     def used(self) -> int:
-        """GPUs that the commands run on."""
+        """Number of GPUs that the commands run on."""
         return self.fit.layout.tp * self.fit.layout.pp
 
     @property
     def why(self) -> str:
+        """One sentence that says why the plan fits, or why it does not."""
         return self.hybrid.why if self.hybrid is not None else self.fit.why
 
 
 def make_plan(
     config: K26Config, engine: str, machine: Machine, load: Load, checkpoint: str, rates: Rates | None = None
 ) -> Plan:
-    """Plan one engine on one machine. rates: for a hybrid run's speed, and its chunk of a prompt. Raises LayoutError."""
+    """Return the plan of one engine on one machine.
+
+    checkpoint: a folder or a name on the hub, for the commands. rates: the machine's measured rates, with which the
+    speed of a hybrid run is predicted and its chunk size chosen. Raises LayoutError if the model cannot be cut over so
+    many GPUs.
+    """
     chosen = choose(config, machine.gpu, machine.count, load, engine)
     mixed = hybrid(config, chosen, machine.ram) if engine == "ktransformers" else None
     speed = None
@@ -99,7 +109,7 @@ def make_plan(
 
 
 def rows(plan: Plan) -> list[tuple[str, int]]:
-    """What one GPU holds, in bytes."""
+    """Return the name and the bytes of each part that one GPU holds."""
     fit = plan.fit
     weights = [(part, size) for part, size in fit.weights.items() if size]
     if plan.hybrid is not None:
@@ -112,6 +122,7 @@ def rows(plan: Plan) -> list[tuple[str, int]]:
 
 
 def as_text(plan: Plan) -> str:
+    """Return the plan as lines for a terminal."""
     fit, layout = plan.fit, plan.fit.layout
     cut = f"tensor parallel {layout.tp}"
     cut += f", pipeline parallel {layout.pp}" if layout.pp > 1 else ""
@@ -184,6 +195,7 @@ def _commands(plan: Plan) -> list[str]:
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
+    """Return the plan as a mapping that can be written as JSON; sizes are in bytes."""
     fit = plan.fit
     return {
         "fits": plan.fits,

@@ -1,4 +1,7 @@
-"""What memory bandwidth allows at most while decoding. A bound, from published bandwidths: no engine reaches it."""
+"""Bound the speed of decoding by memory bandwidth.
+
+The bound follows from published bandwidths, and no engine reaches it.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,16 @@ from k26_plugins.operate.plan.weights import ROUTED, absorbed_bytes, stages
 
 
 def experts_touched(config: K26Config, tokens: int) -> float:
-    """Distinct experts of a layer that `tokens` tokens choose, if each chooses at random."""
+    """Return the expected number of distinct experts of a layer that `tokens` tokens choose, if each chooses at random."""
     text = config.text
     return text.n_routed_experts * (1 - (1 - text.num_experts_per_tok / text.n_routed_experts) ** tokens)
 
 
 def plain_bytes(config: K26Config, fit: Fit) -> float:
-    """Bytes of weights, routed experts aside, that a GPU reads in every step.
+    """Return the bytes of all weights but routed experts that a GPU reads in every step of decoding.
 
-    The vision tower is idle, a token's row of the embedding is nothing, and of two copies of kv_b_proj one is read.
+    The vision tower is left out, because it is idle; the embedding of a model in one pipeline stage, because a token
+    reads one row of it; and one copy of kv_b_proj where the engine holds two, because a step reads only one.
     """
     embedding = fit.weights["embedding and head"] / 2 if fit.layout.pp == 1 else 0.0
     plain = sum(size for part, size in fit.weights.items() if part not in (ROUTED, "vision")) - embedding
@@ -29,10 +33,11 @@ def plain_bytes(config: K26Config, fit: Fit) -> float:
 def decode_bound(
     config: K26Config, fit: Fit, sequences: int, context: int, *, gpu_experts: float = 1.0
 ) -> float | None:
-    """Tokens a second that all `sequences` together get at most, each `context` tokens long; None without a bandwidth.
+    """Return the tokens per second that `sequences` requests of `context` tokens get together at most.
 
-    Every byte of weights that a step needs and every byte of its KV cache is read once from each GPU's memory; pipeline
-    stages follow one another. gpu_experts: the share of routed experts that is in GPU memory.
+    Each step reads every byte of the weights that it needs and of the KV cache once from the GPUs' memory, and its
+    pipeline stages run one after the other. Returns None if the GPU's bandwidth is not known. gpu_experts: the share of
+    routed experts that is in GPU memory.
     """
     if fit.gpu.bandwidth is None:
         return None

@@ -1,4 +1,4 @@
-"""Which INT4 experts a planned server takes on its GPUs, by what `k26 tune` measured on one of them."""
+"""Tell which INT4 experts a planned server takes on its GPUs, from what `k26 tune` measured on such a GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from k26_plugins.operate.plan.hardware import named
 
 
 def experts_line(engine: str, text: TextConfig, fit: Fit) -> str:
-    """The line that says which INT4 experts a plan of `vllm` or `sglang` takes."""
+    """Return the line of the plan that says which INT4 experts a server takes. engine: `vllm` or `sglang`."""
     tp, ep = (1, fit.layout.tp) if fit.layout.expert_parallel else (fit.layout.tp, 1)
     command = ["k26", "tune", *(["--ep", str(ep)] if ep > 1 else ["--tp", str(tp)]), "--engine", engine]
     shape = f"{text.hidden_size}x{text.moe_intermediate_size // tp}x{text.n_routed_experts // ep}"
@@ -22,11 +22,14 @@ def experts_line(engine: str, text: TextConfig, fit: Fit) -> str:
 
 
 def _measured(engine: str, gpu: str, shape: str) -> str | None:
-    """What the newest outcome says; a server takes it if driver and versions are those of the measurement."""
+    """Return what the newest outcome for this engine, GPU and shape chooses, or None if there is no such outcome.
+
+    A server follows the outcome only if its driver and versions are those of the measurement.
+    """
     files = sorted(outcome_folder().glob("*.json"), key=lambda file: file.stat().st_mtime, reverse=True)
     if not files:
         return None
-    # Reading one needs torch, which a plan without any does not wait for.
+    # Reading an outcome needs torch, which takes time to import. It is not imported if there is no outcome.
     from k26_plugins.common.experts.outcome import OURS, OutcomeError, read_outcome
     from k26_plugins.common.experts.rule import choose
 
@@ -34,7 +37,7 @@ def _measured(engine: str, gpu: str, shape: str) -> str | None:
         try:
             outcome = read_outcome(file)
         except OutcomeError:
-            continue  # `k26 doctor` names it
+            continue  # `k26 doctor` reports outcomes that cannot be read.
         here = named(outcome.key.gpu)
         if here is None or (here.name, outcome.key.shape) != (gpu, shape) or not outcome.key.engine.startswith(engine):
             continue

@@ -1,4 +1,4 @@
-"""The weights that one GPU holds, part by part, under tensor, expert and pipeline parallelism."""
+"""Work out the weights that one GPU holds, part by part, under tensor, expert and pipeline parallelism."""
 
 from __future__ import annotations
 
@@ -17,29 +17,32 @@ PARTS = (ROUTED, "attention", "shared experts", "dense feed-forward", "router", 
 
 
 class LayoutError(ValueError):
-    """A way of cutting that this model does not allow. The message names the size and what divides it."""
+    """The error for a layout that this model does not allow. The message says which size the layout does not divide."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """How the model is cut."""
+    """How the model is cut over GPUs."""
 
     tp: int = 1
+    """Tensor-parallel ranks."""
     pp: int = 1
+    """Pipeline stages."""
     expert_parallel: bool = False
-    """Whole experts on the tensor-parallel ranks, not a part of each."""
+    """Whether each tensor-parallel rank holds some experts whole, and not a part of every expert."""
     vision_whole: bool = True
-    """The vision tower on every rank, which then takes images of its own (`--mm-encoder-tp-mode data`)."""
+    """Whether every rank holds the whole vision tower and computes images of its own (`--mm-encoder-tp-mode data`)."""
     context_parallel: int = 1
-    """Ranks over which the KV cache of one request is cut (`--decode-context-parallel-size`)."""
+    """Ranks over which the KV cache of one request is split (`--decode-context-parallel-size`)."""
     nodes: int = 1
-    """Machines with as many GPUs each."""
+    """Machines, all with the same number of GPUs."""
     absorbed_copy: bool = False
-    """Whether kv_b_proj is held twice, once turned for attention in the compressed space: in SGLang. vLLM turns a view."""
+    """Whether kv_b_proj is held twice, the second time transposed for absorbed attention. SGLang holds both; vLLM uses
+    a transposed view of one."""
 
 
 def check_layout(config: K26Config, layout: Layout) -> None:
-    """Raise LayoutError where the model cannot be cut so."""
+    """Raise LayoutError if the model cannot be cut as the layout says."""
     text = config.text
     if text.num_attention_heads % layout.tp:
         raise LayoutError(f"tensor parallel {layout.tp} does not divide {text.num_attention_heads} attention heads.")
@@ -63,13 +66,17 @@ def check_layout(config: K26Config, layout: Layout) -> None:
 
 
 def node_of(count: int) -> int:
-    """GPUs in each machine of `count` in all: all up to eight, else the largest number up to eight that divides it."""
+    """Return the number of GPUs in each machine if there are `count` GPUs in all.
+
+    Up to eight GPUs are in one machine; more are spread evenly, as many to a machine as possible up to eight.
+    """
     return (
         count if count <= GPUS_IN_A_NODE else next(size for size in range(GPUS_IN_A_NODE, 0, -1) if count % size == 0)
     )
 
 
 def is_possible(config: K26Config, layout: Layout) -> bool:
+    """Return whether the model can be cut as the layout says."""
     try:
         check_layout(config, layout)
     except LayoutError:
@@ -78,7 +85,10 @@ def is_possible(config: K26Config, layout: Layout) -> bool:
 
 
 def stages(num_layers: int, pp: int) -> list[range]:
-    """The layers of each pipeline stage: equal parts, what is left over to the stages before the last, as vLLM has it."""
+    """Return the layers of each pipeline stage, divided as vLLM divides them.
+
+    The stages have equal numbers of layers, and each layer that is left over goes to one of the stages before the last.
+    """
     sizes = [num_layers // pp] * pp
     for extra in range(num_layers % pp):
         sizes[-(extra + 2) if pp > 1 else 0] += 1
@@ -87,19 +97,20 @@ def stages(num_layers: int, pp: int) -> list[range]:
 
 
 class _Group(NamedTuple):
-    """Tensors that are placed alike."""
+    """A group of tensors that every layout places on the same GPUs in the same way."""
 
     part: str
     layer: int | None
+    """None for tensors outside the decoder layers."""
     is_cut: bool
-    """Whether tensor parallelism cuts them."""
+    """Whether tensor parallelism splits these tensors."""
     at_end: bool
-    """Whether they are the last pipeline stage's."""
+    """Whether these tensors belong to the last pipeline stage."""
 
 
 @cache
 def _groups(config: K26Config) -> Mapping[_Group, int]:
-    """Bytes of every group."""
+    """Return the bytes of every group."""
     sizes: Counter[_Group] = Counter()
     for spec in tensor_table(config, experts=1).values():
         count = 1 if spec.expert is None else config.text.n_routed_experts
@@ -109,6 +120,7 @@ def _groups(config: K26Config) -> Mapping[_Group, int]:
 
 
 def part_of(spec: TensorSpec) -> str:
+    """Return the part of the model, one of PARTS, that the tensor belongs to."""
     if spec.expert is not None:
         return ROUTED
     if not spec.name.startswith("language_model."):
@@ -122,7 +134,7 @@ def part_of(spec: TensorSpec) -> str:
 
 
 def per_gpu(config: K26Config, layout: Layout, stage: int) -> dict[str, int]:
-    """Bytes by part on one GPU of a pipeline stage, the fullest rank of it. Raises LayoutError."""
+    """Return the bytes by part on the fullest GPU of pipeline stage `stage`. Raises LayoutError."""
     check_layout(config, layout)
     layers = stages(config.text.num_hidden_layers, layout.pp)[stage]
     held: Counter[str] = Counter(dict.fromkeys(PARTS, 0))
@@ -131,7 +143,7 @@ def per_gpu(config: K26Config, layout: Layout, stage: int) -> dict[str, int]:
         if not _on_stage(group, layers, stage, layout.pp):
             continue
         if group.part == ROUTED and layout.expert_parallel:
-            # Rank 0 has as many whole experts as any other.
+            # If the ranks do not divide the experts evenly, rank 0 is one of those with the most; count its experts.
             held[group.part] += size // experts * -(-experts // layout.tp)
         elif not group.is_cut or (group.part == "vision" and layout.vision_whole):
             held[group.part] += size
@@ -143,7 +155,7 @@ def per_gpu(config: K26Config, layout: Layout, stage: int) -> dict[str, int]:
 
 
 def absorbed_bytes(text: TextConfig, num_layers: int, tp: int) -> int:
-    """kv_b_proj of one rank."""
+    """Return the bytes of kv_b_proj in bfloat16 on one of `tp` ranks, over `num_layers` layers."""
     rows = text.num_attention_heads // tp * (text.qk_nope_head_dim + text.v_head_dim)
     return num_layers * rows * text.kv_lora_rank * 2
 
