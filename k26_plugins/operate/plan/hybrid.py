@@ -32,7 +32,7 @@ class Hybrid:
     ram: int | None
     """Bytes of system memory that there are; None if unknown."""
     gpu_missing: int
-    """Bytes that each GPU lacks for everything but routed experts and for the load's KV cache; 0 if these fit."""
+    """Bytes that each GPU lacks for the other weights, activations, buffers and the load's KV cache; 0 if these fit."""
 
     @property
     def fits(self) -> bool:

@@ -52,7 +52,8 @@ class Rates:
     def of_bandwidth(cls, config: K26Config, bandwidth: float) -> Rates:
         """Return the rates that follow from the bandwidth of system memory alone, in bytes per second.
 
-        They hold for one token or a few tokens and not for prefill, because an expert's arithmetic counts nothing.
+        They hold for one token or a few tokens but not for prefill, because they count no time for an expert's
+        arithmetic.
         """
         return cls(host=Line(expert_bytes(config.text) / (bandwidth * NATIVE_SHARE), 0.0))
 
@@ -212,5 +213,5 @@ def threads_of(cores: int, ranks: int) -> int:
 
 
 def _before_bytes(config: K26Config, fit: Fit) -> float:
-    """Return the bytes of all weights but experts that each GPU reads in a step; all count as read before the routing."""
+    """Return the bytes of weights that each GPU reads in a step, without experts; all count as before the routing."""
     return plain_bytes(config, fit) - fit.weights["shared experts"]

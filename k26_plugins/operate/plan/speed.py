@@ -11,7 +11,7 @@ from k26_plugins.operate.plan.weights import ROUTED, absorbed_bytes, stages
 
 
 def experts_touched(config: K26Config, tokens: int) -> float:
-    """Return the expected number of distinct experts of a layer that `tokens` tokens choose, if each chooses at random."""
+    """Return the expected number of a layer's experts that `tokens` tokens choose, if each token chooses at random."""
     text = config.text
     return text.n_routed_experts * (1 - (1 - text.num_experts_per_tok / text.n_routed_experts) ** tokens)
 

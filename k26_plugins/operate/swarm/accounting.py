@@ -1,4 +1,4 @@
-"""What the core says of a conversation's prompt: how many tokens, and which."""
+"""Compute the token ids of a conversation's prompt with the core, to compare a server's prompt with them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from k26_plugins.common.prompt.tokenizer import KimiTokenizer
 
 
 class Accountant:
-    """Renders and tokenizes requests as the checkpoint in `folder` wants them. Raises what its files' readers raise."""
+    """A renderer and tokenizer of requests, with the chat template and tokenizer of the checkpoint in `folder`."""
 
     def __init__(self, folder: Path) -> None:
+        """Read the checkpoint's files. Raises TokenizerError, ConfigError and MediaError if they cannot be used."""
         self.folder = folder
         self.tokenizer = KimiTokenizer(folder)
         config = K26Config.from_path(folder)
@@ -27,7 +28,10 @@ class Accountant:
     def token_ids(
         self, messages: Sequence[Mapping[str, Any]], tools: list[dict[str, Any]], thinking: bool
     ) -> list[int]:
-        """The prompt of `messages`, each image's placeholder repeated to its number of tokens."""
+        """Return the token ids of the prompt of `messages`, each image's placeholder repeated to its number of tokens.
+
+        Images must be data URLs in base64.
+        """
         text = render(messages, self.folder, tools=tools, thinking=thinking)
         parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
         counts = [self._image_tokens(part["image_url"]["url"]) for part in parts if part["type"] == "image_url"]

@@ -1,4 +1,4 @@
-"""One request: a streamed chat completion, its times, and what came back."""
+"""Send a streamed chat completion, and record its times and its answer."""
 
 from __future__ import annotations
 
@@ -16,62 +16,77 @@ OK = "ok"
 TOP_LOGPROBS = 20
 
 Fingerprint = list[tuple[bytes, dict[bytes, float]]]
-"""Each of an answer's first tokens by its bytes, and the log-probabilities of the likeliest at its place, by theirs."""
+"""For each token of an answer, its bytes, and the log-probabilities of the likeliest tokens at its position by their
+bytes."""
 
 
 @dataclass
 class Step:
-    """One request of the swarm. Times are seconds since the run began."""
+    """One request of the swarm and its answer. Times are seconds since the run began."""
 
     agent: int
+    """The agent's number, `scenario.ORCHESTRATOR` for the orchestrator."""
     turn: int
     kind: str
-    """`split`, `agent` or `merge`."""
+    """`split`, `agent` or `merge`; `replay` for a step that is sent again alone, `probe` for a request before the
+    run."""
     sent: float = 0.0
     first: float | None = None
+    """When the first piece of the answer came; None if none came."""
     ended: float = 0.0
     late: float = 0.0
-    """How long after its arrival time it was sent; open loop only."""
+    """Seconds from the request's arrival time until it was sent; 0 in a closed loop."""
     gaps: list[float] = field(default_factory=list)
-    """Seconds between the pieces of the stream."""
+    """Seconds between the streaming chunks that brought part of the answer."""
     prompt_tokens: int | None = None
+    """None if the server reports no usage."""
     completion_tokens: int = 0
     prompt_digest: str | None = None
-    """The hash of the prompt's token ids, where the server reports them."""
+    """The digest of the prompt's token ids; None if the server does not report them."""
     outcome: str = OK
     """`ok`, or the kind of error."""
     detail: str = ""
+    """The error's message; empty for `ok`."""
     content: str = ""
     reasoning: str = ""
     calls: list[dict[str, Any]] = field(default_factory=list)
+    """The answer's tool calls, in the form in which an assistant's message holds them."""
     finish_reason: str | None = None
     fingerprint: Fingerprint = field(default_factory=list)
+    """Empty unless log-probabilities were requested and the server reports them."""
 
     @property
     def text(self) -> str:
+        """The whole answer: the reasoning content, then the content."""
         return self.reasoning + self.content
 
 
 def digest(token_ids: list[int]) -> str:
+    """Return a hash of token ids, as a hexadecimal string."""
     return hashlib.blake2b(array("q", token_ids).tobytes(), digest_size=16).hexdigest()
 
 
 @dataclass
 class Client:
-    """Sends the steps of one run."""
+    """The sender of one run's requests, which all have the same options."""
 
     http: httpx.AsyncClient
     url: str
     model: str
     body: dict[str, Any]
-    """What every request says beside its messages."""
+    """The fields that every request has beside its messages."""
     began: float = field(default_factory=time.perf_counter)
 
     def now(self) -> float:
+        """Return the seconds since the run began."""
         return time.perf_counter() - self.began
 
     async def send(self, step: Step, messages: list[dict[str, Any]], *, fingerprint: bool = False) -> Step:
-        """Fill in `step`. Never raises for what the server does: that is the step's outcome."""
+        """Send `messages`, fill in `step` with times and answer, and return it.
+
+        Errors of the server or of the connection are not raised; they become the step's outcome. fingerprint: whether
+        to request log-probabilities.
+        """
         body = {"model": self.model, "messages": messages, **self.body, "stream": True}
         body["stream_options"] = {"include_usage": True}
         if fingerprint:
@@ -115,7 +130,7 @@ class Client:
 
 
 def _take(step: Step, chunk: dict[str, Any]) -> bool:
-    """Add a chunk to the step; whether it brought something of the answer."""
+    """Add a streaming chunk to the step. Returns whether the chunk brought part of the answer or its finish reason."""
     usage = chunk.get("usage")
     if usage:
         step.prompt_tokens = usage["prompt_tokens"]

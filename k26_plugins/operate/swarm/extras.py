@@ -1,4 +1,4 @@
-"""What goes on beside the swarm: hostile requests, and clients that hang up in the middle of an answer."""
+"""Send hostile requests beside the swarm, and streams whose client hangs up in the middle of the answer."""
 
 from __future__ import annotations
 
@@ -20,28 +20,32 @@ AT_ONCE = 4
 
 @dataclass(frozen=True)
 class Attack:
+    """A hostile request that was sent, and how the server answered it."""
+
     kind: str
     name: str
     outcome: str
-    """The status, `timeout` or `connection`."""
+    """The HTTP status, `timeout` or `connection`."""
     seconds: float
+    """Seconds until the answer was complete or the request failed."""
     detail: str
+    """The beginning of the refusal or the error's message; empty for status 200."""
 
     @property
     def held(self) -> bool:
-        """Whether it was answered as a server should: with 200 or a refusal, and no error of its own."""
+        """Whether the server answered or refused the request, without an error of its own (5xx), as it should."""
         return self.outcome.isdecimal() and int(self.outcome) < 500
 
 
 @dataclass
 class Extras:
-    """Spread over the run by the share of its steps that are done."""
+    """The hostile requests and dropped streams of a run, which are spread evenly over the run's steps."""
 
     attacks: list[Attack] = field(default_factory=list)
     drops: int = 0
-    """Streams that were left after their first piece."""
+    """Number of streams that were dropped after their first piece."""
     undropped: list[str] = field(default_factory=list)
-    """Streams that ended before they could be left."""
+    """For each stream that ended before it could be dropped, why."""
 
     async def go(
         self,
@@ -52,6 +56,11 @@ class Extras:
         seed: int,
         done: Callable[[], float],
     ) -> None:
+        """Send `hostile` hostile requests and drop `drops` streams, and return when all of them have ended.
+
+        prefix: the messages with which a dropped stream's request begins. done: returns the share of the run's steps
+        that are done, which decides when each request is sent.
+        """
         work: list[Callable[[], Awaitable[None]]] = [
             partial(self._attack, client, request) for request in hostile_requests(hostile, client.model, seed)
         ]

@@ -1,4 +1,7 @@
-"""Requests that no server should be sent, and every server is: each must be answered, none may harm the others."""
+"""Make hostile requests, such as every public server gets.
+
+A server must answer or refuse each of them, and none may harm other requests.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +18,23 @@ from typing import Any
 from PIL import Image
 
 _DEPTH = 3000
-"""Levels of nesting, more than any recursive reader has frames for."""
+"""Levels of nesting: more than a recursive parser has stack frames for."""
 
 
 @dataclass(frozen=True)
 class Hostile:
-    """One request as bytes. A server may refuse it (4xx) or, where it means something, answer it."""
+    """One hostile request. A server may refuse it (4xx) or, if the request has a meaning, answer it."""
 
     kind: str
+    """The group of faults, a key of `_KINDS`."""
     name: str
+    """The fault."""
     content: bytes
+    """The body of the request."""
 
 
 def hostile_requests(count: int, model: str, seed: int) -> Iterator[Hostile]:
-    """`count` of them, every kind in turn."""
+    """Yield `count` hostile requests, going through all faults in turn. The same seed gives the same requests."""
     rng = random.Random(f"hostile {seed}")
     makers = [(kind, name, make) for kind, group in _KINDS.items() for name, make in group.items()]
     for number in range(count):
@@ -48,7 +54,7 @@ def _with(**body: Any) -> Callable[[str, random.Random], Any]:
 
 
 def _raw(before: str, after: str) -> Callable[[str, random.Random], bytes]:
-    """Text around the model's name, for what no JSON writer would write."""
+    """Return a maker of bodies that are text around the model's name, for text that `json.dumps` would not write."""
     return lambda model, rng: f"{before}{json.dumps(model)}{after}".encode()
 
 
@@ -72,7 +78,7 @@ def _png(width: int, height: int) -> bytes:
 
 
 def _claims(width: int, height: int) -> bytes:
-    """A PNG that says it is this large and holds no pixel."""
+    """Return a PNG whose header claims this size, but which has no pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

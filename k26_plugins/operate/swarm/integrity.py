@@ -1,4 +1,8 @@
-"""Whether every agent kept its own conversation: by secrets, by token accounting, and by asking again alone."""
+"""Check that the server kept every agent's conversation apart from the others.
+
+There are three checks: each agent repeats its own secret code word, the server's prompt has the tokens that the core
+counts, and the same request sent again without other traffic gets the same answer.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ _SECRET = re.compile(r"\b[a-z]+-\d{6}\b")
 
 @dataclass(frozen=True)
 class Fault:
-    """A conversation that was lost or mixed up."""
+    """A sign that the server lost a conversation or mixed it up with another."""
 
     agent: int
     turn: int
@@ -25,7 +29,10 @@ class Fault:
 
 
 def wrong_secret(step: Step, agent: Agent, owners: dict[str, int], *, asked: bool) -> Fault | None:
-    """Another agent's code word in the answer; and, where it was asked for, that the agent's own is not there."""
+    """Return a fault if the answer has another agent's code word, or lacks the agent's own although it was asked for.
+
+    owners: each agent's number by its code word. asked: whether this step asked for the code word.
+    """
     said = set(_SECRET.findall(step.text))
     for secret in sorted(said & owners.keys() - {agent.secret}):
         return Fault(agent.number, step.turn, f"mixed: it says the code word of agent {owners[secret]}")
@@ -35,7 +42,11 @@ def wrong_secret(step: Step, agent: Agent, owners: dict[str, int], *, asked: boo
 
 
 def wrong_count(step: Step, expected: Sequence[int], expected_digest: str) -> Fault | None:
-    """The server's prompt against the core's, by number, and by token ids where the server reports them."""
+    """Return a fault if the server's prompt has another number of tokens than the core's, or other token ids.
+
+    expected: the core's token ids, of which `expected_digest` is the digest. Token ids are compared only if the server
+    reports them.
+    """
     if step.prompt_tokens is None:
         return Fault(step.agent, step.turn, "lost: the server reports no usage")
     if step.prompt_tokens != len(expected):
@@ -47,10 +58,11 @@ def wrong_count(step: Step, expected: Sequence[int], expected_digest: str) -> Fa
 
 
 def distance(first: Fingerprint, other: Fingerprint) -> float:
-    """KL in the median of the answers' places, up to the first where they took different tokens: behind it contexts differ.
+    """Return the median KL divergence, in nats, between the distributions at the positions of two answers.
 
-    Where two experts are all but level, another batch's rounding chooses the other one, and one place is then as far off as
-    another conversation is. An answer to another conversation is off at all places.
+    Positions count up to the first with different tokens, because the contexts differ after it. The median is taken
+    because the rounding of another batch may choose another expert where two are almost equal, and a single position is
+    then as far off as in another conversation. An answer to another conversation is far off at every position.
     """
     values = []
     for (token, listed), (other_token, other_listed) in zip(first, other, strict=False):
@@ -62,35 +74,40 @@ def distance(first: Fingerprint, other: Fingerprint) -> float:
 
 
 FAR = 10.0
-"""Nats, where two places have no token in common."""
+"""The distance in nats of two positions that report no token in common, and of answers without log-probabilities."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """An answer under load, held against its conversation's and the others' when they were asked again alone."""
+    """An answer under load, compared with the answers that its own and the other conversations got without load."""
 
     agent: int
     turn: int
     own: float
-    """Nats, as `distance` has it."""
+    """The distance in nats to the answer that the same request got without load."""
     nearest: float
+    """The smallest distance in nats to an answer that another agent got without load; infinite if there is none."""
     nearest_agent: int
-    """The other agent whose answer is nearest."""
+    """The other agent with that answer."""
     same_text: bool
+    """Whether the answers with and without load are the same word for word."""
 
 
 @dataclass(frozen=True)
 class Comparisons:
+    """All comparisons of a run."""
+
     rows: list[Comparison]
     typical: float
-    """The median distance between the conversations of two agents."""
+    """The median distance in nats between the answers that two different agents got without load."""
 
     def faults(self) -> list[Fault]:
-        """Answers that are not their conversation's.
+        """Return a fault for each answer that does not belong to its conversation.
 
-        Rounding moves log-probabilities with the batch, and some conversations are answered alike, so no fixed bound is
-        right: an answer is another's where it is as far from its own conversation as conversations are from each other,
-        or where it is a good part of that away and nearer to another's.
+        No fixed bound is right, because rounding changes log-probabilities with the batch and some conversations have
+        similar answers. An answer is a fault if its distance to its own conversation is more than half of the typical
+        distance between conversations, or more than a quarter of it and larger than the distance to another agent's
+        answer.
         """
         found = []
         for row in self.rows:
@@ -103,7 +120,10 @@ class Comparisons:
 
 
 def compare_alone(live: Sequence[Step], alone: Sequence[Step]) -> Comparisons:
-    """Each step under load against all that were asked again alone, its own among them, in the same order."""
+    """Compare each step under load with all steps that were sent again alone.
+
+    live: steps under load. alone: the same requests sent again alone, in the same order.
+    """
     between = [
         distance(one.fingerprint, other.fingerprint)
         for number, one in enumerate(alone)

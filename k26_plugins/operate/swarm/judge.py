@@ -1,4 +1,4 @@
-"""A run's figures and its verdict."""
+"""Compute a run's figures, and judge whether the server passed."""
 
 from __future__ import annotations
 
@@ -23,26 +23,33 @@ PERCENTILES = (50, 90, 99)
 
 @dataclass
 class Figures:
-    """What was measured. Times in seconds, by percentile."""
+    """The measured figures of a run."""
 
     seconds: float
+    """Seconds from the first request to the last answer, without the requests that are sent again alone."""
     steps: int
     ttft: dict[int, float]
     """Seconds from sending a request to the first piece of its answer, by percentile."""
     inter_token: dict[int, float]
     """Seconds between the pieces of a stream, by percentile."""
     late: dict[int, float]
-    """Open loop: how long an arrival waited for an agent."""
+    """Seconds that an arrival waited for its agent to be ready, by percentile; empty in a closed loop."""
     requests_per_second: float
+    """Requests per second that were answered without an error."""
     prompt_tokens: int
     completion_tokens: int
     prefix_hit_rate: float | None
+    """The share of prompt tokens that were found in the prefix cache; None if the server does not report it."""
     errors: dict[str, int]
+    """Number of failed steps by the kind of error."""
     tool_calls: int
+    """Number of the model's own tool calls that could be carried out."""
     malformed_calls: int
+    """Number of the model's own tool calls that could not be carried out."""
     memory_growth: float | None
+    """The growth of the server's resident memory as a share, from `memory.growth`; None if it was not judged."""
     memory_mean: float | None
-    """Bytes."""
+    """The mean resident memory of the server in bytes; None if it was not sampled."""
 
     @property
     def prompt_tokens_per_second(self) -> float:
@@ -55,17 +62,21 @@ class Figures:
 
 @dataclass
 class Verdict:
+    """The checks of a run, and the faults that they found."""
+
     checks: list[Check]
     faults: list[Fault] = field(default_factory=list)
     compared: Comparisons | None = None
-    """How the steps compare that were asked again alone."""
+    """How the answers compare with those of the same requests sent again alone; None if none was sent again."""
 
     @property
     def passed(self) -> bool:
+        """Whether every check passed."""
         return all(check.passed for check in self.checks)
 
 
 def figures_of(run: Run) -> Figures:
+    """Return the figures of a run."""
     steps = run.steps
     good = [step for step in steps if step.outcome == OK]
     return Figures(
@@ -87,6 +98,7 @@ def figures_of(run: Run) -> Figures:
 
 
 def percentiles(values: Sequence[float]) -> dict[int, float]:
+    """Return the PERCENTILES of the values; empty without values."""
     return {p: float(np.percentile(values, p)) for p in PERCENTILES} if values else {}
 
 
@@ -98,8 +110,12 @@ def judge(
     deterministic: bool = False,
     on_prompt: Callable[[], None] = lambda: None,
 ) -> Verdict:
-    """accountant: what the core says of each prompt; None leaves that unchecked. secrets: the model can repeat them.
-    deterministic: greedy answers must come back word for word. on_prompt: called after each prompt that is counted."""
+    """Judge a run by all checks that it allows.
+
+    accountant: computes the core's token ids of each prompt; None leaves prompts unchecked. secrets: whether to check
+    code words, for a model that can repeat them. deterministic: whether requests sent again alone must get the same
+    answers word for word. on_prompt: called once for each step, if there is an accountant.
+    """
     verdict = Verdict([_answered(run)])
     if accountant is not None:
         verdict.checks.append(_accounting(run, accountant, verdict.faults, on_prompt))
@@ -158,7 +174,7 @@ def _secrets(run: Run, faults: list[Fault]) -> Check:
     for conversation in run.conversations:
         for step, _ in conversation.asked if conversation.agent is not None else ():
             assert conversation.agent is not None
-            # An answer that ran into its limit may have been on its way to the code word.
+            # An answer that the token limit cut might still have said the code word, so it is not asked for.
             last = step.turn + 1 == conversation.agent.turns and step.finish_reason == "stop"
             asked += last
             fault = wrong_secret(step, conversation.agent, owners, asked=last)

@@ -1,4 +1,4 @@
-"""Resident memory of a server on this machine: of its process and all that it started."""
+"""Measure the resident memory of a server on this machine, of its process and of all processes that it started."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from urllib.parse import urlsplit
 import psutil
 
 FLAT = 0.05
-"""How much more the last quarter of a run may hold than its second quarter."""
+"""The share by which the mean memory of the last quarter of a run may exceed that of the second quarter."""
 MIN_SECONDS = 240.0
-"""The shortest run whose memory is judged: in a shorter one the server still fills its caches."""
+"""The shortest run, in seconds, whose memory is judged; in a shorter one the server is still filling its caches."""
 
 Sample = tuple[float, int]
-"""Seconds since the run began, bytes."""
+"""Seconds since the run began, and bytes."""
 
 
 def server_pid(url: str) -> int | None:
-    """The process on this machine that listens where `url` leads, None where there is none or it is another user's."""
+    """Return the id of the process that listens at `url`.
+
+    Returns None if `url` is not on this machine, if no process listens there, or if the process is another user's.
+    """
     parts = urlsplit(url)
     if parts.hostname not in ("localhost", "127.0.0.1", "::1"):
         return None
@@ -33,7 +36,7 @@ def server_pid(url: str) -> int | None:
 
 
 def processes(pid: int) -> list[psutil.Process]:
-    """The process and all that it started; none where it is gone."""
+    """Return the process and all processes that it started, directly or not; empty if the process has ended."""
     try:
         root = psutil.Process(pid)
         return [root, *root.children(recursive=True)]
@@ -42,7 +45,10 @@ def processes(pid: int) -> list[psutil.Process]:
 
 
 def resident_bytes(pid: int) -> int:
-    """0 where the process is gone. Pages that its processes share count once for each."""
+    """Return the resident bytes of the process and of all processes that it started; 0 if the process has ended.
+
+    Pages that several of these processes share are counted once for each of them.
+    """
     total = 0
     for process in processes(pid):
         try:
@@ -53,7 +59,10 @@ def resident_bytes(pid: int) -> int:
 
 
 def growth(samples: Sequence[Sample]) -> float | None:
-    """The last quarter's mean over the second quarter's, less 1; None for a run that is too short to tell."""
+    """Return by which share the mean memory of a run's last quarter exceeds that of the second quarter.
+
+    Returns None for a run that is shorter than MIN_SECONDS.
+    """
     end = samples[-1][0] if samples else 0.0
     if end < MIN_SECONDS:
         return None

@@ -1,4 +1,4 @@
-"""The share of prompt tokens that the engine found in its prefix cache, by its own counters."""
+"""Read from the engine's own counters which share of the prompt tokens it found in its prefix cache."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-# Tokens asked for and tokens found, by engine: vLLM's, then SGLang's (with --enable-metrics).
+# For each engine its counters of tokens looked up and of tokens found: vLLM's, then SGLang's, which need
+# --enable-metrics.
 _COUNTERS = (
     ("vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total"),
     ("sglang:prompt_tokens_total", "sglang:cached_tokens_total"),
@@ -17,14 +18,16 @@ _COUNTERS = (
 
 @dataclass(frozen=True)
 class PrefixCache:
-    """Counters since the server started, in tokens."""
+    """The counters of the prefix cache since the server started, in tokens."""
 
     asked: float
+    """Tokens that were looked up."""
     found: float
+    """Tokens that were found."""
 
 
 async def read_prefix_cache(http: httpx.AsyncClient, url: str) -> PrefixCache | None:
-    """None where the server has no such metrics."""
+    """Return the counters that the server's /metrics shows, or None if it has no such metrics."""
     try:
         response = await http.get(f"{url}/metrics", follow_redirects=True)
     except httpx.HTTPError:
@@ -45,7 +48,10 @@ async def read_prefix_cache(http: httpx.AsyncClient, url: str) -> PrefixCache | 
 
 
 def hit_rate(before: PrefixCache | None, after: PrefixCache | None) -> float | None:
-    """The share of the tokens asked for between two readings that was found; None where it cannot be told."""
+    """Return the share of the tokens looked up between two readings that was found.
+
+    Returns None if a reading is missing or no token was looked up.
+    """
     if before is None or after is None or after.asked <= before.asked:
         return None
     return (after.found - before.found) / (after.asked - before.asked)

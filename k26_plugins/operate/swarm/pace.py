@@ -1,4 +1,7 @@
-"""When a step may be sent: so many at once (closed loop), or at arrival times of their own (open loop)."""
+"""Decide when a step may be sent.
+
+In a closed loop a number of steps is in flight at once; in an open loop steps are sent at arrival times of their own.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from contextlib import asynccontextmanager
 
 
 class Pace:
-    """Closed loop with `concurrency`; with `rate` a seeded Poisson process of arrivals, whatever the server does."""
+    """The pace of a run: a closed loop of `concurrency` requests or, if there is a `rate`, an open loop."""
 
     def __init__(self, concurrency: int, rate: float | None, seed: int) -> None:
         self._slots = asyncio.Semaphore(concurrency)
@@ -20,7 +23,11 @@ class Pace:
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[float]:
-        """Wait for the right to send; gives the seconds by which an arrival had to wait for an agent to be ready."""
+        """Wait until a step may be sent; the context is the time in which the request is in flight.
+
+        The context's value is the number of seconds by which the step is later than its arrival time, because its agent
+        was not ready earlier; 0 in a closed loop.
+        """
         if self._rate is None:
             async with self._slots:
                 yield 0.0

@@ -1,4 +1,4 @@
-"""A run as text, as JSON, and as one HTML page with its timeline."""
+"""Report a run as text, as JSON, and as one HTML page with a timeline."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ _TIMELINE = ("agent", "turn", "kind", "sent", "first", "ended", "prompt_tokens",
 
 
 def as_text(url: str, engine: str, figures: Figures, verdict: Verdict) -> str:
-    """A dozen lines for a terminal."""
+    """Return the figures, the checks and the verdict as a dozen lines for a terminal."""
     word = "the server holds this swarm" if verdict.passed else "the server does NOT hold this swarm"
     return "\n".join([f"{url}: {engine}", *_lines(figures), *check_lines(verdict.checks), f"verdict: {word}"])
 
 
 def as_json(url: str, engine: str, run: Run, figures: Figures, verdict: Verdict) -> dict[str, Any]:
+    """Return the whole run, with the times of every step, as a mapping that can be written as JSON."""
     rates = {
         "prompt_tokens_per_second": figures.prompt_tokens_per_second,
         "completion_tokens_per_second": figures.completion_tokens_per_second,
@@ -53,7 +54,7 @@ def as_json(url: str, engine: str, run: Run, figures: Figures, verdict: Verdict)
 
 
 def as_html(url: str, engine: str, run: Run, figures: Figures, verdict: Verdict) -> str:
-    """One page that needs nothing beside it. Needs matplotlib: `pip install 'k26-plugins[report]'`."""
+    """Return one HTML page that needs no other file. This needs matplotlib: `pip install 'k26-plugins[report]'`."""
     shape = run.shape
     pace = f"{run.load.rate:g} arrivals/s" if run.load.rate else f"{run.load.concurrency or shape.agents} at once"
     lists = (
@@ -94,7 +95,10 @@ def _lines(figures: Figures) -> list[str]:
 
 
 def _lanes(run: Run) -> Figure:
-    """Each agent a lane: grey while it waits for the first token, blue while it streams, nothing while tools work."""
+    """Draw a lane for each agent: grey while it waits for a first token, blue while it streams, red if a step failed.
+
+    A lane is empty while tools work and while the agent waits for its turn.
+    """
     figure, axes = empty_figure(5)
     waiting = [(step.agent, step.sent, step.first or step.ended) for step in run.steps if step.outcome == OK]
     streaming = [(step.agent, step.first or step.ended, step.ended) for step in run.steps if step.outcome == OK]
@@ -106,7 +110,7 @@ def _lanes(run: Run) -> Figure:
     ):
         if spans:
             agents, begins, ends = zip(*spans, strict=True)
-            # Drawn as pixels: thousands of lines would make a page of megabytes.
+            # The lanes are drawn as pixels, because thousands of vector lines would make a page of megabytes.
             axes.hlines(agents, begins, ends, color=colour, lw=0.8, label=label, rasterized=True)
     axes.set(xlabel="seconds", ylabel="agent (the orchestrator is −1)", xlim=(0, None))
     figure.legend(loc="outside lower center", fontsize=8, ncols=3)
@@ -114,7 +118,7 @@ def _lanes(run: Run) -> Figure:
 
 
 def _over_time(run: Run) -> Figure:
-    """Requests in flight, and each answer's time to first token where it was sent."""
+    """Draw the requests in flight over time, and each request's time to first token at the time it was sent."""
     figure, axes = empty_figure(3.5)
     events = sorted([(step.sent, 1) for step in run.steps] + [(step.ended, -1) for step in run.steps])
     level, xs, ys = 0, [], []
@@ -143,7 +147,7 @@ def _memory(run: Run) -> Figure:
 
 
 def _spread(run: Run) -> Figure:
-    """The share of requests below each time."""
+    """Draw the cumulative distributions of the time to first token and of the inter-token latency."""
     figure, axes = empty_figure(3)
     for label, values, colour in (
         ("time to first token", [_ttft(step) for step in run.steps if step.first is not None], _STREAMING),

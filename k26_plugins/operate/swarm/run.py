@@ -1,4 +1,4 @@
-"""A run of the swarm: the orchestrator splits, the agents work side by side, the orchestrator merges."""
+"""Run the swarm: the orchestrator splits the task, the agents work side by side, and the orchestrator merges."""
 
 from __future__ import annotations
 
@@ -27,36 +27,43 @@ class Load:
     """How the traffic is sent."""
 
     concurrency: int | None = None
-    """Requests at once; None for as many as there are agents."""
+    """Largest number of requests at once; None for the number of agents."""
     rate: float | None = None
-    """Arrivals a second, in place of a fixed concurrency."""
+    """Arrivals per second, for an open loop in place of a fixed concurrency."""
     tool_latency: float = 0.2
     """Mean seconds that a tool takes."""
     thinking: bool = False
     timeout: float = 600.0
     """Seconds without a byte after which a request counts as unanswered."""
     replays: int = 40
-    """Steps that are asked again alone in the end."""
+    """Number of steps that are sent again alone at the end."""
     pid: int | None = None
-    """The server's process, whose memory is sampled."""
+    """The server's process, whose memory is sampled; None for no sampling."""
     drops: int = 0
+    """Number of streams that are dropped in the middle of the answer."""
     hostile: int = 0
+    """Number of hostile requests."""
 
 
 @dataclass
 class Conversation:
-    """What was said to and by one agent. Only ever grows, so that each of its requests can be had again."""
+    """The messages to and from one agent.
+
+    Messages are only ever appended, so that each earlier request can be built again from the first of them.
+    """
 
     agent: Agent | None
+    """None for the orchestrator."""
     messages: list[dict[str, Any]]
     asked: list[tuple[Step, int]] = field(default_factory=list)
-    """Each step with the number of messages that it was asked with."""
+    """Each step, with the number of messages that its request had."""
     result: str = ""
+    """The text of the last answer."""
 
 
 @dataclass
 class Run:
-    """Everything that a run gave."""
+    """The record of a run."""
 
     shape: Shape
     load: Load
@@ -66,19 +73,21 @@ class Run:
     cache_after: PrefixCache | None = None
     memory: list[Sample] = field(default_factory=list)
     replayed: list[tuple[Step, Step]] = field(default_factory=list)
-    """Steps with the same request sent again alone."""
+    """Each step that was sent again, with the step of the same request sent alone."""
     extras: Extras = field(default_factory=Extras)
     tool_calls: int = 0
-    """Calls of the model's own that were carried out; the others are the script's."""
+    """Number of the model's own tool calls that were carried out; all other calls are scripted."""
     malformed_calls: int = 0
+    """Number of the model's own tool calls that could not be carried out."""
 
     @property
     def steps(self) -> list[Step]:
+        """All steps of all conversations, without those that were sent again alone."""
         return [step for conversation in self.conversations for step, _ in conversation.asked]
 
 
 class Swarm:
-    """Sends one run's traffic. `on_step` is called after each step."""
+    """The sender of one run's traffic; `go` runs it."""
 
     def __init__(
         self,
@@ -92,7 +101,12 @@ class Swarm:
         extra_body: dict[str, Any],
         on_step: Callable[[Step], None] = lambda step: None,
     ) -> None:
-        """extra_body: what the engine is asked beside the API, such as to report the prompt's token ids."""
+        """Prepare a run against the server at `url`.
+
+        prefix: the messages with which every conversation begins. extra_body: fields of each request that are the
+        engine's own, such as one that makes it report the prompt's token ids. on_step: called after each step. Raises
+        ShapeError if there are too few steps for the agents.
+        """
         self.agents = scenario.make_agents(shape)
         self.prefix = prefix
         self.shape, self.load, self.on_step = shape, load, on_step
@@ -108,7 +122,10 @@ class Swarm:
         self._done = 0
 
     async def can_repeat(self) -> bool:
-        """Whether this model, asked for a code word that it was just told, says it."""
+        """Return whether the model, asked for a code word that it was just told, says it.
+
+        Raises ConnectionError if the request fails.
+        """
         messages = [
             {"role": "user", "content": "The code word is harbour-481516. Say the code word, and nothing else."}
         ]
@@ -118,6 +135,7 @@ class Swarm:
         return "harbour-481516" in step.text
 
     async def go(self) -> Run:
+        """Send all traffic, then send some steps again alone, and return the record of the run."""
         run, client = self.run, self.client
         run.cache_before = await read_prefix_cache(client.http, client.url)
         client.began += client.now()
@@ -157,7 +175,10 @@ class Swarm:
         return step
 
     async def _work(self, agent: Agent) -> str:
-        """One agent's turns. After a failed one it stops: a conversation with a hole in it is another conversation."""
+        """Take one agent through its turns and return its last answer.
+
+        The agent stops after a failed turn, because a conversation that lacks an answer is another conversation.
+        """
         rng = random.Random(f"agent {self.shape.seed} {agent.number}")
         conversation = Conversation(agent, [*self.prefix, scenario.opening(agent, self.shape)])
         self.run.conversations.append(conversation)
@@ -171,7 +192,10 @@ class Swarm:
         return conversation.result
 
     async def _go_on(self, conversation: Conversation, step: Step, rng: random.Random, *, last: bool) -> None:
-        """The answer, what the tools make of it, and what is asked next."""
+        """Append the answer to the conversation, then its tool calls' results.
+
+        A user message that asks to go on follows if there are no calls, or if the next turn is the last.
+        """
         calls = self._calls(step, rng)
         message: dict[str, Any] = {"role": "assistant", "content": step.content}
         if step.reasoning:
@@ -188,7 +212,10 @@ class Swarm:
             conversation.messages.append(scenario.follow_up(step.turn + 1, last=last))
 
     def _calls(self, step: Step, rng: random.Random) -> list[dict[str, Any]]:
-        """The model's own calls; where it made none that can be carried out, mostly one of the script's."""
+        """Return the model's own tool calls that can be carried out.
+
+        If there are none, return a scripted call in 80 % of the cases and no call in the others.
+        """
         own = []
         for call in copy.deepcopy(step.calls):
             function = call["function"]
@@ -206,7 +233,7 @@ class Swarm:
         return [tools.call(call_id, name, arguments)]
 
     async def _merge(self, results: list[str]) -> None:
-        """Level by level, until one result is left."""
+        """Have the orchestrator merge results in groups, level by level, until one result is left."""
         size, turn = self.shape.results_per_merge, 1
         for count in self.shape.merges():
             groups = [results[size * number : size * (number + 1)] for number in range(count)]
@@ -219,7 +246,7 @@ class Swarm:
             results = [conversation.result for conversation in asked]
 
     async def _replay(self) -> None:
-        """The kept steps once more, one at a time."""
+        """Send the steps that were chosen for it again, one at a time, so that nothing else loads the server."""
         for conversation in self.run.conversations:
             for step, length in conversation.asked:
                 if (step.agent, step.turn) in self._kept and step.kind == "agent" and step.outcome == OK:

@@ -1,4 +1,4 @@
-"""Who is in the swarm and what each is told: everything follows from the seed."""
+"""Make the agents of the swarm and their messages. Everything follows from the seed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 ORCHESTRATOR = -1
-"""The number of the orchestrator among the agents."""
+"""The orchestrator's number, where a step names its agent."""
 
 _LEXICON = (
     "river gauge station level water north valley bridge winter flood record sensor valid spring report basin lower upper"
@@ -26,7 +26,7 @@ _SYSTEM = (
 
 
 class ShapeError(ValueError):
-    """A swarm that cannot be. The message has the numbers and the remedy."""
+    """The error for a swarm with too few steps. The message has the numbers and the remedy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,17 +35,20 @@ class Shape:
 
     agents: int = 300
     steps: int = 4000
-    """Requests in all, the orchestrator's among them."""
+    """Number of requests in all, including the orchestrator's."""
     prefix_tokens: int = 4000
-    """Tokens of the records with which every request begins, beside the system prompt and the tools."""
+    """Tokens of the records that are in the system message of every request, in addition to its instructions and the
+    tools."""
     answer_tokens: int = 48
+    """Largest number of tokens of an answer."""
     images: float = 0.1
     """The share of agents whose task comes with an image."""
     results_per_merge: int = 20
+    """Largest number of results that one request merges."""
     seed: int = 0
 
     def merges(self) -> list[int]:
-        """Requests at each level of the merge, from the agents' results to the last one."""
+        """Return the number of requests at each level of the merge; the last level has one request."""
         levels: list[int] = []
         left = self.agents
         while not levels or left > 1:
@@ -54,7 +57,7 @@ class Shape:
         return levels
 
     def turns(self) -> list[int]:
-        """Requests of each agent. Raises ShapeError where there is not one for each."""
+        """Return the number of requests of each agent. Raises ShapeError if an agent would have none."""
         left = self.steps - 1 - sum(self.merges())
         if left < self.agents:
             need = self.agents + 1 + sum(self.merges())
@@ -68,15 +71,19 @@ class Shape:
 
 @dataclass(frozen=True)
 class Agent:
+    """A sub-agent of the swarm."""
+
     number: int
     secret: str
-    """A code word that is no other agent's."""
+    """The agent's code word, which no other agent has."""
     turns: int
+    """Number of requests."""
     image: bytes | None
+    """The PNG that comes with the agent's task, None for a task without an image."""
 
 
 def make_agents(shape: Shape) -> list[Agent]:
-    """The sub-agents. Raises ShapeError."""
+    """Return the sub-agents. Raises ShapeError if there are too few steps for them."""
     rng = random.Random(f"agents {shape.seed}")
     secrets = rng.sample(range(100_000, 1_000_000), shape.agents)
     with_image = set(rng.sample(range(shape.agents), round(shape.images * shape.agents)))
@@ -92,7 +99,10 @@ def make_agents(shape: Shape) -> list[Agent]:
 
 
 def shared_prefix(shape: Shape, count_tokens: Callable[[str], int]) -> list[dict[str, Any]]:
-    """The messages that every conversation begins with, of about `prefix_tokens`."""
+    """Return the messages with which every conversation begins: one system message.
+
+    It has about `prefix_tokens` tokens of records. count_tokens: returns the number of tokens of a text.
+    """
     rng = random.Random(f"prefix {shape.seed}")
     lines: list[str] = []
     tokens = 0
@@ -104,17 +114,19 @@ def shared_prefix(shape: Shape, count_tokens: Callable[[str], int]) -> list[dict
 
 
 def split_request(shape: Shape) -> dict[str, Any]:
+    """Return the user message that asks the orchestrator to split the task."""
     text = f"Split the survey of these records into {shape.agents} parts of equal size. Name the first and the last."
     return {"role": "user", "content": text}
 
 
 def merge_request(results: list[str]) -> dict[str, Any]:
+    """Return the user message that asks the orchestrator to merge these results."""
     listed = "\n".join(f"{number}. {result}" for number, result in enumerate(results, 1))
     return {"role": "user", "content": f"Merge these {len(results)} results into one sentence.\n{listed}"}
 
 
 def opening(agent: Agent, shape: Shape) -> dict[str, Any]:
-    """An agent's task, with its secret."""
+    """Return the user message with an agent's task, its code word and its image."""
     text = (
         f"You are agent {agent.number} of {shape.agents}. Your code word is {agent.secret}; end every answer with it. "
         f"Survey part {agent.number} of the records in {agent.turns} steps."
@@ -132,6 +144,7 @@ def opening(agent: Agent, shape: Shape) -> dict[str, Any]:
 
 
 def follow_up(turn: int, *, last: bool) -> dict[str, Any]:
+    """Return the user message that asks for the next turn; the last one asks for the result and the code word."""
     text = "Report your result, and say your code word." if last else f"Go on with step {turn}."
     return {"role": "user", "content": text}
 

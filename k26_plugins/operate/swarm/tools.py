@@ -1,4 +1,7 @@
-"""The swarm's tools: JSON schemas as agents' frameworks send them, answered here after a while, by arithmetic only."""
+"""Define the swarm's tools, with JSON schemas such as agent frameworks send, and compute their results.
+
+The results need no outside data: they follow from the arguments by arithmetic and seeded random numbers.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +61,7 @@ SCHEMAS = {tool["function"]["name"]: tool["function"]["parameters"] for tool in 
 
 
 def scripted_arguments(name: str, rng: random.Random) -> dict[str, Any]:
-    """What an agent asks `name` where the model itself called nothing."""
+    """Return random arguments for the tool `name`, for a call that the script makes in place of the model."""
     number = rng.randrange(10_000)
     arguments: dict[str, dict[str, Any]] = {
         "search": {"query": f"station {number}", "limit": rng.randint(1, 50)},
@@ -70,7 +73,7 @@ def scripted_arguments(name: str, rng: random.Random) -> dict[str, Any]:
 
 
 def fault_of(name: str, arguments: str) -> str | None:
-    """Why a call of the model's cannot be carried out, or None."""
+    """Return why the model's call of the tool `name` cannot be carried out, or None if it can."""
     if name not in SCHEMAS:
         return f"there is no tool {name!r}"
     try:
@@ -81,7 +84,10 @@ def fault_of(name: str, arguments: str) -> str | None:
 
 
 def answer(name: str, arguments: str) -> str:
-    """The tool's result: the same for the same call."""
+    """Return the tool's result as JSON; the same call always gets the same result.
+
+    The arguments must be valid (`fault_of`).
+    """
     given = json.loads(arguments)
     if name == "compute":
         values = given["values"] or [0]
@@ -95,10 +101,10 @@ def answer(name: str, arguments: str) -> str:
 
 
 def latency(mean: float, rng: random.Random) -> float:
-    """Seconds that a tool takes: log-normal around `mean`, as tools behind a network are."""
+    """Return the random seconds that a tool takes, log-normal with this mean, as for tools behind a network."""
     return mean and mean * rng.lognormvariate(-(LATENCY_SPREAD**2) / 2, LATENCY_SPREAD)
 
 
 def call(call_id: str, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """A call as an assistant's message holds it."""
+    """Return a tool call in the form in which an assistant's message holds it."""
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": json.dumps(arguments)}}
