@@ -52,8 +52,8 @@ class GoldenPrompt:
     """float32 `[R]`: the twin's KL divergence from the reference over the whole vocabulary: what rounding alone
     does."""
     experts: torch.Tensor
-    """int16 `[R, MoE layers, num_experts_per_tok + NEAR]`: the experts that the router chose for each token, the next
-    best after them."""
+    """int16 `[R, MoE layers, num_experts_per_tok + NEAR]`: the experts that the router chose for each token, then the
+    experts with the next best scores."""
     gaps: torch.Tensor
     """float32, in the shape of `experts`: how far each expert is inside (above zero) or outside (below zero) of the
     choice, in the router's scores."""
