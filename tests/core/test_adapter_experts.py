@@ -1,4 +1,4 @@
-"""How an engine's quantization configuration is made to answer with the core's experts, and for which layers."""
+"""Tests that an engine's quantization configuration is made to answer with the core's experts, and for which layers."""
 
 from __future__ import annotations
 

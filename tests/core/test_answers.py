@@ -1,4 +1,5 @@
-"""What both adapters make of an answer: its events put together, its parser over text and ids, the tools of a request."""
+"""Tests of what both adapters make of an answer: its events put together, its parser over text and token ids, and the
+tools of a request."""
 
 from __future__ import annotations
 

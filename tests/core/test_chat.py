@@ -1,5 +1,5 @@
-"""What the chat template is given and how its text becomes token ids. The judges: transformers' own rendering of the same
-template, the tiktoken library, and the specification's rules."""
+"""Tests of what the chat template is given and how its text becomes token ids. The judges are transformers' own
+rendering of the same template, the tiktoken library, and the specification's rules."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_no_control_token_comes_of_parts_put_together(parts: list[str]) -> None:
 def test_hostile_messages_are_text_between_the_templates_tokens(
     fast: KimiTokenizerFast, plain: KimiTokenizer, parts: list[str], as_tool: bool
 ) -> None:
-    """The judge is the tiktoken library, on the messages' own text without any control token allowed."""
+    """The judge is the tiktoken library, which encodes the messages' own text with no control token allowed."""
     message: dict[str, Any] = {"role": "user", "content": [{"type": "text", "text": part} for part in parts]}
     if as_tool:
         message = {"role": "tool", "tool_call_id": "functions.f:0", "content": "".join(parts)}
@@ -143,7 +143,8 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
 )
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_as_transformers_renders_the_same_template(fast: KimiTokenizerFast, name: str, options: dict[str, Any]) -> None:
-    """Transformers' rendering without any of our overrides, on what `prepare` gives the template."""
+    """The judge is transformers' rendering without any of our overrides, given the messages that `prepare` makes for
+    the template."""
     prepared = prepare(CONVERSATIONS[name], options.get("tools"))
     extra = {key: value for key, value in options.items() if key != "tools"}
     judged = PreTrainedTokenizerFast.apply_chat_template(
@@ -182,7 +183,8 @@ def test_enable_thinking_is_another_name(fast: KimiTokenizerFast) -> None:
 
 
 def test_past_arguments_are_written_as_the_model_wrote_them() -> None:
-    """An engine parses them; their text survives that, copies and pickles."""
+    """Engines parse the arguments of past tool calls; the text that the model wrote survives parsing, copying and
+    pickling."""
     kept = pickle.loads(pickle.dumps(keep_arguments(CONVERSATIONS["tools"])))
     arguments = kept[1]["tool_calls"][0]["function"]["arguments"]
     assert arguments == {"city": "Köln"}
@@ -219,8 +221,8 @@ def test_the_checkpoints_own_template_is_preferred(tiny_folder: Path, tmp_path: 
 
 
 def test_the_checkpoints_file_by_plain_jinja(tiny_folder: Path) -> None:
-    """Every conversation is what the checkpoint's file itself makes of it, without a mark or anything else of ours
-    around it."""
+    """For every conversation, `render` gives the text that plain Jinja makes of the checkpoint's template file, once
+    the marks of quoted control tokens are removed."""
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
     template = environment.from_string((tiny_folder / "chat_template.jinja").read_text())
@@ -233,7 +235,8 @@ def test_the_checkpoints_file_by_plain_jinja(tiny_folder: Path) -> None:
 
 
 def test_templates_get_what_transformers_gives_them(tmp_path: Path) -> None:
-    """Published templates of this family leave loops by `break`."""
+    """Published templates of this family leave loops with `break`, so templates are given the same Jinja extensions,
+    filters and functions as by transformers."""
     source = (
         "{% for m in messages %}{% if m.role == 'tool' %}{% break %}{% endif %}{{ m | tojson(sort_keys=True) }}{% endfor %}"
         "{{ strftime_now('%Y') | length }}{% if not messages %}{{ raise_exception('nothing') }}{% endif %}"
@@ -269,7 +272,8 @@ def nested(levels: int) -> Any:
 
 
 def test_what_is_nested_too_deeply_is_one_clear_error() -> None:
-    """Beyond Python's own limit a server would answer with an error of its own."""
+    """Nesting deeper than 100 levels is refused, because beyond Python's recursion limit a server would answer with an
+    error of its own."""
     messages = [{"role": "user", "content": "Hi"}]
     tool = {"type": "function", "function": {"name": "f", "parameters": nested(20)}}
     assert "namespace functions" in render(messages, tools=[tool])

@@ -1,4 +1,5 @@
-"""What `k26 check` says of a folder: which files, why, what to do. The judge of a whole file is safetensors' reader."""
+"""Tests of what `k26 check` says of a folder: which files are faulty, why, and what to do. The judge of a whole file is
+safetensors' own reader."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ def copied(tiny_folder: Path, tmp_path: Path) -> Path:
 
 
 def said(folder: Path, code: int = 1) -> list[str]:
-    """The lines that the command prints. A server's start has to be refused with the same fault."""
+    """Return the lines that the command prints; if its exit code is 1, assert that a server's start refuses the folder
+    too."""
     result = CliRunner().invoke(app, ["check", str(folder)])
     assert result.exit_code == code, result.output
     if code:
@@ -77,8 +79,8 @@ def test_a_file_ends_with_its_last_tensor(copied: Path) -> None:
     "left", [f"{FIRST}.aria2", f"{FIRST}.part", ".cache/huggingface/download/Qk3-9=.0a1b.incomplete"]
 )
 def test_an_unfinished_download(copied: Path, left: str) -> None:
-    """It is found although every header and size is right: aria2 makes the file as large as it will be, full of
-    holes."""
+    """An unfinished download is found although every header and size is right, because aria2 creates the file at its
+    full size, full of holes."""
     file = copied / left
     file.parent.mkdir(parents=True, exist_ok=True)
     file.touch()
@@ -111,7 +113,7 @@ def test_tensors_of_a_layer_are_one_line_and_files_are_named(copied: Path) -> No
 
 @pytest.mark.parametrize("name", ["NVFP4 by modelopt", "an MTP layer", "bf16", "GGUF"])
 def test_another_layout_is_no_damage(tiny_folder: Path, tmp_path: Path, name: str) -> None:
-    """`check` says what engines are told."""
+    """`k26 check` prints the reasons for another layout that engines are told too, and reports no fault."""
     folder = make(OTHER[name][0], tiny_folder, tmp_path / "other")
     lines = said(folder, code=0)
     reasons = classify_folder(folder).reasons

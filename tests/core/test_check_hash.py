@@ -1,4 +1,5 @@
-"""`k26 check --hash`: every byte against the hub's hashes. The judges are `sha256sum` and `git hash-object`."""
+"""Tests of `k26 check --hash`, which compares every byte with the hub's hashes. The judges are `sha256sum` and `git
+hash-object`."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ def remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def snapshot(tiny_folder: Path, tmp_path: Path) -> Path:
-    """The hub's cache, as its client lays it out: a snapshot of links to blobs that are named by their hash."""
+    """Return a snapshot in the hub's cache as the hub's client lays it out: links to blobs that are named by their
+    hash."""
     model = tmp_path / "hub" / "models--some--Kimi"
     folder = model / "snapshots" / COMMIT
     folder.mkdir(parents=True)
@@ -53,7 +55,8 @@ def snapshot(tiny_folder: Path, tmp_path: Path) -> Path:
 
 
 def flip(file: Path) -> None:
-    """Flip one bit of the last tensor, of which no header and no size tells. The file keeps the time that it had."""
+    """Flip one bit of the last byte, which no header and no size shows. The file's modification time moves on by one
+    nanosecond."""
     status = file.stat()
     data = bytearray(file.read_bytes())
     data[-1] ^= 4
@@ -85,7 +88,8 @@ def test_a_flipped_bit_in_the_hubs_cache(snapshot: Path) -> None:
 
 
 def test_the_commands_that_repair(snapshot: Path) -> None:
-    """Run with a client that only says what it was asked for, they take away the bad blob and name its file alone."""
+    """The commands remove the bad blob and download its file alone. The `rm` is run here, the `hf download` is only
+    read."""
     flip((snapshot / SECOND).resolve())
     blob = (snapshot / SECOND).resolve()
     lines = [line for line in run(str(snapshot), "--repair", code=1) if line.startswith(("rm ", "hf "))]
@@ -152,11 +156,12 @@ def test_nothing_says_what_files_should_hold(tiny_folder: Path) -> None:
 def test_what_was_right_is_not_read_again_while_it_stays(
     snapshot: Path, remembered: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file is known by path, size, time and inode; with another hash, time or inode it is read again."""
+    """A file that was right is known again by its path, size, time and inode. With another expected hash, time or inode
+    it is read again."""
     expected = expected_contents(snapshot)
     assert verify_contents(snapshot, expected, Verified()) == []
     assert set(json.loads(remembered.read_text())) == {str((snapshot / one.name).resolve()) for one in expected}
-    monkeypatch.setattr("hashlib.sha256", None)  # it cannot be computed now
+    monkeypatch.setattr("hashlib.sha256", None)  # a file that is hashed from here on raises TypeError
     again = Verified()
     assert verify_contents(snapshot, expected, again) == []
     assert again.num_known == len(expected)

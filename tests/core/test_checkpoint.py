@@ -1,4 +1,4 @@
-"""The table of tensors, sharding, and the check of a folder."""
+"""Tests of the table of tensors, of sharding, and of the check of a checkpoint's folder."""
 
 from __future__ import annotations
 

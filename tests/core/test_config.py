@@ -1,4 +1,5 @@
-"""The configuration, from three schemas, and what is refused."""
+"""Tests that the configuration is read from three schemas (the hub's, transformers' and SGLang's), and of what is
+refused."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from k26_plugins.common.model.config import (
 
 @pytest.fixture
 def hub(tiny_folder: Path) -> dict[str, Any]:
-    """The tiny checkpoint's config.json with the hub's names only."""
+    """Return the tiny checkpoint's config.json with the hub's names only."""
     config: dict[str, Any] = json.loads((tiny_folder / "config.json").read_text())
     for name in ("image_token_id", "projection_layer_norm_eps", "projection_hidden_size"):
         del config[name]
@@ -45,14 +46,15 @@ def test_hub_schema(hub: dict[str, Any]) -> None:
 
 
 def test_transformers_schema(tiny_folder: Path, hub: dict[str, Any]) -> None:
-    """transformers renames rope_scaling, fills defaults and drops nothing that matters."""
+    """Transformers renames rope_scaling, fills in defaults and drops nothing that matters."""
     from_transformers = AutoConfig.from_pretrained(tiny_folder).to_dict()
     assert "rope_parameters" in from_transformers["text_config"]
     assert K26Config.from_dict(from_transformers) == K26Config.from_dict(hub)
 
 
 def test_sglang_schema(hub: dict[str, Any]) -> None:
-    """SGLang's class has plain names with `init_pos_emb_*`, and lifts the quantization to the top."""
+    """SGLang's configuration class has plain names with `init_pos_emb_*`, and lifts the quantization to the top
+    level."""
     expected = K26Config.from_dict(hub)
     vision = hub["vision_config"]
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):

@@ -1,4 +1,5 @@
-"""What control groups allow, from files written here as the kernel writes them, versions 1 and 2."""
+"""Tests of the memory and CPU time that control groups of versions 1 and 2 allow. The tests write the groups' files as
+the kernel writes them."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ Groups = Callable[..., None]
 
 @pytest.fixture
 def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Groups:
-    """Write a /proc/self/cgroup and files below /sys/fs/cgroup, by their paths; the machine has 1,000 GiB free."""
+    """Return a function that writes a /proc/self/cgroup and files below /sys/fs/cgroup, by their paths. The machine has
+    1,000 GiB free."""
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc" / "meminfo").write_text(
         f"MemTotal: {2000 * GIB // 1024} kB\nMemAvailable: {1000 * GIB // 1024} kB\n"
@@ -40,8 +42,8 @@ def stat(inactive: int, active: int, prefix: str = "") -> str:
 
 
 def test_file_cache_is_not_in_use(groups: Groups) -> None:
-    """Reading a checkpoint has filled 690 of 700 GiB: by the kernel's own count 5 GiB are left, and all but 10 are to
-    be had."""
+    """Reading a checkpoint has left 685 GiB of file cache in a group of 700 GiB. The kernel counts 695 GiB as used, but
+    the cache can be dropped, so that 690 GiB are available."""
     limits = {"memory.max": 700 * GIB, "memory.current": 695 * GIB, "memory.stat": stat(600 * GIB, 85 * GIB)}
     groups("0::/\n", **limits)
     assert host_memory.total_bytes() == 700 * GIB
@@ -95,7 +97,7 @@ def test_version_1(groups: Groups) -> None:
 
 
 def test_a_container_that_sees_its_own_group_as_the_root(groups: Groups) -> None:
-    """/proc/self/cgroup names the host's path, which is not there."""
+    """In a container /proc/self/cgroup names the host's path, which does not exist there."""
     groups("4:memory:/docker/abc\n", **{"memory/memory.limit_in_bytes": 8 * GIB, "memory/memory.usage_in_bytes": GIB})
     assert host_memory.available_bytes() == 7 * GIB
 

@@ -1,4 +1,4 @@
-"""What clients write as base64, and as `data:` URLs."""
+"""Tests that base64 data and `data:` URLs are read in every form in which clients write them."""
 
 from __future__ import annotations
 

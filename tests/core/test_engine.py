@@ -1,4 +1,5 @@
-"""Names of an engine's, looked up by their entries, with the standard library in an engine's place."""
+"""Tests that an engine's names are looked up by their entries in an adapter's table. The standard library stands in for
+an engine."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ def test_one_that_is_gone_is_one_error(gone: EngineName) -> None:
 
 
 def test_a_member_of_an_object_is_found_in_whichever_class() -> None:
-    strict = entry("json.decoder", "JSONDecoder.strict")  # which only an object of the class has
+    strict = entry("json.decoder", "JSONDecoder.strict")  # an attribute that only objects of the class have
     assert ENGINE.member(json.JSONDecoder(strict=False), strict) is False
     with pytest.raises(
         UnsupportedEngineError, match=r"has no json\.decoder\.JSONDecoder\.strict, which .* to read numbers"

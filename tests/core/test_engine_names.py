@@ -1,7 +1,9 @@
-"""What the adapters touch of the engines, held against the files of every release in the checked ranges.
+"""Tests that every name of an engine that the adapters touch is in their tables, and in the releases that the tables
+say.
 
-The snapshots are made by ci/engine_names.py. That it reads a release rightly is held where an engine is installed, by asking
-the engine itself: tests/vllm/adapter/test_names.py and tests/sglang/adapter/test_names.py.
+The judge is the files of every release in the checked ranges, whose snapshots ci/engine_names.py makes. Whether that
+script reads a release rightly is tested where an engine is installed, by asking the engine itself:
+tests/vllm/adapter/test_names.py and tests/sglang/adapter/test_names.py.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ RELEASES = [(engine, release) for engine in ENGINES for release in read_snapshot
 
 @pytest.mark.parametrize("adapter", ABSENT)
 def test_the_table_is_what_the_source_touches(adapter: str) -> None:
-    """Both ways: whatever the source looks up, patches, imports or derives from has an entry, and no entry is left over."""
+    """Whatever the source looks up, patches, imports or derives from has an entry, and no entry is left over."""
     assert not_in_table(adapter) == set()
     assert not_touched(adapter) == set()
     entries = [key(name) for name in table(adapter).values()]
@@ -30,7 +32,7 @@ def test_the_table_is_what_the_source_touches(adapter: str) -> None:
 
 @pytest.mark.parametrize(("engine", "release"), RELEASES)
 def test_a_release_has_what_the_table_says(engine: str, release: str) -> None:
-    """`since` and `until` bound the releases that have a name. They say nothing about a fork that they do not name."""
+    """`since` and `until` bound the releases that have a name. They say nothing about a fork unless they name it."""
     snapshot = read_snapshot(engine)
     order = list(snapshot)
     is_fork = engine != next(one for one, adapter in ENGINES.items() if adapter == ENGINES[engine])
@@ -60,8 +62,8 @@ def test_the_snapshot_has_every_name_and_release(engine: str) -> None:
 
 @pytest.mark.parametrize("package", ABSENT)
 def test_a_name_that_a_release_lacks_has_something_in_its_place(package: str) -> None:
-    """It is named in `ABSENT`, where the adapter's author says what happens; and nothing is named there without
-    need."""
+    """Each name that a release lacks is listed in `ABSENT`, where the adapter's author says what happens without it,
+    and `ABSENT` lists no other name."""
     absent = {name for found in _releases(package) for name, what in found.items() if what == GONE}
     assert {name for name in absent if not name.startswith(tuple(ABSENT[package]))} == set()
     assert {one for one in ABSENT[package] if not any(name.startswith(one) for name in absent)} == set()
@@ -69,7 +71,7 @@ def test_a_name_that_a_release_lacks_has_something_in_its_place(package: str) ->
 
 @pytest.mark.parametrize("package", ABSENT)
 def test_every_name_is_somewhere(package: str) -> None:
-    """A name in no release at all is a mistake of ours: a hook that is never put anywhere."""
+    """A name that no release has is a mistake of ours, because a hook for it would never be put anywhere."""
     releases = _releases(package)
     found = {name for release in releases for name, what in release.items() if what != GONE}
     assert {name for release in releases for name in release} == found

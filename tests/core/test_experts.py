@@ -1,4 +1,7 @@
-"""The expert backends, against float64 on weights that compressed-tensors unpacks."""
+"""Tests of the expert backends that run on a CPU, against a float64 product of weights that compressed-tensors unpacks.
+
+tests/kernels holds the Triton backend to the same.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +26,6 @@ from support.instruction_sets import INSTRUCTION_SET
 from k26_plugins.common.experts import BACKENDS, Expert, ExpertsBackend, ExpertsError, ExpertWeights, create_experts
 from k26_plugins.common.experts.cpu import DENSE_FROM, CpuExperts, Int4Matrix, PackedLayout, packed_layout
 from k26_plugins.common.model.int4 import quantize
-
-# What runs on a CPU. tests/kernels holds the Triton backend to the same.
 
 # bfloat16 rounds to 2^-9 (0.2 %) and the result passes through three to five roundings.
 TOLERANCE = 6e-3
@@ -65,7 +66,8 @@ def test_no_tokens_and_no_experts(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", backends())
 def test_tensors_lie_and_are_typed_as_a_caller_has_them(backend: str) -> None:
-    """With gaps between their rows, in other dtypes, and started before they are waited for: the same bits."""
+    """The bits are the same if the tensors have gaps between their rows or other dtypes, and if the work is submitted
+    first and waited for later."""
     experts = create_experts(make_weights(4, 128, 64), backend)
     x, (ids, topk_weights), expert_map = inputs(5, 128), route(5, 2, 4), torch.tensor([2, 0, -1, 1], dtype=torch.int32)
     expected = experts.apply(x, ids, topk_weights, expert_map=expert_map)
@@ -101,8 +103,8 @@ def test_a_tensor_of_another_shape_is_named(backend: str, name: str, given: torc
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("backend", backends())
 def test_what_is_no_experts_id_counts_as_none(backend: str, dtype: torch.dtype) -> None:
-    """Such values stand in the ids and in the map, beside ids that are right: the bits are those with −1 in their
-    place."""
+    """Numbers that are no expert's id stand in `topk_ids` and in the expert map, beside valid ids. The result has the
+    same bits as with −1 in their place."""
     experts = create_experts(make_weights(4, 128, 64), backend)
     x, topk_weights = inputs(12, 128), route(12, 2, 4)[1]
     strange = [4, 5, 384, -2, -7, 2**31 - 1, *([2**32, 2**62 + 1] if dtype == torch.int64 else [])]
@@ -157,7 +159,7 @@ def test_tensor_parallel_ranks_add_up(backend: str, size: int) -> None:
 
 @pytest.mark.parametrize("backend", backends())
 def test_an_experts_rows_can_be_moved(backend: str) -> None:
-    """EPLB copies the rows of an expert over another's: the other then computes as it."""
+    """EPLB copies the rows of one expert over those of another, which must then compute the same as the first."""
     weights = make_weights(4, 128, 64)
     experts = create_experts(weights.copy_of([0, 1, 2, 3]), backend)
     for tensor in experts.tensors().values():
@@ -182,7 +184,8 @@ def test_rows_are_restored_to_the_checkpoint_s(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", backends())
 def test_what_load_was_given_is_kept_or_not_needed(backend: str) -> None:
-    """A backend that computes from an address whose memory it let go would read what another has written there."""
+    """A backend that computes from memory after letting it go would read what another has written there, so the tensors
+    given to `load` are overwritten when they are let go."""
     weights = make_weights(4, 256, 64)
     ids, topk_weights = route(60, 2, 4)
     x = inputs(60, 256)
@@ -194,7 +197,7 @@ def test_what_load_was_given_is_kept_or_not_needed(backend: str) -> None:
 
 
 def test_memory_that_was_let_go_is_overwritten() -> None:
-    """The test above relies on it."""
+    """The test above relies on `overwritten_when_let_go`, which must overwrite memory as soon as no tensor uses it."""
     weights = overwritten_when_let_go(make_weights(1, 128, 64))
     address, size = weights.w2_packed.data_ptr(), weights.w2_packed.nbytes
     kept = weights.w2_packed[:, :1]
@@ -206,7 +209,8 @@ def test_memory_that_was_let_go_is_overwritten() -> None:
 
 @pytest.mark.parametrize("bfloat16", [False, True])
 def test_both_paths_of_the_cpu_product_agree(bfloat16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One token more or less around the threshold gives the same rows up to rounding, in either dtype."""
+    """One token more or less around the threshold gives the same rows up to rounding, whether or not the CPU multiplies
+    in bfloat16."""
     monkeypatch.setattr("k26_plugins.common.experts.cpu.multiplies_bfloat16", lambda: bfloat16)
     weights = make_weights(1, 256, 128)
     experts = CpuExperts.load(weights.copy_of([0]))
@@ -218,7 +222,7 @@ def test_both_paths_of_the_cpu_product_agree(bfloat16: bool, monkeypatch: pytest
 
 
 def test_repacking_is_torchs_own() -> None:
-    """The repacked bytes against torch's converter."""
+    """The repacked bytes are those that torch's own converter gives."""
     layout = packed_layout()
     assert layout is not None
     packed, scale = quantize(torch.randn(1, 128, 256))
@@ -228,7 +232,7 @@ def test_repacking_is_torchs_own() -> None:
     assert torch.equal(matrix.packed[0].view(torch.uint8).flatten(), expected.flatten())
 
 
-# torch lays the weights out otherwise, and multiplies otherwise, with less than this CPU has.
+# With a lesser instruction set than this CPU's best, torch lays the weights out and multiplies in other ways.
 LESSER = {"DEFAULT": [], "AVX2": ["default"]}.get(torch.backends.cpu.get_cpu_capability(), ["avx2", "default"])
 INNER_RUN = """
 import sys
@@ -251,8 +255,8 @@ save_file(
 
 
 def test_lesser_instruction_sets(tmp_path: Path, record_property: Callable[[str, str], None]) -> None:
-    """The better instructions are masked off, in processes of their own; both products are computed, and the way
-    back."""
+    """With the better instructions masked off, in a process for each lesser set, the products for few and for many
+    tokens are right, and `restore` gives back the checkpoint's weights."""
     weights = make_weights(3, 192, 96)
     ids, topk_weights = route(130, 2, 3)
     x = inputs(130, 192)
@@ -312,7 +316,7 @@ def test_weights_that_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         ExpertWeights(weights.w13_packed, weights.w13_scale, weights.w2_packed, weights.w2_scale[..., :1])
     with pytest.raises(ExpertsError, match="no experts backend 'marlin'"):
         create_experts(weights, "marlin")
-    # torch's layout with AVX512.
+    # This is the layout that torch uses with AVX512, in blocks of 64 rows.
     monkeypatch.setattr("k26_plugins.common.experts.cpu.packed_layout", lambda: PackedLayout(64, False))
     with pytest.raises(ExpertsError, match="cpu is not, because hidden size of 96 is no multiple of 64"):
         create_experts(make_weights(2, 96, 64), "cpu")

@@ -1,4 +1,5 @@
-"""The tokenizer that compilers of grammars see; what they make of it is in tests/vllm and tests/sglang."""
+"""Tests of the tokenizer that compilers of grammars are given. What the compilers make of it is tested in tests/vllm
+and tests/sglang."""
 
 from __future__ import annotations
 

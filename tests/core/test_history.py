@@ -1,4 +1,4 @@
-"""Past messages as other clients and models leave them, and what the model reads of them."""
+"""Tests of past messages as other clients and models leave them, and of what the model reads of them."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def call(id_: Any, name: str = "f") -> dict[str, Any]:
 
 
 def loop(id_: Any, **fields: Any) -> list[dict[str, Any]]:
-    """A call and its result, after a question."""
+    """Return a question, an assistant's message with one tool call, and the result of that call."""
     answer = {"role": "assistant", "content": "", "tool_calls": [call(id_)], **fields}
     return [USER, answer, {"role": "tool", "tool_call_id": id_, "content": "42"}]
 
 
 def ids(prompt: str) -> list[tuple[str, str]]:
-    """The ids as they stand in calls and results, in order: (of a call, "") or ("", of a result)."""
+    """Return the tool-call ids of a rendered prompt in their order: (id, "") for a call and ("", id) for a result."""
     return re.findall(r"<\|tool_call_begin\|>(.*?)<\|tool_call_argument_begin\|>|## Return of (.*)\n", prompt)
 
 
@@ -38,7 +38,7 @@ def test_an_id_of_another_kind_becomes_kimis(id_: Any) -> None:
 
 
 def test_indices_count_over_the_conversation() -> None:
-    """They also do where ids come again, as those of engines that count from 0 in each answer."""
+    """Indices count over the conversation even if ids repeat, as with engines that count from 0 in each answer."""
     both = {"role": "assistant", "content": "", "tool_calls": [call("call_0"), call("call_1", "g.h-i")]}
     results = [{"role": "tool", "tool_call_id": id_, "content": "r"} for id_ in ("call_1", "call_0")]
     found = ids(render([*loop("call_0"), both, *results]))
@@ -50,7 +50,7 @@ def test_indices_count_over_the_conversation() -> None:
 def test_kimis_own_ids_stay() -> None:
     messages = [*loop("functions.f:1"), *loop("call_x"), *loop("functions.f:7")]
     found = [one or other for one, other in ids(render(messages))]
-    # The second would be 1, which is taken.
+    # The second call would have index 1, which is taken.
     assert found == [name for name in ("functions.f:1", "functions.f:2", "functions.f:7") for _ in range(2)]
     assert with_kimis_ids(loop("functions.f:3")) == loop("functions.f:3")
 
@@ -74,7 +74,7 @@ CALLS = st.lists(st.tuples(IDS, NAMES), max_size=3)
 @settings(deadline=None)
 @given(st.lists(CALLS, max_size=5))
 def test_any_history_has_ids_of_kimis_form(turns: list[list[tuple[Any, str]]]) -> None:
-    """A result directly after its call has its call's id."""
+    """Every call gets an id of Kimi's form, and a result directly after its call has its call's id."""
     messages: list[dict[str, Any]] = [USER]
     for turn in turns:
         for id_, name in turn:
@@ -96,7 +96,7 @@ def test_instant_mode_shows_no_thoughts_of_the_tool_loop() -> None:
 
 
 def test_thoughts_among_an_answers_parts() -> None:
-    """The Messages API's clients send them back like this."""
+    """Clients of the Messages API send thoughts back as content parts of type `thinking`."""
     parts = [{"type": "thinking", "thinking": "TTT"}, {"type": "text", "text": "said"}]
     messages = loop("functions.f:0", content=parts)
     assert "<think>TTT</think>said<|tool_calls_section_begin|>" in render(messages)

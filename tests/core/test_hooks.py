@@ -1,4 +1,5 @@
-"""Hooks around functions of an engine's: in the place of which they are put, once, and what they are given."""
+"""Tests of hooks around an engine's functions: what they replace, that each is put there only once, and which arguments
+they are given."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ def negative(original: Callable[..., Any], *args: Any) -> Any:
 
 @pytest.fixture
 def engine() -> Iterator[Any]:
-    """A module with functions of every kind, and one that has imported one of them by name."""
+    """Yield a module with functions of every kind; a second module has imported one of the functions by name."""
     made, other = ModuleType("engine_with_functions"), ModuleType("imported_from_it")
     exec(SOURCE, vars(made))
     made.__spec__ = ModuleSpec(made.__name__, None)

@@ -1,4 +1,5 @@
-"""Experts in two places: the placement, and that the sum does not depend on it."""
+"""Tests of hybrid runs: the placement of experts on the device and in the host's memory, and that their sum does not
+depend on it. The judge is the float64 product of support/experts.py."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from k26_plugins.common.host.memory import HostMemoryError, require_host_memory
 from k26_plugins.common.model.config import K26Config
 from k26_plugins.common.settings import STREAM_FROM, check_settings
 
-# The bound of one backend on its own is 6e-3.
+# One backend on its own has the same bound.
 TOLERANCE = 6e-3
 ON_HOST = [name for name in ("native", "cpu") if BACKENDS[name].unsupported(make_weights(1, 128, 64)) is None]
 
@@ -83,7 +84,8 @@ def test_what_an_ended_step_left_and_long_batches_are_not_deferred() -> None:
 def test_experts_that_are_used_more_move_to_the_device(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The sum stays what it was, to the bit of an expert's product on either side, and the share that is reported rises."""
+    """The sum stays right while experts move, and the reported share of token–expert pairs that the device computes
+    rises."""
     weights, shares = make_weights(8, 128, 64), list[float]()
     monkeypatch.setattr("k26_plugins.common.metrics.hybrid_hit_rate", shares.append)
     now = 0.0
@@ -112,7 +114,7 @@ def test_experts_that_are_used_more_move_to_the_device(
 
 
 def deferring(weights: ExpertWeights, on_device: int, deferral: Deferral | None) -> list[HybridExperts]:
-    """A hybrid run's layers 1 to 3, each with the same experts."""
+    """Return layers 1 to 3 of a hybrid run, each with the same experts."""
     placement = place(weights.num_experts, on_device)
     return [
         HybridExperts(
@@ -153,13 +155,14 @@ def test_the_sum_does_not_depend_on_streaming(host: str, chunk_bytes: int, monke
     result = experts.apply(x, ids, topk_weights)
     assert result.dtype == x.dtype
     assert error(result, judge(weights, x, ids, topk_weights)) <= TOLERANCE
-    # A part of the host's experts.
+    # Only a part of the host's experts is streamed.
     monkeypatch.setattr(Streaming, "choose", lambda self, counts, tokens: [4, 1])
     assert error(experts.apply(x, ids, topk_weights), judge(weights, x, ids, topk_weights)) <= TOLERANCE
 
 
 def test_what_streams_is_ready_for_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is ready before the first batch: for as many experts as are copied at a time, however many a batch needs."""
+    """The device's backend for streamed experts is made ready before the first batch, for as many experts as are copied
+    at a time, however many experts a batch needs."""
     monkeypatch.setattr("k26_plugins.common.experts.streamed.CHUNK_BYTES", 128 * 64 * 8)
     seen = record(monkeypatch, *BACKENDS.values())
     batches = Batches(3, 8, torch.float32, logging.getLogger("engine"))
@@ -213,7 +216,7 @@ def test_batch_invariance_turns_streaming_off(
 
 
 def assert_streaming_is_off(why: str, caplog: pytest.LogCaptureFixture, device_backend: str = "auto") -> None:
-    """A warning says why, and batches that would be streamed are computed on the host."""
+    """Assert that a warning says why, and that batches that would be streamed are computed on the host."""
     weights = make_weights(4, 128, 64)
     streaming = Streaming(device_backend, 1)
     experts = hybrid(weights, 1, streaming, "cpu")

@@ -1,6 +1,7 @@
-"""Hybrid experts in a device's stream and in its graphs, by the code that a GPU runs: the device is pretended.
+"""Tests of hybrid experts in a device's stream and in its graphs. The code is the one that runs with a GPU; the device
+is pretended. The judges are layers that wait for the device, and the float64 product of support/experts.py.
 
-The library's side is under sanitizers in tests/native/test_stream.py.
+The library's side is tested under sanitizers in tests/native/test_stream.py.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def layer(
 
 
 class Batch:
-    """An engine's buffers of a batch size, and the step over two layers that it captures."""
+    """The buffers that an engine keeps for one batch size, and the step over two layers that it captures."""
 
     def __init__(self, tokens: int) -> None:
         self.x = inputs(tokens, HIDDEN)
@@ -79,7 +80,7 @@ class Batch:
     def fill(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.x.copy_(torch.randn(self.x.shape, generator=generator))
-        # −1 is no expert, as padding has it.
+        # −1 stands for no expert, as in padding.
         self.ids.copy_(torch.rand(len(self.x), EXPERTS + 1, generator=generator).topk(TOP_K).indices - 1)
         self.weights.copy_(torch.rand(self.weights.shape, generator=generator))
 
@@ -96,7 +97,8 @@ def replayed(
     tokens: Sequence[int],
     count: int,
 ) -> Iterator[Batch]:
-    """Batches of those sizes in a random order, each with new data and held to what the layers that wait make of it."""
+    """Yield batches of the given sizes in a random order, each with new data, after asserting that its graph gives the
+    same bits as the layers that wait for the device."""
     batches, graphs = [Batch(size) for size in tokens], []
     for batch in batches:
         with device.capture() as graph:
@@ -124,7 +126,7 @@ def test_a_thousand_replays_give_what_the_waiting_run_gives(device: PretendedDev
 
 
 def test_replays_stay_right_when_experts_move(device: PretendedDevice, weights: ExpertWeights) -> None:
-    """They also count how often each expert was chosen."""
+    """Replays also count how often each expert was chosen."""
     layers = [layer(device, weights, 3) for _ in range(2)]
     batch = Batch(5)
     with device.capture() as graph:
@@ -200,7 +202,8 @@ def test_a_longer_batch_waits_for_its_routing_and_may_be_streamed(
 
 
 def test_a_graph_holds_through_an_update_of_the_weights(device: PretendedDevice, weights: ExpertWeights) -> None:
-    """The new weights are put where the old ones lay, as engines update them."""
+    """The new weights are written where the old ones lay, as engines update them, so a graph that was captured before
+    computes with the new weights."""
     experts = layer(device, weights, 0)
     batch = Batch(3)
     with device.capture() as graph:
@@ -216,7 +219,8 @@ def test_a_graph_holds_through_an_update_of_the_weights(device: PretendedDevice,
 
 @pytest.fixture
 def fresh_threads(monkeypatch: pytest.MonkeyPatch) -> Threads:
-    """Threads as a process of its own would have them: a worker that hangs is not forgotten."""
+    """Return threads as in a process of its own, because a worker that hangs makes the threads unusable from then
+    on."""
     monkeypatch.setattr("k26_plugins.common.experts.native.threads._process_threads", None)
     return process_threads()
 
@@ -247,7 +251,7 @@ def test_experts_that_wait_are_refused_in_a_graph(
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     batch = Batch(1)
 
-    # The only thing of a tensor on a GPU that is looked at before.
+    # Nothing else of a tensor on a GPU is looked at before the error.
     class OnGpu(torch.Tensor):
         is_cuda = True
 
@@ -256,9 +260,10 @@ def test_experts_that_wait_are_refused_in_a_graph(
 
 
 def test_the_judge_finds_a_host_function_that_calls_the_runtime(library: ctypes.CDLL, tmp_path_factory: Any) -> None:
-    """The faulty function is in a library of its own, since what was found once stays found."""
+    """The pretended runtime is compiled into a library of its own for this test, because it keeps a fault that it has
+    once found."""
     device = PretendedDevice(compile_runtime(tmp_path_factory.mktemp("again")))
-    # A function of one pointer: nothing comes between.
+    # As a host function must, hipGetErrorString takes one pointer, so it can be passed as it is.
     device.call("cudaLaunchHostFunc", device.stream, device.library.hipGetErrorString, None)
     device.synchronize()
     device.call("cudaLaunchHostFunc", device.stream, device.library.cudaStreamSynchronize, device.stream)

@@ -1,4 +1,4 @@
-"""The INT4 format, against compressed-tensors."""
+"""Tests of the INT4 format. The judge is compressed-tensors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_dequantize_is_the_product_rounded_once() -> None:
     expected = q.double() * scale.double().repeat_interleave(32, dim=1)
     assert torch.equal(dequantize(packed, scale, torch.float64), expected)
     assert torch.equal(dequantize(packed, scale), expected.to(torch.bfloat16))
-    # Half a step, and what bfloat16 rounds off the scale (2^-9) at the eighth step.
+    # The bound is half a step, plus what bfloat16 rounds off the scale (2^-9) at the eighth step.
     step = scale.double().repeat_interleave(32, dim=1)
     assert ((expected - weight.double()).abs() <= step * (0.5 + 8 / 2**8)).all()
 

@@ -1,4 +1,5 @@
-"""Three answers for a checkpoint: the published layout, another layout of this architecture, an error."""
+"""Tests that a checkpoint is classified as the published layout, another layout of this architecture or a saved state,
+or is refused with an error."""
 
 from __future__ import annotations
 
@@ -67,7 +68,8 @@ def test_another_layout_says_why(tiny_folder: Path, tmp_path: Path, name: str) -
 
 @pytest.mark.parametrize("name", ["INT4 attention", "FP8 KV scales", "an MTP layer", "NVFP4 by modelopt", "bf16"])
 def test_the_weights_tell_it_where_the_configuration_does_not(tiny_folder: Path, tmp_path: Path, name: str) -> None:
-    """What the headers hold is another layout, whatever a configuration as published says of it."""
+    """If the headers hold another layout and config.json describes the published one, the folder is classified by its
+    headers or refused with an error that names config.json."""
     folder = make(OTHER[name][0], tiny_folder, tmp_path / "made")
     (folder / "config.json").write_text((tiny_folder / "config.json").read_text())
     if name == "FP8 KV scales":
@@ -221,7 +223,7 @@ LAYER = "language_model.model.layers.1.mlp.experts.routed_experts"
 
 
 def _experts(config: K26Config, ranks: int = 1) -> Parts:
-    """A layer's parameters as `LayerExperts` has them while it is open."""
+    """Return a layer's parameters as `LayerExperts` has them while it is open."""
     text = config.text
     experts, hidden, inner = text.n_routed_experts, text.hidden_size, text.moe_intermediate_size // ranks
     return {
@@ -233,7 +235,7 @@ def _experts(config: K26Config, ranks: int = 1) -> Parts:
 
 
 def _with_shapes(parts: Parts) -> Parts:
-    """Add the shapes that both engines' own code has, whatever it made of the rest."""
+    """Add the tensors of shapes that both engines' own experts keep, whatever layout they gave the other parts."""
     shapes = torch.zeros(len(parts["w13_weight_packed"]), 2)
     return {**parts, "w13_weight_shape": shapes, "w2_weight_shape": shapes.clone()}
 
@@ -288,8 +290,8 @@ def test_a_state_saved_with_an_engines_own_experts(
 
 
 def test_a_state_saved_beside_the_checkpoint(tiny_folder: Path, tmp_path: Path) -> None:
-    """The files that the index names are the checkpoint, and are taken before the state. A state of another layout is
-    left to the engine, whoever's experts it has."""
+    """The files that the index names are the checkpoint, which is taken before the state. A state of another layout is
+    left to the engine, whether the core's or the engine's experts saved it."""
     parts = _experts(K26Config.from_path(tiny_folder))
     folder = _save(tiny_folder, tmp_path / "saved", "model-rank-0-part-0.safetensors", parts=parts)
     config = read_config_json(folder)

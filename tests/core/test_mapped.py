@@ -1,4 +1,5 @@
-"""Files that are mapped and read ahead: the same tensors as safetensors gives, bounded memory, and files that change."""
+"""Tests of files that are mapped and read ahead: their tensors are those that safetensors reads, memory is bounded, and
+a file that changes is an error."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ def test_the_tensors_are_safetensors_own(tiny_folder: Path, window_bytes: int) -
 
 
 def test_tensors_out_of_step_and_of_no_dimension(tmp_path: Path) -> None:
-    """A file may begin with a tensor of an odd number of bytes more than the next one's item, and hold a single number."""
+    """A tensor may begin at an offset that is no multiple of its item size, and may be a single number without
+    dimensions."""
     header = {
         "a": {"dtype": "BF16", "shape": [1], "data_offsets": [0, 2]},
         "b": {"dtype": "F32", "shape": [], "data_offsets": [2, 6]},
@@ -145,7 +147,8 @@ except CheckpointError as error:
     ("when", "ends"), [("while_it_is_copied", 0), ("after_the_last_was_given", 0), ("of_somebody_else", -signal.SIGBUS)]
 )
 def test_a_mapped_file_that_is_cut_within_what_is_copied(tmp_path: Path, when: str, ends: int) -> None:
-    """A file of ours that is cut is an error with its name; any other ends the process as it would have without us."""
+    """If a file that the plugin has mapped is cut, the error names that file. If a file that others have mapped is cut,
+    the process ends as it would without the plugin."""
     file = tmp_path / "model-1.safetensors"
     save_file({name: torch.ones(2**22, dtype=torch.bfloat16) for name in "ab"}, file)
     done = subprocess.run([sys.executable, "-c", CUT, str(file), when], capture_output=True, text=True, check=False)
@@ -154,7 +157,7 @@ def test_a_mapped_file_that_is_cut_within_what_is_copied(tmp_path: Path, when: s
 
 
 def test_only_what_is_needed_is_read_ahead(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What lies between is not read: the experts of a rank are spread over a file."""
+    """The bytes between needed tensors are not read ahead, because a rank's experts are spread over a file."""
     files = weight_files(tiny_folder)
     asked: list[tuple[int, int]] = []
     monkeypatch.setattr(os, "posix_fadvise", lambda file, start, length, advice: asked.append((start, start + length)))
@@ -188,7 +191,8 @@ print(peak() - before)
 
 
 def test_memory_is_that_of_a_window(tmp_path: Path) -> None:
-    """What was loaded leaves the process's memory. 512 MB lie in 32 tensors, each of whose pages is touched."""
+    """Tensors that were loaded leave the process's memory. The file has 512 MB in 32 tensors, and every page of each is
+    touched."""
     save_file({f"t{index}": torch.zeros(2**23, dtype=torch.bfloat16) for index in range(32)}, tmp_path / "model")
     child = [sys.executable, "-c", MEASURE, str(tmp_path / "model")]
     result = subprocess.run(child, capture_output=True, text=True, check=True)
@@ -196,7 +200,8 @@ def test_memory_is_that_of_a_window(tmp_path: Path) -> None:
 
 
 def test_a_load_of_an_engine(tiny_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Files are ours while weights are given; an engine's filter of experts holds; the end is said once."""
+    """While an engine loads weights, the plugin reads the files, the engine's filter of experts holds, and one log line
+    reports the end."""
     config = K26Config.from_path(tiny_folder)
     files = [str(file) for file in weight_files(tiny_folder)]
     logger = logging.getLogger("engine")

@@ -1,4 +1,5 @@
-"""Image preprocessing, against the specification's table; equality with an engine's bytes is in tests/vllm."""
+"""Tests of image preprocessing against the specification's table. Equality with an engine's bytes is tested in
+tests/vllm."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from k26_plugins.common.multimodal.image import (
     preprocess,
 )
 
-# docs/model.md, 4.4: width, height → resized width, height, grid h, w, tokens.
+# From docs/model.md, 4.4: width, height → resized width, height, grid h, w, tokens.
 IMAGES = [
     ((1, 1), (1, 1), (2, 2), 1),
     ((28, 28), (28, 28), (2, 2), 1),
@@ -139,7 +140,7 @@ def test_what_is_no_number_is_black() -> None:
 
 
 def avif_without_pixels() -> bytes:
-    """Pillow's decoder has errors of its own for this."""
+    """Return an AVIF image whose pixel data is zeroed, for which Pillow's decoder has errors of its own."""
     data = encode(Image.new("RGB", (4, 4), 3), "AVIF")
     start = data.index(b"mdat") + 4
     return data[:start] + bytes(len(data) - start)

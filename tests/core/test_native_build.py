@@ -1,4 +1,5 @@
-"""Building the native experts' library: the compiler, the cache, and which instruction set this machine gets."""
+"""Tests of building the native experts' library: the compiler, the cache, and which instruction set this machine
+gets."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from k26_plugins.common.experts.native.threads import Threads
 
 @pytest.fixture
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A machine on which nothing was compiled yet."""
+    """Yield an empty cache folder, as on a machine on which nothing was compiled yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     library.cache_clear()
     yield tmp_path
@@ -73,7 +74,7 @@ def test_a_library_that_cannot_be_loaded(empty_cache: Path) -> None:
 
 
 def test_compiled_once(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several ranks start together, and one comes later: it is compiled once for all."""
+    """Several ranks start together and one comes later; the library is compiled once for all of them."""
     compiled: list[Path] = []
 
     def compile_slowly(target: Path, flags: tuple[str, ...]) -> None:
@@ -91,7 +92,7 @@ def test_compiled_once(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_which_instruction_sets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Taken are those that the CPU has and that torch was not told to do without."""
+    """The instruction sets that are taken are those that the CPU has and that torch was not told to do without."""
     x86, arm = (
         set().union(*(variant.needs for variant in VARIANTS.values() if variant.machine == machine))
         for machine in ("x86_64", "aarch64")
@@ -135,7 +136,8 @@ def test_a_compiler_too_old_for_the_best_set(empty_cache: Path, monkeypatch: pyt
 @pytest.mark.skipif("amx" in usable_variants(), reason="this system gives AMX's registers")
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="AMX is x86-64's")
 def test_a_system_that_refuses_amx(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """The real system is asked. The next set is taken, and the log says so."""
+    """The real system is asked for AMX's registers. When it refuses them, the next instruction set is taken, and the
+    log says so."""
     best = usable_variants()[0]
     library.cache_clear()
     monkeypatch.setattr(build, "variants", lambda: ["amx", best])
@@ -150,7 +152,8 @@ def test_a_system_that_refuses_amx(monkeypatch: pytest.MonkeyPatch, caplog: pyte
 @needs_native
 @needs_amx
 def test_a_system_that_gives_amx_and_refuses_it_to_this_process() -> None:
-    """A signal stack has no room for AMX's registers: Linux looks at those of all threads."""
+    """A thread's signal stack has no room for AMX's registers here, and Linux looks at the signal stacks of all threads
+    before it gives the registers."""
     program = (
         "import ctypes; memory = ctypes.create_string_buffer(8192)\n"
         "class Stack(ctypes.Structure):\n"

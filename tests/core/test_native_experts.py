@@ -1,4 +1,5 @@
-"""The native experts' numbers, beyond what every backend is tested for: instruction sets, threads, submitted work."""
+"""Tests of the native experts' results beyond those of every backend: on each instruction set, with any threads, and
+for submitted work. The judge is the float64 product of support/experts.py."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from k26_plugins.common.experts.native.build import VARIANTS, library
 from k26_plugins.common.experts.native.threads import Threads
 from k26_plugins.common.host.cores import Core
 
-# The goal is 4e-3. What remains above 3e-5 is the rounding of the result to bfloat16, 1.7e-3.
+# The goal is 4e-3. The computation's own error is 3e-5; rounding the result to bfloat16 makes it 1.7e-3.
 TOLERANCE, FLOAT_TOLERANCE = 2.5e-3, 1e-4
 PARTS = [(0, 1), (1, 3), (3, 6), (6, 23)]
 SHAPES = [
@@ -29,12 +30,13 @@ SHAPES = [
     (130, 2, 3, 128, 64),
     (1, 8, 8, 2048, 512),
     (9, 2, 3, 544, 64),
-    (77, 1, 1, 2048, 32),  # in tiles, over the inputs in two parts
+    (77, 1, 1, 2048, 32),  # computed in tiles, with the inputs in two parts
 ]
 
 
 def each_variant() -> list[object]:
-    """The library's instruction sets as a test's parameter; one that this CPU lacks is skipped with that reason."""
+    """Return the library's instruction sets as parameters of a test; a set that this CPU lacks is skipped with that
+    reason."""
     usable = [] if REASON else usable_variants()
     return [
         pytest.param(name, marks=pytest.mark.skipif(name not in usable, reason=REASON or f"this CPU has no {name}"))
@@ -74,10 +76,11 @@ def test_instruction_sets(
 
 
 def repacked_plainly(packed: torch.Tensor, scale: torch.Tensor, *, gated: bool) -> list[torch.Tensor]:
-    """The bytes and scales of an expert's projection as `kernel.hpp` describes them, row by row and word by word."""
+    """Return the bytes and scales of an expert's projection as `kernel.hpp` describes them, row by row and word by
+    word."""
     rows, words = packed.shape
     inner = rows // 2
-    # Two tiles of gate, then the two of up.
+    # Two tiles of the gate projection come first, then the same two of the up projection.
     firsts = [at for pair in range(0, inner, 32) for at in (pair, pair + 16, inner + pair, inner + pair + 16)]
     tiles = firsts if gated else range(0, rows, 16)
     u = unpack_from_int32(packed, 4, torch.Size((rows, 8 * words))).to(torch.int32) + 8
@@ -88,8 +91,8 @@ def repacked_plainly(packed: torch.Tensor, scale: torch.Tensor, *, gated: bool) 
 
 @pytest.mark.parametrize("variant", each_variant())
 def test_repacked_bytes(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are the same on every instruction set and with any number of threads, also where a tile is not a multiple of
-    a vector long."""
+    """The repacked bytes are the same on every instruction set and with any number of threads, even if the length of a
+    tile is no multiple of a vector's."""
     weights = make_weights(2, 96, 160)
     w13 = [repacked_plainly(weights.w13_packed[i], weights.w13_scale[i], gated=True) for i in range(2)]
     w2 = [repacked_plainly(weights.w2_packed[i], weights.w2_scale[i], gated=False) for i in range(2)]
@@ -105,7 +108,7 @@ def test_repacked_bytes(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_native
 def test_same_bits_on_every_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokens come alone and some together, with values at which rounding or the exponential could differ."""
+    """Tokens are computed alone and in groups, with values at which rounding or the exponential could differ."""
     weights = make_weights(4, 544, 96)
     ids, topk_weights = route(23, 2, 4)
     x = inputs(23, 544)
@@ -122,7 +125,8 @@ def test_same_bits_on_every_instruction_set(monkeypatch: pytest.MonkeyPatch) -> 
 
 @needs_native
 def test_same_bits_with_any_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's threads and ours are taken, one to three of them, on one node and on two, twice each."""
+    """The bits are the same with torch's threads and with the library's own, with one to three threads, on one NUMA
+    node and on two, in two runs of each."""
     weights = make_weights(6, 192, 160)
     ids, topk_weights = route(90, 3, 6)
     ids[5:20, 1] = -1
@@ -142,7 +146,8 @@ def test_same_bits_with_any_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_native
 def test_a_token_does_not_depend_on_its_batch() -> None:
-    """So it is across the bounds of the tokens and of the groups of inputs that are computed at a time."""
+    """A token's result is the same alone and in a batch that spans several of the blocks of tokens, and of the groups
+    of inputs, that are computed at a time."""
     weights = make_weights(4, 544, 32)
     experts = load(weights)
     ids, topk_weights = route(1100, 2, 4)
@@ -173,7 +178,7 @@ def test_submitted_work() -> None:
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
 def test_a_result_in_a_dtype_that_the_library_does_not_write(dtype: torch.dtype) -> None:
-    """It is the float32 result, converted, and what the caller gave is what it gets."""
+    """The result is the float32 result converted, in the very tensor that the caller gave."""
     experts = load(make_weights(4, 128, 64))
     batch = (inputs(5, 128), *route(5, 2, 4))
     single = experts.apply(*batch, out=torch.empty(5, 128))
@@ -213,7 +218,8 @@ def test_arguments_that_are_refused() -> None:
 @needs_native
 @needs_amx
 def test_amx_beside_torchs_own() -> None:
-    """torch's bfloat16 product uses the same registers on the same threads, in other shapes: neither disturbs the other."""
+    """torch's bfloat16 product uses AMX's registers on the same threads in other shapes, and neither product disturbs
+    the other."""
     torch.manual_seed(0)
     a, b = torch.randn(64, 512).bfloat16(), torch.randn(512, 256).bfloat16()
     experts = load(make_weights(4, 128, 64))

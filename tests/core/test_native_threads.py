@@ -1,4 +1,5 @@
-"""The native experts' threads: on which cores they run, callers' threads, forks and the end of a process."""
+"""Tests of the native experts' threads: on which cores they run, calls from several threads, forks, and the end of a
+process."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ def test_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_cores_of_a_rank_whose_threads_are_pinned_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM's and SGLang's CPU workers pin themselves in this way; a thread that is free does not count."""
+    """vLLM's and SGLang's CPU workers pin each of their threads in this way. A thread that is not pinned does not
+    count."""
     monkeypatch.setattr(cores, "_affinities", lambda: [{2}, {3}, {0, 1, 2, 3}])
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {2})
     assert cores.allowed_cpus() == {2, 3}

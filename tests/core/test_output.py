@@ -1,4 +1,5 @@
-"""The answer's state machine: the same events for every way of cutting the text, and the faults parsers are known for."""
+"""Tests of the state machine that parses an answer: it gives the same events however the text is cut, and it does not
+have the faults that such parsers are known for."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ def call(call_id: str, arguments: str) -> str:
 
 
 def parse(pieces: list[str], in_reasoning: bool = True, tools: Tools | None = TOOLS) -> Answer:
-    """The answer as (reasoning, content, calls of id, name, arguments), by the text alone."""
+    """Return an answer parsed by its text alone, as (reasoning, content, calls), where a call is (id, name,
+    arguments)."""
     parser = OutputParser(in_reasoning=in_reasoning, tools=tools)
     return collected([event for piece in pieces for event in parser.feed(piece)] + parser.finish())
 
@@ -201,7 +203,8 @@ def test_calls_that_nobody_asked_for_are_dropped() -> None:
 
 
 def test_an_answer_in_a_section_is_content_where_no_calls_are_asked_for() -> None:
-    """At the section's marker vLLM begins a grammar of the content."""
+    """vLLM starts a grammar of the content at the section's marker, so the text behind that marker is the answer's
+    content."""
     assert parse([f"why{SECTION_BEGIN}", '{"a": 1}'], tools=None) == ("why", '{"a": 1}', [])
 
 
@@ -231,7 +234,8 @@ def test_no_text_and_no_cut_breaks_it(text: str, in_reasoning: bool, sizes: list
 @given(st.lists(st.one_of(st.sampled_from(MARKERS), PLAIN), max_size=20).map("".join), st.booleans())
 @settings(deadline=None, max_examples=500)
 def test_no_order_of_markers_shows_one(text: str, in_reasoning: bool) -> None:
-    """Only tags of thinking may be seen, in the two places where the text alone cannot tell them from what it says."""
+    """No marker is shown except the tags of thinking, in the two cases in which the text alone cannot tell a tag from a
+    quoted one."""
     reasoning, content, calls = parse([text], in_reasoning)
     markers = [marker for marker in MARKERS if marker not in (THINK_BEGIN, THINK_END)]
     assert not [marker for marker in markers if marker in reasoning + content + "".join(map(str, calls))]
@@ -245,10 +249,10 @@ def tokenizer(tiny_folder: Path) -> KimiTokenizer:
 def parse_ids(
     tokenizer: KimiTokenizer, token_ids: list[int], sizes: list[int], *, lag: int = 0, in_reasoning: bool = True
 ) -> Answer:
-    """The answer by its ids, given some at a time. Their text comes `lag` characters late, as where an engine waits for a
-    stop string.
+    """Return an answer parsed by its token ids, given some at a time. Their text comes `lag` characters late, as from
+    an engine that waits for a stop string.
 
-    The text is what the ids say, without special tokens that are none of the parser's.
+    The text is that of the ids without the special tokens that the parser has no use for.
     """
     hidden = set(tokenizer.special.values()) - {tokenizer.special[name] for name in MARKERS}
     text_of, parser = TokenText(tokenizer), OutputParser(in_reasoning=in_reasoning, tools=TOOLS)
@@ -281,7 +285,8 @@ def test_by_token_ids_as_by_text(tokenizer: KimiTokenizer, name: str) -> None:
 def test_by_token_ids_any_cut_is_the_whole_and_no_marker_is_shown(
     tokenizer: KimiTokenizer, data: st.DataObject, sizes: list[int], lag: int, in_reasoning: bool
 ) -> None:
-    """The pieces become a marker by control tokens alone; reserved tokens lie anywhere."""
+    """Each piece is encoded by itself, so only a piece that is a whole control token is a marker. Reserved tokens lie
+    anywhere."""
     parts = data.draw(st.lists(st.one_of(PIECES, st.just("<|reserved_token_300|>")), max_size=20))
     token_ids = [token_id for part in parts for token_id in tokenizer.encode_prompt(part)]
     whole = parse_ids(tokenizer, token_ids, [max(1, len(token_ids))], in_reasoning=in_reasoning)
@@ -295,7 +300,8 @@ def test_by_token_ids_any_cut_is_the_whole_and_no_marker_is_shown(
 def test_what_is_spelled_by_ordinary_tokens_survives(
     tokenizer: KimiTokenizer, parts: list[str], sizes: list[int]
 ) -> None:
-    """It survives in reasoning, in content and in arguments: a quoted call is no call."""
+    """Markers that ordinary tokens spell survive in reasoning content, in content and in arguments, so a quoted call is
+    no call."""
     said = "".join(parts)
     quoted = f"x{said}x"
     token_ids = [
@@ -312,7 +318,8 @@ def test_what_is_spelled_by_ordinary_tokens_survives(
 def test_raw_text_shows_no_marker_and_all_that_spells_one(
     tokenizer: KimiTokenizer, parts: list[str], data: st.DataObject, sizes: list[int], lag: int
 ) -> None:
-    """`/v1/completions` answers with raw text; streamed in any way it is the whole. Each marker is meant or spelled."""
+    """`/v1/completions` answers with raw text. However the text is streamed, its pieces add up to the whole, which has
+    no marker that is a control token and every marker that ordinary tokens spell."""
     meant = [part in MARKERS and data.draw(st.booleans()) for part in parts]
     token_ids = [
         token_id
@@ -331,13 +338,14 @@ def test_raw_text_shows_no_marker_and_all_that_spells_one(
 
 
 def test_a_model_may_open_the_block_itself(tokenizer: KimiTokenizer) -> None:
-    """It does behind a template of the user's; later in the answer the tag has no meaning."""
+    """With a user's own template the model opens the think block itself. Later in the answer the tag has no meaning."""
     token_ids = tokenizer.encode_prompt(f"{THINK_BEGIN}why{THINK_END}so{THINK_BEGIN}me")
     assert parse_ids(tokenizer, token_ids, [1], in_reasoning=False) == ("why", "some", [])
 
 
 def test_names_of_special_tokens_that_are_shown_part_a_spelled_marker(tokenizer: KimiTokenizer) -> None:
-    """A client that asks for special tokens sees them: hidden, the pad token would let the halves come together."""
+    """A client that asks for special tokens sees their names. If the pad token were hidden, the two halves around it
+    would spell a marker."""
     halves = [tokenizer.encode("<|tool_call"), tokenizer.encode("_end|>")]
     token_ids = [*halves[0], tokenizer.special["[PAD]"], *halves[1], tokenizer.special[CALL_END]]
     shown = TokenText(tokenizer, special_shown=True).split(tokenizer.decode(token_ids), token_ids)

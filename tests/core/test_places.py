@@ -1,4 +1,5 @@
-"""Videos put among token ids, against the same prompt completed as text and tokenized then."""
+"""Tests of videos put among token ids, against the ids of the same prompt completed as text and tokenized
+afterwards."""
 
 from __future__ import annotations
 

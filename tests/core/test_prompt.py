@@ -1,4 +1,5 @@
-"""Tokenizer and chat rendering, by the specification's facts."""
+"""Tests of the tokenizer and of chat rendering. The judges are the specification's facts, the tiktoken library and
+transformers."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from k26_plugins.common.tiny.checkpoint import TinySizes, make_tiny
 
 @pytest.fixture(scope="module")
 def full_vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with as many tokens as the published one; its ranks are made up, its special ids are real."""
+    """Return a checkpoint with as many tokens as the published one; its merge ranks are made up, its special ids are
+    real."""
     folder = tmp_path_factory.mktemp("full") / "checkpoint"
     sizes = TinySizes(vocab_size=163840, hidden_size=64, layers=2, vision_layers=1, experts=2, moe_intermediate_size=32)
     make_tiny(folder, sizes)
@@ -34,7 +36,8 @@ def plain(full_vocabulary: Path) -> KimiTokenizer:
 
 
 def test_a_list_of_ids_is_a_token_each(full_vocabulary: Path) -> None:
-    """SGLang's fork asks in this way for the texts of log-probabilities."""
+    """Each id of a flat list is decoded by itself, because SGLang's fork asks in this way for the texts of
+    log-probabilities."""
     fast = load_hf_tokenizer(full_vocabulary)
     first, second = 163586, 163606
     assert fast.batch_decode([first, second]) == ["<|im_end|>", "<think>"]
@@ -60,8 +63,8 @@ def test_special_tokens_have_the_published_ids(full_vocabulary: Path) -> None:
 
 
 def test_both_tokenizers_give_the_same_ids(full_vocabulary: Path, plain: KimiTokenizer) -> None:
-    """The tokenizers library, which answers where offsets are asked for, against the tiktoken library, on strings that the
-    split pattern's every branch, control tokens and marks take part in."""
+    """The tokenizers library, which answers where offsets are asked for, gives the same ids as the tiktoken library on
+    strings that exercise every branch of the split pattern, control tokens and marks."""
     fast = load_hf_tokenizer(full_vocabulary)
     rng = random.Random(0)
     alphabet = [
@@ -78,7 +81,8 @@ def test_both_tokenizers_give_the_same_ids(full_vocabulary: Path, plain: KimiTok
 
 
 def test_the_fast_tokenizer_answers_as_transformers_does(full_vocabulary: Path) -> None:
-    """So it does whatever is asked for beside the ids; the judge is the class that ours overrides."""
+    """The fast tokenizer answers as transformers does whatever is asked for beside the ids. The judge is the class that
+    ours overrides."""
     fast = load_hf_tokenizer(full_vocabulary)
     judge = pickle.loads(pickle.dumps(fast))
     judge.plain = None
@@ -107,8 +111,8 @@ def test_the_fast_tokenizer_answers_as_transformers_does(full_vocabulary: Path) 
     "text", [" " * 1_000_000, "a" * 60_000, " " * 25_001 + "b" * 25_000, "ab " * 140_000, "\n" * 25_000 + "x"], ids=len
 )
 def test_a_text_of_any_length_is_encoded(plain: KimiTokenizer, text: str) -> None:
-    """The text is cut where the published tokenizer cuts, here by the letter: the tiktoken library gives up at a
-    million spaces."""
+    """The text is cut where the published tokenizer cuts it, because the tiktoken library gives up at a million spaces.
+    The test repeats the published rule character by character."""
     pieces = [""]
     for index, character in enumerate(text):
         if index % 400_000 == 0:
@@ -163,7 +167,7 @@ def test_media_are_followed_by_a_newline() -> None:
 
 
 def test_thinking_of_past_answers() -> None:
-    """It is dropped up to the last answer without tool calls, kept after it, and kept everywhere on demand."""
+    """Reasoning is dropped up to the last answer without tool calls, kept after it, and kept everywhere on demand."""
     call = {"id": "functions.f:0", "function": {"name": "f", "arguments": '{"a":1}'}}
     messages: list[dict[str, Any]] = [
         USER,

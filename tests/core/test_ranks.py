@@ -1,4 +1,5 @@
-"""A rank without the plugin stops the others, on real processes of torch.distributed."""
+"""Tests that a rank without the plugin, or with another version of it, stops the start. The ranks are real processes of
+torch.distributed."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from k26_plugins.common.adapters import ranks
 
 
 def rank(number: int, port: int, version: str | None, said: Any) -> None:
-    """version: the plugin's on this rank, None for none."""
+    """Start one of two ranks with this version of the plugin (None: without it), and put its number and its error, or
+    "right", into `said`."""
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=number)
     try:
         if version is not None:
@@ -24,7 +26,7 @@ def rank(number: int, port: int, version: str | None, said: Any) -> None:
         said.put((number, "right"))
     except ranks.MissingPluginError as error:
         said.put((number, str(error)))
-    dist.barrier()  # so that no rank's end is another's error
+    dist.barrier()  # otherwise the end of one rank could be an error on the other
     dist.destroy_process_group()
 
 

@@ -1,4 +1,5 @@
-"""The reference model against transformers' own `kimi_k25`, which holds nothing of ours, in float32 on the same weights."""
+"""Tests of the reference model in float32. The judge is transformers' own `kimi_k25` on the same weights, which holds
+nothing of ours."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ def error(result: torch.Tensor, expected: torch.Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def judge(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """transformers' model, on a float32 copy of the checkpoint whose experts compressed-tensors unpacked."""
+    """Return transformers' model of a float32 copy of the checkpoint whose experts compressed-tensors unpacked."""
     weights: dict[str, torch.Tensor] = {}
     for file in tiny_folder.glob("*.safetensors"):
         weights.update(load_file(file))
@@ -100,7 +101,7 @@ def test_plain_absorbed_and_chunked_agree(reference: KimiK26) -> None:
 
 @torch.inference_mode()
 def test_pipeline_ranks_chained_give_the_whole(reference: KimiK26) -> None:
-    """Two ranks have a part of the layers each; the second is fed with the first one's hidden states."""
+    """Each of two ranks has a part of the layers; the second is given the first one's hidden states."""
     text, input_ids = reference.text, tokens(30)
     cache = KVCache(text.config, 30, torch.float32)
     hidden_states = text.embed(input_ids)
@@ -117,7 +118,7 @@ GRIDS = [[(1, 2, 2)], [(1, 64, 64)], [(1, 6, 10), (1, 36, 4), (1, 2, 2)]]
 @pytest.mark.parametrize("grids", GRIDS, ids=str)
 @torch.inference_mode()
 def test_images(judge: Any, reference: KimiK26, grids: list[tuple[int, int, int]]) -> None:
-    """The whole model with images before, between and after text."""
+    """The whole model agrees with the judge on prompts of one or more images, each followed by text."""
     grid_thw = torch.tensor(grids)
     pixel_values = torch.randn(int(grid_thw.prod(1).sum()), 3, 14, 14, generator=torch.Generator().manual_seed(1))
     placeholder = reference.config.media_placeholder_token_id
@@ -131,7 +132,7 @@ def test_images(judge: Any, reference: KimiK26, grids: list[tuple[int, int, int]
 @pytest.mark.parametrize("frames", [2, 3, 4])
 @torch.inference_mode()
 def test_video_chunks(judge: Any, reference: KimiK26, frames: int) -> None:
-    # transformers' temporal pooling takes media of one length only, hence two chunks of the same.
+    # transformers' temporal pooling takes media of one length only, hence two chunks of as many frames.
     grid_thw = torch.tensor([[frames, 6, 8], [frames, 4, 4]])
     pixel_values = torch.randn(int(grid_thw.prod(1).sum()), 3, 14, 14, generator=torch.Generator().manual_seed(1))
     merged = judge.model.vision_tower(pixel_values, grid_thw=grid_thw).pooler_output
@@ -196,7 +197,7 @@ def test_yarn_has_the_specifications_values() -> None:
 
 
 def test_router_against_transformers(judge: Any) -> None:
-    """The bias takes part in the choice and not in the weights."""
+    """The bias takes part in the choice of experts and not in their weights."""
     config = judge.config.text_config
     router = DeepseekV3TopkRouter(config)
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""What transformers executes of a checkpoint, with the plugin and without it."""
+"""Tests of which Python files of a checkpoint transformers executes, with the plugin and without it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ for folder in sys.argv[2:]:
 
 
 def read(state: str, *folders: Path) -> str:
-    """What a process says in which transformers reads folders and trusts them, with the plugin's doors open or shut."""
+    """Return what a process prints in which transformers reads these folders and trusts them; the plugin refuses their
+    code if `state` is "shut"."""
     done = subprocess.run(
         [sys.executable, "-c", READ, state, *map(str, folders)],
         capture_output=True,

@@ -1,4 +1,5 @@
-"""Files that programs outside the repository read: what they call is there. The session `docs` looks at their form."""
+"""Tests of files that programs outside the repository read: everything that these files name exists. The nox session
+`docs` looks at their form."""
 
 from __future__ import annotations
 
@@ -56,7 +57,7 @@ def steps(file: Path) -> Iterator[dict[str, Any]]:
 
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.name)
 def test_what_a_workflow_runs_is_there(file: Path, sessions: set[str]) -> None:
-    """The commands name sessions of the noxfile and scripts of ci/."""
+    """The commands of a workflow name sessions of the noxfile and scripts of ci/ that exist."""
     called = [word for step in steps(file) for word in shlex.split(step.get("run", ""), comments=True)]
     assert called
     for word in called:
@@ -65,7 +66,7 @@ def test_what_a_workflow_runs_is_there(file: Path, sessions: set[str]) -> None:
         for name in line.partition(" -s ")[2].replace("${{ matrix.session }}", "").split():
             assert name in sessions, name
     for step in steps(file):
-        # By a release's tag or its branch, never by what its main branch is today.
+        # An action is named by a release's tag or branch, because a main branch changes from day to day.
         assert "uses" not in step or re.fullmatch(r"[\w.-]+/[\w./-]+@(v\d+|release/v\d+)", step["uses"]), step
 
 
@@ -85,7 +86,7 @@ def test_types_are_checked_of_every_file() -> None:
 
 
 def test_only_the_publisher_of_a_release_may_write() -> None:
-    """A token that pulls in a change of somebody else's can publish nothing."""
+    """A workflow that runs on somebody else's change has a token that can publish nothing."""
     for file in WORKFLOWS:
         workflow = read(file)
         assert workflow["permissions"] == {"contents": "read"}, file.name

@@ -1,4 +1,4 @@
-"""The core's token ids of two hundred conversations against those of vLLM's server, which are recorded."""
+"""Test of the core's token ids of two hundred conversations against those of vLLM's server, which are recorded."""
 
 from __future__ import annotations
 

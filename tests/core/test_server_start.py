@@ -1,4 +1,4 @@
-"""How long the tests of the engines wait for a server: by what it does, not by the clock."""
+"""Tests of how long the tests of the engines wait for a server: they look at what the server does, not at the clock."""
 
 from __future__ import annotations
 

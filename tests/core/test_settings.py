@@ -1,4 +1,4 @@
-"""The table of settings: its reader, its one form of error, and docs/settings.md."""
+"""Tests of the table of settings: its reader, its one form of error, and docs/settings.md."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ each_setting = pytest.mark.parametrize("setting", TABLE, ids=lambda setting: set
 
 
 def documented() -> list[tuple[str, str, str]]:
-    """The plugin's rows of the page, without their links: variable, values, meaning."""
+    """Return the plugin's rows of the page, without their links, as (variable, values, meaning)."""
     text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", PAGE.read_text())
     return re.findall(r"^\| `(K26_\w+)` \| (.*?) \| (.*) \|$", text, re.MULTILINE)
 

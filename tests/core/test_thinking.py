@@ -1,4 +1,4 @@
-"""One value for thinking, in the prompt and in the answer's parser."""
+"""Tests that the prompt and the answer's parser take the same value for thinking."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_which_is_heard_first() -> None:
 
 
 def test_thoughts_to_keep() -> None:
-    """Moonshot's API has it so; what the options say themselves counts first."""
+    """`keep` preserves past thoughts as in Moonshot's API; `preserve_thinking` among the options counts first."""
     kept = {"type": "enabled", "keep": "all"}
     assert template_options({}, thinking=kept) == {"thinking": True, "preserve_thinking": True}
     said = template_options({"thinking": kept, "preserve_thinking": False})

@@ -1,4 +1,4 @@
-"""The tiny checkpoint and the commands."""
+"""Tests of the tiny checkpoint and of the commands that make and read it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_sizes_that_cannot_be(tmp_path: Path) -> None:
 
 
 def test_adapters_and_a_draft_are_made_beside_it(tmp_path: Path) -> None:
-    """PEFT's reader and `k26 merge` take the adapters; the draft reads the layers that it says it reads."""
+    """PEFT's reader and `k26 merge` take the adapters. The draft reads the layers that its configuration names."""
     out = {name: str(tmp_path / name) for name in ("DIR", "LORA", "DRAFT", "OUT")}
     command = ["tiny", out["DIR"], "--layers", "5", "--lora", out["LORA"], "--eagle3", out["DRAFT"]]
     assert CliRunner().invoke(app, command).exit_code == 0
@@ -107,7 +107,7 @@ def test_media_shows_what_the_model_sees(tmp_path: Path, monkeypatch: pytest.Mon
     assert result.exit_code == 0, result.output
     assert "1 frames, 9 tokens; picture: a-k26.png" in result.output
     with Image.open("a-k26.png") as sheet:
-        # 84 × 84 with the padding, 4 around it, a label of 16 above it.
+        # The picture has 84 × 84 pixels with the padding, 4 around it, and a label of 16 above it.
         assert np.array_equal(np.asarray(sheet)[20:80, 4:84], pixels)
         assert np.asarray(sheet)[80:104, 4:88].max() == 0
     result = CliRunner().invoke(app, ["media", "v.mp4", "--sheet", "sheet.png"])
@@ -147,7 +147,8 @@ HEAVY = (*COMPUTING, "numpy", "rich", "markdown_it", "pygments", "concurrent.fut
 def test_what_answers_at_once_imports_nothing_heavy(
     command: list[str], heavy: tuple[str, ...], tiny_folder: Path
 ) -> None:
-    """torch takes two seconds. The others take as long as all else that these do, and serve what they do not."""
+    """Importing torch takes two seconds. Importing the other modules takes as long as all else that these commands do,
+    and the commands do not need them."""
     arguments = [str(tiny_folder) if argument == "FOLDER" else argument for argument in command]
     imported = f"[name for name in {heavy} if name in sys.modules]"
     code = (

@@ -1,4 +1,4 @@
-"""Tools in their TypeScript form, against what the published encoder wrote for the same tools.
+"""Tests of tools in their TypeScript form, against what the published encoder wrote for the same tools.
 
 The expected texts come from the encoder that the hub's tokenizer ships (`tool_declaration_ts.py`, as redistributed in
 thinking-machines-lab/tinker-cookbook), run once on these tools.
@@ -166,7 +166,8 @@ def test_as_the_published_encoder(name: str) -> None:
     ids=["foreign-ref", "no-type", "wrong-enum", "unknown-member", "list", "string"],
 )
 def test_what_has_no_typescript_form_is_written_as_json(parameters: Any) -> None:
-    """All tools are, with sorted keys, as by the published tokenizer."""
+    """If a tool has no TypeScript form, all tools are written as JSON with sorted keys, as by the published
+    tokenizer."""
     text = render([{"role": "user", "content": "Hi"}], tools=[tool("f", parameters)])
     assert declare_tools(sorted_deep([tool("f", parameters)])) is None
     assert text.startswith('<|im_system|>tool_declare<|im_middle|>[{"function":{"name":"f","parameters":{')

@@ -1,7 +1,9 @@
-"""The core's pixels and chunks against transformers' own `kimi_k25` processors, which hold nothing of ours.
+"""Tests of the core's pixels and video chunks against transformers' own `kimi_k25` processors, which hold nothing of
+ours.
 
-They resize with torchvision. PyPI has that as a CUDA build only, so CI runs this file in SGLang's environment. Where the two
-differ on purpose, what transformers does is held too: docs/prompt.md lists it.
+Those processors resize with torchvision. PyPI has torchvision as a CUDA build only, so CI runs this file in SGLang's
+environment. Where the core and transformers differ on purpose, the tests hold what transformers does too;
+docs/prompt.md lists the differences.
 """
 
 from __future__ import annotations
@@ -30,18 +32,19 @@ CONFIG = MediaConfig()
 # transformers' defaults are ImageNet's.
 NORM = {"image_mean": CONFIG.image_mean, "image_std": CONFIG.image_std}
 LEVEL = 2 / 255
-"""One of 256 levels, normalized."""
+"""The step between two of the 256 levels of a pixel, after normalization."""
 
 
 def apart(theirs: Any, ours: np.ndarray) -> np.ndarray:
-    """Levels between the pixels of the two."""
+    """Return by how many levels the pixels of transformers and of the core differ."""
     assert theirs.shape == ours.shape
     difference: np.ndarray = np.abs(theirs.numpy() - ours) / LEVEL
     return difference
 
 
 def of_image(image: Image.Image) -> np.ndarray:
-    """Levels between the two processors' pixels of an image; their grids are the same."""
+    """Return by how many levels the two processors' pixels of an image differ, after asserting that their grids are the
+    same."""
     theirs = Kimi_K25ImageProcessor(**NORM)(image, return_tensors="pt")
     patches, grids = preprocess([[image]], CONFIG)
     assert theirs["image_grid_thw"].tolist() == grids.tolist()
@@ -55,19 +58,22 @@ def assert_close(levels: np.ndarray) -> None:
 
 @pytest.mark.parametrize("size", [(1, 1), (28, 28), (50, 50), (640, 480), (100, 1), (1920, 1080)], ids=str)
 def test_images_that_keep_their_size(size: tuple[int, int]) -> None:
-    """They are equal up to the rounding of float32: transformers folds rescaling and normalizing into one step."""
+    """The pixels are equal up to the rounding of float32: transformers folds rescaling and normalizing into one
+    step."""
     assert of_image(random_image(*size)).max() < 1e-4
 
 
 @pytest.mark.parametrize("size", [(3840, 2160), (3000, 3000), (10000, 100)], ids=str)
 def test_images_that_are_shrunk(size: tuple[int, int]) -> None:
-    """PIL's bicubic filter and torch's, both in integers, are a level apart at one of a hundred pixels."""
+    """PIL's bicubic filter and torch's both compute in integers, and their results differ by a level at one of a
+    hundred pixels."""
     assert_close(of_image(random_image(*size)))
 
 
 def test_a_tall_image_that_is_shrunk() -> None:
-    """A smooth one without extremes. Pillow 13 filters tall images by column first: noise, cut at black and white between
-    the two passes, comes out up to 26 levels from torch's, and from what Pillow 12 makes of it."""
+    """The image is smooth and has no extremes, because Pillow 13 filters tall images by column first: noise, which is
+    cut at black and white between the two passes, comes out up to 26 levels from torch's result and from that of Pillow
+    12."""
     smooth = random_image(5, 2000).resize((20, 8000), Image.Resampling.BICUBIC)
     assert of_image(smooth.point(lambda value: 64 + value // 2)).max() < 2.001
 
@@ -78,7 +84,7 @@ def test_modes(mode: str) -> None:
 
 
 def test_levels_of_sixteen_bits() -> None:
-    """transformers clips them to white, as PIL's own RGB has it; the core scales them."""
+    """Transformers clips levels of 16 bits to white, as PIL's own conversion to RGB does; the core scales them."""
     image = Image.new("I;16", (28, 28), 40000)
     pixels = Kimi_K25ImageProcessor(**NORM)(image, return_tensors="pt")["pixel_values"]
     assert (pixels == 1).all()
@@ -86,7 +92,8 @@ def test_levels_of_sixteen_bits() -> None:
 
 
 def test_transparency() -> None:
-    """The model's own preprocessing drops it, as the core does and transformers 5.19; 5.23 lays the image on white."""
+    """The model's own preprocessing drops transparency, as the core and transformers 5.19 do; transformers 5.23 lays
+    the image on white."""
     image = random_image(28, 28)
     image.putalpha(0)
     pixels = Kimi_K25ImageProcessor(**NORM)(image, return_tensors="pt")["pixel_values"]
@@ -97,7 +104,8 @@ def test_transparency() -> None:
     ("count", "size"), [(1, (64, 48)), (4, (300, 200)), (10, (640, 480)), (6, (1920, 1080))], ids=str
 )
 def test_video_chunks_and_their_text(count: int, size: tuple[int, int]) -> None:
-    """Pixels, grids, timestamps and the number of tokens of every chunk, from the same frames."""
+    """From the same frames, pixels, grids, timestamps and the number of tokens of every chunk are those of
+    transformers."""
     frames = [random_image(*size, seed=index) for index in range(count)]
     indices, fps = [index * 7 for index in range(count)], 13.0
     metadata = VideoMetadata(total_num_frames=count * 7, fps=fps, frames_indices=indices)
@@ -126,15 +134,15 @@ def test_video_chunks_and_their_text(count: int, size: tuple[int, int]) -> None:
 
 
 def _in_chunks(theirs: Any) -> list[Any]:
-    """transformers keeps a video's chunks behind each other, where all have one size in a batch."""
+    """Split transformers' pixels, which hold a video's chunks one behind the other, into the chunks."""
     sizes = [int(grid.prod()) for grid in theirs["video_grid_thw"]]
     return list(theirs["pixel_values_videos"].reshape(-1, 3, CONFIG.patch_size, CONFIG.patch_size).split(sizes))
 
 
 @pytest.mark.parametrize(("num_frames", "fps"), [(30, 10), (125, 25), (7, 2), (300, 30)])
 def test_frames_are_spread_otherwise(num_frames: int, fps: int) -> None:
-    """There are as many frames, but transformers takes the beginning of equal spans, and the model's own code takes the
-    last frame too."""
+    """Both take the same number of frames, but transformers takes the beginning of equal spans, and the core takes the
+    last frame too, as the model's own code does."""
     info = video_info(make_video(num_frames, fps))
     metadata = VideoMetadata(total_num_frames=info.num_frames, fps=float(info.fps))
     theirs = Kimi_K25VideoProcessor().sample_frames(metadata, fps=2).tolist()

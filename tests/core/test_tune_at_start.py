@@ -1,4 +1,5 @@
-"""K26_TUNE=start: one process measures, whatever goes wrong there the server starts with the engine's own experts."""
+"""Tests of `K26_TUNE=start`: one process measures, and if anything goes wrong there, the server starts with the
+engine's own experts."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from k26_plugins.operate.tune.routing import Layer
 KEY = Key("NVIDIA H200", "570", "3.6", "2.11", "vllm 0.32.0", "7168x256x384")
 CPU = torch.device("cpu")
 
-# In the place of the program that needs a GPU: it says that it ran, takes its time, and leaves the file that it is told.
+# This program stands in for the one that needs a GPU: it notes that it ran, takes its time, and leaves an outcome.
 WRITER = """
 import os, shutil, sys, time
 with open(os.environ["RAN"], "a") as file:
@@ -34,7 +35,7 @@ shutil.copy(os.environ["MADE"], os.environ["KEPT"])
 
 @pytest.fixture
 def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A line for each run of the program in the measurement's place."""
+    """Return the file that gets a line for each run of the program that stands in for the measurement."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("K26_TUNE", "start")
     monkeypatch.setattr(tune_at_start, "COMMAND", (sys.executable, "-c", WRITER))

@@ -1,4 +1,5 @@
-"""Which kernel serves by what was measured, and the file that holds it. The outcomes here are invented."""
+"""Tests of which kernel serves according to an outcome of `k26 tune`, and of the file that holds it. The outcomes here
+are invented."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ SIZES = (1, 64, 4096)
 
 
 def timed(kernel: str, *milliseconds: float, error: float = 2e-3) -> list[Timing]:
-    """A kernel's times at each of SIZES."""
+    """Return a kernel's times at each of SIZES."""
     return [Timing(kernel, "uniform", tokens, ms, error) for tokens, ms in zip(SIZES, milliseconds, strict=True)]
 
 
@@ -49,13 +50,13 @@ def test_a_win_of_less_than_three_percent_is_none() -> None:
 
 def test_faster_but_less_exact_is_no_win() -> None:
     assert winner(timed(OURS, 0.5, 0.5, 0.5, error=4e-3), timed("marlin", 1, 1, 1)) == "marlin"
-    # Roundings in another order.
+    # An error that is only slightly larger comes from roundings in another order.
     assert winner(timed(OURS, 0.5, 0.5, 0.5, error=2.1e-3), timed("marlin", 1, 1, 1)) == OURS
 
 
 def test_a_small_error_does_not_excuse_a_loss() -> None:
-    """Half the time at one size, where it counts, stands against double the time at two, where it does not lose its
-    error."""
+    """Our kernel takes half the time at one size and twice the time at two. Its smaller error does not make up for the
+    sizes at which it is slower."""
     assert winner(timed(OURS, 1, 4, 4, error=1e-3), timed("marlin", 2, 2, 2)) == "marlin"
 
 
@@ -120,7 +121,8 @@ def test_what_is_written_is_read(cache: Path) -> None:
 @pytest.mark.parametrize("field", ["gpu", "driver", "triton", "torch", "engine", "shape"], ids="other {}".format)
 @pytest.mark.usefixtures("cache")
 def test_another_key_is_another_measurement(field: str) -> None:
-    """The key may have another driver, say. A file that was renamed is found out."""
+    """An outcome for another driver, for example, is not used, and a file that was renamed to the other key's name is
+    found out."""
     write_outcome(outcome(), outcome_file(KEY))
     other = replace(KEY, **{field: "other"})
     assert outcome_file(other) != outcome_file(KEY)
@@ -147,7 +149,7 @@ DAMAGED = {
 
 @pytest.mark.parametrize("name", DAMAGED)
 def test_a_damaged_file_is_as_none(name: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A damaged file that the user gave is an error, which names it."""
+    """A damaged file in the cache counts as none. A damaged file that the user gave is an error, which names it."""
     file = outcome_file(KEY)
     write_outcome(outcome(), file)
     text = file.read_text()
@@ -162,7 +164,7 @@ def test_a_damaged_file_is_as_none(name: str, cache: Path, monkeypatch: pytest.M
 
 
 def test_one_given_by_hand(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It counts for another driver too, which is said, and not for another GPU or shape."""
+    """A file that the user gave counts for another driver too, which is said, and not for another GPU or shape."""
     write_outcome(outcome(9.0), outcome_file(KEY))
     given = cache / "given.json"
     monkeypatch.setenv("K26_TUNED", str(given))
@@ -197,7 +199,7 @@ def write_often(mine: Outcome, file: Path) -> None:
 
 @pytest.mark.usefixtures("cache")
 def test_two_that_write_at_once() -> None:
-    """Neither ever reads half a file; the last one's stays, and nothing beside it."""
+    """No process ever reads half a file. The file that was written last stays, and no other file is left beside it."""
     file = outcome_file(KEY)
     both = [replace(outcome(), timings=outcome().timings * times) for times in (1, 40)]
     write_outcome(both[0], file)

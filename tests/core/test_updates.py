@@ -1,4 +1,5 @@
-"""The weights of a layer's experts in an engine's parameters: loaded, served, updated in whole and in part."""
+"""Tests of the weights of a layer's experts in an engine's parameters: they are loaded, served, and updated in whole
+and in part. The judge is the float64 product of support/experts.py."""
 
 from __future__ import annotations
 
@@ -65,7 +66,8 @@ def served(experts: LayerExperts) -> dict[str, int]:
 
 @pytest.mark.parametrize("backend", backends())
 def test_updates_are_computed_with_where_the_old_weights_were(backend: str) -> None:
-    """All experts are updated, one, and none; the parameters stay where they are, as a graph that was captured wants it."""
+    """All experts, one, or none are updated. The parameters stay where they are, because a captured graph computes from
+    their addresses."""
     experts = make_layer(backend)
     old, new = (make_weights(*SIZES, seed=seed) for seed in (0, 1))
     load(experts, old)
@@ -105,7 +107,8 @@ def test_updates_are_computed_with_where_the_old_weights_were(backend: str) -> N
 
 @pytest.mark.parametrize("backend", backends())
 def test_the_parameters_are_the_only_weights(backend: str) -> None:
-    """What an engine writes there is computed with: EPLB moves rows, a reload puts other parameters in their place."""
+    """The experts compute with whatever an engine writes into the parameters: EPLB moves rows, and a reload puts other
+    parameters in their place."""
     experts = make_layer(backend)
     load(experts, make_weights(*SIZES))
     experts.close()
@@ -123,7 +126,7 @@ def test_the_parameters_are_the_only_weights(backend: str) -> None:
 
 
 class Keeps(ReferenceExperts):
-    """Stands for kt-kernel: it copies the weights and gives none of them out."""
+    """A backend that stands in for kt-kernel: it copies the weights and gives none of them out."""
 
     name = "keeps"
 
@@ -144,8 +147,8 @@ def keeps(monkeypatch: pytest.MonkeyPatch) -> type[ExpertsBackend]:
 @pytest.mark.skipif(not variants(), reason="this CPU has no instruction set of the native experts")
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="the system has no huge pages")
 def test_new_memory_is_made_of_huge_pages() -> None:
-    """It is so before anything is loaded: to put small pages together afterwards takes longer than to read the
-    weights."""
+    """New memory is made of huge pages before anything is loaded, because putting small pages together afterwards takes
+    longer than reading the weights."""
     experts = LayerExperts(torch.nn.Module(), 2, 2048, 2048, "native", attach_loader)
     middle = experts.layer.get_parameter("w13_weight_packed").data[1].data_ptr()
     regions = re.findall(r"(?ms)^([0-9a-f]+)-([0-9a-f]+) .*?^VmFlags: ([^\n]*)$", Path("/proc/self/smaps").read_text())
@@ -173,7 +176,7 @@ def test_a_backend_that_keeps_its_weights_takes_whole_updates() -> None:
 
 
 def whole_layer(experts: LayerExperts, *, by_copy: bool = True) -> ExpertsOfLayer:
-    """A layer as an engine without expert parallelism has it."""
+    """Return a layer as an engine without expert parallelism has it."""
     places = Places([experts], lambda expert: [(0, expert)], 0, 1) if by_copy else None
     return ExpertsOfLayer(
         experts.layer, experts, experts.open, experts.close, lambda expert: (expert,), lambda expert: True, places
@@ -182,7 +185,8 @@ def whole_layer(experts: LayerExperts, *, by_copy: bool = True) -> ExpertsOfLaye
 
 @pytest.mark.parametrize("by_copy", [True, False])
 def test_tensors_reach_their_places_by_name(tiny_folder: Path, *, by_copy: bool) -> None:
-    """A layer that serves is opened and closed again, and not where the engine opened it; all others are passed on."""
+    """A layer that serves is opened for an update and closed again, and a layer that was open before stays open. All
+    tensors that are no experts' are passed on."""
     checkpoint = Checkpoint(tiny_folder)
     text = checkpoint.config.text
     layers = {number: layer_of(checkpoint) for number in (1, 2)}
@@ -216,7 +220,8 @@ def test_tensors_reach_their_places_by_name(tiny_folder: Path, *, by_copy: bool)
 
 
 def test_what_is_no_experts_is_the_engines_to_load(tiny_folder: Path) -> None:
-    """All is, without layers of the core's; and where the engine's loading fails, the core's layers serve on."""
+    """Without layers of the core's, the engine loads every tensor. If the engine's loading fails, the core's layers are
+    closed again and serve on."""
     checkpoint = Checkpoint(tiny_folder)
     names = [name for name, spec in checkpoint.table.items() if spec.layer == 1]
     experts = layer_of(checkpoint)
@@ -246,7 +251,7 @@ def test_what_is_no_experts_is_the_engines_to_load(tiny_folder: Path) -> None:
 
 
 def test_a_rank_takes_its_part_of_the_experts_that_it_keeps(tiny_folder: Path) -> None:
-    """The rank is 1 of 2 and keeps the even experts, in another order and one of them twice."""
+    """The rank is 1 of 2 and keeps even experts, in another order and one of them twice."""
     checkpoint = Checkpoint(tiny_folder)
     text = checkpoint.config.text
     kept = [4, 0, 2, 4]
@@ -276,7 +281,8 @@ def test_a_rank_takes_its_part_of_the_experts_that_it_keeps(tiny_folder: Path) -
 
 
 def test_another_loader_of_a_parameter_is_given_the_tensors(tiny_folder: Path) -> None:
-    """An engine that reloads a layer puts one there; it is not asked for parameters that have a loader of their own."""
+    """An engine that reloads a layer puts a loader of its own on a parameter. That loader is given this parameter's
+    tensors and no others."""
     checkpoint = Checkpoint(tiny_folder)
     experts = layer_of(checkpoint)
     given: list[tuple[str, str, int, torch.Tensor]] = []
@@ -302,7 +308,8 @@ def test_another_loader_of_a_parameter_is_given_the_tensors(tiny_folder: Path) -
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_a_layer_is_repacked_while_others_are_still_to_come(tiny_folder: Path, backend: str) -> None:
-    """A load of the whole checkpoint closes a layer with its last tensor; after any other load the engine closes it."""
+    """A load of the whole checkpoint closes a layer when its last tensor has arrived; after any other load the engine
+    closes it."""
     checkpoint = Checkpoint(tiny_folder)
     layers = {number: layer_of(checkpoint, backend) for number in (1, 2)}
     found = {number: whole_layer(experts) for number, experts in layers.items()}
@@ -323,7 +330,7 @@ def test_a_layer_is_repacked_while_others_are_still_to_come(tiny_folder: Path, b
         assert not [name for name, _ in load_experts(whole, checkpoint.config, found) if ".experts." in name]
 
     load_whole()
-    with torch.inference_mode():  # in which SGLang updates
+    with torch.inference_mode():  # SGLang updates weights in this mode
         for experts in layers.values():
             experts.open()
         load_whole()

@@ -1,5 +1,5 @@
-"""Videos: which frames are taken and when they are, against the specification; transformers' own video processor is the
-judge of the pixels' arithmetic in tests of the engines."""
+"""Tests of which frames of a video are taken and at which times, against the specification. The pixels' arithmetic is
+held to transformers' own video processor in test_transformers_media.py."""
 
 from __future__ import annotations
 
@@ -30,12 +30,13 @@ from k26_plugins.common.multimodal.video import (
 
 
 def test_frames_are_spread_evenly() -> None:
-    """By hand from 4.5: n = max(round(frames · min(rate, fps) / fps), 1), indices = round(linspace(0, frames − 1, n))."""
+    """The expected indices follow by hand from docs/model.md, 4.5: n = max(round(frames · min(rate, fps) / fps), 1),
+    indices = round(linspace(0, frames − 1, n))."""
     assert sample_frames(30, 10, 2.0) == [0, 6, 12, 17, 23, 29]
     assert sample_frames(10, 1, 2.0) == list(range(10))
     assert sample_frames(1, 25, 2.0) == [0]
     assert sample_frames(5, 25, 2.0) == [0]
-    # 12.5 and 2.5 frames: Python's round goes to the even number.
+    # Of 12.5 and 2.5 frames Python's round makes the nearest even number.
     assert len(sample_frames(125, 20, 2.0)) == 12
     assert len(sample_frames(25, 20, 2.0)) == 2
     assert sample_frames(300, Fraction(30000, 1001), 2.0)[:3] == [0, 16, 31]
@@ -58,13 +59,13 @@ def test_timestamps(seconds: float, mode: str, text: str) -> None:
     ("container", "codec"), [("mp4", "mpeg4"), ("mp4", "libx264"), ("webm", "libvpx-vp9"), ("avi", "mpeg4")]
 )
 def test_the_frames_are_the_ones_meant(container: str, codec: str) -> None:
-    """Each frame's grey says which it is."""
+    """The grey of each frame tells its number."""
     data = make_video(30, 10, container=container, codec=codec)
     info = video_info(data)
     assert (info.num_frames, info.fps, info.width, info.height) == (30, Fraction(10), 64, 48)
     chunks = list(read_chunks(data, MediaConfig()))
     assert [chunk.indices for chunk in chunks] == [(0, 6, 12, 17), (23, 29)]
-    # transformers' processor cuts 2.3 s to this too: it is what a float has of it.
+    # transformers' processor gives 2.299 too: as a float, 2.3 s is a little less, and further digits are cut off.
     assert [chunk.timestamp for chunk in chunks] == ["00:00:00.000", "00:00:02.299"]
     assert [chunk.grid_thw for chunk in chunks] == [(4, 4, 6), (2, 4, 6)]
     assert [chunk.num_tokens for chunk in chunks] == [6, 6]
@@ -74,7 +75,7 @@ def test_the_frames_are_the_ones_meant(container: str, codec: str) -> None:
 
 @pytest.mark.parametrize(("turned", "corner"), [(0, (0, 0)), (90, (-1, 0)), (180, (-1, -1)), (-90, (0, -1))], ids=str)
 def test_a_video_is_seen_as_a_player_shows_it(turned: int, corner: tuple[int, int]) -> None:
-    """The black square at the upper left is where turning has brought it."""
+    """The black square, which lies at the upper left before turning, is in the corner to which turning brings it."""
     size = (56, 28)
     chunk = next(read_chunks(make_video(8, 2, size, turned=turned), MediaConfig()))
     _, grid_h, grid_w = chunk.grid_thw
@@ -95,7 +96,7 @@ def test_a_chunk_is_what_its_frames_are() -> None:
 
 
 def greys(chunk: VideoChunk) -> np.ndarray:
-    """The grey of a patch in the middle of each frame of 64 × 48, away from the square and the padding."""
+    """Return the grey of a patch in the middle of each frame of 64 × 48, away from the square and the padding."""
     return chunk.patches.reshape(len(chunk.indices), 4, 6, 3, 14, 14)[:, 2, 3].mean((1, 2, 3))
 
 
@@ -113,16 +114,18 @@ def assert_shown(data: bytes, first: int, count: int) -> None:
 
 @pytest.mark.parametrize(("first", "count"), [(0, 60), (12, 48), (30, 30), (55, 5), (12, 20)], ids=str)
 def test_of_a_trimmed_video_the_frames_are_those_that_a_player_shows(first: int, count: int) -> None:
-    """The edit list keeps frames of a GOP that are decoded and not shown, or leaves whole GOPs in the file."""
+    """The edit list of a trimmed video keeps frames of a GOP that are decoded and not shown, or leaves whole GOPs in
+    the file."""
     assert_shown(edited_video(first, count), first, count)
 
 
 def test_a_trimmed_video_that_was_cut_is_refused() -> None:
-    """Its index stands at the beginning, as files for the web have it: what the index promises is not there."""
+    """The index stands at the beginning, as in files for the web, so it promises frames that a cut file does not
+    hold."""
     data = bytearray(edited_video(12))
     start, index = data.index(b"mdat") - 4, data.index(b"moov") - 4
     moov, media = data[index:], data[start:index]
-    # Chunks of the media data move by the index' length.
+    # The chunks of media data move back by the length of the index, which now stands before them.
     at = moov.index(b"stco") + 8
     for entry in range(int.from_bytes(moov[at : at + 4])):
         place = at + 4 + 4 * entry
@@ -141,7 +144,7 @@ def test_a_stream_that_begins_before_a_whole_frame_is_read_from_that_on() -> Non
     with av.open(io.BytesIO(data), "r") as container:
         second = [packet.pos for packet in container.demux(video=0) if packet.size][5]
     assert second is not None
-    # Its tables come first in every TS file, and stay.
+    # The stream's tables come first in every TS file; these packets are kept.
     assert_shown(data[: 188 * 3] + data[second:], 30, 30)
 
 
@@ -150,7 +153,8 @@ SCREEN = [0, 33, 66, 100, 5000, 5033, 5066, 20000, 20033, 20066, 59000, 60000]
 
 @pytest.mark.parametrize(("container", "codec"), [("mp4", "libx264"), ("webm", "libvpx-vp9")])
 def test_a_video_of_variable_rate_is_sampled_by_time(container: str, codec: str) -> None:
-    """Twelve frames in a minute: every chunk's time is that of its first frame, which the average rate has elsewhere."""
+    """There are twelve frames in a minute. Every chunk's time is that of its first frame, which would be wrong by the
+    average rate."""
     data = variable_rate(SCREEN, container, codec)
     chunks = list(read_chunks(data, MediaConfig()))
     assert [chunk.indices for chunk in chunks] == [(0, 3, 4, 6), (7, 9, 10, 11)]
@@ -168,7 +172,7 @@ def test_a_video_of_variable_rate_is_sampled_by_time(container: str, codec: str)
     max_frames=st.none() | st.integers(1, 20),
 )
 def test_what_a_player_shows_at_even_times(steps: list[int], sample_fps: float, max_frames: int | None) -> None:
-    """The judge searches plainly at every moment; and there are never more frames than asked for."""
+    """The judge searches for the shown frame at every moment. There are never more frames than asked for."""
     pts = list(accumulate(steps, initial=-700))
     found = sample_times(pts, Fraction(1, 1000), sample_fps, max_frames)
     assert found == sorted(set(found))
