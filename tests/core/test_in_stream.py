@@ -263,7 +263,7 @@ def test_the_judge_finds_a_host_function_that_calls_the_runtime(library: ctypes.
     """The pretended runtime is compiled into a library of its own for this test, because it keeps a fault that it has
     once found."""
     device = PretendedDevice(compile_runtime(tmp_path_factory.mktemp("again")))
-    # As a host function must, hipGetErrorString takes one pointer, so it can be passed as it is.
+    # Both host functions are the library's own, of one argument, so that no Python code comes between.
     device.call("cudaLaunchHostFunc", device.stream, device.library.hipGetErrorString, None)
     device.synchronize()
     device.call("cudaLaunchHostFunc", device.stream, device.library.cudaStreamSynchronize, device.stream)

@@ -1,4 +1,5 @@
-"""The native experts as a program of their own: with sanitizers, and compiled for CPUs that are not here."""
+"""Tests of the native experts compiled into a program of their own: under sanitizers, and for CPUs that are not here.
+The judge is the float64 product of support/experts.py."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ from support.native_sample import SOURCES as DRIVER
 from k26_plugins.common.experts.native.build import FLAGS, SOURCES, VARIANTS, variants
 
 ARM_COMPILER = "aarch64-linux-gnu-g++"
-# The mnemonic in a line of objdump: the address, the bytes, the instruction.
+# This finds the mnemonic in a line of objdump, which has the address, the bytes and the instruction.
 INSTRUCTION = re.compile(r"^ +[0-9a-f]+:\t[0-9a-f ]+\t([\w.]+)", re.MULTILINE)
 BRANCH = {"jne", "je", "jmp", "call", "bl", "b", "b.ne", "b.eq", "cbz", "cbnz"}
 
@@ -43,7 +44,8 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
 def run(
     sample: Sample, folder: Path, compiler: str, *flags: str, emulator: tuple[str, ...] = ()
 ) -> tuple[torch.Tensor, str]:
-    """What the program computes, and the instruction set that it names."""
+    """Compile and run the program, assert that its results are right, and return them and the instruction set that it
+    names."""
     program, result = folder / "program", folder / "result"
     common = [flag for flag in FLAGS if flag not in ("-O3", "-fPIC", "-shared")]
     command = [compiler, *common, "-O0", *flags, f"-I{SOURCES}", str(DRIVER / "driver.cpp"), "-o", str(program), "-ldl"]
@@ -67,7 +69,7 @@ def run(
 
 @pytest.fixture(scope="module")
 def here(sample: Sample, tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
-    """The result of this CPU's best instruction set, with what ASan and UBSan have to say."""
+    """Return the result of this CPU's best instruction set, computed under ASan and UBSan."""
     assert COMPILER is not None
     flags = ("-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-Wl,--no-as-needed", "-lgomp")
     return run(sample, tmp_path_factory.mktemp("here"), COMPILER, *VARIANTS[usable_variants()[0]].flags, *flags)[0]
@@ -76,21 +78,22 @@ def here(sample: Sample, tmp_path_factory: pytest.TempPathFactory) -> torch.Tens
 @needs_compiler
 @needs_set
 def test_address_and_undefined_behaviour_sanitizers(here: torch.Tensor) -> None:
-    """Both kinds of threads run; every tensor is of exactly its size."""
+    """Both kinds of threads run, and every tensor is allocated with exactly its size, so that the sanitizers see an
+    access beyond it."""
     assert here.isfinite().all()
 
 
 @needs_compiler
 @needs_set
 def test_thread_sanitizer(sample: Sample, here: torch.Tensor, tmp_path: Path) -> None:
-    """Three threads on two nodes run, with a batch of jobs in flight."""
+    """Three threads on two NUMA nodes run, with a batch of jobs in flight."""
     assert COMPILER is not None
     flags = ("-g1", "-fsanitize=thread", *VARIANTS[usable_variants()[0]].flags)
     assert torch.equal(run(sample, tmp_path, COMPILER, *flags, emulator=FIXED_ADDRESSES)[0], here)
 
 
 def made(name: str, folder: Path) -> Path:
-    """A program of the drivers' folder, compiled for this CPU."""
+    """Compile a program of the drivers' folder for this CPU, and return its path."""
     assert COMPILER is not None
     program = folder / name
     flags = [
@@ -112,8 +115,8 @@ def pages_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("nodes", [(0, 1), (0, 0, 1, 1), (0, 0, 0, 1), (0, 1, 2)], ids=str)
 @pytest.mark.parametrize("inner", [512, 1056])
 def test_a_node_reads_the_pages_that_lie_there(nodes: tuple[int, ...], inner: int, pages_program: Path) -> None:
-    """The nodes are pretended and the pages are real, each noted at its first touch. 1056 inputs are 33 groups, which no
-    number of threads divides evenly."""
+    """The NUMA nodes are pretended and the pages are real, each noted at its first touch. 1056 inputs are 33 groups,
+    which two or four threads cannot share evenly."""
     experts, hidden = 3, 1024
     sizes = map(str, (experts, hidden, inner, *nodes))
     shown = subprocess.run([str(pages_program), *sizes], capture_output=True, text=True, timeout=60, check=True).stdout
@@ -128,7 +131,8 @@ def test_a_node_reads_the_pages_that_lie_there(nodes: tuple[int, ...], inner: in
 @needs_set
 @pytest.mark.parametrize("nodes", [(0, 0), (0, 0, 0, 1, 1, 1), (0, 1)], ids=str)
 def test_a_late_thread_leaves_its_work_to_those_of_its_node(nodes: tuple[int, ...], tmp_path: Path) -> None:
-    """While the first thread sleeps in its first part the others of its node take all the rest, and no thing twice."""
+    """While the first thread sleeps in its first part, the other threads of its node take all the rest, and no part is
+    taken twice."""
     things = 444
     program = made("late", tmp_path)
     shown = subprocess.run([str(program), str(things), *map(str, nodes)], capture_output=True, text=True, timeout=60)
@@ -150,8 +154,8 @@ def test_avx512_and_amx_lane_by_lane(
     tmp_path: Path,
     record_property: Callable[[str, str], None],
 ) -> None:
-    """Their intrinsics in plain C++ give the same bits. VNNI's product is written as an instruction, which this does
-    not run."""
+    """The intrinsics of AVX512 and AMX, written in plain C++, give the same bits. VNNI's product is written as an
+    instruction, which this test does not run."""
     assert COMPILER is not None
     result, name = run(sample, tmp_path, COMPILER, "-D__AVX512F__", *macros, f"-I{DRIVER / 'avx512'}")
     assert name == named
@@ -164,7 +168,8 @@ def test_avx512_and_amx_lane_by_lane(
 def test_avx_vnni_in_the_coding_of_avx512(
     sample: Sample, here: torch.Tensor, tmp_path: Path, record_property: Callable[[str, str], None]
 ) -> None:
-    """AVX2 with AVX-VNNI where the CPU knows its product only as AVX512 with VNNI writes it: the same bits."""
+    """The code for AVX2 with AVX-VNNI gives the same bits on a CPU that knows VNNI's product only in the coding of
+    AVX512."""
     assert COMPILER is not None
     code = ("-U__AVX512F__", "-D__AVXVNNI__", "-D_mm256_dpwssd_avx_epi32=_mm256_dpwssd_epi32")
     result, name = run(sample, tmp_path, COMPILER, *VARIANTS["avx512_vnni"].flags, *code)
@@ -200,7 +205,8 @@ def test_arm_under_an_emulator(
     reason="needs an x86 compiler, aarch64-linux-gnu-g++ and binutils",
 )
 def test_instructions_on_arm_against_avx2(tmp_path: Path) -> None:
-    """Counted is a group of a tile, 512 weights: nothing branches, so that each instruction runs once for it."""
+    """The instructions for a group of a tile, 512 weights, are counted. The code has no branch, so each instruction
+    runs once."""
     assert COMPILER is not None
 
     def listed(source: str, function: str, compiler: str, *flags: str) -> list[str]:
@@ -216,8 +222,8 @@ def test_instructions_on_arm_against_avx2(tmp_path: Path) -> None:
         return instructions
 
     def count(variant: str) -> tuple[int, int]:
-        """The instructions for one token, whose weights are unpacked in passing, and for four, whose weights are
-        unpacked already."""
+        """Return the number of instructions for one token, whose weights are unpacked in passing, and for four, whose
+        weights are unpacked already."""
         compiler = ARM_COMPILER if VARIANTS[variant].machine == "aarch64" else COMPILER
         one, four = (listed("group.cpp", name, str(compiler), *VARIANTS[variant].flags) for name in ("one", "four"))
         return len(one), len(four)
@@ -228,10 +234,10 @@ def test_instructions_on_arm_against_avx2(tmp_path: Path) -> None:
         )
 
     avx2, dotprod, i8mm = count("avx2"), count("neon_dotprod"), count("neon_i8mm")
-    # GCC 12: 139 and 498 on AVX2, 151 and 505 by the dot product, 151 and 357 by i8mm.
+    # GCC 12 makes 139 and 498 instructions on AVX2, 151 and 505 with the dot product, 151 and 357 with i8mm.
     assert avx2[0] <= 145, avx2
     assert max(dotprod[0], i8mm[0]) <= 1.15 * avx2[0], (avx2, dotprod, i8mm)
     assert dotprod[1] <= 1.1 * avx2[1], (avx2, dotprod)
     assert i8mm[1] <= 0.75 * avx2[1], (avx2, i8mm)
-    # Why SVE has no code: 172 for one token with NEON's 128 bits; 86 with 256, which Graviton 3 alone has.
+    # SVE has no code because one token takes 172 with NEON's 128 bits, and 86 with 256, which only Graviton 3 has.
     assert count_sve(128) >= i8mm[0] > count_sve(256)

@@ -1,6 +1,7 @@
-"""The native experts in a device's stream and in its graphs, as a program, with sanitizers.
+"""Tests of the native experts in a device's stream and in its graphs, as a program under sanitizers.
 
-The device's runtime is a stand-in (`support/native/device_runtime.cpp`). Python's side is in tests/core/test_in_stream.py.
+The device's runtime is a stand-in (`support/native/device_runtime.cpp`). Python's side is tested in
+tests/core/test_in_stream.py.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from support.native_sample import (
 from k26_plugins.common.experts.native.build import FLAGS, VARIANTS
 from k26_plugins.common.experts.native.build import SOURCES as LIBRARY
 
-# What the program's exit status says; 66 is TSan's.
+# The meaning of the program's exit status; a status of 66 comes from TSan.
 FAILURES = {
     3: "a call that may not be", 4: "other bits", 5: "late", 6: "the fork's bits", 7: "numbers", 8: "not late", 9: "memory"
 }  # fmt: skip
@@ -33,8 +34,8 @@ FAILURES = {
 @needs_set
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
 def test_replays_have_the_bits_of_calls_and_a_hung_worker_ends_them(sanitizer: str, tmp_path: Path) -> None:
-    """Steps of two layers, in graphs of three batch sizes and outside them, always with new data; a stream that is late, a
-    fork and an exit while steps run."""
+    """The program runs steps of two layers, in graphs of three batch sizes and outside them, always with new data. It
+    also has a stream that is late, a fork, and an exit while steps run."""
     assert COMPILER is not None
     program = tmp_path / "program"
     common = [flag for flag in FLAGS if flag not in ("-O3", "-fPIC", "-shared")]
@@ -42,7 +43,7 @@ def test_replays_have_the_bits_of_calls_and_a_hung_worker_ends_them(sanitizer: s
     command = [COMPILER, *flags, f"-I{LIBRARY}", str(SOURCES / "stream_driver.cpp"), "-o", str(program), "-ldl"]
     compiled = subprocess.run(command, capture_output=True, text=True, check=False)
     assert compiled.returncode == 0, compiled.stderr[-3000:]
-    # Graphs, and what they call, live until the process ends.
+    # Leaks are not looked for, because graphs and what they call live until the process ends.
     options = {"TSAN_OPTIONS": "halt_on_error=1", "UBSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=0"}
     run = [*FIXED_ADDRESSES, str(program), str(make_sample(tmp_path).given), "3"]
     for rest in (["150"], ["5", "exit"]):

@@ -1,4 +1,4 @@
-"""The wheels of a release: the native experts without a compiler."""
+"""Tests of the wheels of a release, which bring the native experts without a compiler."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def by_machine(folder: Path) -> dict[str, Path]:
-    """The wheels of a folder, "any" for the one without a library."""
+    """Return the wheels of a folder by their machine, with "any" for the wheel without a library."""
     return {
         next((machine for machine in MACHINES if file.stem.endswith(machine)), "any"): file for file in folder.iterdir()
     }
@@ -41,7 +41,7 @@ def libraries(wheel: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The wheels, with one instruction set for each machine: the best of this CPU, and ARM's."""
+    """Return the wheels, with one instruction set for each machine: this CPU's best, and one of ARM's."""
     if not variants():
         pytest.skip("this CPU has no instruction set of the native experts")
     spec = importlib.util.spec_from_file_location("wheels_script", ROOT / "ci/wheels.py")
@@ -56,7 +56,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def test_native_serves_where_no_compiler_is(wheels: dict[str, Path], tmp_path: Path) -> None:
-    """pip installs the wheel, and looks at the platform tag too. torch is the environment's."""
+    """pip installs the wheel, so its platform tag is checked too. torch comes from this environment."""
     site, empty, cache = (tmp_path / name for name in ("site", "empty", "cache"))
     empty.mkdir()
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site)]
@@ -83,7 +83,7 @@ def test_native_serves_where_no_compiler_is(wheels: dict[str, Path], tmp_path: P
 def test_a_wheel_is_of_one_architecture(wheels: dict[str, Path], machine: str) -> None:
     if machine not in wheels:
         pytest.skip(f"no {machine}-linux-gnu-g++ (Debian: g++-{machine.replace('_', '-')}-linux-gnu)")
-    # The header's field for the architecture, as the ELF standard numbers them.
+    # The ELF standard numbers the architectures in this field of the header.
     number = {"x86_64": 62, "aarch64": 183}[machine]
     assert [int.from_bytes(file[18:20], "little") for file in libraries(wheels[machine]).values()] == [number]
     assert not libraries(wheels["any"])
@@ -91,7 +91,7 @@ def test_a_wheel_is_of_one_architecture(wheels: dict[str, Path], machine: str) -
 
 @pytest.mark.parametrize("machine", MACHINES)
 def test_a_wheel_loads_on_old_systems(wheels: dict[str, Path], machine: str) -> None:
-    """It loads on all systems on which torch's own wheels load, which ask for glibc 2.28."""
+    """A wheel loads on all systems on which torch's own wheels load, which ask for glibc 2.28."""
     if machine not in wheels:
         pytest.skip(f"no {machine}-linux-gnu-g++ (Debian: g++-{machine.replace('_', '-')}-linux-gnu)")
     asked = re.search(r"-manylinux_2_(\d+)_", wheels[machine].name)

@@ -1,4 +1,4 @@
-"""What the tests of the operator's commands share."""
+"""Fixtures that the tests of the operator's commands share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> Iterator[None]:
-    """Matrices this small cost more to share between threads than to multiply."""
+    """Let torch use one thread, because sharing matrices this small between threads costs more than multiplying
+    them."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

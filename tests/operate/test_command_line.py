@@ -1,4 +1,5 @@
-"""What `k26` does beside its commands: help, values that cannot be, an interrupt, and what a shell completes."""
+"""Tests of what `k26` does besides its commands: help, values that cannot be, an interrupt, and what a shell
+completes."""
 
 from __future__ import annotations
 
@@ -58,7 +59,7 @@ def test_an_interrupt_ends_with_its_own_status(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_shell_completes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The line that is installed asks for the script, and the script asks for words."""
+    """The line that is installed asks `k26` for the script, and the script asks `k26` for the words."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("SHELL", "/bin/bash")
     (tmp_path / ".bashrc").write_text("alias ll='ls -l'")

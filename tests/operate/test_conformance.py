@@ -1,4 +1,5 @@
-"""Every case of conformance holds on an endpoint that is right, and fails on one with the fault that it is for."""
+"""Tests that every case of conformance passes on an endpoint that is right, and fails on an endpoint with the fault
+that the case is for."""
 
 from __future__ import annotations
 
@@ -83,7 +84,7 @@ def answer_becomes(content: str) -> Conforming:
 
 REFUSES = [name for name in BY_NAME if name.startswith("refuses ")]
 IMAGES = [name for name in BY_NAME if name.startswith("image of ")]
-# Arguments that break each schema.
+# For each schema, arguments that break it.
 BROKEN = {
     "nothing": "[]",
     "enum": '{"colour":"blue"}',
@@ -92,7 +93,7 @@ BROKEN = {
     "defs": '{"at":{"x":4}}',
     "anyOf": '{"order":[12]}',
 }
-# The case, what is wrong with the endpoint, and what is said.
+# The case, an endpoint with a fault, and what the result says.
 FAULTS: list[tuple[str, Conforming, str]] = [
     ("thinking switched off", without("chat_template_kwargs", "thinking"), "changes the prompt"),
     ("usage of a stream", spoilt(miscount_streams), "the stream counts [27, 4]"),
@@ -160,7 +161,7 @@ def test_every_case_is_seen_to_fail() -> None:
 
 
 def test_the_cases_are_part_of_a_verdict(tiny_folder: Path, golden_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server of the reference refuses nothing, and its context is too short for an image, by what it says."""
+    """A server of the reference refuses nothing, and the context that it reports is too short for an image."""
     monkeypatch.setattr(Endpoint, "context_length", lambda endpoint: counts.ROOM + 200)
     with serve_reference(tiny_folder, speak=lambda messages: "one two three") as url:
         command = ["verify", "--url", url, "--golden", str(golden_file), "--conformance"]
@@ -172,8 +173,8 @@ def test_the_cases_are_part_of_a_verdict(tiny_folder: Path, golden_file: Path, m
 
 
 def test_a_case_is_not_decided_by_chance() -> None:
-    """One seed may have two answers, a penalty change nothing, an answer not end: that is said, and not held against
-    the server."""
+    """One seed may give two answers, a penalty may change nothing, and an answer may not end. The result then says so,
+    and the case does not count against the server."""
     seeds = iter(range(1000))
 
     def another(body: dict[str, Any], answer: dict[str, Any]) -> None:

@@ -1,4 +1,5 @@
-"""What containers/ starts is what the planner says, and the doctor's command there ends a start on a bad checkpoint."""
+"""Tests that containers/ starts what the planner says, and that the doctor's command there ends a start on a bad
+checkpoint."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ ADDRESS = ["--host", "0.0.0.0", "--port", "8000"]
 
 
 def planned(engine: str) -> list[list[str]]:
-    """What the command that the manifests name prints, with the model's sizes as published."""
+    """Return the commands that the `k26 plan` of the manifests prints, with the model's sizes as published."""
     command = ["plan", "--engine", engine, "--gpus", "16xH100", "--context", "65536", "--json"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
@@ -83,7 +84,7 @@ def test_a_machine_with_a_bad_checkpoint_does_not_join(
 
 @pytest.mark.parametrize("engine", IMAGES)
 def test_an_image_plans_looks_and_serves(engine: str, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The image's whole command runs, on two GPUs that are named, up to the program that it would become."""
+    """The image's whole command runs for two named GPUs, up to the program that it would become."""
     monkeypatch.setattr("k26_plugins.operate.doctor.engine_findings", lambda required: [])
     program, *command = [*instruction(IMAGES[engine], "ENTRYPOINT"), *instruction(IMAGES[engine], "CMD")]
     assert program == "k26"

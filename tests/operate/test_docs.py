@@ -1,4 +1,5 @@
-"""What README and docs tell people to type is run as written, on the tiny checkpoint; generated parts are up to date."""
+"""Tests that the commands of README and docs run as written, on the tiny checkpoint, and that generated parts are up to
+date."""
 
 from __future__ import annotations
 
@@ -64,7 +65,7 @@ def test_commands_run_as_written(
 
 
 def test_every_other_command_is_run_somewhere_or_has_a_reason() -> None:
-    """A new command fails this, and so does an entry whose command or test is gone."""
+    """A new command without a test or a reason fails here, and so does an entry whose command or test is gone."""
     assert lines(README) == commands(README), "README has a block that is no command: mend support/documented.py"
     others = {line for page in PAGES for line in commands(page)} - {
         line for page in PAGES for line in k26_commands(page)
@@ -100,7 +101,7 @@ def test_help_teaches(command: str | None) -> None:
 
 
 def test_every_question_has_one_place() -> None:
-    """There are twenty questions; that the places exist is held by the test of links."""
+    """There are twenty questions. The test of links asserts that their places exist."""
     rows = re.findall(
         r"^\| (.+\?) \| \[[^\]]+\]\(([^)]+)\) \|$", (ROOT / "docs/where.md").read_text(encoding="utf-8"), re.M
     )
@@ -108,7 +109,7 @@ def test_every_question_has_one_place() -> None:
 
 
 def test_parts_of_documents_that_code_names_are_there() -> None:
-    """`docs/model.md, 4.4` in a comment, and any file of docs/ that one names."""
+    """Comments name parts of a document, such as `docs/model.md, 4.4`, and files of docs/. All of them exist."""
     headings = re.findall(r"^(?:## |\*\*)(\d(?:\.\d)?)\b", (ROOT / "docs/model.md").read_text(encoding="utf-8"), re.M)
     named: set[str] = set()
     for folder in ("k26_plugins", "kernels", "tests"):

@@ -1,4 +1,4 @@
-"""The doctor on environments that are right and wrong, and what `k26 serve` starts."""
+"""Tests of the doctor in environments that are right and wrong, and of what `k26 serve` starts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from k26_plugins.operate.doctor.pieces import piece_findings
 
 @pytest.fixture
 def fake_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """An engine of the name `vllm` whose probe answers what it is given."""
+    """Return a function that puts an engine in vLLM's place, whose probe is the program that it is given."""
 
     def answer(text: str) -> None:
         (tmp_path / "probe.py").write_text(text)
@@ -52,7 +52,7 @@ def test_an_environment_that_is_right(tiny_folder: Path, fake_engine: Any) -> No
     fake_engine(state())
     found = doctor("--checkpoint", str(tiny_folder), "--engine", "vllm")
     assert found["vllm"]["detail"] == "vllm 0.32.0: the plugin is active"
-    # The native backend where there is a compiler, else the next.
+    # A server takes the native backend if there is a compiler, and else the next.
     assert found["experts"]["detail"] in ("a server on cpu takes: native", "a server on cpu takes: cpu")
     assert "222 tensors" in found["checkpoint"]["detail"]
     assert found["experts: cpu"]["level"] == "ok"
@@ -112,7 +112,7 @@ def test_an_engine_that_is_not_as_it_should(
 
 
 def test_what_kt_run_would_start(tiny_folder: Path, fake_engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """KTransformers' SGLang has no entry point: it starts with the plugin where this environment's path has it."""
+    """KTransformers' SGLang has no entry point, so it starts with the plugin only if the environment's path has it."""
     line = "export PYTHONPATH=HERE"
     monkeypatch.setattr(engines, "installed", lambda package: "0.7.2")
     for active in (True, False):
@@ -164,7 +164,8 @@ def fixes(*options: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("damage", ["missing shard", "aria2", "cut", "bytes behind the end", "tokenizer"])
 def test_the_commands_that_mend_a_checkpoint(tiny_folder: Path, tmp_path: Path, damage: str) -> None:
-    """Run with the published repository in the tiny checkpoint's place, they do."""
+    """The command downloads the faulty files again. Copying them from the tiny checkpoint, which stands in for the
+    published repository, mends the folder."""
     folder = tmp_path / "a folder"
     shutil.copytree(tiny_folder, folder)
     shard = sorted(folder.glob("*.safetensors"))[1]
@@ -204,7 +205,7 @@ def test_the_commands_that_mend_an_environment(
 
 
 def test_bandwidths(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are of the order that other means find: numpy's copy, and a file read as files are."""
+    """The memory's rate is of the order of numpy's copy, and the disk's rate is plausible."""
     rate = bandwidth.memory_rate(cores())
     numbers = np.ones(2**25)
     begin = time.perf_counter()
@@ -218,7 +219,7 @@ def test_bandwidths(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_each_node_reads_its_own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The nodes are pretended: each is read by itself, and all are read together."""
+    """Of two pretended NUMA nodes each is read by itself, and both are read together."""
     cpu = cores()[0].cpu
     read: list[list[Core]] = []
     whole = bandwidth.memory_rate

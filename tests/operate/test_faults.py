@@ -1,4 +1,5 @@
-"""Many seeded faults, and many clean runs that round in their own way: what `k26 verify` finds, and what it names."""
+"""Tests of what `k26 verify` finds and names in many runs with seeded faults, and in many clean runs that round in
+their own way."""
 
 from __future__ import annotations
 
@@ -52,7 +53,8 @@ def test_another_rounding_is_no_fault(tiny_folder: Path, golden: Golden) -> None
 
 
 def test_a_cause_that_does_not_stand_out_is_not_named(tiny_folder: Path, golden: Golden) -> None:
-    """Where every token goes to the same experts in both layers, an expert of the one explains as much as the other's."""
+    """If every token goes to the same experts in both layers, an expert of one layer explains as much as the same
+    expert of the other."""
     alike = [
         replace(prompt, experts=prompt.experts[:, [1, 1]], gaps=prompt.gaps[:, [1, 1]]) for prompt in golden.prompts
     ]
@@ -71,7 +73,7 @@ def test_the_tokens_that_each_expert_saw(golden: Golden) -> None:
 
 
 def test_twenty_prompts_take_seconds(tmp_path: Path) -> None:
-    """The model has the size, and the prompts are as many, that once were not done after 166 s of a core."""
+    """A model of this size with as many prompts once was not done after 166 s of a core."""
     make_tiny(tmp_path / "tiny", TinySizes(layers=12))
     assert sum(file.stat().st_size for file in (tmp_path / "tiny").iterdir()) > 22e6
     started = time.process_time()
@@ -81,7 +83,7 @@ def test_twenty_prompts_take_seconds(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def held_out(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Golden]:
-    """The checkpoint and the prompts, of 8,000 tokens, are others than those on which the bounds were set."""
+    """Return a checkpoint, and a golden file for prompts of 8,000 tokens, on which the bounds were not set."""
     work = tmp_path_factory.mktemp("held out")
     make_tiny(work / "tiny", seed=2)
     return work / "tiny", make_golden(work / "tiny", work, prompts=20, tokens=400, seed=4)

@@ -1,4 +1,5 @@
-"""Golden files against the reference model, which tests/core holds to transformers; memory; a killed run."""
+"""Tests of golden files against the reference model, which tests/core holds to transformers, of the memory that a run
+takes, and of a run that is killed."""
 
 from __future__ import annotations
 
@@ -47,7 +48,7 @@ def test_layers_streamed_give_the_reference(
             answer = token_ids[found.num_prompt_tokens :].tolist()
             assert answer == logprobs.argmax(-1)[found.num_prompt_tokens - 1 :].tolist()
         else:
-            # Another order of sums rounds a few positions to other experts.
+            # Sums in another order round otherwise, so that a few positions choose other experts.
             assert difference.median() < 0.02
 
 
@@ -65,7 +66,7 @@ def test_experts_are_those_that_the_router_chose(tiny_folder: Path, golden_file:
     """A prompt's first token sees nothing but itself, so its routing in the first MoE layer follows by hand."""
     model = KimiK26(Checkpoint(tiny_folder), torch.float32)
     for found in Golden.load(golden_file).prompts:
-        # Two layers; the two that are chosen and the next four.
+        # Both MoE layers have the two experts that are chosen and the next four.
         assert found.experts.shape == found.gaps.shape == (len(found.top_ids), 2, 6)
         assert torch.equal(
             found.gaps >= 0, torch.tensor([True, True, False, False, False, False]).expand(found.gaps.shape)
@@ -94,7 +95,7 @@ def test_the_file_names_weights_and_holds_images(tiny_folder: Path, prompts_file
 
 
 def test_the_tiled_product_is_the_plain_one() -> None:
-    """The rows end within a tile."""
+    """The product is right although the weight's rows end within a tile."""
     generator = torch.Generator().manual_seed(0)
     packed, scale = quantize(torch.randn(200, 96, generator=generator))
     x = torch.randn(5, 96, generator=generator)
@@ -131,7 +132,8 @@ def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_checkpoint_larger_than_the_memory_allowed_killed_and_resumed(wide_folder: Path, tmp_path: Path) -> None:
-    """The run may write to no more memory than it said it would; killed in the middle it goes on, to the same bytes."""
+    """The run may write to no more memory than it said it would. After it was killed in the middle, it goes on and
+    writes the same bytes."""
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"text": "Layers come one by one, and experts when a token wants them."}\n{"text": "Hi"}\n')
     command = [sys.executable, "-c", LIMITED, str(wide_folder), str(prompts)]
@@ -195,11 +197,11 @@ def test_another_file_is_no_golden_file(tiny_folder: Path, tmp_path: Path) -> No
 
 
 def test_the_published_model_needs_little_memory() -> None:
-    """By hand: layer 0's three matrices, 396,361,728 weights, in bfloat16 and float32, lead with 2.4 GB."""
+    """By hand, layer 0's three matrices take most: 396,361,728 weights in bfloat16 and in float32 are 2.4 GB."""
     carried = memory.Carried(tokens=8000, suspect_tokens=6000, longest=1000, patches=0)
     stages = memory.peak(K26Config(), carried, 64)
     weights = 396_361_728 * (2 + 4)
-    # The state, and 8 chosen experts and 4 near ones of 61 layers with their gaps, each twice.
+    # The state has hidden states, and of 61 layers 8 chosen experts and 4 near ones with their gaps; it is held twice.
     state = 7168 * (8000 * 6 + 6000 * 4) + 8000 * 61 * 12 * 6
     assert max(stages, key=stages.__getitem__) == "dense feed-forward"
     assert weights + 2 * state < stages["dense feed-forward"] < weights + 2 * state + 0.5e9

@@ -1,4 +1,4 @@
-"""`ci/gpu.sh` with a stand-in for the GPU: the tools that it calls are scripts."""
+"""Tests of `ci/gpu.sh` without a GPU: scripts stand in for the tools that it calls."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 SCRIPT = Path(__file__).parents[2] / "ci" / "gpu.sh"
 
 TOOLS = {
-    # The benchmark takes too long, which is said without waiting for it.
+    # The benchmark is reported to take too long, without a wait.
     "timeout": 'echo "${*:3}" >> "$CALLS"; case "$*" in *bench.experts*) exit 124; esac; exec /usr/bin/timeout "$@"',
     "nvidia-smi": "echo a GPU",
     "ncu": 'exec "${@:9}"',

@@ -1,4 +1,5 @@
-"""A hybrid run's predicted speed against arithmetic on the specification's figures, written out here."""
+"""Tests of a hybrid run's predicted speed against arithmetic on the specification's figures, which is written out
+here."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from k26_plugins.operate.plan.hybrid_speed import Rates, decode_step, fastest, p
 
 PUBLISHED = K26Config()
 RAM = 768 * 10**9
-# Bytes and multiplications of an expert: 7168 by 2048, three projections, four bits and a bfloat16 scale for 32.
+# Bytes and operations of an expert: 7168 by 2048, three projections, four bits and a bfloat16 scale for 32 weights.
 EXPERT, PAIR = 3 * 7168 * 2048 * (0.5 + 2 / 32), 6 * 7168 * 2048
 HOST = Line(100e-6, 10e-6)
 
@@ -38,7 +39,7 @@ def test_the_cpu_computes_its_share_of_a_prompt_alone_where_no_link_is() -> None
 
 
 def test_a_fast_link_leaves_the_cpu_little_of_a_prompt() -> None:
-    """The experts that stream take the time of copying their bytes, and each side ends when the other does."""
+    """Streamed experts take the time of copying their bytes, and both sides end at the same time."""
     found = choose(PUBLISHED, parse("H100")[1], 4, Load(), "ktransformers")
     plan = hybrid(PUBLISHED, found, RAM)
     on_host = 384 - plan.gpu_experts
@@ -55,14 +56,13 @@ def test_a_fast_link_leaves_the_cpu_little_of_a_prompt() -> None:
 
 
 def test_a_gpu_s_arithmetic_is_a_prompt_s_where_it_was_measured() -> None:
-    """The tokens before a chunk do not count for little beside it: 32,768 of them at least double the chunk's
-    attention."""
+    """The tokens before a chunk count for much: 32,768 of them at least double the chunk's attention."""
     found = choose(PUBLISHED, parse("H100")[1], 4, Load(), "ktransformers")
     plan = hybrid(PUBLISHED, found, RAM)
     rates = Rates(host=Line(0.0, 0.0), link=1e15, gpu_gemm=600e12)
     step = prefill_step(PUBLISHED, found, plan, rates, chunk=8192, before=0)
-    # docs/model.md: attention, shared experts, dense layer and head, a token's multiplications cut over four GPUs; and what
-    # each of them multiplies whole, the projections to the ranks and the router.
+    # From docs/model.md: a token's multiplications in attention, shared experts, dense layer and head are cut over four
+    # GPUs; those in the projections to the low ranks and in the router are done whole by each GPU.
     cut = 61 * (12288 * 1536 + 16384 * 512 + 7168 * 8192) + 3 * 7168 * 18432 + 163840 * 7168 + 60 * 3 * 7168 * 2048
     cut += 4 * (61 * 7168 * (1536 + 576) + 60 * 384 * 7168)
     routed = 60 * 8 * 3 * 7168 * 2048 * plan.gpu_experts / 384
@@ -94,15 +94,15 @@ def test_the_chunk_is_the_one_with_which_a_request_ends_first() -> None:
     assert best is not None
     fit, plan, speed = best
     assert speed.chunk == fit.load.batched_tokens > 8192
-    # Its activations leave the GPUs fewer experts.
+    # The larger chunk's activations leave the GPUs fewer experts.
     assert plan.gpu_experts < hybrid(PUBLISHED, found, RAM).gpu_experts
-    # A request whose prompt is little of its time keeps them.
+    # A request that spends little of its time on its prompt has no larger chunk.
     answers = fastest(
         PUBLISHED, choose(PUBLISHED, parse("H100")[1], 4, Load(context=2048), "ktransformers"), RAM, slow_link
     )
     assert answers is not None
     assert answers[2].chunk == 2048
-    # Where the GPUs are nearly full no larger one fits.
+    # If the GPUs are nearly full, no larger chunk fits.
     full = choose(PUBLISHED, parse("RTX4090")[1], 2, Load(context=32768), "ktransformers")
     assert hybrid(PUBLISHED, full, RAM).gpu_experts < 4
     tight = fastest(PUBLISHED, full, RAM, slow_link)

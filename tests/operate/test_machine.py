@@ -1,4 +1,5 @@
-"""This machine's GPUs, from drivers that answer, do not, or are not there; outputs, proxies and programs of its users."""
+"""Tests of how this machine's GPUs are found with drivers that answer, do not answer, or are missing, and of its users'
+output files, proxies and programs."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ MISMATCH = "Failed to initialize NVML: Driver/library version mismatch\\nNVML li
 
 @pytest.fixture
 def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A `nvidia-smi` that does what it is told, on a machine without NVML."""
+    """Return a function that makes a `nvidia-smi` with the given body, on a machine without NVML."""
 
     def write(body: str) -> None:
         (tmp_path / "nvidia-smi").write_text(SMI + body)
@@ -138,7 +139,7 @@ def test_a_broken_driver_starts_no_cpu_server(tiny_folder: Path, monkeypatch: py
 def test_serve_takes_the_program_beside_its_python(
     tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A service starts it with the system's PATH."""
+    """A service starts `k26 serve` with the system's PATH, which lacks the engine's program."""
     program = tmp_path / "vllm"
     program.write_text("")
     program.chmod(0o755)
@@ -165,7 +166,7 @@ def test_serve_takes_the_program_beside_its_python(
     ],
 )
 def test_outputs_are_tried_before_the_work(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are tried before inputs are even looked at: none of the inputs exists here."""
+    """Outputs are tried before inputs are even looked at: none of the inputs exists here."""
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app, command.split())
     assert result.exit_code == (2 if command.split()[0] in ("verify", "compare", "swarm") else 1), result.output

@@ -1,4 +1,4 @@
-"""`k26 merge`: the merged checkpoint against the sum of its parts, in float32."""
+"""Tests of `k26 merge`, whose checkpoint is held against the sum of its parts in float32."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_merged_checkpoint_is_the_sum(tiny_folder: Path, tmp_path: Path, begin
         exact = dense_weight(before, module) + ALPHA / RANK * (b @ a)
         if module in EXPERTS:
             scale = after.tensor(f"{module}.weight_scale").float().repeat_interleave(32, dim=1)
-            # Half a step, and bfloat16's rounding of the step for the largest of a group, which is eight steps away.
+            # The bound is half a step, plus bfloat16's rounding of the step for a group's largest, eight steps away.
             assert ((dense_weight(after, module) - exact).abs() <= scale * (0.5 + 8 * 2**-8)).all()
         else:
             assert torch.equal(after.tensor(f"{module}.weight"), exact.to(torch.bfloat16))

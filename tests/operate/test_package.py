@@ -1,4 +1,5 @@
-"""The package as it is published: what its archives hold, and its commands from an environment without the clone."""
+"""Tests of the package as it is published: the files in its archives, and its commands in an environment without the
+clone."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ packaging = pytest.importorskip("packaging.requirements")
 
 @pytest.fixture(scope="module")
 def archives(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The source distribution, and the wheel that is built of it, as a release has them."""
+    """Return the source distribution and the wheel that is built from it, as a release has them."""
     folder = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -34,7 +35,7 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def tracked(*folders: str) -> set[str]:
-    """The files of the repository's folders, without what git ignores."""
+    """Return the files of the repository's folders, without those that git ignores."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", *folders],
         cwd=ROOT, capture_output=True, text=True, check=True,
@@ -54,7 +55,8 @@ def test_the_archives_hold_every_file(archives: tuple[Path, Path]) -> None:
 
 
 def required(name: str, extra: str = "") -> Iterator[metadata.Distribution]:
-    """The distributions that `name` asks for without any of its extras, and those that they ask for in turn."""
+    """Yield the distributions that `name` requires with this extra, or with none, and those that they require in
+    turn."""
     for line in metadata.requires(name) or []:
         requirement = packaging.Requirement(line)
         if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
@@ -65,9 +67,10 @@ def required(name: str, extra: str = "") -> Iterator[metadata.Distribution]:
 
 @pytest.fixture(scope="module")
 def clean(archives: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The programs of an environment with the wheel and what it requires, and none of the other packages that are here.
+    """Return the folder of programs of an environment with the wheel and its requirements, and none of the other
+    packages here.
 
-    What it requires is linked, not installed again: a torch is 200 MB.
+    The requirements are linked and not installed again, because torch alone takes 200 MB.
     """
     folder = tmp_path_factory.mktemp("clean")
     venv.create(folder, with_pip=False, symlinks=True)
@@ -82,7 +85,7 @@ def clean(archives: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory)
 
 
 def test_commands_run_without_the_clone(clean: Path, tmp_path: Path) -> None:
-    """The demonstration's first half runs, and the reference's answer is the clone's."""
+    """The first half of the demonstration runs, and the reference model answers as in the clone."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
     def run(*command: str) -> str:

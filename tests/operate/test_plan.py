@@ -1,4 +1,5 @@
-"""Plans against arithmetic on the specification's figures, written out here, and against published runs."""
+"""Tests of plans against arithmetic on the specification's figures, which is written out here, and against published
+runs."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ PUBLISHED = K26Config()
 
 
 def weights_by_hand(tp: int) -> float:
-    """docs/model.md, 1.5 and 2: bytes on a GPU under tensor parallel `tp`, the vision tower whole on each."""
+    """Return the bytes of weights on a GPU under tensor parallel `tp`, with the vision tower whole on each GPU, from
+    docs/model.md, 1.5 and 2."""
     routed = 570_761_441_280
     attention_cut = 61 * 2 * (12288 * 1536 + 16384 * 512 + 7168 * 8192)
     attention_whole = 61 * 2 * (1536 * 7168 + 576 * 7168)
@@ -44,7 +46,8 @@ def weights_by_hand(tp: int) -> float:
 
 
 def rest_by_hand(tp: int) -> float:
-    """Activations of 8192 tokens, sampling of 256 requests, 8192 image tokens, and 1.5 GiB that engines keep."""
+    """Return the bytes on a GPU for activations of 8192 tokens, sampling of 256 requests, 8192 image tokens, and the
+    1.5 GiB that engines keep."""
     hidden = 4 * 8192 * 7168 * 2
     routed = 8192 * 8 * (3 * 2048 / tp + 7168) * 2
     attention = 8192 * 64 / tp * (192 + 192 + 128) * 2
@@ -82,8 +85,8 @@ def test_machines_by_hand(gpus: str, mebibytes: int, tp: int, fits: bool) -> Non
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run.gpus}-{run.context_parallel}-{run.kv_tokens}")
 def test_published_runs(run: Run) -> None:
-    """These are all runs that could be found, by the logs of those who ran them; the first also says its weights, 71.2
-    GiB on each GPU."""
+    """These are all the runs that could be found, from the logs of those who ran them. The first log also has the
+    weights, 71.2 GiB on each GPU."""
     found = hardware_table.planned(run)
     assert found.kv_tokens == pytest.approx(run.kv_tokens, rel=0.04)
     if run is RUNS[0]:
@@ -103,21 +106,21 @@ def test_specification_figures() -> None:
 def test_pipeline_stages_hold_every_byte_once() -> None:
     held = [per_gpu(PUBLISHED, Layout(pp=4), stage) for stage in range(4)]
     assert sum(sum(parts.values()) for parts in held) == 595_148_192_736
-    # vLLM does so: the layer that is left over goes to the stage before the last.
+    # As vLLM does it, the layer that is left over goes to the stage before the last.
     assert [len(layers) for layers in stages(61, 4)] == [15, 15, 16, 15]
     assert [len(layers) for layers in stages(61, 1)] == [61]
 
 
 def test_expert_parallel_holds_whole_experts() -> None:
     cut, whole = (per_gpu(PUBLISHED, Layout(tp=8, expert_parallel=flag), 0)["routed experts"] for flag in (False, True))
-    # 48 of 384 experts; cut ones have their three shapes on every rank.
+    # A rank has 48 of 384 experts; experts that are cut have their three tensors of shapes on every rank.
     assert whole == 60 * 48 * 24_772_632
     assert cut == pytest.approx(whole, rel=1e-4)
 
 
 def test_context_parallel_multiplies_the_cache() -> None:
     one, eight = (fit(PUBLISHED, parse("8xH200")[1], Layout(tp=8, context_parallel=n), Load()) for n in (1, 8))
-    # Each rank's workspace takes its part of every GPU.
+    # The workspace for context parallelism takes memory on every GPU.
     workspace = round(8 * 8 * 0.1 * GIB / KV)
     assert eight.kv_tokens == pytest.approx(8 * one.kv_tokens - workspace, rel=1e-3)
 
@@ -256,7 +259,8 @@ def test_advice_is_plannable(options: list[str]) -> None:
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang", "ktransformers"])
 def test_commands_run_on_the_gpus_that_were_planned(engine: str) -> None:
-    """For every count the sizes in each command multiply to the GPUs that the plan uses, at most eight of each machine."""
+    """For every number of GPUs, the sizes in each command multiply to the GPUs that the plan uses, at most eight of
+    each machine."""
     for count in range(1, 33):
         found = plan("--gpus", f"{count}x288", "--engine", engine, "--context", "4096", "--ram", "900", code=None)
         if not found["fits"]:
@@ -317,8 +321,8 @@ def test_a_checkpoint_that_is_not_there(checkpoint: str) -> None:
 
 
 def test_the_hybrid_run_by_hand() -> None:
-    """Experts take what attention, shared experts, ends, vision and 131,072 tokens leave of 4 × H100, in slots of 1.384
-    GiB over the four."""
+    """Experts take the memory of 4 × H100 that attention, shared experts, embedding, head, vision and 131,072 tokens
+    leave, in slots of 1.384 GiB over the four GPUs."""
     found = plan("--gpus", "4xH100", "--engine", "ktransformers", "--ram", "768")
     # SGLang holds kv_b_proj a second time, turned.
     plain = weights_by_hand(4) + 61 * 2 * 16384 * 512 / 4 - 570_761_441_280 / 4
@@ -326,7 +330,7 @@ def test_the_hybrid_run_by_hand() -> None:
     assert found["gpu_experts"] == pytest.approx(free * 4 / (60 * 24_772_632), abs=1)
     assert "--kt-num-gpu-experts" in found["command"]
     assert str(found["gpu_experts"]) in found["command"]
-    # The experts that are left, and 30 GB for all else.
+    # System memory has to hold the other experts, and 30 GB for all else.
     needed = (384 - found["gpu_experts"]) * 60 * 24_772_632 + 30e9
     short = plan("--gpus", "4xH100", "--engine", "ktransformers", "--ram", "256", code=1)
     assert f"must be {needed / 1e9:.0f} GB and is 256 GB" in short["why"]
@@ -351,7 +355,7 @@ def test_the_load_counts_images_and_requests() -> None:
 
 
 def test_the_bound_on_decoding_by_hand() -> None:
-    """For one request on 8 × H200 the bound is what a token reads of each GPU's memory, over 4.8 TB/s."""
+    """For one request on 8 × H200 the bound is 4.8 TB/s over the bytes that a token reads of each GPU's memory."""
     found = plan("--gpus", "8xH200", "--context", "1024")
     attention_cut = 61 * 2 * (12288 * 1536 + 16384 * 512 + 7168 * 8192)
     whole = 61 * 2 * (1536 * 7168 + 576 * 7168) + 60 * 384 * (7168 * 2 + 4)
@@ -371,13 +375,13 @@ def test_a_request_longer_than_the_model_is_refused() -> None:
 
 
 VENDORS = {"nvidia": "nvidia.com", "amd": "amd.com"}
-# The vendors keep no page about these that could be found.
+# No page of the vendors about these GPUs could be found.
 OF_ONE_MARKET = {"A800", "H800", "H20", "H203E", "L20", "MI308X"}
 
 
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
 def test_every_gpu_has_its_source(gpu: Gpu) -> None:
-    """The source is the vendor's own page, or a secondary one that is named; and our page shows it."""
+    """The source is the vendor's own page, or a secondary page that is listed as such; docs/hardware.md links to it."""
     address = urlsplit(gpu.link)
     assert address.scheme == "https"
     assert len(address.path) > 1

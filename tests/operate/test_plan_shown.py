@@ -1,4 +1,4 @@
-"""A machine's layouts side by side, and what its GPUs hold as a drawing."""
+"""Tests of a machine's layouts side by side, and of the drawing of what its GPUs hold."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from k26_plugins.operate.plan.hardware import parse
 
 
 def test_engines_and_layouts_side_by_side() -> None:
-    """The table agrees with the KV caches that were published of this machine, and with the plans of one engine
-    each."""
+    """The table agrees with the KV caches that were published for this machine, and with the plan of each engine
+    alone."""
     options = ["--gpus", "8xRTXPRO6000", "--kv-dtype", "fp8", "--gpu-memory-utilization", "0.94", "--ram", "700"]
     rows = json.loads(CliRunner().invoke(app, ["plan", *options, "--compare", "--json"]).stdout)
     cut = {
@@ -42,7 +42,7 @@ def test_engines_and_layouts_side_by_side() -> None:
 
 
 def test_which_experts_are_taken_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine's own are taken, unless this machine has a measurement of such a GPU, the engine and a rank's
+    """The engine's own experts are taken, unless this machine has a measurement of such a GPU, the engine and a rank's
     sizes."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     command = ["plan", "--gpus", "8xH200", "--engine", "sglang"]
@@ -62,7 +62,8 @@ def test_which_experts_are_taken_is_said(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("gpus", ["8xH200", "16xH100", "4xH100"])
 def test_the_memory_that_is_drawn(gpus: str) -> None:
-    """Each stage has a bar of 60 marks, whose parts are a GPU's memory, or more where it does not fit."""
+    """Each pipeline stage has a bar of 60 marks for a GPU's memory, with marks beyond the bar if the stage does not
+    fit."""
     result = CliRunner().invoke(app, ["plan", "--gpus", gpus])
     drawn = re.findall(r"GPUs? \d+ ?(?:to \d+)? *\|([EWaK.]*)\|([EWaK]*)", result.stdout)
     stages_of = json.loads(CliRunner().invoke(app, ["plan", "--gpus", gpus, "--json"]).stdout)["memory_by_gpu"]

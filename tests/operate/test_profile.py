@@ -1,4 +1,4 @@
-"""`k26 profile`: every use is counted, and it is the router's."""
+"""Tests that `k26 profile` counts every use of an expert, and that the router chose it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def test_every_token_chooses_its_experts_in_every_layer(tiny_folder: Path, promp
 
 
 def test_the_counts_are_the_router_s(tiny_folder: Path, tmp_path: Path) -> None:
-    """One token and one layer are computed by hand: the second layer's router on what enters it, in float64."""
+    """The experts of one token in the second layer are computed by hand, in float64, from what enters that layer's
+    router."""
     from k26_plugins.common.checkpoint import Checkpoint
     from k26_plugins.common.reference.decoder import KVCache, rms_norm
     from k26_plugins.common.reference.kimi_k26 import KimiK26

@@ -1,4 +1,5 @@
-"""The swarm's traffic and its verdict: what is right passes, and each way of losing a conversation is found."""
+"""Tests of the swarm's traffic and of its verdict: a right server passes, and each way of losing a conversation is
+found."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ SMALL += ["--images", "0.5"]
 
 @pytest.fixture(scope="module")
 def url(tiny_folder: Path) -> Iterator[str]:
-    """A server that reports the prompt's token ids and answers every conversation with something of its own."""
+    """Yield the address of a server that reports the prompt's token ids and gives every conversation an answer of its
+    own."""
 
     def answer(messages: list[dict[str, Any]]) -> str:
         return f"{zlib.crc32(json.dumps(messages).encode()):08x}"
@@ -48,7 +50,7 @@ def url(tiny_folder: Path) -> Iterator[str]:
 
 
 def swarm(url: str, *arguments: str, out: Path | None = None) -> tuple[int, str, dict[str, Any]]:
-    """Exit code, output and JSON of a small swarm's run."""
+    """Run a small swarm, and return its exit code, its output and its JSON."""
     files = [] if out is None else ["--json", str(out / "run.json"), "--html", str(out / "run.html")]
     result = CliRunner().invoke(app, ["swarm", "--url", url, *SMALL, *arguments, *files])
     return result.exit_code, result.output, json.loads((out / "run.json").read_text()) if out is not None else {}
@@ -71,8 +73,8 @@ def test_a_right_server_passes(url: str, tiny_folder: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(("what", "check"), [(HISTORY, "token accounting"), (ANSWER, "asked again alone")])
 def test_mixed_conversations_are_found(url: str, tiny_folder: Path, tmp_path: Path, what: str, check: str) -> None:
-    """Mixed histories are found by the prompts' token ids; mixed answers by asking again alone, since usage and ids are
-    right."""
+    """Mixed histories are found by the prompts' token ids. Mixed answers are found by asking again alone, because usage
+    and ids are right."""
     with mix(url, what) as proxy:
         code, output, found = swarm(proxy, "--checkpoint", str(tiny_folder), out=tmp_path)
     assert code == 1, output
@@ -82,7 +84,8 @@ def test_mixed_conversations_are_found(url: str, tiny_folder: Path, tmp_path: Pa
 
 
 def answered(agent: int, noise: int, places: int = 4, far: int | None = None) -> Step:
-    """An answer of an agent's own, rounded otherwise for each `noise`; another expert was chosen at place `far`."""
+    """Return an answer of an agent's own, which is rounded otherwise for each `noise`; at the token `far` another
+    expert was chosen."""
     own, rounding = torch.Generator().manual_seed(agent), torch.Generator().manual_seed(1000 + noise)
     fingerprint = []
     for place in range(places):
@@ -96,8 +99,8 @@ def answered(agent: int, noise: int, places: int = 4, far: int | None = None) ->
 
 @pytest.mark.parametrize("far", range(4))
 def test_one_place_that_is_far_off_is_no_other_conversation(far: int) -> None:
-    """It was seen in 8 of 400 answers of vLLM: where two experts are all but level, the batch decides which one is
-    chosen."""
+    """A token that is far off was seen in 8 of 400 answers of vLLM: if two experts are all but level, the batch decides
+    which one is chosen."""
     alone = [answered(agent, noise=0) for agent in range(20)]
     live = [answered(agent, noise=agent, far=far if agent == 7 else None) for agent in range(1, 20)]
     assert not compare_alone([answered(0, noise=30), *live], alone).faults()
@@ -203,7 +206,7 @@ def test_memory_that_grows_is_seen() -> None:
 
 
 def test_a_line_separator_in_an_answer_ends_no_event(tiny_folder: Path, tmp_path: Path) -> None:
-    """There are characters at which Python splits lines and a stream of events does not."""
+    """Python splits lines at some characters at which a stream of events does not end."""
     said = "one\u2028two\u2029three\x85four"
     with serve_reference(tiny_folder, speak=lambda messages: said) as address:
         code, output, found = swarm(address, out=tmp_path)

@@ -1,4 +1,5 @@
-"""Seeded faults: each is found and located, and what is right passes. The served model is the reference in bfloat16."""
+"""Tests that `k26 verify` finds and locates each seeded fault, and that a right server passes. The served model is the
+reference in bfloat16."""
 
 from __future__ import annotations
 
@@ -110,7 +111,8 @@ def test_a_server_that_is_not_there(golden_file: Path) -> None:
 
 
 def test_the_distance_by_hand() -> None:
-    """Two tokens of 1/2 and 1/4 against 1/4 and 1/2, the rest in one cell of 1/4 each: KL = (1/2 − 1/4) · ln 2."""
+    """Two tokens have 1/2 and 1/4 against 1/4 and 1/2, and the rest is one cell of 1/4 on each side, so KL = (1/2 −
+    1/4) · ln 2."""
     half, quarter = -0.6931471805599453, -1.3862943611198906
     assert kl_of_reported({1: half, 2: quarter, 9: -5.0}, {1: quarter, 2: half}) == pytest.approx(0.25 * -half)
     assert kl_of_reported({1: half}, {1: half}) == 0.0
@@ -169,7 +171,7 @@ def reads_the_boxes(messages: list[dict[str, Any]]) -> str:
 
 
 class Talker:
-    """An endpoint that answers chats only, with a context of some length."""
+    """An endpoint that answers chats only, with a context of `limit` tokens."""
 
     def __init__(self, speak: Callable[[list[dict[str, Any]]], str], limit: int | None) -> None:
         self.speak, self.limit = speak, limit
@@ -186,13 +188,14 @@ def test_needles_where_the_context_allows(limit: int | None, asked: int) -> None
     found = find_needles(Talker(reads_the_boxes, limit))  # type: ignore[arg-type]
     assert [needle.right for needle in found] == [True] * asked + [False] * (9 - asked)
     assert all(str(limit)[:1] in needle.note for needle in found[asked:])
-    # The line before is no answer, nor is the first.
+    # The number in the first line of the boxes is no answer.
     wrong = find_needles(Talker(lambda messages: messages[0]["content"].split("holds ")[1][:6], limit))  # type: ignore[arg-type]
     assert not any(needle.right for needle in wrong)
 
 
 def test_needles_of_a_server(tiny_folder: Path, golden_file: Path) -> None:
-    """The reference server answers by its random weights, and the tiny vocabulary counts bytes."""
+    """The reference's weights are random, so a function answers for it. The texts are short, because the tiny
+    vocabulary counts bytes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("k26_plugins.operate.verify.needle.LENGTHS", (20,))
         with serve_reference(tiny_folder, speak=reads_the_boxes) as url:
@@ -203,8 +206,7 @@ def test_needles_of_a_server(tiny_folder: Path, golden_file: Path) -> None:
 
 
 def test_the_seeded_config_is_another(tiny_folder: Path) -> None:
-    """Each fault changes the configuration that it says it changes: one that changed nothing would be found by
-    nobody."""
+    """A seeded fault changes the configuration as it says, because a fault that changed nothing could not be found."""
     config = K26Config.from_path(tiny_folder)
     assert yarn_factor(32.0)(config).text.rope_scaling.factor == config.text.rope_scaling.factor / 2
 

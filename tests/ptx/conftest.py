@@ -1,7 +1,7 @@
-"""Tests of the PTX interpreter (support/ptx), which need neither Triton nor the kernels.
+"""Fixtures for the tests of the PTX interpreter (support/ptx), which need neither Triton nor the kernels.
 
-What an instruction has to give is computed from the PTX ISA's own definition: in Python's integers and fractions, by
-torch's conversions, or by hand.
+The tests compute what an instruction has to give from the PTX ISA's own definition: in Python's integers and fractions,
+by torch's conversions, or by hand.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Run = Callable[..., Machine]
 
 
 class Noting(dict[str, Any]):
-    """The interpreter's table, which notes what was looked up in it."""
+    """The interpreter's table of operations, which notes the opcodes that are looked up in it."""
 
     def __init__(self) -> None:
         super().__init__(OPERATIONS)
@@ -34,9 +34,10 @@ class Noting(dict[str, Any]):
 
 @pytest.fixture
 def run(request: pytest.FixtureRequest) -> Iterator[Run]:
-    """`run(text, {"%r1": values})` runs PTX on one block, a thread for each value, and gives its machine.
+    """Yield `run(text, {"%r1": values})`, which runs PTX on one block with a thread for each value and returns its
+    machine.
 
-    shared: the bytes of shared memory, or only how many there are.
+    Its argument `shared` is the contents of shared memory or only their number of bytes.
 
     The instruction that a test has in its parameter `opcode` must be among those that ran.
     """

@@ -1,4 +1,4 @@
-"""Predicates, branches, barriers, and what a register must be before it is read."""
+"""Tests of predicates, branches and barriers, and that a register is refused that is read before it is written."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_loop_of_all_threads(run: Run, opcode: str) -> None:
 
 @pytest.mark.parametrize("opcode", ["bra"])
 def test_threads_part_and_meet(run: Run, opcode: str) -> None:
-    """Each thread goes round its own number of times, half of them take another way, and all go on together."""
+    """Each thread goes round its own number of times, some threads take another way, and all go on together."""
     text = f"""
     mov.b32 %r2, 0;
     $L__BB0_1:
@@ -69,7 +69,7 @@ def test_threads_that_return_do_nothing_more(run: Run, opcode: str) -> None:
 
 
 def test_a_label_belongs_to_its_scope(run: Run) -> None:
-    """Inline assembly comes several times with the same label, which the code around it may have too."""
+    """Inline assembly occurs several times with the same label, which the code around it may have too."""
     block = """
     {
     .reg .pred done;
@@ -128,7 +128,7 @@ def test_a_barrier_that_not_all_reach(run: Run, text: str) -> None:
 
 
 def test_a_barrier_that_no_thread_wants(run: Run) -> None:
-    """By its predicate nobody is to wait, also while the threads are at different places."""
+    """A barrier whose predicate is false in every thread stops none, even while the threads are at different places."""
     text = f"setp.gt.u32 %p2, %r1, 99;\n@%p2 bar.sync 0;\n{PARTED}@%p2 bar.sync 0;\n$L__BB0_1:\nmov.b32 %r2, 1;"
     assert run(text, {"%r1": range(64)}).registers["%r2"].tolist() == [1] * 64
 

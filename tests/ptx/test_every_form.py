@@ -1,4 +1,4 @@
-"""No instruction is in the interpreter's tables without a test, and no other is run."""
+"""Tests that every instruction in the interpreter's tables has a test, and that the interpreter refuses all others."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from support.ptx.operations import OPERATIONS
 
 
 class Collected:
-    """Collects the instructions that tests are parametrized by; the fixture `run` holds that each test runs its own."""
+    """A plugin of pytest that collects the instructions by which tests are parametrized; the fixture `run` asserts that
+    each test runs its own."""
 
     def __init__(self) -> None:
         self.opcodes: set[str] = set()
@@ -24,7 +25,7 @@ class Collected:
 
 
 def test_each_is_tested() -> None:
-    """The whole folder is collected for it, whatever was selected."""
+    """The test collects the whole folder by itself, whatever tests were selected for this run."""
     tested = Collected()
     # The file with the test itself has no instruction of its own.
     others = sorted(str(file) for file in Path(__file__).parent.glob("test_*.py") if file != Path(__file__))

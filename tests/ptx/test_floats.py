@@ -1,4 +1,5 @@
-"""Arithmetic, comparisons and conversions of floats, against exact fractions that are rounded once, to nearest even."""
+"""Tests of arithmetic, comparisons and conversions of floats. The judge is exact fractions that are rounded once, to
+nearest even."""
 
 from __future__ import annotations
 
@@ -44,7 +45,7 @@ class Format:
         return sign * math.ldexp(hidden + fraction, max(exponent, 1) - self.bias - self.fraction)
 
     def round(self, value: Number, sign: float = 1.0) -> float:
-        """The nearest number of the format, ties to even; `sign` is that of an exact zero."""
+        """Return the nearest number of the format, ties to even; `sign` is the sign of an exact zero."""
         if isinstance(value, float) and not math.isfinite(value):
             return value
         exact = abs(Fraction(value))
@@ -65,14 +66,15 @@ REGISTER = {16: "%rs", 32: "%r", 64: "%rd"}
 
 
 def same(result: float, expected: float) -> bool:
-    """NaN is NaN whatever its bits, and zeros differ by their sign."""
+    """Return whether two numbers are the same: NaN is NaN whatever its bits, and zeros differ by their sign."""
     if math.isnan(expected):
         return math.isnan(result)
     return result == expected and math.copysign(1, result) == math.copysign(1, expected)
 
 
 def edges(form: Format) -> list[int]:
-    """Zeros, subnormals, one and its neighbours, the largest, infinity and NaN, of both signs; and some without order."""
+    """Return zeros, subnormals, one and its neighbours, the largest number, infinity, NaN and some irregular patterns,
+    of both signs."""
     one, top = form.bias << form.fraction, (1 << form.exponent) - 1 << form.fraction
     positive = [
         0,
@@ -103,7 +105,8 @@ def unpack(pattern: int, form: Format, count: int) -> list[float]:
 
 
 def check(run: Run, opcode: str, kind: str, operands: int, function: Callable[..., float]) -> None:
-    """Runs an instruction on all edges; where registers hold two numbers, on two different rows at once."""
+    """Run an instruction on all edges and check each result; if registers hold two numbers, they are of two different
+    rows."""
     form, count = FORMATS[kind.removesuffix("x2")], 2 if kind.endswith("x2") else 1
     chosen = edges(form) if operands < 3 else edges(form)[1::2] + edges(form)[:2]
     rows = list(product(chosen, repeat=operands))
@@ -121,7 +124,7 @@ def check(run: Run, opcode: str, kind: str, operands: int, function: Callable[..
 
 
 def total(a: float, b: float) -> tuple[Number, float]:
-    """A sum, exact where it is finite, and its sign where it is zero."""
+    """Return a sum, which is exact if it is finite, and the sign that it has if it is zero."""
     if not (math.isfinite(a) and math.isfinite(b)):
         return a + b, 1.0
     return Fraction(a) + Fraction(b), -1.0 if math.copysign(1, a) == math.copysign(1, b) == -1 else 1.0
@@ -169,7 +172,7 @@ def test_fma(run: Run, opcode: str) -> None:
 @pytest.mark.parametrize(
     ("opcode", "kind", "row"),
     [
-        # The product is half way between two numbers, and what is added is too small for float64 beside it.
+        # The product is half way between two numbers, and float64 would lose the small addend beside it.
         ("fma.rn.f32", "f32", (1 + 2.0**-12, 1 + 2.0**-12, -(2.0**-80))),
         ("fma.rn.f32", "f32", (1 + 2.0**-12, 1 + 2.0**-12, 2.0**-80)),
         ("fma.rn.f32x2", "f32", (1 + 2.0**-12, -1 - 2.0**-12, 2.0**-80)),
@@ -193,7 +196,7 @@ def test_fma_rounds_once(run: Run, opcode: str, kind: str, row: tuple[float, ...
 
 
 def smaller(form: Format, a: float, b: float) -> float:
-    """A number wins over NaN, and -0 is below +0."""
+    """Return the smaller of two numbers. A number wins over NaN, and -0 is below +0."""
     if math.isnan(a) or math.isnan(b):
         return a if math.isnan(b) else b
     return min((a, b), key=lambda x: (x, math.copysign(1, x)))
@@ -227,7 +230,8 @@ def test_div_at_its_limits(run: Run, opcode: str, a: float, b: float, expected: 
 
 @pytest.mark.parametrize("opcode", ["ex2.approx.f32"])
 def test_ex2(run: Run, opcode: str) -> None:
-    """The ISA allows a relative error of 2^-22, where the result is no subnormal, and has these limits."""
+    """The ISA allows a relative error of 2^-22 where the result is no subnormal, and defines the results at these
+    limits."""
     x = np.random.default_rng(0).uniform(-125, 127, 4096).astype(np.float32)
     limits = {-INF: 0.0, INF: INF, NAN: NAN, 0.0: 1.0, 200.0: INF, -200.0: 0.0, 10.0: 1024.0}
     given = np.concatenate([np.array([*limits, -0.0], np.float32), x])
@@ -261,7 +265,7 @@ def test_setp(run: Run, opcode: str) -> None:
 
 @pytest.mark.parametrize("opcode", ["selp.f32", "mov.f32"])
 def test_bits_stay_as_they_are(run: Run, opcode: str) -> None:
-    """Also those of NaN."""
+    """The bits of every number stay, even those of NaN."""
     patterns = edges(FORMATS["f32"])
     rest = ", %r2, %p1" if opcode == "selp.f32" else ""
     given = {"%r1": patterns, "%r2": [0] * len(patterns), "%p1": [True] * len(patterns)}
@@ -270,7 +274,7 @@ def test_bits_stay_as_they_are(run: Run, opcode: str) -> None:
 
 @pytest.mark.parametrize("opcode", ["cvt.f32.bf16", "cvt.f32.f16"])
 def test_to_wider_floats(run: Run, opcode: str) -> None:
-    """Every pattern, by torch."""
+    """The judge is torch's conversion, on every pattern."""
     patterns = np.arange(1 << 16, dtype=np.uint16)
     result = run(f"{opcode} %r1, %rs1;", {"%rs1": patterns}).registers["%r1"].view(np.float32)
     dtype = torch.bfloat16 if "bf16" in opcode else torch.float16
@@ -280,7 +284,8 @@ def test_to_wider_floats(run: Run, opcode: str) -> None:
 
 
 def floats_to_round(form: Format) -> list[float]:
-    """Each edge of a format with what lies half way to its neighbour, just below that and just above."""
+    """Return each edge of a format, the number half way to its neighbour, and the float32 numbers just below and just
+    above that."""
     found = []
     for pattern in edges(form):
         low, high = form.decode(pattern), form.decode(pattern + 1)
@@ -292,7 +297,7 @@ def floats_to_round(form: Format) -> list[float]:
 
 @pytest.mark.parametrize("opcode", ["cvt.rn.bf16.f32", "cvt.rn.f16.f32", "cvt.rn.bf16x2.f32", "cvt.rn.f16x2.f32"])
 def test_to_narrower_floats(run: Run, opcode: str) -> None:
-    """The first of two numbers goes to the upper half. torch's conversion agrees with the fractions."""
+    """The first of two numbers goes to the upper half of a register. torch's conversion agrees with the fractions."""
     kind = opcode.split(".")[2].removesuffix("x2")
     form, dtype = FORMATS[kind], torch.bfloat16 if kind == "bf16" else torch.float16
     values = np.array(floats_to_round(form), np.float32)
@@ -324,7 +329,7 @@ def test_integers_to_floats(run: Run, opcode: str) -> None:
 
 @pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
 def test_the_judge_of_this_file(form: Format) -> None:
-    """Each number of a format rounds to itself, as numpy's and torch's know it."""
+    """Each number of a format rounds to itself, and torch reads the same number from its bits."""
     patterns = edges(form)
     values = [form.decode(pattern) for pattern in patterns]
     assert all(same(form.round(value, math.copysign(1, value)), value) for value in values)

@@ -1,4 +1,4 @@
-"""Arithmetic, logic and comparisons of integers, against Python's, which have no width."""
+"""Tests of arithmetic, logic and comparisons of integers. The judge is Python's integers, which have no width."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ def bits_of(kind: str) -> int:
 
 
 def value_of(pattern: int, kind: str) -> int:
-    """The number that the lowest bits of a pattern are, of which a signed type's highest counts negative."""
+    """Return the number that the lowest bits of a pattern represent; the highest bit of a signed type counts
+    negative."""
     bits = bits_of(kind)
     pattern %= 1 << bits
     return pattern - (pattern >> bits - 1 << bits) if kind[0] == "s" else pattern
 
 
 def edges(kind: str) -> list[int]:
-    """Patterns at which arithmetic wraps around, and one without order."""
+    """Return patterns at which arithmetic wraps around, and an irregular one."""
     bits = bits_of(kind)
     if bits == 1:
         return [0, 1]
@@ -44,7 +45,8 @@ def patterns(values: Any, bits: int) -> list[int]:
 def check(
     run: Run, opcode: str, kinds: list[str], to: str, function: Callable[..., int], *, rows: Any = None, tail: str = ""
 ) -> None:
-    """Runs an instruction on operands of some types, each row of patterns in a thread of its own."""
+    """Run an instruction on operands of these types, each row of patterns in a thread of its own, and check the
+    results."""
     rows = list(product(*map(edges, kinds))) if rows is None else rows
     names = [f"{REGISTER[bits_of(kind)]}{index}" for index, kind in enumerate(kinds, 1)]
     target = f"{REGISTER[bits_of(to)]}9"
@@ -155,7 +157,8 @@ ANY = ["s8", "u8", *INTEGERS]
 
 @pytest.mark.parametrize("opcode", [f"cvt.{to}.{source}" for to in ANY for source in ANY if to != source])
 def test_cvt(run: Run, opcode: str) -> None:
-    """What does not fit loses its highest bits; what is narrower than its register is extended by its sign or zeros."""
+    """A number that does not fit loses its highest bits; a number narrower than its register is extended by its sign or
+    by zeros."""
     _, to, source = opcode.split(".")
     check(run, opcode, [source], to, lambda a: a)
 
@@ -182,7 +185,7 @@ def test_bfe(run: Run, opcode: str) -> None:
 
 
 def test_the_tables_of_lop3(run: Run) -> None:
-    """The ISA's own rule: a table is what the function makes of 0xF0, 0xCC and 0xAA."""
+    """By the ISA's own rule, a table is what its function makes of 0xF0, 0xCC and 0xAA."""
     text = "\n".join(f"lop3.b32 %r{9 + table}, %r1, %r2, %r3, {table};" for table in range(256))
     machine = run(text, {"%r1": [0xF0], "%r2": [0xCC], "%r3": [0xAA]})
     assert [machine.registers[f"%r{9 + table}"][0] & 0xFF for table in range(256)] == list(range(256))
@@ -207,7 +210,8 @@ def test_lop3(run: Run, opcode: str, table: str, function: Callable[..., int]) -
 
 @pytest.mark.parametrize("opcode", ["prmt.b32"])
 def test_prmt(run: Run, opcode: str) -> None:
-    """Each of four digits names one of eight bytes, or with its highest bit that byte's sign eight times."""
+    """Each of the selector's four digits names one of eight bytes. If the digit's highest bit is set, it stands for
+    that byte's sign, repeated eight times."""
 
     def permuted(low: int, high: int, selector: int) -> int:
         source = low.to_bytes(4, "little") + high.to_bytes(4, "little")
@@ -228,7 +232,8 @@ WHOLE = 0x8123_4567_89AB_CDEF
     [("mov.b64", "%rd", "%r", 2), ("mov.b64", "%rd", "%rs", 4), ("mov.b32", "%r", "%rs", 2)],
 )
 def test_the_parts_of_a_register(run: Run, opcode: str, whole: str, part: str, count: int) -> None:
-    """The first part is the lowest, both ways; a part that nobody wants is named `_`."""
+    """The first part is the lowest, whether a register is taken apart or put together. A part that is not wanted is
+    named `_`."""
     bits = {"%rd": 64, "%r": 32}[whole]
     names = [f"{part}{index}" for index in range(1, count + 1)]
     apart = run(f"{opcode} {{{', '.join(names)}}}, {whole}1;", {f"{whole}1": [WHOLE]})

@@ -1,4 +1,5 @@
-"""`mma`, `ldmatrix`, `stmatrix` and `wgmma`: each lane's part by the formulas of the ISA, and a plain product."""
+"""Tests of `mma`, `ldmatrix`, `stmatrix` and `wgmma`. Each lane's part of a matrix follows the ISA's formulas; the
+judge of the products is a plain product in float64."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ Matrix = torch.Tensor
 
 
 def matrix(rows: int, columns: int, seed: int) -> Matrix:
-    """Small integers, whose products and sums have no rounding."""
+    """Return a matrix of small integers, whose products and sums need no rounding."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(-8, 9, (rows, columns), generator=generator).to(torch.bfloat16)
 
@@ -29,7 +30,8 @@ def pair(low: torch.Tensor, high: torch.Tensor) -> int:
 
 
 def left_registers(a: Matrix) -> list[list[int]]:
-    """Four registers a lane of `[16 · warps, 16]`: row and column of a0 to a7 by the ISA's formulas."""
+    """Return four registers for each lane that hold the left matrix `[16 · warps, 16]`: row and column of a0 to a7
+    follow the ISA's formulas."""
     registers: list[list[int]] = [[] for _ in range(4)]
     for thread in range(len(a) * 2):
         group, place = thread % 32 // 4, thread % 4
@@ -41,7 +43,7 @@ def left_registers(a: Matrix) -> list[list[int]]:
 
 
 def sums_of(thread: int, index: int) -> tuple[int, int]:
-    """Row and column of a lane's sum."""
+    """Return the row and column of one of a lane's sums."""
     group, place = thread % 32 // 4, thread % 4
     return thread // 32 * 16 + group + (8 if index % 4 >= 2 else 0), index // 4 * 8 + place * 2 + index % 2
 
@@ -70,7 +72,7 @@ MMA = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
 
 @pytest.mark.parametrize("opcode", [MMA])
 def test_mma(run: Run, opcode: str) -> None:
-    """Two warps, each with matrices of its own."""
+    """Each of two warps multiplies matrices of its own."""
     a, b, c = matrix(32, 16, 0), [matrix(16, 8, 1), matrix(16, 8, 2)], matrix(32, 8, 3)
     right: list[list[int]] = [[], []]
     for thread in range(64):
@@ -101,10 +103,11 @@ def test_mma_without_some_lanes(run: Run) -> None:
     ],
 )
 def test_matrices_in_shared_memory(run: Run, opcode: str) -> None:
-    """Eight lanes say where the rows of a matrix are; a lane has two neighbours of a row, or transposed of a column."""
+    """Eight lanes give the addresses of a matrix's rows. A lane holds two neighbours of a row or, transposed, of a
+    column."""
     count = int(opcode.split(".x")[1][0])
     generator = np.random.default_rng(0)
-    # Rows of all matrices of two warps in no order; the lanes that say nothing have an address that is nowhere.
+    # The rows of all matrices of two warps lie in no order; lanes that give no row have an address outside the memory.
     places = generator.permutation(2 * 8 * count) * 16
     addresses = np.full((2, 32), 1 << 20)
     addresses[:, : 8 * count] = places.reshape(2, 8 * count)
@@ -133,15 +136,16 @@ def test_matrices_in_shared_memory(run: Run, opcode: str) -> None:
 
 BASE = 1024
 MODES = {0: 0, 128: 1, 64: 2, 32: 3}
-"""Bits 62 and 63 of a matrix descriptor by the bytes of a swizzle."""
+"""Bits 62 and 63 of a matrix descriptor, by the number of bytes that a swizzle spans."""
 
 
 def in_shared_memory(b: Matrix, swizzle: int) -> tuple[np.ndarray[Any, Any], Callable[[int], int]]:
-    """Lays out `[n, k]` as the ISA's canonical layouts do, and gives the descriptor of sixteen columns from one on.
+    """Lay out `[n, k]` as the ISA's canonical layouts do; return the memory, and a function that gives the descriptor
+    of the sixteen columns from a given one on.
 
-    Without a swizzle matrices of eight rows and 16 bytes are each in one piece, here with room between them. With one, eight
-    rows are adjacent and their 16-byte units are exchanged: in a row of 128 bytes by its number, of 64 by half of it, of 32
-    by a quarter.
+    Without a swizzle each matrix of eight rows and 16 bytes is in one piece, here with room between the pieces. With a
+    swizzle eight rows are adjacent and their 16-byte units are exchanged: in a row of 128 bytes by its number, in a row
+    of 64 bytes by half of it, in a row of 32 bytes by a quarter.
     """
     n, k = b.shape
     memory = np.full(BASE + 2 * max(n * k * 2, n * 32), 0xEE, np.uint8)
@@ -177,7 +181,8 @@ def wgmma(n: int, descriptor: str, adds: str) -> str:
 
 @pytest.mark.parametrize("opcode", [product_of(n) for n in range(8, 257, 8)])
 def test_wgmma(run: Run, opcode: str) -> None:
-    """A warp group's 64 rows in registers, `n` columns in shared memory; the sums are new, or added to."""
+    """A warp group multiplies 64 rows in registers by `n` columns in shared memory. The sums are new, or the products
+    are added to them."""
     n = int(opcode.split("m64n")[1].split("k")[0])
     a, b, c = matrix(64, 16, 0), matrix(n, 16, 1), matrix(64, n, 2)
     memory, descriptor = in_shared_memory(b, 32)
@@ -190,7 +195,7 @@ def test_wgmma(run: Run, opcode: str) -> None:
 
 @pytest.mark.parametrize("swizzle", MODES)
 def test_layouts_of_wgmma(run: Run, swizzle: int) -> None:
-    """Two warp groups, which take different columns of what lies in shared memory."""
+    """Two warp groups take different columns of the matrix that lies in shared memory."""
     n, k = 24, {0: 32, 32: 16, 64: 32, 128: 64}[swizzle]
     columns = (k - 16, 0)
     a, b = matrix(128, 16, 0), matrix(n, k, 1)
@@ -205,7 +210,7 @@ def test_layouts_of_wgmma(run: Run, swizzle: int) -> None:
 
 @pytest.mark.parametrize("opcode", [FENCE, COMMIT, WAIT])
 def test_a_wait_ends_the_oldest_groups(run: Run, opcode: str) -> None:
-    """Two sums in two groups; after a wait for all but one the first may be read."""
+    """Two products run in two groups. After a wait for all groups but one, the sums of the first may be read."""
     a, b = matrix(64, 16, 0), matrix(8, 16, 1)
     memory, descriptor = in_shared_memory(b, 32)
     second = f"{product_of(8)} {listed(200, 4)}, {listed(10, 4)}, %rd1, 0, 1, 1, 0;\n"

@@ -1,4 +1,5 @@
-"""Loads, stores, atomics and asynchronous copies, and what the interpreter has to notice in them."""
+"""Tests of loads, stores, atomics and asynchronous copies, and of the mistakes in them that the interpreter has to
+notice."""
 
 from __future__ import annotations
 
@@ -18,14 +19,14 @@ GENERATOR = np.random.default_rng(0)
 
 
 def registers_of(width: str) -> tuple[int, list[str], str]:
-    """Bytes of an element, the registers, and how the instruction names them."""
+    """Return the bytes of an element, the registers' names, and how the instruction names them."""
     count, bits = int(width[1]) if width[0] == "v" else 1, int(width.rpartition("b")[2])
     names = [f"{REGISTER[bits]}{10 + index}" for index in range(count)]
     return bits // 8, names, f"{{{', '.join(names)}}}" if count > 1 else names[0]
 
 
 def scattered(step: int) -> np.ndarray[Any, Any]:
-    """Each warp has places of its own there, in no order."""
+    """Return an address for each thread, in no order; each warp has a range of its own."""
     return np.concatenate([32 * warp + GENERATOR.permutation(32) for warp in range(THREADS // 32)]) * step
 
 
@@ -84,7 +85,8 @@ ATOMICS = ["atom.shared.add.u32", "atom.relaxed.sys.shared.add.u32"]
 
 @pytest.mark.parametrize("opcode", ATOMICS)
 def test_atomics(run: Run, opcode: str) -> None:
-    """Every thread adds its number to one of two counters and gets what was there: each partial sum once."""
+    """Every thread adds its number to one of two counters and gets the counter's value from before, so that each
+    partial sum occurs once."""
     text = f"""
     setp.lt.u32 %p1, %r1, 2;
     shl.b32 %r3, %r1, 2;
@@ -103,7 +105,7 @@ def test_atomics(run: Run, opcode: str) -> None:
         assert counters[number] == (0xFFFFFFF0 + sum(added)) % (1 << 32)
         old = machine.registers["%r5"][number::2].tolist()
         after = [(before + amount) % (1 << 32) for before, amount in zip(old, added, strict=True)]
-        # What one found is what another left behind, in whatever order; an amount of zero leaves what it found.
+        # Each value that a thread found is what another left behind, in any order; adding zero leaves what was found.
         assert sorted([0xFFFFFFF0, *after]) == sorted([*old, int(counters[number])])
 
 
@@ -130,7 +132,8 @@ COPIES = {
     + [("cp.async.wait_group", left) for left in (2, 1, 0)],
 )
 def test_groups_of_copies(run: Run, opcode: str, left: int | None) -> None:
-    """The oldest groups have arrived after a wait, what comes later has not: it may take as long as it likes."""
+    """After a wait the oldest groups have arrived and the later ones have not, because a copy may take as long as it
+    likes."""
     tensor = torch.arange(256, dtype=torch.int32)
     copy = opcode if opcode in COPIES else next(iter(COPIES))
     text = GROUPS.replace("COPY", copy).replace("REST", COPIES[copy])
@@ -153,7 +156,8 @@ def test_groups_of_copies(run: Run, opcode: str, left: int | None) -> None:
     ],
 )
 def test_groups_are_each_threads_own(run: Run, opcode: str, wait: str, first: range, second: range) -> None:
-    """One half closes a group after the first copy, the other only after both: which threads' parts have arrived."""
+    """One half of the threads closes a group after the first copy, the other half only after both. Only the parts of
+    threads whose group was waited for have arrived."""
     text = GROUPS.replace("COPY", "cp.async.ca.shared.global").replace("REST", "").replace("WAIT", wait)
     text = text.replace("cp.async.commit_group;", "@%p1 cp.async.commit_group;", 1)
     assert opcode in text
@@ -167,7 +171,8 @@ def test_groups_are_each_threads_own(run: Run, opcode: str, wait: str, first: ra
 
 @pytest.mark.parametrize("opcode", COPIES)
 def test_a_copy_of_nothing_writes_zeros(run: Run, opcode: str) -> None:
-    """The fourth operand says how many bytes are read: the others become zero, and nothing is read outside."""
+    """The fourth operand is the number of bytes that are read. The other bytes become zero, and nothing is read in
+    their place."""
     tensor = torch.full((64,), 9, dtype=torch.int32)
     text = f"{opcode} [%r1], [%rd1], 16, %r2{COPIES[opcode]};\ncp.async.commit_group;\ncp.async.wait_group 0;"
     given = {"%r1": np.arange(32) * 16, "%r2": [16] * 16 + [0] * 16, "%rd1": tensor.data_ptr() + np.arange(32) * 16}
@@ -236,8 +241,9 @@ WRONG = {
     [pytest.param(reason, text, id=f"{reason} {n}") for reason, texts in WRONG.items() for n, text in enumerate(texts)],
 )
 def test_what_is_wrong_is_noticed(run: Run, reason: str, text: str) -> None:
-    """A tensor of 64 bytes and as many of shared memory, and two warps at one place in them."""
-    # torch aligns to 64 bytes.
+    """Each program has one mistake, such as an access outside its 64 bytes of a tensor or of shared memory, or two
+    warps at one address without a barrier between them. The interpreter refuses each."""
+    # The tensor's address itself is aligned, because torch aligns to 64 bytes.
     tensor = torch.zeros(16, dtype=torch.int32)
     with pytest.raises(PtxError, match=reason):
         run(TWO_WARPS + text, {"%rd1": [tensor.data_ptr()] * 64, "%r9": [0] * 64}, tensors=[tensor], shared=64)
@@ -258,13 +264,15 @@ def test_what_is_wrong_is_noticed(run: Run, reason: str, text: str) -> None:
     ],
 )
 def test_bank_conflicts(run: Run, text: str, stride: int, conflicts: int) -> None:
-    """32 banks of 4 bytes; 8 and 16 bytes a lane go half and a quarter of a warp at a time."""
+    """Shared memory has 32 banks of 4 bytes. Accesses of 8 and 16 bytes a lane go half and a quarter of a warp at a
+    time."""
     machine = run(text, {"%r1": np.arange(32) * stride, "%rd1": [0] * 32}, shared=32 * 256)
     assert machine.shared.conflicts == conflicts
 
 
 def test_each_quarter_of_a_warp_has_conflicts_of_its_own(run: Run) -> None:
-    """Each reads half of the banks twice; that the next quarter reads the other half does not help."""
+    """Each quarter of the warp reads half of the banks twice. It does not help that the next quarter reads the other
+    half."""
     quarter, lane = np.divmod(np.arange(32), 8)
     at = quarter * 256 + lane * 32 + quarter % 2 * 16
     machine = run("ld.shared.v4.b32 {%r9, %r8, %r7, %r6}, [%r1];", {"%r1": at}, shared=1024)

@@ -1,4 +1,5 @@
-"""Tensor memory, its matrix instruction and the barriers that tell when that is done (`tcgen05`, `mbarrier`)."""
+"""Tests of tensor memory, of its matrix instruction, and of the barriers that tell when that instruction is done
+(`tcgen05`, `mbarrier`)."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ def listed(first: int, count: int) -> str:
 
 
 def place_of(shape: str, thread: int, register: int, second: int) -> tuple[int, int]:
-    """Lane and column of a thread's register, by the ISA's figures."""
+    """Return the lane and column of a thread's register, by the ISA's figures."""
     warp, lane = divmod(thread, 32)
     if shape == "32x32b":
         row, column = lane, register
@@ -61,7 +62,7 @@ def test_shapes(run: Run, opcode: str) -> None:
         machine = run(f"{ALL}{opcode} [%r3+32]{half}, {listed(10, count)};", registers, shared=4)
         assert np.array_equal(machine.tensor_memory.data, memory)
     else:
-        # Column by column in the plainest shape, which the stores are tested by.
+        # The memory is filled column by column in the plainest shape, whose store is tested by this test too.
         fill = [f"{STORE} [%r3+{column}], %r{200 + column};" for column in range(COLUMNS)]
         registers = QUARTER | {f"%r{200 + column}": memory[:, column] for column in range(COLUMNS)}
         machine = run(f"{ALL}{''.join(fill)}\n{opcode} {listed(800, count)}, [%r3+32]{half};", registers, shared=4)
@@ -71,7 +72,8 @@ def test_shapes(run: Run, opcode: str) -> None:
 
 @pytest.mark.parametrize("opcode", [ALLOC, DEALLOC])
 def test_allocations(run: Run, opcode: str) -> None:
-    """One follows the other, each tells its address in shared memory, and what is given back can be had again."""
+    """Allocations follow one another, each writes its address to shared memory, and columns that were given back can be
+    allocated again."""
     text = f"{WARP0}@%p1 {ALLOC} [%r2], 128;\n@%p1 {ALLOC} [%r2+4], 64;\n"
     machine = run(text, threads=THREADS, shared=8)
     assert machine.shared.data.view(np.uint32).tolist() == [0, 128]
@@ -89,37 +91,40 @@ MMA = "tcgen05.mma.cta_group::1.kind::f16"
 
 
 def kind(rows: int, columns: int) -> int:
-    """The instruction descriptor: float32 at bit 4, bfloat16 at bits 7 and 10, columns / 8 at 17, rows / 16 at 24."""
+    """Return the instruction descriptor: float32 at bit 4, bfloat16 at bits 7 and 10, columns / 8 at 17, rows / 16 at
+    24."""
     return 1 << 4 | 1 << 7 | 1 << 10 | columns >> 3 << 17 | rows >> 4 << 24
 
 
 def in_shared_memory(b: torch.Tensor) -> tuple[np.ndarray[Any, Any], int]:
-    """`[n, 16]` in the layout whose rows have 32 bytes: a row's halves change places in the upper four of eight rows."""
+    """Lay out `[n, 16]` in rows of 32 bytes, whose halves change places in the upper four of eight rows; return the
+    memory and its descriptor."""
     memory = np.full(MATRIX + len(b) * 32, 0xFF, np.uint8)
     for row, bits in enumerate(b.view(torch.int16).numpy().view(np.uint8).reshape(len(b), 2, 16)):
         for half in (0, 1):
             place = MATRIX + row * 32 + (half ^ row % 8 // 4) * 16
             memory[place : place + 16] = bits[half]
-    # Bit 46 is a constant of this generation's descriptors, 6 its name for this swizzle.
+    # Bit 46 is constant in this generation's descriptors, and 6 at bit 61 stands for this swizzle.
     return memory, MATRIX >> 4 | 16 >> 4 << 16 | 256 >> 4 << 32 | 1 << 46 | 6 << 61
 
 
 def program(
     rows: int, n: int, adds: str, *, wait: str, commit: str = COMMITS[0]
 ) -> tuple[str, dict[str, Any], Any, torch.Tensor]:
-    """A product of tensor memory's `[rows, 16]` by `[n, 16]`: its text, its registers, shared memory, and both operands."""
+    """Return a program that multiplies tensor memory's `[rows, 16]` by `[n, 16]`: its text, its registers, shared
+    memory, and the expected sums."""
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randint(-8, 9, (size, 16), generator=generator).to(torch.bfloat16) for size in (rows, n))
     memory, descriptor = in_shared_memory(b)
     words = a.view(torch.int16).numpy().view(np.uint32)
-    # 64 rows have the first 16 lanes of each warp's 32.
+    # A matrix of 64 rows has the first 16 of each warp's 32 lanes.
     lanes = [lane for lane in range(LANES) if rows == LANES or lane % 32 < 16]
     registers: dict[str, Any] = dict(QUARTER) | {"%rd1": [descriptor] * THREADS, "%r4": [kind(rows, n)] * THREADS}
     for index in range(8):
         register = np.zeros(THREADS, np.uint32)
         register[lanes] = words[:, index]
         registers[f"%r{10 + index}"] = register
-    # Sums before: the lane's number in every column.
+    # Before the product every sum of a lane is the lane's number.
     registers["%r20"] = np.arange(THREADS, dtype=np.float32).view(np.uint32)
     sums = "".join(f"{STORE} [%r3+{64 + column}], %r20;\n" for column in range(n))
     text = f"""{ALL}
@@ -149,7 +154,7 @@ def loaded(machine: Any, n: int) -> torch.Tensor:
 
 
 def waiting(parity: int, opcode: str = WAITS[0]) -> str:
-    """As the compiler has it: a loop until the barrier's phase has ended."""
+    """Return a wait as the compiler writes it: a loop until the barrier's phase has ended."""
     return f"$L__WAIT{parity}:\n{opcode} %p4, [%r2+{BARRIER}], {parity};\n@!%p4 bra.uni $L__WAIT{parity};"
 
 
@@ -163,7 +168,7 @@ def test_products(run: Run, opcode: str, rows: int, n: int, adds: str) -> None:
 
 @pytest.mark.parametrize("opcode", [INIT, *COMMITS])
 def test_a_wait_for_a_commit(run: Run, opcode: str) -> None:
-    """The product is there after the wait, and before that it is not."""
+    """The product is in tensor memory after the wait, and before the wait it is not."""
     commit = opcode if opcode in COMMITS else COMMITS[0]
     for wait in (waiting(0), ""):
         text, registers, memory, expected = program(128, 16, "0", wait=wait, commit=commit)

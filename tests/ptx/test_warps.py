@@ -1,4 +1,4 @@
-"""Instructions by which the lanes of a warp tell each other something."""
+"""Tests of the instructions by which the lanes of a warp exchange values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ VALUES = np.random.default_rng(0).integers(0, 1 << 32, THREADS, dtype=np.uint32)
 
 
 def source_lane(mode: str, lane: int, b: int, c: int) -> int:
-    """The ISA's pseudocode of `shfl`."""
+    """Return the lane from which `shfl` takes a lane's value, by the ISA's pseudocode."""
     bval, cval, segmask = b & 31, c & 31, c >> 8 & 31
     max_lane = (lane & segmask) | (cval & ~segmask)
     min_lane = lane & segmask
@@ -29,7 +29,7 @@ def source_lane(mode: str, lane: int, b: int, c: int) -> int:
 @pytest.mark.parametrize("opcode", [f"shfl.sync.{mode}.b32" for mode in ("up", "down", "bfly", "idx")])
 @pytest.mark.parametrize("c", [31, 0, 7, 0x1807, 0x1C03, 0x181F, 0x101F], ids=hex)
 def test_shfl(run: Run, opcode: str, c: int) -> None:
-    """Amounts are taken modulo 32; each width of segments is a warp's, half of it, and so on."""
+    """Amounts are taken modulo 32. The segments are as wide as a warp, as half of it, and so on."""
     amounts = [0, 1, 3, 4, 16, 31, 33, 0xFFFFFFFF]
     text = "\n".join(f"{opcode} %r{10 + n}, %r1, {b:#x}, {c:#x}, -1;" for n, b in enumerate(amounts))
     machine = run(text, {"%r1": VALUES})
@@ -76,7 +76,7 @@ def test_parts_of_a_warp_are_refused(run: Run, text: str) -> None:
 
 @pytest.mark.parametrize("opcode", ["vote.sync.ballot.b32"])
 def test_ballot(run: Run, opcode: str) -> None:
-    """A bit for each lane; those that are not here have none."""
+    """The result has a bit for each lane, which is zero for lanes that do not take part."""
     votes = (VALUES >> 7 & 1).astype(bool)
     here = np.arange(THREADS) % 32 < 20
     machine = run(f"{opcode} %r9, %p1, -1;\n@%p2 {opcode} %r8, %p1, -1;", {"%p1": votes, "%p2": here})
@@ -87,7 +87,7 @@ def test_ballot(run: Run, opcode: str) -> None:
 
 @pytest.mark.parametrize("opcode", ["elect.sync"])
 def test_elect(run: Run, opcode: str) -> None:
-    """One lane of each warp is chosen, and all of the warp are told which."""
+    """One lane of each warp is chosen, and all lanes of the warp are told which."""
     machine = run(f"{opcode} %r9|%p9, -1;\n{opcode} _|%p8, -1;", {"%r1": range(THREADS)})
     for name in ("%p9", "%p8"):
         chosen = machine.registers[name].reshape(2, 32)
