@@ -35,8 +35,8 @@ for folder in sys.argv[2:]:
 
 
 def read(state: str, *folders: Path) -> str:
-    """Return what a process prints in which transformers reads these folders and trusts them; the plugin refuses their
-    code if `state` is "shut"."""
+    """Return what a process prints in which transformers reads these folders and trusts them; the plugin's refusal of
+    remote code is on if `state` is "shut"."""
     done = subprocess.run(
         [sys.executable, "-c", READ, state, *map(str, folders)],
         capture_output=True,

@@ -76,7 +76,7 @@ def test_every_session_of_ci_has_a_machine(noxfile: ModuleType) -> None:
 
 
 def test_types_are_checked_of_every_file() -> None:
-    """mypy is given the folders of tests/ and the scripts of ci/ by their names."""
+    """mypy is given the folders of tests/ and the scripts of ci/ by their names, so none may be missing there."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["mypy"]
     folders = {file.relative_to(ROOT / "tests").parts[0] for file in (ROOT / "tests").glob("*/**/*.py")}
     assert {"support", *(f"tests.{folder}" for folder in folders - {"support"})} <= set(settings["packages"])

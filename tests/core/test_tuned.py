@@ -83,7 +83,7 @@ def test_the_purpose_weighs_the_batches() -> None:
     ours, theirs = timed(OURS, 0.5, 0.5, 3), timed("marlin", 1, 1, 1)
     assert winner(ours, theirs, purpose=Purpose.DECODE) == OURS
     assert winner(ours, theirs, purpose=Purpose.PREFILL) == "marlin"
-    # Two sizes of decode and one of prefill: each of the two kinds counts half.
+    # There are two sizes of decode and one of prefill, and each of the two kinds counts half.
     assert winner(ours, theirs, purpose=Purpose.BOTH) == "marlin"
     assert winner(timed(OURS, 0.5, 0.5, 1.8), theirs, purpose=Purpose.BOTH) == OURS
     assert choose([*ours[:2], *theirs[:2]], Purpose.PREFILL).kernel is None

@@ -63,7 +63,8 @@ def test_the_twins_divergence_is_over_the_whole_vocabulary(tiny_folder: Path, go
 
 
 def test_experts_are_those_that_the_router_chose(tiny_folder: Path, golden_file: Path) -> None:
-    """A prompt's first token sees nothing but itself, so its routing in the first MoE layer follows by hand."""
+    """A prompt's first token sees nothing but itself, so its experts are those that the reference chooses for it
+    alone."""
     model = KimiK26(Checkpoint(tiny_folder), torch.float32)
     for found in Golden.load(golden_file).prompts:
         # Both MoE layers have the two experts that are chosen and the next four.

@@ -72,7 +72,7 @@ def test_it_answers_as_the_float32_sum(tiny_folder: Path, tmp_path: Path) -> Non
 
 
 def test_settings_of_single_modules(tiny_folder: Path, tmp_path: Path) -> None:
-    """One module has its own alpha by `alpha_pattern`, and each is scaled by the root of its rank (rsLoRA)."""
+    """One module has its own alpha by `alpha_pattern`, and each change is divided by the root of its rank (rsLoRA)."""
     adapter = draw(tiny_folder, MODULES[:2], seed=3)
     folder = adapter.write(tmp_path / "adapter", "model.")
     config = json.loads((folder / "adapter_config.json").read_text())

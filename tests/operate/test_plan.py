@@ -56,7 +56,7 @@ def rest_by_hand(tp: int) -> float:
     return hidden + routed + attention + logits + vision + 1.5 * GIB
 
 
-# GPUs, memory in MiB as the driver shows it, tensor and pipeline parallel, and whether 131,072 tokens fit.
+# GPUs, memory in MiB as the driver shows it, tensor parallel size, and whether 131,072 tokens fit.
 MACHINES = [
     ("8xH200", 143771, 8, True),
     ("8xB200", 183359, 8, True),

@@ -220,7 +220,7 @@ def test_endpoints_against_each_other(tiny_folder: Path, prompts_file: Path, tmp
     assert result.exit_code == (0 if name == "none" else 1), result.output
     (pair,) = json.loads(files[0].read_text())
     assert pair["agree"] == (name == "none")
-    # All four prompts, the one of raw text among them.
+    # All four prompts are compared, the one of raw text among them.
     expected = 1 if name == "token ids shifted by 3" else 4
     assert f"{expected} of 4 prompts become the same tokens" in result.output
     assert pair["not_shown"] == []

@@ -22,7 +22,7 @@ NAN, INF = math.nan, math.inf
 
 @dataclass(frozen=True)
 class Format:
-    """An IEEE format by the bits of its exponent and of its fraction."""
+    """An IEEE floating-point format, given by the numbers of bits of its exponent and of its fraction."""
 
     exponent: int
     fraction: int

@@ -18,7 +18,7 @@ ALLOC = "tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32"
 DEALLOC = "tcgen05.dealloc.cta_group::1.sync.aligned.b32"
 LOAD, STORE = (f"tcgen05.{name}.sync.aligned.32x32b.x1.b32" for name in ("ld", "st"))
 ALL = f"{WARP0}@%p1 {ALLOC} [%r2], 512;\n"
-# Where each warp's quarter of the lanes starts.
+# An address has its lane in the upper half: here the first lane of each warp's quarter.
 QUARTER = {"%r3": np.arange(THREADS) // 32 * 32 << 16}
 
 
