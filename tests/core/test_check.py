@@ -26,8 +26,8 @@ def copied(tiny_folder: Path, tmp_path: Path) -> Path:
 
 
 def said(folder: Path, code: int = 1) -> list[str]:
-    """Return the lines that the command prints; if its exit code is 1, assert that a server's start refuses the folder
-    too."""
+    """Return the lines that the command prints after asserting its exit code; if it is 1, assert that a server's start
+    refuses the folder too."""
     result = CliRunner().invoke(app, ["check", str(folder)])
     assert result.exit_code == code, result.output
     if code:

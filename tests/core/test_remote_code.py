@@ -35,8 +35,8 @@ for folder in sys.argv[2:]:
 
 
 def read(state: str, *folders: Path) -> str:
-    """Return what a process prints in which transformers reads these folders and trusts them; the plugin's refusal of
-    remote code is on if `state` is "shut"."""
+    """Let transformers read and trust these folders in a process of its own, and return what it prints. The plugin's
+    refusal of remote code is on if `state` is "shut"."""
     done = subprocess.run(
         [sys.executable, "-c", READ, state, *map(str, folders)],
         capture_output=True,

@@ -36,7 +36,7 @@ def test_frames_are_spread_evenly() -> None:
     assert sample_frames(10, 1, 2.0) == list(range(10))
     assert sample_frames(1, 25, 2.0) == [0]
     assert sample_frames(5, 25, 2.0) == [0]
-    # Of 12.5 and 2.5 frames Python's round makes the nearest even number.
+    # Python's round turns 12.5 and 2.5 frames into the nearest even number.
     assert len(sample_frames(125, 20, 2.0)) == 12
     assert len(sample_frames(25, 20, 2.0)) == 2
     assert sample_frames(300, Fraction(30000, 1001), 2.0)[:3] == [0, 16, 31]

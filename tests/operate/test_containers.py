@@ -84,7 +84,7 @@ def test_a_machine_with_a_bad_checkpoint_does_not_join(
 
 @pytest.mark.parametrize("engine", IMAGES)
 def test_an_image_plans_looks_and_serves(engine: str, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The image's whole command runs for two named GPUs, up to the program that it would become."""
+    """The image's whole command runs for two named GPUs, up to the start of the engine's program."""
     monkeypatch.setattr("k26_plugins.operate.doctor.engine_findings", lambda required: [])
     program, *command = [*instruction(IMAGES[engine], "ENTRYPOINT"), *instruction(IMAGES[engine], "CMD")]
     assert program == "k26"

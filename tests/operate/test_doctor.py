@@ -219,7 +219,7 @@ def test_bandwidths(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_each_node_reads_its_own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two pretended NUMA nodes each is read by itself, and both are read together."""
+    """Each of two pretended NUMA nodes is read by itself, and both are read together."""
     cpu = cores()[0].cpu
     read: list[list[Core]] = []
     whole = bandwidth.memory_rate

@@ -73,7 +73,7 @@ def test_the_tokens_that_each_expert_saw(golden: Golden) -> None:
 
 
 def test_twenty_prompts_take_seconds(tmp_path: Path) -> None:
-    """A model of this size with as many prompts once was not done after 166 s of a core."""
+    """A golden file for a model of this size and as many prompts once was not done after 166 s of a core's time."""
     make_tiny(tmp_path / "tiny", TinySizes(layers=12))
     assert sum(file.stat().st_size for file in (tmp_path / "tiny").iterdir()) > 22e6
     started = time.process_time()

@@ -355,7 +355,8 @@ def test_the_load_counts_images_and_requests() -> None:
 
 
 def test_the_bound_on_decoding_by_hand() -> None:
-    """For one request on 8 × H200 the bound is 4.8 TB/s over the bytes that a token reads of each GPU's memory."""
+    """For one request on 8 × H200 the bound is 4.8 TB/s divided by the bytes that a token reads from each GPU's
+    memory."""
     found = plan("--gpus", "8xH200", "--context", "1024")
     attention_cut = 61 * 2 * (12288 * 1536 + 16384 * 512 + 7168 * 8192)
     whole = 61 * 2 * (1536 * 7168 + 576 * 7168) + 60 * 384 * (7168 * 2 + 4)
