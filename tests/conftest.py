@@ -1,4 +1,5 @@
-"""What all tests share: the tiny checkpoint, its golden file, and how a GPU test is skipped."""
+"""What all tests share: the tiny checkpoint, golden files, the skipping of GPU tests, and a line of the final
+summary."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from support.instruction_sets import summarize
 from k26_plugins.cli import app
 from k26_plugins.common.tiny.checkpoint import make_tiny
 
-# Tests that both engines derive: what they assert is told as that of other tests.
+# Both engines' test files derive their tests from these modules: pytest rewrites the assertions in them, so that a
+# failure shows the compared values as in any test file.
 pytest.register_assert_rewrite("support.agents", "support.clients", "support.prompt_path")
 
 PROMPTS = [
@@ -35,7 +37,7 @@ PROMPTS = [
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The default tiny checkpoint. Tests that damage one copy it first."""
+    """Return the folder of the default tiny checkpoint. A test that damages files copies the folder first."""
     folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
     make_tiny(folder)
     return folder
@@ -43,7 +45,8 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Text with and without a chat around it, and an image that is padded at the right and the bottom."""
+    """Return a file of prompts: text with and without a chat around it, and an image that is padded at the right and
+    the bottom."""
     folder = tmp_path_factory.mktemp("prompts")
     (folder / "photo.png").write_bytes(png(random_image(100, 60)))
     file = folder / "prompts.jsonl"
@@ -53,13 +56,13 @@ def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def golden_file(tiny_folder: Path, prompts_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny checkpoint's golden file."""
+    """Return the tiny checkpoint's golden file."""
     return golden(tiny_folder, prompts_file, tmp_path_factory.mktemp("golden") / "golden.safetensors")
 
 
 @pytest.fixture(scope="session")
 def updated(prompts_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The tiny checkpoint with other weights, and its golden file: what a server is updated with."""
+    """Return the folder of a tiny checkpoint with other weights, to update a server with, and its golden file."""
     folder = tmp_path_factory.mktemp("updated") / "tiny"
     make_tiny(folder, seed=1)
     return folder, golden(folder, prompts_file, folder.with_name("golden.safetensors"))

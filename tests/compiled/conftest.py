@@ -1,4 +1,4 @@
-"""Tests of what the compiler makes of the kernels: they need Triton without its interpreter, in a process of their own."""
+"""Fixtures for tests of the compiled kernels, which need Triton without its interpreter, in a process of their own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from support.ptx.launch import Emulated
 if INTERPRETED.value:
     raise pytest.UsageError("Triton's interpreter is on: run tests/compiled in a process of its own.")
 
-# Where each launch finds its kernel.
+# The module in which each kernel is looked up when it is launched.
 experts, align, dequantize = map(import_module, ("k26_kernels.experts", "k26_kernels.align", "bench.dequantize"))
 KERNELS = {
     "align_kernel": align,
@@ -28,8 +28,8 @@ KERNELS = {
     "dequantize_kernel": dequantize,
 }
 ORIGINAL = {name: getattr(module, name) for name, module in KERNELS.items()}
-# One target goes through all tests in CI, sm_90 whose instructions are asynchronous; the others through what differs by
-# target, under the newest Triton.
+# CI runs all tests for sm_90, whose matrix instructions are asynchronous. For the other targets it runs only the tests
+# of what differs by target, under the newest Triton.
 IN_CI = "sm_90"
 DIFFERS = ("test_dequantize", "test_every_config[sm_80-32]", "test_every_config[sm_100-32]",
            "test_every_config[sm_120-32]", "test_the_other_members_of_a_family[121-sm_120]")  # fmt: skip
@@ -39,13 +39,14 @@ FEW_SMS = 4  # so that programs walk over several tiles
 
 @cache
 def emulated(name: str, capability: int) -> Emulated:
-    """A kernel for a capability; all tests share it, so that it is compiled once."""
+    """Return a kernel compiled for a capability. All tests share it, so that it is compiled once."""
     return Emulated(ORIGINAL[name], capability)
 
 
 @pytest.fixture
 def compiled_for(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., dict[str, Emulated]]]:
-    """`compiled_for("sm_90")` lets the kernels run here as compiled for that GPU, and gives them by name."""
+    """Yield a function: `compiled_for("sm_90")` makes the kernels run here as compiled for that GPU, and returns them
+    by name."""
 
     def use(
         target: str, *, num_sms: int = FEW_SMS, capability: int = 0, edit: Callable[[str], str] | None = None

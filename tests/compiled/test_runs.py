@@ -1,7 +1,8 @@
-"""The kernels as compiled for NVIDIA's targets, run instruction by instruction on the CPU (support/ptx), against float64.
+"""Tests of the kernels as compiled for NVIDIA's targets, run instruction by instruction on the CPU, against float64.
 
-The interpreter's tests run the same kernels' source; only here run their inline assembly, their matrix instructions, and
-the copies and barriers that the compiler put in.
+The PTX interpreter is in support/ptx. Tests under Triton's interpreter (tests/kernels) run the same kernels' source;
+only these tests run the kernels' inline assembly, their matrix instructions, and the copies and barriers that the
+compiler adds.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def load(weights: ExpertWeights) -> KernelExperts:
 
 
 def batch(num_tokens: int, top_k: int, num_experts: int, hidden_size: int = HIDDEN_SIZE) -> tuple[torch.Tensor, ...]:
-    """Gives hidden_states, ids in which the last expert has no token and one pair has no expert, and their weights."""
+    """Return hidden_states, ids in which the last expert has no token and one pair no expert, and routing weights."""
     ids, topk_weights = choose_experts(num_tokens, top_k, num_experts - 1)
     ids = ids.int()
     if num_tokens > 1:
@@ -51,9 +52,10 @@ def batch(num_tokens: int, top_k: int, num_experts: int, hidden_size: int = HIDD
 @pytest.mark.parametrize("config", ["single", "16", "32", "64", "128"])
 @pytest.mark.parametrize("target", NVIDIA)
 def test_every_config(compiled_for: CompiledFor, monkeypatch: pytest.MonkeyPatch, target: str, config: str) -> None:
-    """Experts and blocks are ragged, one expert has no tokens, and the workspace is full of what was there before.
+    """The result is right although experts have uneven numbers of tokens, blocks are partly empty, one expert has no
+    tokens, and the workspace holds garbage.
 
-    The GEMMs' tiles lie in shared memory such that no access waits for another's bank.
+    The GEMMs' tiles lie in shared memory such that accesses have no bank conflicts.
     """
     kernels = compiled_for(target)
     conflicts = kernels["moe_gemm_kernel"].conflicts
@@ -100,7 +102,8 @@ def test_split_along_k(compiled_for: CompiledFor, target: str, num_tokens: int) 
 
 @pytest.mark.parametrize("target", NVIDIA)
 def test_the_real_shape_of_a_rank(compiled_for: CompiledFor, target: str) -> None:
-    """A rank under tensor parallel 8 has 7168 × 256; ids go through a map. The error is within every backend's goal."""
+    """At 7168 × 256, the sizes of a rank under tensor parallel 8, and with ids that go through an expert map, the error
+    is within the goal that every backend has."""
     compiled_for(target)
     weights = make_weights(1, 7168, 256)
     x, topk_weights = inputs(1, 7168), torch.tensor([[0.4, 0.6]])
@@ -136,7 +139,8 @@ def test_dequantize(compiled_for: CompiledFor, target: str, gated: bool, dtype: 
 
 @pytest.mark.parametrize("target", NVIDIA)
 def test_align(compiled_for: CompiledFor, target: str) -> None:
-    """Two launches sort more pairs than one can, through an expert map: the table and each expert's order are right."""
+    """With more pairs than one launch can sort, and an expert map, two launches give the right table of blocks and the
+    right order of each expert's pairs."""
     kernels = compiled_for(target)
     ids = choose_experts(520, 2, 8)[0].int()
     ids[3, 0] = -1
@@ -150,7 +154,8 @@ def test_align(compiled_for: CompiledFor, target: str) -> None:
     assert kernels["place_kernel"].launches > 0
 
 
-# What a compiler or a careless hand could leave out or get wrong: the run has to notice each.
+# Faults that a compiler or a careless edit could make, as a pattern in the PTX and its replacement: the run has to
+# notice each of them.
 BROKEN = {
     "no wait for copies": (r"cp\.async\.wait_group[^;]*;", ""),
     "no wait for matrix instructions": (r"wgmma\.wait_group[^;]*;", ""),
@@ -186,7 +191,7 @@ def test_a_broken_kernel_is_noticed(compiled_for: CompiledFor, broken: str) -> N
 
 
 def test_triton_waits_for_products_from_3_8_on(compiled_for: CompiledFor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`Target.waits` exists because earlier Tritons let the weights of a matrix instruction change while it is under way."""
+    """`Target.waits` exists because earlier Tritons let the weights of a matrix instruction change while it runs."""
     affected = OVERWRITES_WEIGHTS
     monkeypatch.setattr("k26_kernels.target.OVERWRITES_WEIGHTS", False)
     compiled_for("sm_90")

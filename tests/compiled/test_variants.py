@@ -1,4 +1,4 @@
-"""Triton's own cache of compiled kernels in a server's process holds before the first request all that it ever will."""
+"""Tests that Triton's own cache of compiled kernels, in a server's process, is complete before the first request."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HIDDEN_SIZE, INTERMEDIATE_SIZE, EXPERTS, TOP_K = 1024, 128, 8, 8
 
 
 class NoGpu:
-    """Stands in for a GPU's driver: it answers what Triton asks until a kernel is compiled."""
+    """A stand-in for a GPU's driver, which answers what Triton asks until a kernel is compiled."""
 
     def get_current_device(self) -> int:
         return 0
@@ -33,7 +33,7 @@ class NoGpu:
 
 @pytest.fixture
 def cached(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[tuple[str, str]]]:
-    """The cache's keys, with their kernels, as launches enter them. Kernels are compiled for sm_90 and not run."""
+    """Yield the set of (kernel's name, cache key) that launches add to. Kernels are compiled for sm_90 and not run."""
     device = Device(TARGETS["sm_90"], "without a GPU", 132)
     for module in ("experts", "variants"):
         monkeypatch.setattr(sys.modules[f"k26_kernels.{module}"], "device_of", lambda _: device)
@@ -53,7 +53,7 @@ def cached(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[tuple[str, str]]]:
 
 @pytest.mark.parametrize("with_map", [False, True], ids=["local ids", "a map"])
 def test_no_batch_adds_to_the_cache(cached: set[tuple[str, str]], with_map: bool) -> None:
-    """Batches go from one token to more than the kernels compute at a time."""
+    """No batch, from one token to more tokens than the kernels compute at a time, adds a kernel to Triton's cache."""
     num_global = 3 * EXPERTS if with_map else None
     shape = Shape(HIDDEN_SIZE, INTERMEDIATE_SIZE, EXPERTS)
     compile_variants(torch.device("cpu"), shape, TOP_K, torch.bfloat16, num_global_experts=num_global)

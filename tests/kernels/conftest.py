@@ -23,7 +23,11 @@ def device() -> torch.device:
 
 @pytest.fixture(params=["sm_90", "sm_80", "sm_100", "gfx942", "gfx950"])
 def each_layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Runs a test with the layout of each instruction under the interpreter; on a GPU with its own."""
+    """Return the name of a target whose weight layout the test uses.
+
+    Under the interpreter a test runs with the layout of each matrix instruction; on a GPU only with the GPU's own
+    layout.
+    """
     from k26_kernels import device_of, target
 
     if ON_GPU:

@@ -1,4 +1,4 @@
-"""The table of blocks that the device builds, against the plain one."""
+"""Tests of the table of blocks that `moe_align_block_size` builds on the device, against its plain PyTorch twin."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from support.experts import route
 def table(
     ids: torch.Tensor, expert_map: torch.Tensor | None, num_experts: int, block: int
 ) -> tuple[list[int], list[tuple[int, ...]]]:
-    """The sorted pairs and the table's rows that the kernel writes into buffers full of garbage."""
+    """Return the sorted pairs and the table's rows that the kernel writes into buffers full of garbage."""
     sorted_pairs = torch.full((ids.numel(),), -7, dtype=torch.int32, device=ids.device)
     most = max_blocks(ids.numel(), num_experts, block)
     blocks = torch.full((1 + 5 * most,), -7, dtype=torch.int32, device=ids.device)
@@ -54,7 +54,7 @@ def test_expert_map(device: torch.device, num_tokens: int) -> None:
 
 @pytest.mark.parametrize("num_tokens", [600, PAIRS_AT_ONCE + 1])
 def test_all_tokens_on_one_expert(device: torch.device, num_tokens: int) -> None:
-    """One expert then has more blocks than are written at a time."""
+    """If all tokens choose one expert, that expert has more blocks than the kernel writes at a time."""
     ids = torch.full((num_tokens, 1), 2, dtype=torch.int32, device=device)
     assert table(ids, None, 4, 16) == moe_align_block_size_reference(ids, None, 4, 16)
 
@@ -62,13 +62,13 @@ def test_all_tokens_on_one_expert(device: torch.device, num_tokens: int) -> None
 @pytest.mark.parametrize("num_tokens", [3, PAIRS_AT_ONCE])
 @pytest.mark.parametrize("nobody", [-1, 9])
 def test_nobody_is_here(device: torch.device, nobody: int, num_tokens: int) -> None:
-    """An id beyond the experts counts as none: padded rows of a batch may hold anything."""
+    """An id that no expert has, such as −1 or 9, counts as none, because padded rows of a batch may hold anything."""
     ids = torch.full((num_tokens, 2), nobody, dtype=torch.int32, device=device)
     assert table(ids, None, 4, 16) == ([], [])
 
 
 def test_room_for_the_worst_choice() -> None:
-    """The worst choice is one pair more than full blocks, in as many experts as there can be."""
+    """In the worst case as many experts as possible have one pair more than full blocks hold."""
     assert max_blocks(1, 384, 16) == 1
     assert max_blocks(17, 1, 16) == 2
     assert max_blocks(34, 2, 16) >= 4

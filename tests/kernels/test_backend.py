@@ -1,4 +1,7 @@
-"""The Triton backend behind the core's interface: chosen, self-tested, refused, missing."""
+"""Tests of the Triton backend behind the core's interface: when it is chosen, self-tested, refused, or missing.
+
+Results are compared with float64 on weights that compressed-tensors unpacks.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ TOLERANCE = 5e-3
 
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    """Lets the backend onto a CPU, where the interpreter runs."""
+    """Let the backend run on a CPU, under Triton's interpreter."""
     if device.type == "cpu":
         monkeypatch.setattr("k26_plugins.common.experts.triton.unusable_on", lambda device: None)
         monkeypatch.setattr("k26_plugins.common.experts.tuned.unusable_on", lambda device: None)
@@ -68,7 +71,7 @@ def test_it_is_the_first_choice_and_passes_its_self_test(device: torch.device, m
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_self_test_reaches_every_config(target: str) -> None:
-    """It does so with the two experts that it tests, at the real size."""
+    """The self-test's batches, with the two experts that it tests at the real size, use every kernel config."""
     device, shape = Device(TARGETS[target], "a GPU without a file", 132), Shape(7168, 2048, 2)
     plans = [make_plan(device, shape, tokens, 2, 2) for tokens in TritonExperts.self_test_tokens]
     assert [plan.config for plan in plans] == list(kernel_configs(device, shape).values())
@@ -86,7 +89,7 @@ def test_rows_are_restored_to_the_checkpoint_s(device: torch.device) -> None:
 
 @pytest.mark.usefixtures("interpreted")
 def test_an_experts_rows_can_be_moved(device: torch.device) -> None:
-    """EPLB copies the rows of an expert over another's: the other then computes as it."""
+    """When EPLB copies one expert's rows over another's, the other expert must compute what the first one does."""
     experts = TritonExperts.load(
         make_weights(3, 128, 128).copy_of([0, 1, 2]) if device.type == "cpu" else pytest.skip()
     )
@@ -145,12 +148,15 @@ print(unusable_on(torch.device("cuda")))
 
 
 SIZES = LayerSizes(48, 256, 128, torch.device("cpu"))
-"""The sizes of a rank's part of a layer; the interpreter stands for its GPU."""
+"""The sizes of a rank's part of a layer, on a CPU because Triton's interpreter takes the place of the rank's GPU."""
 
 
 @pytest.fixture
 def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Path]]:
-    """Writes an invented outcome for SIZES into the user's cache folder: ours in half the time of another."""
+    """Yield a function that writes an invented outcome for SIZES into the user's cache folder and returns its file.
+
+    By default our kernels take half the time of Marlin in it.
+    """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("K26_TUNED", raising=False)
     monkeypatch.setattr("k26_plugins.common.experts.tuned.driver_version", lambda: "unknown")
@@ -173,7 +179,8 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
 @pytest.mark.skipif(torch.cuda.is_available(), reason="its GPU is the interpreter")
 @pytest.mark.usefixtures("interpreted")
 def test_auto_takes_what_won(measured: Callable[..., Path]) -> None:
-    """The configs of that measurement then serve experts of that size, however many: the self-test's two among them."""
+    """Once an outcome is found, its kernel configs serve layers of the measured hidden and intermediate size with any
+    number of experts, for example the two of the self-test."""
     answer = tuned_answer(SIZES, "vllm 1.0")
     assert answer.backend == "engine"
     assert answer.why.endswith("`k26 tune` would measure it")
@@ -197,7 +204,8 @@ def test_auto_takes_what_won(measured: Callable[..., Path]) -> None:
 def test_auto_measures_at_the_start_where_it_is_asked_to(
     measured: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It measures once; where that fails, the engine's own experts serve, and the reason is said."""
+    """With K26_TUNE=start `auto` measures once. If the measurement fails, the engine's own experts serve, and the
+    answer gives the reason."""
     monkeypatch.setenv("K26_TUNE", "start")
     failed = "import sys; sys.exit('no memory for the weights.')"
     monkeypatch.setattr(tune_at_start, "COMMAND", (sys.executable, "-c", failed))
@@ -270,9 +278,10 @@ def test_the_doctor_says_which_measurement_is_used(
 def test_what_auto_is_elsewhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """On a CPU `auto` is the first of the core's that is right; on a device that the kernels do not know, the engine's own.
+    """On a CPU `auto` stays, for the core to take its first backend that passes the self-test; on a device that the
+    kernels do not support, `auto` becomes the engine's own experts.
 
-    A worker's report to the server's endpoint says which and why.
+    A worker's report to the server's endpoint says which experts were taken and why.
     """
     monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))

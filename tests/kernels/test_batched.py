@@ -1,4 +1,7 @@
-"""Tokens in a buffer of each expert's own, against float64 on weights that compressed-tensors unpacks."""
+"""Tests of `batched_experts`, whose tokens come in one buffer per expert, against float64.
+
+compressed-tensors unpacks the weights for the float64 product.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from k26_plugins.common.experts import ExpertWeights
 
 TOLERANCE = 5e-3
 MAX_TOKENS = 40
-# The experts have no token, one, a full block, one more than that, a full buffer, and three.
+# The experts' numbers of tokens: none, one, a full block, one more than a full block, a full buffer, and three.
 COUNTS = [0, 1, 16, 17, MAX_TOKENS, 3]
 
 

@@ -1,4 +1,4 @@
-"""The benchmark and the measurement of `k26 tune`, with the interpreter in the GPU's place."""
+"""Tests of the benchmark and of `k26 tune`; without a GPU, Triton's interpreter takes its place."""
 
 from __future__ import annotations
 
@@ -37,18 +37,19 @@ def test_routings(kind: str) -> None:
     assert ids.shape == (600, 8)
     assert all(len(set(row)) == 8 for row in ids.tolist())
     counts = ids.flatten().long().bincount(minlength=GLOBAL_EXPERTS).sort(descending=True).values
-    # Evenly 12.5 a piece; the most popular of a skewed choice takes part in most rows.
+    # An even choice gives each expert 12.5 of the 4,800 pairs; a skewed choice has its most popular expert in at least
+    # half of the rows.
     assert counts[0] < 40 if kind == "uniform" else counts[0] >= 300
     assert torch.equal(TINY.choose(kind, 600), ids)
 
 
 def test_bytes_of_an_expert() -> None:
-    """They are those of the published model, but for its 24 bytes of shapes."""
+    """An expert has as many bytes as in the published model, less the 24 bytes of its weight_shape tensors."""
     assert LAYERS["whole"].expert_bytes == 24_772_632 - 24
 
 
 def test_a_batch_is_measured(device: torch.device) -> None:
-    """Ours and each peer get a row; the one peer that always runs agrees with ours."""
+    """Our kernels and each peer get a row; the one peer that runs everywhere agrees with our kernels."""
     seconds = []
 
     def clock(run: object, graph: bool) -> float:
@@ -74,7 +75,8 @@ def test_a_batch_is_measured(device: torch.device) -> None:
 
 
 def test_one_launch_of_each(device: torch.device) -> None:
-    """A sanitizer watches this run on a GPU; more pairs than one launch sorts would take too long here."""
+    """`bench.one_launch`, which a sanitizer watches on a GPU, finds every result right. Its batch with more pairs than
+    one launch sorts is left out, because it would take too long here."""
     one_launch.small_ones(device, (1, 5))
 
 
@@ -99,7 +101,7 @@ def test_the_fastest_tiles_are_taken(device: torch.device, monkeypatch: pytest.M
     found = tiles.fastest_tiles(experts_of(TINY, device), TINY, clock_of(device), 60.0, searched.append)
     assert {(config.w13, config.w2) for config in found.values()} == {(fastest, fastest)}
     assert len(searched) == measure.SEARCHES
-    # There is no time for any but the present ones.
+    # Without time for a search, the present configs are kept.
     before = dict(default_configs("sm_90"))
     assert tiles.fastest_tiles(experts_of(TINY, device), TINY, clock_of(device), 0.0, searched.append) == before
 
@@ -127,7 +129,8 @@ def missing(weights: ExpertWeights) -> Run:
 
 
 def wrong(weights: ExpertWeights) -> Run:
-    """The fastest of all, and wrong as issues tell of some GPUs: each token is given the same."""
+    """Return a peer that is the fastest of all and wrong, as issues report of some GPUs: every token gets the same
+    row."""
     return lambda x, topk_weights, ids, local: x[:1].expand(x.shape)
 
 
@@ -144,7 +147,11 @@ def too_long(weights: ExpertWeights) -> Run:
 
 @pytest.fixture
 def tunable(tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A small checkpoint on a machine with a GPU, which the interpreter stands for, and with an engine's kernels."""
+    """Yield the folder of a small checkpoint, on a machine that seems to have a GPU and SGLang with four kernels of its
+    own.
+
+    Without a GPU, Triton's interpreter takes its place.
+    """
     peers = {"dense": dequantize_and_dense, "wrong": wrong, "too long": too_long, "missing": missing}
     monkeypatch.setattr("k26_plugins.operate.tune.device.gpu", lambda: device)
     monkeypatch.setattr("k26_plugins.operate.tune.device.peers_of", lambda engine: peers)
@@ -160,7 +167,8 @@ def tunable(tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_a_server_s_start_runs(tunable: Path, tmp_path: Path) -> None:
-    """Under the interpreter, in this process: the outcome is where the server looks for it."""
+    """The measurement that a server's start runs, here in the test's own process, writes its outcome to the file in
+    which the server looks for it."""
     del tunable
     at_start.main("128x128x8", "sglang")
     (file,) = (tmp_path / "cache/k26-plugins/tuned").glob("*.json")

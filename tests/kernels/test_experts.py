@@ -1,4 +1,4 @@
-"""The routed sum, against float64 on weights that compressed-tensors unpacks."""
+"""Tests of `fused_experts`, the routed sum, against float64 on weights that compressed-tensors unpacks."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from k26_plugins.operate.tune.routing import Layer
 
 experts_module, align = (import_module(f"k26_kernels.{name}") for name in ("experts", "align"))
 
-# Weights, activations and the result are rounded to bfloat16 (1.5e-3 each); so few values scatter around the mean.
+# Weights, activations and the result are rounded to bfloat16 (1.5e-3 each); with so few values the errors scatter.
 TOLERANCE = 5e-3
 
 
 def on(device: torch.device, weights: ExpertWeights) -> KernelExperts:
-    """The kernels' experts from copies on the device."""
+    """Return the kernels' experts, made from copies of the weights on the device."""
     copy = to_device(weights, device)
     return KernelExperts.from_checkpoint(copy.w13_packed, copy.w13_scale, copy.w2_packed, copy.w2_scale)
 
@@ -45,7 +45,7 @@ def result_of(
 
 @pytest.mark.parametrize("num_tokens", [1, 6])
 def test_every_layout(each_layout: str, device: torch.device, num_tokens: int) -> None:
-    """Few tokens without sorting, more with it."""
+    """Each layout gives the right sum, without sorting of the pairs for one token, and with it for six."""
     weights = make_weights(4, 256, 128)
     ids, topk_weights = route(num_tokens, 2, 4)
     x = inputs(num_tokens, 256)
@@ -71,7 +71,7 @@ def test_against_float64(
 
 
 def test_the_largest_blocks(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """This is the one config that the shapes above do not reach."""
+    """Blocks of 128, the one config that the shapes of `test_against_float64` do not reach, give the right sum."""
     experts = on(device, make_weights(2, 128, 128))
     reached = {
         make_plan(experts.device, experts.shape, tokens, top_k, count).config.BLOCK_SIZE_M
@@ -95,7 +95,8 @@ def test_the_largest_blocks(device: torch.device, monkeypatch: pytest.MonkeyPatc
 def test_split_along_k(
     device: torch.device, hidden_size: int, intermediate_size: int, parts: tuple[int, int], num_tokens: int
 ) -> None:
-    """Where the tiles of a few tokens, sorted or not, do not fill the GPU, a GEMM's parts are summed in their order."""
+    """If few tokens, sorted or not, give a GEMM too few tiles to fill the GPU, the GEMM is cut along K, and its partial
+    sums are added in their order."""
     weights = make_weights(2, hidden_size, intermediate_size)
     ids, topk_weights = torch.tensor([[1], [0], [1], [-1], [1]])[:num_tokens], torch.full((num_tokens, 1), 0.7)
     x = inputs(num_tokens, hidden_size)
@@ -119,7 +120,8 @@ PARTS = {
 
 @pytest.mark.parametrize(("shape", "num_tokens"), PARTS)
 def test_into_how_many_parts_a_rank_s_gemms_are_cut(shape: Shape, num_tokens: int) -> None:
-    """The GEMMs of few tokens are cut, sorted or not, and never where a token's bits must not depend on its batch."""
+    """The GEMMs of few tokens are cut along K, sorted or not, but never where a token's bits must not depend on its
+    batch."""
     plan = make_plan(H200, shape, num_tokens, 8, 384)
     assert (plan.split_w13, plan.split_w2) == PARTS[shape, num_tokens]
     fixed = make_plan(H200, shape, num_tokens, 8, 384, batch_invariant=True)
@@ -128,7 +130,8 @@ def test_into_how_many_parts_a_rank_s_gemms_are_cut(shape: Shape, num_tokens: in
 
 @pytest.mark.parametrize(("num_tokens", "num_experts"), [(5, 384), (16, 48), (64, 6), (1000, 384)])
 def test_the_expected_blocks_are_those_of_an_even_choice(num_tokens: int, num_experts: int) -> None:
-    """They are the average over choices; where blocks fill, they are the fewest that the tokens can have."""
+    """`expected_blocks` is about the average over even choices; where blocks fill, it is the fewest blocks that the
+    tokens can have."""
     layer = Layer("a rank's", 7168, 256, num_experts)
     counts = [
         layer.pairs_here(layer.choose("uniform", num_tokens, seed)).bincount(minlength=num_experts)
@@ -141,7 +144,7 @@ def test_the_expected_blocks_are_those_of_an_even_choice(num_tokens: int, num_ex
 
 @pytest.mark.parametrize("num_tokens", [3, 20])
 def test_pairs_without_an_expert_here(device: torch.device, num_tokens: int) -> None:
-    """Some ids are −1, each rank leaves the other's out, and the two ranks' sums add up."""
+    """Each of two ranks leaves out the ids of −1 and the other rank's experts, so that the two ranks' sums add up."""
     weights = make_weights(6, 128, 128)
     ids, topk_weights = route(num_tokens, 3, 6)
     ids[0] = -1
@@ -160,10 +163,11 @@ def test_pairs_without_an_expert_here(device: torch.device, num_tokens: int) -> 
 
 @pytest.mark.parametrize(("num_tokens", "dtype"), [(7, torch.int64), (10, torch.int32), (20, torch.int64)], ids=str)
 def test_what_is_no_experts_id_counts_as_none(device: torch.device, num_tokens: int, dtype: torch.dtype) -> None:
-    """That holds in the ids and in the map, outside of which nothing is read."""
+    """An id without an expert counts as none, and so does an entry of the expert map without one; nothing outside the
+    map is read."""
     weights = make_weights(4, 128, 128)
     x, topk_weights = inputs(num_tokens, 128), route(num_tokens, 2, 4)[1]
-    around = torch.arange(12, dtype=torch.int32) % 4  # to read beyond the map's end would give an expert
+    around = torch.arange(12, dtype=torch.int32) % 4  # a read beyond the map's ends would find an expert
     around[2:10] = torch.tensor([2, 0, -1, 1, 3, 4, -3, 2**30])
     strange = [8, 9, -2, 384, *([2**32, 2**32 + 1] if dtype == torch.int64 else [])]
     for expert_map, wrong in ((None, [4, *strange]), (around.to(device)[2:10], [2, 5, 6, 7, *strange])):
@@ -176,7 +180,7 @@ def test_what_is_no_experts_id_counts_as_none(device: torch.device, num_tokens: 
 
 
 def test_tensor_parallel_ranks_add_up(device: torch.device) -> None:
-    """A rank has as few as 128 inputs of w2."""
+    """The sums of two tensor-parallel ranks add up, each with 128 inputs of w2, the fewest that the kernels take."""
     weights = make_weights(3, 128, 256)
     ids, topk_weights = route(6, 2, 3)
     x = inputs(6, 128)
@@ -197,7 +201,7 @@ def test_tensor_parallel_ranks_add_up(device: torch.device) -> None:
 
 
 class Counted:
-    """A kernel whose launches are counted."""
+    """A kernel whose launches are recorded by name."""
 
     def __init__(self, kernel: Any, name: str, launched: list[str]) -> None:
         self.kernel, self.name, self.launched = kernel, name, launched
@@ -223,7 +227,7 @@ def test_launches_a_layer(
             monkeypatch.setattr(module, f"{name}_kernel", Counted(kernel, name, launched))
     ids = torch.full((num_tokens, 8), -1, dtype=torch.int32)
     ids[0, :2] = torch.tensor([1, 0])
-    # Not so few experts that a GEMM would be cut along K.
+    # At these sizes no GEMM is cut along K, which would add launches.
     weights, x, topk_weights = make_weights(2, 128, 256), inputs(num_tokens, 128), torch.ones(num_tokens, 8)
     result = result_of(device, weights, x, ids, topk_weights)
     assert launched == [*sorting, "moe_gemm", "moe_gemm", "reduce"]
@@ -264,7 +268,7 @@ def test_batch_invariant(device: torch.device) -> None:
 
 
 def test_the_callers_workspace(device: torch.device) -> None:
-    """It may have held anything before, and its size serves every smaller batch."""
+    """The caller's workspace may hold anything before the call, and its size is enough for every smaller batch."""
     weights = make_weights(3, 128, 128)
     experts = on(device, weights)
     workspace = torch.full((workspace_bytes(experts, 6, 2),), 0xFF, dtype=torch.uint8, device=device)

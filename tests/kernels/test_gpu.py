@@ -1,6 +1,6 @@
-"""What only a GPU can show: the real shapes, CUDA graphs, the same bits at every run.
+"""Tests that need a GPU: the real shapes against float64, CUDA graphs, and the same bits at every run.
 
-Once under the sanitizer, which takes some minutes (ROCm has none):
+The real shapes are also to be run once under the sanitizer, which takes some minutes (ROCm has none):
 
     compute-sanitizer --tool memcheck python -m pytest tests/kernels/test_gpu.py -k real_shapes
 """
@@ -19,14 +19,14 @@ from k26_plugins.operate.tune.measure import random_weights
 
 pytestmark = pytest.mark.gpu
 
-# docs/design.md: bfloat16 rounding, on every backend.
+# What docs/design.md allows every backend for rounding to bfloat16.
 TOLERANCE = 4e-3
 EXPERTS = 48
 
 
 @pytest.fixture(scope="module", params=["ep8", "tp8"])
 def layer(request: pytest.FixtureRequest) -> tuple[ExpertWeights, KernelExperts]:
-    """48 experts of the real size, or of its part under tensor parallel 8, as published and repacked."""
+    """Return 48 experts of the real size, or of a rank's part under tensor parallel 8, as published and as repacked."""
     weights = random_weights(replace(LAYERS[request.param], num_experts=EXPERTS), torch.device("cuda"))
     copies = (weights.w13_packed, weights.w13_scale, weights.w2_packed, weights.w2_scale)
     experts = KernelExperts.from_checkpoint(*(tensor.clone() for tensor in copies))
@@ -34,7 +34,7 @@ def layer(request: pytest.FixtureRequest) -> tuple[ExpertWeights, KernelExperts]
 
 
 def batch(num_tokens: int, top_k: int = 8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gives hidden_states, topk_ids of 48 experts, and topk_weights."""
+    """Return hidden_states, topk_ids of 48 experts, and topk_weights."""
     generator = torch.Generator().manual_seed(num_tokens)
     x = torch.randn(num_tokens, 7168, generator=generator).to("cuda", torch.bfloat16)
     ids = torch.rand(num_tokens, EXPERTS, generator=generator).topk(top_k).indices
@@ -59,7 +59,8 @@ def test_real_shapes_against_float64(layer: tuple[ExpertWeights, KernelExperts],
 
 @pytest.mark.parametrize("num_tokens", [1, 16, 512])
 def test_a_cuda_graph_replays_with_new_inputs(layer: tuple[ExpertWeights, KernelExperts], num_tokens: int) -> None:
-    """It is captured once and replayed with other tokens and other experts, workspace and output being the caller's."""
+    """A CUDA graph that is captured once gives right results when it is replayed with other tokens and other experts;
+    the workspace and the output are the caller's."""
     _, experts = layer
     x, ids, topk_weights = batch(num_tokens)
     out = torch.empty_like(x)
@@ -95,7 +96,7 @@ def test_batch_invariance_at_the_real_shape(layer: tuple[ExpertWeights, KernelEx
 
 
 def test_expert_parallel_ids(layer: tuple[ExpertWeights, KernelExperts]) -> None:
-    """Global ids through a map give what local ids give."""
+    """Global ids through an expert map give the same bits as local ids."""
     _, experts = layer
     x, _, topk_weights = batch(40)
     ids, local = LAYERS["ep8"].choose("uniform", 40).cuda(), LAYERS["ep8"].expert_map()

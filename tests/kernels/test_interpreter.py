@@ -41,7 +41,7 @@ def test_rounding_to_bfloat16(device: torch.device, mended: bool) -> None:
     if not mended and not INTERPRETED.value:
         pytest.skip("a GPU rounds rightly")
     x = torch.randn(256, generator=torch.Generator().manual_seed(0)).to(device)
-    # A tie to even in both directions, and what carries into the exponent.
+    # Two ties, of which one is rounded down to even and one up, and a value whose rounding carries into the exponent.
     x[:3] = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 1.99999]).to(device)
     out = torch.empty(256, dtype=torch.bfloat16, device=device)
     cast[(1,)](x, out, MENDED=mended)

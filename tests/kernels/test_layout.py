@@ -1,4 +1,4 @@
-"""The stored order of the weights, against compressed-tensors' own unpacking."""
+"""Tests of the order in which `repack` stores the weights, against compressed-tensors' own unpacking."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_repacking_is_undone(fragment: str, matrix: str, gated: bool) -> None:
 
 @pytest.mark.parametrize("fragment", FRAGMENTS)
 def test_slabs_make_no_difference(fragment: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A matrix larger than a slab is rearranged in parts."""
+    """A matrix larger than a slab is rearranged in parts, with the same result as in one piece."""
     weights = make_weights(1, 256, 256)
     whole, parts = weights.copy_of([0]), weights.copy_of([0])
     assert whole.w13_packed.numel() * 8 < SLAB
@@ -43,9 +43,11 @@ def test_slabs_make_no_difference(fragment: str, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("fragment", FRAGMENTS)
 def test_a_thread_finds_what_it_feeds_to_the_instruction(fragment: str) -> None:
-    """The first 16 bytes of each lane, spelled out: which weights of the first 16 rows they hold."""
+    """The first 16 bytes of each lane hold weights of the rows and inputs that its matrix instruction takes from that
+    lane."""
     row, k = torch.meshgrid(torch.arange(64), torch.arange(128), indexing="ij")
-    # The nibbles of the row's number, then of the input's: three passes name every weight.
+    # Each weight is replaced by a nibble of its row's number, then of its input's number: four passes name every
+    # weight.
     named = []
     for digit in (row % 16, row // 16, k % 16, k // 16):
         words = (digit.to(torch.int32).unflatten(-1, (-1, 8)) << torch.arange(0, 32, 4, dtype=torch.int32)).sum(
@@ -74,7 +76,7 @@ def test_a_thread_finds_what_it_feeds_to_the_instruction(fragment: str) -> None:
             expected_inputs = {16 * step + i for step in range(4) for i in pair}
         assert set(rows[mine].flatten().tolist()) == expected_rows
         assert set(inputs[mine].flatten().tolist()) == expected_inputs
-    # A word has one scale: one row, and inputs of one group.
+    # A word's eight weights share one scale, so they are of one row and of one group of inputs.
     assert (rows == rows[:, :1]).all()
     assert (inputs // 32 == inputs[:, :1] // 32).all()
 

@@ -1,4 +1,4 @@
-"""How many programs of a GEMM are launched: as many as the SMs hold, once the compiler's figures are known."""
+"""Tests of how many programs of a GEMM are launched: as many as the SMs hold, once the compiler's figures are known."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from support.experts import inputs, make_weights, route
 
 experts = import_module("k26_kernels.experts")
 
-# Threads, registers of each, shared memory and columns of tensor memory; what bounds the programs.
+# Target, threads of a program, registers of a thread, bytes of shared memory and columns of tensor memory → programs
+# that an SM holds. The comments name what limits the number.
 HELD = {
     ("sm_90", 128, 126, 53248, 0): 4,  # registers and shared memory alike
     ("sm_90", 128, 129, 53248, 0): 3,  # registers, which are given out eight at a time
@@ -45,14 +46,16 @@ def test_a_larger_member_of_a_family_holds_more() -> None:
 
 
 def test_launches_take_what_the_first_one_compiled(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first launch takes a guess. Each GEMM has figures of its own, and results have the same bits."""
+    """The first launch of each GEMM guesses its number of programs, later launches use that GEMM's compiled figures,
+    and all results have the same bits."""
     if device.type != "cpu":
         pytest.skip("its GPU is the interpreter's, which has four SMs")
     grids: list[int] = []
     threads = SimpleNamespace(warp_size=32)
 
     class Compiled:
-        """The kernel, with the figures of a GPU's where the interpreter has none: two programs fit for w13, one for w2."""
+        """The kernel with figures as a GPU's compiler gives them, which the interpreter lacks: two programs of w13 fit
+        on an SM, and one of w2."""
 
         kernel = experts.moe_gemm_kernel
 

@@ -1,4 +1,4 @@
-"""What is compiled before the first request: all that batches of any size launch."""
+"""Tests that all kernel variants that batches of any size launch are compiled before the first request."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from k26_plugins.common.experts import Batches, ExpertsError, create_experts, tr
 from k26_plugins.common.experts.triton import TritonExperts
 
 LAUNCHER = type(moe_gemm_kernel)
-"""Triton's own class of kernels: its interpreter's without a GPU."""
+"""Triton's own class of kernels; without a GPU it is the interpreter's class."""
 
 
 @contextmanager
 def launches(monkeypatch: pytest.MonkeyPatch, *, run: bool) -> Iterator[set[Any]]:
-    """Collects what decides which code each launch runs: its kernel, its compile-time arguments, the dtypes of its tensors
-    and whether they are aligned. Without `run` the launches stop there."""
+    """Yield a set that collects, for each launch, what decides which code it runs: its kernel, its compile-time
+    arguments, the dtypes of its tensors and whether they are aligned. With `run=False` no kernel is run."""
     seen: set[Any] = set()
     original = LAUNCHER.run
 
@@ -50,9 +50,10 @@ ALL_SIZES = range(1, EXACT_PAIRS // TOP_K + 20)
 def test_no_batch_launches_what_was_not_compiled(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, with_map: bool, batch_invariant: bool
 ) -> None:
-    """Batches have any size, some are computed in two parts; and nothing is compiled that none of them launches."""
+    """Batches of any size, including those that are computed in two parts, launch exactly the variants that were
+    compiled, so that none is compiled in vain."""
     if device.type == "cpu":
-        # Few tokens leave a real GPU idle, and its GEMMs are cut along K.
+        # A real GPU has so many SMs that the GEMMs of few tokens are cut along K.
         large = Device(TARGETS["sm_90"], "interpreter", 132)
         for module in ("experts", "variants"):
             monkeypatch.setattr(sys.modules[f"k26_kernels.{module}"], "device_of", lambda device: large)
@@ -79,7 +80,7 @@ def test_no_batch_launches_what_was_not_compiled(
 def test_no_buffers_launch_what_was_not_compiled(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, batch_invariant: bool
 ) -> None:
-    """Buffers have any length, and any number of tokens is expected in them."""
+    """Buffers of any length, with any expected number of tokens, launch exactly the variants that were compiled."""
     shape = Shape(128, 128, 4)
     with launches(monkeypatch, run=False) as compiled:
         number = compile_batched(device, shape, torch.bfloat16, batch_invariant=batch_invariant)
@@ -91,14 +92,15 @@ def test_no_buffers_launch_what_was_not_compiled(
             for expected in (0.0, 0.4, 3.0, 17.5, 40.0, 90.0, 1e6):
                 batched_experts(x, experts, counts, x, expected=expected, batch_invariant=batch_invariant)
     assert launched == compiled
-    # A table for each size of blocks.
+    # There is one variant of the table's kernel for each block size.
     assert number == len([name for name, *_ in launched if name == "table_kernel"]) == (1 if batch_invariant else 4)
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("shape", [Shape(7168, 2048, 384), Shape(7168, 256, 384), Shape(7168, 2048, 48)], ids=str)
 def test_they_are_few_and_small(target: str, shape: Shape) -> None:
-    """A start compiles each variant, and needs the memory of the largest batch, at the real sizes."""
+    """At the real sizes the batches that reach every config are few and need little memory, because a server's start
+    compiles each variant and needs the workspace of the largest batch."""
     device = Device(TARGETS[target], "a GPU without a file", 132)
     sizes = batch_sizes(device, shape, 8, 384)
     assert len(sizes) == len(set(sizes)) <= 12
@@ -110,7 +112,8 @@ def test_they_are_few_and_small(target: str, shape: Shape) -> None:
 
 @pytest.fixture
 def ready(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Iterator[Callable[..., Batches]]:
-    """Lets the backend run where the interpreter does, as in a process that has compiled nothing."""
+    """Let the backend run where the interpreter does, as in a process that has compiled nothing, and yield a function
+    that makes `Batches`."""
     if device.type == "cpu":
         monkeypatch.setattr("k26_plugins.common.experts.triton.unusable_on", lambda device: None)
         monkeypatch.setattr(TritonExperts, "device_type", "cpu")
@@ -126,7 +129,8 @@ def test_a_server_s_layers_are_compiled_for_once(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """They are compiled with the first layer's weights, and the log says so; ids and maps of any dtype then run them."""
+    """The variants are compiled when the first layer is created, and the log says so; ids and expert maps of any dtype
+    then launch no other variant."""
     caplog.set_level(logging.INFO, "engine")
     weights = make_weights(4, 128, 128)
     with launches(monkeypatch, run=True) as compiled:
@@ -135,7 +139,7 @@ def test_a_server_s_layers_are_compiled_for_once(
     assert "7 variants of 4 experts in " in caplog.text
     ids, topk_weights = route(9, 6, 6)
     ids = ids.long()
-    ids[0, 0] = 2**32 + 1  # no expert's, as anything may be in a padded row
+    ids[0, 0] = 2**32 + 1  # no expert has this id, but a padded row may hold anything
     x = inputs(9, 128)
     expert_map = torch.tensor([-1, 0, 1, 2, 3, -1])
     with launches(monkeypatch, run=True) as launched:
@@ -153,7 +157,7 @@ def test_a_server_s_layers_are_compiled_for_once(
 def test_kernels_that_do_not_compile_never_serve(
     ready: Callable[..., Batches], device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A config that the self-test does not reach fails to compile."""
+    """The backend is refused if a kernel config fails to compile, even one that the self-test does not reach."""
     original = LAUNCHER.run
 
     def run(kernel: Any, *args: Any, **kwargs: Any) -> Any:
