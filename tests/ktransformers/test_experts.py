@@ -1,4 +1,4 @@
-"""kt-kernel's own RAWINT4, for real, behind the core's interface."""
+"""Tests of kt-kernel's own RAWINT4 experts, as installed, behind the core's interface, against float64."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ from k26_plugins.ktransformers.experts import KtExperts
 # kt-kernel rounds activations to 8 bits.
 TOLERANCE = 2e-2
 
-# What older releases do, and how they are refused. On a CPU without AMX 0.6.1 would end the process with an illegal
-# instruction, 0.6.2.post4, 0.6.4 and 0.7.0 compute garbage; with AMX 0.6.1 and 0.6.4 do. Without AVX512 those before 0.7
-# end it when they are imported or start their threads.
+# How older releases fail, and the error with which each is refused. On a CPU without AMX 0.6.1 would end the process
+# with an illegal instruction, and 0.6.2.post4, 0.6.4 and 0.7.0 compute garbage; with AMX 0.6.1 and 0.6.4 compute
+# garbage. On a CPU without AVX512 releases before 0.7 end the process when they are imported or when they start their
+# threads.
 GARBAGE = r"it failed the self-test on cpu, relative error 0\.\d+ \(limit 0.03\)"
 WITHOUT_AMX = {"0.6.1": "kt-kernel 0.6.1 has no RAWINT4 experts for this CPU", "0.6.4": GARBAGE}
 WITH_AMX = {"0.6.1": GARBAGE, "0.6.4": GARBAGE}
@@ -51,8 +52,8 @@ def test_garbage_is_refused() -> None:
 @pytest.mark.skipif(compat.ends_the_process() is not None, reason="this kt-kernel ends the process when it is imported")
 @pytest.mark.parametrize("per_token", [1, 3, 8])
 def test_experts_are_deferred_as_kt_kernel_defers_them(per_token: int) -> None:
-    """The batch is one token: in a longer one kt-kernel keeps what any token keeps, so that an answer depends on its
-    neighbours."""
+    """Our choice of deferred experts is kt-kernel's. The batch is one token, because in a longer batch kt-kernel keeps
+    every expert that any token keeps, so that an answer depends on its neighbours."""
     from kt_kernel.experts_base import BaseMoEWrapper
 
     for seed in range(5):
@@ -90,8 +91,8 @@ def test_a_batch_beyond_kt_kernel_s_buffers_is_cut(monkeypatch: pytest.MonkeyPat
 
 @runs_here
 def test_what_load_was_given_is_kept_or_not_needed(record_property: Callable[[str, str], None]) -> None:
-    """So it is with whatever class kt-kernel has for this CPU: one that computes from addresses must find the weights
-    there."""
+    """If the class that kt-kernel has for this CPU computes from the addresses that `load` was given, the weights must
+    stay there."""
     weights = make_weights(8, 256, 128)
     ids, topk_weights = route(17, 2, 8)
     x = inputs(17, 256)
@@ -103,7 +104,7 @@ def test_what_load_was_given_is_kept_or_not_needed(record_property: Callable[[st
 
 @runs_here
 def test_a_class_that_cannot_split_its_weights_is_refused_on_two_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Such are the class for AVX2, and any that is not known."""
+    """The class for AVX2 is one that cannot split its weights, and a class that is not known counts as one."""
     monkeypatch.setattr("k26_plugins.ktransformers.experts.cores", lambda _: [Core(0, 0), Core(1, 1)])
     for name, refused in (("AVX2RawInt4_MOE", True), ("AMXInt4_KGroup_MOE", False)):
         monkeypatch.setattr(compat, "raw_int4_class", lambda _, name=name: type(name, (), {}))
@@ -122,7 +123,7 @@ def test_no_tokens() -> None:
 
 @runs_here
 def test_what_is_no_experts_id_counts_as_none() -> None:
-    """It does not even count as one of those with which the experts are padded."""
+    """An id that no expert has counts as none, even an id of the experts with which kt-kernel's are padded."""
     experts = create_experts(make_weights(5, 256, 128), "kt")
     slots = [(0, 5), (1, 7), (2, 384), (3, -2), (4, 2**40)]
     x, topk_weights = inputs(5, 256), torch.ones(5, 2)
@@ -134,8 +135,8 @@ def test_what_is_no_experts_id_counts_as_none() -> None:
 
 @runs_here
 def test_two_ranks_shards_sum_to_the_whole() -> None:
-    """KTransformers' own tensor parallelism gets this wrong (its issue 2076): here each rank has its part of every
-    expert."""
+    """Each rank has its part of every expert, and the sums are right. KTransformers' own tensor parallelism gets this
+    wrong (its issue 2076)."""
     weights = make_weights(4, 256, 256)
     ids, topk_weights = route(9, 2, 4)
     x = inputs(9, 256)
@@ -178,7 +179,7 @@ def test_a_shape_that_would_end_the_process_is_refused() -> None:
 
 @pytest.mark.skipif(compat.ends_the_process() is not None, reason="this kt-kernel ends the process when it is imported")
 def test_the_snapshot_says_what_this_release_has() -> None:
-    """By reading its files it was made; here kt-kernel itself is asked."""
+    """The snapshot was made by reading the release's files; here kt-kernel itself is asked."""
     assert wrong_entries(read_snapshot("kt-kernel")[compat.kt_kernel_version()]) == {}
 
 

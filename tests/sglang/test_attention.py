@@ -1,4 +1,4 @@
-"""The plain torch backend's attention against SGLang's own, on one paged cache."""
+"""Tests of our attention on the plain torch backend against SGLang's own, on the same paged cache."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from k26_plugins.sglang import compat, register
 
-# Read when SGLang is imported, which nothing above does.
+# SGLang reads this variable when it is imported, which nothing above does.
 os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
 register()
 
@@ -27,7 +27,8 @@ def backends() -> tuple[Any, Any]:
 
 
 def paged(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A latent cache [slots, 1, 576], the requests' slots in it, in no order, and each request's row of them."""
+    """Return a latent cache [slots, 1, 576], a table with the cache's slots of one request in each row (in random
+    order), and the table's row of each request."""
     torch.manual_seed(0)
     cache = torch.randn(sum(lengths), 1, LATENT + ROPE).bfloat16()
     slots = torch.zeros(len(lengths) + 2, max(lengths), dtype=torch.int32)
@@ -47,7 +48,7 @@ def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
 def test_an_extension_is_sglangs_own(lengths: list[int], new: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from k26_plugins.sglang import attention
 
-    # Blocks of a few tokens, so that the last one is ragged.
+    # The blocks have a few tokens each, so that the last block is not full.
     monkeypatch.setattr(attention, "MASK_ELEMENTS", 7 * HEADS * max(lengths))
     ours, theirs = backends()
     cache, slots, rows = paged(lengths)
@@ -84,7 +85,7 @@ def test_a_decode_is_sglangs_own() -> None:
 
 
 def largest_allocation(backend: Any, length: int) -> int:
-    """The bytes of the largest allocation while a prompt of `length` tokens is extended by 64."""
+    """Return the bytes of the largest allocation while the last 64 of a prompt's `length` tokens are computed."""
     cache, slots, rows = paged([length])
     query = torch.randn(64, HEADS, LATENT + ROPE).bfloat16()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:

@@ -1,4 +1,4 @@
-"""A checkpoint that is not whole stops SGLang's server, with the same words as vLLM's."""
+"""Tests that a damaged checkpoint or a wrong setting stops SGLang's server, with the same error text as vLLM's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from support.checkpoints import DAMAGES, WRONG_SETTING
 from support.server import start_fails
 from support.sglang_server import serve
 
-# Read when SGLang is imported, which nothing above does.
+# SGLang reads this variable when it is imported, which nothing above does.
 os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
 
 
@@ -23,7 +23,7 @@ def damaged(name: str, whole: Path, folder: Path) -> Path:
 
 
 def configure(folder: Path) -> None:
-    """Run what the start does first of all, in the process that the user looks at."""
+    """Run the first step of a server's start, which happens in the process that the user looks at."""
     import sglang.srt.utils.hf_transformers_utils as utils
 
     from k26_plugins.sglang import register
@@ -51,7 +51,7 @@ def test_a_wrong_setting_stops_with_its_name(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("K26_EXPERTS", "marlin")
-    # SGLang remembers a folder's configuration.
+    # The folder is a copy because SGLang caches the configuration of a folder that it has read.
     folder = Path(shutil.copytree(tiny_folder, tmp_path / "copy"))
     with pytest.raises(ValueError, match=re.escape(WRONG_SETTING)):
         configure(folder)

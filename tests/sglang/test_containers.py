@@ -1,4 +1,4 @@
-"""SGLang's own parser takes the commands of containers/."""
+"""Tests that SGLang's own argument parser accepts the commands of containers/."""
 
 from __future__ import annotations
 

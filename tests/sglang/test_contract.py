@@ -1,4 +1,7 @@
-"""What SGLang looks up on the model that it serves, on ours: its in-tree class lacks some, and each release others."""
+"""Tests that our model class has what SGLang looks up on the model that it serves.
+
+SGLang's in-tree class for this model lacks some of these attributes, and each release lacks others.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,8 @@ def test_its_answers_are_the_language_model_s(scripted_server: Server) -> None:
 
 
 def test_a_lost_expert_is_read_again_and_nothing_else(scripted_server: Server) -> None:
-    """What SGLang does when a rank is lost needs GPUs; the filter that it asks the model for does not."""
+    """When SGLang loses a rank, it asks the model for a filter of weight names and reads the lost experts again. The
+    test uses this filter alone, because the rest of what SGLang does then needs GPUs."""
     before = first_tokens(scripted_server)
     order(scripted_server, "one expert's scale doubled")
     assert first_tokens(scripted_server) != before

@@ -1,4 +1,4 @@
-"""Other ways to run the server: several ranks, redundant experts, another backend, another model."""
+"""Tests of other ways to run the server: several ranks, redundant experts, another backend, another model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from support.swarm import (
 
 from k26_plugins.cli import app
 
-# SGLang reads a field of the body before it has looked whether that is an object.
+# A known fault: SGLang reads a field of a request's body before it checks whether the body is an object.
 KNOWN = frozenset({"bad JSON: a list"})
 REDUNDANT_EXPERTS = ["--enable-eplb", "--ep-num-redundant-experts", "4"]
 
@@ -40,7 +40,7 @@ def test_a_swarm_is_held_among_hostile_requests(one_rank: Server, tiny_folder: P
 
 DEPLOYMENTS: dict[str, tuple[list[str], dict[str, str]]] = {
     "tensor": ([], {}),  # the documented command
-    # Redundant experts in place. Moving them later ends in SGLang's own wait for a CUDA device.
+    # Redundant experts stay where the start puts them: moving them later ends in SGLang's own wait for a CUDA device.
     "expert": (["--tp-size", "2", "--ep-size", "2", "--mm-enable-dp-encoder", *REDUNDANT_EXPERTS], {}),
     "pipeline": (["--pp-size", "2"], {"K26_EXPERTS": "reference"}),
     "data": (["--tp-size", "2", "--dp-size", "2", "--enable-dp-attention"], {}),
@@ -75,7 +75,8 @@ def test_a_rank_without_the_plugin_stops_the_start(tiny_folder: Path, tmp_path: 
 def test_weights_that_a_trainer_sends_later(
     tiny_folder: Path, golden_file: Path, updated: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """The server starts without weights and answers; after the update it answers as one that was started with them."""
+    """A server that starts with dummy weights answers, and after each update of its weights it answers as a server that
+    was started with the new ones."""
     shutil.copytree(tiny_folder, tmp_path / "small", ignore=shutil.ignore_patterns("*.safetensors"))
     with serve(tmp_path / "small", tmp_path / "log", "--load-format", "dummy", **EAGER) as server:
         sampling = {"max_new_tokens": 4, "temperature": 0, "ignore_eos": True}
@@ -88,7 +89,7 @@ def test_weights_that_a_trainer_sends_later(
 
 
 def test_another_architecture_is_left_to_sglang(tmp_path: Path) -> None:
-    """A small Llama: transformers' tokens, and no word of ours in the log."""
+    """A small Llama is answered with transformers' tokens, and the plugin writes nothing to the log."""
     expected = make_llama(tmp_path / "llama")
     arguments = ["--skip-tokenizer-init", "--dtype", "float32"]
     with serve(tmp_path / "llama", tmp_path / "log", *arguments, **EAGER) as server:

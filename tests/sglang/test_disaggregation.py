@@ -1,4 +1,8 @@
-"""The encoder in a server of its own: another server, without its weights, answers about images with what it computed."""
+"""Tests of the vision encoder in a server of its own.
+
+Another server, which lacks the encoder's weights, answers about images with the embeddings that the encoder's server
+computed. The answers are compared with those of a server that has both.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +32,8 @@ TRANSFERS = {
     "zmq_to_scheduler": "no server of the encoder has encoded the request's images",
     "zmq_to_tokenizer": "The encoder did not return multimodal embeddings",
 }
-"""What is said where there are no embeddings, by the way to hand them on; the second message is SGLang's own."""
-# The last has 16 bits, of which SGLang's own reading would make a white image.
+"""The error if there are no embeddings, for each transfer backend; the second error is SGLang's own."""
+# The last image has 16 bits per pixel, which SGLang's own reading would turn into a white image.
 IMAGES = [
     *(png(random_image(120, 80, seed)) for seed in range(5)),
     png(Image.fromarray(np.random.default_rng(5).integers(0, 2**16, (80, 120), dtype=np.uint16))),
@@ -38,7 +42,8 @@ IMAGES = [
 
 @dataclass
 class Apart:
-    """The server that answers, and where servers of the encoder report to it."""
+    """A server that answers without an encoder, the address at which encoders' servers report to it, and the flags of
+    their transfer backend."""
 
     server: Server
     reports: str
@@ -76,7 +81,8 @@ def ask(server: Server, *media: dict[str, Any]) -> httpx.Response:
 
 
 def to_images(server: Server) -> list[dict[int, float]]:
-    """The likeliest tokens of the answer's first position, to questions about one image each and to one about two."""
+    """Return the log-probabilities of an answer's likeliest first tokens, in their order, for a question about each
+    image and for one about two images."""
     found = []
     for images in [*([image] for image in IMAGES), IMAGES[:2]]:
         answer = ask(server, *map(image_part, images))
@@ -87,7 +93,8 @@ def to_images(server: Server) -> list[dict[int, float]]:
 
 
 def test_without_an_encoder_images_are_refused(answering: Apart) -> None:
-    """With the first way of transfer SGLang alone would answer about them, with a vision tower that has no weights."""
+    """With zmq_to_scheduler, SGLang without the plugin would answer about images with a vision tower that has no
+    weights."""
     answer = ask(answering.server, image_part(IMAGES[0]))
     assert answer.status_code == 503
     assert TRANSFERS[answering.transfer[1]] in answer.text
@@ -110,7 +117,7 @@ def test_what_the_encoder_cannot_take_is_refused(answering: Apart, encoder: Serv
             assert answer.status_code == 400
             assert words in answer.text
         else:
-            # This way SGLang says no more than that there is nothing.
+            # With zmq_to_tokenizer SGLang's answer says no more than that there are no embeddings.
             assert answer.status_code == 503
         assert words in encoder.log.read_text()
     assert ask(answering.server, image_part(IMAGES[0])).status_code == 200

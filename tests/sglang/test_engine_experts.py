@@ -1,4 +1,5 @@
-"""SGLang's own experts, tested before they serve: its real kernels on the CPU, right and wrong."""
+"""Tests of the check that SGLang's own experts pass before they serve, with its real CPU kernels and with wrong
+ones."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.long
 
 @pytest.fixture(scope="module")
 def dense_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bfloat16 checkpoint, whose experts are SGLang's."""
+    """Return a bfloat16 checkpoint, whose experts SGLang's own code serves."""
     return layouts.make(layouts.dense, tiny_folder, tmp_path_factory.mktemp("dense") / "checkpoint")
 
 
@@ -42,7 +43,8 @@ def test_wrong_ones_stop_the_start(dense_folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not HAS_ENTRY_POINT, reason="the wrong ones are put in their place by a plugin")
 def test_the_core_takes_the_place_of_wrong_ones(tiny_folder: Path, tmp_path: Path) -> None:
-    """SGLang's experts for the published weights are wrong; the core's read the weights again."""
+    """If SGLang's experts for the published weights are wrong, the core's experts take their place, read the weights
+    again, and answer as the reference does."""
     settings = of_sglang(sglang_wrong_int4, tmp_path / "plugin")
     with serve(tiny_folder, tmp_path / "log", **settings, **EAGER) as server:
         log = server.log.read_text()

@@ -1,4 +1,4 @@
-"""A KV cache that is kept in the host's memory (HiCache): a prompt that left the device's is answered from there."""
+"""Tests of a KV cache in host memory (HiCache): a prompt that left the device's cache is answered from the host's."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ LENGTH = 200
 PROMPTS = [
     torch.randint(0, 256, (LENGTH,), generator=torch.Generator().manual_seed(seed)).tolist() for seed in range(6)
 ]
-# The device's cache has room for less than half of them, the host's for all.
+# The device's cache has room for less than half of the prompts, the host's cache for all of them.
 SIZES = ["--max-total-tokens", "500", "--hicache-ratio", "8"]
 
 
 def answers(server: Server) -> tuple[list[dict[int, float]], list[int]]:
-    """For each prompt the likeliest first tokens, and how many of its tokens came from the host's memory."""
+    """Return each prompt's likeliest first tokens with their log-probabilities, and the number of each prompt's tokens
+    whose KV cache came from host memory."""
     found, from_host = [], []
     for prompt in PROMPTS:
         sampling = {"max_new_tokens": 1, "temperature": 0}

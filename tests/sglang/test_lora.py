@@ -1,4 +1,5 @@
-"""LoRA in the real server: every adapter answers as the checkpoint into which it is merged in float32."""
+"""Tests of LoRA in the real server: with each adapter it answers as the reference whose weights the adapter is merged
+into in float32."""
 
 from __future__ import annotations
 
@@ -54,7 +55,7 @@ def adapters(tiny_folder: Path) -> dict[str, Adapter]:
 
 @pytest.fixture(scope="module")
 def folders(server: Server, adapters: dict[str, Adapter], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The adapters' folders; all are loaded while the server serves."""
+    """Load all adapters while the server serves, and return their folders by name."""
     work = tmp_path_factory.mktemp("adapters")
     found = {name: adapter.write(work / name, BEGINNINGS[name]) for name, adapter in adapters.items()}
     for name, folder in found.items():
@@ -86,7 +87,8 @@ def served(server: Server, name: str | None) -> torch.Tensor:
 
 
 def all_served(server: Server, names: Iterable[str | None]) -> dict[str | None, torch.Tensor]:
-    """The answers with each adapter, all asked for at the same time, in one batch if the server likes."""
+    """Return the answers with each adapter. All are asked for at the same time, so that the server may put them in one
+    batch."""
     asked = list(names)
     with ThreadPoolExecutor(len(asked)) as pool:
         return dict(zip(asked, pool.map(lambda name: served(server, name), asked), strict=True))
@@ -94,7 +96,7 @@ def all_served(server: Server, names: Iterable[str | None]) -> dict[str | None, 
 
 @pytest.fixture(scope="module")
 def expected(tiny_folder: Path, adapters: dict[str, Adapter]) -> dict[str | None, torch.Tensor]:
-    """The merged models' log-probabilities by the adapter's name, None for the model without one."""
+    """Return the merged models' log-probabilities by the adapter's name; None is the model without an adapter."""
     checkpoint = Checkpoint(tiny_folder)
     base = KimiK26(checkpoint, torch.float32)
     models: dict[str | None, KimiK26] = {None: base} | {
@@ -105,7 +107,7 @@ def expected(tiny_folder: Path, adapters: dict[str, Adapter]) -> dict[str | None
 
 @pytest.mark.usefixtures("folders")
 def test_adapters_answer_as_merged(server: Server, expected: dict[str | None, torch.Tensor]) -> None:
-    """All adapters are asked at once, beside the model without one."""
+    """All adapters and the model without an adapter are asked at once, and each answers as its merged model."""
     for name, found in all_served(server, expected).items():
         if name is not None:
             assert divergence(expected[None], expected[name]).mean() > 0.05
@@ -115,8 +117,8 @@ def test_adapters_answer_as_merged(server: Server, expected: dict[str | None, to
 def test_an_adapter_is_unloaded_and_loaded_again(
     server: Server, folders: dict[str, Path], expected: dict[str | None, torch.Tensor]
 ) -> None:
-    """SGLang loads an unloaded one by itself when a request names it, from the folder that it had: once that is gone the
-    request is refused, by name, and nothing else is the worse for it."""
+    """SGLang loads an unloaded adapter by itself when a request names it, from the folder that it had. Once the folder
+    is gone, the request is refused with the adapter's name, and the other adapters answer as before."""
     gone, away = folders["hub"], folders["hub"].with_name("elsewhere")
     assert server.post("/unload_lora_adapter", lora_name="hub").status_code == 200
     gone.rename(away)

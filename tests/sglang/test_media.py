@@ -1,4 +1,7 @@
-"""A request's media on their way to the processor, which tests/sglang/adapter/test_media.py holds to vLLM's bytes."""
+"""Tests of a request's images and videos on their way to the processor, against PIL.
+
+tests/sglang/adapter/test_media.py compares the processor's own pixels with vLLM's.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SGLang's Messages API by its own classes, without a server."""
+"""Tests of SGLang's Messages API through its own classes, without a server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The operator's commands in SGLang's environment."""
+"""Tests of the operator's `k26` commands in SGLang's environment."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def test_a_seeded_fault_is_found_and_located(scripted_server: Server, golden_fil
 
 
 def test_without_a_fault_it_passes(scripted_server: Server, golden_file: Path) -> None:
-    """This runs after all the faults, so that each is seen to be undone."""
+    """This test runs after all the faults, so that it shows each of them to be undone."""
     result = verify(scripted_server, golden_file)
     assert result.exit_code == 0, result.output
 
 
 def test_compare_asks_it_all_prompts(scripted_server: Server, prompts_file: Path) -> None:
-    """A server is compared with itself, by raw text too, which it tokenizes."""
+    """A server is compared with itself, for prompts as chats and as raw text, which the server tokenizes."""
     command = [
         "compare",
         scripted_server.url,

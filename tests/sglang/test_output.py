@@ -1,4 +1,5 @@
-"""SGLang's interface of tool-call parsers on the core's state machine: whole answers, and streams cut anywhere."""
+"""Tests of the core's state machine behind SGLang's interface of tool-call parsers: whole answers, and streams that are
+cut anywhere."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ ALL = {
 @pytest.mark.parametrize("name", ALL)
 def test_whole_and_streamed(name: str) -> None:
     case = ALL[name]
-    # The reasoning parser has taken its part before.
+    # The reasoning parser has already taken its part of the text.
     text = case.answer.removeprefix(case.reasoning).removeprefix(THINK_END)
     tools = [Tool(**tool) for tool in TOOLS]
     whole = K26ToolDetector().detect_and_parse(text, tools)
@@ -92,7 +93,8 @@ def test_a_functions_images_are_kept_by_the_responses_api() -> None:
 
 
 def test_an_answer_of_the_responses_api_stays_one_message() -> None:
-    """So it does whatever phase its text is of: parted from its calls, it would lose its reasoning."""
+    """An answer stays one message whatever phase its text is of, because a message that is parted from its calls would
+    lose its reasoning."""
     serving = pytest.importorskip("sglang.srt.entrypoints.openai.serving_responses").OpenAIServingResponses
     name = "_merge_consecutive_assistant_messages"
     original, changes = serving.__dict__.get(name), Registration()
@@ -115,7 +117,7 @@ def test_an_answer_of_the_responses_api_stays_one_message() -> None:
 
 
 class Serving:
-    """SGLang's own server of chats, of which only what takes answers apart is set up."""
+    """SGLang's own `OpenAIServingChat`, of which only what parses answers is set up."""
 
     def __new__(cls, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         pytest.importorskip("sglang.srt.entrypoints.openai.chat_encoding_adapters")
@@ -138,8 +140,10 @@ def asked(**fields: Any) -> Any:
 
 
 def streamed(answers: Any, tokenizer: Any, request: Any, token_ids: list[int], sizes: list[int], stop: str) -> Any:
-    """Reasoning, content and calls as a client puts them together. Each of SGLang's chunks holds all the text so
-    far."""
+    """Return the reasoning, content and calls as a client puts them together from the streaming chunks.
+
+    Each chunk that SGLang hands to `answers` holds all the text so far.
+    """
     reasoning, content, end = "", "", 0
     calls, parsers, called = dict[Any, Any](), dict[Any, Any](), dict[Any, Any]()
     turn = itertools.cycle(sizes)
@@ -208,7 +212,7 @@ def test_what_a_request_asks_of_its_reasoning(tiny_folder: Path, monkeypatch: py
         request, finish = asked(**fields), {"type": "stop", "matched": "Z"}
         return answers.parse_chat_response(request=request, output_ids=token_ids, finish_reason=finish)[:2]
 
-    # The text ends at what stopped it.
+    # The text ends in front of the stop string that ended the answer.
     assert parsed() == ("why", "o")
     assert parsed(no_stop_trim=True) == ("why", "oZ")
     assert parsed(separate_reasoning=False) == (None, "why</think>o")
@@ -258,7 +262,7 @@ def test_another_parser_is_sglangs(tiny_folder: Path, monkeypatch: pytest.Monkey
     ids=str,
 )
 def test_thinking_is_what_the_client_said(sent: dict[str, Any], thinking: bool) -> None:
-    # SGLang writes into what it is given.
+    # The fields are copied because SGLang writes into what it is given.
     request = asked(**{name: value for name, value in copy.deepcopy(sent).items() if name != "thinking"})
     hear_thinking(request, sent)
     assert is_thinking(request) == thinking

@@ -1,5 +1,7 @@
-"""SGLang's kernels as `k26 tune` calls them, as far as a machine without a GPU holds it: SGLang has these names and takes
-these arguments, and what a kernel of its own reads of a server is there."""
+"""Tests of SGLang's kernels as `k26 tune` calls them, as far as a machine without a GPU can show.
+
+SGLang has the names, takes the arguments, and finds the parts of a server that its kernels read.
+"""
 
 from __future__ import annotations
 
@@ -53,8 +55,8 @@ def test_marlin(stand_in: Callable[..., None]) -> None:
 
 
 def test_triton(stand_in: Callable[..., None]) -> None:
-    """The call reaches SGLang's operator; what its kernels read of a server, the settings and the groups of ranks, is
-    there."""
+    """The call reaches SGLang's operator, and the parts of a server that its kernels read, the settings and the groups
+    of ranks, are there."""
     from sglang.srt.runtime_context import get_exec, get_parallel
 
     given: list[dict[str, Any]] = []

@@ -1,7 +1,7 @@
-"""What SGLang would run on platforms that this machine is not, by its own resolution of arguments, alone and with us.
+"""Tests of what SGLang would run on platforms other than this machine, with the plugin and without.
 
-SGLang's arguments are settled with `override_platform` saying what the machine is, once as SGLang does it and once with the
-plugin's hook before it. Any difference beyond those that docs/platforms.md names is a fault.
+SGLang's own code settles the arguments while `override_platform` pretends the platform, once by itself and once with
+the plugin's hook in front. Any difference beyond those that docs/platforms.md names is a fault.
 """
 
 from __future__ import annotations
@@ -25,15 +25,17 @@ pytestmark = pytest.mark.skipif(
 )
 
 PARSERS = {"reasoning_parser": "kimi_k2", "tool_call_parser": "kimi_k2"}
-"""What the plugin fills in on every platform, where the command line says nothing."""
+"""The arguments that the plugin fills in on every platform if the command line leaves them out."""
 
 Settled = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
 def settle(tiny_folder: Path) -> Iterator[Callable[[str, str, bool], Settled | str]]:
-    """A function of the platform, the flags and whether the plugin's hook runs. It gives every argument as SGLang
-    settles it, or why SGLang refuses."""
+    """Yield a function of the platform, the flags and whether the plugin's hook runs.
+
+    The function returns every argument as SGLang settles it, or the text of SGLang's error if SGLang refuses.
+    """
     from sglang.srt.arg_groups.overrides import resolving_view
     from sglang.srt.runtime_context import override_platform
     from sglang.srt.server_args import ServerArgs
@@ -44,7 +46,7 @@ def settle(tiny_folder: Path) -> Iterator[Callable[[str, str, bool], Settled | s
     parser = argparse.ArgumentParser()
     ServerArgs.add_cli_args(parser)
     names = [action.dest for action in parser._actions if action.dest != "help"]
-    # Registration may have put its hook around it.
+    # Registration may have put the plugin's hook around `resolve_once`.
     resolve = getattr(ServerArgs.resolve_once, "__wrapped__", ServerArgs.resolve_once)
 
     def settled(platform: str, flags: str, plugin: bool) -> Settled | str:
@@ -72,8 +74,8 @@ def settle(tiny_folder: Path) -> Iterator[Callable[[str, str, bool], Settled | s
 def test_sglang_settles_as_it_does_alone(
     settle: Callable[[str, str, bool], Settled | str], monkeypatch: pytest.MonkeyPatch, platform: str, experts: str
 ) -> None:
-    """Only the parsers differ, and the runner where the core's experts compute: in a hybrid run, or where they are
-    named."""
+    """With the plugin only the parsers differ, and where the core's experts compute (in a hybrid run, or if K26_EXPERTS
+    names them) the runner; a hybrid run on a GPU also has no CUDA graphs for prefill."""
     monkeypatch.setenv("K26_EXPERTS", experts)
     started = 0
     for flags in FLAGS:
@@ -85,11 +87,11 @@ def test_sglang_settles_as_it_does_alone(
         started += 1
         expected: dict[str, Any] = {} if flags == "parsers" else dict(PARSERS)
         hybrid = flags == "hybrid"
-        # On a CPU no runner is asked.
+        # On a CPU SGLang asks no runner, so that the plugin chooses none.
         if platform != CPU and (hybrid or (experts == "triton" and not flags.startswith("runner"))):
             expected |= {"moe_runner_backend": "triton", "speculative_moe_runner_backend": "triton"}
             if alone["moe_runner_backend"] == "flashinfer_trtllm":
-                # What SGLang settles along with that runner.
+                # SGLang settles this argument along with that runner.
                 expected["disable_shared_experts_fusion"] = False
         if hybrid and platform != CPU:
             expected["disable_prefill_cuda_graph"] = True

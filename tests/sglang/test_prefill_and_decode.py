@@ -1,4 +1,5 @@
-"""Prefill and decode in servers of their own: one goes on from the KV cache that the other computed, sent by Mooncake."""
+"""Tests of prefill and decode in servers of their own: the decode server goes on from the KV cache that the prefill
+server computed and sent by Mooncake."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ pytest.importorskip(
 )
 PROMPTS = [torch.randint(0, 256, (200,), generator=torch.Generator().manual_seed(seed)).tolist() for seed in range(6)]
 Answer = tuple[int, list[dict[int, float]]]
-"""The first token, and of the first two positions the likeliest tokens."""
+"""The first token, and the likeliest tokens of the first two positions with their log-probabilities."""
 
 
 def ask(server: Server, prompt: list[int], **fields: Any) -> Answer:
@@ -39,7 +40,7 @@ def test_a_server_goes_on_from_the_kv_cache_of_another(tiny_folder: Path, tmp_pa
     with serve(tiny_folder, tmp_path / "whole.log", **EAGER) as server:
         whole = [ask(server, prompt) for prompt in PROMPTS]
     port = free_port()
-    # There is no overlap: with it, SGLang notes by CUDA's events what it may send early.
+    # The overlap schedule is off, because with it SGLang notes by CUDA's events what it may send early.
     flags = ["--disaggregation-transfer-backend", "mooncake_tcp", "--disaggregation-bootstrap-port", str(port)]
     flags += ["--disable-overlap-schedule"]
     settings = {**EAGER, **of_sglang(sglang_prefill, tmp_path / "plugin")}
@@ -50,9 +51,9 @@ def test_a_server_goes_on_from_the_kv_cache_of_another(tiny_folder: Path, tmp_pa
         ThreadPoolExecutor(1) as pool,
     ):
         apart = []
-        # To SGLang a request of number 0 has not come yet.
+        # Rooms are counted from 1, because SGLang takes room 0 for a request that has not come yet.
         for room, prompt in enumerate(PROMPTS, start=1):
-            # It goes to both, as a router would send it.
+            # The request goes to both servers, as a router would send it.
             place = {"bootstrap_host": "127.0.0.1", "bootstrap_port": port, "bootstrap_room": room}
             computed = pool.submit(ask, prefill, prompt, **place)
             apart.append(ask(decode, prompt, **place))

@@ -1,4 +1,4 @@
-"""A prompt given as embeddings is answered as the tokens that they are of."""
+"""Tests that a prompt of embeddings is answered as the prompt of the tokens with these embeddings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PROMPTS = [torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(
 
 def test_a_prompt_of_embeddings_is_answered_as_its_tokens(tiny_folder: Path, tmp_path: Path) -> None:
     reference = KimiK26(Checkpoint(tiny_folder))
-    # SGLang finds a prompt in its cache by token ids, and refuses embeddings beside it.
+    # The radix cache finds a prompt by its token ids, so that SGLang refuses embeddings while the cache is on.
     with serve(tiny_folder, tmp_path / "log", "--disable-radix-cache", **EAGER) as server:
 
         def first_token(**prompt: Any) -> dict[int, float]:

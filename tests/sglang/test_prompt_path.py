@@ -1,4 +1,4 @@
-"""From a request to token ids and back, through the real server."""
+"""Tests of the way from a request to token ids and back, through the real server."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class TestPromptPath(Ordered, PromptPathTests):
 
     @pytest.mark.skipif(not HAS_GRPC, reason="this SGLang serves no gRPC")
     def test_a_chat_by_grpc(self, server: Server, tiny_folder: Path) -> None:
-        """Its request has no HTTP body to read: the answer is taken apart all the same."""
+        """A gRPC request has no HTTP body to read, and its answer is parsed all the same."""
         quoted = (
             "r</think>ok<|tool_calls_section_begin|><|tool_call_begin|>functions.now:0<|tool_call_argument_begin|>{}"
         )
@@ -56,7 +56,8 @@ class TestPromptPath(Ordered, PromptPathTests):
 
 
 class TestClients(Ordered, OpenAIClientTests, AnthropicClientTests, ResponsesClientTests):
-    """All three interfaces take the fields that order an answer, two of them by a plugin of the tests'."""
+    """Tests with clients of three APIs. Each API takes the fields that order an answer, two of them through a plugin of
+    the tests' own."""
 
 
 class TestAgents(Ordered, AgentTests):

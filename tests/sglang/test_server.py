@@ -1,6 +1,6 @@
-"""The real server on the CPU, through its OpenAI-compatible API, against the core's reference.
+"""Tests of the real server on the CPU, through its OpenAI-compatible API, against the core's reference.
 
-Whole distributions come from SGLang's own `/generate`: its OpenAI API gives the likeliest few.
+Whole distributions come from SGLang's own `/generate`, because its OpenAI API gives only the few likeliest tokens.
 """
 
 from __future__ import annotations
@@ -54,8 +54,9 @@ def test_decode_logprobs(server: Server, reference: KimiK26) -> None:
     served, expected = [], []
     for seed in range(8):
         prompt = torch.randint(0, 256, (30,), generator=torch.Generator().manual_seed(seed))
-        # The reference takes no media placeholder for a text token. A bias shifts what is reported, so the tokens that
-        # are left are compared among themselves.
+        # The bias keeps media placeholders out of the answer, because the reference takes none for a text token. It
+        # also shifts the reported log-probabilities, so that only the tokens without a bias are compared, among
+        # themselves.
         bias = {str(token): -100 for token in range(len(BYTES), VOCABULARY)}
         answer = generate(server, prompt.tolist(), 48, logit_bias=bias)
         tokens = torch.tensor(answer["output_ids"])
@@ -87,8 +88,8 @@ def test_verify_passes(server: Server, golden_file: Path) -> None:
 def test_updates_of_the_weights_while_serving(
     server: Server, tiny_folder: Path, golden_file: Path, updated: tuple[Path, Path]
 ) -> None:
-    """Each way brings another seed's weights or brings back the first: the answers are those of a server started with
-    them."""
+    """Each way of updating brings another seed's weights or brings back the first ones; then the answers are those of a
+    server that was started with them."""
     places = cycle((updated, (tiny_folder, golden_file)))
     for update, (folder, golden) in zip((*WAYS, from_disk), places, strict=False):
         update(server, folder)
@@ -110,7 +111,8 @@ def test_images(server: Server, tiny_folder: Path, reference: KimiK26, sizes: li
     pixels."""
     request = image_request(tiny_folder, sizes)
     more: dict[str, Any] = {"return_prompt_token_ids": True, "return_token_ids": True} if HAS_ENTRY_POINT else {}
-    # The reference takes no media placeholder for an answer; its share of the distribution is small.
+    # The bias keeps the media placeholder out of the answer, where the reference does not take it; the placeholder's
+    # share of the distribution is small.
     more["logit_bias"] = {"277": -100}
     answer = server.chat(request.content, max_tokens=6, temperature=0, logprobs=True, ignore_eos=True, **more)
     assert answer["usage"]["prompt_tokens"] == len(request.prompt)
@@ -120,7 +122,7 @@ def test_images(server: Server, tiny_folder: Path, reference: KimiK26, sizes: li
         assert choice["prompt_token_ids"] == request.prompt
         expected = request.logprobs(reference, choice["response_token_ids"])
     else:
-        # It reports text only. The first token is the reference's likeliest.
+        # SGLang 0.5.10 reports text only, so that only the first token is compared: it is the reference's likeliest.
         expected = request.logprobs(reference, [int(request.likeliest(reference))])
         served = served[:1]
     assert_same_logprobs(served, expected)
@@ -137,7 +139,8 @@ def test_sixteen_at_once_answer_as_alone(server: Server) -> None:
     with ThreadPoolExecutor(16) as pool:
         together = list(pool.map(ask, range(16)))
     for one, other in zip(alone, together, strict=False):
-        # The first token's batch is the prompt's own; later ones may differ where bfloat16 ties break.
+        # The first token is computed in a batch of its prompt alone; later tokens may differ where ties in bfloat16
+        # break.
         assert one[0] == pytest.approx(other[0], abs=0.1)
     assert all(len(answer) == 8 for answer in together)
 
@@ -150,7 +153,7 @@ def test_a_second_request_hits_the_radix_cache(server: Server) -> None:
 
 
 def test_the_same_image_twice_hits_the_radix_cache(server: Server, tiny_folder: Path) -> None:
-    """Another image of the same size in its place does not."""
+    """The same image hits the radix cache the second time; another image of the same size in its place does not."""
     one, other = image_request(tiny_folder, [(500, 400)]), image_request(tiny_folder, [(1, 1), (500, 400)])
     question = [other.content[1], other.content[2]]
     first, second, third = (
@@ -169,7 +172,7 @@ def test_the_same_image_twice_hits_the_radix_cache(server: Server, tiny_folder: 
 def test_a_bad_image_is_answered_and_the_server_lives(server: Server, name: str) -> None:
     content = [image_part(BAD_IMAGES[name]), {"type": "text", "text": "What?"}]
     response = server.post("/v1/chat/completions", messages=[{"role": "user", "content": content}], max_tokens=2)
-    # 0.5.10 answers whatever goes wrong while decoding with 500.
+    # SGLang 0.5.10 answers every error while an image is decoded with 500.
     assert response.status_code == (400 if HAS_ENTRY_POINT else 500), response.text
     assert "image" in response.text.lower()
     assert server.alive()
@@ -180,7 +183,7 @@ def test_a_bad_image_is_answered_and_the_server_lives(server: Server, name: str)
 def test_an_impossible_image_size_is_answered_and_the_server_lives(server: Server, size: tuple[int, int]) -> None:
     messages = [{"role": "user", "content": [image_part(png_header(*size))]}]
     response = server.post("/v1/chat/completions", messages=messages, max_tokens=2)
-    # 0.5.10 answers whatever goes wrong while decoding with 500.
+    # SGLang 0.5.10 answers every error while an image is decoded with 500.
     assert response.status_code == (400 if HAS_ENTRY_POINT else 500), response.text
     assert "image" in response.text.lower()
     assert server.alive()

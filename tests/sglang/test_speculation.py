@@ -1,4 +1,7 @@
-"""What a draft reads of the model in SGLang's real server, which decodes speculatively on GPUs alone."""
+"""Tests of what a draft model reads of the model in SGLang's real server, against the reference.
+
+SGLang decodes speculatively on GPUs alone.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     find_spec("sglang.srt.layers.aux_hidden_states") is None, reason="this SGLang returns no draft's hidden states"
 )
 def test_a_draft_reads_the_layers_that_it_asks_for(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    """SGLang returns what it would give a draft, in the place of the hidden states of the last layer."""
+    """SGLang returns the hidden states that it would give a draft, in the place of those of the last layer, and they
+    are the reference's."""
     arguments = ["--enable-return-aux-hidden-states", "--speculative-algorithm", "EAGLE3"]
     arguments += ["--return-aux-hidden-state-layer-ids", *map(str, LAYERS_READ)]
     token_ids = [random.Random(9).randrange(256) for _ in range(100)]

@@ -1,4 +1,5 @@
-"""Answers held to a grammar: what each of SGLang's backends makes of the model's tokenizer, and the server's."""
+"""Tests of answers that are held to a grammar: what each of SGLang's grammar backends allows with the model's
+tokenizer, and what the server answers."""
 
 from __future__ import annotations
 
@@ -27,13 +28,13 @@ def plain(tiny_folder: Path) -> KimiTokenizer:
 
 @pytest.fixture(scope="module", params=["xgrammar", "llguidance", "outlines"])
 def backend(tiny_folder: Path, plain: KimiTokenizer, request: pytest.FixtureRequest) -> Iterator[Any]:
-    """The backend of grammars as the scheduler makes it of the flag."""
+    """Yield the grammar backend that the scheduler makes from the flag."""
     from sglang.srt.constrained import base_grammar_backend
     from sglang.srt.runtime_context import get_context
 
     register()
     tokenizer = compat.get_tokenizer(str(tiny_folder), None)
-    # The context's arguments are of a model that is looked for on the hub.
+    # The context's arguments name a model that would be looked for on the hub.
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with get_context().override_server_args(grammar_backend=request.param, device="cpu") as arguments:
@@ -43,7 +44,7 @@ def backend(tiny_folder: Path, plain: KimiTokenizer, request: pytest.FixtureRequ
 
 
 def grammar(backend: Any, kind: str, spec: Any) -> Any:
-    """The compiled grammar, asked for as SGLang's manager of grammars does."""
+    """Return the compiled grammar, asked for as SGLang's grammar manager does."""
     kinds = {"json": ("json", json.dumps(spec)), "choice": ("regex", "|".join(CHOICES)), "regex": ("regex", spec)}
     future, _ = backend.get_cached_or_future_value(kinds.get(kind, (kind, spec)), False)
     return future.result()

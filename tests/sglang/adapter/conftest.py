@@ -1,4 +1,4 @@
-"""These tests need no server, and run on the oldest supported SGLang as on the newest: the adapter is registered here."""
+"""Registers the adapter for tests that need no server and run on the oldest supported SGLang as well as the newest."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import os
 
 from k26_plugins.sglang import register
 
-# Read when SGLang is imported, which nothing before the registration does.
+# SGLang reads this variable when it is imported, which nothing before the registration does.
 os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
 register()

@@ -1,4 +1,4 @@
-"""Which experts serve a layer: the core's or SGLang's own, by flags, K26_EXPERTS and the platform."""
+"""Tests of which experts serve a layer, the core's or SGLang's own, by flags, K26_EXPERTS and the platform."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ CANNOT = {
     "sizes": (48, "none", "auto", "cpu", "tensor parallelism leaves 48 of moe_intermediate_size"),
     "repacked": (64, "none", "presharded", "cpu", "--load-format presharded keeps weights as one backend"),
 }
-"""A layer's size, the all-to-all, --load-format, which of the core's experts cannot serve it, and what is said."""
+"""(The layer's intermediate size, --moe-a2a-backend, --load-format, the core's backend that cannot serve the layer, the
+reason in the error) of each case."""
 
 
 @pytest.mark.parametrize("name", CANNOT)
 def test_what_the_core_cannot_serve_is_asked_before_weights_are_created(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
-    """Where K26_EXPERTS names a backend that cannot serve, it is one error; otherwise the layer is left to SGLang."""
+    """If K26_EXPERTS names a backend that cannot serve the layer, an error says so; else SGLang's experts serve."""
     from sglang.srt.layers.moe.utils import MoeA2ABackend
 
     from k26_plugins.common.experts import ExpertsError
@@ -88,7 +89,7 @@ BLACKWELL: dict[str, tuple[list[str], str | None, str, str]] = {
     "that runner": (["--moe-runner-backend", "flashinfer_trtllm"], None, "flashinfer_trtllm", "engine"),
     "a hybrid run": (["--kt-weight-path", "DIR", "--kt-num-gpu-experts", "4"], None, "triton", "auto"),
 }
-"""Flags, K26_EXPERTS, the runner that SGLang settles on, and the experts that serve."""
+"""(Flags, K26_EXPERTS, the runner on which SGLang settles, the experts that serve) of each case."""
 
 
 @pytest.mark.skipif(
@@ -96,7 +97,8 @@ BLACKWELL: dict[str, tuple[list[str], str | None, str, str]] = {
 )
 @pytest.mark.parametrize("name", BLACKWELL)
 def test_what_sglang_chooses_on_blackwell_stands(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """SGLang's own rule is asked, on a platform that says it is Blackwell: the documented command starts there."""
+    """SGLang's own rule is asked on a pretended Blackwell platform: the runner that it chooses stands unless
+    K26_EXPERTS or a hybrid run asks for the core's experts, so that the documented command starts there."""
     from sglang.srt.arg_groups import overrides
     from sglang.srt.runtime_context import override_platform
     from sglang.srt.server_args import ServerArgs
@@ -113,7 +115,7 @@ def test_what_sglang_chooses_on_blackwell_stands(tiny_folder: Path, monkeypatch:
     ServerArgs.add_cli_args(parser)
     arguments = ServerArgs.from_cli_args(parser.parse_args(["--model-path", str(tiny_folder), *flags]))
     before_settling(lambda given: None, arguments)
-    arguments._quantization_explicitly_unset = False  # what an earlier step notes
+    arguments._quantization_explicitly_unset = False  # an earlier step of SGLang's would set it
     with override_platform(is_sm100=True):
         settled = overrides._deepseek_moe_quant_resolution(overrides.resolving_view(arguments))
     found = settled.get("moe_runner_backend", arguments.moe_runner_backend)
@@ -126,7 +128,8 @@ def test_what_sglang_chooses_on_blackwell_stands(tiny_folder: Path, monkeypatch:
 
 
 def test_two_choices_by_hand_contradict_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where SGLang does not tell a flag from its own choice, the variable is what was surely given."""
+    """A runner flag and K26_EXPERTS that choose different experts are an error. If SGLang does not tell a given flag
+    from its own choice, K26_EXPERTS decides, because only the variable was surely given."""
     from k26_plugins.sglang.experts import chosen_backend
 
     monkeypatch.setattr(compat, "moe_runner_backend", Runner("marlin"))
@@ -139,13 +142,13 @@ def test_two_choices_by_hand_contradict_each_other(monkeypatch: pytest.MonkeyPat
 
 
 def quant_config(folder: Path) -> Any:
-    """SGLang's own reading of the checkpoint's quantization."""
+    """Return SGLang's own reading of the checkpoint's quantization configuration."""
     settings = json.loads((folder / "config.json").read_text())["text_config"]["quantization_config"]
     return compat.compressed_tensors_config().from_config(settings)
 
 
 def layer_of(intermediate_size: int = 64) -> FusedMoE:
-    """A layer with the sizes that SGLang gives it before it asks for its scheme."""
+    """Return a layer with the sizes that SGLang sets before it asks for the layer's scheme."""
     layer: Any = FusedMoE()
     layer.num_local_experts, layer.hidden_size, layer.intermediate_size_per_partition = 8, 128, intermediate_size
     return layer

@@ -1,4 +1,4 @@
-"""What SGLang reads of a checkpoint's folder before it loads weights."""
+"""Tests of what SGLang reads from a checkpoint's folder before it loads weights."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from k26_plugins.common.model.config import ConfigError
 
 
 def test_the_configuration_is_understood_in_the_hubs_spelling(tiny_folder: Path, tmp_path: Path) -> None:
-    """The hub's file lacks the names that SGLang's own class knows, which that would fill with the published model's
-    sizes."""
+    """The hub's config.json lacks the names that SGLang's own configuration class reads; that class would take the
+    published model's sizes for them."""
     folder = Path(shutil.copytree(tiny_folder, tmp_path / "hub"))
     content = json.loads((folder / "config.json").read_text())
     vision = content["vision_config"]
@@ -41,7 +41,8 @@ def test_a_configuration_of_another_model_is_refused(tiny_folder: Path, tmp_path
 def test_another_layout_is_left_to_sglang(
     tiny_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
-    """SGLang's own reading of the configuration is what is judged, and the log has the reason in one line."""
+    """SGLang's own reading of the configuration decides whether the layout is the published one; if it is not, one line
+    of the log gives the reason."""
     folder = make(OTHER[name][0], tiny_folder, tmp_path / "made")
     config = hf_utils().get_config(str(folder), trust_remote_code=False)
     assert not config.k26_published_layout
@@ -55,7 +56,8 @@ def test_the_published_layout_is_the_cores(tiny_folder: Path, tmp_path: Path, na
 
 
 def test_no_file_of_the_checkpoint_is_executed(tiny_folder: Path, tmp_path: Path) -> None:
-    """Every process reads the configuration, the tokenizer and the processor with the flag's value."""
+    """The configuration, the tokenizer and the processor, which every process reads with the value of
+    --trust-remote-code, are read without running a Python file of the checkpoint."""
     utils = hf_utils()
     mark = plant(tiny_folder, tmp_path / "DIR")
     for read in (utils.get_config, utils.get_tokenizer, utils.get_processor):

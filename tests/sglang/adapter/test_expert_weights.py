@@ -1,4 +1,4 @@
-"""A layer's experts are loaded, and updated while they serve."""
+"""Tests that a layer's experts are loaded, and updated while they serve, against float64."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from k26_plugins.sglang import compat
 def test_a_layer_s_experts_are_loaded_and_updated(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_device: int | None
 ) -> None:
-    """Tensors come by their names in the checkpoint, to one side or to both of a hybrid run; an update comes in two
-    halves."""
+    """A layer's tensors are loaded by their names in the checkpoint, without a hybrid run (None), or with none or three
+    of its experts on the device; the first update comes in two halves."""
     from k26_plugins.common.experts.moving import Uses
     from k26_plugins.sglang.experts import K26MoEScheme, experts_of
     from k26_plugins.sglang.hybrid import HybridSettings, K26HybridScheme
@@ -70,16 +70,16 @@ def test_a_layer_s_experts_are_loaded_and_updated(
     assert [(number, *batches[:3]) for number, batches in seen] == [(here, 2, ids_of, torch.bfloat16)] * (here > 0)
     load(new, names[: len(names) // 2])
     load(new, names[len(names) // 2 :])
-    scheme.process_weights_after_loading(layer)  # 0.5.10 ends each update with it
+    scheme.process_weights_after_loading(layer)  # SGLang 0.5.10 ends each update with this call
     assert_computed(new)
-    scheme.restore_weights_before_loading(layer)  # and later releases begin with this
+    scheme.restore_weights_before_loading(layer)  # later releases begin an update with this call
     load(old, names)
     scheme.process_weights_after_loading(layer)
     assert_computed(old)
 
 
 def load_whole(param: Any, weight: torch.Tensor, name: str, shard_id: str, expert_id: int) -> None:
-    """SGLang's loader of a parameter, on one rank."""
+    """Copy one expert's matrix into a parameter, as SGLang's weight loader does on a single rank."""
     target = param.data[expert_id]
     if shard_id != "w2":
         target = target.chunk(2)[shard_id == "w3"]

@@ -1,4 +1,4 @@
-"""The pixels of an image, through SGLang's own processors."""
+"""Tests of an image's pixels as SGLang's own processors give them, against digests recorded from vLLM's processor."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_pixels_are_those_of_vllm(tiny_folder: Path) -> None:
 
 @pytest.fixture
 def media_processor(tiny_folder: Path) -> Any:
-    """SGLang's choice for this model, built as its tokenizer manager builds it."""
+    """Return the media processor that SGLang chooses for this model, built as its tokenizer manager builds it."""
     from sglang.srt.managers import multimodal_processor
     from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
 
@@ -47,7 +47,7 @@ def media_processor(tiny_folder: Path) -> Any:
 def test_sglangs_media_class_takes_the_core_s_pixels_on_any_device(
     media_processor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Left to itself it would decode and resize on a GPU, by other arithmetic."""
+    """Without the plugin, SGLang's class would decode and resize images on a GPU, with other arithmetic."""
     assert not media_processor.gpu_image_decode
     if not hasattr(media_processor._processor, "_gpu_call"):
         pytest.skip("SGLang 0.5.10 has no GPU preprocessing for this model")

@@ -1,4 +1,4 @@
-"""SGLang's names that the adapter looks up: which this release has, and what serves where one is gone."""
+"""Tests of the names that the adapter looks up in SGLang: which this release has, and what serves if one is gone."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def test_a_name_that_sglang_lost_is_one_clear_error() -> None:
 def test_sglangs_own_class_serves_where_ours_lacks_a_name(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The import of our class needs the name, and the registration of the plugin does not; with K26_STRICT=1 the start
-    ends."""
+    """If a name is missing that the import of our model class needs, but not the registration, SGLang's own class
+    serves; with K26_STRICT=1 the start ends instead."""
     from sglang.srt.models.registry import import_model_classes
 
     in_tree = compat.in_tree_model().KimiK25ForConditionalGeneration
@@ -48,7 +48,7 @@ def test_sglangs_own_class_serves_where_ours_lacks_a_name(
     monkeypatch.setattr("k26_plugins.sglang.logger.propagate", True)
     monkeypatch.setattr(logging.getLogger("sglang"), "propagate", True)
     forget()
-    # The function within what SGLang remembers of a package.
+    # SGLang caches this function's result for each package; the test calls the function inside the cache.
     found = inspect.unwrap(import_model_classes)
     assert found("k26_plugins.sglang.models") == {}
     assert "SGLang's own model class serves" in caplog.text

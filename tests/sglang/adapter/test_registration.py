@@ -1,4 +1,4 @@
-"""Registration takes the in-tree classes' places, all of them or none, in every process."""
+"""Tests of registration, which replaces the in-tree classes in every process, either all of them or none."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def test_registration_takes_the_in_tree_classes_place_and_no_others() -> None:
 def test_the_probe_imports_the_models_class(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """SGLang's registry only logs that it cannot import the class, and all that registration does has succeeded: the
-    probe has to look for itself."""
+    """The probe has to import the model's class itself, because SGLang's registry only logs a failed import, and
+    registration succeeds all the same."""
 
     def told() -> dict[str, Any]:
         probe.main()
@@ -58,8 +58,8 @@ def test_a_failing_registration_leaves_sglang_alone(
     not HAS_ENTRY_POINT, reason="SGLang 0.5.10 has no registry of hooks, and calls the adapter otherwise"
 )
 def test_registration_is_all_or_nothing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """Each name that registration looks up is missing in turn, and leaves SGLang's registries, hooks and variables as
-    they were."""
+    """Each name that registration looks up is made to be missing in turn, and each time SGLang's registries, hooks and
+    variables stay as they were."""
     import transformers.dynamic_module_utils as doors
     from sglang.srt.models.registry import ModelRegistry
     from sglang.srt.plugins.hook_registry import HookRegistry
@@ -91,12 +91,12 @@ def test_registration_is_all_or_nothing(monkeypatch: pytest.MonkeyPatch, caplog:
 
     before, looked_up = state(), assert_all_or_nothing(compat, register, state, caplog)
     assert looked_up >= 2
-    # The last try had every name.
+    # The last registration found every name, and has changed each part of the state.
     assert not any(one == other for one, other in zip(before, state(), strict=True))
 
 
 def test_the_environment_variable_of_0_5_10_makes_it_active(tmp_path: Path) -> None:
-    """PYTHONPATH has the plugin's `sitecustomize`; another one on the path runs too."""
+    """The plugin's `sitecustomize`, which PYTHONPATH names, registers the adapter; another one on the path runs too."""
     (tmp_path / "sitecustomize.py").write_text("print('the other runs')\n")
     code = (
         "import sglang.srt.utils.hf_transformers_utils as utils, sglang.srt.managers.detokenizer_manager as manager\n"

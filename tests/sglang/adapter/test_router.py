@@ -1,4 +1,4 @@
-"""The router's logits, which the core's gate gives in float32."""
+"""Tests of the router's logits, which our gate gives in float32."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from k26_plugins.sglang import compat
 
 
 def test_the_router_s_logits_are_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The in-tree gate gives bfloat16 on a CPU."""
+    """Our gate gives float32 logits on a CPU, equal to the float64 product, where the in-tree gate gives bfloat16."""
     from k26_plugins.sglang.router import use_float32_logits
 
     gate: Any = torch.nn.Module.__new__(compat.router_gate())
@@ -32,7 +32,7 @@ def test_the_router_s_logits_are_float32(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 class CountedProducts(TorchDispatchMode):
-    """How many matrix products torch is asked for."""
+    """A torch mode that counts the matrix products that torch is asked for."""
 
     count = 0
 
@@ -43,7 +43,8 @@ class CountedProducts(TorchDispatchMode):
 
 @pytest.mark.skipif(find_spec("sglang.srt.arg_groups") is None, reason="this SGLang has no platform to pretend")
 def test_on_rocm_the_router_computes_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SGLang's own gate gives bfloat16 on this pretended device, whose tensors have no data."""
+    """On a pretended ROCm device, whose tensors have no data, our gate gives float32 logits and SGLang's own bfloat16;
+    each computes one matrix product."""
     from sglang.srt.runtime_context import override_platform
 
     from k26_plugins.sglang.router import K26Gate

@@ -1,4 +1,4 @@
-"""A model in an object store or in ModelScope's hub: its parsers and its tokenizer."""
+"""Tests of the parsers and the tokenizer of a model in an object store or in ModelScope's hub."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from k26_plugins.common.prompt.hf_tokenizer import KimiTokenizerFast
 def test_the_parsers_and_the_tokenizer_of_a_model_that_is_not_on_the_hub(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """SGLang asks the libraries of the object store and of ModelScope, which are pretended here."""
+    """SGLang asks the libraries of the object store and of ModelScope, in whose place the test puts stand-ins."""
     from sglang.srt.server_args import ServerArgs
 
     from k26_plugins.sglang.arguments import before_settling

@@ -1,4 +1,4 @@
-"""The tokenizer that SGLang gets for this model, for another, and for one that is not on the hub."""
+"""Tests of the tokenizer that SGLang gets for this model, without its `tiktoken.model`, and for another model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def test_another_models_tokenizer_is_sglangs(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_json_alone_is_left_to_sglang(tiny_folder: Path, tmp_path: Path) -> None:
-    """Beside `tiktoken.model` a `tokenizer.json` changes nothing."""
+    """A checkpoint with a `tokenizer.json` alone is left to SGLang; beside `tiktoken.model` a `tokenizer.json` changes
+    nothing."""
     folder = tmp_path / "DIR"
     shutil.copytree(tiny_folder, folder)
     settings = (folder / "tokenizer_config.json").read_text()
@@ -43,7 +44,7 @@ def test_a_tokenizer_json_alone_is_left_to_sglang(tiny_folder: Path, tmp_path: P
 
 
 def save_tokenizer(folder: Path) -> None:
-    """transformers' files of a tokenizer of one word."""
+    """Write transformers' files of a tokenizer that knows one word."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
@@ -53,7 +54,8 @@ def save_tokenizer(folder: Path) -> None:
 
 @pytest.mark.skipif(find_spec("transformers.models.kimi_k25") is None, reason="this transformers has no such classes")
 def test_prompts_and_images_can_be_left_to_sglang(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each is left to SGLang by itself, and the other stays ours; neither needs code of the checkpoint."""
+    """K26_PROMPTS=engine leaves only the tokenizer to SGLang, and K26_MEDIA=engine only the processor; neither needs
+    code of the checkpoint."""
     utils = hf_utils()
     monkeypatch.setenv("K26_PROMPTS", "engine")
     assert not isinstance(utils.get_tokenizer(str(tiny_folder)), KimiTokenizerFast)

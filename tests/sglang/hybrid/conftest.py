@@ -1,4 +1,4 @@
-"""The command line of a hybrid run, as SGLang reads it."""
+"""Fixtures with the command line of a hybrid run, as SGLang reads it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from support.sglang_server import hybrid_flags
 
 from k26_plugins.sglang import compat
 
-# Read when SGLang is imported, which nothing above does.
+# SGLang reads this variable when it is imported, which nothing above does.
 os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
 
 
 @pytest.fixture
 def arguments(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """SGLang's own reading of a hybrid run's command line."""
+    """Return SGLang's own reading of a hybrid run's command line."""
     from sglang.srt.server_args import ServerArgs
 
     parser = argparse.ArgumentParser()
@@ -31,7 +31,7 @@ def arguments(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def on_gpu(arguments: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The hybrid run's command line where torch finds a GPU."""
+    """Return the hybrid run's arguments as on a machine where torch finds a GPU."""
     monkeypatch.setattr(compat, "device_type", lambda: "cuda")
     arguments.disable_cuda_graph = False
     return arguments

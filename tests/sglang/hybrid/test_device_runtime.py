@@ -1,4 +1,4 @@
-"""The device's runtime, by which a CUDA graph waits for the CPU's experts."""
+"""Tests of the device's runtime, by which a CUDA graph waits for the CPU's experts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ pytestmark = runs_hybrid
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA: it brings no runtime")
 def test_nvidia_s_runtime_has_what_is_called() -> None:
-    """The library that torch has loaded, without a device: it refuses, in its own words, what it would do with one."""
+    """The CUDA runtime that torch has loaded has each function that is called: without a device, each call fails with
+    the runtime's own error text."""
     device_runtime.device_runtime.cache_clear()
     runtime = device_runtime.device_runtime()
     memory = torch.empty(1, dtype=torch.uint8)
@@ -43,7 +44,8 @@ def test_nvidia_s_runtime_has_what_is_called() -> None:
 def test_a_step_whose_experts_did_not_come_ends_before_it_is_answered(
     tiny_folder: Path, on_gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """SGLang's scheduler ends it, with the runtime of a pretended device, beside CUDA graphs."""
+    """SGLang's scheduler raises an error for such a step instead of answering it. CUDA graphs are on, and the runtime
+    is that of a pretended device."""
     from sglang.srt.managers.scheduler import Scheduler
 
     from k26_plugins.sglang import hybrid
@@ -55,7 +57,7 @@ def test_a_step_whose_experts_did_not_come_ends_before_it_is_answered(
     settings = hybrid.hybrid_settings(K26Config.from_path(tiny_folder))
     assert settings is not None
     assert settings.runtime is device.runtime
-    monkeypatch.setattr(threads, "_process_threads", None)  # of a process of its own, as it were
+    monkeypatch.setattr(threads, "_process_threads", None)  # as in a new process
     result, waited = SimpleNamespace(), []
     result.copy_done = SimpleNamespace(synchronize=lambda: waited.append(result))
     Scheduler.process_batch_result(None, None, result)

@@ -1,4 +1,4 @@
-"""What `k26 doctor` says of KTransformers' command line."""
+"""Tests of what `k26 doctor` says about KTransformers' command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line of a hybrid run: what is taken, and the combinations refused before anything is loaded."""
+"""Tests of a hybrid run's command line: what is accepted, and what is refused before anything is loaded."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_what_would_be_wrong_is_refused(
 
 @pytest.mark.skipif(find_spec("kt_kernel") is None, reason="kt-kernel is not installed in this environment")
 def test_what_kt_run_starts_is_taken(tiny_folder: Path, arguments: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """KTransformers' own `kt run` makes the command line, of nothing but a model and its numbers."""
+    """The command line that KTransformers' own `kt run` makes, from nothing but a model and numbers, is accepted."""
     from kt_kernel.cli.commands.run import _build_sglang_command
 
     from k26_plugins.sglang.hybrid import hybrid_settings
@@ -91,7 +91,8 @@ def test_what_kt_run_starts_is_taken(tiny_folder: Path, arguments: Any, monkeypa
 
 @pytest.mark.skipif(not HAS_ENTRY_POINT, reason="this SGLang reads its arguments before the plugin is there")
 def test_two_halves_of_a_batch_are_refused_before_sglang_asks_for_more(tiny_folder: Path) -> None:
-    """SGLang would ask for DP attention, and with that the start would go on."""
+    """The plugin has to refuse before SGLang, which would ask for DP attention, and with DP attention the start would
+    go on."""
     from sglang.srt.server_args import ServerArgs
 
     from k26_plugins.sglang.arguments import before_settling
@@ -110,8 +111,8 @@ def test_two_halves_of_a_batch_are_refused_before_sglang_asks_for_more(tiny_fold
 
 @pytest.mark.skipif(not HAS_ENTRY_POINT, reason="that of the newest SGLang")
 def test_sglang_s_halves_of_a_batch_go_to_experts_by_an_all_to_all_alone() -> None:
-    """SGLang's own operations of a layer are run without an all-to-all. Once they hand the experts something, the
-    refusal has lost its reason."""
+    """SGLang's own operations of a layer, run without an all-to-all, hand the experts nothing. Once they do, there is
+    no reason left to refuse --enable-two-batch-overlap."""
     from sglang.srt.batch_overlap.operations import _StateDict
     from sglang.srt.models.deepseek_v2 import DeepseekV2MoE
 

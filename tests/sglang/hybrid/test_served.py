@@ -1,4 +1,5 @@
-"""Hybrid runs by SGLang's `--kt-…` flags and by `kt run`: the real server with a CPU in the GPU's place."""
+"""Tests of hybrid runs by SGLang's `--kt-…` flags and by `kt run`: the real server, with a CPU in the GPU's place,
+against the reference."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ pytestmark = runs_hybrid
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Inner size 256: kt-kernel wants 128 on each of two ranks."""
+    """Return a tiny checkpoint with moe_intermediate_size 256, because kt-kernel needs 128 on each of two ranks."""
     folder = tmp_path_factory.mktemp("hybrid") / "tiny"
     make_tiny(folder, TinySizes(moe_intermediate_size=256))
     return folder
@@ -93,7 +94,7 @@ def test_two_ranks_with_kt_kernel_and_a_profile_answer_as_one(half: Server, fold
         log = server.log.read_text()
         assert f"by {PROFILE_FILE}, 85% of its uses" in log
         assert "on the CPU (kt)" in log
-        # kt-kernel rounds activations to 8 bits, 1.3 % of an expert's output.
+        # kt-kernel rounds activations to 8 bits, which changes an expert's output by 1.3 %.
         assert_same_top(first_tokens(server), first_tokens(half), noise=0.15)
 
 
@@ -117,7 +118,7 @@ def test_experts_that_are_used_more_move_to_the_device(half: Server, folder: Pat
 
 
 def test_deferred_experts_are_added_one_layer_later(folder: Path, tmp_path: Path) -> None:
-    """The answer is that of the reference that defers, and not of the one that does not."""
+    """The answer is that of the reference with deferred experts, and not that of the reference without."""
     arguments = [*hybrid_flags(folder, 2), "--kt-max-deferred-experts-per-token", "1"]
     prompt = torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(0))
     with serve(folder, tmp_path / "log", *arguments, **EAGER) as server:
@@ -128,7 +129,8 @@ def test_deferred_experts_are_added_one_layer_later(folder: Path, tmp_path: Path
     def median_kl(model: KimiK26) -> float:
         return divergence(served, model.logprobs(prompt)[:-1]).median().item()
 
-    # Rounding may decide which of two experts of equal weight is deferred, which is seen in a few positions.
+    # Rounding may decide which of two experts of equal weight is deferred. That changes a few positions, but not the
+    # median.
     to_deferring, to_exact = (
         median_kl(deferring_model(folder, 2, 1)),
         median_kl(KimiK26(Checkpoint(folder), torch.float32)),
@@ -141,9 +143,10 @@ def test_deferred_experts_are_added_one_layer_later(folder: Path, tmp_path: Path
 def test_kt_run_starts_a_hybrid_run_that_answers_as_one_started_directly(
     half: Server, folder: Path, tmp_path: Path
 ) -> None:
-    """KTransformers' command line as documented, on two ranks with the CPU in the GPUs' place."""
+    """The `kt run` command is the documented one, on two ranks, with the CPU in the GPUs' place."""
     command = [*documented.as_run(documented.KT_RUN, folder), "--attention-backend", "torch_native"]
-    # What it keeps in the home it keeps for good; the compiled experts are those that are there.
+    # `kt run` leaves files in the home folder for good, so HOME is a scratch folder. The compiled experts are still
+    # those in the user's cache folder.
     settings = {**TWO_RANKS, **EAGER, "HOME": str(tmp_path), "XDG_CACHE_HOME": str(cache_folder().parent)}
     prompt = torch.randint(0, 256, (200,), generator=torch.Generator().manual_seed(0)).tolist()
     with serve(folder, tmp_path / "log", command=command, **settings) as server:

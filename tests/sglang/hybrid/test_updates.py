@@ -1,4 +1,4 @@
-"""Weights that are updated while a hybrid run serves."""
+"""Tests of weights that are updated while a hybrid run serves, against float64."""
 
 from __future__ import annotations
 
