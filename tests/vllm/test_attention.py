@@ -1,4 +1,4 @@
-"""MLA's prefill on a CPU against vLLM's own, which holds all scores at once."""
+"""Tests of our prefill for MLA on a CPU against vLLM's own, which holds all scores at once."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def inputs(queries: list[int], lengths: list[int]) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("scores", [1, 700, 2**24], ids=str)
 @pytest.mark.parametrize("lengths", [[1], [300], [5, 1, 130, 64]], ids=str)
 def test_new_tokens_are_vllms_own(lengths: list[int], scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks hold one query of one head, ragged parts of the batch, or as many as are taken by default."""
+    """The result does not depend on the blocks, which hold one query of one head, an uneven part of the batch, or as
+    many scores as by default."""
     monkeypatch.setattr(attention, "SCORES", scores)
     q, k, v, starts, _ = inputs(lengths, lengths)
     outputs = []
@@ -55,7 +56,6 @@ def test_new_tokens_are_vllms_own(lengths: list[int], scores: int, monkeypatch: 
 
 @pytest.mark.parametrize("scores", [1, 700, 2**24], ids=str)
 def test_a_cached_context_is_vllms_own(scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A request without context has no key in the chunk; vLLM gives its lse as −inf there."""
     monkeypatch.setattr(attention, "SCORES", scores)
     q, k, v, starts, key_starts = inputs([3, 40, 1], [130, 64, 5])
     chunk: Any = SimpleNamespace(query_start_loc=starts, cu_seq_lens=key_starts)
@@ -64,6 +64,7 @@ def test_a_cached_context_is_vllms_own(scores: int, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_request_without_a_cached_context() -> None:
+    """A request without cached context has no key in the chunk; vLLM gives −inf as the request's lse there."""
     q, k, v, starts, key_starts = inputs([3, 40], [0, 64])
     chunk: Any = SimpleNamespace(query_start_loc=starts, cu_seq_lens=key_starts)
     for found, wanted in zip(*(one.run_prefill_context_chunk(chunk, q, k, v) for one in backends()), strict=True):
@@ -71,7 +72,7 @@ def test_a_request_without_a_cached_context() -> None:
 
 
 def largest_allocation(backend: Any, length: int) -> int:
-    """The bytes of the largest allocation while a prompt of `length` tokens is prefilled."""
+    """Return the bytes of the largest allocation while a prompt of `length` tokens is prefilled."""
     q, k, v, starts, _ = inputs([length], [length])
     backend._prefill_metadata = SimpleNamespace(query_start_loc=starts)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
@@ -80,7 +81,8 @@ def largest_allocation(backend: Any, length: int) -> int:
 
 
 def test_memory_does_not_grow_with_the_square_of_a_prompt() -> None:
-    """The prompt is as long as an agent's first message: an instruction and the declarations of its tools."""
+    """Our prompt of 10,000 tokens is as long as an agent's first message: an instruction and the declarations of its
+    tools."""
     ours, theirs = backends()
     assert largest_allocation(theirs, 3000) >= 4 * HEADS * 3000**2
     assert largest_allocation(ours, 10_000) <= 5 * attention.SCORES

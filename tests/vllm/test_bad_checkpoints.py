@@ -1,4 +1,5 @@
-"""A checkpoint that is not whole stops `vllm serve`, with the tensor's or field's name in what it prints."""
+"""Tests that a damaged checkpoint or a wrong setting stops `vllm serve`, with the name of the fault in what it
+prints."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ def damaged(name: str, whole: Path, folder: Path) -> Path:
 
 
 def configure(folder: Path) -> None:
-    """Run what the start does in the process that the user looks at, before any other is started."""
+    """Run what a start does in the process that the user looks at, before any other process is started."""
     register()
     ModelConfig(str(folder), enforce_eager=True, max_model_len=4096)
 

@@ -1,4 +1,4 @@
-"""A batch file, which no server answers: the same rendering and the same taking apart."""
+"""A test of `vllm run-batch`, which has no server, but renders prompts and parses answers as a server does."""
 
 from __future__ import annotations
 

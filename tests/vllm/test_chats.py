@@ -1,4 +1,4 @@
-"""What vLLM's API server does to chats beside rendering and parsing, by its own classes without a server."""
+"""Tests of what vLLM's API server does to chats beside rendering and parsing, by its own classes without a server."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_reasoning_has_both_names() -> None:
 
 
 def converted(content: list[dict[str, Any]], role: str = "user") -> list[Any]:
-    """The messages of the chat that vLLM makes of a message of the Messages API."""
+    """Return the chat messages that vLLM makes from a message of the Messages API."""
     from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
     from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 
@@ -89,7 +89,7 @@ def test_an_error_is_said(text: Any, written: str) -> None:
 
 
 def test_images_of_a_result_stay_in_it() -> None:
-    """They stay in their places, and no message of the user's comes between two results."""
+    """A tool result's images stay in their places in it, and no user message comes between two results."""
     source = {"type": "base64", "media_type": "image/png", "data": "aGVsbG8="}
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aGVsbG8="}}
     parts = [{"type": "image", "source": source}, {"type": "text", "text": "no"}, {"type": "image", "source": source}]
@@ -129,6 +129,7 @@ def test_a_message_with_a_cut_call_is_answered() -> None:
 
 
 def test_a_vllm_without_a_place_is_told_of(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """If vLLM has lost the function around which a hook goes, the log names the function."""
     monkeypatch.setattr(names, "RESPONSES_EVENTS", replace(names.RESPONSES_EVENTS, module="vllm.nowhere"))
     chats.install()
     assert "has no vllm.nowhere._convert_stream_to_sse_events" in caplog.text

@@ -1,4 +1,4 @@
-"""vLLM's own parser takes the commands of containers/."""
+"""Tests that vLLM's own argument parser accepts the commands of containers/."""
 
 from __future__ import annotations
 

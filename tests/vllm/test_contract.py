@@ -1,4 +1,7 @@
-"""What vLLM looks up on the model that it serves, on ours: its in-tree class lacks some of it."""
+"""Tests that our model class has what vLLM looks up on the model that it serves.
+
+vLLM's in-tree class for this model lacks some of these attributes.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,8 @@ def test_the_model_has_what_vllm_looks_up() -> None:
 
 
 def test_the_model_passes_every_check_that_a_part_of_it_passes() -> None:
-    """What vLLM asks of a model's class before it starts a feature: its functions `supports_…`, `is_…` and the like."""
+    """Our class passes every check that the language model's class or the in-tree class passes. vLLM makes these checks
+    (`supports_…`, `is_…` and the like) on a model's class before it starts a feature."""
     from vllm.model_executor.models import interfaces, interfaces_base
     from vllm.model_executor.models.deepseek_v2 import DeepseekV3ForCausalLM
 

@@ -1,4 +1,4 @@
-"""Other ways to run the server: two ranks, compiled, the prefix cache, another model."""
+"""Tests of other ways to run the server: two ranks, compiled, the prefix cache, another model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ def one_rank(server: Server) -> Server:
 
 
 def first_tokens(server: Server) -> list[dict[int, float]]:
-    """The likeliest next tokens of several prompts, text and image, and their log-probabilities."""
+    """Return the likeliest next tokens of several prompts, of text and with an image, and their log-probabilities.
+
+    The keys are token ids; for the prompt with an image they are the tokens' ranks.
+    """
     found = []
     for index in range(6):
         prompt = torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(index)).tolist()
@@ -76,7 +79,7 @@ def test_expert_parallel_ranks_answer_as_one(one_rank: Server) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    # By itself vLLM starts as many API servers as ranks.
+    # Without --api-server-count vLLM starts as many API servers as ranks.
     "more",
     [(), ("--enable-expert-parallel", "--api-server-count", "1")],
     ids=["tensor", "expert"],
@@ -84,12 +87,14 @@ def test_expert_parallel_ranks_answer_as_one(one_rank: Server) -> None:
 def test_data_parallel_ranks_answer_as_one(
     one_rank: Server, golden_file: Path, tmp_path: Path, more: Sequence[str]
 ) -> None:
-    """Each rank has requests of its own, and a part of every layer's experts: they exchange tokens at every step."""
+    """Each rank has requests of its own and a part of every layer's experts, so that the ranks exchange tokens at every
+    step."""
     arguments = ["--data-parallel-size", "2", "--worker-extension-cls", "support.vllm_gathers.Worker", *more]
     settings = {"PYTHONPATH": python_path(), **TWO_RANKS}
     expected = first_tokens(one_rank)
     with serve(Path(one_rank.model), tmp_path / "log", "--enforce-eager", *arguments, **settings) as server:
-        # Alone a request leaves the other rank without any; of many at once both ranks have some, of other lengths.
+        # A single request leaves the other rank without one. Of many requests at once both ranks have some, of
+        # different lengths.
         assert_same_top(first_tokens(server), expected)
         with ThreadPoolExecutor(6) as pool:
             verified = pool.submit(
@@ -145,7 +150,7 @@ def test_a_rank_without_the_plugin_stops_the_start(tiny_folder: Path, tmp_path: 
 
 
 def test_compiled_answers_as_eager(tiny_folder: Path, tmp_path: Path, one_rank: Server) -> None:
-    """torch.compile goes around the experts' operator: nothing in it may break the graph."""
+    """torch.compile compiles the model around the experts' operator, which must not break the graph."""
     with serve(tiny_folder, tmp_path / "log") as server:
         assert_same_top(first_tokens(server), first_tokens(one_rank))
 
@@ -154,8 +159,8 @@ def test_compiled_answers_as_eager(tiny_folder: Path, tmp_path: Path, one_rank: 
 def test_weights_that_a_trainer_sends_later(
     tiny_folder: Path, golden_file: Path, updated: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """The server starts without weights and answers; after the update it answers as one that was started with them.
-    vLLM then cannot load weights from the disk."""
+    """A server that starts with dummy weights answers, and after each update of its weights it answers as a server that
+    was started with the new ones. Such a vLLM cannot load weights from the disk, so that they come in buckets."""
     shutil.copytree(tiny_folder, tmp_path / "small", ignore=shutil.ignore_patterns("*.safetensors"))
     arguments = ["--enforce-eager", "--load-format", "dummy", *vllm_updates.ARGUMENTS]
     settings = {"PYTHONPATH": python_path(), "VLLM_SERVER_DEV_MODE": "1"}
@@ -169,14 +174,14 @@ def test_weights_that_a_trainer_sends_later(
 
 @pytest.fixture(scope="module")
 def prefix_caching(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """vLLM's CPU MLA has no prefix cache; without MLA the same model has."""
+    """Yield a server with a prefix cache. MLA is off, because vLLM's MLA for CPUs has no prefix cache."""
     arguments = ["--enforce-eager", "--enable-prefix-caching", "--enable-prompt-tokens-details"]
     with serve(tiny_folder, tmp_path_factory.mktemp("prefix") / "log", *arguments, VLLM_MLA_DISABLE="1") as running:
         yield running
 
 
 def test_a_second_request_hits_the_prefix_cache(prefix_caching: Server) -> None:
-    """The answer of the request that hits is that of the first."""
+    """A second request finds the first one's prompt in the prefix cache, and has the same answer."""
     prompt = torch.randint(0, 256, (600,), generator=torch.Generator().manual_seed(0)).tolist()
     first, second = (prefix_caching.complete(prompt, max_tokens=4, temperature=0, ignore_eos=True) for _ in range(2))
     assert second["usage"]["prompt_tokens_details"]["cached_tokens"] >= 256
@@ -189,8 +194,8 @@ def test_a_second_request_hits_the_prefix_cache(prefix_caching: Server) -> None:
 
 
 def test_media_by_url_are_known_by_their_content(prefix_caching: Server) -> None:
-    """The next turn finds the media in the prefix cache; another film under the same address is not taken for the
-    first."""
+    """A second request with the same URLs finds the media in the prefix cache; another video under the same URL is not
+    taken for the first."""
     files = {"/image": png(random_image(300, 200)), "/video": make_video(12, size=(320, 240))}
 
     class Files(QuietHandler):
@@ -198,7 +203,8 @@ def test_media_by_url_are_known_by_their_content(prefix_caching: Server) -> None
             self.send(200, files[self.path])
 
     def ask(url: str) -> tuple[int, int, list[int]]:
-        """How long the prompt is, how much of it was found, and the answer."""
+        """Return the prompt's number of tokens, how many of them were found in the cache, and the answer's token
+        ids."""
         content = [
             {"type": "video_url", "video_url": {"url": f"{url}/video"}},
             {"type": "image_url", "image_url": {"url": f"{url}/image"}},
@@ -222,7 +228,7 @@ def test_media_by_url_are_known_by_their_content(prefix_caching: Server) -> None
 
 
 def test_another_architecture_is_left_to_vllm(tmp_path: Path) -> None:
-    """A small Llama: transformers' tokens, and no word of ours in the log."""
+    """A small Llama is answered with transformers' tokens, and the plugin writes nothing to the log."""
     expected = make_llama(tmp_path / "llama")
     arguments = ["--enforce-eager", "--skip-tokenizer-init", "--dtype", "float32"]
     with serve(tmp_path / "llama", tmp_path / "log", *arguments) as server:

@@ -1,4 +1,4 @@
-"""Encoder, prefill and decode in servers of their own: each answers with what the one before it computed."""
+"""Tests of encoder, prefill and decode in servers of their own, each of which goes on from what another computed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from support.vllm_handed_on import NIXL, TO_HAND_ON, encoded, exchange, items, k
 from support.vllm_server import serve
 
 pytestmark = pytest.mark.long
-# Whole blocks of a KV cache are handed on; what is behind them, the same in each prompt, is computed by who answers.
+# Whole blocks of a KV cache are handed on. The tokens behind them, the same in each prompt, are computed by the server
+# that answers.
 HANDED_ON, TAIL = 256, [7, 8, 9]
 PROMPTS = [
     [*torch.randint(0, 256, (HANDED_ON,), generator=torch.Generator().manual_seed(seed)).tolist(), *TAIL]
@@ -27,7 +28,7 @@ ASKED = {"max_tokens": 1, "temperature": 0, "allowed_token_ids": BYTES, "return_
 
 
 def to_prompts(server: Server) -> list[dict[int, float]]:
-    """For each prompt the likeliest tokens of the answer's first position."""
+    """Return each prompt's likeliest first tokens with their log-probabilities."""
     found = []
     for prompt in PROMPTS:
         top = server.complete(prompt, logprobs=5, **ASKED)["choices"][0]["logprobs"]["top_logprobs"][0]
@@ -45,7 +46,7 @@ def to_images(server: Server) -> list[dict[int, float]]:
 
 
 def exchanged(answers: list[Any]) -> list[Any]:
-    """The answers as they are once each two of the items handed on were exchanged."""
+    """Return the answers as they must be once each two neighbours among the items handed on were exchanged."""
     return [answers[index ^ 1] for index in range(len(answers))]
 
 
@@ -55,10 +56,11 @@ def exchange_each_two(folder: Path) -> None:
 
 
 def test_a_server_answers_with_the_kv_cache_of_another(tiny_folder: Path, tmp_path: Path) -> None:
-    """It computes none of the cache: once the caches of each two prompts were exchanged, it answers the other
-    prompt."""
+    """The decode server computes nothing of the cache that it is given: once the caches of each two prompts were
+    exchanged, it answers the other prompt."""
     stored = tmp_path / "stored"
-    # vLLM's plain MLA for CPUs begins no prompt in the middle; and what a server keeps itself it would not be given again.
+    # MLA is off, because vLLM's plain MLA for CPUs begins no prompt in the middle. Prefix caching is off, because a
+    # server would not be given again what it keeps itself.
     flags, settings = ("--enforce-eager", "--no-enable-prefix-caching"), {"VLLM_MLA_DISABLE": "1"}
     with serve(tiny_folder, tmp_path / "prefill.log", *flags, *kv(stored, "kv_producer"), **settings) as prefill:
         computed = to_prompts(prefill)
@@ -72,14 +74,15 @@ def test_a_server_answers_with_the_kv_cache_of_another(tiny_folder: Path, tmp_pa
 
 @pytest.mark.skipif(find_spec("nixl") is None, reason="NIXL is not installed")
 def test_a_server_answers_with_the_kv_cache_that_nixl_brings(tiny_folder: Path, tmp_path: Path) -> None:
-    """vLLM's MLA for CPUs too computes a prompt's last token alone, and with another prompt's cache it answers that
-    prompt."""
+    """With NIXL vLLM's MLA for CPUs too computes only a prompt's last token, and with another prompt's cache the server
+    answers that other prompt."""
 
     def channel() -> dict[str, str]:
         return {"VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())}
 
     def handed_on(prompt: list[int]) -> dict[str, Any]:
-        """Where the prompt's cache is, for one request: whoever has read it lets the other server forget it."""
+        """Return where the prompt's KV cache is. This serves one request, because the prefill server frees a cache once
+        it was read."""
         params: dict[str, Any] = prefill.complete(prompt, kv_transfer_params=TO_HAND_ON, **ASKED)["kv_transfer_params"]
         return params
 
@@ -103,7 +106,7 @@ def test_a_server_answers_with_the_kv_cache_that_nixl_brings(tiny_folder: Path, 
 
 @pytest.mark.skipif(find_spec("lmcache") is None, reason="LMCache is not installed")
 def test_a_server_answers_with_the_kv_cache_that_lmcache_kept(tiny_folder: Path, tmp_path: Path) -> None:
-    """The server itself keeps no cache of a prompt."""
+    """The second time, the prompts' KV caches come from LMCache, because the server itself keeps none."""
     flags = ("--enforce-eager", "--no-enable-prefix-caching", *lmcache(free_port(), free_port()))
     with serve(tiny_folder, tmp_path / "log", *flags, VLLM_MLA_DISABLE="1") as server:
         computed = to_prompts(server)
@@ -113,8 +116,8 @@ def test_a_server_answers_with_the_kv_cache_that_lmcache_kept(tiny_folder: Path,
 
 
 def test_a_server_answers_with_the_embeddings_of_an_encoder(tiny_folder: Path, tmp_path: Path, server: Server) -> None:
-    """It encodes no image itself: once the embeddings of each two images were exchanged, it answers about the other
-    image."""
+    """The answering server encodes no image itself: once the embeddings of each two images were exchanged, it answers
+    about the other image."""
     stored = tmp_path / "stored"
     with serve(tiny_folder, tmp_path / "encoder.log", "--enforce-eager", *encoded(stored, "ec_producer")) as encoder:
         for image in IMAGES:

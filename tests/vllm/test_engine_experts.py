@@ -1,4 +1,8 @@
-"""vLLM's own experts, tested before they serve: its real layers on the CPU, right, wrong and strange."""
+"""Tests of the check that vLLM's own experts pass before they serve.
+
+vLLM's real layers on the CPU are checked as they are, with wrong kernels, and with a method that the check does not
+know.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +42,7 @@ COMPRESSED = "vllm.model_executor.layers.quantization.compressed_tensors.compres
 wna16 = import_module(f"{COMPRESSED}.compressed_tensors_moe_wna16")
 
 KERNEL = r"\w*CPUUnquantizedExperts"
-"""The class of vLLM's experts for bfloat16: one where the CPU has AMX, another where it has not."""
+"""The name of vLLM's class for bfloat16 experts, which differs between CPUs with AMX and without."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -62,7 +66,7 @@ def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> py
 
 
 class Model(torch.nn.Module):
-    """Some layers of vLLM's, under the numbers that they have in the model."""
+    """The model's layers of experts as vLLM makes them, under the numbers that they have in the model."""
 
     def __init__(self, config: K26Config, quant_config: Any = None) -> None:
         super().__init__()
@@ -81,7 +85,7 @@ class Model(torch.nn.Module):
                 self.layers[str(number)] = torch.nn.ModuleDict({"experts": made})
 
     def experts(self) -> dict[int, Any]:
-        """vLLM's modules that hold them."""
+        """Return vLLM's modules that hold the experts, by the layer's number."""
         names = {name: module for name, module in self.named_modules() if hasattr(module, "quant_method")}
         return {int(name.split(".")[1]): module for name, module in names.items()}
 
@@ -103,7 +107,7 @@ def config(tiny_folder: Path) -> K26Config:
 
 
 def finish(model: Model) -> None:
-    """What vLLM's loaders do once the weights are there."""
+    """Do what vLLM's loaders do once the weights are loaded."""
     with vllms_dtype():
         for layer in model.experts().values():
             layer.quant_method.process_weights_after_loading(layer)
@@ -118,7 +122,8 @@ def dense_model(config: K26Config) -> Model:
 
 
 def test_the_right_ones_serve(config: K26Config, log: pytest.LogCaptureFixture) -> None:
-    """A bfloat16 checkpoint on vLLM's CPU kernels. An update of the weights is not tested again."""
+    """vLLM's CPU kernels pass the test with bfloat16 weights. The test is taken off then, so that an update of the
+    weights is not tested again."""
     model = dense_model(config)
     watch_engine_experts(model, None)
     finish(model)
@@ -131,7 +136,8 @@ def test_the_right_ones_serve(config: K26Config, log: pytest.LogCaptureFixture) 
 def test_the_test_takes_the_memory_of_a_few_experts(
     config: K26Config, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
 ) -> None:
-    """The layer has many experts. What the test of one layer holds is given back before the next layer's turn."""
+    """Although the layers have many experts, the test of a layer holds only a few of them, and gives them back before
+    the next layer's test."""
     text = replace(config.text, n_routed_experts=96, num_experts_per_tok=4, hidden_size=512, moe_intermediate_size=256)
     vision = replace(config.vision, text_hidden_size=text.hidden_size)
     model = dense_model(replace(config, text=text, vision=vision))
@@ -146,7 +152,8 @@ def test_the_test_takes_the_memory_of_a_few_experts(
     finish(model)
     assert "passed the test on cpu" in log.text
     expert_bytes = 4 * 3 * text.hidden_size * text.moe_intermediate_size
-    # In float32: the copies are half of that, one is made dense at a time, and a token's rows are for the largest batch.
+    # The sizes are those in float32. The copies of a token's experts take half of that, one expert at a time is made
+    # dense, and the rows of the tokens are those of the largest batch.
     batch_bytes = 4 * max(BATCHES) * text.num_experts_per_tok * (text.hidden_size + 2 * text.moe_intermediate_size)
     assert text.num_experts_per_tok / 2 * expert_bytes < counted.peak
     assert counted.peak < text.num_experts_per_tok * expert_bytes + 2 * batch_bytes
@@ -154,7 +161,7 @@ def test_the_test_takes_the_memory_of_a_few_experts(
 
 
 def repeat_one_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Break vLLM's kernel as issues tell of some GPUs: each token gets the first one's result."""
+    """Break vLLM's kernel in a way that issues report of some GPUs: each token gets the first token's result."""
     original = cpu_moe.CPUUnquantizedExperts.apply
 
     def apply(self: Any, output: torch.Tensor, *arguments: Any, **options: Any) -> None:
@@ -165,7 +172,7 @@ def repeat_one_token(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_wrong_ones_stop_the_start(config: K26Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The weights are such as the core does not take."""
+    """Wrong experts stop the start if the core's cannot take their place, as for weights in bfloat16."""
     repeat_one_token(monkeypatch)
     model = dense_model(config)
     watch_engine_experts(model, None)
@@ -177,7 +184,8 @@ def test_wrong_ones_stop_the_start(config: K26Config, monkeypatch: pytest.Monkey
 def test_what_cannot_be_tested_serves(
     config: K26Config, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
 ) -> None:
-    """The method may be that of another release; the log has one line for all layers."""
+    """Experts whose method the test cannot call, such as that of another release, serve untested, and one line of the
+    log says so for all layers."""
 
     def apply(self: Any, layer: Any, x: Any, topk_weights: Any, topk_ids: Any) -> None:
         raise TypeError("a buffer is missing")
@@ -192,8 +200,11 @@ def test_what_cannot_be_tested_serves(
 
 
 class Plain:
-    """Stands for vLLM's INT4 kernels, of which none runs on every CPU: vLLM's own parameters and loader around a
-    product in plain PyTorch, which in one layer, `wrong`, takes the gate projection for the up projection."""
+    """A stand-in for vLLM's INT4 kernels, none of which runs on every CPU.
+
+    It puts vLLM's own parameters and loader around a product in plain PyTorch, which in the layer `wrong` takes the
+    gate projection for the up projection.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, wrong: int | None) -> None:
         self.wrong, self.dense = wrong, dict[int, tuple[torch.Tensor, torch.Tensor]]()
@@ -216,7 +227,7 @@ class Plain:
         monkeypatch.setattr(kernel, "apply", apply)
 
     def process(self, layer: Any) -> None:
-        """Put the weights into another layout, as kernels do: what was loaded is gone."""
+        """Put the weights into another layout, as kernels do, so that the loaded weights are gone."""
         w13 = torch.stack([dense(*one) for one in zip(layer.w13_weight_packed, layer.w13_weight_scale, strict=True)])
         w2 = torch.stack([dense(*one) for one in zip(layer.w2_weight_packed, layer.w2_weight_scale, strict=True)])
         if f".layers.{self.wrong}." in layer.layer_name:
@@ -227,7 +238,7 @@ class Plain:
 
 
 def int4_model(config: K26Config, checkpoint: Checkpoint) -> Model:
-    """A model that vLLM's loader of each parameter has loaded, and whose experts are watched."""
+    """Return a model whose parameters vLLM's own weight loaders have loaded, and whose experts are watched."""
     settings = json.loads((checkpoint.folder / "config.json").read_text())["text_config"]["quantization_config"]
     model = Model(config, compat.compressed_tensors_config().from_config(settings))
     watch_engine_experts(model, config)
@@ -235,7 +246,7 @@ def int4_model(config: K26Config, checkpoint: Checkpoint) -> Model:
     files_read.extend(map(str, files))
     unused: Any = None
     layers = {
-        # vLLM's own are neither opened nor closed, and of the core's there are none to repack.
+        # vLLM's own experts are neither opened nor closed, and there are no experts of the core to repack.
         number: ExpertsOfLayer(
             module, unused, lambda: False, lambda: None, compat.physical_ids(module), lambda expert: True
         )
@@ -252,7 +263,7 @@ def checkpoint(tiny_folder: Path) -> Checkpoint:
 
 
 def worst(model: Model, checkpoint: Checkpoint) -> float:
-    """The largest error of the layers as they serve now, against the checkpoint's weights."""
+    """Return the largest error of the layers as they serve now, against float64 on the checkpoint's weights."""
     text, errors = checkpoint.config.text, []
     for number, layer in model.experts().items():
         moe = MoE(text, checkpoint.tensor, number)
@@ -280,7 +291,7 @@ def test_right_int4_ones_are_kept(
 def test_the_core_takes_the_place_of_wrong_ones(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture, which: str
 ) -> None:
-    """The core serves all layers, those too that vLLM has repacked by then."""
+    """The core serves all layers, including those that vLLM has repacked by then."""
     text = checkpoint.config.text
     Plain(monkeypatch, text.first_k_dense_replace if which == "first" else text.num_hidden_layers - 1)
     model = int4_model(checkpoint.config, checkpoint)
@@ -306,7 +317,7 @@ REFUSED = {
     "vLLM's by name": ("engine", True, "K26_EXPERTS=engine asks for vLLM's. Unset it"),
     "weights that come once": ("auto", False, "Set K26_EXPERTS=triton"),
 }
-"""K26_EXPERTS, whether the files are known, and what is said."""
+"""(K26_EXPERTS, whether the checkpoint's files are known, the error) of each case."""
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -1,4 +1,4 @@
-"""Which layers the core's experts take, and what happens to those that they cannot serve."""
+"""Tests of which layers the core's experts serve, and of what happens to layers that they cannot serve."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from k26_plugins.vllm.modular import experts_for
 
 
 def quant_config(folder: Path) -> Any:
-    """vLLM's own reading of the checkpoint's quantization."""
+    """Return vLLM's own reading of the checkpoint's quantization configuration."""
     settings = json.loads((folder / "config.json").read_text())["text_config"]["quantization_config"]
     return compat.compressed_tensors_config().from_config(settings)
 
 
 def moe_config(intermediate_size: int = 64, **parallel: Any) -> FusedMoEConfig:
-    """The configuration of a small layer on one rank, but for what `parallel` says."""
+    """Return the configuration of a small layer on one rank, with the fields in `parallel` changed."""
     from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
     values: dict[str, Any] = {
@@ -49,7 +49,7 @@ def moe_config(intermediate_size: int = 64, **parallel: Any) -> FusedMoEConfig:
         "moe_parallel_config": dataclasses.replace(FusedMoEParallelConfig.make_no_parallel(), **parallel),
         "in_dtype": torch.bfloat16,
         "intermediate_size": intermediate_size,
-        # 0.19.1 takes the part of a rank instead.
+        # vLLM 0.19.1 takes the size of a rank's part instead.
         "intermediate_size_per_partition": intermediate_size,
     }
     names = {field.name for field in dataclasses.fields(FusedMoEConfig) if field.init}
@@ -69,7 +69,7 @@ def test_only_routed_experts_get_our_method(tiny_folder: Path) -> None:
     layer.moe_config = moe_config()
     method = VllmConfig.quant_config.get_quant_method(layer, "model.layers.1.mlp.experts")
     assert isinstance(method, K26ExpertsMethod)
-    # Where a server of encoders on a CPU has the layers that it does not load.
+    # A server of the encoder on a CPU has the layers that it does not load on the device "meta".
     use_core_experts(VllmConfig, "auto")
     with torch.device("meta"):
         method = VllmConfig.quant_config.get_quant_method(layer, "model.layers.1.mlp.experts")
@@ -82,14 +82,15 @@ CANNOT: dict[str, tuple[dict[str, Any], str, str]] = {
     "a device": ({}, "triton", "triton is not, because the Triton kernels run on CUDA and ROCm GPUs, not on cpu"),
     "sizes": ({"intermediate_size": 48}, "cpu", "tensor parallelism leaves 48 of moe_intermediate_size"),
 }
-"""What of a layer the core's experts cannot serve, which of them, and what is said."""
+"""(Changes of the layer's configuration, the core's backend that cannot serve the layer, the reason in the error) of
+each case."""
 
 
 @pytest.mark.parametrize("name", CANNOT)
 def test_what_the_core_cannot_serve_is_asked_before_weights_are_created(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
-    """Where K26_EXPERTS names a backend that cannot serve, it is one error; otherwise the layer is left to vLLM."""
+    """If K26_EXPERTS names a backend that cannot serve the layer, an error says so; else vLLM's experts serve."""
     changed, backend, said = CANNOT[name]
     moe = moe_config(**changed)
     monkeypatch.setenv("K26_EXPERTS", backend)
@@ -119,15 +120,16 @@ def test_deepep_for_low_latency_is_served_by_name(
 @pytest.mark.skipif(find_spec("vllm.distributed.eplb.eplb_communicator") is None, reason="moved by other names before")
 @pytest.mark.long
 def test_experts_that_vllm_moves_compute_as_before() -> None:
-    """EPLB's own policy and transfer on two ranks, for a decode and a prefill: a server has it on GPUs alone."""
+    """vLLM's EPLB policy and transfer run on two ranks, and a decode and a prefill are computed as before. There is no
+    server, because a server has EPLB on GPUs alone."""
     assert_moved_experts_compute_as_before("vllm")
 
 
 @pytest.mark.skipif(not compat.kernel_takes_experts_only(), reason="before, the kernel took more than experts")
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_tokens_in_a_buffer_of_each_experts_own(backend: str) -> None:
-    """vLLM's modular kernel, with its own plain code in the place of DeepEP's, gives the sum that the judge
-    computes."""
+    """vLLM's modular kernel with the core's experts, and with vLLM's own plain dispatch in the place of DeepEP's, gives
+    the sum that float64 gives."""
     from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEKernel
     from vllm.model_executor.layers.fused_moe.prepare_finalize.batched import BatchedPrepareAndFinalize
 

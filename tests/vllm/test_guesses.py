@@ -1,4 +1,4 @@
-"""Answers drawn at random with guesses on a CPU, by vLLM's own sampler of them."""
+"""Tests of answers that are drawn at random with speculative decoding on a CPU, by vLLM's own rejection sampler."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from vllm.v1.sample import rejection_sampler
 
 
 class OwnModules:
-    """vLLM's registration looks at all modules there are, and some of what other tests import has no plain `__dict__`."""
+    """`sys.modules` with vLLM's modules alone. vLLM's registration looks at all modules, and some modules that other
+    tests import have no plain `__dict__`."""
 
     def __getitem__(self, name: str) -> Any:
         return sys.modules[name]
@@ -52,14 +53,14 @@ def test_each_guess_has_its_requests_value(dtype: torch.dtype) -> None:
 
 
 def drawn_at(temperature: torch.Tensor) -> Any:
-    """What vLLM's sampler reads of requests that have a temperature alone."""
+    """Return what vLLM's sampler reads of requests that set nothing but a temperature."""
     return SimpleNamespace(
         temperature=temperature, all_greedy=False, all_random=True, top_k=None, top_p=None, generators={}
     )
 
 
 def test_tokens_are_drawn_as_the_model_has_them() -> None:
-    """Whatever is guessed, a token comes out as often as its probability at the request's temperature says."""
+    """Whatever the guesses are, a token is drawn as often as its probability at the request's temperature says."""
     torch.manual_seed(0)
     logits = torch.randn(TOKENS)
     temperature = torch.tensor(TEMPERATURES).repeat_interleave(DRAWN)

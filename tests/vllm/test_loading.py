@@ -1,5 +1,8 @@
-"""vLLM loads a checkpoint by its own functions, through ours: the memory it takes, files that change meanwhile, and as
-many tensors as the published checkpoint has."""
+"""Tests of loading by vLLM's own functions, through ours.
+
+They cover the memory that loading takes, files that change meanwhile, a checkpoint of as many tensors as the published
+one, and saved states.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""LoRA in the real server: every adapter answers as the checkpoint into which it is merged in float32."""
+"""Tests of LoRA in the real server: with each adapter it answers as the reference whose weights the adapter is merged
+into in float32."""
 
 from __future__ import annotations
 
@@ -62,7 +63,8 @@ def served(server: Server, name: str) -> torch.Tensor:
 
 
 def test_adapters_answer_as_merged(server: Server, loaded: dict[str, Adapter], checkpoint: Checkpoint) -> None:
-    """All adapters are asked at once, beside the model without one: more than the engine holds at a time."""
+    """All adapters and the model without an adapter are asked at once, which is more than the engine holds at a time,
+    and each answers as its merged model."""
     names = [*loaded, server.model]
     with ThreadPoolExecutor(len(names)) as pool:
         found = dict(zip(names, pool.map(lambda name: served(server, name), names), strict=True))
@@ -70,7 +72,7 @@ def test_adapters_answer_as_merged(server: Server, loaded: dict[str, Adapter], c
     assert_same_distribution(found[server.model], base)
     for name, adapter in loaded.items():
         expected = merged(adapter, checkpoint).logprobs(PROMPT)[:-1]
-        # A hundred times what separates the server from its reference.
+        # The limit is a hundred times what separates the server from its reference.
         assert divergence(base, expected).mean() > 0.1
         assert_same_distribution(found[name], expected)
 
@@ -87,7 +89,7 @@ REFUSED = {
 def test_an_adapter_that_would_be_dropped_is_refused(
     server: Server, loaded: dict[str, Adapter], tmp_path: Path, what: str
 ) -> None:
-    """The names of its modules give the refusal, and the server goes on with the adapters it has."""
+    """The refusal names the adapter's module, and the server goes on with the adapters that it has."""
     shape = (4, 64)
     drawn = {module: (torch.ones(shape), torch.ones(shape[::-1])) for module in REFUSED[what]}
     folder = Adapter(drawn).write(tmp_path / "adapter", BEGINNINGS["hub"])

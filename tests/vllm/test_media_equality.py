@@ -1,4 +1,4 @@
-"""The core's pixels against vLLM's own fused processor for this model, byte for byte."""
+"""Tests of the core's pixels against vLLM's own fused processor for this model, byte for byte."""
 
 from __future__ import annotations
 
@@ -75,7 +75,8 @@ def test_video_chunks(judge: object, count: int) -> None:
 
 
 def test_a_requests_images_of_every_format(judge: object, tiny_folder: Path) -> None:
-    """What comes through the media connector and the processor is held to PIL's RGB in vLLM's fused processor."""
+    """Images of every format, through our media connector and processor, give the bytes that PIL's RGB gives through
+    vLLM's fused processor."""
     settings = json.loads((tiny_folder / "preprocessor_config.json").read_text())
     processor = K26ImageProcessor(settings)
     parts = [part for one in conversations() for part in media_parts(one) if part["type"] == "image_url"]
@@ -89,7 +90,8 @@ def test_a_requests_images_of_every_format(judge: object, tiny_folder: Path) -> 
 
 
 def test_a_videos_chunks(judge: object, tiny_folder: Path) -> None:
-    """What comes through the media connector is held to the frames that PyAV decodes, in vLLM's fused processor."""
+    """A video's chunks, through our media connector and processor, give the bytes that the frames of PyAV give through
+    vLLM's fused processor."""
     settings = json.loads((tiny_folder / "preprocessor_config.json").read_text())
     data = make_video(50, 10, (320, 240))
     with av.open(io.BytesIO(data), "r") as container:
@@ -108,8 +110,8 @@ def test_a_videos_chunks(judge: object, tiny_folder: Path) -> None:
 
 @pytest.mark.parametrize("turned", [0, 90, -90, 180])
 def test_a_videos_frames_are_those_of_vllms_own_loader(tiny_folder: Path, turned: int) -> None:
-    """vLLM's loader gives OpenCV's frames: their colours differ by a few levels, and they are turned by the same
-    quarters."""
+    """vLLM's loader gives OpenCV's frames, whose colours differ from ours by a few levels and which are turned by the
+    same quarters."""
     data = make_video(20, 10, (320, 240), turned=turned)
     frames, found = VIDEO_LOADER_REGISTRY.load("opencv").load_bytes(data)
     chunks = K26VideoIO(MediaConfig.from_path(tiny_folder), 10_000, {}).load_bytes(data)

@@ -1,4 +1,7 @@
-"""A model by ModelScope's name: ModelScope's own client, against a hub of this machine, and no other hub to be reached."""
+"""A test of a model by its name in ModelScope's hub.
+
+ModelScope's own client asks a hub on this machine, and no other hub can be reached.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from support.vllm_server import cli_args_module
 from k26_plugins.vllm import compat
 
 NAME = "moonshotai/Kimi-K2.6"
-# In a process of its own: vLLM reads the variable as it is imported.
+# This code runs in a process of its own, because vLLM reads VLLM_USE_MODELSCOPE when it is imported.
 START = f"""
 import json
 import torch
@@ -65,15 +68,15 @@ def start(environment: dict[str, str]) -> dict[str, Any]:
 
 @pytest.mark.skipif(find_spec("modelscope") is None, reason="ModelScope's client is not installed")
 def test_a_model_by_modelscope_s_name(tiny_folder: Path, tmp_path: Path) -> None:
-    """All that the start reads before the weights comes from ModelScope's hub; the weights come when the workers load
-    them."""
+    """Everything that a start reads before the weights comes from ModelScope's hub; the weights would come later, when
+    the workers load them."""
     with modelscope_hub(NAME, tiny_folder) as (address, fetched):
         found = start(
             {
                 "VLLM_USE_MODELSCOPE": "True",
                 "MODELSCOPE_ENDPOINT": address,
                 "MODELSCOPE_CACHE": str(tmp_path / "cache"),
-                # Nothing answers there.
+                # Nothing answers at this address.
                 "HF_ENDPOINT": "http://127.0.0.1:9",
                 "HF_HUB_OFFLINE": "0",
                 "HF_HOME": str(tmp_path / "hub"),

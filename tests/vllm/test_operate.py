@@ -1,4 +1,5 @@
-"""The operator's commands on the real vLLM: seeded faults are found and located, and the doctor sees the plugin."""
+"""Tests of the operator's `k26` commands on the real vLLM: `serve`, `verify` with seeded faults, `compare`,
+`doctor`."""
 
 from __future__ import annotations
 
@@ -29,8 +30,8 @@ from k26_plugins.operate.verify.endpoint import Endpoint
 
 @pytest.fixture(scope="module")
 def two_ranks(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """It runs on the reference backend, whose weights lie as in the checkpoint, so that a fault can be put into
-    them."""
+    """Yield a server on two ranks. It runs on the reference backend, whose weights lie as in the checkpoint, so that a
+    fault can be put into them."""
     arguments = ["--enforce-eager", "--tensor-parallel-size", "2"]
     arguments += ["--worker-extension-cls", "support.vllm_faults.Workers"]
     arguments += ["--middleware", "support.vllm_faults.Frontend"]
@@ -79,13 +80,13 @@ def test_a_seeded_fault_is_found_and_located(two_ranks: Server, golden_file: Pat
 
 
 def test_without_a_fault_it_passes(two_ranks: Server, golden_file: Path) -> None:
-    """This runs after all the faults, so that each is seen to be undone."""
+    """This test runs after all the faults, so that it shows each of them to be undone."""
     result = verify(two_ranks, golden_file)
     assert result.exit_code == 0, result.output
 
 
 def test_compare_asks_it_all_prompts(two_ranks: Server, prompts_file: Path) -> None:
-    """A server is compared with itself, by raw text too, which it tokenizes."""
+    """A server is compared with itself, for prompts as chats and as raw text, which the server tokenizes."""
     command = ["compare", two_ranks.url, two_ranks.url, "--prompts", str(prompts_file), "--answer-tokens", "3"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
@@ -94,7 +95,8 @@ def test_compare_asks_it_all_prompts(two_ranks: Server, prompts_file: Path) -> N
 
 
 def test_the_planned_weights_are_the_ranks(two_ranks: Server, tiny_folder: Path) -> None:
-    """vLLM cuts the vision tower too where nobody says otherwise."""
+    """The planned weights of a rank are those that vLLM holds. Without --mm-encoder-tp-mode data vLLM cuts the vision
+    tower too."""
     layout = Layout(tp=2, vision_whole=False)
     planned = sum(per_gpu(K26Config.from_path(tiny_folder), layout, 0).values())
     assert weights_of(two_ranks.url) == pytest.approx([planned, planned], rel=0.03)
@@ -112,7 +114,7 @@ CALLS = {
 def test_tool_calls(
     two_ranks: Server, tiny_folder: Path, golden_file: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Random weights call no tool: the test says what the model answers, and all else is the server's."""
+    """Random weights call no tool, so the test orders the tokens of the answer; all else is the server's own."""
     fault, arguments, found = CALLS[name]
     answer = f"why</think>{SECTION_BEGIN}{call('functions.get_weather:0', arguments)}{SECTION_END}"
     said = script(tiny_folder, answer)

@@ -1,4 +1,4 @@
-"""vLLM's parsers as the plugin chooses them: whole answers, and streams of any number of tokens at once."""
+"""Tests of vLLM's parsers as the plugin chooses them: whole answers, and streams of any number of tokens at once."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def tokenizer(tiny_folder: Path) -> Any:
 
 
 def parsers(tokenizer: Any, request: Any, **options: Any) -> Any:
-    """Makes a fresh parser for each answer, as vLLM's server does."""
+    """Return a function that makes a fresh parser for each answer, as vLLM's server does."""
     from vllm.parser.parser_manager import ParserManager
 
-    # Before 0.32 it does not ask for the tokenizer.
+    # Before vLLM 0.32 `get_parser` does not ask for the tokenizer.
     asked_for = inspect.signature(ParserManager.get_parser).parameters
     given = {"tokenizer": tokenizer} if "tokenizer" in asked_for else {}
     found = ParserManager.get_parser(compat.PARSER, compat.PARSER, enable_auto_tools=True, **given)
@@ -110,8 +110,8 @@ def test_ids_of_calls_and_the_names_of_reasoning(tokenizer: Any) -> None:
     reason="before 0.31 vLLM has no grammar of calls or a schema",
 )
 def test_with_a_schema_calls_are_possible(tokenizer: Any) -> None:
-    """By default the answer is calls or what the schema allows: vLLM's own default allows the schema alone, unless a
-    tool is strict."""
+    """By default an answer is tool calls or what the schema allows; vLLM's own default allows the schema alone, unless
+    a tool is strict."""
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
     format_ = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
     request = parsers(tokenizer, asked())().adjust_request(asked(tool_choice="auto", response_format=format_))
@@ -124,7 +124,7 @@ def test_with_a_schema_calls_are_possible(tokenizer: Any) -> None:
 
 
 def shown(tokenizer: Any, token_ids: list[int]) -> str:
-    """The text that the parser is given, which asks for no special token to be shown."""
+    """Return the text that vLLM gives to the parser, in which special tokens are not shown."""
     text: str = tokenizer.decode(token_ids, skip_special_tokens=True)
     return text
 

@@ -1,4 +1,5 @@
-"""The benchmark's peers as far as a machine without a GPU holds them: vLLM has these names and takes these arguments."""
+"""Tests of vLLM's kernels as `k26 tune` calls them, as far as a machine without a GPU can show: vLLM has the names and
+takes the arguments."""
 
 from __future__ import annotations
 
@@ -52,7 +53,8 @@ def test_triton(stand_in: Callable[..., None]) -> None:
 
 
 def test_flashinfer(stand_in: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The logits ask FlashInfer for our experts, in the proportion of our weights."""
+    """FlashInfer's kernel routes by itself, so it is given logits from which it chooses our experts, in the proportion
+    of our routing weights."""
     module = "vllm.model_executor.layers.quantization.utils.flashinfer_mxint4_moe"
     asked: dict[str, torch.Tensor] = {}
 
@@ -79,7 +81,8 @@ def test_flashinfer(stand_in: Callable[..., None], monkeypatch: pytest.MonkeyPat
 
 
 def test_humming_puts_vllms_parts_together(stand_in: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between Humming's products, which need its package and a GPU, stand vLLM's alignment, SwiGLU and weighted sum."""
+    """vLLM's alignment, SwiGLU and weighted sum stand between Humming's GEMMs, which need Humming's package and a GPU
+    and are replaced here."""
     calls: list[dict[str, Any]] = []
 
     class Layer(torch.nn.Module):

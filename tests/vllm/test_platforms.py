@@ -1,8 +1,8 @@
-"""What vLLM would run on platforms that this machine is not, by its own choice among its classes, alone and with us.
+"""Tests of what vLLM would run on platforms other than this machine, with the plugin and without.
 
-In processes that take themselves for such a machine (support/vllm_platforms.py) vLLM settles its command line and builds the
-model: as it does alone, with the plugin, and with the core's kernels asked for by name. Any difference beyond those that
-docs/platforms.md names is a fault.
+In processes that take themselves for such a platform (support/vllm_platforms.py) vLLM settles its command line, chooses
+among its classes and builds the model in three ways: alone, with the plugin, and with the core's kernels asked for by
+name. Any difference beyond those that docs/platforms.md names is a fault.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ KINDS = (
     ("gfx942", "gfx950"),
     (CPU,),
 )
-"""The platforms of the tables; those of one kind are pretended by one process after another."""
+"""The platforms of the tables, by kind; one run of support/vllm_platforms.py takes all platforms of a kind in turn."""
 SOME = (("sm_100",),), ("none", "DeepEP low latency", "EPLB", "encoder only")
 """The platforms and flags for which CI has time."""
 
 ATTENTION_FLAGS = ("none", "fp8 KV", "DCP")
-"""The flags that have rows of their own: the backends of attention are chosen by no others."""
+"""The flags with rows in the table of attention backends; no other flags change the choice of these backends."""
 
 WRITTEN = {
     "model_config.tokenizer_mode",
@@ -51,14 +51,14 @@ REFUSALS = {
     "no DeepEP": ("name 'DeepEPHTPrepareAndFinalize' is not defined",),
     "not the core's": ("K26_EXPERTS=triton cannot serve here",),
 }
-"""What the tables say of a refused start, with the words by which it is known."""
+"""What the tables say about a refused start, with parts of the error by which the refusal is known."""
 
 Answers = dict[tuple[str, str], dict[str, dict[str, Any]]]
 
 
 @pytest.fixture(scope="module", params=["some", pytest.param("all", marks=pytest.mark.long)])
 def answers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Answers:
-    """What each way to run comes to, by platform and flags."""
+    """Return what vLLM chose in each way to run, by platform and flags."""
     folder = tmp_path_factory.mktemp("published")
     make_published_sizes(folder / "model")
     make_eagle3_draft(folder / "draft")
@@ -83,7 +83,8 @@ def _run(folder: Path, *arguments: str) -> Iterator[dict[str, Any]]:
 
 
 def test_vllm_chooses_as_it_does_alone(answers: Answers) -> None:
-    """On GPUs every class of the model, every backend and every field of the configuration, but for what is `WRITTEN`."""
+    """On GPUs vLLM with the plugin has every class of the model, every backend and every field of the configuration as
+    alone, except for the class of the whole model and the fields in `WRITTEN`."""
     started = 0
     for place, ways in answers.items():
         alone, ours = dict(ways["alone"]), dict(ways["plugin"])
@@ -97,7 +98,7 @@ def test_vllm_chooses_as_it_does_alone(answers: Answers) -> None:
         assert ours.pop("model") == "k26_plugins.vllm.model"
         settled, by_us = alone.pop("settled"), ours.pop("settled")
         different = {name for name in settled | by_us if settled.get(name) != by_us.get(name)}
-        # What speculates has the target's configuration in it, and the draft's, which takes the target's tokenizer.
+        # The speculative configuration contains the target's, and the draft's, which takes the target's tokenizer.
         assert {re.sub("^speculative_config.(target|draft)_", "", name) for name in different} == WRITTEN, place
         assert ours == alone, place
     assert started >= len(answers) // 2 or all(platform == CPU for platform, _ in answers)
@@ -112,7 +113,7 @@ def test_the_documented_tables_are_what_vllm_chooses(answers: Answers) -> None:
 
 
 def tables(answers: Answers) -> list[str]:
-    """The lines of the document's tables, for the platforms and the flags that were asked."""
+    """Return the lines of the document's tables, for the platforms and the flags that were run."""
     platforms = list(dict.fromkeys(platform for platform, _ in answers))
     flags = list(dict.fromkeys(name for _, name in answers))
 

@@ -1,4 +1,4 @@
-"""A prompt given as embeddings is answered as the tokens that they are of."""
+"""Tests that a prompt of embeddings is answered as the prompt of the tokens with these embeddings."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_prompt_of_embeddings_is_answered_as_its_tokens(taking_embeddings: Ser
 
 
 def test_a_chat_with_embeddings_is_answered_as_its_text(taking_embeddings: Server, reference: KimiK26) -> None:
-    """vLLM marks their place with a token that it adds to the tokenizer."""
+    """vLLM marks the place of the embeddings in the chat with a token that it adds to the tokenizer."""
 
     def first_token(*parts: dict[str, str]) -> dict[int, float]:
         content = [{"type": "text", "text": "Say: "}, *parts, {"type": "text", "text": " Well?"}]

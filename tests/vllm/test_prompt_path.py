@@ -1,4 +1,4 @@
-"""From a request to token ids and back, through the real server."""
+"""Tests of the way from a request to token ids and back, through the real server."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class TestPromptPath(Ordered, PromptPathTests):
 
 
 class TestClients(Ordered, OpenAIClientTests, AnthropicClientTests, ResponsesClientTests):
-    """All three interfaces take the field that orders an answer."""
+    """Tests with clients of three APIs, each of which takes the field that orders an answer."""
 
 
 class TestAgents(Ordered, AgentTests):

@@ -1,4 +1,4 @@
-"""vLLM still gives what was recorded of it, so that the other engines are compared with the truth."""
+"""A test that vLLM still gives what was recorded from it, so that the other engines are compared with the truth."""
 
 from __future__ import annotations
 

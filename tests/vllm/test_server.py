@@ -1,4 +1,4 @@
-"""The real server on the CPU, through its OpenAI-compatible API, against the core's reference."""
+"""Tests of the real server on the CPU, through its OpenAI-compatible API, against the core's reference."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def test_prompt_logprobs(server: Server, reference: KimiK26) -> None:
 
 
 def test_decode_logprobs(server: Server, reference: KimiK26) -> None:
-    """Many steps are taken: near a tie bfloat16 sends a token to another expert now and then, and a mean of few steps
-    shows it."""
+    """Many steps are taken, because near a tie bfloat16 sends a token to another expert now and then, which would show
+    in a mean of few steps."""
     served, expected = [], []
     for seed in range(8):
         prompt = torch.randint(0, 256, (30,), generator=torch.Generator().manual_seed(seed))
@@ -84,8 +84,8 @@ def test_verify_passes(server: Server, golden_file: Path) -> None:
 def test_updates_of_the_weights_while_serving(
     server: Server, tiny_folder: Path, golden_file: Path, updated: tuple[Path, Path]
 ) -> None:
-    """Each way brings another seed's weights or brings back the first: the answers are those of a server started with
-    them."""
+    """Each way of updating brings another seed's weights or brings back the first ones; then the answers are those of a
+    server that was started with them."""
     places = cycle((updated, (tiny_folder, golden_file)))
     for update, (folder, golden) in zip(WAYS * 2, places, strict=False):
         update(server, folder)
@@ -94,7 +94,7 @@ def test_updates_of_the_weights_while_serving(
 
 
 def test_the_planned_kv_cache_is_the_servers(server: Server, tiny_folder: Path) -> None:
-    """The tests give it 1 GB, and vLLM logs how many tokens it made of that."""
+    """The tests give vLLM 1 GiB for the KV cache, and vLLM logs how many tokens that holds."""
     found = re.search(r"KV cache size: ([\d,]+) tokens", server.log.read_text())
     assert found is not None
     planned = 2**30 / kv_bytes_per_token(K26Config.from_path(tiny_folder).text, "bf16")
@@ -141,7 +141,8 @@ def test_sixteen_at_once_answer_as_alone(server: Server) -> None:
     with ThreadPoolExecutor(16) as pool:
         together = list(pool.map(ask, range(16)))
     for one, other in zip(alone, together, strict=False):
-        # The first token's batch is the prompt's own; later ones may differ where bfloat16 ties break.
+        # The first token is computed in a batch of its prompt alone; later tokens may differ where ties in bfloat16
+        # break.
         assert one[0] == pytest.approx(other[0], abs=0.1)
     assert all(len(answer) == 8 for answer in together)
 

@@ -1,4 +1,7 @@
-"""Speculative decoding in the real server: what the model answers does not depend on what was guessed."""
+"""Tests of speculative decoding in the real server: the model's answers do not depend on the guesses.
+
+The judge is a server of the same checkpoint without speculation.
+"""
 
 from __future__ import annotations
 
@@ -32,10 +35,11 @@ from k26_plugins.common.prompt.tokenizer import KimiTokenizer
 from k26_plugins.common.reference.kimi_k26 import KimiK26
 
 pytestmark = pytest.mark.long
-# The guesses are what followed the same tokens before: in such a text there is much to guess.
+# An n-gram's guesses are what followed the same tokens before. The prompts repeat themselves, so that there is much to
+# guess.
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 PROMPTS = [[random.Random(seed).randrange(256) for _ in range(20)] * 4 for seed in range(6)]
-# A random model likes nothing as much as white space, of which JSON may have any amount.
+# JSON may contain any amount of white space, and a model with random weights would write hardly anything else.
 SHORT_JSON = ["--structured-outputs-config", json.dumps({"backend": "xgrammar", "disable_any_whitespace": True})]
 
 
@@ -46,7 +50,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def judge(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server of the same checkpoint without speculation."""
+    """Yield a server of the same checkpoint without speculation."""
     log = tmp_path_factory.mktemp("judge") / "server.log"
     with serve(folders[0], log, "--enforce-eager", *SHORT_JSON) as running:
         yield running
@@ -83,7 +87,7 @@ def counted(server: Server, what: str) -> float:
 
 
 def greedy(server: Server, judge: Server) -> Greedy:
-    """Answers to PROMPTS, each one alone, and what the judge makes of them."""
+    """Return the answers to PROMPTS, each asked alone, with the judge's log-probabilities for the same tokens."""
     token_ids, served, expected = [], [], []
     for prompt in PROMPTS:
         answer = server.complete(
@@ -110,10 +114,11 @@ def test_answers_with_guesses_are_the_models(guessing: Guessing, judge: Server, 
     found = greedy(guessing.server, judge)
     accepted, guessed = counted(guessing.server, "accepted") - accepted, counted(guessing.server, "draft") - guessed
     print(f"{guessing.method}: {accepted:.0f} of {guessed:.0f} guesses taken")
-    # Both kinds of guess must have been met.
+    # Guesses must have been accepted, and others rejected.
     assert 10 < accepted < guessed - 10
     assert_no_farther(found, own, BYTES)
-    # The judge finds one guess in ten that is taken unseen: the second-likeliest token in the place of the likeliest.
+    # The comparison must notice if one guess in ten were accepted unseen, which is as if the second-likeliest token
+    # were in the place of the likeliest.
     second = found.expected[:, BYTES].topk(2).indices[::10, 1]
     token_ids = found.token_ids.clone()
     token_ids[::10] = second
@@ -169,7 +174,8 @@ def together(judge: Server) -> dict[str, Steps]:
 
 
 def unseen(steps: Steps) -> Steps:
-    """The answer as it were if a guess had been taken unseen: its fifth token is the second-likeliest."""
+    """Return the answer's first five tokens as if a guess had been accepted unseen: the fifth is the
+    second-likeliest."""
     second = sorted(steps.logprobs[4], key=steps.logprobs[4].__getitem__)[-2]
     return replace(steps, tokens=[*steps.tokens[:4], second])
 
@@ -180,13 +186,14 @@ def test_images_thinking_grammars_and_calls_are_answered_as_without(
     assert_parts_no_more({name: asked(guessing.server, name) for name in QUESTIONS}, alone, together, unseen)
 
 
-# The bytes of all answers by kind: where allowed tokens and a grammar have none in common, vLLM answers with an error.
+# The bytes that valid answers of each kind contain. If the allowed tokens and the grammar had none in common, vLLM
+# would answer with an error.
 DRAWN = {
     "json": (string.ascii_lowercase + string.digits + '{}[]":,-').encode(),
     "choice": "".join(CHOICES).encode(),
     "regex": (string.ascii_lowercase + string.digits + "é").encode(),
 }
-# A random model goes on with digits for ever.
+# Numbers are chosen from a list, because a model with random weights would go on with digits for ever.
 DAYS = {"type": "array", "items": {"enum": [1, 2, 30]}, "minItems": 1, "maxItems": 3}
 PLAIN_SCHEMA = {**SCHEMA, "properties": {**SCHEMA["properties"], "days": DAYS, "wet": {"enum": ["yes", "no"]}}}
 HELD_TO: dict[str, Any] = {"json": PLAIN_SCHEMA, "choice": CHOICES, "regex": REGEX}
@@ -196,8 +203,8 @@ HELD_TO: dict[str, Any] = {"json": PLAIN_SCHEMA, "choice": CHOICES, "regex": REG
 def test_answers_drawn_at_random_are_valid_and_the_reasoning_is_free(
     guessing: Guessing, special: dict[str, int], thinking: bool
 ) -> None:
-    """Where answers are drawn, chance decides which guesses are taken. Few tokens are allowed, so that the thinking
-    ends soon: there is no `logit_bias` beside guesses."""
+    """Where answers are drawn, chance decides which guesses are accepted. Few tokens are allowed, so that the thinking
+    ends soon; `logit_bias` cannot be used for that, because vLLM does not take it with speculative decoding."""
     ends = [special["<|im_end|>"], *([special[THINK_END]] if thinking else [])]
 
     def ask(kind: str, seed: int) -> dict[str, Any]:
@@ -217,7 +224,7 @@ def test_answers_drawn_at_random_are_valid_and_the_reasoning_is_free(
     for (kind, _), choice in zip(asked, choices, strict=True):
         thought = choice["message"]["reasoning"] or ""
         free += bool(thought) and not is_valid(kind, thought)
-        # Some think for ever, and some end their answer while they think.
+        # Some answers never stop thinking, and some end within their thinking.
         if not thinking or (special[THINK_END] in choice["token_ids"] and choice["finish_reason"] == "stop"):
             answered += 1
             assert is_valid(kind, choice["message"]["content"] or ""), choice
@@ -226,7 +233,8 @@ def test_answers_drawn_at_random_are_valid_and_the_reasoning_is_free(
     assert (free > 0) == thinking
 
 
-# Answers that a grammar leaves one way: which greedy answer is the likeliest hangs on when guesses came, near a tie.
+# Requests that leave only one answer. If several were possible, the likeliest would depend, near a tie, on when guesses
+# came.
 ROUTE, PLACE = "Take the second road on the left, then the first on the right.", "Zürich am See"
 PLACES = {
     "type": "object",
@@ -235,7 +243,7 @@ PLACES = {
     "additionalProperties": False,
 }
 GO = {"type": "function", "function": {"name": "go", "parameters": PLACES, "strict": True}}
-# A call's marker can be spelled too, which is text.
+# Without "<" the model cannot spell a call's marker as text in the place of the control token.
 NOT_SPELLED = [token for token in range(VOCABULARY) if token != ord("<")]
 FORCED: dict[str, dict[str, Any]] = {
     "an answer": {
@@ -251,7 +259,7 @@ FORCED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("what", FORCED)
 def test_what_is_streamed_is_what_comes_whole(guessing: Guessing, what: str) -> None:
-    """With guesses, several tokens come at once."""
+    """An answer is the same streamed as whole, although with guesses several tokens come in one streaming chunk."""
     whole, piecewise = (ask(guessing.server, CASES["call"], FORCED[what]) for ask in (parsed, streamed))
     for reasoning, content, calls, *_ in (whole, piecewise):
         assert reasoning == ("x" * 40 if what == "thinking" else "")

@@ -1,4 +1,5 @@
-"""Answers held to a grammar: what each of vLLM's backends makes of the model's tokenizer, without a server."""
+"""Tests of answers that are held to a grammar: what each of vLLM's grammar backends allows with the model's tokenizer,
+and what the server answers."""
 
 from __future__ import annotations
 
@@ -46,7 +47,7 @@ class Engine:
         self.manager = StructuredOutputManager(self.config)
 
     def grammar(self, kind: str, spec: Any) -> Any:
-        """The compiled grammar, asked for as by a request. Raises what vLLM refuses it with."""
+        """Return the compiled grammar, asked for as by a request. Raise the error if vLLM refuses the grammar."""
         from vllm.sampling_params import SamplingParams, StructuredOutputsParams
         from vllm.tokenizers import cached_tokenizer_from_config
         from vllm.v1.request import Request
@@ -101,7 +102,7 @@ def test_whatever_is_allowed_is_valid(engine: Engine, plain: KimiTokenizer, kind
 
 
 def call_grammar(plain_folder: Path, tool_choice: str) -> str:
-    """The structural tag that the parser of calls makes of a request."""
+    """Return the structural tag that the parser of tool calls makes from a request."""
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.parser.parser_manager import ParserManager
 
@@ -163,7 +164,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("backend", "kind", "spec", "said"), REFUSED, ids=[f"{one[0]}-{one[1]}" for one in REFUSED])
 def test_what_a_backend_refuses(tiny_folder: Path, backend: str, kind: str, spec: Any, said: str) -> None:
-    """docs/features.md lists these."""
+    """docs/features.md lists what each backend refuses."""
     spec = call_grammar(tiny_folder, "required") if spec is None else spec
     from vllm.exceptions import VLLMValidationError
 
@@ -172,7 +173,8 @@ def test_what_a_backend_refuses(tiny_folder: Path, backend: str, kind: str, spec
 
 
 def test_lm_format_enforcer_fails_in_vllm_alone() -> None:
-    """It imports a module that vLLM no longer has, and takes the failure to mean that there is no vLLM."""
+    """lm-format-enforcer imports a module that vLLM no longer has, and takes the error to mean that there is no
+    vLLM."""
     with pytest.raises(ImportError, match="vllm is not installed") as raised:
         importlib.import_module("lmformatenforcer.integrations.vllm")
     assert "vllm.transformers_utils.tokenizer" in str(raised.value.__context__)

@@ -1,4 +1,4 @@
-"""A small swarm through the real server: conversations are kept, faults are found, metrics are there."""
+"""Tests of a small swarm through the real server: conversations are kept, faults are found, metrics are there."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def test_a_swarm_is_held_among_hostile_requests(server: Server, tiny_folder: Pat
     assert_the_metrics_are_there(server, ranks=1, layers=2)
 
 
-# CI holds it on the scripted server, tests/operate/test_swarm.py.
+# CI runs this check on the scripted server, in tests/operate/test_swarm.py.
 @pytest.mark.long
 def test_a_mixed_swarm_is_found(server: Server) -> None:
     assert_a_mixed_swarm_is_found(server)

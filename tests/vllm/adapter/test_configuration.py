@@ -1,4 +1,4 @@
-"""What vLLM reads of a checkpoint's folder before it loads weights, and hands to its workers."""
+"""Tests of what vLLM reads from a checkpoint's folder before it loads weights, and of what it hands to its workers."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def test_the_configuration_is_understood_and_written_back(tiny_folder: Path) -> 
 
 
 def test_a_worker_without_the_package_cannot_read_the_configuration(tiny_folder: Path, tmp_path: Path) -> None:
-    """So it is on another machine of a Ray cluster: where every rank lacks the package, none can notice that another
-    does."""
+    """A worker without the package, as on another machine of a Ray cluster, fails here. If every rank lacked the
+    package, no rank could check the others later."""
     from vllm.config import ModelConfig
 
     register()
@@ -63,7 +63,8 @@ def test_a_worker_without_the_package_cannot_read_the_configuration(tiny_folder:
 
 @pytest.mark.parametrize("name", OTHER)
 def test_another_layout_is_left_to_vllm(tiny_folder: Path, tmp_path: Path, name: str) -> None:
-    """vLLM's own reading of the configuration is what is judged, and one line gives the reason."""
+    """vLLM's own reading of the configuration decides whether the layout is the published one; if it is not, one
+    warning gives the reason."""
     folder = make(OTHER[name][0], tiny_folder, tmp_path / "made")
     warnings: list[str] = []
     assert core_answer(hf_config(folder), folder, warnings.append) is None
@@ -81,7 +82,8 @@ def test_the_published_layout_is_the_cores(tiny_folder: Path, tmp_path: Path, na
 
 @pytest.mark.parametrize("trusted", [False, True])
 def test_no_file_of_the_checkpoint_is_executed(tiny_folder: Path, tmp_path: Path, trusted: bool) -> None:
-    """vLLM builds all that comes before the model: configuration, tokenizer, processor."""
+    """vLLM builds the configuration, the tokenizer and the processor, all that comes before the model, without running
+    a Python file of the checkpoint."""
     from vllm.config import ModelConfig
     from vllm.multimodal import MULTIMODAL_REGISTRY
     from vllm.tokenizers import cached_tokenizer_from_config

@@ -1,4 +1,4 @@
-"""vLLM's names that the adapter looks up: which this release has, and what serves where one is gone."""
+"""Tests of the names that the adapter looks up in vLLM: which this release has, and what serves if one is gone."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def test_a_name_that_vllm_lost_is_one_clear_error() -> None:
 def test_vllms_own_class_serves_where_ours_lacks_a_name(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The import of our class needs the name. Registration does not import it, and the probe does; with K26_STRICT=1
-    the start ends."""
+    """If a name is missing that the import of our model class needs, vLLM's own class serves, and with K26_STRICT=1 the
+    start ends instead. Registration does not import our class, but the probe does and tells of the failure."""
     import vllm.multimodal
 
     register()

@@ -1,4 +1,4 @@
-"""The parsers of tool calls and of reasoning that vLLM's command line comes to."""
+"""Tests of the parsers of tool calls and reasoning on which vLLM settles from its command line."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ FLAGS: dict[str, tuple[list[str], str | None, str | None]] = {
     "both by hand": (["--tool-call-parser", "hermes", "--reasoning-parser", "qwen3"], "hermes", "qwen3"),
     "switched off": ([], None, None),
 }
-"""Flags of the command line, and the parsers of tool calls and of reasoning that come of them."""
+"""(Flags of the command line, tool-call parser, reasoning parser) of each case; "ours" is the plugin's choice."""
 
 
 @pytest.mark.parametrize("name", FLAGS)
 def test_the_parsers_for_a_model_in_an_object_store(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """vLLM fetches the small files and streams the weights: the folder that it keeps has an index and no shard."""
+    """vLLM fetches the small files of such a model and streams its weights, so that the folder that vLLM keeps has an
+    index of the weights but no safetensors shard."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.transformers_utils import runai_utils
     from vllm.utils.argparse_utils import FlexibleArgumentParser

@@ -1,4 +1,5 @@
-"""Registration takes the in-tree classes' places, all of them or none; the user can leave each piece to vLLM."""
+"""Tests of registration, which replaces the in-tree classes, either all of them or none, and leaves to vLLM what the
+user asks for."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ def test_a_failing_registration_leaves_vllm_alone(
 
 
 def test_registration_is_all_or_nothing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """Each name that registration looks up is missing in turn, and leaves vLLM's registries and hooks as they were."""
+    """Each name that registration looks up is made to be missing in turn, and each time vLLM's registries and hooks
+    stay as they were."""
     import transformers.dynamic_module_utils as doors
     from vllm.config import ModelConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -74,13 +76,13 @@ def test_registration_is_all_or_nothing(monkeypatch: pytest.MonkeyPatch, caplog:
 
     before, looked_up = state(), assert_all_or_nothing(compat, register, state, caplog)
     assert looked_up >= 5
-    # The last try had every name.
+    # The last registration found every name, and has changed each part of the state.
     assert not any(one == other for one, other in zip(before, state(), strict=True))
 
 
 def test_each_piece_can_be_left_to_vllm(tiny_folder: Path) -> None:
-    """Each piece is left to vLLM by itself, and the others stay ours. Each is asked in a process in which no plugin was
-    loaded before, as in a server."""
+    """Prompts, parsers and media can each be left to vLLM, and the other pieces stay ours. Each case runs in a process
+    in which no plugin was loaded before, as in a server."""
     script = f"""
 import json, os, sys
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -113,8 +115,9 @@ for variable in sys.argv[1:]:
         "connector": "k26",
     }
     theirs: dict[str, dict[str, Any]] = {"K26_PARSERS": {"parsers": "kimi_k2"}}
-    # Before 0.32, with a configuration of its own, vLLM has its tokenizer from the checkpoint's code, and before 0.25 its
-    # processor: the plugin executes neither.
+    # Before 0.32 vLLM has a configuration class of its own for this model and takes its tokenizer from the checkpoint's
+    # code; before 0.25 it also takes its processor from there. The plugin executes neither, so these cases are left
+    # out.
     if find_spec("vllm.transformers_utils.configs.kimi_k25") is None:
         theirs["K26_PROMPTS"] = {"prompts": "auto"}
     if find_spec("vllm.transformers_utils.processors.kimi_k25_vision_fused") is not None:
@@ -130,8 +133,8 @@ for variable in sys.argv[1:]:
 
 
 def test_a_cache_of_compiled_code_that_has_no_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A service's user has no home, and the module's file lies in a folder of the system's: numba's own search finds no
-    place."""
+    """If a service's user has no home and the module's file lies in a folder of the system, numba's own search finds no
+    place for its cache, and the probe says which variable to set."""
     for name in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", "/dev/null")

@@ -1,4 +1,4 @@
-"""The tokenizer that vLLM gets, and when its own is left to it."""
+"""Tests of the tokenizer that vLLM gets, and of when prompts are left to vLLM's own."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from k26_plugins.common.prompt.hf_tokenizer import core_serves_prompts
 
 
 def test_a_token_that_vllm_adds_is_one_token(tiny_folder: Path) -> None:
-    """vLLM marks the places of embeddings in a chat with it. It keeps the tokenizer's length as it was, and copies the
-    tokenizer."""
+    """vLLM marks the place of embeddings in a chat with a token that it adds. It copies the tokenizer and keeps the
+    length that the tokenizer had before, but the token must be one id all the same."""
     from k26_plugins.vllm.tokenizer import K26Tokenizer
 
     tokenizer = copy.copy(K26Tokenizer.from_pretrained(tiny_folder))
@@ -23,7 +23,8 @@ def test_a_token_that_vllm_adds_is_one_token(tiny_folder: Path) -> None:
 
 
 def test_a_tokenizer_json_alone_is_left_to_vllm(tiny_folder: Path, tmp_path: Path) -> None:
-    """Beside `tiktoken.model` a `tokenizer.json` changes nothing."""
+    """A checkpoint with a `tokenizer.json` alone is left to vLLM; beside `tiktoken.model` a `tokenizer.json` changes
+    nothing."""
     folder = tmp_path / "DIR"
     shutil.copytree(tiny_folder, folder)
     (folder / "tokenizer.json").write_text("{}")
@@ -31,4 +32,4 @@ def test_a_tokenizer_json_alone_is_left_to_vllm(tiny_folder: Path, tmp_path: Pat
     (folder / "tiktoken.model").unlink()
     assert not core_serves_prompts(folder)
     (folder / "tokenizer.json").unlink()
-    assert core_serves_prompts(folder)  # and its absence is one clear error
+    assert core_serves_prompts(folder)  # and reports the missing `tiktoken.model` in one clear error

@@ -1,4 +1,4 @@
-"""The weights that vLLM's loader hands to a layer's experts and to the model."""
+"""Tests of the weights that vLLM's loader hands to a layer's experts and to the model."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from k26_plugins.vllm.experts import K26ExpertsMethod
 
 
 def test_the_methods_weights_are_the_checkpoints(tiny_folder: Path) -> None:
-    """One layer's experts are made and loaded by hand, whole and as two tensor-parallel ranks, whose results are
-    summed."""
+    """One layer's experts, made and loaded by hand, give the same result as a whole and as the sum of two
+    tensor-parallel ranks."""
     checkpoint = Checkpoint(tiny_folder)
     text = checkpoint.config.text
     generator = torch.Generator().manual_seed(0)
@@ -47,8 +47,8 @@ def test_the_methods_weights_are_the_checkpoints(tiny_folder: Path) -> None:
 
 
 def test_what_must_be_loaded_is_what_vllms_loader_promises(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """That is all of a checkpoint but what the loader's own filters leave out: experts of other ranks, a language
-    model's files."""
+    """Every tensor of the checkpoint must be loaded except those that the loader's own filters leave out: the experts
+    of other ranks, or the language model in a server of the encoder."""
     from vllm.config.load import LoadConfig
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
