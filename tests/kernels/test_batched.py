@@ -1,7 +1,4 @@
-"""Tests of `batched_experts`, whose tokens come in one buffer per expert, against float64.
-
-compressed-tensors unpacks the weights for the float64 product.
-"""
+"""Tests of `batched_experts`, with one buffer of tokens per expert, against float64 on compressed-tensors' weights."""
 
 from __future__ import annotations
 

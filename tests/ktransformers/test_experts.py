@@ -104,7 +104,8 @@ def test_what_load_was_given_is_kept_or_not_needed(record_property: Callable[[st
 
 @runs_here
 def test_a_class_that_cannot_split_its_weights_is_refused_on_two_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The class for AVX2 is one that cannot split its weights, and a class that is not known counts as one."""
+    """kt-kernel's class for AVX2 cannot split its weights; a class that the adapter does not know is refused as
+    well."""
     monkeypatch.setattr("k26_plugins.ktransformers.experts.cores", lambda _: [Core(0, 0), Core(1, 1)])
     for name, refused in (("AVX2RawInt4_MOE", True), ("AMXInt4_KGroup_MOE", False)):
         monkeypatch.setattr(compat, "raw_int4_class", lambda _, name=name: type(name, (), {}))

@@ -93,8 +93,8 @@ def test_a_functions_images_are_kept_by_the_responses_api() -> None:
 
 
 def test_an_answer_of_the_responses_api_stays_one_message() -> None:
-    """An answer stays one message whatever phase its text is of, because a message that is parted from its calls would
-    lose its reasoning."""
+    """An answer stays one message whatever phase its text has, because text that is separated from its calls would lose
+    the reasoning."""
     serving = pytest.importorskip("sglang.srt.entrypoints.openai.serving_responses").OpenAIServingResponses
     name = "_merge_consecutive_assistant_messages"
     original, changes = serving.__dict__.get(name), Registration()

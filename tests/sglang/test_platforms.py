@@ -74,8 +74,8 @@ def settle(tiny_folder: Path) -> Iterator[Callable[[str, str, bool], Settled | s
 def test_sglang_settles_as_it_does_alone(
     settle: Callable[[str, str, bool], Settled | str], monkeypatch: pytest.MonkeyPatch, platform: str, experts: str
 ) -> None:
-    """With the plugin only the parsers differ, and where the core's experts compute (in a hybrid run, or if K26_EXPERTS
-    names them) the runner; a hybrid run on a GPU also has no CUDA graphs for prefill."""
+    """The plugin changes the parsers and, where the core's experts compute (in a hybrid run, or if K26_EXPERTS names
+    them), the runner, and in a hybrid run on a GPU it turns off CUDA graphs for prefill; all else stays."""
     monkeypatch.setenv("K26_EXPERTS", experts)
     started = 0
     for flags in FLAGS:

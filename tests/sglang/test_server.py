@@ -139,8 +139,7 @@ def test_sixteen_at_once_answer_as_alone(server: Server) -> None:
     with ThreadPoolExecutor(16) as pool:
         together = list(pool.map(ask, range(16)))
     for one, other in zip(alone, together, strict=False):
-        # The first token is computed in a batch of its prompt alone; later tokens may differ where ties in bfloat16
-        # break.
+        # The first token's batch is the prompt's own; later tokens may differ where ties in bfloat16 break.
         assert one[0] == pytest.approx(other[0], abs=0.1)
     assert all(len(answer) == 8 for answer in together)
 

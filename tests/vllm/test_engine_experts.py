@@ -122,8 +122,8 @@ def dense_model(config: K26Config) -> Model:
 
 
 def test_the_right_ones_serve(config: K26Config, log: pytest.LogCaptureFixture) -> None:
-    """vLLM's CPU kernels pass the test with bfloat16 weights. The test is taken off then, so that an update of the
-    weights is not tested again."""
+    """vLLM's CPU kernels pass the check with bfloat16 weights. The check is taken off then, so that an update of the
+    weights is not checked again."""
     model = dense_model(config)
     watch_engine_experts(model, None)
     finish(model)
@@ -136,8 +136,8 @@ def test_the_right_ones_serve(config: K26Config, log: pytest.LogCaptureFixture) 
 def test_the_test_takes_the_memory_of_a_few_experts(
     config: K26Config, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
 ) -> None:
-    """Although the layers have many experts, the test of a layer holds only a few of them, and gives them back before
-    the next layer's test."""
+    """Although the layers have many experts, the check of a layer holds only a few of them, and gives them back before
+    the next layer's check."""
     text = replace(config.text, n_routed_experts=96, num_experts_per_tok=4, hidden_size=512, moe_intermediate_size=256)
     vision = replace(config.vision, text_hidden_size=text.hidden_size)
     model = dense_model(replace(config, text=text, vision=vision))
@@ -184,7 +184,7 @@ def test_wrong_ones_stop_the_start(config: K26Config, monkeypatch: pytest.Monkey
 def test_what_cannot_be_tested_serves(
     config: K26Config, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
 ) -> None:
-    """Experts whose method the test cannot call, such as that of another release, serve untested, and one line of the
+    """Experts whose method the check cannot call, such as that of another release, serve untested, and one line of the
     log says so for all layers."""
 
     def apply(self: Any, layer: Any, x: Any, topk_weights: Any, topk_ids: Any) -> None:

@@ -81,8 +81,8 @@ def test_flashinfer(stand_in: Callable[..., None], monkeypatch: pytest.MonkeyPat
 
 
 def test_humming_puts_vllms_parts_together(stand_in: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM's alignment, SwiGLU and weighted sum stand between Humming's GEMMs, which need Humming's package and a GPU
-    and are replaced here."""
+    """vLLM's alignment, SwiGLU and weighted sum stand around Humming's GEMMs, which are replaced here, because they
+    need Humming's package and a GPU."""
     calls: list[dict[str, Any]] = []
 
     class Layer(torch.nn.Module):

@@ -233,8 +233,7 @@ def test_answers_drawn_at_random_are_valid_and_the_reasoning_is_free(
     assert (free > 0) == thinking
 
 
-# Requests that leave only one answer. If several were possible, the likeliest would depend, near a tie, on when guesses
-# came.
+# Requests with only one possible answer, because near a tie the likeliest of several would depend on when guesses came.
 ROUTE, PLACE = "Take the second road on the left, then the first on the right.", "Zürich am See"
 PLACES = {
     "type": "object",

@@ -17,7 +17,7 @@ from k26_plugins.sglang import compat
 
 
 def test_pixels_are_those_of_vllm(tiny_folder: Path) -> None:
-    """The processor is the one of SGLang's own `get_processor`, called as its code for this model calls it."""
+    """The processor comes from SGLang's own `get_processor` and is called as SGLang's code for this model calls it."""
     processor = hf_utils().get_processor(str(tiny_folder), trust_remote_code=False)
     for size in SIZES:
         image = image_of(size)

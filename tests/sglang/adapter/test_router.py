@@ -15,7 +15,7 @@ from k26_plugins.sglang import compat
 
 
 def test_the_router_s_logits_are_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Our gate gives float32 logits on a CPU, equal to the float64 product, where the in-tree gate gives bfloat16."""
+    """On a CPU our gate gives logits that have float32's precision, where the in-tree gate gives bfloat16."""
     from k26_plugins.sglang.router import use_float32_logits
 
     gate: Any = torch.nn.Module.__new__(compat.router_gate())
