@@ -1,1 +1,1 @@
-"""What only the adapters of the engines share."""
+"""Code that the adapters of the engines share and nothing else needs."""

@@ -1,6 +1,7 @@
-"""How an adapter becomes active in a process, or says why it does not.
+"""Makes an adapter active in a process, or logs why it is not.
 
-An engine runs this in every process and for every model: no more than the settings is imported outside of what catches.
+An engine runs this module in every process and for every model. So it imports at its top no other module of this
+package than the settings: every other import stands inside the `try` of `activate`, which logs a failure.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ if TYPE_CHECKING:
 
 
 def activate(engine: str, logger: logging.Logger, note: Callable[[Registration], None]) -> None:
-    """Make the changes to an engine that `note` is to note. Repeatable.
+    """Let `note` note its changes to an engine, and make them. Calling this function again does no harm.
 
-    A failure is logged, and the engine stays as it was; with K26_STRICT=1 it is a SystemExit, which ends the start.
+    A failure is logged, and the engine stays as it was. With K26_STRICT=1 a failure raises SystemExit instead, which
+    ends the start.
+
+    engine: the engine's name for the log.
     """
     try:
         from k26_plugins.common.adapters.registration import Registration

@@ -1,4 +1,5 @@
-"""What both engines are given of a model's answer: the core's parser over text and token ids, and its events as pieces."""
+"""Parses a model's answer for both engines: the core's parser reads its text and token ids, and the parser's events are
+put together as pieces from which an adapter makes its engine's objects."""
 
 from __future__ import annotations
 
@@ -20,21 +21,30 @@ from k26_plugins.common.prompt.token_text import TokenText
 from k26_plugins.common.prompt.tokenizer import KimiTokenizer
 
 REASONING_NAMES = ("reasoning", "reasoning_content")
-"""vLLM's name, and the one of Moonshot's own API and SGLang: clients read the one or the other."""
+"""The two names of a message's reasoning: vLLM's, and the one that Moonshot's own API and SGLang use. A client reads
+either."""
 
 
 class Answer:
-    """One choice of an answer, whole or streamed."""
+    """The parser of one choice of an answer, whole or streamed."""
 
     def __init__(
         self, tokenizer: KimiTokenizer, *, in_reasoning: bool, tools: Tools | None, special_shown: bool = False
     ) -> None:
-        """in_reasoning, tools: as of `OutputParser`. special_shown: the text has the names of special tokens."""
+        """Prepare for an answer of which nothing has been read yet.
+
+        in_reasoning, tools: as `OutputParser` takes them. special_shown: whether the engine's text contains the names
+        of special tokens.
+        """
         self.text = TokenText(tokenizer, special_shown=special_shown)
         self._parser = OutputParser(in_reasoning=in_reasoning, tools=tools)
 
     def feed(self, text: str, token_ids: Sequence[int], *, finished: bool) -> list[Event]:
-        """The events of the next text and the token ids that it is made of. A whole answer may come without ids."""
+        """Return the events of the next text.
+
+        token_ids: the ids that `text` was decoded from; a whole answer, given in one call, may come without ids.
+        finished: whether the answer ends here.
+        """
         if finished and not token_ids and not self.text.num_tokens:
             return self._parser.feed(text) + self._parser.finish()
         events = self._parser.feed_pieces(self.text.split(text, token_ids))
@@ -45,18 +55,18 @@ class Answer:
 
 @dataclass(slots=True)
 class CallPiece:
-    """A tool call, or what is new of one."""
+    """A tool call, or the next part of one that has begun."""
 
     index: int
     call_id: str | None = None
-    """None, as the name, in a piece that goes on with a call."""
+    """None in a piece that continues a call, as is `name`."""
     name: str | None = None
     arguments: str = ""
 
 
 @dataclass(slots=True)
 class Pieces:
-    """What some events bring, put together."""
+    """The reasoning, the content and the tool calls that some events brought."""
 
     reasoning: str = ""
     content: str = ""
@@ -64,7 +74,7 @@ class Pieces:
 
 
 def pieces(events: Iterable[Event]) -> Pieces:
-    """What events bring, with one piece for each call."""
+    """Put the texts of some events together, with one piece for each tool call."""
     found = Pieces()
     calls: dict[int, CallPiece] = {}
     for event in events:
@@ -82,9 +92,10 @@ def pieces(events: Iterable[Event]) -> Pieces:
 
 
 def schemas(tools: Iterable[Any]) -> Tools:
-    """The parameters of a request's functions by their names; other tools are left out.
+    """Return the parameters' schema of each function that a request declares, by the function's name.
 
-    tools: the engines' objects, as of the chat API (`tool.function.name`) or of the Responses API (`tool.name`).
+    Tools that are no functions are left out. tools: the engines' objects, those of the chat API (`tool.function.name`)
+    or of the Responses API (`tool.name`).
     """
     functions = [getattr(tool, "function", tool) for tool in tools]
     return {
@@ -95,13 +106,15 @@ def schemas(tools: Iterable[Any]) -> Tools:
 
 
 def markers_are_ordinary(hf_tokenizer: Any) -> bool:
-    """Whether the tokenizer counts the markers among the ordinary tokens, as the core's does: they are in an answer's text
-    without any special token being shown for their sake."""
+    """Return whether the tokenizer counts the markers among the ordinary tokens, as the core's does.
+
+    The markers then appear in an answer's text although special tokens are hidden.
+    """
     return set(hf_tokenizer.all_special_tokens).isdisjoint(MARKERS)
 
 
 def name_reasoning_twice(fields: dict[str, Any]) -> None:
-    """Give the reasoning among a message's fields both names of `REASONING_NAMES`, in place."""
+    """Write the reasoning among a message's fields under both names of `REASONING_NAMES`, in place."""
     for name in REASONING_NAMES:
         if fields.get(name) is not None:
             fields.update(dict.fromkeys(REASONING_NAMES, fields[name]))
@@ -109,9 +122,10 @@ def name_reasoning_twice(fields: dict[str, Any]) -> None:
 
 
 def make_cut_calls_text(message: Any) -> None:
-    """In a chat's message, in place: calls whose arguments are no object, as where the token limit cut them, become text.
+    """Move the arguments of calls that are no JSON object into a chat message's text, and drop those calls, in place.
 
-    For the Messages API, in which a call's input is an object.
+    Arguments are no object where the token limit cut the call. The Messages API cannot carry them, because a call's
+    input is an object there.
     """
     cut = [call for call in message.tool_calls or () if not is_object(call.function.arguments)]
     if cut:

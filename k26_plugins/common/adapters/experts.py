@@ -1,4 +1,5 @@
-"""Which layers of a model have the core's INT4 experts, and how an engine's quantization configuration answers with them."""
+"""Decides which layers of a model get the core's INT4 experts, and makes an engine's quantization configuration answer
+with them."""
 
 from __future__ import annotations
 
@@ -14,9 +15,10 @@ from k26_plugins.common.settings import ENGINE
 
 
 def require_config(quant_config: Any, expected: type, engine: str, remedy: str) -> None:
-    """Raises UnsupportedEngineError, with the remedy, where an engine has read the INT4 checkpoint as something else.
+    """Raise UnsupportedEngineError if an engine has read the INT4 checkpoint's quantization as another class than
+    expected.
 
-    engine: with its version.
+    engine: the engine's name and version for the message. remedy: what the message advises.
     """
     if not isinstance(quant_config, expected):
         raise UnsupportedEngineError(
@@ -26,9 +28,10 @@ def require_config(quant_config: Any, expected: type, engine: str, remedy: str) 
 
 
 def answer_with(quant_config: Any, method: str, ours: Callable[[Any], Any]) -> None:
-    """Have `quant_config.method(layer, …)` give what `ours(layer)` does, and its own answer where that is None.
+    """Have `quant_config.method(layer, …)` return `ours(layer)`, or the engine's own answer where `ours` returns None.
 
-    The object's class is replaced by a subclass of its own: the one of another model in the process keeps its.
+    The object gets a class of its own, derived from its old one, so that the configuration of another model in the same
+    process stays as it is.
     """
     kept = type(quant_config)
 
@@ -48,13 +51,15 @@ def backend_of_layer(
     by_name: bool,
     serves: Callable[[str], bool],
 ) -> str | None:
-    """The core's backend for a layer; None where the layer is left to the engine.
+    """Return the name of the core's backend for a layer, or None if the layer is left to the engine.
 
-    chosen: a backend's name, ENGINE for the engine's, or `auto`. by_name: no others may take the core's place, whatever was
-    measured to be faster. So sizes are not asked for then: a layer that is never loaded, as of a server of encoders, is on
-    no device. distribution: the engine's. serves: whether a backend serves the layer, which says why not.
+    chosen: a backend's name, ENGINE for the engine's own experts, or `auto`. sizes: returns the layer's sizes; with
+    `by_name` it is not called, because a layer that is never loaded (that of a server of the encoder alone) is on no
+    device. distribution: the engine's distribution. by_name: whether the engine's experts may not take the core's
+    place, whatever was measured to be faster. serves: returns whether a backend can serve the layer, and logs why it
+    cannot.
 
-    Raises OutcomeError as `backend_for`.
+    Raises OutcomeError as `backend_for` does.
     """
     if chosen == "auto" and not by_name:
         chosen = backend_for(chosen, sizes(), installed_engine(distribution), logger)
@@ -63,9 +68,10 @@ def backend_of_layer(
 
 @cache
 def core_serves_layer(logger: logging.Logger, engine: str, backend_name: str, reason: str | None) -> bool:
-    """Whether the core's experts take a layer, which is said once: every layer of a model has the same to say.
+    """Return whether the core's experts take a layer, and log the decision.
 
-    reason: why they cannot, None where they can.
+    The function is cached, so that a decision that all layers of a model share is logged once. reason: why the core's
+    experts cannot serve the layer, None if they can.
     """
     if reason is None:
         logger.info("k26-plugins: INT4 experts run on the core (%s).", backend_name)

@@ -1,4 +1,4 @@
-"""What an adapter's `probe` module tells `k26 doctor` about its engine, in one line of JSON."""
+"""Lets an adapter's `probe` module tell `k26 doctor` about its engine, in one line of JSON."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from collections.abc import Callable
 
 
 class KeptErrors(logging.Handler):
-    """Keeps what a plugin logs when it fails, or goes without a part: its only trace, as it never raises."""
+    """A log handler that keeps a plugin's warnings and errors.
+
+    They are the only trace of a plugin that failed or goes without a part, because a plugin raises nothing.
+    """
 
     def __init__(self, logger: logging.Logger) -> None:
         super().__init__(logging.WARNING)
@@ -16,14 +19,17 @@ class KeptErrors(logging.Handler):
         logger.addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep the record's message and the error that it was logged with."""
+        """Keep the record's message, followed by the exception that was logged with it."""
         cause = record.exc_info[1] if record.exc_info else None
         self.lines.append(f"{record.getMessage()} {cause or ''}".strip())
 
 
 def serves_with_ours(load: Callable[[], type | None], errors: KeptErrors) -> bool:
-    """Whether the model's class that the engine loads is the plugin's. Why it cannot be loaded is kept: that would end a
-    server's start."""
+    """Return whether the model class that the engine loads is the plugin's.
+
+    If `load` raises, which would end a server's start, the exception's text is added to `errors`, and the answer is
+    False.
+    """
     try:
         found = load()
     except Exception as error:  # whatever a module raises where the engine's names are not what they were
@@ -43,11 +49,11 @@ def say(
     fix: str = "",
     no_start: str = "",
 ) -> None:
-    """Print the engine's package and version, the versions checked, and whether the plugin is active; if not, its errors or
-    `hint`.
+    """Print one line of JSON: the engine's package and version, the checked versions, and whether the plugin is active.
 
-    fix: the shell command that activates it where nothing failed. no_start: what would end a server of this user at its
-    start, with the remedy.
+    If the plugin is not active, the line has its errors as the reason, or `hint` if there are none. fix: the shell
+    command that activates the plugin where nothing failed. no_start: what would end this user's server at its start,
+    and the remedy; empty if nothing would.
     """
     failed = " ".join(errors.lines)
     state = {"package": package, "version": version, "checked": checked, "active": active, "no_start": no_start}

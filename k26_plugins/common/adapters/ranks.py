@@ -1,7 +1,8 @@
-"""Whether every rank runs this plugin: one that does not would compute the same model by the engine's own code.
+"""Checks that every rank runs this plugin: a rank without it would compute the same model by the engine's own code.
 
-A collective would wait for ever on a rank that takes no part, so each rank leaves its version in the store through which
-torch.distributed's ranks found each other, on one host or on several, and looks for the others'.
+A collective operation would wait for ever on a rank that takes no part. So each rank writes its plugin's version into
+the store through which torch.distributed's ranks found each other, on one host or on several, and looks there for the
+versions of the others.
 """
 
 from __future__ import annotations
@@ -16,23 +17,24 @@ from torch.distributed import distributed_c10d
 from k26_plugins import __version__
 
 PATIENCE = timedelta(seconds=60)
-"""Ranks build the model right after they met: seconds apart."""
+"""How long a rank waits for the others. Ranks build the model right after they met, so they are only seconds apart."""
 _calls = 0
 
 
 class MissingPluginError(RuntimeError):
-    """A rank that runs without the plugin, or with another version of it. The message names it and the remedy."""
+    """A rank runs without the plugin, or with another version of it. The message names the rank and the remedy."""
 
 
 def require_everywhere(switch: str, patience: timedelta = PATIENCE) -> None:
-    """Called where the model is built. Raises MissingPluginError.
+    """Raise MissingPluginError unless every rank runs this version of the plugin.
 
-    switch: the variable that turns the plugin off in this engine, for the message.
+    Every rank calls this function where it builds the model. switch: the environment variable that turns the plugin off
+    in this engine, for the message. patience: how long to wait for the other ranks.
     """
     global _calls
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return
-    # A draft model and a second engine in the process build it again: each time under a name of its own.
+    # A draft model, or a second engine in this process, comes here again: each call needs keys of its own in the store.
     _calls += 1
     store = distributed_c10d.PrefixStore(f"k26-plugins/{_calls}", distributed_c10d._get_default_store())
     world = range(dist.get_world_size())

@@ -1,7 +1,7 @@
-"""Changes to an engine's registries, made all together or not at all.
+"""Makes the changes to an engine's registries all together or not at all.
 
-A plugin that fails half way would leave an engine with its own tokenizer and our model, or the other way round. So adapters
-first look up every name that they need, and note what they are going to change; only then is anything changed.
+A plugin that fails half way would leave an engine with its own tokenizer and our model, or the other way round. So an
+adapter first looks up every name that it needs and notes what it is going to change; only then is anything changed.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ _ABSENT = object()
 
 
 class Registration:
-    """Notes changes; `apply` makes them, in order."""
+    """A list of changes to an engine: the other methods note a change, and `apply` makes the changes in that order."""
 
     def __init__(self) -> None:
         self._changes: list[Callable[[], Callable[[], None]]] = []
 
     def entry(self, mapping: MutableMapping[Any, Any], key: Any, make: Callable[[], object]) -> None:
-        """What `make()`, a function of the engine's, puts at `mapping[key]`."""
+        """Note that `make()`, a function of the engine's, is to be called, which sets `mapping[key]`."""
 
         def change() -> Callable[[], None]:
             before = mapping.get(key, _ABSENT)
@@ -40,11 +40,11 @@ class Registration:
         self.call(change)
 
     def item(self, mapping: MutableMapping[Any, Any], key: Any, value: Any) -> None:
-        """`mapping[key] = value`."""
+        """Note the change `mapping[key] = value`."""
         self.entry(mapping, key, lambda: mapping.__setitem__(key, value))
 
     def attribute(self, owner: Any, name: str, value: Any) -> None:
-        """`owner.name = value`, of a class or a module."""
+        """Note the change `owner.name = value`. owner: a class or a module."""
 
         def change() -> Callable[[], None]:
             before = vars(owner).get(name, _ABSENT)
@@ -54,7 +54,8 @@ class Registration:
         self.call(change)
 
     def function(self, module: Any, name: str, value: Any) -> None:
-        """`module.name = value`, in its own module and in all that have imported it by name."""
+        """Note the change `module.name = value`, in `module` and in every module that has imported the function by
+        name."""
         original = getattr(module, name)
 
         def change() -> Callable[[], None]:
@@ -64,10 +65,12 @@ class Registration:
         self.call(change)
 
     def wrap(self, owner: Any, name: str, hook: Callable[..., Any], *, everywhere: bool = False) -> None:
-        """`hook(original, …)` in the place of `owner.name`, a function of a module or a method of a class; repeatable.
+        """Note that `hook(original, …)` is to be called in the place of `owner.name`.
 
-        A class method's `original` has its class already. everywhere: a module's function is replaced in all modules that
-        have imported it by name, and not in `owner` alone.
+        If `hook` is around that function already, nothing is noted. owner: a module that has the function, or a class
+        that has the method. If the method is a class method, the `original` that `hook` gets is bound to the class.
+        everywhere: whether a module's function is replaced in every module that has imported it by name, and not in
+        `owner` alone.
         """
         of_module = isinstance(owner, ModuleType)
         found = getattr(owner, name) if of_module else inspect.getattr_static(owner, name)
@@ -87,11 +90,11 @@ class Registration:
         change(owner, name, kind(wrapped) if kind else wrapped)
 
     def call(self, change: Callable[[], Callable[[], None]]) -> None:
-        """Anything else: `change()` makes it and returns what takes it back."""
+        """Note a change of any other kind: `change()` makes it and returns a function that takes it back."""
         self._changes.append(change)
 
     def apply(self) -> None:
-        """Make the changes. What one of them raises is raised again, after those before it were taken back."""
+        """Make the changes in order. If one of them raises, take back those before it and raise the exception again."""
         undo: list[Callable[[], None]] = []
         try:
             for change in self._changes:

@@ -1,7 +1,8 @@
-"""No Python file that a checkpoint brings or names is executed, whatever `--trust-remote-code` says.
+"""Keeps every Python file that a checkpoint brings or names from being executed, whatever `--trust-remote-code` says.
 
-transformers has two doors to such code, and every engine comes to it through them: one decides whether to trust, the other
-loads. Both stay shut for this model, from the moment that the plugin is registered in a process.
+Every engine comes to such code through two functions of transformers: `resolve_trust_remote_code` decides whether to
+trust the code, and `get_class_from_dynamic_module` loads it. Both refuse this model's code from the moment that the
+plugin is registered in a process.
 """
 
 from __future__ import annotations
@@ -14,11 +15,17 @@ from k26_plugins.common.adapters.registration import Registration
 
 
 class RemoteCodeError(ValueError):
-    """Code of the checkpoint was asked for and nothing stands in for it. The message says which, and what to do."""
+    """Python code of the checkpoint was asked for, and no class of transformers or of the plugin takes its place.
+
+    The message says which code, and what to do.
+    """
 
 
 def refuse_remote_code(changes: Registration) -> None:
-    """Shut both doors in this process. Repeatable; other models are served as before."""
+    """Note hooks around both functions of transformers that lead to a checkpoint's code.
+
+    Calling this function again does no harm. Other models are served as before.
+    """
     doors = importlib.import_module("transformers.dynamic_module_utils")
     changes.wrap(doors, "resolve_trust_remote_code", _trust, everywhere=True)
     changes.wrap(doors, "get_class_from_dynamic_module", _load, everywhere=True)
@@ -33,7 +40,8 @@ def _trust(
     *rest: Any,
     **named: Any,
 ) -> Any:
-    """transformers' own class where it has one."""
+    """Refuse to trust this model's code: transformers then takes its own class. Raises RemoteCodeError if it has
+    none."""
     if not has_remote_code or not _is_this_model(name, None):
         return original(trust, name, has_local_code, has_remote_code, *rest, **named)
     if not has_local_code:
@@ -48,7 +56,7 @@ def _load(original: Callable[..., Any], class_reference: str, name: Any, *rest: 
 
 
 def _is_this_model(name: Any, revision: str | None) -> bool:
-    # Not at the top: registration must be cheap, and this brings the tokenizer's libraries.
+    # Not imported at the top: registration must be cheap, and this module imports the tokenizer's libraries.
     from k26_plugins.common.prompt.hf_tokenizer import is_this_model
 
     return is_this_model(name, revision)

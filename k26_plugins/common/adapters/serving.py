@@ -1,4 +1,4 @@
-"""What every adapter makes of its engine's configuration object."""
+"""Applies the core's configuration to an engine's configuration object, in the same way for every adapter."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from k26_plugins.common.settings import PARSERS
 
 
 def core_answer(hf_config: Any, folder: Path | None, warn: Callable[[str], None]) -> Classification | None:
-    """What a checkpoint is that the core serves, in the published layout or saved from it; None for another layout, which
-    is the engine's.
+    """Return what the core knows of a checkpoint that it serves, or None for one that is left to the engine.
 
-    `warn` is told once why. folder: whose headers are checked; None where the weights are not here. Raises ConfigError or
-    CheckpointError for a checkpoint that is damaged, contradicts itself or is of another model.
+    The core serves a checkpoint in the published layout, or a state that was saved from one. For another layout `warn`
+    is called once with the reason. hf_config: the engine's configuration object. folder: the folder whose headers are
+    checked, None if the weights are not on this machine. Raises ConfigError or CheckpointError for a checkpoint that is
+    damaged, contradicts itself or is of another model.
     """
     answer = classify(hf_config.to_dict(), folder)
     if answer.layout is not Layout.OTHER:
@@ -30,10 +31,10 @@ def core_answer(hf_config: Any, folder: Path | None, warn: Callable[[str], None]
 
 
 def write_vision(config: K26Config, hf_vision_config: Any) -> None:
-    """Give an engine's vision configuration the core's sizes under every name that an engine reads.
+    """Write the core's sizes into an engine's vision configuration, under every name that an engine reads.
 
-    The hub's file spells them `vt_*` and `init_pos_emb_*`; classes that know only their own names fill those with the
-    published model's sizes, silently.
+    The hub's config.json spells the sizes `vt_*` and `init_pos_emb_*`. A configuration class that knows only its own
+    names silently fills those with the published model's sizes.
     """
     vision = config.vision
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
@@ -47,7 +48,7 @@ def write_vision(config: K26Config, hf_vision_config: Any) -> None:
 
 
 def say_parsers(logger: logging.Logger, reasoning: str | None, tool_calls: str | None) -> None:
-    """Log which parsers of answers a server has, where some of them were chosen for it."""
+    """Log which reasoning parser and tool-call parser a server uses, some of which the plugin chose."""
     logger.info(
         "k26-plugins: reasoning parser %s, tool-call parser %s (flags win; %s=none leaves them out).",
         reasoning,
