@@ -15,9 +15,10 @@ logger = logging.getLogger("vllm.k26_plugins")
 
 
 def register() -> None:
-    """Put Kimi-K2.6's classes into vLLM's registries. Cheap, and repeatable.
+    """Put Kimi-K2.6's classes into vLLM's registries. The call is cheap, and a second one does no harm.
 
-    vLLM does not catch what a plugin raises. `VLLM_PLUGINS` without `k26` in it switches the plugin off.
+    A failure is logged and not raised, because vLLM does not catch what a plugin raises. `VLLM_PLUGINS` without `k26`
+    in it switches the plugin off.
     """
     activate("vLLM", logger, _note)
 

@@ -1,7 +1,8 @@
-"""MLA's prefill on a CPU, in memory that grows with a prompt's length and not with its square.
+"""Computes MLA's prefill on a CPU in memory that grows with a prompt's length and not with its square.
 
-The in-tree backend holds heads × queries × keys scores in float32, three times: a prompt of 10,000 tokens at 64 heads takes
-26 GB each. The same arithmetic is done here for a few heads and queries at once, whose scores are at most a fixed number.
+The in-tree backend holds heads × queries × keys scores in float32, three times over: for a prompt of 10,000 tokens at
+64 heads each of the three takes 26 GB. This module does the same arithmetic for a few heads and queries at once, so
+that the number of scores held at a time is bounded.
 """
 
 from __future__ import annotations
@@ -13,19 +14,20 @@ import torch
 from k26_plugins.vllm import compat
 
 SCORES = 2**24
-"""The most scores that are held at once, 64 MB of float32."""
+"""The largest number of scores that are held at once: 64 MB of float32."""
 QUERIES = 256
-"""The most queries that are taken at once. They are few, so that keys beyond their own tokens, half of all, are not
-computed."""
+"""The largest number of queries that are computed at once. It is small, so that most scores that the causal mask would
+drop, which are half of all, are never computed."""
 
 
 def attention(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, *, causal: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of one request in float32.
+    """Compute the attention of one request in float32.
 
-    query [new, heads, size], keys [length, heads, size], values [length, heads, value size]. causal: the queries are of the
-    keys' own tokens, new = length. Returns the output [new, heads, value size] and log-sum-exp float32 [heads, new].
+    query: [new, heads, size]. keys: [length, heads, size]. values: [length, heads, value size]. causal: whether queries
+    and keys are of the same tokens (new = length) and each query sees no later key. Returns the output [new, heads,
+    value size], of the dtype of `values`, and the log-sum-exp of the scores, float32 [heads, new].
     """
     new, heads, _ = query.shape
     length = len(keys)
@@ -56,11 +58,11 @@ def attention(
 
 
 class K26CPUPrefillBackend(compat.cpu_prefill_backend()):  # type: ignore[misc]
-    """Keeps the in-tree backend's interface and replaces its product."""
+    """vLLM's MLA prefill backend for a CPU, with `attention` in the place of its own product."""
 
     @staticmethod
     def get_name() -> str:
-        """The name in vLLM's log."""
+        """Return the backend's name for vLLM's log."""
         return "K26_CPU_MLA"
 
     def _ragged_sdpa(
@@ -73,7 +75,11 @@ class K26CPUPrefillBackend(compat.cpu_prefill_backend()):  # type: ignore[misc]
         causal: bool,
         return_softmax_lse: bool,
     ) -> Any:
-        """Tensors [tokens, heads, size] of several requests one after the other, which begin at the offsets."""
+        """Compute the attention of several requests, whose tokens follow one another in tensors [tokens, heads, size].
+
+        q_cu_seq_lens, kv_cu_seq_lens: where each request begins, and last where the last one ends. Returns the output,
+        and with `return_softmax_lse` also the log-sum-exp [heads, tokens].
+        """
         queries, lengths = (offsets.diff().tolist() for offsets in (q_cu_seq_lens, kv_cu_seq_lens))
         # The tensors may be padded beyond the last request.
         parts = zip(*(t[: sum(n)].split(n) for t, n in ((q, queries), (k, lengths), (v, lengths))), strict=True)

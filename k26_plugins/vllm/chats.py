@@ -1,4 +1,7 @@
-"""What vLLM's API server does to chats beside rendering and parsing them, mended in the processes that serve this model."""
+"""Corrects what vLLM's API server does to chats besides rendering and parsing them, where it serves this model.
+
+`install` puts the hooks in place; each other public function is a hook around a function of vLLM's.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,10 @@ from k26_plugins.vllm.completions import hide_streamed, hide_whole
 
 
 def install() -> None:
-    """Put the hooks in place, once for each process. A vLLM without the place of one serves without it, and says so."""
+    """Put the hooks in place. A second call in a process does no harm.
+
+    If this vLLM lacks a function that a hook is for, the log says what is lost, and vLLM serves without that hook.
+    """
     requests: list[Hook] = [
         *(
             (name, settle_thinking, "`thinking` is not heard in every form")
@@ -65,10 +71,11 @@ def install() -> None:
 
 
 def settle_thinking(original: Callable[..., Any], request: Any, *args: Any, **kwargs: Any) -> Any:
-    """One value of `thinking` for the template, the parsers and the engine, from all that the request says of it.
+    """Wrap vLLM's `build_chat_params` so that the template, the parsers and the engine see one value of `thinking`.
 
-    vLLM turns an effort of reasoning into `enable_thinking`, which its parser heard beside a `thinking` that the template
-    heard, and drops a field `thinking`, by which Moonshot's clients say it.
+    vLLM turns `reasoning_effort` into `enable_thinking`, which its parser follows, while the template follows
+    `thinking`: the two can contradict each other. vLLM also drops the request's field `thinking`, which Moonshot's
+    clients send.
     """
     params = original(request, *args, **kwargs)
     options = params.chat_template_kwargs
@@ -78,7 +85,10 @@ def settle_thinking(original: Callable[..., Any], request: Any, *args: Any, **kw
 
 
 def name_reasoning(original: Callable[..., None], message: Any, **fields: Any) -> None:
-    """Give a message's reasoning the name that vLLM has for it, and the one that Moonshot's API and its clients have."""
+    """Wrap vLLM's `ChatMessage.__init__` so that an answer has its reasoning as `reasoning` and as `reasoning_content`.
+
+    vLLM sends the first name only; Moonshot's API and its clients use the second.
+    """
     name_reasoning_twice(fields)
     original(message, **fields)
 
@@ -91,7 +101,12 @@ async def length_wins(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """An answer that the token limit cut says so, with calls in it too, as it does where it is streamed."""
+    """Wrap vLLM's `chat_completion_full_generator` so that the finish reason is `length` where the token limit cut an
+    answer.
+
+    vLLM gives `tool_calls` for a whole answer with calls in it, although it gives `length` for the same answer
+    streamed.
+    """
     last: list[Any] = []
 
     async def watched() -> AsyncIterator[Any]:
@@ -108,14 +123,20 @@ async def length_wins(
 
 
 def keep_characters(original: Callable[..., None], block: Any, tool_calls: list[dict[str, Any]]) -> None:
-    """Arguments of a past call as the model wrote them: vLLM would spell Chinese by numbers."""
+    """Wrap vLLM's `_convert_tool_use_block` (Messages API) so that a past call's arguments keep their characters.
+
+    vLLM would write Chinese characters as escape sequences, which the model did not write.
+    """
     original(block, tool_calls)
     tool_calls[-1]["function"]["arguments"] = json.dumps(block.input or {}, ensure_ascii=False)
 
 
 def keep_results(original: Callable[..., None], block: Any, openai_messages: list[dict[str, Any]]) -> None:
-    """A result with its images where they stand: vLLM would say that the user sent them, between two results too. And with
-    `is_error` in its text: a chat's message has no place for it."""
+    """Wrap vLLM's `_convert_user_tool_result` (Messages API) so that a result keeps its images and its `is_error`.
+
+    vLLM would put the images into a message of the user's behind the result, even between two results. It would drop
+    `is_error`, which goes into the result's text here, because a chat message has no field for it.
+    """
     place = len(openai_messages)
     original(block, openai_messages)
     result, after = openai_messages[place], openai_messages[place + 1 : place + 2]
@@ -128,13 +149,19 @@ def keep_results(original: Callable[..., None], block: Any, openai_messages: lis
 
 
 def show_cut_calls(original: Callable[..., Any], serving: Any, response: Any) -> Any:
-    """A cut call's arguments are text: vLLM would refuse the whole answer."""
+    """Wrap vLLM's `messages_full_converter` (Messages API) so that a call which the token limit cut becomes text.
+
+    vLLM would answer with an error, because the arguments of such a call are no JSON.
+    """
     make_cut_calls_text(response.choices[0].message)
     return original(serving, response)
 
 
 async def end_incomplete(original: Callable[..., Any], generator: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    """The last event of an answer that the token limit cut, by its name."""
+    """Wrap vLLM's `_convert_stream_to_sse_events` so that a stream which the token limit cut ends as incomplete.
+
+    The last event of a stream of the Responses API is then `response.incomplete`; vLLM sends `response.completed`.
+    """
 
     async def renamed() -> AsyncIterator[Any]:
         async for event in generator:
@@ -145,7 +172,10 @@ async def end_incomplete(original: Callable[..., Any], generator: AsyncIterator[
 
 
 async def read_reasoning(original: Callable[..., Any], serving: Any, request: Any, raw_request: Any = None) -> Any:
-    """`reasoning_content`, which a chat takes and vLLM's class of this request drops."""
+    """Wrap vLLM's `create_tokenize` so that /tokenize reads the `reasoning_content` of messages.
+
+    A chat completion takes the field, but vLLM's class of this request drops it.
+    """
     messages = getattr(request, "messages", None)
     if messages and raw_request is not None:
         sent = (await raw_request.json()).get("messages") or []

@@ -1,6 +1,6 @@
-"""What this adapter looks up and changes in vLLM, by the names of `names.py`.
+"""Looks up and changes vLLM's objects for this adapter, by the names of `names.py`.
 
-Where releases differ the difference is detected here, by feature and not by version.
+Where releases of vLLM differ, this module detects the difference by feature and not by version.
 """
 
 from __future__ import annotations
@@ -35,18 +35,21 @@ wrap = ENGINE.wrap
 vllm_version = ENGINE.release
 
 
-# Each `register_…` looks up what it needs and notes what it will change; `Registration.apply` changes it.
+# Each `register_…` function looks up the names that it needs and notes changes, which `Registration.apply` makes.
 
 
 def register_model(changes: Registration, module: str) -> None:
-    """Put our class in the place of the in-tree one, by name: nothing is imported until the model is wanted."""
+    """Register the plugin's model class in the place of the in-tree one.
+
+    It is registered by its name, so that nothing is imported until vLLM loads the class.
+    """
     registry = private(names.MODEL_REGISTRY)
     register = functools.partial(registry.register_model, ARCHITECTURE, f"{module}:{ARCHITECTURE}")
     changes.entry(registry.models, ARCHITECTURE, register)
 
 
 def register_config_hook(changes: Registration, module: str) -> None:
-    """Have vLLM call `module`'s `prepare(model_config)` for this architecture, at the end of its configuration."""
+    """Have vLLM call `module.prepare(model_config)` at the end of its configuration of a model of this architecture."""
     base = private(names.CONFIG_HOOK)
 
     class K26ConfigHook(base):  # type: ignore[misc, valid-type]
@@ -63,19 +66,19 @@ def register_tokenizer_choice(changes: Registration, module: str, name: str) -> 
 
 
 def message_image(part: dict[str, Any]) -> dict[str, Any] | None:
-    """An image of the Messages API as the chat API has it; None where it has neither data nor an address."""
+    """Return an image part of the Messages API as a part of the chat API, or None if it has neither data nor a URL."""
     url = private(names.MESSAGES_IMAGE)(part.get("source", {}))
     return {"type": "image_url", "image_url": {"url": url}} if url else None
 
 
 def create_tokenize() -> EngineName:
-    """What answers `/tokenize` in this release."""
+    """Return the name of the method that answers `/tokenize` in this release."""
     return ENGINE.first(names.CREATE_TOKENIZE, names.CREATE_TOKENIZE_BEFORE)
 
 
 @functools.cache
 def modelscope_folder(name: str, revision: str | None) -> str | None:
-    """Where vLLM takes names for ModelScope's: the folder with the model's small files, fetched if need be."""
+    """Return the folder with a model's small files, fetched if need be, or None if vLLM does not use ModelScope."""
     folder: str | None = private(names.MODELSCOPE_DOWNLOAD)(
         name, revision, ignore_patterns=[".*.safetensors", ".*.bin", ".*.pt"]
     )
@@ -83,11 +86,11 @@ def modelscope_folder(name: str, revision: str | None) -> str | None:
 
 
 def register_argument_hook(changes: Registration) -> None:
-    """Have the command line's flags filled in where an API server knows its model's configuration.
+    """Have `defaults.before_serving` called in an API server as soon as it knows its model's configuration.
 
-    Each process of the server reads them after this moment.
+    Each process of the server reads the command line's flags after this moment, so that they can still be filled in.
     """
-    if names.FROM_CLI_ARGS.module in sys.modules:  # else a worker: the command line is read elsewhere
+    if names.FROM_CLI_ARGS.module in sys.modules:  # otherwise this is a worker: another process reads the flags
         wrap(changes, names.FROM_CLI_ARGS, _keep_flags)
         wrap(changes, names.CREATE_MODEL_CONFIG, _before_serving)
 
@@ -100,14 +103,14 @@ def _keep_flags(original: Callable[..., Any], flags: Any) -> Any:
 
 def _before_serving(original: Callable[..., Any], engine_args: Any) -> Any:
     model_config = original(engine_args)
-    # Without flags it is a program's engine, not a server.
+    # An engine that has no flags was made by a program and not by a server.
     if hasattr(engine_args, "k26_flags"):
         Later("k26_plugins.vllm.defaults", "before_serving")(model_config, engine_args, engine_args.k26_flags)
     return model_config
 
 
 def register_parsers(changes: Registration, module: str, tool_parser: str, reasoning_parser: str) -> None:
-    """Add the parsers `k26` of tool calls and of reasoning, where vLLM has the parser that they mend."""
+    """Add the tool-call parser and the reasoning parser `k26`, if vLLM has the parser that they correct."""
     if has_kimi_parser():
         for manager, parser in (
             (private(names.TOOL_PARSERS), tool_parser),
@@ -118,7 +121,7 @@ def register_parsers(changes: Registration, module: str, tool_parser: str, reaso
 
 
 def register_composition(changes: Registration) -> None:
-    """Have the adapter make the parser of answers where vLLM composed one of the parsers `k26` alone."""
+    """Have the adapter make the parser of answers where vLLM would compose one from no other parsers than `k26`."""
     if has_kimi_parser():
         wrap(changes, names.GET_PARSER, _get_parser)
 
@@ -138,24 +141,25 @@ def _get_parser(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def register_grammars(changes: Registration, module: str, name: str) -> None:
-    """Put `module.name(original, …)` around what gives the manager of structured output its tokenizer."""
-    if names.GRAMMAR_TOKENIZER.module in sys.modules:  # else a worker, or another process that compiles no grammar
+    """Have `module.name(original, …)` called in the place of what gives the manager of structured output its
+    tokenizer."""
+    if names.GRAMMAR_TOKENIZER.module in sys.modules:  # otherwise this process compiles no grammars: a worker, say
         wrap(changes, names.GRAMMAR_TOKENIZER, Later(module, name))
 
 
 def level_of_calls(level: Any) -> Any:
-    """The strictness of tools at which vLLM's grammar of an answer has calls in it, or `level` where that is more."""
+    """Return the tool strict level at which vLLM's grammars contain tool calls, or `level` if that is stricter."""
     function = private(names.TOOL_STRICT_LEVEL).FUNCTION
     return function if level is None else max(level, function)
 
 
 def has_kimi_parser() -> bool:
-    """Whether vLLM has the parser of this model's answers that ours mends."""
+    """Return whether vLLM has the parser of this model's answers that the plugin's corrects."""
     return ENGINE.has_module(names.KIMI_PARSER)
 
 
 def register_tokenizer(changes: Registration, tokenizer: tuple[str, str], renderer: tuple[str, str]) -> None:
-    """Add the tokenizer mode `k26`: its tokenizer and its rendering of chats, each a module and a class in it."""
+    """Add the tokenizer mode `k26`. tokenizer, renderer: the module and the name of the class."""
     tokenizers, renderers = private(names.TOKENIZER_REGISTRY), private(names.RENDERER_REGISTRY)
     for registry, modes, made in (
         (tokenizers, tokenizers.tokenizers, tokenizer),
@@ -166,42 +170,51 @@ def register_tokenizer(changes: Registration, tokenizer: tuple[str, str], render
 
 
 def use_media_connector(module: str, name: str, model_config: Any) -> None:
-    """Have `module.name` fetch and decode the media of requests, through vLLM's registry of connectors and the variable
-    that chooses among them: a user's choice stays."""
+    """Have the class `module.name` fetch and decode the media of requests.
+
+    Importing the module puts the class into vLLM's registry of media connectors. The variable `VLLM_MEDIA_CONNECTOR`
+    chooses it there, unless the user has set the variable.
+    """
     connector = getattr(importlib.import_module(module), name)
     connector.serve(model_config)
     os.environ.setdefault("VLLM_MEDIA_CONNECTOR", importlib.import_module(module).CONNECTOR)
 
 
 def in_tree_model() -> Any:
+    """Return vLLM's module that has the in-tree model and its media classes."""
     return private(names.IN_TREE_MODEL)
 
 
 def compressed_tensors_config() -> type[Any]:
+    """Return the class of the quantization configuration that vLLM makes for the published checkpoint."""
     found: type[Any] = private(names.COMPRESSED_TENSORS)
     return found
 
 
 def is_routed_experts(layer: object) -> bool:
-    """`RoutedExperts` since 0.24, `FusedMoE` before: both carry their `moe_config`."""
+    """Return whether a layer holds routed experts.
+
+    The layer's class is `RoutedExperts` since vLLM 0.24 and `FusedMoE` before; both have a `moe_config`.
+    """
     return hasattr(layer, "moe_config")
 
 
 def cpu_prefill_backend() -> Any:
+    """Return the class of vLLM's MLA prefill backend for a CPU."""
     return private(names.CPU_PREFILL)
 
 
 def use_cpu_prefill_backend(path: str) -> None:
-    """Have the class at `path` take the place of vLLM's MLA prefill on a CPU, where this vLLM has one to replace."""
+    """Have the class at `path` take the place of vLLM's MLA prefill backend for a CPU, if this release has one."""
     if ENGINE.has_module(names.CPU_PREFILL):
         private(names.REGISTER_PREFILL)(private(names.CPU_PREFILL_PLACE), path)
 
 
 def keep_for_reloads(model: Any) -> None:
-    """Have MLA keep `kv_b_proj`, which vLLM empties on a CPU with AMX once it has a copy in AMX's layout.
+    """Have MLA keep the weight of `kv_b_proj`, which vLLM empties on a CPU with AMX once it has a copy in AMX's layout.
 
-    A reload of the weights puts them into the tensors that were there before it, and ends the server at one that is empty.
-    Of the published model this is 1 GB.
+    A reload copies the new weights into the existing tensors, and ends the server if one of them is empty. Keeping
+    these takes 1 GB for the published model.
     """
     for module in model.modules():
         if getattr(module, names.IS_AMX_BMM_ENABLED.attribute, False):
@@ -217,55 +230,70 @@ def _keeping(module: Any, original: Callable[..., None], *args: Any, **kwargs: A
 
 
 def media_token_id(hf_config: Any) -> int:
-    """0.19.1's configuration class keeps the hub's name, transformers' has its own."""
+    """Return the token id of the media placeholder.
+
+    vLLM 0.19.1's configuration class has it as `media_placeholder_token_id`, as the hub's file does; transformers'
+    class has it as `image_token_id`.
+    """
     value = getattr(hf_config, "image_token_id", None)
     return int(hf_config.media_placeholder_token_id if value is None else value)
 
 
 def physical_ids(layer: Any) -> Callable[[int], Iterable[int]]:
-    """Under which ids a layer's loader of weights knows an expert of the checkpoint: more than one where EPLB has copies.
+    """Return a function from a checkpoint's expert to the physical ids under which the layer's weight loader knows it.
 
-    As vLLM lays them out at the start, and its own loading of weights has them at any time.
+    There is more than one id if EPLB has copies of the expert. The ids are those that vLLM assigns at the start; its
+    own loading of weights uses them at any time.
     """
     total: int = layer.global_num_experts
-    # Before, the layer itself had the number.
+    # In older releases the layer itself had the number.
     logical: int = getattr(layer.moe_config, "num_logical_experts", None) or layer.logical_num_experts
     return lambda expert: range(expert, total, logical)
 
 
 def local_places(layer: Any) -> list[int] | None:
-    """Where this rank keeps each physical id's expert, negative where it does not; None where it keeps all, in order."""
+    """Return the index at which this rank keeps each physical expert, negative for those that it does not keep.
+
+    Returns None if this rank keeps all experts, in order.
+    """
     table = ENGINE.member(layer, names.EXPERT_MAP)
     return None if table is None else table.tolist()
 
 
 def reads_ahead_itself(files: list[str]) -> bool:
-    """Whether the files lie on a network, of which vLLM reads all ahead with several threads at once."""
+    """Return whether the files lie on a network file system, from which vLLM itself reads ahead in several threads."""
     if not ENGINE.has(names.FS_TYPE):
-        # 0.19 knows NFS alone.
+        # vLLM 0.19 recognizes NFS only.
         return bool(private(names.IS_NFS_PATH)(files))
     return private(names.FS_TYPE)(files) in ("nfs", "nfs4", "lustre")
 
 
 def loader_filters(loader: Any) -> tuple[set[int] | None, tuple[str, ...]]:
-    """The ids of the experts that a loader of checkpoints reads, None for all; and the beginnings of the names that
-    `--mm-encoder-only` lets it leave out."""
+    """Return the filters of a loader of checkpoints.
+
+    The first is the set of ids of the experts that the loader reads, None for all. The second is the beginnings of the
+    tensors' names that it leaves out under `--mm-encoder-only`.
+    """
     left_out = getattr(loader, names.LEFT_OUT_PREFIXES.attribute, None) or ()
     return getattr(loader, names.LOCAL_EXPERT_IDS.attribute, None), tuple(left_out)
 
 
 def kernel_takes_experts_only() -> bool:
-    """Whether `FusedMoEKernel` is built from prepare/finalize and experts alone.
+    """Return whether vLLM's `FusedMoEKernel` is built from a prepare/finalize part and an experts' part alone.
 
-    Before 0.23 it also took the shared experts, or wrote over its input, and its workspace was not set up on a CPU: there
-    the method applies the experts itself.
+    Before 0.23 the kernel also took the shared experts, or overwrote its input, and its workspace was not set up on a
+    CPU. With such a release the quantization method applies the experts itself.
     """
     kernel = private(names.FUSED_MOE_KERNEL)
     return not {"shared_experts", "inplace"} & set(inspect.signature(kernel.__init__).parameters)
 
 
 def make_kernel(method: Any, layer: Any, make_experts: Callable[..., Any]) -> Any:
-    """vLLM's modular kernel around our experts: dispatch and combine between ranks stay vLLM's."""
+    """Return vLLM's modular kernel with the core's experts in it. Dispatch and combine between ranks stay vLLM's.
+
+    method: the layer's `K26ExpertsMethod`. make_experts: returns the experts' part, from the method's `moe` and
+    quantization configurations and the prepare/finalize part.
+    """
     if private(names.CURRENT_PLATFORM).is_cpu() and not private(names.WORKSPACE_IS_MADE)():
         private(names.MAKE_WORKSPACE)(torch.device("cpu"))
     prepare_finalize = private(names.PREPARE_FINALIZE)(

@@ -1,6 +1,7 @@
-"""Raw completions in vLLM: their text without the markers that the model wrote as control tokens, as chats have it.
+"""Hides the markers of thinking and of tool calls that the model wrote as control tokens from raw completions in vLLM.
 
-vLLM hides what a tokenizer calls special. The markers are not called so: its parsers of chats must find them in the text.
+vLLM hides the tokens that a tokenizer calls special. The core's tokenizer does not call the markers special, because
+vLLM's parsers of chats must find them in the text.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ def hide_streamed(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """The server-sent events of a completion, made of results without markers."""
+    """Wrap vLLM's `completion_stream_generator` so that a streamed completion has no markers in its text.
+
+    vLLM would show them. The generator is given the engine's results with the markers taken out.
+    """
     tokenizer = _tokenizer(serving, request)
     if tokenizer is not None:
         results = _without_markers(tokenizer, results)
@@ -33,7 +37,10 @@ def hide_streamed(
 def hide_whole(
     original: Callable[..., Any], serving: Any, results: list[Any], request: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """The response of a completion, made of results without markers."""
+    """Wrap vLLM's `request_output_to_completion_response` so that a whole completion has no markers in its text.
+
+    vLLM would show them. The markers are taken out of the engine's results, in place.
+    """
     tokenizer = _tokenizer(serving, request)
     if tokenizer is not None:
         for result in results:
@@ -53,7 +60,11 @@ async def _without_markers(
 
 
 def _hide(output: Any, text: TokenText, tokenizer: KimiTokenizer, *, finished: bool) -> None:
-    """Change `output`: a token that is not shown gets an empty name, for vLLM counts places in the text by the names."""
+    """Take the markers out of an output's text, in place.
+
+    Among the log probabilities a token that is not shown gets an empty text, because vLLM computes the offsets in the
+    text from the tokens' texts.
+    """
     output.text = text.shown(output.text, output.token_ids, finished=finished)
     for token_id, candidates in zip(output.token_ids, output.logprobs or (), strict=False):
         if token_id in tokenizer.special_ids:
@@ -61,6 +72,6 @@ def _hide(output: Any, text: TokenText, tokenizer: KimiTokenizer, *, finished: b
 
 
 def _tokenizer(serving: Any, request: Any) -> KimiTokenizer | None:
-    """The core's; None where another serves, or where the client asks for special tokens."""
+    """Return the core's tokenizer, or None if another one serves or the client asks for special tokens."""
     plain: KimiTokenizer | None = getattr(serving.renderer.tokenizer, "plain", None)
     return plain if request.skip_special_tokens else None

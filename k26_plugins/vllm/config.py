@@ -1,4 +1,4 @@
-"""What the core makes of vLLM's model configuration, before anything is built from it."""
+"""Validates vLLM's model configuration by the core and corrects it, before vLLM builds anything from it."""
 
 from __future__ import annotations
 
@@ -17,17 +17,23 @@ from k26_plugins.vllm import compat, files, logger
 
 @dataclass(frozen=True)
 class Answer:
-    """Travels to every worker with the configuration: a worker on a machine without this package cannot read it, where
-    vLLM's own class would have taken over in silence."""
+    """The core's answer about a checkpoint, which travels to every worker as a part of vLLM's configuration.
+
+    A worker on a machine without this package cannot unpickle it and fails; without that, vLLM's own class would
+    silently serve there.
+    """
 
     core_config: K26Config | None
-    """None for a checkpoint that is vLLM's own code's to serve."""
+    """None for a checkpoint that vLLM's own code serves."""
     saved_experts: bool = False
-    """Whether it is a state that vLLM saved with the core's experts, which no others read."""
+    """Whether the checkpoint is a state that vLLM saved with the core's experts, which no other experts can read."""
 
 
 def choose_tokenizer(original: Callable[..., Any], model_config: Any, *args: Any, **kwargs: Any) -> Any:
-    """The core's tokenizer for this architecture, unless the user chose one, or the checkpoint brings another."""
+    """Wrap vLLM's `ModelConfig.get_model_arch_config` so that this architecture gets the core's tokenizer.
+
+    A tokenizer mode that the user chose stays, and so does another tokenizer that the checkpoint brings.
+    """
     _choose_tokenizer(model_config)
     return original(model_config, *args, **kwargs)
 
@@ -43,10 +49,10 @@ def _choose_tokenizer(model_config: Any) -> None:
 
 
 def prepare(model_config: Any) -> None:
-    """Validate the configuration, give vLLM's spelling the core's values, and check a local checkpoint's headers.
+    """Validate the configuration by the core, and write the core's values under the names that vLLM reads.
 
-    Raises ConfigError, CheckpointError, or ValueError for a wrong setting: the start stops in the process that the user
-    looks at.
+    The headers of a local checkpoint are checked too. Raises ConfigError, CheckpointError, or ValueError for a wrong
+    setting: the start stops in the process whose output the user sees.
     """
     check_settings()
     answer = core_answer(model_config.hf_config, files.checked_folder(model_config), logger.warning)

@@ -1,4 +1,5 @@
-"""vLLM's own experts, tested by their own method before they serve; the core's in their place where they are wrong."""
+"""Tests the routed experts that vLLM's own code computes before they serve, and puts the core's in their place if they
+are wrong. The test calls the layer's own quantization method."""
 
 from __future__ import annotations
 
@@ -30,8 +31,9 @@ from k26_plugins.vllm.experts import K26ExpertsMethod, core_serves, experts_of, 
 def watch_engine_experts(model: torch.nn.Module, config: K26Config | None) -> None:
     """Have the experts that vLLM's own methods compute tested as soon as their weights are loaded and repacked.
 
-    Where they are wrong the core's take their place, which only weights of the published layout, `config`, allow. Raises
-    ExpertsError, then, where those cannot.
+    If their results are wrong, the core's experts take their place, or the loading ends with an ExpertsError if the
+    core's experts cannot. config: the model's configuration if the checkpoint is in the published layout, the only one
+    that the core's experts can serve; None for another layout.
     """
     found = {layer_number(name): module for name, module in model.named_modules() if is_vllms(module)}
 
@@ -42,7 +44,11 @@ def watch_engine_experts(model: torch.nn.Module, config: K26Config | None) -> No
 
 
 def use_core_instead(model: torch.nn.Module, modules: Sequence[Any], config: K26Config | None, wrong: str) -> None:
-    """Give the layers our method, and load their experts again. Raises ExpertsError where that cannot be."""
+    """Give the layers the core's method and load their experts again from the same files.
+
+    modules: vLLM's layers with routed experts. wrong: what is wrong with vLLM's, for messages. Raises ExpertsError if
+    the core's experts cannot serve here.
+    """
     require_replaceable(wrong, "vLLM", published_layout=config is not None)
     assert config is not None
     if getattr(modules[0].moe_config.moe_parallel_config, "enable_eplb", False):
@@ -70,13 +76,13 @@ def use_core_instead(model: torch.nn.Module, modules: Sequence[Any], config: K26
             module.quant_method = method
         tensors = mapped_tensors([Path(file) for file in files_read])
         for _ in load_experts(tensors, config, experts_of(model)):
-            pass  # what is no routed expert's is in its place
+            pass  # `load_experts` loads the routed experts; the tensors that it passes on are loaded already
         for module in modules:
             module.quant_method.process_weights_after_loading(module)
 
 
 def is_vllms(module: torch.nn.Module) -> bool:
-    """Whether it holds routed experts that vLLM's own method computes."""
+    """Return whether a module holds routed experts that vLLM's own method computes."""
     method = getattr(module, "quant_method", None)
     return (
         method is not None
@@ -99,7 +105,7 @@ def _layer(module: Any) -> EngineLayer:
         if parallel.dp_size > 1:
             raise UntestableError("their tokens come from other ranks")
         ids = topk_ids.to(getattr(method, "topk_indices_dtype", None) or torch.int32)
-        # What a release takes beyond these is the shared experts' and this layer's.
+        # The further parameters that some releases require are for shared experts and of no use here, so they get None.
         more = list(inspect.signature(method.apply).parameters.values())[4:]
         result = method.apply(module, x, topk_weights, ids, *(None for one in more if one.default is one.empty))
         if not isinstance(result, torch.Tensor):
@@ -112,6 +118,6 @@ def _layer(module: Any) -> EngineLayer:
 
 
 def kernel_name(method: Any) -> str:
-    """The name of the class that computes, where the method has one."""
+    """Return the name of the class that computes the experts: that of the method's kernel, or the method's own."""
     experts = getattr(getattr(method, "moe_kernel", None), "fused_experts", None)
     return type(method if experts is None else experts).__name__

@@ -1,4 +1,5 @@
-"""The class that vLLM's registry loads: ours, or vLLM's own where this vLLM lacks a name that ours is made from."""
+"""Holds the model class that vLLM's registry loads: the plugin's, or vLLM's own if this release lacks a name that the
+plugin's class is made from."""
 
 from __future__ import annotations
 

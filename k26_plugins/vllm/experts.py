@@ -1,4 +1,4 @@
-"""The core's INT4 experts through vLLM's fused-MoE interfaces: a quantization method and a modular experts class."""
+"""Brings the core's INT4 experts into vLLM's fused-MoE layers, as a quantization method (`K26ExpertsMethod`)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ from k26_plugins.vllm.modular import K26Experts, experts_for
 
 
 class K26ExpertsMethod(FusedMoEMethodBase):
-    """Creates the packed weights as the checkpoint has them; after loading, a core backend repacks them in place."""
+    """The quantization method of one fused-MoE layer whose routed experts the core computes.
+
+    It creates the weights in the checkpoint's packed form. After they are loaded, a backend of the core repacks them in
+    place.
+    """
 
     experts: LayerExperts
     moe_kernel: Any
@@ -56,10 +60,12 @@ class K26ExpertsMethod(FusedMoEMethodBase):
         return experts_for(prepare_finalize, moe, quant_config, self.experts)
 
     def get_fused_moe_quant_config(self, layer: torch.nn.Module) -> Any:
-        return FUSED_MOE_UNQUANTIZED_CONFIG  # the activations are not quantized, and the weights are ours
+        # vLLM sees no quantization: activations are not quantized, and the core dequantizes the weights.
+        return FUSED_MOE_UNQUANTIZED_CONFIG
 
     def maybe_make_prepare_finalize(self, *args: Any, **kwargs: Any) -> None:
-        """0.19.1 would build its own kernel around the method; the method applies the experts there."""
+        """Return None, so that vLLM 0.19.1 builds no kernel around this method, which applies the experts itself
+        there."""
         return None
 
     @property
@@ -97,7 +103,7 @@ class K26ExpertsMethod(FusedMoEMethodBase):
 
 
 def experts_of(model: torch.nn.Module) -> dict[int, ExpertsOfLayer]:
-    """The layers of a model whose experts our method loads, by their number."""
+    """Return the layers of a model whose experts `K26ExpertsMethod` serves, by the number of the layer."""
     found = {}
     for name, module in model.named_modules():
         method = getattr(module, "quant_method", None)
@@ -115,7 +121,7 @@ def experts_of(model: torch.nn.Module) -> dict[int, ExpertsOfLayer]:
 
 
 def layer_number(name: str) -> int:
-    """The number of the decoder layer that a module is in, by the module's name in the model."""
+    """Return the number of the decoder layer that a module belongs to, from the module's name in the model."""
     return int(name.partition("layers.")[2].partition(".")[0])
 
 
@@ -132,11 +138,13 @@ def _is_local(slots: Callable[[int], Sequence[tuple[int, int]]], expert: int) ->
 
 
 def use_core_experts(vllm_config: Any, setting: str, *, required: bool = True) -> None:
-    """Give this model's quantization configuration our method for routed experts, and leave the rest of it alone.
+    """Make this model's quantization configuration return `K26ExpertsMethod` for routed experts.
 
-    setting: a backend's name, or `auto`, which each layer resolves for its device. required: no other experts may take the
-    place of the core's, whatever was measured to be faster. Raises UnsupportedEngineError where they are required and vLLM
-    read the checkpoint as something else.
+    All other layers keep vLLM's methods.
+
+    setting: a backend's name, or `auto`, which each layer resolves for its device. required: whether vLLM's experts may
+    not take the place of the core's, whatever was measured to be faster. Raises UnsupportedEngineError if the core's
+    experts are required and vLLM read the checkpoint's quantization as another one than compressed-tensors.
     """
     quant_config, base = vllm_config.quant_config, compat.compressed_tensors_config()
     if not required and not isinstance(quant_config, base):
@@ -156,19 +164,19 @@ def use_core_experts(vllm_config: Any, setting: str, *, required: bool = True) -
 
 
 def sizes_of(moe: FusedMoEConfig) -> LayerSizes:
-    """The sizes of this rank's part of a layer whose weights are about to be created."""
+    """Return the sizes of this rank's part of a layer whose weights are about to be created on the default device."""
     return LayerSizes(
         moe.num_local_experts, moe.hidden_dim, moe.intermediate_size_per_partition, torch.get_default_device()
     )
 
 
 def core_serves(moe: FusedMoEConfig, backend_name: str) -> bool:
-    """Whether the core's experts can serve a layer as vLLM runs it here; asked before its weights are created.
+    """Return whether the core's experts can serve a layer as vLLM runs it here. The layer's weights do not exist yet.
 
-    Raises ExpertsError where they cannot and the user named them; otherwise the layer is left to vLLM.
+    If the experts cannot serve it, the layer is left to vLLM; but if the user named a backend, raise ExpertsError.
     """
     reason = why_unsupported(sizes_of(moe), backend_name)
-    # Not in the place of a reason that goes for a backend by name too.
+    # This reason does not replace one found above: that would hold even if the user did what this message advises.
     if reason is None and moe.moe_parallel_config.use_batched_activation_format and EXPERTS.read() == "auto":
         reason = (
             f"--all2all-backend {moe.moe_parallel_config.all2all_backend} hands each expert its tokens in a buffer of its "

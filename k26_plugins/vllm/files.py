@@ -1,4 +1,4 @@
-"""Where the files of the model lie that vLLM was given: in a folder, under a name of the hub or of ModelScope."""
+"""Finds the files of the model that vLLM was given: as a folder, as a name on the hub, or as a name on ModelScope."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from k26_plugins.vllm import compat
 
 
 def readable_name(name: str, revision: str | None) -> str:
-    """A folder, or a name that transformers' own functions find on the hub.
+    """Return a folder, or a name that transformers' own functions find on the hub.
 
-    With `VLLM_USE_MODELSCOPE` a name is ModelScope's, which those functions do not know: its small files are fetched, by
-    vLLM's own function and into the cache that vLLM reads.
+    With `VLLM_USE_MODELSCOPE` a name is ModelScope's, which those functions do not know. The model's small files are
+    then fetched by vLLM's own function into the cache that vLLM reads, and the folder there is returned.
     """
     return compat.modelscope_folder(name, revision) or name
 
 
 def checked_folder(model_config: Any) -> Path | None:
-    """The folder whose headers are to be checked before the start; None where the weights are not all here yet."""
+    """Return the folder whose headers are checked before the start, or None if not all of the weights are here yet."""
     folder = compat.modelscope_folder(model_config.model, model_config.revision)
     if folder is None or folder == model_config.model:
         return weights_folder(model_config.model, model_config.revision)
@@ -31,7 +31,7 @@ def checked_folder(model_config: Any) -> Path | None:
 
 
 def image_settings(model_config: Any) -> Mapping[str, Any]:
-    """What `preprocessor_config.json` says."""
+    """Return the contents of the model's `preprocessor_config.json`."""
     name = readable_name(model_config.model, model_config.revision)
     settings: dict[str, Any]
     settings, _ = BaseImageProcessor.get_image_processor_dict(name, revision=model_config.revision)
@@ -40,10 +40,10 @@ def image_settings(model_config: Any) -> Mapping[str, Any]:
 
 @contextmanager
 def readable_by_vllm(model_config: Any) -> Iterator[None]:
-    """While vLLM builds the model, which reads the settings of images.
+    """Let vLLM's code read the settings of images while it builds the model, if the model's name is ModelScope's.
 
-    It cannot read them of ModelScope: a file that is not there ends the start, and the settings are taken for empty, with
-    which no pixel would be normalized.
+    vLLM itself does not read them from ModelScope: a file that it does not find ends the start, and it takes the
+    settings to be empty, with which no pixel would be normalized.
     """
     name = model_config.model
     model_config.model = readable_name(name, model_config.revision)
@@ -52,5 +52,5 @@ def readable_by_vllm(model_config: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        # The loader fetches the weights by name.
+        # The loader fetches the weights by the model's name, not from the folder of small files.
         model_config.model = name

@@ -1,4 +1,5 @@
-"""Grammars of answers in vLLM, which compiles them in the engine's own process."""
+"""Gives vLLM's compilers of grammars the tokenizer as they should see it. They run in the process of the engine
+core."""
 
 from __future__ import annotations
 
@@ -9,5 +10,9 @@ from k26_plugins.common.prompt.for_grammars import for_grammars
 
 
 def grammar_tokenizer(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Around the tokenizer of vLLM's manager of structured output."""
+    """Wrap vLLM's `cached_tokenizer_from_config` so that structured output gets a copy of the tokenizer for grammars.
+
+    With the tokenizer as it is, a grammar would end answers with `[EOS]`, with which this model ends none, and would
+    allow control tokens inside strings.
+    """
     return for_grammars(original(*args, **kwargs))

@@ -1,4 +1,5 @@
-"""Speculative decoding on a CPU: each guess is judged by its request's own temperature, top_k and top_p."""
+"""Corrects speculative decoding on a CPU, so that vLLM verifies each draft token with its request's own temperature,
+top_k and top_p."""
 
 from __future__ import annotations
 
@@ -15,14 +16,16 @@ def repeated(
     replace_from: int = 0,
     replace_to: int = 0,
 ) -> torch.Tensor:
-    """Each request's value, once for each of its guesses. In the place of `original`, which vLLM has for a CPU.
+    """Repeat each request's value once for each of its draft tokens, in the place of vLLM's `expand_batch_to_tokens`.
 
-    That one fills a copy in int64 of what it returns (vLLM 0.32), so that all values which are not int64
-    are whatever lay in that memory: answers drawn at random are then no answers of the model's, and a token that a grammar
-    or `allowed_token_ids` forbids may come out, which ends the request with an error.
+    On a CPU vLLM's function writes the values into an int64 copy of the tensor that it returns (vLLM 0.32). So all
+    values that are not int64 are whatever lay in that memory: answers that are sampled are then no answers of the
+    model's, and a token that a grammar or `allowed_token_ids` forbids may come out, which ends the request with an
+    error.
 
-    values: `[requests]`. ends: `[requests]`, how many guesses there are up to each request's last. num_tokens: of all
-    requests. Returns `[num_tokens]`, with `replace_to` in the place of `replace_from`.
+    values: `[requests]`. ends: `[requests]`, the number of draft tokens up to and including each request's last.
+    num_tokens: the number of draft tokens of all requests. Returns `[num_tokens]`, of the dtype of `values`, with
+    `replace_to` in the place of `replace_from`.
     """
     counts = ends.diff(prepend=ends.new_zeros(1))
     replaced = torch.where(values == replace_from, replace_to, values).to(values.dtype)

@@ -1,4 +1,4 @@
-"""LoRA adapters of the language model, which vLLM's own class for Kimi-K2.6 takes none of."""
+"""Lets vLLM serve LoRA adapters for the language model. vLLM's own class for Kimi-K2.6 takes none."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from k26_plugins.vllm import compat, names
 from k26_plugins.vllm.experts import experts_of
 
 NAMES = WeightsMapper(orig_to_new_prefix=SPELLINGS)
-# MLA multiplies kv_b_proj into its neighbours when the weights are loaded, and the router is no linear layer in any
-# trainer: an adapter on either would change nothing and nobody would be told.
+# An adapter on these modules would silently change nothing: MLA multiplies kv_b_proj into its neighbours when the
+# weights are loaded, and no trainer has the router as a linear layer.
 WITHOUT_ADAPTERS = {"kv_b_proj", "gate"}
 
 
 class TakesAdapters:
-    """What vLLM looks up on a model class before it puts adapters on its layers."""
+    """A base of the model class with the attributes that vLLM looks up before it puts LoRA adapters on its layers."""
 
     supports_lora: ClassVar[bool] = True
     is_3d_moe_weight: ClassVar[bool] = False
@@ -41,7 +41,7 @@ class TakesAdapters:
 
 
 def prepare_adapters(vllm_config: Any) -> None:
-    """Put the hooks for adapters in place before the model is built. Without `--enable-lora` nothing is done."""
+    """Put the hooks for LoRA adapters in place before the model is built. Without `--enable-lora` do nothing."""
     if vllm_config.lora_config is not None:
         compat.ENGINE.hook(modules_with_adapters, names.SUPPORTED_LORA_MODULES)
         if current_platform.is_cpu():
@@ -49,7 +49,10 @@ def prepare_adapters(vllm_config: Any) -> None:
 
 
 def modules_with_adapters(original: Callable[[Any], list[str]], model: Any) -> list[str]:
-    """The last parts of the names of the modules that an adapter may be for: vLLM names the others in its refusal."""
+    """Wrap vLLM's `get_supported_lora_modules` so that it lists only modules on which an adapter has an effect.
+
+    Returns the last parts of the modules' names. vLLM refuses an adapter for any other module and names that module.
+    """
     takes_adapters = isinstance(model, TakesAdapters)
     if not takes_adapters:
         return original(model)
@@ -69,10 +72,11 @@ def only_with_adapter(
     *rest: Any,
     **options: Any,
 ) -> None:
-    """The row of a token without adapter becomes zero, and with it what the second product adds.
+    """Wrap vLLM's `bgmv_shrink` on a CPU so that an adapter does not change tokens of requests without one.
 
-    Before 0.33 vLLM on a CPU takes that token's index, -1, for the last adapter's: beside requests with an adapter, those
-    without got its answers.
+    The row of such a token in `output` becomes zero, and so does what the second product adds for it. Before 0.33 vLLM
+    on a CPU uses the token's index, -1, as the index of the last adapter: requests without an adapter that ran beside
+    requests with one got answers of that adapter.
     """
     original(inputs, weights, output, lora_indices, *rest, **options)
     output[lora_indices == -1] = 0

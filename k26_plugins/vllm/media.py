@@ -1,4 +1,4 @@
-"""Images and videos of a request in vLLM, decoded by the core from the bytes that the client sent."""
+"""Lets the core decode the images and videos of vLLM's requests from the bytes that the client sent."""
 
 from __future__ import annotations
 
@@ -24,8 +24,11 @@ CONNECTOR = "k26"
 
 
 class K26ImageIO(ImageMediaIO):
-    """vLLM's own would turn an image by its EXIF and put a white ground behind it, which the model's preprocessing does
-    not; and it answers a decompression bomb with 500."""
+    """Decodes an image as the model's preprocessing does.
+
+    vLLM's own class would rotate an image by its EXIF data and fill its transparent background with white, which the
+    model's preprocessing does not, and would answer a decompression bomb with 500.
+    """
 
     def load_bytes(self, data: bytes) -> Any:
         limit = getattr(envs, "VLLM_MAX_IMAGE_PIXELS", 0)
@@ -34,10 +37,14 @@ class K26ImageIO(ImageMediaIO):
 
 
 class K26VideoIO(MediaIO):
-    """A video's bytes to the list of its chunks."""
+    """Decodes a video's bytes to the list of its chunks."""
 
     def __init__(self, config: MediaConfig, max_tokens: int, settings: Mapping[str, Any]) -> None:
-        """settings: what the user says with `--media-io-kwargs` or in the request: `fps`, `num_frames`."""
+        """Prepare for the videos of one request.
+
+        max_tokens: the largest number of tokens that a video may take. settings: `fps` and `num_frames`, as the user
+        gave them by `--media-io-kwargs` or in the request.
+        """
         super().__init__()
         fps = settings.get("fps")
         self.config = replace(config, sample_fps=fps) if fps and fps > 0 else config
@@ -58,7 +65,7 @@ class K26VideoIO(MediaIO):
 
 @contextmanager
 def _fetching() -> Iterator[None]:
-    """A medium that cannot be had is the client's error, 400; vLLM says 500."""
+    """Turn errors of fetching a medium into MediaError, which is answered with 400; vLLM would answer 500."""
     try:
         yield
     except (OSError, RuntimeError, aiohttp.ClientError) as error:
@@ -67,9 +74,12 @@ def _fetching() -> Iterator[None]:
 
 @MEDIA_CONNECTOR_REGISTRY.register(CONNECTOR)
 class K26MediaConnector(MediaConnector):
-    """Fetches as vLLM does and decodes as the core does. Where the user set `image` in `--media-io-kwargs`, vLLM decodes."""
+    """Fetches media as vLLM does and decodes them as the core does.
 
-    # The configuration of the model that this process serves.
+    If the user set `image` in `--media-io-kwargs`, vLLM decodes the images.
+    """
+
+    # vLLM's configuration of the model that this process serves.
     model_config: Any = None
     media_config: MediaConfig | None = None
 
@@ -88,8 +98,11 @@ class K26MediaConnector(MediaConnector):
             return await super().load_from_url_async(url, *args, **kwargs)
 
     def _load_data_url(self, url: Any, media_io: MediaIO) -> Any:
-        """vLLM's own takes base64 of one kind: without line breaks, in one alphabet, named in small letters."""
-        # 0.19.1 gives what it has parsed.
+        """Decode a `data:` URL in any form of base64.
+
+        vLLM's own method takes base64 in one form: without line breaks, in one alphabet, with "base64" in lower case.
+        """
+        # vLLM 0.19.1 gives a parsed URL in the place of a string.
         return media_io.load_bytes(data_url_bytes(url if isinstance(url, str) else url.url))
 
     def fetch_image(self, image_url: str, **kwargs: Any) -> Any:

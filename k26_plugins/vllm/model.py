@@ -1,4 +1,4 @@
-"""Kimi-K2.6 in vLLM: the in-tree class, with what the core defines put in its place."""
+"""Defines Kimi-K2.6 in vLLM: the in-tree model class, in which the core's parts take the place of vLLM's."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ _MEDIA = (
 
 @MULTIMODAL_REGISTRY.register_processor(_MEDIA[0], info=_MEDIA[1], dummy_inputs=_in_tree.KimiK25DummyInputsBuilder)
 class KimiK25ForConditionalGeneration(TakesAdapters, _in_tree.KimiK25ForConditionalGeneration):  # type: ignore[name-defined]
-    """Keeps the in-tree class' name: vLLM compares names."""
+    """The in-tree model class with the core's experts, media and checks.
+
+    It keeps the in-tree class's name, because vLLM compares names.
+    """
 
     hf_to_vllm_mapper = _in_tree.KimiK25ForConditionalGeneration.hf_to_vllm_mapper | NAMES
 
@@ -73,15 +76,19 @@ class KimiK25ForConditionalGeneration(TakesAdapters, _in_tree.KimiK25ForConditio
         watch_engine_experts(self, self.core_config)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """All of the checkpoint, or any part of it: what is loaded later updates a running server (RLHF)."""
+        """Load the whole checkpoint or any part of it, and return the names of the parameters that were loaded.
+
+        Later calls update the weights of a running server (RLHF).
+        """
         loaded: set[str] = load_weights(weights, self.core_config, experts_of(self), super().load_weights)
         return loaded
 
 
 def keep_constants(module: torch.nn.Module) -> None:
-    """Have vLLM's loader of dummy weights leave a module's buffers alone.
+    """Take a module's buffers out of its state dict, so that vLLM's loader of dummy weights leaves them alone.
 
-    It fills all that a state dict would have. vLLM's normalization of pixels is in two buffers, which no update restores.
+    That loader fills every tensor of the state dict with random values. vLLM keeps the constants that normalize pixels
+    in two buffers, which no later update of the weights would restore.
     """
     for part in module.modules():
         for name, buffer in list(part.named_buffers(recurse=False)):
@@ -89,7 +96,10 @@ def keep_constants(module: torch.nn.Module) -> None:
 
 
 def saved_state(original: Callable[..., None], model: Any, *args: Any, **kwargs: Any) -> None:
-    """What vLLM saves of a running model for `--load-format sharded_state`."""
+    """Wrap vLLM's `ShardedStateLoader.save_model` so that a saved state has the experts as the checkpoint packs them.
+
+    vLLM would save the parameters as a backend has repacked them for this machine.
+    """
     with in_checkpoint_form(experts_of(model).values()):
         original(model, *args, **kwargs)
 
@@ -97,7 +107,12 @@ def saved_state(original: Callable[..., None], model: Any, *args: Any, **kwargs:
 def whole_checkpoint(
     original: Callable[..., Iterable[tuple[str, torch.Tensor]]], loader: Any, model_config: Any, model: Any
 ) -> Iterable[tuple[str, torch.Tensor]]:
-    """What vLLM's loader of checkpoints gives a model, accounted for: it promises the whole, but for its own filters."""
+    """Wrap vLLM's `DefaultModelLoader.get_all_weights` so that every tensor of the checkpoint is accounted for.
+
+    A tensor that is missing, repeated, unknown or of a wrong shape or dtype raises CheckpointError, but tensors that
+    the loader's own filters leave out may be missing. By itself vLLM does not look for missing tensors of a quantized
+    model (0.32). If the core has experts in the model, the core reads the files that the loader opens.
+    """
     weights = original(loader, model_config, model)
     config = getattr(model, "core_config", None)
     if not isinstance(model, KimiK25ForConditionalGeneration) or config is None:
@@ -122,7 +137,11 @@ def files_of_checkpoint(
     local_expert_ids: set[int] | None = None,
     **prefetch: Any,
 ) -> Iterable[tuple[str, torch.Tensor]]:
-    """The tensors of safetensors files; a way to read them that the user chose stays vLLM's."""
+    """Wrap vLLM's `safetensors_weights_iterator` so that the core reads the files of a checkpoint during its load.
+
+    vLLM still reads them if the user chose another strategy than the lazy one, or if they lie on a network file system,
+    from which vLLM reads ahead itself. Returns an iterator over (name, tensor).
+    """
     note_files(files)
     if not is_under_way() or strategy not in (None, "lazy") or compat.reads_ahead_itself(files):
         return original(files, use_tqdm, strategy, local_expert_ids, **prefetch)

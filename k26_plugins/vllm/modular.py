@@ -1,4 +1,5 @@
-"""The experts' part of vLLM's modular kernel, whose other part sends tokens to the ranks of their experts and back."""
+"""Implements the experts' part of vLLM's modular kernel. The kernel's other part (prepare/finalize) sends tokens to the
+ranks of their experts and their results back."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from k26_plugins.common.experts.parameters import LayerExperts
 
 
 def experts_for(prepare_finalize: Any, moe: FusedMoEConfig, quant_config: Any, experts: LayerExperts) -> K26Experts:
-    """The class of experts for the form in which the other part hands tokens over."""
+    """Return the experts' part for the activation format in which the prepare/finalize part hands tokens over."""
     if prepare_finalize.activation_format == mk.FusedMoEActivationFormat.Standard:
         return K26Experts(moe, quant_config, experts)
     buffers = {
@@ -27,7 +28,7 @@ def experts_for(prepare_finalize: Any, moe: FusedMoEConfig, quant_config: Any, e
 
 
 class K26Experts(mk.FusedMoEExpertsModular):
-    """The experts' part of vLLM's modular kernel; weighting and the sum over the chosen experts are ours."""
+    """The experts' part of the kernel for tokens in one tensor. The core weights and sums a token's experts too."""
 
     def __init__(
         self, moe_config: FusedMoEConfig, quant_config: Any, experts: LayerExperts, **buffers: int | None
@@ -39,7 +40,8 @@ class K26Experts(mk.FusedMoEExpertsModular):
     def activation_format() -> mk.FusedMoEActivationFormat:
         return mk.FusedMoEActivationFormat.Standard
 
-    # vLLM's oracle asks these before it takes a class. This one is not offered to it: the method has already chosen.
+    # vLLM asks the following methods of each class that it may choose. It never chooses this one, because the
+    # quantization method has already done so, but they are abstract.
     @staticmethod
     def _supports_current_device() -> bool:
         return True
@@ -66,7 +68,11 @@ class K26Experts(mk.FusedMoEExpertsModular):
     def moe_problem_size(
         self, a1: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, topk_ids: torch.Tensor
     ) -> tuple[int, int, int, int, int]:
-        """(local experts, tokens, w13 rows, hidden size, top_k): the packed weights' own last dimension is none of these."""
+        """Return (local experts, tokens, rows of w13, hidden size, top_k).
+
+        The rows of w13 come from the layer's configuration, because the shapes of weights that a backend has repacked
+        do not show them.
+        """
         rows = 2 * self.moe_config.intermediate_size_per_partition
         return w1.shape[0], a1.shape[0], rows, a1.shape[-1], topk_ids.shape[1]
 
@@ -79,7 +85,7 @@ class K26Experts(mk.FusedMoEExpertsModular):
         global_num_experts: int,
         *args: Any,
     ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        # The second one is our scratch, the first becomes the output.
+        # vLLM's second workspace is the core's scratch memory. The third shape is the output's.
         num_bytes = self.experts.workspace_bytes(M, topk, global_num_experts)
         return (0,), (-(-num_bytes // self.moe_config.in_dtype.itemsize),), (M, K)
 
@@ -102,13 +108,16 @@ class K26Experts(mk.FusedMoEExpertsModular):
         expert_tokens_meta: Any,
         **kwargs: Any,
     ) -> None:
-        # The scales lie beside w1 and w2, in the layer's parameters too.
+        # w1 and w2 are not used: `experts` reads them and their scales from the layer's parameters.
         workspace = workspace2.view(torch.uint8) if workspace2.numel() else None
         self.experts.apply(output, hidden_states, topk_weights, topk_ids, expert_map, workspace)
 
 
 class K26BatchedExperts(K26Experts):
-    """Takes tokens in a buffer of each expert's own (DeepEP's low latency, NIXL); weighting and the sum are vLLM's."""
+    """The experts' part of the kernel for tokens in a buffer for each expert (DeepEP's low latency mode, NIXL).
+
+    vLLM weights and sums a token's chosen experts.
+    """
 
     @staticmethod
     def activation_format() -> mk.FusedMoEActivationFormat:
@@ -117,7 +126,7 @@ class K26BatchedExperts(K26Experts):
     def moe_problem_size(
         self, a1: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, topk_ids: torch.Tensor
     ) -> tuple[int, int, int, int, int]:
-        """The sizes as for tokens without buffers, with a buffer's length in the place of their number."""
+        """Return the same sizes as the base class, with the length of an expert's buffer as the number of tokens."""
         return super().moe_problem_size(a1[0], w1, w2, topk_ids)
 
     def workspace_shapes(
@@ -146,6 +155,6 @@ class K26BatchedExperts(K26Experts):
         **kwargs: Any,
     ) -> None:
         assert self.num_dispatchers is not None
-        # Each rank that sends tokens has about as many as this one.
+        # The estimate assumes that each rank that sends tokens has about as many as this one.
         expected = topk_ids.numel() * self.num_dispatchers / global_num_experts
         self.experts.apply_by_expert(output, hidden_states, expert_tokens_meta.expert_num_tokens, expected)

@@ -1,14 +1,14 @@
-"""Every name of vLLM that this adapter touches and that vLLM does not promise to keep, in one table.
+"""Lists every name of vLLM that this adapter touches and that vLLM does not promise to keep.
 
-The files of each checked release are held to it (tests/core/test_engine_names.py). docs/upgrading.md: what to do when one
-is gone.
+tests/core/test_engine_names.py compares this table with the files of each checked release. docs/upgrading.md says what
+to do when a release has lost one of the names.
 """
 
 from __future__ import annotations
 
 from k26_plugins.common.adapters.engine import EngineName
 
-# What an entry waits for, where several wait for the same.
+# Values of `remove_when` that several entries share.
 _REGISTRY = "vLLM documents this registry for plugins, with a way to take a registration back"
 _IN_TREE_MODEL = "no class of ours derives from it"
 _IN_TREE_PARSER = "vLLM's own parsers read token ids: a marker that the model quotes is then text by itself"
@@ -45,7 +45,7 @@ CONFIG_HOOK = EngineName(
 GET_MODEL_ARCH_CONFIG = EngineName(
     "vllm.config",
     "ModelConfig.get_model_arch_config",
-    # The hook on the configuration comes too late: vLLM builds a tokenizer before it, to learn what media the model takes.
+    # CONFIG_HOOK comes too late: vLLM has then already built a tokenizer, to learn which media the model takes.
     why="choose the tokenizer once the checkpoint's configuration is read and before one is built",
     remove_when="vLLM asks a registry which tokenizer an architecture has",
 )
@@ -103,14 +103,14 @@ CURRENT_PLATFORM = EngineName(
 FROM_CLI_ARGS = EngineName(
     "vllm.engine.arg_utils",
     "AsyncEngineArgs.from_cli_args",
-    # No registry of models reaches the parsers of a model's output.
+    # vLLM's registry of models does not say which parsers of answers a model has.
     why="keep the command line's flags beside the engine's arguments, to fill in the parsers of answers",
     remove_when="vLLM asks a registry which parsers an architecture has where the user named none",
 )
 CREATE_MODEL_CONFIG = EngineName(
     "vllm.engine.arg_utils",
     "AsyncEngineArgs.create_model_config",
-    # Before it only vLLM can tell what a name stands for, which may be ModelScope's or an object store's.
+    # Earlier only vLLM knows which model a name stands for: the name may be ModelScope's or an object store's.
     why="fill in the parsers of answers where an API server has come to know its model",
     remove_when=FROM_CLI_ARGS.remove_when,
 )
@@ -162,7 +162,7 @@ REASONING_PARSERS = EngineName(
 KIMI_PARSER = EngineName(
     "vllm.parser.kimi_k2",
     "",
-    # 0.19.1 has another tool parser, behind the same name.
+    # vLLM 0.19.1 has another tool-call parser under the same name.
     why="know whether vLLM has the parser that the core's mends",
     remove_when="no release below 0.25 is served",
     since="0.25.0",
@@ -368,7 +368,7 @@ IMAGE_IO = EngineName(
 PROCESSING_INFO = EngineName(
     "vllm.multimodal.processing",
     "BaseProcessingInfo",
-    # The in-tree class' own constructor loads the checkpoint's image processor.
+    # The in-tree class's own constructor loads the checkpoint's image processor.
     why="describe this model's media without executing a file of the checkpoint",
     remove_when="the in-tree class executes none in any release that is served",
 )
@@ -444,7 +444,7 @@ WEIGHTED_BY_THE_CORE = EngineName(
 EXPERT_MAP = EngineName(
     "vllm.model_executor.layers.fused_moe.routed_experts",
     "RoutedExperts._expert_map",
-    # `expert_map` is another table where AITER computes.
+    # The property `expert_map` returns another table where AITER computes the experts.
     why="know which experts a rank keeps, and where",
     remove_when=_METHOD,
     since="0.24.0",
@@ -468,14 +468,14 @@ ROUTING_TABLES_BEFORE = EngineName(
     "FusedMoE._expert_routing_tables",
     why=ROUTING_TABLES.why,
     remove_when="no release below 0.24 is served",
-    # Before, vLLM's modular kernel is not used.
+    # With older releases the adapter does not use vLLM's modular kernel.
     since="0.22.0",
     until="0.23.0",
 )
 WORKSPACE_IS_MADE = EngineName(
     "vllm.v1.worker.workspace",
     "is_workspace_manager_initialized",
-    # A worker on a CPU makes none, and before 0.30 the kernel takes its buffers from it on a CPU too.
+    # A worker on a CPU makes no workspace manager, and before 0.30 the kernel takes its buffers from one on a CPU too.
     why="see whether vLLM's modular kernel has its buffers on a CPU",
     remove_when="no release below 0.30 is served",
 )
@@ -491,7 +491,7 @@ MAKE_WORKSPACE = EngineName(
 GET_ALL_WEIGHTS = EngineName(
     "vllm.model_executor.model_loader.default_loader",
     "DefaultModelLoader.get_all_weights",
-    # The loader alone knows that they are the whole, and what it filters.
+    # Only the loader knows that its tensors are a whole checkpoint, and which of them it leaves out.
     why="account for the tensors of a whole checkpoint",
     remove_when=_LOADER,
 )
@@ -556,7 +556,7 @@ WEIGHTS_MAPPER = EngineName(
     remove_when="the in-tree class takes adapters",
 )
 BGMV_SHRINK_OF_PREFILL = EngineName(
-    "vllm.lora.ops.torch_ops.lora_ops",  # where `sgmv_shrink` calls it
+    "vllm.lora.ops.torch_ops.lora_ops",  # `sgmv_shrink` of this module calls the function
     "bgmv_shrink",
     why="keep adapters away from requests without one on a CPU",
     remove_when=_NO_ADAPTER_ON_CPU,

@@ -1,8 +1,8 @@
-"""The model's answers in vLLM by the core's state machine, streamed or not.
+"""Parses the model's answers in vLLM, streamed or not, by the core's state machine.
 
-vLLM composes a parser of answers from one of reasoning and one of tool calls. Its own for this model take a whole answer
-apart by its text, in which a marker that the model quotes looks like one that it means. Where both are `k26`, or one is and
-the other is left out, the composed one is `K26Parser`, which reads the token ids.
+vLLM composes a parser of answers from a reasoning parser and a tool-call parser. Its own parsers for this model read a
+whole answer's text, in which a marker that the model quotes looks like a marker that it means. If both parsers are
+`k26`, or one is and the other is left out, `K26Parser` takes the place of the composed parser; it reads the token ids.
 """
 
 from __future__ import annotations
@@ -31,21 +31,29 @@ from k26_plugins.vllm import compat
 
 
 class K26ToolParser(KimiK2ToolParser):
-    """What the tool-call parser `k26` is beside another's parser of reasoning, and for structural tags."""
+    """The tool-call parser `k26`.
+
+    It parses only beside a reasoning parser that is not `k26`; otherwise `K26Parser` does, and asks this class for the
+    structural tags of grammars.
+    """
 
     def adjust_request(self, request: Any) -> Any:
         return request if markers_are_ordinary(self.model_tokenizer) else super().adjust_request(request)
 
 
 class K26ReasoningParser(KimiK2ReasoningParser):
-    """What the reasoning parser `k26` is beside another's parser of tool calls, and in the engine's process."""
+    """The reasoning parser `k26`.
+
+    It parses only beside a tool-call parser that is not `k26`, and in the process of the engine core; otherwise
+    `K26Parser` does.
+    """
 
     def adjust_request(self, request: Any) -> Any:
         return request if markers_are_ordinary(self.model_tokenizer) else super().adjust_request(request)
 
 
 class K26Parser(DelegatingParser):
-    """The parser of one answer, whole or streamed."""
+    """The parser of one answer, whole or streamed, for both reasoning and tool calls."""
 
     tool_strict_level: Any
 
@@ -57,7 +65,7 @@ class K26Parser(DelegatingParser):
         self._answer: Answer | None = None
 
     def set_prompt_token_ids(self, prompt_token_ids: Sequence[int]) -> None:
-        """What the prompt ends with is what the answer begins with, whatever the request said."""
+        """Decide from the end of the prompt whether the answer begins with reasoning, whatever the request says."""
         self._prompt_seen = True
         if self.reasoning_parser_cls is not None:
             self._in_reasoning = begins_in_reasoning(self.model_tokenizer.plain, prompt_token_ids)
@@ -69,7 +77,7 @@ class K26Parser(DelegatingParser):
         enable_auto_tools: bool = False,
         model_output_token_ids: Sequence[int] = (),
     ) -> tuple[str | None, str | None, list[FunctionCall] | None]:
-        """Reasoning, content and calls of a whole answer."""
+        """Return the reasoning, the content and the tool calls of a whole answer."""
         delta = self._message(self._feed(model_output, model_output_token_ids, request, finished=True))
         calls = [
             FunctionCall(id=call.id, name=call.function.name, arguments=call.function.arguments)
@@ -87,7 +95,7 @@ class K26Parser(DelegatingParser):
         *,
         finished: bool,
     ) -> DeltaMessage | None:
-        """What a client gets of the next tokens; None where that is nothing."""
+        """Return the streaming delta that the next tokens give, or None if they give nothing to send yet."""
         if not self._prompt_seen and prompt_token_ids is not None:
             self.set_prompt_token_ids(prompt_token_ids)
         events = self._feed(delta_text, delta_token_ids, request, finished)
@@ -98,14 +106,15 @@ class K26Parser(DelegatingParser):
         return delta if events else None
 
     def count_reasoning_tokens(self, token_ids: Sequence[int]) -> int:
-        """The number of tokens in front of the first marker that ends the think block."""
+        """Return the number of tokens in front of the first marker that ends the think block."""
         if not self._in_reasoning:
             return 0
         ends = {self.model_tokenizer.plain.special[name] for name in (THINK_END, SECTION_BEGIN, CALL_BEGIN)}
         return next((place for place, token_id in enumerate(token_ids) if token_id in ends), len(token_ids))
 
     def _apply_structural_tag(self, request: Any) -> Any:
-        """Have the grammar of an answer's schema allow calls too, as vLLM by default has it for strict tools only."""
+        """Make the grammar of an answer's schema allow tool calls too. By default vLLM's allows calls of strict tools
+        only."""
         if hasattr(self, "tool_strict_level") and request.extract_structured_outputs() is not None:
             self.tool_strict_level = compat.level_of_calls(self.tool_strict_level)
         return super()._apply_structural_tag(request)
@@ -121,7 +130,11 @@ class K26Parser(DelegatingParser):
         return self._answer.feed(text, token_ids, finished=finished)
 
     def _tools(self, request: Any) -> Tools | None:
-        """None where the request allows no calls: vLLM drops them, and the parser must not take them for text."""
+        """Return the schemas of the request's tools, or None if the request allows no calls.
+
+        With None the parser drops calls that the model writes nevertheless, as vLLM does, instead of showing them as
+        text.
+        """
         if self.tool_parser_cls is None or not request.tools or request.tool_choice == "none":
             return None
         return schemas(request.tools)
@@ -141,7 +154,11 @@ class K26Parser(DelegatingParser):
 
 
 def compose(composed: type, reasoning_parser: type | None, tool_parser: type | None) -> type:
-    """The parser in the place of the one that vLLM composed of the parsers `k26`, with what its command line says."""
+    """Return the class that takes the place of the parser that vLLM composed from the parsers `k26`.
+
+    It keeps the level of `--tool-strict-level`. reasoning_parser, tool_parser: the parsers' classes, None where the
+    command line leaves one out.
+    """
     chosen = {"reasoning_parser_cls": reasoning_parser, "tool_parser_cls": tool_parser}
     if hasattr(composed, "tool_strict_level"):
         chosen["tool_strict_level"] = composed.tool_strict_level
@@ -149,7 +166,10 @@ def compose(composed: type, reasoning_parser: type | None, tool_parser: type | N
 
 
 def _call(piece: CallPiece) -> DeltaToolCall:
-    """vLLM sends what is set: of a piece that goes on with a call that is the arguments alone."""
+    """Return vLLM's object for a piece of a tool call.
+
+    vLLM sends the fields that are set, so a piece that continues a call gets its index and arguments only.
+    """
     if piece.name is None:
         return DeltaToolCall(index=piece.index, function=DeltaFunctionCall(arguments=piece.arguments))
     function = DeltaFunctionCall(name=piece.name, arguments=piece.arguments)

@@ -1,8 +1,9 @@
-"""Whether the plugin is active in the vLLM of this environment: run by `k26 doctor` in a process of its own.
+"""Finds out whether the plugin is active in the vLLM of this environment. `k26 doctor` runs it in a process of its own.
 
     python -m k26_plugins.vllm.probe
 
-vLLM's own plugin loading runs, then its registry loads the model's class, as a start does. Prints one line of JSON.
+It runs vLLM's own plugin loading and lets vLLM's registry load the model's class, as a server's start does, and prints
+one line of JSON.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from k26_plugins.vllm import compat, logger, names
 
 
 def no_compiled_code_cache(file: str) -> str:
-    """Why numba would refuse to compile the functions of `file` that it is to cache, which vLLM's modules have; else "".
+    """Return why numba would refuse to compile the cached functions of a module, or "" if it would compile them.
 
-    It looks for a folder that it may write to: NUMBA_CACHE_DIR, beside the file, in the user's home.
+    Modules of vLLM have such functions. numba looks for a folder that it may write to: NUMBA_CACHE_DIR, a folder beside
+    the module's file, one in the user's home. file: the path of a module of vLLM.
     """
     try:
         from numba.core.caching import FunctionCache
@@ -34,6 +36,7 @@ def no_compiled_code_cache(file: str) -> str:
 
 
 def main() -> None:
+    """Print the line of JSON for `k26 doctor`."""
     errors = KeptErrors(logger)
     compat.private(names.LOAD_GENERAL_PLUGINS)()
     registry = compat.private(names.MODEL_REGISTRY)

@@ -1,4 +1,4 @@
-"""Images and video chunks for vLLM, preprocessed by the core."""
+"""Lets the core preprocess images and chunks of videos for vLLM."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _in_tree = compat.in_tree_model()
 
 
 class K26ImageProcessor:
-    """The core's preprocessing, called as vLLM calls an image processor."""
+    """The core's preprocessing with the interface of the image processor that vLLM calls."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self._media = MediaProcessor(settings, _image)
@@ -33,13 +33,17 @@ class K26ImageProcessor:
         do_rescale: bool = True,
         do_normalize: bool = True,
     ) -> BatchFeature:
-        """vLLM 0.32 and later normalize on the device: they ask for neither rescaling nor normalizing and get uint8."""
+        """Return the pixels and grids of the media; nothing if there are none.
+
+        medias: images and chunks of videos, as vLLM describes them. With do_normalize the pixels are float32. vLLM 0.32
+        and later normalize on the device: they ask for neither rescaling nor normalizing, and get uint8.
+        """
         data = self._media.preprocess(medias, do_normalize=do_normalize) if medias else {}
         return BatchFeature(data=data, tensor_type=return_tensors)
 
 
 def _image(image: Any) -> Image.Image:
-    # vLLM wraps an image that it decoded together with the bytes that it came from.
+    # vLLM wraps a decoded image together with the bytes that it was decoded from.
     decoded = getattr(image, "media", image)
     if not isinstance(decoded, Image.Image):
         raise TypeError(f"vLLM {compat.vllm_version()} gave an image as {type(decoded).__name__}, expected PIL's.")
@@ -47,7 +51,7 @@ def _image(image: Any) -> Image.Image:
 
 
 class K26ProcessingInfo(_in_tree.KimiK25ProcessingInfo):  # type: ignore[name-defined]
-    """The in-tree class with the core's image processor; no file of the checkpoint is executed."""
+    """The in-tree class with the core's image processor, so that no file of the checkpoint is executed."""
 
     def __init__(self, ctx: Any) -> None:
         BaseProcessingInfo.__init__(self, ctx)
@@ -63,8 +67,9 @@ class K26ProcessingInfo(_in_tree.KimiK25ProcessingInfo):  # type: ignore[name-de
 
 
 class K26MultiModalProcessor(_in_tree.KimiK25MultiModalProcessor):  # type: ignore[name-defined]
-    """The in-tree class, made able to take videos: vLLM's rendering of chats looks for this method."""
+    """The in-tree class with the method that vLLM's rendering of chats calls for a video."""
 
     def split_video_chunks(self, video: Sequence[VideoChunk]) -> list[dict[str, Any]]:
-        """Each chunk that the media connector made from a video, with the text of its place in the prompt."""
+        """Return each chunk that the media connector made of a video, with the text that stands for it in the
+        prompt."""
         return [{"video_chunk": chunk, "prompt": chunk.prompt} for chunk in video]

@@ -1,4 +1,5 @@
-"""Chats to prompts in vLLM: its own renderer, with the messages' text marked before anything is put into it."""
+"""Renders chats to prompts by vLLM's own renderer, after control tokens that clients spell in messages are marked as
+text."""
 
 from __future__ import annotations
 
@@ -20,9 +21,10 @@ from k26_plugins.common.settings import CONTROL_TOKENS
 
 
 class K26Renderer(HfRenderer):
-    """What belongs to tokenizer mode `k26`.
+    """The renderer of the tokenizer mode `k26`.
 
-    Marked here and not in the tokenizer: with a template of the user's vLLM writes the images' places into the text.
+    It marks control tokens in messages itself, because the tokenizer would be too late: with a chat template of the
+    user's, vLLM writes the placeholders of images into the text before that.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -42,7 +44,7 @@ class K26Renderer(HfRenderer):
         return unescape_deep(conversation), prompt
 
     def _ready(self, messages: Sequence[Any], params: Any) -> tuple[list[dict[str, Any]], set[str]]:
-        """The messages as vLLM renders them, and the names that media have for the length of the rendering."""
+        """Return the messages that vLLM is to render, and the names that media have until the rendering is done."""
         kept = keep_arguments(escape_deep(messages) if self.escape_messages else messages)
         if params.chat_template is None:
             kept = [_as_system(message) if message.get("role") == "developer" else message for message in kept]
@@ -50,18 +52,20 @@ class K26Renderer(HfRenderer):
 
 
 def _as_system(message: dict[str, Any]) -> dict[str, Any]:
-    """A developer's message by another name: the template writes the same of it.
+    """Turn a message of the role `developer` into a system message, which the template renders to the same text.
 
-    vLLM looks for the role's name in the template, and would move it to the beginning, together with every system message.
+    vLLM looks for the word "developer" in the template. As it does not find it, vLLM would move the message to the
+    beginning of the chat, together with every system message.
     """
     return {**message, "role": "system", "name": message.get("name") or "developer"}
 
 
 def _named(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], set[str]]:
-    """Give every medium a name where there is a video: vLLM names a video's chunks, and then wants all media named.
+    """Give every medium of the messages a name if one of them is a video.
 
-    Returns the messages and the names given here, which `_identify` replaces. Raises MediaError for a medium without an
-    address: vLLM would look for its name in its cache, but has no such way for this model's media, and fails.
+    vLLM names the chunks of a video, and then requires that all media have names. Returns the messages and the names
+    given here, which `_identify` replaces. Raises MediaError for a medium without a URL: vLLM would look for the
+    medium's name in its cache, which it cannot do for this model's media, and fail.
     """
     media = [part for message in messages for part in _parts(message) if _is_medium(part)]
     for part in media:
@@ -83,8 +87,11 @@ def _named(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], set[st
 
 
 def _identify(prompt: Any, names: set[str]) -> None:
-    """Replaces the names that were given here: they are the keys of vLLM's caches, and the same medium has to be found
-    there in the next turn. A video's chunk is known by its pixels; an image without a name vLLM identifies itself."""
+    """Replace the names that `_named` gave, in place.
+
+    A medium's name is its key in vLLM's caches, so the same medium must have the same name in the next turn. A chunk of
+    a video is named by the hash of its pixels. An image loses its name, and vLLM then identifies it by its content.
+    """
     if not names:
         return
     chunks = prompt["multi_modal_data"]["vision_chunk"]
@@ -123,8 +130,11 @@ def _url(part: dict[str, Any]) -> Any:
 
 
 def _params(params: Any) -> Any:
-    """One value of `thinking`; and, unless the user chose a template or a format, media as parts of the
-    content, so that each is rendered where it stands."""
+    """Return the parameters of a rendering with one value of `thinking`.
+
+    Unless the user chose a chat template or a content format, media stay parts of the content, so that the template
+    renders each where it stands.
+    """
     options = template_options(params.chat_template_kwargs)
     chosen = params.chat_template is not None or params.chat_template_content_format != "auto"
     content_format = params.chat_template_content_format if chosen else "openai"

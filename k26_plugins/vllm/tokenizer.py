@@ -1,4 +1,4 @@
-"""The core's tokenizer under vLLM's tokenizer interface: what `--tokenizer-mode auto` becomes for this model."""
+"""Offers the core's tokenizer as vLLM's tokenizer mode `k26`, which `--tokenizer-mode auto` becomes for this model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from k26_plugins.common.prompt.hf_tokenizer import load_hf_tokenizer, tokenizer_
 
 
 class K26Tokenizer:
-    """vLLM asks a tokenizer mode for a class with `from_pretrained`."""
+    """The class of the tokenizer mode `k26`, of which vLLM calls only `from_pretrained`."""
 
     @classmethod
     def from_pretrained(
@@ -23,8 +23,11 @@ class K26Tokenizer:
         truncation_side: str = "left",
         **kwargs: Any,
     ) -> Any:
-        """The tokenizer of a folder or of a name on the hub. No file of it is executed, whatever `kwargs` allow."""
+        """Load the tokenizer of a folder or of a name on the hub.
+
+        No file of the checkpoint is executed, whatever `kwargs` allow.
+        """
         folder = tokenizer_folder(path_or_repo_id, revision, download_dir)
         settings = {"name_or_path": str(path_or_repo_id), "truncation_side": truncation_side}
-        # The renderer of this mode marks the messages.
+        # The tokenizer need not mark control tokens in messages: the renderer of this mode does.
         return get_cached_tokenizer(load_hf_tokenizer(folder, escape_messages=False, **settings))

@@ -15,8 +15,7 @@ from k26_plugins.common.settings import ENGINE
 
 
 def require_config(quant_config: Any, expected: type, engine: str, remedy: str) -> None:
-    """Raise UnsupportedEngineError if an engine has read the INT4 checkpoint's quantization as another class than
-    expected.
+    """Raise UnsupportedEngineError if an engine has read the INT4 checkpoint as another quantization than expected.
 
     engine: the engine's name and version for the message. remedy: what the message advises.
     """

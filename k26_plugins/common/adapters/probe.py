@@ -27,8 +27,7 @@ class KeptErrors(logging.Handler):
 def serves_with_ours(load: Callable[[], type | None], errors: KeptErrors) -> bool:
     """Return whether the model class that the engine loads is the plugin's.
 
-    If `load` raises, which would end a server's start, the exception's text is added to `errors`, and the answer is
-    False.
+    If `load` raises, which would end a server's start, add the exception's text to `errors` and return False.
     """
     try:
         found = load()

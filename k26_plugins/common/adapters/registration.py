@@ -54,8 +54,7 @@ class Registration:
         self.call(change)
 
     def function(self, module: Any, name: str, value: Any) -> None:
-        """Note the change `module.name = value`, in `module` and in every module that has imported the function by
-        name."""
+        """Note the change `module.name = value`, in `module` and in each module that imported the function by name."""
         original = getattr(module, name)
 
         def change() -> Callable[[], None]:

@@ -40,8 +40,10 @@ def _trust(
     *rest: Any,
     **named: Any,
 ) -> Any:
-    """Refuse to trust this model's code: transformers then takes its own class. Raises RemoteCodeError if it has
-    none."""
+    """Refuse to trust this model's code, so that transformers takes its own class.
+
+    Raises RemoteCodeError if transformers has none.
+    """
     if not has_remote_code or not _is_this_model(name, None):
         return original(trust, name, has_local_code, has_remote_code, *rest, **named)
     if not has_local_code:
