@@ -1,6 +1,6 @@
 """The SGLang adapter. SGLang calls `register` in every process, through the entry point `sglang.srt.plugins`.
 
-0.5.10 has no such entry point and gets it by one environment variable: see `boot/`.
+SGLang 0.5.10 has no such entry point. There an environment variable makes the adapter active: see `boot/`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ logger = logging.getLogger("sglang.k26_plugins")
 
 
 def register() -> None:
-    """Put Kimi-K2.6's classes into SGLang's registries. `SGLANG_PLUGINS` without `k26` in it switches the plugin off."""
+    """Put Kimi-K2.6's classes into SGLang's registries. A second call does no harm.
+
+    `SGLANG_PLUGINS` without `k26` in it switches the plugin off.
+    """
     activate("SGLang", logger, _note)
 
 
@@ -30,5 +33,5 @@ def _note(changes: Registration) -> None:
     compat.register_processor(changes, "k26_plugins.sglang.processor", "K26Processor")
     compat.register_argument_hook(changes, "k26_plugins.sglang.arguments", "before_settling")
     compat.register_models(changes, "k26_plugins.sglang.models")
-    # Last: SGLang's own registry of hooks cannot take an applied one back.
+    # This change must be the last: SGLang's own registry of hooks cannot take back a hook that it has applied.
     compat.register_tokenizer_hook(changes, "k26_plugins.sglang.tokenizer", "get_tokenizer")

@@ -1,4 +1,4 @@
-"""SGLang's configuration class for this model, validated by the core when it is read from a checkpoint."""
+"""Extends SGLang's configuration class for this model, so that the core validates a configuration when it is read."""
 
 from __future__ import annotations
 
@@ -12,17 +12,22 @@ from k26_plugins.sglang import compat, logger
 
 
 class KimiK25Config(compat.in_tree_config()):  # type: ignore[misc]
-    """Keeps the in-tree class' name: transformers' registries compare names."""
+    """The in-tree configuration class with the core's check.
 
-    # Without it transformers' base class would write one, and the in-tree class' would not run.
+    It keeps the in-tree class's name, because transformers' registries compare names.
+    """
+
+    # Without this constructor transformers' base class would generate one, and the in-tree class's would not run.
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """The configuration as the in-tree class reads it, with the core's values where the core serves the checkpoint.
+        """Read a configuration by the in-tree class, and write the core's values into it if the core serves the
+        checkpoint.
 
-        Raises ConfigError, CheckpointError, or ValueError for a wrong setting, in the process that the user looks at.
+        Raises ConfigError, CheckpointError, or ValueError for a wrong setting, in the process whose output the user
+        sees.
         """
         found = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         is_parent = multiprocessing.parent_process() is None
@@ -31,7 +36,7 @@ class KimiK25Config(compat.in_tree_config()):  # type: ignore[misc]
         warn = logger.warning if is_parent else logger.debug
         folder = weights_folder(pretrained_model_name_or_path, kwargs.get("revision"))
         answer = core_answer(found, folder, warn)
-        # Read where the model is built, in this process.
+        # The model's constructor reads these two attributes, in the same process.
         found.k26_published_layout = answer is not None
         found.k26_saved_experts = answer is not None and answer.layout is Layout.SAVED
         if answer is None:

@@ -1,7 +1,7 @@
-"""SGLang's server of the encoder alone (`--encoder-only`): its images are opened and prepared by the core.
+"""Lets the core open and prepare the images of SGLang's server of the encoder alone (`--encoder-only`).
 
-By itself SGLang has transformers prepare them: by the checkpoint's code, which nothing here runs, or by transformers' class
-for this model, which takes other things than SGLang hands it.
+By itself SGLang has transformers prepare them: by the checkpoint's code, which the plugin never executes, or by
+transformers' class for this model, which takes other arguments than SGLang gives it.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ Prepare = Callable[[Sequence[Mapping[str, Any]], Any, Any], dict[str, torch.Tens
 
 
 def prepare_by_core() -> Prepare:
-    """What SGLang calls with the opened images of several requests, their kind and its settings: pixels and grids of all.
+    """Return the function that SGLang calls to prepare images, and have the core open the images of this process too.
 
-    From here on images are opened by the core too, in this process.
+    SGLang gives that function the opened images of several requests, their modality and its own settings; the function
+    returns the pixels and grids of all of them. It raises MediaError for another modality than images.
     """
     compat.ENGINE.hook(open_medium, names.LOAD_ENCODER_ITEM)
     name, revision = compat_encoder.model_folder()
@@ -38,10 +39,13 @@ def prepare_by_core() -> Prepare:
 
 
 def open_medium(original: Callable[..., Any], preprocessor: Any, data: Any, modality: Any, *args: Any) -> Any:
-    """Called in SGLang's threads, one for each medium. Raises MediaError."""
+    """Wrap SGLang's `EncoderPreprocessor._load_single_item` so that the core opens an image.
+
+    SGLang calls it in its threads. Raises MediaError for an image that cannot be opened, and for any other medium.
+    """
     _require_images(modality)
     described = isinstance(data, Mapping)
-    # Bytes that are to be held against a digest are SGLang's to read.
+    # SGLang itself reads a medium that comes with a digest, because it compares the bytes with the digest.
     checked = described and data.get("content_hash") is not None
     sent = None if checked else compat.image_bytes(data.get("url") if described else data)
     if sent is None:

@@ -1,4 +1,4 @@
-"""Grammars of answers in SGLang, which compiles them in the scheduler's process."""
+"""Gives SGLang's compilers of grammars the tokenizer as they should see it. They run in the scheduler's process."""
 
 from __future__ import annotations
 
@@ -9,5 +9,9 @@ from k26_plugins.common.prompt.for_grammars import for_grammars
 
 
 def create_backend(original: Callable[..., Any], server_args: Any, tokenizer: Any, *args: Any, **kwargs: Any) -> Any:
-    """Around what makes the backend that the user chose, of the model's tokenizer."""
+    """Wrap SGLang's `create_grammar_backend` so that grammars are compiled for a copy of the tokenizer made for them.
+
+    With the tokenizer as it is, a grammar would end answers with `[EOS]`, with which this model ends none, and would
+    allow control tokens inside strings.
+    """
     return original(server_args, for_grammars(tokenizer), *args, **kwargs)

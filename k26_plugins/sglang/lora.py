@@ -1,4 +1,4 @@
-"""LoRA adapters in SGLang: a part that would be left out without a word is refused, by its module's name."""
+"""Refuses LoRA adapters with parts that SGLang would silently leave out, and names the module."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ _VISION = "SGLang puts adapters on the language model's layers alone: train with
 
 
 def refuse_unserved(original: Callable[..., None], adapter: Any, name: str, weight: torch.Tensor) -> None:
-    """Around what sorts the tensors of an adapter's file into layers. Raises ValueError, which SGLang answers the request
-    with that would load the adapter."""
+    """Wrap SGLang's `LoRAAdapter._process_weight` so that a tensor which has no effect is refused.
+
+    Raises ValueError, with which SGLang answers the request to load the adapter. Otherwise such a tensor would silently
+    be left out: the core's experts take no adapters, and SGLang puts none on the vision tower.
+    """
     reason = _unserved(f".{name}")
     if reason:
         module = name.removeprefix("base_model.model.").split(".lora_")[0]

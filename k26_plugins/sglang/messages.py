@@ -1,4 +1,4 @@
-"""SGLang's Messages API: what a chat made of a request of it loses, and an answer made of a chat's."""
+"""Keeps what SGLang's Messages API loses where it turns a request into a chat, and a chat's answer into its own."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ from k26_plugins.common.prompt.chat import as_error
 
 
 def keep_history(original: Callable[..., Any], serving: Any, request: Any) -> Any:
-    """The chat of a request, in which results say that they are errors, and past arguments are spelled as the model wrote
-    them: SGLang would spell Chinese by numbers."""
+    """Wrap SGLang's `_convert_to_chat_completion_request` so that the chat keeps errors and the characters of
+    arguments.
+
+    A tool's result with `is_error` says so in its text, where SGLang would drop the field. The arguments of past calls
+    stay as the model wrote them, where SGLang would write Chinese characters as escape sequences.
+    """
     for message in request.messages:
         if isinstance(message.content, list):
             message.content = [_told(block) if getattr(block, "is_error", None) else block for block in message.content]
@@ -26,7 +30,10 @@ def keep_history(original: Callable[..., Any], serving: Any, request: Any) -> An
 
 
 def show_cut_calls(original: Callable[..., Any], serving: Any, response: Any) -> Any:
-    """A cut call's arguments are text: SGLang would make a call without arguments of it."""
+    """Wrap SGLang's `_convert_response` so that a call which the token limit cut becomes text.
+
+    SGLang would turn it into a call without arguments, because the arguments of such a call are no JSON.
+    """
     for choice in response.choices[:1]:
         make_cut_calls_text(choice.message)
         choice.message.tool_calls = choice.message.tool_calls or None
@@ -34,6 +41,9 @@ def show_cut_calls(original: Callable[..., Any], serving: Any, response: Any) ->
 
 
 def _told(block: Any) -> Any:
-    """A result that is an error, with that in its text. Clients set this again in the next request: it is said once."""
+    """Return a copy of a tool's result that says in its text that it is an error.
+
+    Clients send the same result again in the next request; its text does not get the word twice.
+    """
     fields = block.model_dump()
     return type(block).model_validate({**fields, "content": as_error(fields["content"] or "")})

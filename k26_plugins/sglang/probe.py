@@ -1,9 +1,10 @@
-"""Whether the plugin is active in the SGLang of this environment: run by `k26 doctor` in a process of its own.
+"""Finds out whether the plugin is active in the SGLang of this environment. `k26 doctor` runs it in a process of its
+own.
 
     python -m k26_plugins.sglang.probe
 
-SGLang's own plugin loading runs, then its registries are asked whose configuration they would take, and whose model. Prints
-one line of JSON.
+It runs SGLang's own plugin loading, asks SGLang's registries which configuration class and which model class they would
+take, and prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from __future__ import annotations
 from k26_plugins.common.adapters.probe import KeptErrors, say, serves_with_ours
 from k26_plugins.sglang import compat, logger, names
 
-# What a user types where SGLang has no entry point; the rest of the path is kept.
+# The command that a user types where SGLang has no entry point. It keeps what is on PYTHONPATH already.
 PATH_LINE = 'export PYTHONPATH="$(python -m k26_plugins.sglang.boot)${PYTHONPATH:+:$PYTHONPATH}"'
 
 
 def main() -> None:
+    """Print the line of JSON for `k26 doctor`."""
     errors = KeptErrors(logger)
     hint, fix = "SGLANG_PLUGINS is set and has no k26 in it, or the entry point is gone", ""
     if compat.has_entry_point():

@@ -1,4 +1,5 @@
-"""The checkpoint's processor, which SGLang's in-tree code for this model calls, on the core and without remote code."""
+"""Replaces the checkpoint's processor, which SGLang's in-tree code for this model calls, by the core's, so that no code
+of the checkpoint is executed."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from k26_plugins.sglang import compat
 
 
 class K26Processor:
-    """The published processor's interface: a tokenizer, a media processor, and both in one call."""
+    """A processor with the published one's interface: a tokenizer, a media processor, and one call for both."""
 
     def __init__(self, tokenizer: Any, media_processor: MediaProcessor) -> None:
         self.tokenizer = tokenizer
@@ -22,10 +23,11 @@ class K26Processor:
 
     @classmethod
     def from_pretrained(cls, name: str, *args: Any, revision: str | None = None, **kwargs: Any) -> Any:
-        """The processor of a folder or of a name on the hub; transformers' own where images are left to the engine.
+        """Load the processor of a folder or of a name on the hub.
 
-        Its tokenizer is the one that SGLang's `get_tokenizer` gives. No file of the checkpoint is executed, whatever
-        `kwargs` allow.
+        If the user leaves images to the engine, this is transformers' own processor. The processor's tokenizer is in
+        both cases the one that SGLang's `get_tokenizer` gives. No file of the checkpoint is executed, whatever `kwargs`
+        allow.
         """
         tokenizer = compat.get_tokenizer(name, revision)
         if MEDIA.read() != ENGINE:
@@ -43,7 +45,10 @@ class K26Processor:
         return_tensors: str | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        """input_ids and attention_mask of `text`, whose placeholders are already expanded; pixels and grids of `medias`."""
+        """Return `input_ids` and `attention_mask` of the text, and the pixels and grids of the media.
+
+        text: a prompt whose media placeholders are already expanded.
+        """
         data = dict(self.tokenizer(text, return_tensors=return_tensors))
         if medias:
             data.update(self.media_processor.preprocess(medias))

@@ -1,4 +1,4 @@
-"""The core's tokenizer wherever SGLang asks for one of this model's: a hook around its `get_tokenizer`."""
+"""Gives SGLang the core's tokenizer wherever it loads one for this model, by a hook around SGLang's `get_tokenizer`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ from k26_plugins.sglang.grammars import create_backend
 
 
 def get_tokenizer(original: Callable[..., Any], tokenizer_name: str, *args: Any, **kwargs: Any) -> Any:
-    """SGLang's own for another model, or where the user or the checkpoint chose one. No file of it is executed."""
+    """Wrap SGLang's `get_tokenizer` so that it returns the core's tokenizer for this model.
+
+    SGLang loads the tokenizer itself for another model, or if the user chose a tokenizer mode or the checkpoint brings
+    another tokenizer. No Python file of the checkpoint is executed. In an API server this call also installs the hooks
+    around chats, and in the scheduler's process those around grammars.
+    """
     revision = kwargs.get("revision") or kwargs.get("tokenizer_revision")
     folder = compat_loading.object_store_folder(tokenizer_name)
     if not is_this_model(folder, revision):

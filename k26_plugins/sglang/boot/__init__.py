@@ -1,1 +1,1 @@
-"""Starting the adapter in SGLang 0.5.10, which has no entry point for plugins: this folder, put on PYTHONPATH."""
+"""Makes the adapter active in SGLang 0.5.10, which has no entry point for plugins, if this folder is on PYTHONPATH."""

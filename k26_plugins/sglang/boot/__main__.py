@@ -1,4 +1,4 @@
-"""Print the folder for PYTHONPATH."""
+"""Prints the folder that a user puts on PYTHONPATH."""
 
 from pathlib import Path
 

@@ -1,6 +1,7 @@
-"""Python runs a module of this name at its start. This one makes the adapter active when SGLang's first module loads.
+"""Makes the adapter active when SGLang's first module loads: Python runs a module named `sitecustomize` at its start.
 
-SGLang 0.5.11 and later have an entry point and need none of this. Another `sitecustomize` on the path runs as well.
+SGLang 0.5.11 and later have an entry point and do not need this module. If there is another `sitecustomize` on the
+path, this module runs it too.
 """
 
 import sys
@@ -10,12 +11,12 @@ from importlib.util import module_from_spec
 from pathlib import Path
 from types import ModuleType
 
-# `FIRST_MODULE` of names.py, which would be imported at every start of Python.
+# This repeats `FIRST_MODULE` of names.py, because importing that module would slow down every start of Python.
 WATCHED = "sglang.srt.utils.hf_transformers_utils"
 
 
 class Watcher:
-    """A finder on sys.meta_path that changes nothing but what happens after one module has been executed."""
+    """A finder on sys.meta_path that has the plugin registered as soon as one module has been executed."""
 
     @classmethod
     def find_spec(cls, name: str, path: Sequence[str] | None = None, target: object = None) -> ModuleSpec | None:

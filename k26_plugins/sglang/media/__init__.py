@@ -1,1 +1,1 @@
-"""What SGLang scans for the classes that prepare a request's media."""
+"""The package that SGLang scans for the classes that prepare a request's media."""

@@ -1,4 +1,4 @@
-"""Kimi-K2.6's images and videos in SGLang: the in-tree class, with the core's pixels on every device."""
+"""Prepares Kimi-K2.6's images and videos in SGLang: the in-tree class, with the core's pixels on every device."""
 
 from __future__ import annotations
 
@@ -23,30 +23,38 @@ _NO_ENCODER = (
     "(--encoder-register-urls)."
 )
 
-# 0.5.10 prepares images nowhere but in the processor, which is the core's.
+# SGLang 0.5.10 has no such class: it prepares images in the processor only, which is the core's.
 if MEDIA.read() != ENGINE and hasattr(_in_tree, "KimiGPUProcessorWrapper"):
 
     class CoreWrapper(_in_tree.KimiGPUProcessorWrapper):  # type: ignore[name-defined]
-        """Where there is a GPU the in-tree class resizes on it, by other arithmetic: pixels a few levels apart."""
+        """The in-tree wrapper without its use of a GPU.
+
+        The in-tree class resizes images on a GPU where there is one. Its arithmetic is another there, and pixels differ
+        by a few levels.
+        """
 
         def _gpu_call(self, text: Any, images: Any, *args: Any) -> Any:
             return self._cpu_call(text, images, *args, return_tensors="pt")
 
-    # The in-tree class builds it by this name, and copies it for its workers, before a subclass gets a word in.
+    # The wrapper is replaced in the module, because the in-tree media class builds it by this name and copies it for
+    # its workers before a subclass could replace it.
     _in_tree.KimiGPUProcessorWrapper = CoreWrapper
 
 
 class K26MediaProcessor(_in_tree.KimiK2_5VLImageProcessor):  # type: ignore[name-defined]
-    """The in-tree class knows images. A video comes to it as images: one for each chunk, with more than one frame."""
+    """The in-tree class, which takes images, extended by videos and by the core's decoding.
 
-    # SGLang takes the class for these models: for none where the user leaves images to SGLang.
+    A video is handed to the in-tree class as images: one for each chunk, with more than one frame.
+    """
+
+    # SGLang uses this class for these models; there is none if the user leaves images to SGLang.
     models = (KimiK25ForConditionalGeneration,) if MEDIA.read() != ENGINE else ()
-    # A GPU's JPEG decoder gives other pixels than PIL, and a tensor where the core takes an image.
+    # A GPU's JPEG decoder gives other pixels than PIL, and it gives a tensor, while the core takes a PIL image.
     gpu_image_decode = False
 
     @classmethod
     def _load_single_item(cls, data: Any, modality: Any, *args: Any, **kwargs: Any) -> Any:
-        """Called in SGLang's threads, one for each medium of a request. Raises MediaError."""
+        """Decode one medium of a request by the core. SGLang calls this in its threads. Raises MediaError."""
         if modality.name == "IMAGE" and isinstance(data, VideoChunk):
             return compat.loaded_image(data, data.patches)
         sent = compat.image_bytes(data) if modality.name == "IMAGE" else None
@@ -59,7 +67,7 @@ class K26MediaProcessor(_in_tree.KimiK2_5VLImageProcessor):  # type: ignore[name
         self, image_data: Any, input_text: Any, request_obj: Any, *args: Any, **kwargs: Any
     ) -> Any:
         if compat_encoder.encodes_elsewhere():
-            # SGLang would encode here, by a vision tower that was never given its weights.
+            # SGLang would encode the images in this server, with a vision tower whose weights were never loaded.
             raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, _NO_ENCODER)
         videos = request_obj.video_data
         if videos:
@@ -78,7 +86,10 @@ class K26MediaProcessor(_in_tree.KimiK2_5VLImageProcessor):  # type: ignore[name
     def _in_order(
         self, images: list[Any], videos: list[list[VideoChunk]], token_ids: list[int]
     ) -> tuple[list[Any], list[int]]:
-        """Images and chunks as they stand in the prompt, and the prompt with a place for each."""
+        """Return images and chunks of videos in their order in the prompt, and the prompt with a placeholder for each.
+
+        Raises ValueError if the prompt has another number of images or of videos than was given.
+        """
         kinds = media_kinds(token_ids, self._tokenizer)
         if kinds.count("image") != len(images):
             raise ValueError(f"the prompt has {kinds.count('image')} places for images and {len(images)} were given.")

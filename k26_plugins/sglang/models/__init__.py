@@ -1,1 +1,1 @@
-"""What SGLang's registry scans for model classes."""
+"""The package that SGLang's registry scans for model classes."""

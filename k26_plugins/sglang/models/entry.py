@@ -1,4 +1,5 @@
-"""The class that SGLang's registry finds here: ours, or none where this SGLang lacks a name that ours is made from."""
+"""Holds the model class that SGLang's registry finds: the plugin's, or none if this release lacks a name that the
+plugin's class is made from."""
 
 from __future__ import annotations
 
