@@ -1,9 +1,10 @@
-"""MLA on SGLang's plain torch backend, at the cost of the new tokens.
+"""Computes MLA on SGLang's plain torch backend at a cost that grows with the new tokens only.
 
-The in-tree backend computes the queries of the whole prefix again for every extension, and holds heads × length² scores in
-float32: torch has no fused attention for keys and values of two sizes. Absorbed MLA is one head of keys for all heads of
-queries, and its values are the keys' first columns (DeepSeek-V2, arXiv 2405.04434, section 2.1). So the heads become rows
-of one fused attention, which gives the keys' last columns too, to be left out.
+For every extension the in-tree backend computes the queries of the whole prefix again. It also holds heads × length²
+scores in float32, because torch has no fused attention for keys and values of two sizes. Absorbed MLA has one head of
+keys for all heads of queries, and its values are the first columns of the keys (DeepSeek-V2, arXiv 2405.04434, section
+2.1). So this module makes the heads rows of one fused attention with the keys as values, and drops the last columns of
+its output.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ from torch.nn.functional import scaled_dot_product_attention
 from k26_plugins.sglang import compat
 
 MASK_ELEMENTS = 2**24
-"""Elements of the mask of one call of the fused attention at most, which bounds what an extension needs beside its cache."""
+"""The largest number of elements of the mask in one call of the fused attention. It bounds the memory that an extension
+needs besides the KV cache."""
 
 
 def absorbed_attention(query: torch.Tensor, latent: torch.Tensor, value_size: int, scale: float) -> torch.Tensor:
-    """Causal attention of a sequence's last tokens.
+    """Compute the causal attention of a sequence's last tokens.
 
-    query [new, heads, size], latent [length, size] of the same dtype, the last `new` rows being the queries' own tokens.
-    Returns [new, heads, value_size].
+    query: [new, heads, size]. latent: [length, size] of the same dtype; its last `new` rows are those of the queries'
+    own tokens. Returns [new, heads, value_size].
     """
     new, heads, size = query.shape
     length = len(latent)
@@ -44,10 +46,14 @@ def absorbed_attention(query: torch.Tensor, latent: torch.Tensor, value_size: in
 
 
 class K26TorchNativeAttnBackend(compat.torch_native_backend()):  # type: ignore[misc]
-    """Keeps the in-tree backend's bookkeeping and replaces its two products, called by keyword and position as there."""
+    """The in-tree backend with `absorbed_attention` in the place of its products for extensions and for decodes.
+
+    Both methods are called as the in-tree backend calls its own, so the parameters keep their names and order.
+    """
 
     def get_cpu_graph_seq_len_fill_value(self) -> int:
-        """The length of a request that SGLang adds so that ranks of data-parallel attention have as many. In-tree: none."""
+        """Return the length of the requests by which SGLang pads a batch, so that all ranks of data-parallel attention
+        have as many requests. The in-tree backend does not define it."""
         return 1
 
     def _run_sdpa_forward_extend(
@@ -65,7 +71,10 @@ class K26TorchNativeAttnBackend(compat.torch_native_backend()):  # type: ignore[
         scaling: float,
         **__: Any,
     ) -> torch.Tensor:
-        """query [tokens, heads, size], k_cache [slots, 1, size]; writes output [tokens, heads, value size]."""
+        """Compute an extension of several requests, whose new tokens follow one another.
+
+        query: [tokens, heads, size]. k_cache: [slots, 1, size]. Writes and returns output: [tokens, heads, value size].
+        """
         start = 0
         for request, length, new in zip(
             req_pool_indices.tolist(), seq_lens.tolist(), extend_seq_lens.tolist(), strict=True
@@ -89,7 +98,7 @@ class K26TorchNativeAttnBackend(compat.torch_native_backend()):  # type: ignore[
         scaling: float,
         **__: Any,
     ) -> torch.Tensor:
-        """A decode is an extension by one token."""
+        """Compute a decode of several requests, which is an extension of each by one token."""
         one = torch.ones_like(seq_lens)
         return self._run_sdpa_forward_extend(
             query,

@@ -1,6 +1,8 @@
-"""Raw completions in SGLang: their text without the markers that the model wrote as control tokens, as chats have it.
+"""Hides the markers of thinking and of tool calls that the model wrote as control tokens from raw completions in
+SGLang.
 
-SGLang hides what a tokenizer calls special. The markers are not called so: its parsers of chats must find them in the text.
+SGLang hides the tokens that a tokenizer calls special. The core's tokenizer does not call the markers special, because
+SGLang's parsers of chats must find them in the text.
 """
 
 from __future__ import annotations
@@ -14,14 +16,18 @@ from k26_plugins.sglang import compat_chats
 
 
 def hide_markers(original: Callable[..., None], serving: Any, *args: Any, **kwargs: Any) -> None:
-    """Have a server of completions leave markers out: it passes on the texts of SGLang's tokenizer manager alone."""
+    """Wrap the constructor of SGLang's completions (and of its Ollama API) so that their texts have no markers.
+
+    The serving object sends the texts of its tokenizer manager, so it gets a manager that takes the markers out.
+    Releases before 0.5.23 do not say which token ids a chunk brings, and keep showing the markers.
+    """
     original(serving, *args, **kwargs)
     if compat_chats.counts_output_ids():
         serving.tokenizer_manager = _Manager(serving.tokenizer_manager)
 
 
 class _Manager:
-    """SGLang's `TokenizerManager`, but for what its answers show."""
+    """SGLang's `TokenizerManager`, except that the texts of its answers have no markers."""
 
     def __init__(self, manager: Any) -> None:
         self._manager = manager
@@ -30,7 +36,10 @@ class _Manager:
         return getattr(self._manager, name)
 
     def generate_request(self, request: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-        """Answers, or the next pieces of them; as they are where the client asks for special tokens."""
+        """Return an iterator over answers or, if the client streams, over chunks, without markers in their texts.
+
+        If the client asks for special tokens, the texts stay as they are.
+        """
         answers: AsyncIterator[Any] = self._manager.generate_request(request, *args, **kwargs)
         tokenizer = getattr(self._manager.tokenizer, "plain", None)
         if tokenizer is None or not request.sampling_params.get("skip_special_tokens", True):
@@ -58,7 +67,7 @@ async def _streamed(tokenizer: KimiTokenizer, chunks: AsyncIterator[dict[str, An
 
 
 class _Choice:
-    """One streamed answer of a request."""
+    """The text of one streamed answer of a request."""
 
     def __init__(self, tokenizer: KimiTokenizer) -> None:
         self._text = TokenText(tokenizer)
@@ -66,7 +75,7 @@ class _Choice:
         self._shown = ""
 
     def next(self, chunk: dict[str, Any]) -> str:
-        """What SGLang's next chunk shows: what is new, or everything so far, as in the chunk."""
+        """Return the text for SGLang's next chunk: what is new or everything so far, whichever the chunk itself has."""
         reason = chunk["meta_info"].get("finish_reason")
         new = compat_chats.new_output_ids(chunk, self._text.num_tokens, reason["type"] if reason else None)
         text, self._given_out = compat_chats.new_text(chunk, self._given_out)
@@ -78,7 +87,8 @@ class _Choice:
 
 
 def _hidden(answer: dict[str, Any], text: str, tokenizer: KimiTokenizer) -> dict[str, Any]:
-    """An answer with another text. Beside its log probability a token that is not shown has an empty name."""
+    """Return a copy of an answer with another text. Among the log probabilities, tokens that are not shown get an empty
+    text."""
     meta = answer["meta_info"]
     if meta.get("output_token_logprobs"):
         named = [

@@ -1,4 +1,5 @@
-"""SGLang's own experts, tested by their own method before they serve; the core's in their place where they are wrong."""
+"""Tests the routed experts that SGLang's own code computes before they serve, and has the core's take their place if
+they are wrong. The test calls the layer's own quantization method."""
 
 from __future__ import annotations
 
@@ -29,15 +30,17 @@ class WrongExpertsError(ExpertsError):
 def watch_engine_experts(model: torch.nn.Module, config: K26Config | None) -> None:
     """Have the experts that SGLang's own methods compute tested as soon as their weights are loaded and repacked.
 
-    config: of the published layout, whose weights the core's experts take. Where SGLang's are wrong the loading ends with an
-    ExpertsError: a WrongExpertsError where the model can be built again with the core's, since SGLang's layers are built
-    around their kernel.
+    If their results are wrong, the loading ends with an ExpertsError. It is a WrongExpertsError if the model can be
+    built again with the core's experts; it has to be built again because SGLang's layers are built around their kernel.
+    config: the model's configuration if the checkpoint is in the published layout, the only one that the core's experts
+    can serve; None for another layout.
     """
 
     def on_wrong(wrong: str) -> None:
         require_replaceable(wrong, "SGLang", published_layout=config is not None)
         if not compat.moe_runner_backend().is_auto():
-            # Whoever chose it: other parts of SGLang went by that too.
+            # This holds whether the user or SGLang chose the runner, because other parts of SGLang went by that choice
+            # too.
             remedy = f"Set {EXPERTS.variable}={TritonExperts.name}, or another --moe-runner-backend"
             stop(wrong, f"--moe-runner-backend names theirs. {remedy}")
         raise WrongExpertsError(wrong)
@@ -51,7 +54,7 @@ def watch_engine_experts(model: torch.nn.Module, config: K26Config | None) -> No
 
 
 def is_sglangs(module: Any) -> bool:
-    """Whether it holds routed experts that SGLang's own method computes."""
+    """Return whether a module holds routed experts that SGLang's own method computes."""
     names = ("quant_method", "moe_runner_config", "layer_id", "num_local_experts")
     return all(hasattr(module, name) for name in names) and not isinstance(
         getattr(module, "scheme", None), K26MoEScheme
@@ -59,7 +62,7 @@ def is_sglangs(module: Any) -> bool:
 
 
 def _layer(module: Any, topk: Any) -> EngineLayer:
-    """topk: SGLang's module that chooses the experts in front of these."""
+    """Describe a layer for the test. topk: SGLang's module that chooses the experts for this layer's tokens."""
     choice: list[Any] = []
 
     def global_ids(local: list[int]) -> list[int]:
@@ -71,7 +74,8 @@ def _layer(module: Any, topk: Any) -> EngineLayer:
             raise UntestableError("their tokens come from other ranks")
         if topk is None:
             raise UntestableError("nothing chooses experts in front of them")
-        # A choice of SGLang's own, of the class that its kernel takes, with another content. It is compiled on a CPU.
+        # SGLang's kernel takes a routing of a certain class. So SGLang's own module makes one, and its contents are
+        # replaced. It is made only once, because SGLang compiles that module on a CPU.
         if not choice:
             choice.append(topk(x[:1], torch.zeros(1, module.num_experts, dtype=torch.float32, device=x.device)))
         if not hasattr(choice[0], "topk_ids"):
@@ -84,7 +88,7 @@ def _layer(module: Any, topk: Any) -> EngineLayer:
         return result
 
     config = module.moe_runner_config
-    # Some kernels apply the model's factor to the sum, for others the layer does.
+    # Some kernels multiply the sum by the model's routed scaling factor; for others the layer does.
     scales = (1.0, getattr(config, "routed_scaling_factor", None) or 1.0)
     return EngineLayer(
         module, module.quant_method, lambda: kernel_name(module), module.top_k or 1, global_ids, computed, scales
@@ -92,7 +96,8 @@ def _layer(module: Any, topk: Any) -> EngineLayer:
 
 
 def kernel_name(module: Any) -> str:
-    """The name of the scheme, or of the method where there is none, and that of the runner behind it."""
+    """Return the name of a layer's scheme, or of its method if it has no scheme, followed by the runner's if it has
+    one."""
     runner = getattr(getattr(module, "runner_backend", None), "value", None)
     name = type(getattr(module, "scheme", None) or module.quant_method).__name__
     return name if runner is None else f"{name}, {runner}"

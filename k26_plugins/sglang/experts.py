@@ -1,4 +1,4 @@
-"""The core's INT4 experts through SGLang's compressed-tensors interface: a scheme for its fused-MoE layer."""
+"""Brings the core's INT4 experts into SGLang's fused-MoE layers, as a compressed-tensors scheme (`K26MoEScheme`)."""
 
 from __future__ import annotations
 
@@ -18,20 +18,26 @@ from k26_plugins.common.experts.triton import TritonExperts
 from k26_plugins.common.settings import ENGINE, EXPERTS
 from k26_plugins.sglang import compat, compat_loading, logger, names
 
-# What was wrong with SGLang's own experts where this process found them so: it takes the core's from then on.
+# What was wrong with SGLang's own experts, if this process found them wrong: from then on it takes the core's.
 _wrong: str | None = None
-# A value of --load-format.
+# The value of --load-format under which SGLang reads weights that were saved repacked.
 PRESHARDED = "presharded"
 
 
 class K26MoEScheme(compat.moe_scheme_base()):  # type: ignore[misc]
-    """Creates the packed weights as the checkpoint has them; after loading, a core backend repacks them in place."""
+    """The scheme of one fused-MoE layer whose routed experts the core computes.
+
+    It creates the weights in the checkpoint's packed form. After they are loaded, a backend of the core repacks them in
+    place.
+    """
 
     experts: LayerExperts
     on_host: LayerExperts
-    """The experts that may be in the host's memory: here all of them, if the device is the host."""
+    """The experts that may be in host memory. In this class they are all of the layer's, and are there if the device is
+    a CPU."""
     is_awaited = False
-    """Whether a saved state is to be loaded into the parameters yet, which SGLang calls processed before."""
+    """Whether a saved state is still to be loaded into the parameters. SGLang calls `process_weights_after_loading`
+    before it loads one, which must not repack the empty parameters."""
 
     def __init__(self, backend_name: str) -> None:
         self.backend_name = backend_name
@@ -50,13 +56,14 @@ class K26MoEScheme(compat.moe_scheme_base()):  # type: ignore[misc]
         **extra_weight_attrs: Any,
     ) -> None:
         sizes = (num_experts, hidden_size, intermediate_size_per_partition)
-        # SGLang's dispatcher gives local ids.
+        # The number of global experts is None, because SGLang's dispatcher hands over local ids.
         self.batches = Batches(layer.top_k, None, params_dtype, logger)
         self.experts = LayerExperts(layer, *sizes, self.backend_name, loader_attributes(extra_weight_attrs))
         self.on_host = self.experts
 
     def create_moe_runner(self, layer: torch.nn.Module, moe_runner_config: Any) -> None:
-        """No runner of SGLang's: its dispatcher then gives local ids, −1 for an expert of another rank."""
+        """Create no runner of SGLang's. Without one, its dispatcher hands over local ids, −1 for experts of other
+        ranks."""
         self.output_scale = moe_runner_config.routed_scaling_factor if compat.experts_scale_output() else None
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
@@ -64,7 +71,7 @@ class K26MoEScheme(compat.moe_scheme_base()):  # type: ignore[misc]
             self.close()
 
     def places(self, layer: Any) -> Places | None:
-        """Where SGLang's loader of a parameter puts the experts; None where it asks for each."""
+        """Return where this rank keeps the layer's experts, or None if SGLang moves or copies experts between ranks."""
         if not compat_loading.keeps_its_experts():
             return None
         local = compat_loading.local_experts(layer)
@@ -75,15 +82,16 @@ class K26MoEScheme(compat.moe_scheme_base()):  # type: ignore[misc]
         return Places([self.experts], slots, layer.moe_tp_rank, layer.moe_tp_size)
 
     def restore_weights_before_loading(self, layer: torch.nn.Module) -> None:
-        """Called by SGLang before an update of the weights; `process_weights_after_loading` ends it."""
+        """Restore the checkpoint's form. SGLang calls this before an update, and `process_weights_after_loading` after
+        it."""
         self.open()
 
     def open(self) -> bool:
-        """Make the parameters as the checkpoint packs them; whether they were not."""
+        """Bring the parameters into the checkpoint's packed form, and return whether they were in another."""
         return self.experts.open()
 
     def close(self) -> None:
-        """Make them as the backend repacks them."""
+        """Have the backend repack the loaded parameters, after its self-test with them."""
         self.experts.close(self.batches)
 
     def apply_weights(self, layer: torch.nn.Module, dispatch_output: Any) -> Any:
@@ -98,23 +106,28 @@ class K26MoEScheme(compat.moe_scheme_base()):  # type: ignore[misc]
     def compute(
         self, out: torch.Tensor, hidden_states: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
     ) -> None:
-        """Write the routed sum to `out`."""
+        """Write the weighted sum of each token's routed experts to `out`.
+
+        out, hidden_states: [tokens, hidden size]. topk_weights, topk_ids: [tokens, top_k], ids local to this rank, −1
+        for an expert of another rank.
+        """
         self.experts.apply(out, hidden_states, topk_weights, topk_ids)
 
 
 def _layers_of(model: torch.nn.Module) -> list[Any]:
-    """The layers of a model whose experts our scheme loads."""
+    """Return the layers of a model whose experts `K26MoEScheme` serves."""
     return [module for module in model.modules() if isinstance(getattr(module, "scheme", None), K26MoEScheme)]
 
 
 def schemes_of(model: torch.nn.Module) -> list[K26MoEScheme]:
-    """The schemes of the layers whose experts our scheme loads."""
+    """Return the `K26MoEScheme` of each layer of a model that has one."""
     return [layer.scheme for layer in _layers_of(model)]
 
 
 def experts_of(model: torch.nn.Module) -> dict[int, ExpertsOfLayer]:
-    """The layers of a model whose experts our scheme loads, by their number."""
-    # SGLang's loader of a parameter takes the checkpoint's ids, and knows the copies of EPLB itself.
+    """Return the layers of a model whose experts `K26MoEScheme` serves, by the number of the layer."""
+    # Each expert has one physical id, its own: SGLang's weight loader takes the checkpoint's ids, and finds EPLB's
+    # copies itself.
     return {
         module.layer_id: ExpertsOfLayer(
             module,
@@ -132,10 +145,12 @@ def experts_of(model: torch.nn.Module) -> dict[int, ExpertsOfLayer]:
 def use_core_experts(
     quant_config: Any, backend_name: str, make_scheme: Callable[[str], K26MoEScheme], *, by_name: bool
 ) -> None:
-    """Give this model's quantization configuration our scheme for routed experts, and leave the rest of it alone.
+    """Make this model's quantization configuration return the core's scheme for routed experts.
 
-    backend_name: as `chosen_backend` gives it. make_scheme: from a backend's name, one for each layer; not called for the
-    name of SGLang's own experts. by_name: no other experts may take the place of the core's.
+    All other layers keep SGLang's schemes. backend_name: what `chosen_backend` returned. make_scheme: returns the
+    scheme of one layer for a backend's name; it is not called where SGLang's own experts serve. by_name: whether no
+    other experts may take the place of the core's. Raises UnsupportedEngineError if SGLang read the checkpoint's
+    quantization as another one than compressed-tensors.
     """
     engine = f"SGLang {compat.sglang_version()}"
     require_config(quant_config, compat.compressed_tensors_config(), engine, "remove --quantization")
@@ -149,15 +164,17 @@ def use_core_experts(
 
 
 def sizes_of(layer: Any) -> LayerSizes:
-    """The sizes of this rank's part of a layer whose weights are about to be created."""
+    """Return the sizes of this rank's part of a layer whose weights are about to be created on the default device."""
     sizes = (layer.num_local_experts, layer.hidden_size, layer.intermediate_size_per_partition)
     return LayerSizes(*sizes, torch.get_default_device())
 
 
 def core_serves(layer: Any, backend_name: str, *, by_name: bool) -> bool:
-    """Whether the core's experts can serve a fused-MoE layer as SGLang runs it here; asked before its weights are created.
+    """Return whether the core's experts can serve a fused-MoE layer as SGLang runs it here. Its weights do not exist
+    yet.
 
-    Raises ExpertsError where they cannot and nothing else may, `by_name`; otherwise the layer is left to SGLang.
+    If the experts cannot serve the layer, it is left to SGLang. Raises ExpertsError instead if no others may serve it,
+    because of `by_name` or because SGLang's own were found wrong.
     """
     reason = why_unsupported(sizes_of(layer), backend_name)
     all_to_all = compat.moe_all_to_all()
@@ -182,22 +199,27 @@ def core_serves(layer: Any, backend_name: str, *, by_name: bool) -> bool:
 
 
 def leave_engine_experts(wrong: str) -> None:
-    """Have models that this process builds from now on take the core's experts in the place of SGLang's own."""
+    """Have models that this process builds from now on take the core's experts in the place of SGLang's own.
+
+    wrong: what is wrong with SGLang's, for messages.
+    """
     global _wrong
     _wrong = wrong
 
 
 def has_left_engine_experts() -> bool:
+    """Return whether this process found SGLang's own experts wrong and takes the core's."""
     return _wrong is not None
 
 
 def chosen_backend(*, hybrid: bool, saved: bool = False) -> str:
-    """The experts that K26_EXPERTS and `--moe-runner-backend` choose: a core backend's name, ENGINE for SGLang's own, or
-    `auto`, which each layer resolves for its device.
+    """Return which experts K26_EXPERTS and `--moe-runner-backend` choose.
 
-    A runner that SGLang itself chose for this GPU and checkpoint stands unless K26_EXPERTS names others. A hybrid run's
-    experts are the core's on both sides, and so are those of a state `saved` with them. Raises ValueError where what the
-    user gave contradicts itself.
+    The result is the name of a backend of the core, ENGINE for SGLang's own experts, or `auto`, which each layer
+    resolves for its device. If SGLang itself chose a runner for this GPU and checkpoint, SGLang's experts serve, unless
+    K26_EXPERTS names others. hybrid: whether this is a hybrid run, whose experts are the core's on GPUs and CPU. saved:
+    whether the checkpoint is a state that was saved with the core's experts, which no others can read. Raises
+    ValueError if the user's choices contradict each other.
     """
     if _wrong is not None:
         return TritonExperts.name if compat.device_type() == TritonExperts.device_type else "auto"
@@ -214,7 +236,7 @@ def chosen_backend(*, hybrid: bool, saved: bool = False) -> str:
             f"this state was saved with the core's experts: set {EXPERTS.variable} to the backend for this device, or save "
             f"one with SGLang's own."
         )
-    # Where the flag is not known apart from SGLang's own choice, the variable is what the user surely gave.
+    # If `given` is None, the flag may be SGLang's own choice. Then the variable wins, which the user certainly set.
     if given is not None and by_flag and setting not in ("auto", ENGINE):
         raise ValueError(
             f"{EXPERTS.variable}={setting} and --moe-runner-backend {flag} choose different experts: give one of the two."

@@ -1,4 +1,4 @@
-"""Kimi-K2.6 in SGLang: the in-tree class, with what the core defines put in its place."""
+"""Defines Kimi-K2.6 in SGLang: the in-tree model class, in which the core's parts take the place of SGLang's."""
 
 from __future__ import annotations
 
@@ -39,8 +39,9 @@ from k26_plugins.sglang.router import use_float32_logits
 
 _in_tree = compat.in_tree_model()
 
-# What SGLang looks up on the model that it serves and only the language model has: in some releases, or in all. Not among
-# them is what prefill with context parallelism looks up: it calls the decoder itself, and would leave images out.
+# Names that SGLang, in some releases or in all, looks up on the model that it serves, and that only the language model
+# has. The names that prefill with context parallelism looks up are left out on purpose: it calls the decoder itself,
+# and would ignore images.
 OF_LANGUAGE_MODEL = frozenset(
     {
         "end_layer",
@@ -58,14 +59,18 @@ OF_LANGUAGE_MODEL = frozenset(
 
 
 class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):  # type: ignore[name-defined]
-    """Keeps the in-tree class' name: SGLang compares names."""
+    """The in-tree model class with the core's experts, router and checks.
 
-    # Looked up on the class, before there is a model; SGLang adds to it.
+    It keeps the in-tree class's name, because SGLang compares names.
+    """
+
+    # SGLang looks this up on the class, before there is a model, and adds to it.
     packed_modules_mapping = compat.language_model().packed_modules_mapping
 
     def __init__(self, config: Any, quant_config: Any = None, prefix: str = "", **kwargs: Any) -> None:
         if not has_left_engine_experts():
-            # A model that is built again had passed, and other ranks may keep theirs.
+            # A model that is built again (`build_again`) has passed this check, and other ranks may not build theirs
+            # again.
             require_everywhere("SGLANG_PLUGINS")
         self._built_from = (config, quant_config, prefix, kwargs)
         self.left_out: set[str] = set()
@@ -78,7 +83,7 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
         compat.ENGINE.hook(files_of_checkpoint, names.SAFETENSORS_ITERATOR, names.BUFFERED_ITERATOR)
         compat.ENGINE.hook(saved_state, names.SAVE_MODEL)
         if getattr(config, "language_only", False) and compat_encoder.encodes_here_too():
-            # SGLang would leave the vision tower as it was drawn, and encode with it.
+            # Otherwise SGLang would not load the vision tower's weights, and would encode with random ones.
             config.language_only = False
         if self.core_config is None:
             super().__init__(config, quant_config, prefix, **kwargs)
@@ -102,29 +107,34 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
         if getattr(config, "encoder_only", False) and MEDIA.read() != ENGINE and compat_encoder.asks_the_model():
             self.preprocess_mm_for_encoder = encoder.prepare_by_core()
             self.encoder_media_processor_config = compat_encoder.in_its_threads()
-        # A float32 buffer, which would make all that it is added to float32: no image meets it, only videos do.
+        # This buffer is float32 and would turn the sum that it is a part of into float32. It is added for videos only.
         position = self.vision_tower.patch_embed.pos_emb
         position.time_weight = position.time_weight.to(position.weight.dtype)
 
     @wraps(_in_tree.KimiK25ForConditionalGeneration.forward)
     def forward(self, input_ids: Any, positions: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
-        """A prompt given as embeddings goes past the in-tree class, which takes none: SGLang's scheduler would end there."""
+        """Compute a step. A prompt given as embeddings goes to the language model directly, because the in-tree class
+        takes no embeddings and the error would end SGLang's scheduler."""
         input_embeds = kwargs.pop("input_embeds", None)
         if input_embeds is None:
             return super().forward(input_ids, positions, forward_batch, *args, **kwargs)
         return self.language_model(input_ids, positions, forward_batch, input_embeds, **kwargs)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
-        """All of the checkpoint, or any part of it: what is loaded later updates a running server (RLHF)."""
+        """Load the whole checkpoint or any part of it. Later calls update the weights of a running server (RLHF)."""
         self.left_out = set()
         compat.forget_media_embeddings()
         layers = experts_of(self)
-        # SGLang's threads copy from files after their last tensor was given to it.
+        # The files stay watched until the end, because SGLang's threads still copy after the last tensor was handed
+        # over.
         with watched_files() if layers else nullcontext():
             return load_weights(weights, self.core_config, layers, super().load_weights)
 
     def post_load_weights(self) -> None:
-        """Called where a saved state was loaded, or weights came otherwise than by `load_weights`."""
+        """Repack the experts of a saved state, and complete the language model's weights.
+
+        SGLang calls this where it loaded a saved state, or where weights came by another way than `load_weights`.
+        """
         for scheme in schemes_of(self):
             if scheme.is_awaited:
                 scheme.is_awaited = False
@@ -134,19 +144,28 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
             language_model.post_load_weights()
 
     def __getattr__(self, name: str) -> Any:
-        """Called for what neither this class nor SGLang's has."""
+        """Return an attribute of the language model for the names in `OF_LANGUAGE_MODEL`.
+
+        Python calls this for names that neither this class nor the in-tree class has.
+        """
         language_model = self.__dict__.get("_modules", {}).get("language_model")
         if name in OF_LANGUAGE_MODEL and language_model is not None:
             return getattr(language_model, name)
         return super().__getattr__(name)
 
     def should_apply_lora(self, module_name: str) -> bool:
-        """Whether a module gets places for adapters, where the flags ask for some: SGLang would put its own experts in the
-        place of the core's."""
+        """Return whether SGLang may put LoRA adapters on a module.
+
+        On the core's experts it may not: SGLang would put its own experts in their place.
+        """
         return not (experts_of(self) and module_name.endswith(".mlp.experts"))
 
     def generate_weight_name_filter(self, experts: dict[int, list[int]]) -> Callable[[str], bool]:
-        """Which tensors SGLang reads again when a rank and its `experts`, numbers by layer, are lost. Without it, all."""
+        """Return a function that says whether SGLang is to read a tensor again after a rank was lost.
+
+        experts: the numbers of the lost rank's experts by layer. Without this method SGLang would read all tensors
+        again.
+        """
         is_wanted = self.language_model.generate_weight_name_filter(experts)
 
         def is_read(name: str) -> bool:
@@ -159,7 +178,11 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
 
 
 def saved_state(original: Callable[..., None], model: Any, *args: Any, **kwargs: Any) -> None:
-    """What SGLang saves of a running model for `--load-format sharded_state`."""
+    """Wrap SGLang's `ShardedStateLoader.save_model` so that a saved state has the experts as the checkpoint packs them.
+
+    SGLang would save the parameters as a backend has repacked them for this machine. Raises HybridError for a hybrid
+    run.
+    """
     if any(isinstance(scheme, K26HybridScheme) for scheme in schemes_of(model)):
         raise HybridError(
             "a hybrid run's experts are on both sides, and a saved state would have those of the device only."
@@ -171,11 +194,16 @@ def saved_state(original: Callable[..., None], model: Any, *args: Any, **kwargs:
 def whole_checkpoint(
     original: Callable[..., Any], model: Any, weights: Iterable[tuple[str, torch.Tensor]], target_device: Any
 ) -> Any:
-    """What SGLang's loader of checkpoints gives a model, accounted for: it promises the whole, at a start or an update."""
+    """Wrap SGLang's `load_weights_and_postprocess` so that every tensor of a whole checkpoint is accounted for.
+
+    SGLang calls that function with a whole checkpoint, at a start or at an update. A tensor that is missing, repeated,
+    unknown or of a wrong shape or dtype raises CheckpointError. If the core has experts in the model, the core reads
+    the files. If SGLang's own experts turn out to be wrong, the model is built and loaded again with the core's.
+    """
     config = getattr(model, "core_config", None)
     if isinstance(model, KimiK25ForConditionalGeneration) and config is not None:
         layers = experts_of(model)
-        # A server of the encoder alone would read all experts to drop them.
+        # A server of the encoder alone (it has no language model) would by itself read all experts and drop them.
         if layers or model.language_model is None:
             weights = with_mapped_files(weights, config, is_needed(layers, config))
         weights = account(weights, config, lambda spec: spec.name not in model.left_out)
@@ -183,7 +211,7 @@ def whole_checkpoint(
         return original(model, weights, target_device)
     except WrongExpertsError as error:
         wrong = str(error)
-    # Here nothing holds the layers that were loaded but the model.
+    # The exception, which holds the loaded layers through its traceback, is gone here: only the model still holds them.
     logger.warning("k26-plugins: %s. The core's take their place: the model is built and loaded again.", wrong)
     leave_engine_experts(wrong)
     files = [Path(file) for file in files_read]
@@ -192,9 +220,9 @@ def whole_checkpoint(
 
 
 def build_again(model: KimiK25ForConditionalGeneration, target_device: torch.device) -> None:
-    """Make a model anew in its place, as SGLang's loader made it, without weights."""
+    """Build a model again in the same object, as SGLang's loader built it, without weights."""
     config, quant_config, prefix, kwargs = model._built_from
-    # Before the new layers take memory.
+    # The old layers are freed before the new ones take memory.
     torch.nn.Module.__init__(model)
     gc.collect()
     with target_device:
@@ -204,10 +232,14 @@ def build_again(model: KimiK25ForConditionalGeneration, target_device: torch.dev
 def files_of_checkpoint(
     original: Callable[..., Any], files: list[str], *args: Any, disable_mmap: bool = False, **kwargs: Any
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of safetensors files; a way to read them that the user chose stays SGLang's."""
+    """Wrap SGLang's iterators over safetensors files so that the core reads the files of a checkpoint during its load.
+
+    SGLang still reads them if the user chose a way to read them. Returns an iterator over (name, tensor).
+    """
     note_files(files)
     chosen = disable_mmap or kwargs.get("prefetch") or kwargs.get("drop_cache_after_load")
-    # An update opens the files before it says for what: it is asked when the first tensor is.
+    # An update opens the files before its load is under way. As this is a generator, the question is only asked when
+    # the first tensor is wanted.
     if chosen or not is_under_way():
         yield from original(files, *args, disable_mmap=disable_mmap, **kwargs)
     else:
