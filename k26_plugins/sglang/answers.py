@@ -1,7 +1,7 @@
-"""The model's answers in SGLang by the core's state machine and their token ids: chats, Messages and Responses.
+"""Parses the model's answers in SGLang by the core's state machine and their token ids: chats, Messages and Responses.
 
-SGLang asks what encodes a model's chats for this, where it has such a thing. Releases before 0.5.23 have none and go by the
-text alone (`output`).
+SGLang 0.5.23 lets an object of a model's own parse answers, and this module provides it. Releases before parse the text
+alone, by the class in `output`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from k26_plugins.sglang import compat_chats
 
 
 class K26Answers:
-    """SGLang's `ChatEncodingOutputAdapter`, bound to one server of chats or of Responses."""
+    """An implementation of SGLang's `ChatEncodingOutputAdapter` for one serving object, of chats or of Responses."""
 
     def __init__(self, serving: Any) -> None:
         self._serving = serving
@@ -26,7 +26,7 @@ class K26Answers:
     def parse_chat_response(
         self, *, request: Any, output_ids: list[int], finish_reason: dict[str, Any]
     ) -> tuple[str | None, str, list[Any] | None, dict[str, Any]]:
-        """Reasoning, content, calls and finish reason of a whole answer."""
+        """Return the reasoning, the content, the tool calls and the finish reason of a whole answer."""
         answer = self._of_chat(request)
         reasoning, content, items = answer.whole(output_ids, finish_reason, request.no_stop_trim)
         if items and finish_reason["type"] == "stop":
@@ -46,7 +46,10 @@ class K26Answers:
         finish_reason_type: str | None,
         usage: dict[str, Any] | None,
     ) -> list[str]:
-        """Server-sent events of the next tokens of one choice."""
+        """Return the server-sent events for the next tokens of one choice.
+
+        parser_dict, has_tool_calls: SGLang's state by the index of the choice, which is updated.
+        """
         if index not in parser_dict:
             parser_dict[index] = self._of_chat(request)
         reasoning, text, items = parser_dict[index].next(content, finish_reason_type)
@@ -75,13 +78,13 @@ class K26Answers:
         separate_reasoning: bool,
         parse_tool_calls: bool,
     ) -> tuple[str, str, list[Any]]:
-        """Reasoning, content and calls of a whole answer of the Responses API."""
+        """Return the reasoning, the content and the tool calls of a whole answer of the Responses API."""
         return self._of_response(request, parse_tool_calls).whole(output_ids, finish_reason or {}, keep_stop=False)
 
     def new_responses_stream(
         self, *, request: Any, require_reasoning: bool, separate_reasoning: bool, parse_tool_calls: bool
     ) -> _Step:
-        """What takes a streamed answer of the Responses API apart."""
+        """Return the object that parses one streamed answer of the Responses API."""
         return _Step(self._of_response(request, parse_tool_calls))
 
     def _of_chat(self, request: Any) -> _Answer:
@@ -103,7 +106,10 @@ class K26Answers:
         return _Answer(self._tokenizer, thinking=is_thinking(request), tools=tools)
 
     def _calls(self, request: Any, items: list[Any]) -> list[Any]:
-        """SGLang counts a call's id over the conversation, and names it with its first piece."""
+        """Return SGLang's objects for some calls or pieces of calls.
+
+        The first piece of a call has an id, which SGLang counts over the conversation.
+        """
         before = self._serving._get_history_tool_calls_cnt(request)
         return [
             compat_chats.tool_call(item, self._serving._process_tool_call_id(item, before) if item.name else None)
@@ -112,7 +118,7 @@ class K26Answers:
 
 
 class _Step:
-    """SGLang's `ResponsesOutputStream`."""
+    """An implementation of SGLang's `ResponsesOutputStream`: the parser of one streamed answer of the Responses API."""
 
     def __init__(self, answer: _Answer) -> None:
         self._answer = answer
@@ -122,7 +128,7 @@ class _Step:
 
 
 class _Answer:
-    """One choice of an answer, whole or streamed."""
+    """The parser of one choice of an answer, whole or streamed."""
 
     def __init__(
         self,
@@ -134,7 +140,11 @@ class _Answer:
         separate: bool = True,
         wait: bool = False,
     ) -> None:
-        """shown: special tokens are in the text. separate: reasoning is no content. wait: it is given out whole."""
+        """Prepare for an answer of which nothing has been read yet.
+
+        shown: whether the text contains special tokens. separate: whether reasoning is given out apart from the
+        content. wait: whether reasoning is held back until it is complete.
+        """
         self._separate, self._wait, self._waiting = separate, wait, ""
         self._in_reasoning = False
         parsed = schemas(tools) if tools else None
@@ -144,7 +154,11 @@ class _Answer:
     def whole(
         self, output_ids: list[int], finish_reason: dict[str, Any], keep_stop: bool
     ) -> tuple[str, str, list[Any]]:
-        """Reasoning, content and calls. The text is cut at what stopped it, as SGLang cuts a streamed one."""
+        """Return the reasoning, the content and the calls of a whole answer.
+
+        The text is cut at the stop token or stop string that ended it, as SGLang cuts a streamed one. keep_stop:
+        whether the stop stays in the text.
+        """
         matched = finish_reason.get("matched")
         if isinstance(matched, int) and not keep_stop and output_ids and output_ids[-1] == matched:
             output_ids = output_ids[:-1]
@@ -154,7 +168,7 @@ class _Answer:
         return self._collect(self._answer.feed(text, output_ids, finished=True), finished=True)
 
     def next(self, chunk: dict[str, Any], finish_reason: str | None) -> tuple[str, str, list[Any]]:
-        """Reasoning, content and pieces of calls that SGLang's next chunk brings."""
+        """Return the reasoning, the content and the pieces of calls that SGLang's next chunk brings."""
         new = compat_chats.new_output_ids(chunk, self._answer.text.num_tokens, finish_reason)
         text, self._given_out = compat_chats.new_text(chunk, self._given_out)
         finished = finish_reason is not None
@@ -176,7 +190,7 @@ class _Answer:
         return reasoning, found.content, items
 
     def _all_content(self, events: list[Event]) -> Iterator[Event]:
-        """The events with reasoning as content, as the model wrote it."""
+        """Yield the events with reasoning turned into content, followed by the marker that ends the think block."""
         for event in events:
             if isinstance(event, Reasoning):
                 yield Content(event.text)
@@ -189,13 +203,14 @@ class _Answer:
 
 
 def is_thinking(request: Any) -> bool:
-    """Whether the template opened a think block, as it does unless it is told not to."""
+    """Return whether the template opened a think block for a request, as it does unless the request switches thinking
+    off."""
     thinking: bool = template_options(request.chat_template_kwargs).get("thinking", True)
     return thinking
 
 
 def name_reasoning(event: str) -> str:
-    """A server-sent event of a chat with reasoning as vLLM calls it beside the name of Moonshot's API and SGLang's."""
+    """Return a server-sent event of a chat with its reasoning under both names, `reasoning` and `reasoning_content`."""
     data = json.loads(event.removeprefix("data: "))
     for choice in data["choices"]:
         name_reasoning_twice(choice["delta"])

@@ -1,4 +1,4 @@
-"""What this model wants of SGLang's arguments, before SGLang settles them; a flag that the user gave wins."""
+"""Fills in SGLang's arguments for this model before SGLang settles them. A flag that the user gave wins."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ from k26_plugins.sglang import compat, compat_loading, logger
 
 PARSER = "kimi_k2"
 MODELSCOPE_VARIABLE = "SGLANG_USE_MODELSCOPE"
-# The core's experts that run on a GPU.
+# The names of the core's backends that run on a GPU.
 ON_GPU = ("triton", "reference")
 
 
 def before_settling(original: Callable[[Any], Any], server_args: Any) -> Any:
+    """Wrap the method by which SGLang settles its arguments, so that this model's are filled in before.
+
+    Raises ValueError for a hybrid run with --enable-two-batch-overlap.
+    """
     compat.keep_given_runner(server_args)
     if is_this_model(_readable_name(server_args), server_args.revision):
         if getattr(server_args, "kt_weight_path", None) is not None:
@@ -31,9 +35,10 @@ def before_settling(original: Callable[[Any], Any], server_args: Any) -> Any:
 
 
 def _readable_name(server_args: Any) -> str:
-    """The model's name or folder as transformers can read its configuration.
+    """Return a name or a folder from which transformers can read the model's configuration.
 
-    SGLang fetches what is not on the hub later, from the same places into the same folders.
+    The configuration of a model in an object store or on ModelScope is fetched here, from the source and into the
+    folder that SGLang uses later.
     """
     name = compat_loading.object_store_folder(server_args.model_path, fetch=True)
     if os.environ.get(MODELSCOPE_VARIABLE, "").lower() not in ("true", "1") or Path(name).exists():
@@ -57,9 +62,9 @@ def _choose_parsers(server_args: Any) -> None:
 
 
 def _choose_runner(server_args: Any) -> None:
-    """Choose a runner under which SGLang routes before the experts, where the core's experts are asked for on a GPU.
+    """Choose a MoE runner with which SGLang computes the routing itself, if the core's experts are to run on a GPU.
 
-    Left alone, SGLang takes flashinfer_trtllm on Blackwell for this checkpoint, whose kernel routes by itself.
+    Otherwise SGLang would choose flashinfer_trtllm for this checkpoint on Blackwell, whose kernel computes the routing.
     """
     hybrid = getattr(server_args, "kt_weight_path", None) is not None
     by_the_core = hybrid or EXPERTS.read() in ON_GPU
@@ -68,10 +73,11 @@ def _choose_runner(server_args: Any) -> None:
 
 
 def refuse_two_batches(server_args: Any) -> None:
-    """Raises ValueError where a hybrid run is to compute two halves of a batch beside each other.
+    """Raise ValueError if a hybrid run is to overlap the two halves of a batch (--enable-two-batch-overlap).
 
-    Before SGLang checks the flag: what it asks for without an all-to-all is DP attention, and with that the first batch
-    would end the server, as its operations of this model's layers hand tokens to experts by the all-to-all alone.
+    This is called before SGLang checks the flag, because SGLang's message would advise DP attention where there is no
+    all-to-all. With DP attention the first batch would end the server: with the overlap, SGLang's layers of this model
+    hand tokens to experts by an all-to-all only.
     """
     if getattr(server_args, "enable_two_batch_overlap", False):
         raise ValueError(
@@ -81,9 +87,10 @@ def refuse_two_batches(server_args: Any) -> None:
 
 
 def _leave_prompts_out_of_graphs(server_args: Any) -> None:
-    """Have a hybrid run compute prompts without graphs, which would leave all of the CPU's experts there for long ones.
+    """Have a hybrid run on a GPU compute prefills without CUDA graphs.
 
-    SGLang takes its own flags for one phase of the two over this one.
+    In a graph all of the CPU's experts would be computed on the CPU, also for long prompts. A flag of SGLang's for
+    prefill alone, such as --cuda-graph-backend-prefill, takes precedence over the one that is set here.
     """
     if getattr(server_args, "kt_weight_path", None) is None or not compat.on_gpu(server_args):
         return

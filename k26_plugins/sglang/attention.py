@@ -1,4 +1,4 @@
-"""Computes MLA on SGLang's plain torch backend at a cost that grows with the new tokens only.
+"""Computes MLA on SGLang's plain torch backend for the queries of the new tokens only.
 
 For every extension the in-tree backend computes the queries of the whole prefix again. It also holds heads × length²
 scores in float32, because torch has no fused attention for keys and values of two sizes. Absorbed MLA has one head of
@@ -52,8 +52,10 @@ class K26TorchNativeAttnBackend(compat.torch_native_backend()):  # type: ignore[
     """
 
     def get_cpu_graph_seq_len_fill_value(self) -> int:
-        """Return the length of the requests by which SGLang pads a batch, so that all ranks of data-parallel attention
-        have as many requests. The in-tree backend does not define it."""
+        """Return the length of the requests by which SGLang pads a batch; the in-tree backend does not define it.
+
+        SGLang pads batches so that all ranks of data-parallel attention have as many requests.
+        """
         return 1
 
     def _run_sdpa_forward_extend(

@@ -1,5 +1,5 @@
-"""Hides the markers of thinking and of tool calls that the model wrote as control tokens from raw completions in
-SGLang.
+"""Hides from raw completions in SGLang the markers of thinking and of tool calls that the model wrote as control
+tokens.
 
 SGLang hides the tokens that a tokenizer calls special. The core's tokenizer does not call the markers special, because
 SGLang's parsers of chats must find them in the text.
@@ -87,8 +87,8 @@ class _Choice:
 
 
 def _hidden(answer: dict[str, Any], text: str, tokenizer: KimiTokenizer) -> dict[str, Any]:
-    """Return a copy of an answer with another text. Among the log probabilities, tokens that are not shown get an empty
-    text."""
+    """Return a copy of an answer with another text. Tokens that are not shown have an empty text in the log
+    probabilities."""
     meta = answer["meta_info"]
     if meta.get("output_token_logprobs"):
         named = [

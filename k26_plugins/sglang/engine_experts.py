@@ -39,8 +39,7 @@ def watch_engine_experts(model: torch.nn.Module, config: K26Config | None) -> No
     def on_wrong(wrong: str) -> None:
         require_replaceable(wrong, "SGLang", published_layout=config is not None)
         if not compat.moe_runner_backend().is_auto():
-            # This holds whether the user or SGLang chose the runner, because other parts of SGLang went by that choice
-            # too.
+            # It does not matter who chose the runner: other parts of SGLang have gone by that choice too.
             remedy = f"Set {EXPERTS.variable}={TritonExperts.name}, or another --moe-runner-backend"
             stop(wrong, f"--moe-runner-backend names theirs. {remedy}")
         raise WrongExpertsError(wrong)
@@ -96,8 +95,7 @@ def _layer(module: Any, topk: Any) -> EngineLayer:
 
 
 def kernel_name(module: Any) -> str:
-    """Return the name of a layer's scheme, or of its method if it has no scheme, followed by the runner's if it has
-    one."""
+    """Return the name of a layer's scheme, or of its method if there is none, followed by the name of its runner."""
     runner = getattr(getattr(module, "runner_backend", None), "value", None)
     name = type(getattr(module, "scheme", None) or module.quant_method).__name__
     return name if runner is None else f"{name}, {runner}"

@@ -33,8 +33,8 @@ class K26MoEScheme(compat.moe_scheme_base()):  # type: ignore[misc]
 
     experts: LayerExperts
     on_host: LayerExperts
-    """The experts that may be in host memory. In this class they are all of the layer's, and are there if the device is
-    a CPU."""
+    """The experts that may be in host memory: in this class all of the layer's, which are there if the device is a
+    CPU."""
     is_awaited = False
     """Whether a saved state is still to be loaded into the parameters. SGLang calls `process_weights_after_loading`
     before it loads one, which must not repack the empty parameters."""
@@ -62,8 +62,7 @@ class K26MoEScheme(compat.moe_scheme_base()):  # type: ignore[misc]
         self.on_host = self.experts
 
     def create_moe_runner(self, layer: torch.nn.Module, moe_runner_config: Any) -> None:
-        """Create no runner of SGLang's. Without one, its dispatcher hands over local ids, −1 for experts of other
-        ranks."""
+        """Create no runner of SGLang's, so that its dispatcher hands over local ids, −1 for experts of other ranks."""
         self.output_scale = moe_runner_config.routed_scaling_factor if compat.experts_scale_output() else None
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
@@ -82,8 +81,7 @@ class K26MoEScheme(compat.moe_scheme_base()):  # type: ignore[misc]
         return Places([self.experts], slots, layer.moe_tp_rank, layer.moe_tp_size)
 
     def restore_weights_before_loading(self, layer: torch.nn.Module) -> None:
-        """Restore the checkpoint's form. SGLang calls this before an update, and `process_weights_after_loading` after
-        it."""
+        """Restore the checkpoint's packed form. SGLang calls this before an update of the weights."""
         self.open()
 
     def open(self) -> bool:
@@ -126,8 +124,8 @@ def schemes_of(model: torch.nn.Module) -> list[K26MoEScheme]:
 
 def experts_of(model: torch.nn.Module) -> dict[int, ExpertsOfLayer]:
     """Return the layers of a model whose experts `K26MoEScheme` serves, by the number of the layer."""
-    # Each expert has one physical id, its own: SGLang's weight loader takes the checkpoint's ids, and finds EPLB's
-    # copies itself.
+    # An expert's only physical id is its own: SGLang's weight loader takes the checkpoint's ids and finds EPLB's
+    # copies.
     return {
         module.layer_id: ExpertsOfLayer(
             module,
@@ -170,11 +168,10 @@ def sizes_of(layer: Any) -> LayerSizes:
 
 
 def core_serves(layer: Any, backend_name: str, *, by_name: bool) -> bool:
-    """Return whether the core's experts can serve a fused-MoE layer as SGLang runs it here. Its weights do not exist
-    yet.
+    """Return whether the core's experts can serve a fused-MoE layer as SGLang runs it here.
 
-    If the experts cannot serve the layer, it is left to SGLang. Raises ExpertsError instead if no others may serve it,
-    because of `by_name` or because SGLang's own were found wrong.
+    The layer's weights do not exist yet. If the experts cannot serve the layer, it is left to SGLang. Raises
+    ExpertsError instead if no others may serve it, because of `by_name` or because SGLang's own were found wrong.
     """
     reason = why_unsupported(sizes_of(layer), backend_name)
     all_to_all = compat.moe_all_to_all()

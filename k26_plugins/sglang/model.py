@@ -69,8 +69,7 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
 
     def __init__(self, config: Any, quant_config: Any = None, prefix: str = "", **kwargs: Any) -> None:
         if not has_left_engine_experts():
-            # A model that is built again (`build_again`) has passed this check, and other ranks may not build theirs
-            # again.
+            # A model that is built again (`build_again`) has passed this check, and other ranks may keep their model.
             require_everywhere("SGLANG_PLUGINS")
         self._built_from = (config, quant_config, prefix, kwargs)
         self.left_out: set[str] = set()
@@ -113,8 +112,11 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
 
     @wraps(_in_tree.KimiK25ForConditionalGeneration.forward)
     def forward(self, input_ids: Any, positions: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
-        """Compute a step. A prompt given as embeddings goes to the language model directly, because the in-tree class
-        takes no embeddings and the error would end SGLang's scheduler."""
+        """Compute a step, also for a prompt that is given as embeddings.
+
+        Embeddings go to the language model directly, because the in-tree class takes none and would end SGLang's
+        scheduler.
+        """
         input_embeds = kwargs.pop("input_embeds", None)
         if input_embeds is None:
             return super().forward(input_ids, positions, forward_batch, *args, **kwargs)
@@ -125,8 +127,8 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
         self.left_out = set()
         compat.forget_media_embeddings()
         layers = experts_of(self)
-        # The files stay watched until the end, because SGLang's threads still copy after the last tensor was handed
-        # over.
+        # SGLang's threads still copy from the files after the last tensor was handed over, so the files are watched
+        # here.
         with watched_files() if layers else nullcontext():
             return load_weights(weights, self.core_config, layers, super().load_weights)
 

@@ -1,4 +1,7 @@
-"""Chats to prompts in SGLang, in the processes that serve this model: hooks around what its API server does to messages."""
+"""Corrects what SGLang's API server does to chats, where it serves this model, by hooks around SGLang's functions.
+
+`REQUESTS` and `ANSWERS` say which hook goes around which function, and `install` puts them in place.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +23,14 @@ from k26_plugins.sglang.messages import keep_history, show_cut_calls
 
 DROPPED = ("name", "reasoning")
 MAX_ANSWERS = 1024
-"""The most answers to one request (`n`): SGLang makes as many requests of it, before it looks at any."""
+"""The largest number of answers to one request (`n`). SGLang makes that many requests of one before it looks at any."""
 
 
 def install() -> None:
-    """Put the hooks in place, once for each process. An SGLang without the place of one serves without it, and says so."""
+    """Put the hooks in place. A second call in a process does no harm.
+
+    If this SGLang lacks a function that a hook is for, the log says what is lost, and SGLang serves without that hook.
+    """
     changes = Registration()
     if PARSERS.read() != ENGINE:
         compat.replace_tool_detector(changes, PARSER, "k26_plugins.sglang.output", "K26ToolDetector")
@@ -34,15 +40,19 @@ def install() -> None:
 
 
 async def read_messages(original: Callable[..., Any], serving: Any, request: Any, raw_request: Any = None) -> Any:
-    """What is read of a request and SGLang's classes drop: a user's `name`, `reasoning`, as vLLM calls what SGLang knows as
-    `reasoning_content`, and `thinking`. What would end the server is refused."""
+    """Wrap SGLang's `handle_request` for chats so that fields which SGLang drops are read, and fatal numbers refused.
+
+    SGLang's classes of requests drop a user's `name`, `reasoning` (vLLM's name of what SGLang calls
+    `reasoning_content`) and `thinking`. A number that would end the server is answered with an error. An answer that is
+    not streamed gets its reasoning under both names.
+    """
     refused = _ends_the_server(request, serving.tokenizer_manager.model_config.vocab_size)
     if refused is not None:
         return serving.create_error_response(refused)
-    if hasattr(raw_request, "body"):  # None inside SGLang, and no HTTP request where a gRPC server asks
+    if hasattr(raw_request, "body"):  # SGLang itself passes None, and its gRPC server an object that is no HTTP request
         body = await raw_request.body()
         if any(f'"{name}"'.encode() in body for name in (*DROPPED, "thinking", "enable_thinking")):
-            # Not `raw_request.json()`: SGLang's classes have written their reading of it into that.
+            # `raw_request.json()` would return what SGLang's classes have already changed.
             sent = json.loads(body)
             request.messages = [
                 compat.with_fields(
@@ -55,14 +65,19 @@ async def read_messages(original: Callable[..., Any], serving: Any, request: Any
 
 
 async def read_thinking(original: Callable[..., Any], serving: Any, request: Any, raw_request: Any = None) -> Any:
-    """What is read of a request of the Responses API: its `thinking`."""
+    """Wrap SGLang's `create_responses` so that `thinking` in a request of the Responses API is read; SGLang drops
+    it."""
     if hasattr(raw_request, "body"):
         hear_thinking(request, json.loads(await raw_request.body()))
     return await original(serving, request, raw_request)
 
 
 def hear_thinking(request: Any, sent: dict[str, Any]) -> None:
-    """What a client says of thinking itself counts, in all forms; SGLang's reading of an effort comes behind it."""
+    """Write what a request says about thinking, in any form, as one `thinking` into its chat template's options.
+
+    SGLang's own reading of `reasoning_effort` counts only if the request says nothing about thinking itself. sent: the
+    request's JSON as the client sent it.
+    """
     options = sent.get("chat_template_kwargs")
     settled = template_options(options if isinstance(options, dict) else None, thinking=sent.get("thinking"))
     if "thinking" in settled:
@@ -70,7 +85,7 @@ def hear_thinking(request: Any, sent: dict[str, Any]) -> None:
 
 
 def _ends_the_server(request: Any, vocab_size: int) -> str | None:
-    """Why a request must not reach SGLang's scheduler, which takes these numbers as they come."""
+    """Return why a request must not reach SGLang's scheduler, which does not check these numbers, or None if it may."""
     if (request.top_logprobs or 0) > vocab_size:
         return f"top_logprobs is {request.top_logprobs}: the vocabulary has {vocab_size} tokens."
     if (request.n or 1) > MAX_ANSWERS:
@@ -79,11 +94,19 @@ def _ends_the_server(request: Any, vocab_size: int) -> str | None:
 
 
 def keep_arguments(original: Callable[..., None], message: dict[str, Any], **kwargs: Any) -> None:
-    """A past call's arguments stay the text that the model wrote; the tokenizer parses it where a template needs that."""
+    """Replace SGLang's `normalize_assistant_tool_call_arguments` by nothing, so that past calls keep the text of their
+    arguments.
+
+    SGLang would parse the text, and the template would write it anew. The core's tokenizer parses it for a template
+    that needs that.
+    """
 
 
 def keep_images(original: Callable[..., Any], output: Any) -> Any:
-    """Keep the images of a function's output in the Responses API: SGLang keeps text alone; its chat API takes parts."""
+    """Wrap SGLang's `_flatten_tool_output` (Responses API) so that a function's output keeps its images.
+
+    SGLang would keep the text alone, although its chat API takes parts.
+    """
     if isinstance(output, list) and any(
         isinstance(part, dict) and part.get("type") == "input_image" for part in output
     ):
@@ -92,8 +115,12 @@ def keep_images(original: Callable[..., Any], output: Any) -> Any:
 
 
 def join_turns(original: Callable[..., Any], messages: list[Any]) -> Any:
-    """The reasoning, the text and the calls of one answer are one message. SGLang parts them where the text names its
-    phase, which this model's template does not read: the reasoning would be that of an answer without calls, and dropped."""
+    """Wrap SGLang's `_merge_consecutive_assistant_messages` (Responses API) so that a past answer becomes one message.
+
+    SGLang keeps the reasoning, the text and the calls of an answer apart if the text names its phase, which this
+    model's template does not read. The template would then take the reasoning for that of an answer without calls, and
+    drop it.
+    """
     return original(
         [
             {name: value for name, value in message.items() if name != "phase"}
@@ -107,9 +134,10 @@ def join_turns(original: Callable[..., Any], messages: list[Any]) -> Any:
 def leave_last_message(
     original: Callable[..., Any], serving: Any, messages: list[dict[str, Any]], request: Any
 ) -> tuple[list[dict[str, Any]], None]:
-    """The template renders an assistant's last message, as everywhere else.
+    """Replace SGLang's `_handle_last_assistant_message` so that the template renders a last message of the assistant's.
 
-    SGLang would make a user's message of it, or put its text behind a new generation prompt.
+    SGLang would turn it into a user's message or, with `continue_final_message`, put its text behind a new generation
+    prompt. Returns the messages, and None for the text that SGLang would put there.
     """
     if request.continue_final_message and messages and messages[-1].get("role") == "assistant":
         messages = [*messages[:-1], {**messages[-1], CONTINUE_KEY: True}]
@@ -119,18 +147,22 @@ def leave_last_message(
 def send_token_ids(
     original: Callable[..., tuple[str, Any]], serving: Any, processed: Any, is_multimodal: bool
 ) -> tuple[str, Any]:
-    """The prompt's token ids. SGLang would decode them and have the text tokenized again: text that spells a control
-    token would become one."""
+    """Wrap SGLang's `_engine_prompt` so that a prompt with images is sent on as token ids.
+
+    SGLang would decode the ids and have the text tokenized again, and text that spells a control token would become
+    one.
+    """
     if isinstance(processed.prompt_ids, list) and processed.prompt_ids:
         return "input_ids", processed.prompt_ids
     return original(serving, processed, is_multimodal)
 
 
 def settle(original: Callable[..., Any], serving: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-    """Two things that SGLang decides again behind the rendering of a chat, by other rules.
+    """Wrap SGLang's `_process_messages` to correct what SGLang decides anew after it has rendered a chat.
 
-    Special tokens are shown as the client asks. SGLang shows all where there are tools, so that its parser sees the markers;
-    our tokenizer counts those among the ordinary tokens. And `thinking` is the bool that the template was rendered with.
+    Special tokens are shown as the client asks. SGLang would show all of them if the request has tools, so that its
+    parser sees the markers; the core's tokenizer counts the markers among the ordinary tokens. `thinking` becomes the
+    bool with which the template was rendered. Calls are allowed beside a JSON schema for the answer (`allow_calls`).
     """
     asked = request.skip_special_tokens
     processed = original(serving, request, *args, **kwargs)
@@ -142,7 +174,10 @@ def settle(original: Callable[..., Any], serving: Any, request: Any, *args: Any,
 
 
 def allow_calls(serving: Any, request: Any, processed: Any) -> None:
-    """Allow calls beside a JSON schema for the answer: SGLang's grammar allows the schema alone."""
+    """Make the grammar of a request that has tools and a JSON schema for its answer allow calls as well, in place.
+
+    SGLang's own grammar allows the schema alone.
+    """
     schema = _schema(request.response_format)
     if schema is None or request.tool_choice != "auto" or not _reads_ids(serving):
         return
@@ -160,13 +195,18 @@ def _schema(response_format: Any) -> Any:
 
 
 def read_token_ids(original: Callable[..., Any], serving: Any) -> Any:
-    """What takes answers apart, where both parsers are this model's: by token ids, in which quoted markers are text."""
+    """Wrap SGLang's `_encoding_output` so that answers are parsed by token ids, if both parsers are this model's.
+
+    SGLang would parse the text, in which a marker that the model quotes looks like a marker.
+    """
     return K26Answers(serving) if _reads_ids(serving) else original(serving)
 
 
 def keep_reasoning_apart(original: Callable[..., bool], serving: Any) -> bool:
-    """Past reasoning of the Messages API goes where the template writes it. SGLang would put it into the content, between
-    tags that would be text there."""
+    """Wrap SGLang's `supports_native_reasoning_history` so that past reasoning is a field that the template renders.
+
+    SGLang would put the reasoning of the Messages API into the content, between tags that would be plain text there.
+    """
     return serving.template_manager.chat_template_name is None or original(serving)
 
 

@@ -1,4 +1,4 @@
-"""Hides the markers of thinking and of tool calls that the model wrote as control tokens from raw completions in vLLM.
+"""Hides from raw completions in vLLM the markers of thinking and of tool calls that the model wrote as control tokens.
 
 vLLM hides the tokens that a tokenizer calls special. The core's tokenizer does not call the markers special, because
 vLLM's parsers of chats must find them in the text.
