@@ -1,4 +1,4 @@
-"""What this adapter looks up in kt-kernel, by the names of `names.py`."""
+"""Looks up what this adapter needs of kt-kernel, by the names of `names.py`."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ kt_kernel_version = ENGINE.release
 
 
 def extension() -> Any:
-    """The compiled extension for this CPU. Raises ImportError where kt-kernel cannot be imported."""
+    """Return the extension that was compiled for this CPU. Raises ImportError if kt-kernel cannot be imported."""
     return names.EXTENSION.look_up()
 
 
 def ends_the_process() -> str | None:
-    """Why kt-kernel must not even be imported on this CPU, or None: before 0.7 its code for AVX2 has AVX512's in it."""
+    """Return why kt-kernel must not even be imported on this CPU, or None if it may be.
+
+    Before 0.7 kt-kernel's code for AVX2 contains instructions of AVX512.
+    """
     release = tuple(int(part) for part in re.findall(r"\d+", kt_kernel_version())[:2])
     if release and release < (0, 7) and "avx512f" not in cpu_flags():
         return f"kt-kernel {kt_kernel_version()} ends the process on a CPU without AVX512: install 0.7.0 or newer"
@@ -31,21 +34,28 @@ def ends_the_process() -> str | None:
 
 
 def raw_int4_class(group_size: int) -> Any:
-    """The class for this CPU that takes the checkpoint's INT4 bytes as they are, or None."""
+    """Return kt-kernel's class for this CPU that takes the checkpoint's INT4 bytes as they are, or None."""
     if ENGINE.has(names.CHOOSE_RAW_INT4):
         return private(names.CHOOSE_RAW_INT4)(group_size)
     return private(names.RAW_INT4_ON_AMX) if private(names.CPU_VARIANT) == "amx" else None
 
 
-# Its classes that copy what they are given. AVX2RawInt4_MOE computes from the addresses, in every release that has it.
+# The names of kt-kernel's classes that copy the weights which they are given. AVX2RawInt4_MOE is not among them: in
+# every release that has it, it computes from the addresses that it was given.
 COPYING = ("AMXInt4_KGroup_MOE", "AMXInt4_KGroupBlocked_MOE", "AVXVNNI256RawInt4_MOE")
 
 
 def copies_weights(raw_int4: Any) -> bool:
-    """Whether the tensors may go once a class of `raw_int4_class` has loaded them. One that is not known keeps them."""
+    """Return whether a class copies its weights, so that the tensors may be freed once it has loaded them.
+
+    raw_int4: what `raw_int4_class` returned. For a class that is not known the answer is False.
+    """
     return raw_int4.__name__ in COPYING
 
 
 def cpu_infer(threads: int, numa_nodes: list[int]) -> Any:
-    """kt-kernel's thread pools, one for each memory node and `threads` in all. The first call decides for the process."""
+    """Return kt-kernel's thread pools: one for each NUMA node, with `threads` threads in all.
+
+    A process has one set of pools, which the first call creates; later calls return that set.
+    """
     return private(names.CPU_INFER)(threads, len(numa_nodes), numa_nodes=numa_nodes)

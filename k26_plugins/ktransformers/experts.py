@@ -1,4 +1,7 @@
-"""kt-kernel's RAWINT4 as a backend of the core: it takes the checkpoint's INT4 bytes and rounds activations to 8 bits."""
+"""Offers kt-kernel's RAWINT4 as a backend of the core.
+
+It takes the checkpoint's INT4 bytes as they are and rounds activations to 8 bits.
+"""
 
 from __future__ import annotations
 
@@ -21,32 +24,33 @@ from k26_plugins.common.model.int4 import GROUP_SIZE
 from k26_plugins.common.settings import CPU_THREADS
 from k26_plugins.ktransformers import compat
 
-# Tokens of one call, for which kt-kernel keeps buffers; longer batches are cut.
+# The largest number of tokens of one call, for which kt-kernel keeps buffers. Longer batches are split.
 MAX_TOKENS = 2048
-# Experts of one token, at most: the published model's number.
+# The largest number of experts of one token: the published model's number.
 MAX_TOP_K = 8
-# kt-kernel's tiles. An intermediate size of 64 ends the process (0.7.2).
+# Sizes must be multiples of kt-kernel's tiles. An intermediate size of 64 ends the process (0.7.2).
 TILE = 128
-# Numbers of experts that are no multiple of 4 end the process too at small sizes: its buffers are then out of line.
+# The number of experts is padded to a multiple of this. At small sizes a number that is no multiple of 4 ends the
+# process, because kt-kernel's buffers are then misaligned.
 EXPERTS_MULTIPLE = 8
 KEEPS_WEIGHTS = "kt-kernel keeps its weights to itself: choose the core's experts with K26_CPU_EXPERTS=auto."
 
 
 class KtExperts(ExpertsBackend):
-    """kt-kernel's experts on a CPU. They are called without KTransformers' stream callbacks, which silently do nothing where
-    there is no CUDA.
+    """kt-kernel's experts on a CPU.
 
-    Each rank gives it its own shard of every expert. KTransformers gives whole experts to the first rank alone, and with
-    four ranks that run answers garbage (ktransformers issue 2076).
+    They are called without KTransformers' stream callbacks, which silently do nothing without CUDA. Each rank gives
+    kt-kernel its own shard of every expert. KTransformers itself gives whole experts to the first rank alone, and a run
+    with four ranks then answers garbage (ktransformers issue 2076).
     """
 
     name = "kt"
     device_type = "cpu"
-    # 8-bit activations: 1.2 to 1.5 % was measured on a right kernel.
+    # Activations are rounded to 8 bits. On a correct kernel an error of 1.2 to 1.5 % was measured.
     tolerance: ClassVar[float] = 3e-2
 
     def __init__(self, moe: Any, pool: Any, sizes: Sizes, kept: tuple[torch.Tensor, ...]) -> None:
-        """kept: tensors whose addresses kt-kernel remembers."""
+        """Keep kt-kernel's objects for a layer. kept: tensors whose addresses kt-kernel remembers."""
         super().__init__(sizes)
         self.moe = moe
         self.pool = pool
@@ -67,7 +71,7 @@ class KtExperts(ExpertsBackend):
             return f"kt-kernel {compat.kt_kernel_version()} has no RAWINT4 experts for this CPU"
         nodes = _memory_nodes(cores(CPU_THREADS.read()))
         if len(nodes) > 1 and not compat.copies_weights(raw_int4):
-            # It would throw in a thread of its own, which ends the process.
+            # The class would throw an exception in a thread of kt-kernel's, which ends the process.
             return (
                 f"kt-kernel's {raw_int4.__name__} cannot split its weights among memory nodes {nodes}: start the process "
                 f"on one of them (numactl --cpunodebind)"
@@ -79,14 +83,18 @@ class KtExperts(ExpertsBackend):
 
     @classmethod
     def load(cls, weights: ExpertWeights) -> Self:
-        """kt-kernel copies the weights, twice the memory until this returns; its class for AVX2 computes from these."""
+        """Load the weights into kt-kernel.
+
+        kt-kernel copies the weights, so that they are in memory twice until this returns. kt-kernel's class for AVX2
+        does not copy them but computes from the given tensors.
+        """
         raw_int4 = compat.raw_int4_class(GROUP_SIZE)
         config_class = compat.extension().moe.MOEConfig
         chosen = cores(CPU_THREADS.read())
         pool = compat.cpu_infer(len(chosen), _memory_nodes(chosen))
         intermediate_size = weights.intermediate_size
         padded = -(-weights.num_experts // EXPERTS_MULTIPLE) * EXPERTS_MULTIPLE
-        # The padding counts as experts on a device, which kt-kernel does not compute.
+        # The padding is marked as experts on a GPU, which kt-kernel does not compute.
         on_device = torch.arange(padded) >= weights.num_experts
         config = config_class(padded, MAX_TOP_K, weights.hidden_size, intermediate_size, on_device.data_ptr())
         config.layer_idx = 0
@@ -95,7 +103,7 @@ class KtExperts(ExpertsBackend):
         config.quant_config.bits = 4
         config.quant_config.group_size = GROUP_SIZE
         config.quant_config.zero_point = False
-        # One address for each memory node and expert; the checkpoint's bytes are not split by node.
+        # kt-kernel takes a list of addresses for each NUMA node; there is one, as the checkpoint's bytes are not split.
         config.gate_projs = _addresses(weights.w13_packed[:, :intermediate_size], padded)
         config.up_projs = _addresses(weights.w13_packed[:, intermediate_size:], padded)
         config.down_projs = _addresses(weights.w2_packed, padded)
@@ -111,7 +119,7 @@ class KtExperts(ExpertsBackend):
         return cls(moe, pool, sizes, (on_device, order, *kept))
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """None: kt-kernel keeps its copies to itself, so EPLB cannot move them."""
+        """Return no tensors: kt-kernel gives no access to its copies, so EPLB cannot move them."""
         return {}
 
     @classmethod
@@ -156,6 +164,6 @@ def _memory_nodes(chosen: list[Core]) -> list[int]:
 
 
 def _addresses(stacked: torch.Tensor, padded: int) -> list[list[int]]:
-    """Where each expert's matrix begins, each contiguous in itself; the padding repeats the first."""
+    """Return the address of each expert's matrix, which is contiguous. The padding repeats the first address."""
     found = [matrix.data_ptr() for matrix in stacked]
     return [found + found[:1] * (padded - len(found))]

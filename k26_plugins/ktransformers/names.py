@@ -1,14 +1,14 @@
-"""Every name of kt-kernel that this adapter touches and that kt-kernel does not promise to keep, in one table.
+"""Lists every name of kt-kernel that this adapter touches and that kt-kernel does not promise to keep.
 
-The files of each checked release are held to it (tests/core/test_engine_names.py), as far as they are Python: what the
-compiled extension has in it they do not say. docs/upgrading.md: what to do when one is gone.
+tests/core/test_engine_names.py compares this table with the Python files of each checked release; these do not show
+what the compiled extension contains. docs/upgrading.md says what to do when a release has lost one of the names.
 """
 
 from __future__ import annotations
 
 from k26_plugins.common.adapters.engine import EngineName
 
-# What an entry waits for, where several wait for the same.
+# Values of `remove_when` that several entries share.
 _INTERFACE = "kt-kernel documents an interface of its experts for other engines than KTransformers' fork of SGLang"
 _CHOICE = "kt-kernel's RAWINT4 is chosen by a documented name"
 
@@ -40,7 +40,7 @@ RAW_INT4_ON_AMX = EngineName(
 CPU_VARIANT = EngineName(
     "kt_kernel",
     "__cpu_variant__",
-    # 0.6.1 offers its AMX code to every CPU, and ends the process on one without.
+    # kt-kernel 0.6.1 offers its AMX code on every CPU, and ends the process on a CPU without AMX.
     why="take code for AMX on a CPU with AMX only",
     remove_when=RAW_INT4_ON_AMX.remove_when,
 )

@@ -1,4 +1,5 @@
-"""Engines' kernels that `k26 tune` compares with: a module for each engine, which alone imports it, with its `PEERS`.
+"""Provides the engines' kernels with which `k26 tune` compares the core's: `PEERS` in a module for each engine.
 
-No server imports them. A release without one of their names has a row in the table that says so.
+No server imports these modules, and only the module for an engine imports that engine. If a release lacks a name that a
+kernel needs, the kernel's row in the table of `k26 tune` says so.
 """

@@ -1,6 +1,7 @@
-"""SGLang's kernels for INT4 experts, each from the checkpoint's tensors, for `k26 tune`.
+"""Provides SGLang's kernels for INT4 experts, made from the checkpoint's tensors, for `k26 tune`.
 
-The names are those of SGLang 0.5.23, read in its source and held by tests/sglang/test_peers.py; none has been run yet.
+The names that the kernels need were read in the source of SGLang 0.5.23, and tests/sglang/test_peers.py checks them.
+None of the kernels has been run yet.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from k26_plugins.common.experts.peer import NotHereError, Peer, Run, asking_for,
 
 @cache
 def one_rank(device: torch.device) -> None:
-    """What SGLang's kernels ask for a server's settings and groups of ranks: those of one rank, by default."""
+    """Set up what SGLang's kernels read of a server: default settings, and groups of a single rank."""
     from sglang.srt.distributed.parallel_state import init_distributed_environment, initialize_model_parallel
     from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
 
-    # SGLang leaves the settings of this name as they are: there is no model to read.
+    # With this name SGLang leaves the settings as they are, because it has no model's configuration to read.
     set_global_server_args_for_scheduler(ServerArgs(model_path="dummy"))
     if not torch.distributed.is_initialized():
         store = Path(tempfile.mkdtemp(prefix="k26-tune-")) / "store"
@@ -31,15 +32,17 @@ def one_rank(device: torch.device) -> None:
 
 
 def local(ids: torch.Tensor, expert_map: torch.Tensor | None) -> torch.Tensor:
-    """The ids that SGLang's dispatcher hands to a rank: its own, −1 for another rank's."""
+    """Return the ids that SGLang's dispatcher hands to a rank: local ids, −1 for an expert of another rank."""
     return ids if expert_map is None else expert_map[ids.long()]
 
 
 def sglang_marlin(weights: ExpertWeights) -> Run:
+    """Return SGLang's Marlin kernel for MoE layers with these weights. Raises NotHereError without SGLang."""
     require("sglang")
     from sglang.srt.layers.moe.fused_moe_triton.fused_marlin_moe import fused_marlin_moe
 
-    # From where they are used: the module of the first cannot be imported before this one.
+    # These functions are imported from the module that uses them, because the first one's own module cannot be imported
+    # before this one.
     from sglang.srt.layers.quantization.compressed_tensors.schemes.compressed_tensors_wNa16_moe import (
         gptq_marlin_moe_repack,
         marlin_make_workspace,
@@ -48,7 +51,7 @@ def sglang_marlin(weights: ExpertWeights) -> Run:
 
     device, experts = weights.device, weights.num_experts
     one_rank(device)
-    # No activations are reordered.
+    # The empty order says that no activations are reordered.
     order = torch.empty(experts, 0, dtype=torch.int32, device=device)
 
     def matrix(packed: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,7 +73,7 @@ def sglang_marlin(weights: ExpertWeights) -> Run:
             w2,
             w1_scale,
             w2_scale,
-            x.new_empty(len(x), num_global),  # logits, of which only the number is read
+            x.new_empty(len(x), num_global),  # the router's logits, of which only the shape is read
             topk_weights,
             local(ids, expert_map),
             global_num_experts=num_global,
@@ -87,6 +90,7 @@ def sglang_marlin(weights: ExpertWeights) -> Run:
 
 
 def sglang_triton(weights: ExpertWeights) -> Run:
+    """Return SGLang's Triton kernel for INT4 weights with these weights. Raises NotHereError without SGLang."""
     require("sglang")
     from sglang.srt.layers.moe.moe_runner.base import MoeRunnerConfig
     from sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe import fused_experts
@@ -115,7 +119,11 @@ def sglang_triton(weights: ExpertWeights) -> Run:
 
 
 def flashinfer_mxint4(weights: ExpertWeights) -> Run:
-    """FlashInfer's MXINT4 experts as SGLang calls them. They choose the experts themselves: the logits ask for ours."""
+    """Return FlashInfer's MXINT4 experts, as SGLang calls them, with these weights.
+
+    The kernel chooses the experts itself, so it gets logits by which it chooses those of the batch. Raises NotHereError
+    without FlashInfer or SGLang, and on GPUs other than sm_100.
+    """
     require("flashinfer")
     require("sglang")
     if torch.cuda.get_device_capability()[0] != 10:
@@ -125,7 +133,7 @@ def flashinfer_mxint4(weights: ExpertWeights) -> Run:
     from sglang.srt.layers.quantization.compressed_tensors.schemes import CompressedTensorsMxInt4MoE
 
     experts, inner = weights.num_experts, weights.w13_packed.shape[1] // 2
-    # The method reads nothing else of its object.
+    # The method reads no other attribute of its object.
     cache_only = SimpleNamespace(_cache_permute_indices={})
     w1, w1_scale, w2, w2_scale = CompressedTensorsMxInt4MoE.prepare_static_weights_for_kernel(
         cache_only, weights.w13_packed, weights.w2_packed, weights.w13_scale, weights.w2_scale, experts

@@ -1,7 +1,7 @@
-"""vLLM's kernels for INT4 experts, each from the checkpoint's tensors, for `k26 tune`.
+"""Provides vLLM's kernels for INT4 experts, made from the checkpoint's tensors, for `k26 tune`.
 
-The names are those of vLLM 0.32, Humming's of 0.1.19 and FlashInfer's as vLLM 0.32 uses them, read in their source and held
-by tests/vllm/test_peers.py; none has been run yet.
+The names that the kernels need were read in the source of vLLM 0.32, of Humming 0.1.19 and of FlashInfer as vLLM 0.32
+uses it, and tests/vllm/test_peers.py checks them. None of the kernels has been run yet.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from k26_plugins.common.experts.peer import NotHereError, Peer, Run, asking_for,
 
 
 def vllm_marlin(weights: ExpertWeights) -> Run:
+    """Return vLLM's Marlin kernel for MoE layers with these weights. Raises NotHereError without vLLM."""
     require("vllm")
     from vllm import _custom_ops as ops
     from vllm.model_executor.layers.fused_moe.experts.marlin_moe import fused_marlin_moe
@@ -51,6 +52,7 @@ def vllm_marlin(weights: ExpertWeights) -> Run:
 
 
 def vllm_triton(weights: ExpertWeights) -> Run:
+    """Return vLLM's Triton kernel for INT4 weights with these weights. Raises NotHereError without vLLM."""
     require("vllm")
     from vllm.model_executor.layers.fused_moe.config import int4_w4a16_moe_quant_config
     from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
@@ -70,7 +72,10 @@ def vllm_triton(weights: ExpertWeights) -> Run:
 
 
 def humming(weights: ExpertWeights) -> Run:
-    """Humming's two products as vLLM puts them together: its alignment, SwiGLU and weighted sum around them."""
+    """Return Humming's two GEMMs with these weights, put together as vLLM does, with vLLM's alignment, SwiGLU and sum.
+
+    Raises NotHereError without Humming or vLLM.
+    """
     require("humming")
     require("vllm")
     from humming.layer import HummingLayer
@@ -131,7 +136,11 @@ def humming(weights: ExpertWeights) -> Run:
 
 
 def flashinfer_mxint4(weights: ExpertWeights) -> Run:
-    """FlashInfer's MXINT4 experts as vLLM calls them. They choose the experts themselves: the logits ask for ours."""
+    """Return FlashInfer's MXINT4 experts, as vLLM calls them, with these weights.
+
+    The kernel chooses the experts itself, so it gets logits by which it chooses those of the batch. Raises NotHereError
+    without FlashInfer or vLLM, and on GPUs other than sm_100.
+    """
     require("flashinfer")
     require("vllm")
     if torch.cuda.get_device_capability()[0] != 10:

@@ -203,8 +203,7 @@ class _Answer:
 
 
 def is_thinking(request: Any) -> bool:
-    """Return whether the template opened a think block for a request, as it does unless the request switches thinking
-    off."""
+    """Return whether the template opened a think block, as it does unless the request switches thinking off."""
     thinking: bool = template_options(request.chat_template_kwargs).get("thinking", True)
     return thinking
 

@@ -1,6 +1,7 @@
-"""What this adapter looks up and changes in SGLang, by the names of `names.py`.
+"""Looks up and changes SGLang's objects for this adapter, by the names of `names.py`.
 
-Where releases differ, KTransformers' fork among them, the difference is detected here, by feature and not by version.
+Where releases of SGLang differ, KTransformers' fork among them, this module detects the difference by feature and not
+by version.
 """
 
 from __future__ import annotations
@@ -22,14 +23,15 @@ from k26_plugins.common.model.config import ARCHITECTURE
 from k26_plugins.common.multimodal.data_url import data_url_bytes, is_data_url, require_url
 from k26_plugins.sglang import names
 
-# By the distribution's name, in the order in which they are looked for.
+# The checked releases by the distribution's name, in the order in which distributions are looked for.
 CHECKED_VERSIONS = {"sglang": "0.5.10 to 0.5.23", "sglang-kt": "0.7.2 to 0.7.2"}
 MODEL_TYPE = "kimi_k25"
 MODELS_VARIABLE = "SGLANG_EXTERNAL_MODEL_PACKAGE"
 MEDIA_VARIABLE = "SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE"
 
 
-# As SGLang's own registry of hooks has it, which releases before it lack and which would import too much for some names.
+# A wrapped function is replaced in every module that imported it, as SGLang's own registry of hooks does. That registry
+# is not used, because older releases do not have it, and because for some names it would import too much.
 ENGINE = Engine(
     CHECKED_VERSIONS, "a newer k26-plugins; SGLANG_PLUGINS=none runs SGLang without it", wraps_everywhere=True
 )
@@ -39,30 +41,32 @@ distribution = ENGINE.distribution
 sglang_version = ENGINE.release
 
 
-# Each `register_…` looks up what it needs and notes what it will change; `Registration.apply` changes it.
+# Each `register_…` function looks up the names that it needs and notes changes, which `Registration.apply` makes.
 
 
 def register_models(changes: Registration, package: str) -> None:
-    """Have SGLang's registry take the model class of `package` over the in-tree one of the same name.
+    """Have SGLang's registry prefer the model class of `package` to the in-tree class of the same name.
 
-    Through the variable that SGLang reads when it builds the registry: importing the model here would import every model
-    of SGLang before its arguments are parsed. Child processes inherit it.
+    This sets the environment variable that SGLang reads when it builds the registry, and child processes inherit the
+    variable. Importing the model here would import every model of SGLang before SGLang has parsed its arguments.
     """
     chosen = os.environ.get(MODELS_VARIABLE, package)
     if MODELS_VARIABLE not in os.environ:
         changes.item(os.environ, MODELS_VARIABLE, package)
-    # A module without it is being imported, and will read the variable.
+    # If the module is imported but has no registry yet, it is in the middle of its import and will read the variable.
     if chosen != package or hasattr(sys.modules.get(names.MODEL_REGISTRY.module), names.MODEL_REGISTRY.attribute):
         registry = private(names.MODEL_REGISTRY)
-        # Where SGLang has put off its own models, it puts another mapping in the place of `models` with them.
+        # In releases that import SGLang's own models late, this call does so and replaces the mapping `models`.
         registry.get_supported_archs()
         register = functools.partial(registry.register, package, overwrite=True)
         changes.entry(registry.models, ARCHITECTURE, register)
 
 
 def registered_model() -> type | None:
-    """The class that SGLang's registry has for this architecture, after ours was imported: the registry only logs that it
-    could not be, and takes its own. Raises what the import raises."""
+    """Import the plugin's model class, and return the class that SGLang's registry has for this architecture.
+
+    Raises whatever the import raises. The registry itself would only log such an error and take SGLang's own class.
+    """
     importlib.import_module("k26_plugins.sglang.models.entry")
     found: type | None = private(names.MODEL_REGISTRY).models.get(ARCHITECTURE)
     return found
@@ -73,26 +77,26 @@ def _config_registry() -> Any:
 
 
 def registered_config() -> type | None:
-    """The configuration class that SGLang has for this model type."""
+    """Return the configuration class that SGLang's registry has for this model type, or None."""
     found: type | None = _config_registry().get(MODEL_TYPE)
     return found
 
 
 def register_config(changes: Registration, module: str, name: str) -> None:
-    """Replace the configuration class of this model type by `module.name`."""
+    """Register the class `module.name` as the configuration class of this model type."""
     changes.item(_config_registry(), MODEL_TYPE, getattr(importlib.import_module(module), name))
 
 
 def register_processor(changes: Registration, module: str, name: str) -> None:
-    """Have SGLang build `module.name` as this model type's processor."""
+    """Register the class `module.name` as the processor of this model type."""
     processors = private(names.CUSTOMIZED_PROCESSORS)
     changes.item(processors, MODEL_TYPE, getattr(importlib.import_module(module), name))
 
 
 def register_media(changes: Registration, package: str) -> None:
-    """Have SGLang take the media classes of `package` over its own of the same model, as `register_models` does.
+    """Have SGLang prefer the media classes of `package` to its own for the same model, by an environment variable.
 
-    Raises UnsupportedEngineError where the user gave SGLang another such package: it takes one.
+    Raises UnsupportedEngineError if the user named another such package, because SGLang takes only one.
     """
     chosen = os.environ.get(MEDIA_VARIABLE, package)
     if chosen != package:
@@ -108,17 +112,17 @@ def _get_tokenizer() -> EngineName:
 
 
 def get_tokenizer(name: str, revision: str | None) -> Any:
-    """The tokenizer as SGLang loads it, through the hook of `register_tokenizer_hook`."""
+    """Load a tokenizer by SGLang's own function, around which `register_tokenizer_hook` puts the plugin's hook."""
     return private(_get_tokenizer())(name, tokenizer_revision=revision)
 
 
 def has_entry_point() -> bool:
-    """Whether this SGLang loads plugins: 0.5.10 and KTransformers' fork do not, see `boot`."""
+    """Return whether this release loads plugins. SGLang 0.5.10 and KTransformers' fork do not: see `boot`."""
     return ENGINE.has_module(names.LOAD_PLUGINS)
 
 
 def register_tokenizer_hook(changes: Registration, module: str, name: str) -> None:
-    """Put `module.name(original, *args, **kwargs)` around SGLang's `get_tokenizer`, wherever it was imported to."""
+    """Have `module.name(original, …)` called in the place of `get_tokenizer`, in every module that imported it."""
     hook = getattr(importlib.import_module(module), name)
     if has_entry_point():
         registry, around, target = private(names.HOOK_REGISTRY), private(names.HOOK_TYPE).AROUND, str(_get_tokenizer())
@@ -140,19 +144,22 @@ def register_argument_hook(changes: Registration, module: str, name: str) -> Non
     """Have `module.name(original, server_args)` called before SGLang settles its arguments, in the launching process."""
     settling = ENGINE.first(names.RESOLVE_ARGUMENTS, names.RESOLVE_ARGUMENTS_BEFORE)
     if not ENGINE.has(settling):
-        # 0.5.10, which imports this adapter in the middle of that module: there the flags stay the user's.
+        # SGLang 0.5.10 imports this adapter in the middle of that module's import: there the user's flags stay as they
+        # are.
         return
     wrap(changes, settling, getattr(importlib.import_module(module), name))
 
 
 def serves_chats() -> bool:
-    """Whether this process is an API server."""
+    """Return whether this process is an API server."""
     return names.HTTP_SERVER.module in sys.modules
 
 
 def _held(source: Any) -> bytes | None:
-    """The bytes that a `data:` URL holds, None for another source: SGLang's own reading takes base64 of one kind. Raises
-    MediaError, for an empty address too."""
+    """Return the bytes that a `data:` URL holds, or None for another source.
+
+    SGLang itself reads base64 in one form only. Raises MediaError, also for an empty URL.
+    """
     if not isinstance(source, str):
         return None
     require_url(source)
@@ -160,9 +167,9 @@ def _held(source: Any) -> bytes | None:
 
 
 def image_bytes(data: Any) -> bytes | None:
-    """The bytes of an image as a request gives it, None where it is no file (an array, an embedding).
+    """Return the bytes of an image that a request gives, or None if it gives no file but an array or an embedding.
 
-    Raises ValueError where they cannot be had.
+    Raises ValueError if the bytes cannot be fetched or decoded.
     """
     source = getattr(data, "url", data)
     if not isinstance(source, str | bytes):
@@ -178,11 +185,11 @@ def image_bytes(data: Any) -> bytes | None:
 
 
 def video_bytes(data: Any) -> bytes:
-    """The bytes of a video as a request gives it. Raises ValueError where they cannot be had."""
+    """Return the bytes of a video that a request gives. Raises ValueError if they cannot be fetched or decoded."""
     source = getattr(data, "url", data)
     if (held := _held(source)) is not None:
         return held
-    # KTransformers' fork has none: there a video is fetched as an image is.
+    # KTransformers' fork has no function for videos. There a video is fetched as an image is.
     normalize = private(ENGINE.first(names.NORMALIZE_VIDEO, names.GET_IMAGE_BYTES))
     try:
         source = normalize(source)
@@ -194,15 +201,18 @@ def video_bytes(data: Any) -> bytes:
 
 
 def loaded_image(image: Any, content: Any) -> Any:
-    """An image with the digest of its `content`, where this SGLang's class for the model expects one."""
-    # Since 0.5.23; the cache that takes the digest is older, and knows no images of Kimi's before.
+    """Return an image together with the digest of `content`, if this release's class for the model expects a digest.
+
+    image: a PIL image or a chunk of a video. content: what the digest is made of.
+    """
+    # SGLang expects a digest since 0.5.23. Its cache of images is older, but held none of this model's before.
     if not ENGINE.has(names.LOADED_IMAGE):
         return image
     return private(names.LOADED_IMAGE)(image, private(names.SNAPSHOT_MEDIA)(content).content_digest)
 
 
 def with_fields(message: Any, fields: dict[str, str]) -> Any:
-    """A request's message, a pydantic model, with fields that its class does not know."""
+    """Return a request's message, a pydantic model, with further fields that its class does not have."""
     missing = {name: value for name, value in fields.items() if name not in type(message).model_fields}
     if not missing:
         return message
@@ -215,94 +225,107 @@ def _open_class(model: type) -> Any:
 
 
 def in_tree_tool_detector() -> type:
+    """Return the class of SGLang's own tool-call parser for this model."""
     found: type = private(names.TOOL_DETECTOR)
     return found
 
 
 def replace_tool_detector(changes: Registration, parser: str, module: str, name: str) -> None:
+    """Register the class `module.name` as the tool-call parser of the name `parser`."""
     parsers = private(names.TOOL_PARSERS)
     changes.item(parsers, parser, getattr(importlib.import_module(module), name))
 
 
 def finish_tokenizer(tokenizer: Any) -> Any:
-    """What SGLang itself does to every tokenizer that it has loaded."""
+    """Do to a tokenizer what SGLang does to every tokenizer that it has loaded, and return the tokenizer."""
     private(names.STOP_TOKEN_IDS)(tokenizer)
     return private(names.PATCH_TOKENIZER)(tokenizer)
 
 
 def in_tree_config() -> type:
+    """Return SGLang's configuration class for this model."""
     found: type = private(names.IN_TREE_CONFIG)
     return found
 
 
 def in_tree_model() -> Any:
+    """Return SGLang's module that has the in-tree model class."""
     return private(names.IN_TREE_MODEL)
 
 
 def language_model() -> Any:
-    """The class that the in-tree model has its text decoder from."""
+    """Return the class of the in-tree model's language model."""
     return private(names.LANGUAGE_MODEL)
 
 
 def in_tree_media() -> Any:
+    """Return SGLang's module that has the in-tree media classes."""
     return private(names.IN_TREE_MEDIA)
 
 
 def router_gate() -> type:
+    """Return SGLang's class of the router's gate."""
     found: type = private(names.ROUTER_GATE)
     return found
 
 
 def compressed_tensors_config() -> type[Any]:
+    """Return the class of the quantization configuration that SGLang makes for the published checkpoint."""
     found: type[Any] = private(names.COMPRESSED_TENSORS)
     return found
 
 
 def moe_scheme_base() -> type:
+    """Return the base class of SGLang's compressed-tensors schemes for fused-MoE layers."""
     found: type = private(names.MOE_SCHEME)
     return found
 
 
 def moe_runner_backend() -> Any:
-    """What `--moe-runner-backend` resolved to: the user's choice, or SGLang's for this GPU and checkpoint."""
+    """Return what `--moe-runner-backend` resolved to: the user's choice, or SGLang's for this GPU and checkpoint."""
     return private(names.RUNNER_BACKEND)()
 
 
 def moe_all_to_all() -> Any:
-    """What `--moe-a2a-backend` resolved to."""
+    """Return what `--moe-a2a-backend` resolved to."""
     return private(names.ALL_TO_ALL_BACKEND)()
 
 
-# A name with an underscore: SGLang allows notes of such names on its arguments, and sends them to its processes.
+# The attribute that notes the user's choice on SGLang's arguments. Its name begins with an underscore, because SGLang
+# allows additional attributes with such names and sends them to its processes.
 _GIVEN_RUNNER = "_k26_moe_runner"
 
 
 def keep_given_runner(server_args: Any) -> None:
-    """Note what the user gave as `--moe-runner-backend`, before SGLang settles its arguments."""
+    """Note on SGLang's arguments what the user gave as `--moe-runner-backend`, before SGLang settles them."""
     if getattr(server_args, _GIVEN_RUNNER, None) is None:
         setattr(server_args, _GIVEN_RUNNER, server_args.moe_runner_backend)
 
 
 def given_runner() -> str | None:
-    """What `keep_given_runner` noted, `auto` where the flag was not given; None where nothing was (SGLang 0.5.10)."""
+    """Return what `keep_given_runner` noted.
+
+    This is `auto` if the user gave no flag, and None if nothing was noted (SGLang 0.5.10).
+    """
     return getattr(server_args(), _GIVEN_RUNNER, None)
 
 
 def forget_media_embeddings() -> None:
-    """Drop what the vision tower made of images: SGLang's flush after an update of the weights leaves it out."""
+    """Drop SGLang's cached embeddings of images, which its flush after an update of the weights does not drop."""
     cache = private(ENGINE.first(names.EMBEDDING_CACHE, names.EMBEDDING_CACHE_BEFORE))
     if cache is not None:
         cache.clear()
 
 
 def server_args() -> Any:
-    """What the user started SGLang with."""
+    """Return the arguments with which SGLang was started."""
     return private(ENGINE.first(names.GET_SERVER_ARGS, names.GET_SERVER_ARGS_BEFORE))()
 
 
 @contextlib.contextmanager
 def without_kt_wrapper() -> Iterator[None]:
-    """Have SGLang build its fused-MoE layers without KTransformers' wrapper, whatever `--kt-…` says."""
+    """Inside this context, have SGLang build its fused-MoE layers without KTransformers' wrapper despite `--kt-…`
+    flags."""
     if ENGINE.has(names.KT_CONFIG):
         layer, name, original = private(names.KT_CONFIG.owner), names.KT_CONFIG.attribute, private(names.KT_CONFIG)
         setattr(layer, name, lambda *args, **kwargs: None)
@@ -316,34 +339,43 @@ def without_kt_wrapper() -> Iterator[None]:
 
 
 def is_cuda() -> bool:
-    """Whether SGLang runs on NVIDIA GPUs: ROCm is another platform to it."""
+    """Return whether SGLang runs on NVIDIA GPUs. ROCm is another platform for SGLang."""
     return bool(private(names.IS_CUDA)())
 
 
 def experts_scale_output() -> bool:
-    """Whether the routed scaling factor is the experts' to apply: on CUDA SGLang's kernels do, elsewhere the layer does."""
+    """Return whether the experts must apply the routed scaling factor.
+
+    On CUDA SGLang leaves it to the experts' kernels; elsewhere the layer applies it.
+    """
     return is_cuda()
 
 
 def device_type() -> str:
+    """Return the type of the device that SGLang runs on, such as `cuda` or `cpu`."""
     return str(private(names.GET_DEVICE)()).split(":")[0]
 
 
 def on_gpu(server_args: Any) -> bool:
-    """Whether these arguments, not settled yet, mean a GPU."""
+    """Return whether SGLang will run on a GPU with these arguments, which are not settled yet."""
     return torch.cuda.is_available() and server_args.device in (None, "cuda")
 
 
 def combine_input(hidden_states: torch.Tensor) -> Any:
+    """Return SGLang's object in which a scheme hands over what the experts computed."""
     return private(names.COMBINE_INPUT)(hidden_states=hidden_states)
 
 
 def torch_native_backend() -> Any:
+    """Return the class of SGLang's plain torch attention backend."""
     return private(names.TORCH_NATIVE)
 
 
 def use_absorbed_mla_on_torch_native(backend: Callable[[Any], Any]) -> None:
-    """Have the plain torch backend run MLA in its absorbed form, prefill too, by `backend`. Without it prefill fails."""
+    """Have SGLang run MLA in its absorbed form, for prefill too, by `backend` in the place of the plain torch backend.
+
+    Otherwise prefill fails on that backend.
+    """
     methods = private(names.FORWARD_METHOD)
     private(names.FORWARD_REGISTRY).register("torch_native", lambda attention, batch: methods.MLA)
     private(names.ATTENTION_BACKENDS)["torch_native"] = backend

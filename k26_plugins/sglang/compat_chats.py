@@ -59,8 +59,7 @@ def tool_call_item(call: CallPiece) -> Any:
 
 
 def tool_call(item: Any, call_id: str | None) -> Any:
-    """Return SGLang's object for a call, or a piece of one, as a client gets it. item: as `tool_call_item` returns
-    it."""
+    """Return SGLang's object for a call, or a piece of one, as a client gets it. item: from `tool_call_item`."""
     function = private(names.FUNCTION_RESPONSE)(name=item.name, arguments=item.parameters)
     return private(names.TOOL_CALL)(id=call_id, index=item.tool_index, function=function)
 
@@ -112,8 +111,7 @@ def counts_output_ids() -> bool:
 def new_text(chunk: dict[str, Any], given_out: int) -> tuple[str, int]:
     """Return the new text of a chunk, and the number of characters given out with it.
 
-    given_out: the number of characters that earlier chunks gave out. It stays as it is where chunks have only what is
-    new.
+    given_out: the number of characters that earlier chunks gave out; it is not counted if chunks have only what is new.
     """
     text: str = chunk["text"]
     return (text, given_out) if sends_increments() else (text[given_out:], len(text))

@@ -1,4 +1,4 @@
-"""Hides from raw completions in SGLang the markers of thinking and of tool calls that the model wrote as control
+"""Hides from raw completions in SGLang the markers of thinking and of tool calls, which the model wrote as control
 tokens.
 
 SGLang hides the tokens that a tokenizer calls special. The core's tokenizer does not call the markers special, because
@@ -87,8 +87,7 @@ class _Choice:
 
 
 def _hidden(answer: dict[str, Any], text: str, tokenizer: KimiTokenizer) -> dict[str, Any]:
-    """Return a copy of an answer with another text. Tokens that are not shown have an empty text in the log
-    probabilities."""
+    """Return a copy of an answer with another text, in whose log probabilities hidden tokens have an empty text."""
     meta = answer["meta_info"]
     if meta.get("output_token_logprobs"):
         named = [

@@ -33,8 +33,7 @@ class K26MoEScheme(compat.moe_scheme_base()):  # type: ignore[misc]
 
     experts: LayerExperts
     on_host: LayerExperts
-    """The experts that may be in host memory: in this class all of the layer's, which are there if the device is a
-    CPU."""
+    """The experts that may be in host memory: here all of the layer's, which are there if the device is a CPU."""
     is_awaited = False
     """Whether a saved state is still to be loaded into the parameters. SGLang calls `process_weights_after_loading`
     before it loads one, which must not repack the empty parameters."""
@@ -124,8 +123,7 @@ def schemes_of(model: torch.nn.Module) -> list[K26MoEScheme]:
 
 def experts_of(model: torch.nn.Module) -> dict[int, ExpertsOfLayer]:
     """Return the layers of a model whose experts `K26MoEScheme` serves, by the number of the layer."""
-    # An expert's only physical id is its own: SGLang's weight loader takes the checkpoint's ids and finds EPLB's
-    # copies.
+    # An expert has one physical id: SGLang's weight loader takes the checkpoint's ids and finds EPLB's copies itself.
     return {
         module.layer_id: ExpertsOfLayer(
             module,

@@ -1,4 +1,5 @@
-"""Hybrid runs: SGLang's `--kt-…` flags taken to the core's experts on the device and in the host's memory."""
+"""Serves hybrid runs in SGLang: reads the `--kt-…` flags, and has the core compute some experts on the device and the
+others, which stay in host memory, on the CPU."""
 
 from __future__ import annotations
 
@@ -34,35 +35,41 @@ from k26_plugins.sglang.arguments import refuse_two_batches
 from k26_plugins.sglang.experts import K26MoEScheme
 
 DEFERRED_FLAG = "--kt-max-deferred-experts-per-token"
-# AMXINT4 is what upstream SGLang takes `--kt-method` to be where nobody gave it.
+# The accepted values of `--kt-method`. AMXINT4 is upstream SGLang's default, so a user may not have chosen it.
 METHODS = (None, "RAWINT4", "AMXINT4")
 
 
 class HybridError(ValueError):
-    """A hybrid run that would not fit or not be right. The message names the flag and the remedy."""
+    """A hybrid run would not fit into memory or would give wrong results. The message names the flag and the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
 class HybridSettings:
+    """The settings of a hybrid run, which all layers of a model share."""
+
     num_experts: int
     num_device_experts: int
+    """The number of experts of each layer that the device holds."""
     profile: Profile | None
     host_backend: str
     streaming: Streaming | None
     runtime: DeviceRuntime | None
-    """The device's, where the CPU's experts are work in its stream."""
+    """The device's runtime if the CPU's experts run as work in the device's stream, otherwise None."""
     deferral: Deferral | None
     uses: Uses
 
     def placement(self, layer: int) -> LayerPlacement:
+        """Return which experts of a layer are on the device and which on the CPU. layer: its number in the model."""
         counts = self.profile.counts[layer] if self.profile is not None else None
         return place(self.num_experts, self.num_device_experts, counts)
 
 
 def hybrid_settings(config: K26Config) -> HybridSettings | None:
-    """What the server's `--kt-…` flags ask for, or None without them.
+    """Return the settings that the server's `--kt-…` flags ask for, or None without such flags.
 
-    Raises HybridError, PlacementError or HostMemoryError for a run that would not be right or not fit.
+    With the flags, this also limits the CPU cores of this process (--kt-cpuinfer) and puts a hook around the results of
+    batches. Raises HybridError, PlacementError or HostMemoryError for a run that would give wrong results or not fit
+    into memory.
     """
     arguments = compat.server_args()
     if getattr(arguments, "kt_weight_path", None) is None:
@@ -83,7 +90,7 @@ def hybrid_settings(config: K26Config) -> HybridSettings | None:
     batches = Batches(config.text.num_experts_per_tok, num_experts, SUM_DTYPE, logger)
     streaming = _streaming(arguments, batches)
     settings = HybridSettings(num_experts, on_device, profile, host_backend, streaming, runtime, deferral, uses)
-    settings.placement(last_layer)  # a number of experts that cannot be is refused here
+    settings.placement(last_layer)  # this raises PlacementError for an impossible number of experts
     _require_memory(arguments, config, num_experts - on_device)
     ranks = max(1, arguments.tp_size // arguments.nnodes)
     if arguments.kt_cpuinfer is not None:
@@ -105,13 +112,17 @@ def _streaming(arguments: Any, batches: Batches) -> Streaming | None:
     stream_from = STREAM_FROM.read()
     if stream_from == "never":
         return None
-    # sglang-kt's flag says the same, its answer to batches of so many tokens being to stream all experts.
+    # sglang-kt's flag means the same: for batches of at least so many tokens sglang-kt streams all experts.
     number = stream_from if isinstance(stream_from, int) else getattr(arguments, "kt_gpu_prefill_token_threshold", None)
     return Streaming(EXPERTS.read(), number, batches)
 
 
 def _deferral(arguments: Any, last_layer: int) -> Deferral | None:
-    """Raises HybridError where a layer does not directly follow the one before it in the same process."""
+    """Return the deferral of experts that the flag asks for, or None if it asks for none.
+
+    Raises HybridError if experts cannot be deferred: a layer must directly follow the one before it, in the same
+    process.
+    """
     flag, per_token = DEFERRED_FLAG, getattr(arguments, "kt_max_deferred_experts_per_token", None) or 0
     if per_token == 0:
         return None
@@ -134,7 +145,10 @@ def _deferral(arguments: Any, last_layer: int) -> Deferral | None:
 
 
 def _moves(arguments: Any, host_backend: str) -> bool:
-    """Whether experts move while serving, by sglang-kt's flag or our variable. Raises HybridError where they cannot."""
+    """Return whether experts move while serving, as sglang-kt's flag or K26_MOVE_EXPERTS asks.
+
+    Raises HybridError if the CPU's backend cannot move them.
+    """
     flag = "--kt-enable-dynamic-expert-update"
     if not (getattr(arguments, "kt_enable_dynamic_expert_update", False) or MOVE_EXPERTS.read()):
         return False
@@ -162,14 +176,18 @@ def _refuse(arguments: Any) -> None:
         raise HybridError(f"--kt-method {method} needs converted weights: give RAWINT4, the checkpoint's own format.")
     refuse_two_batches(arguments)
     if arguments.ep_size > 1 or getattr(arguments, "enable_eplb", False):
-        # An all-to-all has SGLang set the size of expert parallelism.
+        # `ep_size` covers --moe-a2a-backend too, because with an all-to-all SGLang sets the size of expert parallelism.
         raise HybridError(
             "a hybrid run places experts itself: leave out --ep-size, --moe-a2a-backend and --enable-eplb, use --tp-size."
         )
 
 
 def _runtime(arguments: Any, host_backend: str) -> DeviceRuntime | None:
-    """The device's runtime; None where the host waits in every layer, which is refused where a CUDA graph would hold it."""
+    """Return the device's runtime, or None if the device is the CPU or the host waits for the CPU's experts in each
+    layer.
+
+    Raises HybridError if the host has to wait and CUDA graphs are on, because a graph cannot hold such a wait.
+    """
     if compat.device_type() == "cpu":
         return None
     if host_backend in ("auto", NativeExperts.name):
@@ -188,13 +206,16 @@ def _runtime(arguments: Any, host_backend: str) -> DeviceRuntime | None:
     return None
 
 
-# The settings of the model that this process built last.
+# The settings of the model that this process built last; `complete_results` reads them.
 _settings: HybridSettings | None = None
 
 
 def complete_results(original: Callable[..., Any], scheduler: Any, batch: Any, result: Any) -> Any:
-    """Ends the server with an error before an answer is given of work that the CPU's experts did not do; then experts may
-    move."""
+    """Wrap SGLang's `process_batch_result` so that no answer is given from work which the CPU's experts did not finish.
+
+    Such a batch raises ExpertsError, which ends the server. After a good batch experts may move between the device and
+    the CPU.
+    """
     settings = _settings
     assert settings is not None, "it is hooked where they are made"
     if settings.runtime is not None:
@@ -210,7 +231,7 @@ def complete_results(original: Callable[..., Any], scheduler: Any, batch: Any, r
 
 
 def _require_memory(arguments: Any, config: K26Config, num_host_experts: int) -> None:
-    """Refuse, before anything is loaded, a run whose experts on the CPU do not fit this host's memory."""
+    """Raise HostMemoryError, before anything is loaded, if the experts on the CPU do not fit into host memory."""
     layers = config.text.num_hidden_layers - config.text.first_k_dense_replace
     require_host_memory(
         num_host_experts * expert_bytes(config.text) * layers // arguments.nnodes,
@@ -220,14 +241,17 @@ def _require_memory(arguments: Any, config: K26Config, num_host_experts: int) ->
 
 
 class K26HybridScheme(K26MoEScheme):
-    """Two sets of packed weights. Each tensor that SGLang loads goes, cut for the rank, to the one that its expert is in."""
+    """The scheme of one fused-MoE layer of a hybrid run, with one set of experts on the device and one in host memory.
+
+    Each tensor that SGLang loads is cut for the rank and goes to the set that holds its expert.
+    """
 
     def __init__(self, backend_name: str, settings: HybridSettings) -> None:
         super().__init__(backend_name)
         self.settings = settings
         self.backend: HybridExperts | None = None
         self.is_ready = False
-        # Not a part of SGLang's layer: what it moves to the device stays in the host's memory.
+        # The host's parameters are not in SGLang's layer, because SGLang would move them to the device with the layer.
         self.host = torch.nn.Module()
 
     def create_weights(
@@ -251,11 +275,15 @@ class K26HybridScheme(K26MoEScheme):
 
     @property
     def placement(self) -> LayerPlacement:
-        """Experts may have moved."""
+        """Which experts are on the device and which on the CPU now; they may have moved since the start."""
         return self._placement if self.backend is None else self.backend.placement
 
     def _spread(self, set_attributes: Callable[[torch.nn.Parameter], None]) -> Callable[[torch.nn.Parameter], None]:
-        """Has each parameter of SGLang's layer load the host's experts too, each by its place in its set."""
+        """Return a function that makes a parameter of SGLang's layer load the host's experts too.
+
+        SGLang's weight loader of the parameter is called with an expert of the checkpoint. The replaced loader passes
+        the tensor on to the parameter of the set that holds the expert, with the expert's index in that set.
+        """
 
         def on_parameter(parameter: Any) -> None:
             set_attributes(parameter)
@@ -288,7 +316,7 @@ class K26HybridScheme(K26MoEScheme):
     def close(self) -> None:
         if self.is_ready:
             return
-        # Those may be closed already, beside the loading of later layers.
+        # The host's experts may have been closed already, while later layers were loaded.
         self.on_host.close()
         device = self.experts.device
         on_device = None
@@ -297,7 +325,7 @@ class K26HybridScheme(K26MoEScheme):
             on_device = self.experts.backend()
         host = self.on_host.backend()
         if self.backend is not None:
-            # CUDA graphs hold what it has on the device.
+            # The object stays, because CUDA graphs hold the addresses of its tensors on the device.
             self.backend.use(on_device, host)
         else:
             settings = self.settings

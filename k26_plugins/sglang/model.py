@@ -127,8 +127,7 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
         self.left_out = set()
         compat.forget_media_embeddings()
         layers = experts_of(self)
-        # SGLang's threads still copy from the files after the last tensor was handed over, so the files are watched
-        # here.
+        # The files are watched here too: SGLang's threads still copy from them after the last tensor was handed over.
         with watched_files() if layers else nullcontext():
             return load_weights(weights, self.core_config, layers, super().load_weights)
 
@@ -165,8 +164,7 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
     def generate_weight_name_filter(self, experts: dict[int, list[int]]) -> Callable[[str], bool]:
         """Return a function that says whether SGLang is to read a tensor again after a rank was lost.
 
-        experts: the numbers of the lost rank's experts by layer. Without this method SGLang would read all tensors
-        again.
+        experts: the numbers of the lost experts by layer. Without this method SGLang would read all tensors again.
         """
         is_wanted = self.language_model.generate_weight_name_filter(experts)
 
@@ -182,8 +180,7 @@ class KimiK25ForConditionalGeneration(_in_tree.KimiK25ForConditionalGeneration):
 def saved_state(original: Callable[..., None], model: Any, *args: Any, **kwargs: Any) -> None:
     """Wrap SGLang's `ShardedStateLoader.save_model` so that a saved state has the experts as the checkpoint packs them.
 
-    SGLang would save the parameters as a backend has repacked them for this machine. Raises HybridError for a hybrid
-    run.
+    SGLang would save the parameters as a backend repacked them for this machine. Raises HybridError for a hybrid run.
     """
     if any(isinstance(scheme, K26HybridScheme) for scheme in schemes_of(model)):
         raise HybridError(

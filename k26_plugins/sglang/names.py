@@ -1,14 +1,15 @@
-"""Every name of SGLang that this adapter touches and that SGLang does not promise to keep, in one table.
+"""Lists every name of SGLang that this adapter touches and that SGLang does not promise to keep.
 
-The files of each checked release are held to it (tests/core/test_engine_names.py). docs/upgrading.md: what to do when one
-is gone. `since` and `until` are SGLang's own releases; what KTransformers' fork has, its snapshot says.
+tests/core/test_engine_names.py compares this table with the files of each checked release. docs/upgrading.md says what
+to do when a release has lost one of the names. `since` and `until` are releases of SGLang itself; the test's snapshot
+of KTransformers' fork says which names the fork has.
 """
 
 from __future__ import annotations
 
 from k26_plugins.common.adapters.engine import EngineName
 
-# What an entry waits for, where several wait for the same.
+# Values of `remove_when` that several entries share.
 _SINCE = "neither a release below {} nor KTransformers' fork 0.7.2 is served"
 _PLUGINS = "SGLang documents this registry for plugins, with a way to take a registration back"
 _IN_TREE_MODEL = "no class of ours derives from it"
@@ -118,7 +119,7 @@ HOOK_TYPE = EngineName(
 FIRST_MODULE = EngineName(
     "sglang.srt.utils.hf_transformers_utils",
     "",
-    # Every process of SGLang's imports it early, and the adapter's registrations are all that come later.
+    # Every process of SGLang imports this module early, before anything that the adapter registers is used.
     why="begin where SGLang has no entry point for plugins (`boot`)",
     remove_when=_SINCE.format("0.5.11"),
 )
@@ -528,7 +529,7 @@ KT_CONFIG = EngineName(
 KT_SWITCH = EngineName(
     "sglang.srt.layers.moe.utils",
     "speculative_kt_ep_disabled_context",
-    # The fork has it from 0.7 on, for draft models.
+    # KTransformers' fork has this function since 0.7, for draft models.
     why=KT_CONFIG.why,
     remove_when="KTransformers' fork 0.7.2 is not served",
     since="sglang-kt 0.7.2",
@@ -557,7 +558,8 @@ IN_OBJECT_STORE = EngineName(
 LOAD_CHECKPOINT = EngineName(
     "sglang.srt.model_loader.loader",
     "DefaultModelLoader.load_weights_and_postprocess",
-    # The loader alone knows that they are the whole: a model's `load_weights` gets parts too, in updates from tensors.
+    # Only the loader knows that its tensors are a whole checkpoint: an update from tensors calls a model's
+    # `load_weights` with parts of one.
     why="account for the tensors of a whole checkpoint",
     remove_when=_LOADER,
 )
@@ -603,7 +605,7 @@ ATTENTION_BACKENDS = EngineName(
 FORWARD_REGISTRY = EngineName(
     "sglang.srt.models.deepseek_common.attention_backend_handler",
     "AttentionBackendRegistry",
-    # The only form that this backend can: the other has keys and values of two sizes.
+    # The plain torch backend can run no other form of MLA, because the other form has keys and values of two sizes.
     why="have the plain torch backend run MLA in its absorbed form",
     remove_when=_TORCH_NATIVE,
 )

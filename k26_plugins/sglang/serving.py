@@ -65,8 +65,7 @@ async def read_messages(original: Callable[..., Any], serving: Any, request: Any
 
 
 async def read_thinking(original: Callable[..., Any], serving: Any, request: Any, raw_request: Any = None) -> Any:
-    """Wrap SGLang's `create_responses` so that `thinking` in a request of the Responses API is read; SGLang drops
-    it."""
+    """Wrap SGLang's `create_responses` so that `thinking` counts in the Responses API; SGLang would drop it."""
     if hasattr(raw_request, "body"):
         hear_thinking(request, json.loads(await raw_request.body()))
     return await original(serving, request, raw_request)
@@ -94,8 +93,7 @@ def _ends_the_server(request: Any, vocab_size: int) -> str | None:
 
 
 def keep_arguments(original: Callable[..., None], message: dict[str, Any], **kwargs: Any) -> None:
-    """Replace SGLang's `normalize_assistant_tool_call_arguments` by nothing, so that past calls keep the text of their
-    arguments.
+    """Do nothing in the place of SGLang's `normalize_assistant_tool_call_arguments`, so that past arguments stay text.
 
     SGLang would parse the text, and the template would write it anew. The core's tokenizer parses it for a template
     that needs that.
@@ -149,8 +147,7 @@ def send_token_ids(
 ) -> tuple[str, Any]:
     """Wrap SGLang's `_engine_prompt` so that a prompt with images is sent on as token ids.
 
-    SGLang would decode the ids and have the text tokenized again, and text that spells a control token would become
-    one.
+    SGLang would decode the ids and have the text tokenized again: text that spells a control token would become one.
     """
     if isinstance(processed.prompt_ids, list) and processed.prompt_ids:
         return "input_ids", processed.prompt_ids

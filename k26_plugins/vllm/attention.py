@@ -77,8 +77,8 @@ class K26CPUPrefillBackend(compat.cpu_prefill_backend()):  # type: ignore[misc]
     ) -> Any:
         """Compute the attention of several requests, whose tokens follow one another in tensors [tokens, heads, size].
 
-        q_cu_seq_lens, kv_cu_seq_lens: where each request begins, and last where the last one ends. Returns the output,
-        and with `return_softmax_lse` also the log-sum-exp [heads, tokens].
+        q_cu_seq_lens, kv_cu_seq_lens: the offset at which each request begins, and that at which the last one ends.
+        Returns the output, and with `return_softmax_lse` also the log-sum-exp [heads, tokens].
         """
         queries, lengths = (offsets.diff().tolist() for offsets in (q_cu_seq_lens, kv_cu_seq_lens))
         # The tensors may be padded beyond the last request.

@@ -141,8 +141,7 @@ def _get_parser(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def register_grammars(changes: Registration, module: str, name: str) -> None:
-    """Have `module.name(original, …)` called in the place of what gives the manager of structured output its
-    tokenizer."""
+    """Have `module.name(original, …)` called in the place of the function that gives structured output a tokenizer."""
     if names.GRAMMAR_TOKENIZER.module in sys.modules:  # otherwise this process compiles no grammars: a worker, say
         wrap(changes, names.GRAMMAR_TOKENIZER, Later(module, name))
 

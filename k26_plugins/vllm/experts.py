@@ -64,8 +64,7 @@ class K26ExpertsMethod(FusedMoEMethodBase):
         return FUSED_MOE_UNQUANTIZED_CONFIG
 
     def maybe_make_prepare_finalize(self, *args: Any, **kwargs: Any) -> None:
-        """Return None, so that vLLM 0.19.1 builds no kernel around this method, which applies the experts itself
-        there."""
+        """Return None, so that vLLM 0.19.1 builds no kernel around this method, which applies the experts itself."""
         return None
 
     @property

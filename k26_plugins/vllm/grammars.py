@@ -1,5 +1,4 @@
-"""Gives vLLM's compilers of grammars the tokenizer as they should see it. They run in the process of the engine
-core."""
+"""Gives vLLM's compilers of grammars, which run in the engine core's process, the tokenizer as they should see it."""
 
 from __future__ import annotations
 

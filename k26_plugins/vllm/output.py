@@ -113,8 +113,8 @@ class K26Parser(DelegatingParser):
         return next((place for place, token_id in enumerate(token_ids) if token_id in ends), len(token_ids))
 
     def _apply_structural_tag(self, request: Any) -> Any:
-        """Make the grammar of an answer's schema allow tool calls too. By default vLLM's allows calls of strict tools
-        only."""
+        """Make the grammar of an answer's schema allow tool calls too; by default vLLM's allows those of strict
+        tools."""
         if hasattr(self, "tool_strict_level") and request.extract_structured_outputs() is not None:
             self.tool_strict_level = compat.level_of_calls(self.tool_strict_level)
         return super()._apply_structural_tag(request)

@@ -70,6 +70,5 @@ class K26MultiModalProcessor(_in_tree.KimiK25MultiModalProcessor):  # type: igno
     """The in-tree class with the method that vLLM's rendering of chats calls for a video."""
 
     def split_video_chunks(self, video: Sequence[VideoChunk]) -> list[dict[str, Any]]:
-        """Return each chunk that the media connector made of a video, with the text that stands for it in the
-        prompt."""
+        """Return each chunk that the media connector made of a video, with the text that stands for it in a prompt."""
         return [{"video_chunk": chunk, "prompt": chunk.prompt} for chunk in video]

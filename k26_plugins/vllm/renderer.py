@@ -1,5 +1,4 @@
-"""Renders chats to prompts by vLLM's own renderer, after control tokens that clients spell in messages are marked as
-text."""
+"""Renders chats to prompts by vLLM's own renderer, after marking as text the control tokens that messages spell."""
 
 from __future__ import annotations
 

@@ -21,8 +21,7 @@ from k26_plugins.common.prompt.token_text import TokenText
 from k26_plugins.common.prompt.tokenizer import KimiTokenizer
 
 REASONING_NAMES = ("reasoning", "reasoning_content")
-"""The two names of a message's reasoning: vLLM's, and the one that Moonshot's own API and SGLang use. A client reads
-either."""
+"""The two names of a message's reasoning: vLLM's, and that of Moonshot's own API and SGLang. A client reads either."""
 
 
 class Answer:

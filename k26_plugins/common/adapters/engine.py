@@ -70,8 +70,7 @@ class Engine:
     title: str = ""
     """What users call the engine, if that is not the distribution's name."""
     wraps_everywhere: bool = False
-    """Whether a wrapped function is replaced in every module that has imported it by name, and not in its own module
-    alone."""
+    """Whether a wrapped function is replaced in every module that has imported it by name, and not only in its own."""
 
     def distribution(self) -> tuple[str, str]:
         """Return the name and the version of the installed distribution.
@@ -122,8 +121,10 @@ class Engine:
             raise self.lacks(name) from error
 
     def has_module(self, name: EngineName) -> bool:
-        """Return whether this release has the module of a name. The packages around the module are imported, the module
-        itself is not."""
+        """Return whether this release has the module of a name.
+
+        The packages that contain the module are imported, but the module itself is not.
+        """
         parts = name.module.split(".")
         return all(find_spec(".".join(parts[:end])) for end in range(1, len(parts) + 1))
 

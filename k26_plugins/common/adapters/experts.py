@@ -1,5 +1,5 @@
-"""Decides which layers of a model get the core's INT4 experts, and makes an engine's quantization configuration answer
-with them."""
+"""Decides which layers of a model get the core's INT4 experts, and has an engine's quantization configuration give
+them."""
 
 from __future__ import annotations
 

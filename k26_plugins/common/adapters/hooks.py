@@ -1,4 +1,4 @@
-"""Describes the hooks that an adapter puts around its engine's functions, and reports what is lost where a function is
+"""Describes hooks that an adapter puts around its engine's functions, and logs what is lost where a function is
 gone."""
 
 from __future__ import annotations
