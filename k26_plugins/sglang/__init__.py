@@ -13,7 +13,7 @@ from k26_plugins.common.adapters.activation import activate
 if TYPE_CHECKING:
     from k26_plugins.common.adapters.registration import Registration
 
-# Under SGLang's own logger, so that its level and format apply.
+# The logger is a child of SGLang's own, so that SGLang's level and format apply.
 logger = logging.getLogger("sglang.k26_plugins")
 
 

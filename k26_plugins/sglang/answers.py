@@ -124,6 +124,7 @@ class _Step:
         self._answer = answer
 
     def step(self, chunk: dict[str, Any], finish_reason: dict[str, Any] | None) -> tuple[str, str, list[Any]]:
+        """Return the reasoning, the content and the pieces of calls that the next chunk brings."""
         return self._answer.next(chunk, finish_reason["type"] if finish_reason else None)
 
 

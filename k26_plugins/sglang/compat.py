@@ -324,7 +324,7 @@ def server_args() -> Any:
 
 @contextlib.contextmanager
 def without_kt_wrapper() -> Iterator[None]:
-    """Inside this context, have SGLang build its fused-MoE layers without KTransformers' wrapper despite `--kt-…`
+    """Have SGLang build fused-MoE layers without KTransformers' wrapper inside this context, despite its `--kt-…`
     flags."""
     if ENGINE.has(names.KT_CONFIG):
         layer, name, original = private(names.KT_CONFIG.owner), names.KT_CONFIG.attribute, private(names.KT_CONFIG)

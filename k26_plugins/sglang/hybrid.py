@@ -275,7 +275,7 @@ class K26HybridScheme(K26MoEScheme):
 
     @property
     def placement(self) -> LayerPlacement:
-        """Which experts are on the device and which on the CPU now; they may have moved since the start."""
+        """The current placement of the layer's experts, which may have moved since the start."""
         return self._placement if self.backend is None else self.backend.placement
 
     def _spread(self, set_attributes: Callable[[torch.nn.Parameter], None]) -> Callable[[torch.nn.Parameter], None]:

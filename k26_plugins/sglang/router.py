@@ -17,6 +17,7 @@ class K26Gate(compat.router_gate()):  # type: ignore[misc]
     """
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return the router's logits, float32 [tokens, experts]. hidden_states: [tokens, hidden size]."""
         if hidden_states.device.type == "cpu" or not compat.is_cuda():
             # SGLang's product is not computed here: with AITER and on CPUs it gives bfloat16 and would be thrown away,
             # and sglang-kt would compile a CUDA kernel for it.

@@ -10,7 +10,7 @@ from k26_plugins.common.adapters.activation import activate
 if TYPE_CHECKING:
     from k26_plugins.common.adapters.registration import Registration
 
-# Under vLLM's own logger, so that its level and format apply.
+# The logger is a child of vLLM's own, so that vLLM's level and format apply.
 logger = logging.getLogger("vllm.k26_plugins")
 
 

@@ -71,5 +71,6 @@ def _write_back(config: K26Config, hf_config: Any) -> None:
     hf_config.projection_layer_norm_eps = config.vision.projector_ln_eps
     hf_config.image_token_id = config.media_placeholder_token_id
     hf_config.media_placeholder_token_id = config.media_placeholder_token_id
-    # The router compares scores that bfloat16 cannot tell apart; vLLM reads this name for its logits' dtype.
+    # The router compares scores that bfloat16 cannot tell apart. vLLM reads this name for the dtype of the router's
+    # logits.
     hf_config.text_config.moe_router_dtype = "float32"

@@ -85,6 +85,8 @@ class K26MediaConnector(MediaConnector):
 
     @classmethod
     def serve(cls, model_config: Any) -> None:
+        """Note the model that this process serves and its image settings, which apply to all connectors of the
+        process."""
         cls.model_config, cls.media_config = model_config, MediaConfig.from_dict(image_settings(model_config))
 
     def load_from_url(self, url: str, *args: Any, **kwargs: Any) -> Any:

@@ -31,7 +31,7 @@ def serves_with_ours(load: Callable[[], type | None], errors: KeptErrors) -> boo
     """
     try:
         found = load()
-    except Exception as error:  # whatever a module raises where the engine's names are not what they were
+    except Exception as error:  # a module may raise anything if the engine's names have changed
         errors.lines.append(f"the model's class cannot be imported: {type(error).__name__}: {error}")
         return False
     return found is not None and found.__module__.startswith("k26_plugins.")

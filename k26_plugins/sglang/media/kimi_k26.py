@@ -66,6 +66,11 @@ class K26MediaProcessor(_in_tree.KimiK2_5VLImageProcessor):  # type: ignore[name
     async def process_mm_data_async(
         self, image_data: Any, input_text: Any, request_obj: Any, *args: Any, **kwargs: Any
     ) -> Any:
+        """Prepare a request's media by the in-tree class, with the chunks of videos among the images.
+
+        Raises HTTPException (503) if another server should have encoded the media, and ValueError for a video that
+        cannot be read.
+        """
         if compat_encoder.encodes_elsewhere():
             # SGLang would encode the images in this server, with a vision tower whose weights were never loaded.
             raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, _NO_ENCODER)
