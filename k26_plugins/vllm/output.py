@@ -33,19 +33,21 @@ from k26_plugins.vllm import compat
 class K26ToolParser(KimiK2ToolParser):
     """The tool-call parser `k26`.
 
-    It parses only beside a reasoning parser that is not `k26`; otherwise `K26Parser` does, and asks this class for the
-    structural tags of grammars.
+    It parses answers only beside a reasoning parser that is not `k26`; otherwise `K26Parser` does, and takes the
+    structural tags of grammars from this class.
     """
 
     def adjust_request(self, request: Any) -> Any:
+        # vLLM's parser would have special tokens shown. That is not needed if the tokenizer counts the markers as
+        # ordinary.
         return request if markers_are_ordinary(self.model_tokenizer) else super().adjust_request(request)
 
 
 class K26ReasoningParser(KimiK2ReasoningParser):
     """The reasoning parser `k26`.
 
-    It parses only beside a tool-call parser that is not `k26`, and in the process of the engine core; otherwise
-    `K26Parser` does.
+    It parses answers only beside a tool-call parser that is not `k26`; otherwise `K26Parser` does. vLLM also uses it in
+    the process of the engine core.
     """
 
     def adjust_request(self, request: Any) -> Any:

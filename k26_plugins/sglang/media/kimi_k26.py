@@ -23,7 +23,7 @@ _NO_ENCODER = (
     "(--encoder-register-urls)."
 )
 
-# SGLang 0.5.10 has no such class: it prepares images in the processor only, which is the core's.
+# SGLang 0.5.10 has no `KimiGPUProcessorWrapper`: it prepares images in the processor only, which is the core's.
 if MEDIA.read() != ENGINE and hasattr(_in_tree, "KimiGPUProcessorWrapper"):
 
     class CoreWrapper(_in_tree.KimiGPUProcessorWrapper):  # type: ignore[name-defined]
