@@ -1,4 +1,4 @@
-"""Loads and stores, copies that run beside the program, and barriers."""
+"""Defines loads and stores, asynchronous copies, and barriers."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from support.ptx.text import Address, Instruction, Operand
 
 
 def widths(instruction: Instruction) -> tuple[int, int]:
-    """Elements of an access, and the bytes of each."""
+    """Return how many elements an access has, and the bytes of each."""
     elements = next((int(part[1:]) for part in instruction.modifiers if part[0] == "v" and part[1:].isdigit()), 1)
     return elements, int(instruction.modifiers[-1].lstrip("subf")) // 8
 
 
 def names(operand: Operand) -> tuple[str, ...]:
+    """Return the registers of an operand, which may be a vector."""
     assert not isinstance(operand, Address)
     return operand if isinstance(operand, tuple) else (operand,)
 
@@ -25,6 +26,7 @@ def is_shared(instruction: Instruction) -> bool:
 
 
 def load(machine: Machine, instruction: Instruction, mask: Mask) -> None:
+    """Run `ld` from global memory, shared memory or the kernel's parameters."""
     targets, address = instruction.operands
     elements, size = widths(instruction)
     if instruction.modifiers[0] == "param":
@@ -44,6 +46,7 @@ def load(machine: Machine, instruction: Instruction, mask: Mask) -> None:
 
 
 def store(machine: Machine, instruction: Instruction, mask: Mask) -> None:
+    """Run `st` to global or shared memory."""
     address, sources = instruction.operands
     _, size = widths(instruction)
     parts = [machine.lanes(name, f"u{size}")[mask] for name in names(sources)]
@@ -56,6 +59,7 @@ def store(machine: Machine, instruction: Instruction, mask: Mask) -> None:
 
 
 def atomic(machine: Machine, instruction: Instruction, mask: Mask) -> None:
+    """Run an atomic addition of 32-bit integers in shared memory, thread by thread."""
     target, address, value = instruction.operands
     places = machine.shared.offsets(machine.addresses(address)[mask], 4)
     machine.shared.note_atomic(places, machine.lane[mask] // WARP)
@@ -71,11 +75,14 @@ def atomic(machine: Machine, instruction: Instruction, mask: Mask) -> None:
 
 
 ARRIVED = np.iinfo(np.int64).max
-"""In the place of a group: this thread's part of a copy is done."""
+"""Replaces the number of a copy's group when this thread's part of the copy is done."""
 
 
 def copy(machine: Machine, instruction: Instruction, mask: Mask) -> None:
-    """`cp.async` and its groups, which are each thread's own: the bytes arrive when a wait asks for them, not before."""
+    """Run `cp.async`, or close or wait for a group of copies, which each thread has for itself.
+
+    The bytes arrive when a wait asks for them, not before, so that a missing wait is noticed.
+    """
     if "commit_group" in instruction.modifiers:
         machine.committed += mask
         return
@@ -107,7 +114,7 @@ def copy(machine: Machine, instruction: Instruction, mask: Mask) -> None:
 
 
 def wait_for_copies(machine: Machine, before: Lanes) -> None:
-    """Lets those copies arrive whose group is, for their thread, before a number."""
+    """Complete the copies whose group comes before the number that `before` gives for their thread."""
     for threads, group, arrive in machine.copies:
         due = group < before[threads]
         if due.any():
@@ -117,7 +124,7 @@ def wait_for_copies(machine: Machine, before: Lanes) -> None:
 
 
 def barrier(machine: Machine, instruction: Instruction, mask: Mask) -> None:
-    """All threads are here; a barrier for fewer of them is not known."""
+    """End a barrier that all threads have reached. The interpreter refuses a barrier for fewer threads."""
     _, *count = instruction.operands
     if count and (machine.read(count[0], np.uint32) != machine.threads).any():
         raise PtxError(f"a barrier that some threads do not reach: {instruction.text}")
@@ -125,7 +132,7 @@ def barrier(machine: Machine, instruction: Instruction, mask: Mask) -> None:
 
 
 def nothing(machine: Machine, instruction: Instruction, mask: Mask) -> None:
-    """Does nothing: threads in step keep the order by themselves, and advice to a cache has none to go to."""
+    """Do nothing, because threads in step keep the order of accesses, and there is no cache that could take advice."""
 
 
 WIDTHS = tuple(
@@ -134,7 +141,7 @@ WIDTHS = tuple(
     for bits in (8, 16, 32, 64)
     if bits <= most
 )
-"""A register or several; sixteen bytes at most."""
+"""The widths of an access: one register or several, sixteen bytes at most."""
 
 OPERATIONS: dict[str, Callable[[Machine, Instruction, Mask], None]] = {
     "ld.param.b32": load,
@@ -152,7 +159,7 @@ OPERATIONS: dict[str, Callable[[Machine, Instruction, Mask], None]] = {
     "barrier.sync": barrier,
     "fence.proxy.async.shared::cta": nothing,
     "createpolicy.fractional.L2::evict_first.b64": nothing,
-    # Launches come one after the other here.
+    # Here launches run one after the other, so dependent launches need no waiting.
     "griddepcontrol.launch_dependents": nothing,
     "griddepcontrol.wait": nothing,
 }

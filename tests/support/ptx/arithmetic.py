@@ -1,4 +1,4 @@
-"""Arithmetic, comparisons and conversions, a thread at a time, as the PTX ISA defines them."""
+"""Defines arithmetic, comparisons, conversions and the instructions within a warp, as the PTX ISA specifies them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Operation: TypeAlias = Callable[[Machine, Instruction, Mask], None]
 
 
 def kind_of(instruction: Instruction) -> str:
-    """The type that an instruction ends with."""
+    """Return the type with which an instruction's opcode ends."""
     return instruction.modifiers[-1]
 
 
@@ -33,16 +33,19 @@ def bfloat16_to_double(x: Values) -> Values:
 
 
 def to_bfloat16(x: Values) -> Values:
-    """The bits of the nearest bfloat16, ties to even, rounded once from float64."""
+    """Return the bits of the nearest bfloat16, with ties to even, rounded once from float64."""
     wide = np.asarray(x, np.float64)
-    # The last of a bfloat16's eight significant bits is the unit; all subnormals share one unit.
+    # The unit is the value of the last of a bfloat16's eight significant bits; all subnormal numbers share one unit.
     unit = np.ldexp(1.0, np.maximum(np.frexp(wide)[1] - 8, -133))
     with np.errstate(over="ignore"):
         return ((np.rint(wide / unit) * unit).astype(np.float32).view(np.uint32) >> np.uint32(16)).astype(np.uint16)
 
 
 def added_to_odd(a: Values, b: Values) -> Values:
-    """The sum in float64; where that is not exact, its last bit is one, so that rounding it again is as if it were."""
+    """Return the float64 sum, rounded to odd: if the sum is not exact, its last bit is one.
+
+    Rounding the result to a narrower type is then the same as rounding the exact sum.
+    """
     total = np.asarray(a + b)
     with np.errstate(invalid="ignore"):
         back = total - a
@@ -52,16 +55,18 @@ def added_to_odd(a: Values, b: Values) -> Values:
 
 
 SIZES = {"bf16": np.dtype(np.uint16), "f16": np.dtype(np.uint16)}
-"""How registers hold the types that numpy has no arithmetic for: as bits."""
+"""The types that registers hold as bits: numpy has no bfloat16, and float16 is treated in the same way."""
 
 
 def from_type(value: Values, kind: str) -> Values:
+    """Return a register's value of type `kind` as numpy can compute with it: 16-bit floats as float32."""
     if kind == "bf16":
         return bfloat16_to_double(value).astype(np.float32)
     return np.asarray(value).view(np.float16).astype(np.float32) if kind == "f16" else np.asarray(value)
 
 
 def to_type(value: Values, kind: str) -> Values:
+    """Return a value converted to type `kind` as a register holds it: 16-bit floats as their bits."""
     if kind == "bf16":
         return to_bfloat16(value.astype(np.float64))
     return value.astype(np.float16).view(np.uint16) if kind == "f16" else value.astype(TYPES[kind])
@@ -72,7 +77,7 @@ def joined(low: Values, high: Values) -> Values:
 
 
 def divided(a: Values, b: Values) -> Values:
-    """Divides; integers towards zero, and by zero to whatever, since nobody may use what the hardware gives."""
+    """Divide, integers towards zero. An integer divided by zero gives any value, since the PTX ISA specifies none."""
     if np.asarray(a).dtype.kind == "f":
         with np.errstate(divide="ignore", invalid="ignore"):
             return a / b
@@ -81,6 +86,8 @@ def divided(a: Values, b: Values) -> Values:
 
 
 def shifted(left: bool) -> Callable[[Values, Values], Values]:
+    """Return the shift to the left or to the right; shifting by the width or more leaves zeros or the sign."""
+
     def shift(a: Values, amount: Values) -> Values:
         width = a.dtype.itemsize * 8
         n = np.minimum(amount, width - 1).astype(a.dtype)
@@ -116,16 +123,19 @@ COMPARE: dict[str, Callable[[Values, Values], Values]] = {
     "ge": lambda a, b: a >= b,
 }
 ORDERS = ("eq", "ne", "lt", "le", "gt", "ge")
-"""Those that integers have too."""
+"""The comparisons that integers have as well as floats."""
 
 
 def rounded_once(kind: str, function: Callable[..., Values]) -> Callable[..., Values]:
-    """Computes on 16-bit floats in float64, which holds every product and sum of two, and rounds the result."""
+    """Return the function on the bits of 16-bit floats of type `kind`, computed in float64 and rounded once.
+
+    float64 holds every product and every sum of two such floats.
+    """
     return lambda *values: to_type(function(*(from_type(value, kind).astype(np.float64) for value in values)), kind)
 
 
 def in_pairs(function: Callable[..., Values]) -> Callable[..., Values]:
-    """Makes a function of 16-bit values one of the 32-bit values that hold two."""
+    """Return a function of 16-bit values as a function of 32-bit values that each hold two of them."""
 
     def both(*values: Values) -> Values:
         parts = [np.atleast_1d(value).view(np.uint16) for value in values]
@@ -136,6 +146,8 @@ def in_pairs(function: Callable[..., Values]) -> Callable[..., Values]:
 
 
 def in_float_pairs(function: Callable[..., Values]) -> Callable[..., Values]:
+    """Return a function of float32 values as a function of 64-bit values that each hold two of them."""
+
     def both(*values: Values) -> Values:
         parts = [np.broadcast_to(value, np.broadcast(*values).shape).copy().view(np.float32) for value in values]
         return function(*parts).astype(np.float32).view(np.uint64)
@@ -144,7 +156,7 @@ def in_float_pairs(function: Callable[..., Values]) -> Callable[..., Values]:
 
 
 def apply(machine: Machine, instruction: Instruction, mask: Mask, function: Callable[..., Values]) -> None:
-    """Writes a function of all operands, computed in the type that the instruction names."""
+    """Write the value of `function` for all source operands, computed in the type that the instruction names."""
     kind = kind_of(instruction)
     target, *sources = instruction.operands
     part = kind.removesuffix("x2")
@@ -174,7 +186,7 @@ def binary(machine: Machine, instruction: Instruction, mask: Mask) -> None:
 
 
 def wide_product(machine: Machine, instruction: Instruction) -> Values:
-    """Both halves of a product of integers, or its high one."""
+    """Return the whole product of two integers for `wide`, or its upper half for `hi`."""
     kind = TYPES[kind_of(instruction)]
     double = f"{kind.kind}{2 * kind.itemsize}"
     a, b = (np.asarray(machine.read(source, kind)).astype(double) for source in instruction.operands[1:3])
@@ -191,7 +203,7 @@ def multiply_add(machine: Machine, instruction: Instruction, mask: Mask) -> None
 
 
 def fused(machine: Machine, instruction: Instruction, mask: Mask) -> None:
-    """Multiplies and adds with one rounding, by way of float64, which holds every product exactly."""
+    """Multiply and add with one rounding, by way of float64, which holds every product exactly."""
 
     def function(a: Values, b: Values, c: Values) -> Values:
         total = added_to_odd(np.asarray(a, np.float64) * b, np.asarray(c, np.float64))
@@ -201,7 +213,7 @@ def fused(machine: Machine, instruction: Instruction, mask: Mask) -> None:
 
 
 def move(machine: Machine, instruction: Instruction, mask: Mask) -> None:
-    """Copies a register, also from or to the parts of another, which come lowest first."""
+    """Copy a register, join a vector of registers into one, or split one into a vector, whose lowest part is first."""
     target, source = instruction.operands
     kind = TYPES[kind_of(instruction)]
     if isinstance(target, tuple):
@@ -232,7 +244,11 @@ def select(machine: Machine, instruction: Instruction, mask: Mask) -> None:
 
 
 def extract_bits(machine: Machine, instruction: Instruction, mask: Mask) -> None:
-    """`bfe`: places count modulo 256, and beyond the highest bit the field is filled with zeros or with its sign."""
+    """Run `bfe`, which extracts a field of bits.
+
+    The position and the length count modulo 256; above the field, the result is filled with zeros or with the field's
+    sign.
+    """
     target, source, *places = instruction.operands
     kind = TYPES[kind_of(instruction)]
     wide = np.dtype(f"{kind.kind}8")
@@ -243,7 +259,7 @@ def extract_bits(machine: Machine, instruction: Instruction, mask: Mask) -> None
 
 
 def logic_of_three(machine: Machine, instruction: Instruction, mask: Mask) -> None:
-    """`lop3`: any function of three bits, given as its truth table."""
+    """Run `lop3`, which computes any function of three bits, given by its truth table."""
     target, *sources, table = instruction.operands
     a, b, c = (machine.read(source, np.uint32) for source in sources)
     rows = int(machine.read(table, np.uint32))
@@ -255,6 +271,7 @@ def logic_of_three(machine: Machine, instruction: Instruction, mask: Mask) -> No
 
 
 def permute_bytes(machine: Machine, instruction: Instruction, mask: Mask) -> None:
+    """Run `prmt`, which selects four of the eight bytes of two registers, or repeats a byte's sign."""
     target, low, high, selector = instruction.operands
     wide = machine.read(low, np.uint32).astype(np.uint64) | (
         machine.read(high, np.uint32).astype(np.uint64) << np.uint64(32)
@@ -285,7 +302,7 @@ def one_operand(function: Callable[[Values], Values]) -> Operation:
 
 
 def shuffle(machine: Machine, instruction: Instruction, mask: Mask) -> None:
-    """Moves values between the lanes of a warp; a lane whose partner is beyond the end of its segment keeps its own."""
+    """Move values between the lanes of a warp; a lane whose partner is outside its segment keeps its own value."""
     mode = instruction.modifiers[1]
     target, source, amount, ends, _ = instruction.operands
     value = machine.lanes(source, np.uint32)
@@ -309,6 +326,7 @@ def shuffle(machine: Machine, instruction: Instruction, mask: Mask) -> None:
 
 
 def reduce_warp(machine: Machine, instruction: Instruction, mask: Mask) -> None:
+    """Run `redux.sync`, which gives every lane the sum, the smallest or the largest value of its warp."""
     target, source, members = instruction.operands
     need_whole_warps(instruction, mask)
     if not (np.asarray(machine.read(members, np.uint32)) == 0xFFFFFFFF).all():
@@ -319,7 +337,7 @@ def reduce_warp(machine: Machine, instruction: Instruction, mask: Mask) -> None:
 
 
 def ballot(machine: Machine, instruction: Instruction, mask: Mask) -> None:
-    """Collects one bit from each lane of the warp that is here."""
+    """Collect one bit from each lane; lanes that do not take part give 0."""
     target, source, _ = instruction.operands
     votes = (machine.lanes(source, np.bool_) & mask).reshape(-1, WARP)
     bits = (votes.astype(np.uint64) << np.arange(WARP, dtype=np.uint64)).sum(axis=1).astype(np.uint32)
@@ -333,7 +351,7 @@ def count_bits(machine: Machine, instruction: Instruction, mask: Mask) -> None:
 
 
 def elect(machine: Machine, instruction: Instruction, mask: Mask) -> None:
-    """Chooses one lane of each warp, here the lowest; which one it is would be the hardware's choice."""
+    """Choose one lane of each warp: here the lowest, where real hardware may choose any."""
     assert isinstance(instruction.operands[0], str)
     need_whole_warps(instruction, mask)
     lane, predicate = instruction.operands[0].split("|")
@@ -342,14 +360,14 @@ def elect(machine: Machine, instruction: Instruction, mask: Mask) -> None:
 
 
 def forms(operation: Operation, name: str, kinds: Iterable[str]) -> dict[str, Operation]:
-    """The entries of an operation that is known for several types."""
+    """Return the table's entries of an operation for each of the types `kinds`."""
     return {f"{name}.{kind}": operation for kind in kinds}
 
 
 SIGNED, UNSIGNED, BITS = (tuple(f"{sign}{bits}" for bits in (16, 32, 64)) for sign in "sub")
 INTEGERS = (*SIGNED, *UNSIGNED)
 NARROW = ("s16", "s32", "u16", "u32")
-"""Those whose product fits into another type."""
+"""The integers whose whole product fits into a wider type."""
 ANY_INTEGER = ("s8", "u8", *INTEGERS)
 HALVES = ("f16", "f16x2", "bf16", "bf16x2")
 

@@ -1,4 +1,4 @@
-"""A Triton kernel that is compiled for a GPU and run here."""
+"""Compiles Triton kernels for an NVIDIA GPU and runs their PTX in the interpreter."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ POINTER = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32",
 
 
 class Emulated:
-    """Stands in for a kernel of `triton.jit`: `kernel[grid](…)` compiles for `capability` and runs on CPU tensors.
+    """A stand-in for a kernel of `triton.jit`: `kernel[grid](…)` compiles for `capability` and runs on CPU tensors.
 
-    edit: changes the PTX before it runs, to see what is noticed.
+    capability: the compute capability, such as 90. edit: changes the PTX before it runs, to test what the checks
+    notice.
     """
 
     def __init__(self, kernel: Any, capability: int, edit: Callable[[str], str] | None = None) -> None:
@@ -31,12 +32,14 @@ class Emulated:
         self.compiled: dict[Any, tuple[Kernel, int]] = {}
         self.launches = 0
         self.conflicts = 0
-        """How many bank conflicts all launches had in shared memory."""
+        """How many bank conflicts all launches together had in shared memory."""
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         return lambda *arguments, **options: self.launch(grid, arguments, options)
 
     def launch(self, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """Compile the kernel for these arguments, unless it is already, and run the grid's programs one after
+        another."""
         names = self.kernel.arg_names
         values = dict(zip(names, arguments, strict=False)) | {k: v for k, v in options.items() if k in names}
         options = {name: value for name, value in options.items() if name not in names}
@@ -61,6 +64,7 @@ class Emulated:
     def compile(
         self, names: list[str], constants: dict[str, Any], given: list[Any], options: dict[str, Any]
     ) -> tuple[Kernel, int]:
+        """Return the parsed kernel and the bytes of its shared memory. given: the arguments that are not constants."""
         kinds = [kind_of(value) for value in given]
         key = (*sorted(constants.items(), key=str), *kinds, *sorted(options.items()))
         if key not in self.compiled:

@@ -1,4 +1,4 @@
-"""One program of a kernel: its registers, its threads' places, and the loop over its instructions."""
+"""Runs one program of a kernel: holds its registers and its threads' positions, and loops over its instructions."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ BARRIERS = ("bar.sync", "barrier.sync")
 
 
 class NotYetError(Exception):
-    """An instruction that waits for what other threads have still to do."""
+    """The instruction must wait for something that other threads have not done yet."""
 
 
 class Machine:
-    """The threads of one program go in step; where they part, those that are furthest behind go first."""
+    """One program of a kernel. Its threads go in step; after they diverge, those that are furthest behind go first."""
 
     def __init__(
         self,
@@ -46,15 +46,15 @@ class Machine:
         self.shared = Shared(shared_bytes)
         self.registers: dict[str, Lanes] = {}
         self.owned: Counter[str] = Counter()
-        """Registers that matrix instructions still work on, and how many do."""
+        """The registers that matrix instructions still work on, and for each how many such instructions."""
         self.products: list[list[Callable[[], None]]] = [[]]
-        """Matrix instructions under way, in groups of which the last is still open."""
+        """The matrix instructions under way, in groups, of which the last is still open."""
         self.copies: list[tuple[Lanes, Lanes, Callable[[Mask], None]]] = []
-        """Copies under way: whose they are, each thread's group, and what lets those of some threads arrive."""
+        """The copies under way: the threads, each thread's group, and a function that completes some threads' parts."""
         self.committed = np.zeros(kernel.threads, np.int64)
         """How many groups of copies each thread has closed."""
         self.tensor_memory: object = None
-        """Tensor memory is sm_100's; it is made when it is first touched."""
+        """The tensor memory, which only sm_100 has; it is made when it is first touched."""
         lane = np.arange(self.threads, dtype=np.uint32)
         self.lane = lane
         self.everyone = np.ones(self.threads, np.bool_)
@@ -66,18 +66,22 @@ class Machine:
             **{f"%nctaid.{axis}": number for axis, number in zip("xyz", programs, strict=False)},
         }
         self.at = np.zeros(self.threads, np.int64)
-        """The instruction that comes next for each thread, while they are not all at one place."""
+        """The index of each thread's next instruction, while the threads are not all at the same one."""
         self.waiting = np.zeros(self.threads, np.bool_)
         self.progress = False
         self.instruction: Instruction = kernel.instructions[0]
 
     def type_of(self, name: str) -> type[np.generic]:
+        """Return the type of a register, declared or by its prefix."""
         if name in self.kernel.registers:
             return DECLARED_TYPES[self.kernel.registers[name]]
         return REGISTER_TYPES[name.rstrip("0123456789")]
 
     def read(self, operand: Operand, kind: Any) -> Any:
-        """An operand's value as a numpy type: an array over the threads, or a scalar."""
+        """Return an operand's value as the numpy type `kind`: an array over the threads, or a scalar.
+
+        Raises PtxError if the operand is a register that has not been written or that a matrix instruction owns.
+        """
         assert isinstance(operand, str), operand
         kind = np.dtype(kind)
         if operand[0].isdigit() or operand[0] == "-":
@@ -91,14 +95,15 @@ class Machine:
             raise PtxError(f"{operand} is read before it is written: {self.instruction.text}")
         if value.dtype.itemsize == kind.itemsize or value.dtype == np.bool_:
             return value.view(kind)
-        # A register may be wider than what is taken of it.
+        # A register may be wider than the part that the instruction reads.
         return value.astype(f"u{kind.itemsize}").view(kind)
 
     def lanes(self, operand: Operand, kind: Any) -> Lanes:
-        """An operand's value for each thread, also where it is one for all."""
+        """Return an operand's value for each thread, even if it is the same for all."""
         return np.broadcast_to(self.read(operand, kind), self.threads)
 
     def write(self, name: Operand, value: Any, mask: Mask) -> None:
+        """Write a register for the threads in `mask`. Raises PtxError if a matrix instruction owns the register."""
         assert isinstance(name, str), name
         if name == "_":
             return
@@ -107,7 +112,7 @@ class Machine:
         kind = np.dtype(self.type_of(name))
         value = np.asarray(value)
         if value.dtype.itemsize != kind.itemsize:
-            # A narrow result is extended by its sign, where it has one.
+            # A narrow result is extended: by its sign if its type is signed, otherwise by zeros.
             value = value.astype(np.int64 if value.dtype.kind == "i" else np.uint64).astype(kind)
         value = value.view(kind)
         if mask is not self.everyone and not mask.all():
@@ -118,11 +123,13 @@ class Machine:
         self.registers[name] = value
 
     def addresses(self, operand: Operand) -> Lanes:
+        """Return the address that each thread computes for a memory operand."""
         assert isinstance(operand, Address), operand
         wide = self.read(operand.base, self.type_of(operand.base) if operand.base[0] == "%" else np.uint32)
         return np.broadcast_to(wide.astype(np.int64) + operand.offset, self.threads)
 
     def run(self, operations: dict[str, Callable[[Machine, Instruction, Mask], None]]) -> None:
+        """Run the program to its end. Raises PtxError if it breaks a rule or has an instruction not in `operations`."""
         instructions = self.kernel.instructions
         end, place = len(instructions), 0
         together = True
@@ -172,7 +179,10 @@ class Machine:
                 self.at[active] = place
 
     def next_threads(self, end: int) -> tuple[int, Mask] | None:
-        """Threads stand at different places: those go on that are furthest behind of all that do not wait."""
+        """Return the instruction and the threads that go on while the threads are at different instructions.
+
+        These threads are the ones furthest behind among those that do not wait. Returns None if all threads have ended.
+        """
         ready = ~self.waiting & (self.at < end)
         if ready.any():
             place = int(self.at[ready].min())

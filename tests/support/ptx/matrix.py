@@ -1,4 +1,4 @@
-"""Matrix instructions of sm_80 and sm_90, and the loads and stores that feed them."""
+"""Defines the matrix instructions of sm_80 and sm_90, and the loads and stores that feed them."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from support.ptx.arithmetic import bfloat16_to_double
 from support.ptx.machine import WARP, Lanes, Machine, Mask, PtxError, need_everyone
 from support.ptx.text import Instruction
 
-GROUP = np.arange(WARP) // 4  # each lane's row of its part of a fragment
-PAIR = np.arange(WARP) % 4 * 2  # and its first column
-WARPS = 4  # of a warp group
+GROUP = np.arange(WARP) // 4  # each lane's row in its part of a fragment
+PAIR = np.arange(WARP) % 4 * 2  # each lane's first column in its part of a fragment
+WARPS = 4  # the warps of a warp group
 
 
 def of_warps(machine: Machine, name: str) -> Lanes:
-    """A register's bits `[warps, 32]`."""
+    """Return a register's bits for each lane, uint32 `[warps, 32]`."""
     return machine.lanes(name, np.uint32).reshape(-1, WARP)
 
 
 def left_operand(registers: list[Lanes]) -> Lanes:
-    """float64 `[warps, 16, 16]` from four registers of two bfloat16."""
+    """Return each warp's left operand, float64 `[warps, 16, 16]`, from four registers of two bfloat16 each."""
     matrix = np.empty((len(registers[0]), 16, 16))
     for index, register in enumerate(registers):
         row, column = GROUP + 8 * (index % 2), PAIR + 8 * (index // 2)
@@ -31,7 +31,7 @@ def left_operand(registers: list[Lanes]) -> Lanes:
 
 
 def accumulators(registers: list[Lanes]) -> Lanes:
-    """float64 `[warps, 16, 2 · registers]`: columns come eight at a time, four registers for each eight."""
+    """Return each warp's accumulators, float64 `[warps, 16, 2 · registers]`; four registers hold eight columns."""
     matrix = np.empty((len(registers[0]), 16, 2 * len(registers)))
     for index, register in enumerate(registers):
         block, part = divmod(index, 4)
@@ -40,15 +40,16 @@ def accumulators(registers: list[Lanes]) -> Lanes:
 
 
 def store_accumulators(machine: Machine, targets: tuple[str, ...], matrix: Lanes) -> None:
+    """Write accumulators `[warps, 16, 2 · registers]` to the registers `targets`, as float32."""
     for index, name in enumerate(targets):
         block, part = divmod(index, 4)
         values = matrix[:, GROUP + 8 * (part // 2), 8 * block + PAIR + part % 2]
-        # Not by `write`, which checks who owns it: later instructions of the same sum may wait for it.
+        # `write` would refuse a register that is owned, as it is if later instructions of the same sum are under way.
         machine.registers[name] = values.astype(np.float32).reshape(-1).view(np.uint32)
 
 
 def multiply(machine: Machine, instruction: Instruction, mask: Mask) -> None:
-    """`mma.sync` multiplies 16 × 8 × 16 of bfloat16 at once."""
+    """Run `mma.sync`: each warp multiplies bfloat16 matrices `[16, 16]` and `[16, 8]`, and adds the accumulators."""
     need_everyone(instruction, mask)
     d, a, b, c = map(names, instruction.operands)
     left = left_operand([of_warps(machine, name) for name in a])
@@ -61,7 +62,10 @@ def multiply(machine: Machine, instruction: Instruction, mask: Mask) -> None:
 
 
 def move_matrices(machine: Machine, instruction: Instruction, mask: Mask) -> None:
-    """`ldmatrix` and `stmatrix`: 8 × 8 of 16 bits, a row's address from each lane, two elements a register."""
+    """Run `ldmatrix` or `stmatrix`, which move 8 × 8 matrices of 16-bit elements between shared memory and registers.
+
+    Each lane gives the address of one row, and a register holds two elements.
+    """
     need_everyone(instruction, mask)
     loads = instruction.name == "ldmatrix"
     first, second = instruction.operands
@@ -88,10 +92,10 @@ def move_matrices(machine: Machine, instruction: Instruction, mask: Mask) -> Non
 
 
 def described_offsets(descriptor: int, rows: int, columns: int) -> Lanes:
-    """Where shared memory holds the 2-byte elements `[rows, columns]` of an operand whose columns are adjacent.
+    """Return the addresses in shared memory of an operand's 2-byte elements, `[rows, columns]`; columns are adjacent.
 
-    In the PTX ISA's matrix descriptor bits 0 to 13 are the address, 16 to 29 the step between core matrices along the
-    columns, 32 to 45 along the rows, all in 16 bytes, and from bit 61 on the swizzle.
+    In the PTX ISA's matrix descriptor, bits 0 to 13 are the address, bits 16 to 29 the step between core matrices along
+    the columns, and bits 32 to 45 the step along the rows, all in units of 16 bytes. The swizzle begins at bit 61.
     """
 
     def field(first: int) -> int:
@@ -102,12 +106,12 @@ def described_offsets(descriptor: int, rows: int, columns: int) -> Lanes:
     if not swizzle:
         return field(0) + row // 8 * field(32) + column // 16 * field(16) + row % 8 * 16 + column % 16
     place = field(0) + row // 8 * field(32) + row % 8 * swizzle + column
-    # 16-byte units change places by the number of the 128-byte line.
+    # The swizzle permutes the 16-byte units within a line by the number of the 128-byte line.
     return place ^ ((place >> 7 & swizzle // 16 - 1) << 4)
 
 
 def read_described(machine: Machine, descriptor: int, rows: int, columns: int, warps: int) -> Lanes:
-    """float64 `[rows, columns]`, read by all of some warps."""
+    """Return a bfloat16 operand in shared memory as float64 `[rows, columns]`, and note that `warps` warps read it."""
     offsets = described_offsets(descriptor, rows, columns).astype(np.int64).reshape(-1)
     for warp in range(warps):
         machine.shared.note_read(machine.shared.offsets(offsets, 2), np.full(len(offsets), warp))
@@ -116,7 +120,7 @@ def read_described(machine: Machine, descriptor: int, rows: int, columns: int, w
 
 
 def multiply_group(machine: Machine, instruction: Instruction, mask: Mask) -> None:
-    """`wgmma` multiplies 64 rows of registers a warp group by shared memory, beside the program until a wait."""
+    """Run `wgmma`: each warp group multiplies 64 rows in registers by shared memory, asynchronously until a wait."""
     kind = instruction.modifiers[0]
     need_everyone(instruction, mask)
     if kind == "fence":

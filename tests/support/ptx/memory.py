@@ -1,4 +1,4 @@
-"""Global and shared memory, with the checks of a sanitizer."""
+"""Models global and shared memory, with the checks of a sanitizer."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ Lanes = np.ndarray[Any, np.dtype[Any]]
 
 
 class PtxError(Exception):
-    """A program did what it must not, or has an instruction that the interpreter does not know."""
+    """The program broke a rule, or has an instruction that the interpreter does not know."""
 
 
 def need_agreement(stored: Bytes, values: Bytes) -> None:
-    """Which of several threads that store at one place comes last is nobody's to know."""
+    """Refuse different values that threads store at one address, because no rule says which of them comes last."""
     if (stored != values).any():
         raise PtxError("threads write different values to one place at once")
 
 
 class Global:
-    """The tensors that a kernel was given, at their own addresses; nothing else may be touched."""
+    """Global memory: the tensors that a kernel was given, at their own addresses. Nothing else may be touched."""
 
     def __init__(self, tensors: list[torch.Tensor]) -> None:
         self.parts: list[tuple[int, int, Bytes]] = []
@@ -35,7 +35,10 @@ class Global:
                 self.parts.append((start, start + size, data))
 
     def places(self, addresses: Lanes, size: int) -> list[tuple[Lanes, Bytes, Lanes]]:
-        """Gives for each tensor that is touched which lanes do so, its bytes, and the lanes' offsets in it."""
+        """Return, for each tensor that is touched, the lanes that touch it, its bytes, and the lanes' offsets in it.
+
+        Raises PtxError if an address is not aligned to `size` bytes or is outside all tensors.
+        """
         if (addresses % size).any():
             raise PtxError(f"an access of {size} bytes is not aligned")
         found, left = [], np.ones(len(addresses), np.bool_)
@@ -63,12 +66,16 @@ class Global:
 
 
 class Shared:
-    """One program's shared memory. Warps that meet in it need a barrier in between."""
+    """One program's shared memory. Accesses of two warps to the same bytes need a barrier between them, if one writes.
+
+    For each byte it keeps the epoch (the number of barriers so far) in which the byte was last written and read, and
+    the warp that did so, or MANY.
+    """
 
     MANY = -2
 
     def __init__(self, size: int) -> None:
-        # Memory holds what was there before: a pattern that is NaN as bfloat16 and as float32.
+        # Real memory would hold whatever was there before; this pattern is NaN as bfloat16 and as float32.
         self.data = np.full(size, 0xFF, np.uint8)
         self.epoch = 1
         self.written = np.zeros(size, np.int32)
@@ -76,9 +83,10 @@ class Shared:
         self.was_read = np.zeros(size, np.int32)
         self.reader = np.zeros(size, np.int32)
         self.conflicts = 0
-        """Accesses to the banks beyond those that the bytes themselves need."""
+        """How many accesses to the banks were needed beyond those that the number of bytes makes necessary."""
 
     def barrier(self) -> None:
+        """Begin a new epoch: accesses before the barrier conflict with none after it."""
         self.epoch += 1
 
     def offsets(self, addresses: Lanes, size: int) -> Lanes:
@@ -90,16 +98,21 @@ class Shared:
         return offsets
 
     def note_read(self, offsets: Lanes, warps: Lanes) -> None:
+        """Note a read, and raise PtxError if another warp wrote a byte since the last barrier.
+
+        offsets: the bytes, `[lanes, bytes]`. warps: each lane's warp.
+        """
         here = np.broadcast_to(warps[:, None], offsets.shape)
         if ((self.written[offsets] == self.epoch) & (self.writer[offsets] != here)).any():
             raise PtxError("shared memory is read that another warp wrote, and no barrier is between")
         others = (self.was_read[offsets] == self.epoch) & (self.reader[offsets] != here)
         self.reader[offsets] = np.where(others, self.MANY, here)
-        # Where lanes of several warps read one byte in this access, the last of them stands there now.
+        # If lanes of several warps read one byte in this access, the assignment above left only the last of them.
         self.reader[offsets] = np.where(self.reader[offsets] != here, self.MANY, self.reader[offsets])
         self.was_read[offsets] = self.epoch
 
     def note_write(self, offsets: Lanes, warps: Lanes) -> None:
+        """Note a write, and raise PtxError if another warp read or wrote a byte since the last barrier."""
         here = np.broadcast_to(warps[:, None], offsets.shape)
         if ((self.was_read[offsets] == self.epoch) & (self.reader[offsets] != here)).any():
             raise PtxError("shared memory is written that another warp read, and no barrier is between")
@@ -109,16 +122,18 @@ class Shared:
         self.written[offsets] = self.epoch
 
     def note_atomic(self, offsets: Lanes, warps: Lanes) -> None:
-        """Atomics need no barrier among one another, but whatever else touches the place does."""
+        """Note atomic accesses, which need a barrier before any other access to the bytes, but none among
+        themselves."""
         atomic = (self.written[offsets] == self.epoch) & (self.writer[offsets] == self.MANY)
         self.written[offsets] = np.where(atomic, 0, self.written[offsets])
         self.note_write(offsets, warps)
         self.writer[offsets] = self.MANY
 
     def count_conflicts(self, addresses: Lanes, size: int) -> None:
-        """32 banks of 4 bytes serve up to 128 bytes of a warp at a time; another word of a bank has to wait.
+        """Add the bank conflicts of an access of `size` bytes by each lane.
 
-        Where only some lanes take part, those that do are taken for neighbours.
+        32 banks of 4 bytes serve up to 128 bytes of a warp at a time; a second word of one bank has to wait. If only
+        some lanes take part, they are treated as neighbours.
         """
         lanes = min(32, 128 // size)
         padded = np.pad(addresses, (0, -len(addresses) % lanes), mode="edge")

@@ -1,4 +1,4 @@
-"""Every instruction that is known, by its opcode with all modifiers: any other is refused by name."""
+"""Collects the instructions that the interpreter knows, by opcode with all modifiers; it refuses any other by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensor memory and its matrix instructions (sm_100), and the barriers in shared memory that tell when they are done."""
+"""Defines tensor memory and its matrix instructions (sm_100), and the `mbarrier`s that tell when those are done."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ LANES, COLUMNS = 128, 512
 
 
 class TensorMemory:
-    """128 lanes of 512 columns of 32 bits; an address holds the lane above its bit 16, the column below."""
+    """Tensor memory: 128 lanes of 512 columns of 32 bits. An address has the lane from bit 16 on, the column below."""
 
     def __init__(self) -> None:
         self.data = np.full((LANES, COLUMNS), 0xFFFFFFFF, np.uint32)
         self.allocated = 0
         self.pending: deque[Callable[[], None]] = deque()
         self.commits: deque[tuple[int, int]] = deque()
-        """Each commit's barrier, and how many matrix instructions come before it and after the last commit."""
+        """Each commit's barrier, and the number of matrix instructions between the commit before it and this one."""
         self.since_commit = 0
         self.phases: dict[int, int] = {}
-        """Phases that a barrier has ended, by its address."""
+        """How many phases each barrier has ended, by its address."""
 
 
 def memory_of(machine: Machine) -> TensorMemory:
@@ -38,7 +38,7 @@ def memory_of(machine: Machine) -> TensorMemory:
 
 
 def one(machine: Machine, operand: object, mask: Mask) -> int:
-    """An address that all active threads agree on."""
+    """Return the address that all threads in `mask` compute. Raises PtxError if they compute different ones."""
     assert isinstance(operand, Address)
     values = np.unique(machine.addresses(operand)[mask])
     if len(values) != 1:
@@ -47,6 +47,7 @@ def one(machine: Machine, operand: object, mask: Mask) -> int:
 
 
 def allocate(machine: Machine, instruction: Instruction, mask: Mask) -> None:
+    """Allocate columns of tensor memory, and store the address of the first in shared memory."""
     memory = memory_of(machine)
     columns = int(machine.read(instruction.operands[1], np.uint32))
     if memory.allocated + columns > COLUMNS:
@@ -62,7 +63,11 @@ def deallocate(machine: Machine, instruction: Instruction, mask: Mask) -> None:
 
 
 def places(machine: Machine, instruction: Instruction, address: object, count: int) -> tuple[Lanes, Lanes]:
-    """Lane and column of each register, `[registers, threads]`: how a shape lays a warp's registers out."""
+    """Return the lane and the column of tensor memory for each register, both `[registers, threads]`.
+
+    The instruction's shape determines how a warp's registers are laid out. Raises PtxError if a warp touches lanes of
+    another or columns that were not allocated.
+    """
     assert isinstance(address, Address)
     base = machine.addresses(address)
     lane, column = base >> 16, base & 0xFFFF
@@ -100,18 +105,22 @@ def load(machine: Machine, instruction: Instruction, mask: Mask) -> None:
 
 
 def multiply(machine: Machine, instruction: Instruction, mask: Mask) -> None:
-    """`tcgen05.mma` multiplies rows of tensor memory by shared memory, for one thread; a wait for its commit ends it."""
+    """Start `tcgen05.mma`, which multiplies tensor memory by shared memory and is issued by one thread.
+
+    A wait for its commit ends it.
+    """
     d, a, descriptor, shape, adds = instruction.operands
     described = int(machine.lanes(descriptor, np.uint64)[mask][0])
     kind = int(machine.lanes(shape, np.uint32)[mask][0])
-    # The instruction descriptor: float32 sums, bfloat16 on both sides, nothing negated or transposed.
+    # The only known formats in the instruction descriptor are float32 sums and bfloat16 operands, neither negated nor
+    # transposed.
     rows, columns, formats = (kind >> 24 & 0x1F) << 4, (kind >> 17 & 0x3F) << 3, kind & 0x1FFFF
     if mask.sum() != 1 or formats != 1 << 4 | 1 << 7 | 1 << 10:
         raise PtxError(f"the interpreter does not know {instruction.text}")
     out, left = (one(machine, operand, mask) for operand in (d, a))
     adding = bool(machine.lanes(adds, np.bool_)[mask][0])
     memory = memory_of(machine)
-    # 64 rows lie in the first half of each warp's lanes.
+    # If there are 64 rows, they lie in the first half of each warp's lanes.
     lanes = np.arange(rows) if rows == LANES else np.arange(rows) // 16 * 32 + np.arange(rows) % 16
 
     def finish() -> None:
@@ -129,13 +138,17 @@ def multiply(machine: Machine, instruction: Instruction, mask: Mask) -> None:
 
 
 def commit(machine: Machine, instruction: Instruction, mask: Mask) -> None:
+    """Have an `mbarrier` end a phase when the matrix instructions since the last commit are done."""
     memory = memory_of(machine)
     memory.commits.append((one(machine, instruction.operands[0], mask), memory.since_commit))
     memory.since_commit = 0
 
 
 def barrier(machine: Machine, instruction: Instruction, mask: Mask) -> None:
-    """`mbarrier`: only a wait for a phase lets the matrix instructions be done whose commits end it."""
+    """Make, remove or wait for an `mbarrier`.
+
+    Matrix instructions are computed only when a thread waits for the phase that their commit ends.
+    """
     phases, memory = memory_of(machine).phases, memory_of(machine)
     kind = instruction.modifiers[0]
     if kind in ("init", "inval"):
@@ -175,7 +188,7 @@ OPERATIONS: dict[str, Callable[[Machine, Instruction, Mask], None]] = {
     "tcgen05.mma.cta_group::1.kind::f16": multiply,
     "tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64": commit,
     "tcgen05.commit.cta_group::1.mbarrier::arrive::one.b64": commit,
-    # Loads and stores of tensor memory are done at once here.
+    # In the interpreter, loads and stores of tensor memory are done at once.
     "tcgen05.wait::ld.sync.aligned": nothing,
     "tcgen05.wait::st.sync.aligned": nothing,
     "tcgen05.fence::before_thread_sync": nothing,

@@ -1,4 +1,4 @@
-"""PTX text to instructions."""
+"""Parses PTX text into instructions."""
 
 from __future__ import annotations
 
@@ -9,40 +9,46 @@ from typing import TypeAlias
 
 @dataclass(frozen=True, slots=True)
 class Address:
+    """A memory operand: a register or a name, and the bytes to add to it."""
+
     base: str
     offset: int
 
 
-# A register, an immediate or a name as text, a vector as a tuple, an address.
+# A register, an immediate value or a name is text; a vector of them is a tuple.
 Operand: TypeAlias = str | tuple[str, ...] | Address
 
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
+    """A parsed instruction. `predicate` names the register that guards it, which counts inverted if `negated`."""
+
     opcode: str
-    """The operation with its modifiers, `mad.wide.s32`: what the interpreter's tables are keyed by."""
+    """The operation with its modifiers, as in `mad.wide.s32`; the key in the interpreter's tables."""
     name: str
-    """The operation alone: `mad`."""
+    """The operation without its modifiers, as in `mad`."""
     modifiers: tuple[str, ...]
     operands: tuple[Operand, ...]
     predicate: str | None
     negated: bool
     target: int | None
-    """The index of the instruction that a branch goes to."""
+    """For a branch, the index of the instruction to which it goes; otherwise None."""
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
+    """A parsed kernel. `threads` is the number of threads of a program."""
+
     parameters: tuple[str, ...]
     registers: dict[str, str]
-    """Type by name, of the registers that inline assembly declares; the compiler's own are typed by their prefix."""
+    """The types, by name, of the registers that inline assembly declares; others are typed by their prefix."""
     instructions: tuple[Instruction, ...]
     threads: int
 
 
 def split(text: str) -> list[str]:
-    """The parts between the commas that stand outside brackets."""
+    """Return the parts between the commas that are outside brackets and braces."""
     parts, depth, start = [], 0, 0
     for index, letter in enumerate(text):
         depth += (letter in "{[") - (letter in "}]")
@@ -54,6 +60,7 @@ def split(text: str) -> list[str]:
 
 
 def operand(text: str) -> Operand:
+    """Parse one operand."""
     if text.startswith("{"):
         return tuple(split(text.strip("{} ")))
     if text.startswith("["):
@@ -63,7 +70,7 @@ def operand(text: str) -> Operand:
 
 
 def parse(ptx: str) -> Kernel:
-    """The one kernel of a module."""
+    """Parse a PTX module and return its one kernel."""
     entry = ptx.index(".visible .entry")
     opening = ptx.index("\n{", entry)
     head = ptx[entry:opening]
@@ -72,7 +79,7 @@ def parse(ptx: str) -> Kernel:
     registers: dict[str, str] = {}
     labels: dict[tuple[str, int], int] = {}
     statements: list[tuple[str, tuple[int, ...]]] = []
-    # Inline assembly has scopes of its own, in which the same label comes again.
+    # Inline assembly has its own scopes, in which the same label may occur again.
     scopes, number = [0], 0
     for raw in ptx[opening + 2 : ptx.index("$L__func_end0", opening)].splitlines():
         line = raw.partition("//")[0].strip()
@@ -93,6 +100,11 @@ def parse(ptx: str) -> Kernel:
 
 
 def instruction(text: str, scopes: tuple[int, ...], labels: dict[tuple[str, int], int]) -> Instruction:
+    """Parse one instruction.
+
+    scopes: the scopes around it, from outermost to innermost. labels: the index of a label's instruction, by the label
+    and its scope.
+    """
     match = re.fullmatch(r"(?:@(!?)([%\w]+) )?([\w.:]+) ?(.*)", text)
     assert match is not None, text
     negated, predicate, opcode, rest = match.groups()
