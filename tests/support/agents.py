@@ -1,6 +1,7 @@
-"""Agents as their users run them, against a server whose answers are made to order: a framework's, and Moonshot's own.
+"""Tests two real agents, one of pydantic-ai and Moonshot's Kimi Code, against an engine's server with scripted answers.
 
-They stand in an environment of their own, which `ci/install_clients.py` builds: what they need is not what engines pin.
+The agents run as their users run them, in a separate environment that `ci/install_clients.py` builds, because the
+versions that they need are not those that the engines pin.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from support.server import Server
 CLIENTS = os.environ.get("K26_CLIENTS", "")
 PICTURE = "北京.png"
 REPORT = {"city": "北京", "warm": True}
-# The grammar lets through calls as their schemas have them, and what the answer's schema does, but no other text.
+# The server constrains these answers by a grammar, which allows calls that fit their schemas and the answer that fits
+# its schema, but no other text.
 PYDANTIC_TURNS = (
     replace(TURNS[0], content="", nothing="{}"),
     replace(TURNS[1], nothing="{}"),
@@ -38,7 +40,7 @@ KIMI_TURNS = (
     Turn("No such file.", "", {"functions.ReadMediaFile:2": ("ReadMediaFile", {"path": "nowhere.png"})}, ()),
     Turn("Now I know.", "北京 is warm.", {}, ()),
 )
-# All of its tools would take 50,000 of the tiny tokenizer's tokens.
+# Two of Kimi Code's tools: the descriptions of all of them would take 50,000 of the tiny tokenizer's tokens.
 KIMI_AGENT = """---
 name: tester
 description: Looks at pictures.
@@ -52,20 +54,20 @@ You look at pictures.
 class AgentTests(ScriptedTests):
     @pytest.mark.parametrize("how", ["whole", "streamed"])
     def test_pydantic_ai(self, server: Server, tiny_folder: Path, tmp_path: Path, how: str) -> None:
-        """Tools beside a schema for the answer; an error and an image as results."""
+        """An agent offers tools together with a schema for its answer, and the tools return an error and an image."""
         (tmp_path / PICTURE).write_bytes(png(random_image(60, 40)))
         script = Path(__file__).with_name("pydantic_agent.py")
         with relay(server, [self.script(tiny_folder, turn.answer) for turn in PYDANTIC_TURNS]) as running:
             command = ["bin/python", str(script), f"{running.url}/v1", server.model, PICTURE, how]
             answer = json.loads(_run(command, tmp_path).splitlines()[-1])
         assert answer["output"] == REPORT
-        # It calls the tools of a turn at once, each in a thread.
+        # The agent calls all tools of a turn at once, each in its own thread, so their order is not fixed.
         assert sorted(map(repr, map(tuple, answer["called"]))) == sorted(map(repr, _calls(PYDANTIC_TURNS)))
         assert answer["thoughts"] == [turn.reasoning for turn in PYDANTIC_TURNS]
         _check(running, tiny_folder, PYDANTIC_TURNS, {})
 
     def test_kimi_code(self, server: Server, tiny_folder: Path, tmp_path: Path) -> None:
-        """It streams, and says of thinking that it is to be kept."""
+        """Kimi Code streams its requests, and asks that the reasoning of earlier turns be kept in the prompt."""
         (tmp_path / PICTURE).write_bytes(png(random_image(60, 40)))
         (tmp_path / "agent.md").write_text(KIMI_AGENT)
         with relay(server, [self.script(tiny_folder, turn.answer) for turn in KIMI_TURNS]) as running:
@@ -90,9 +92,12 @@ class AgentTests(ScriptedTests):
 
 
 def _run(command: list[str], folder: Path, settings: dict[str, str] | None = None) -> str:
-    """What a program of the clients' environment prints."""
+    """Run a program of the clients' environment in `folder` and return what it prints.
+
+    command: the program's path in that environment, then its arguments. settings: environment variables to add.
+    """
     program, *arguments = command
-    # They see nothing of the engine's environment.
+    # The clients must not see the engine's environment.
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "LD_"))}
     done = subprocess.run(
         [str(Path(CLIENTS) / program), *arguments],

@@ -1,4 +1,6 @@
-"""An agent of pydantic-ai that runs in the clients' environment: asks, runs the tools, and prints what it was given.
+"""Runs an agent of pydantic-ai, in the clients' environment: it asks, calls its tools, and prints what it received.
+
+The output is one line of JSON: the answer, the calls of the tools, and the reasoning.
 
 python pydantic_agent.py URL MODEL PICTURE whole|streamed
 """

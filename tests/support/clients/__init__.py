@@ -1,5 +1,5 @@
-"""Agent loops as the clients' own SDKs run them, against a server whose answers are made to order.
+"""Tests agent loops, as the clients' own SDKs run them, against a server whose answers are scripted.
 
-What they hold: the SDK reads every answer as it was written, streamed and not; and what it sends back, the model reads as
-the core renders it.
+The SDK must read every answer as the model wrote it, streamed and whole, and the model must read what the SDK sends
+back as the core renders it.
 """

@@ -1,4 +1,4 @@
-"""The agent loop of OpenAI's SDK in `/v1/chat/completions`."""
+"""Tests the agent loop of OpenAI's SDK in `/v1/chat/completions`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FORCED = Turn("One.", "", {"functions.get_weather:0": ("get_weather", {"city": "
 
 
 class OpenAIClientTests(ScriptedTests):
-    """`/v1/chat/completions`."""
+    """Tests of `/v1/chat/completions` that each engine's tests derive, and run with that engine's server."""
 
     @pytest.fixture
     def client(self, server: Server) -> openai.OpenAI:
@@ -50,7 +50,7 @@ class OpenAIClientTests(ScriptedTests):
             assert choice.finish_reason == ("tool_calls" if turn.calls else "stop")
             expected = core_token_ids(tiny_folder, Conversation("loop", messages, TOOLS))
             assert answer.usage.prompt_tokens == len(expected)
-            # Clients send back all that the answer said.
+            # Clients send back every field of the answer's message.
             messages = [*messages, message.model_dump(exclude_none=True)]
             for call_id, result in zip(turn.calls, turn.results, strict=True):
                 messages.append({"role": "tool", "tool_call_id": call_id, "content": result})
@@ -85,7 +85,8 @@ class OpenAIClientTests(ScriptedTests):
     def test_an_answer_cut_in_a_call(
         self, client: openai.OpenAI, server: Server, tiny_folder: Path, stream: bool
     ) -> None:
-        """An answer cut in a call's arguments has as much of them as there is; cut before them, it has no call."""
+        """An answer that the token limit cuts within a call's arguments has the arguments up to there; one that it cuts
+        before the arguments has no call."""
         script = self.script(tiny_folder, CUT + "x" * 200)
         for written, arguments in ((CUT, ['{"city":"']), (CUT.removesuffix('{"city":"'), [])):
             limit = tokens(tiny_folder, written)
@@ -104,7 +105,7 @@ class OpenAIClientTests(ScriptedTests):
     def test_the_choice_of_a_tool(
         self, client: openai.OpenAI, server: Server, tiny_folder: Path, options: dict[str, Any], stream: bool
     ) -> None:
-        """Where there is to be no call, the answer has none, and no text of one."""
+        """If a request offers no tools or forbids calls, the answer has no call, and its content no text of one."""
         turn = TURNS[0]
         answer = _ask(client, server, [QUESTION], self.script(tiny_folder, turn.answer), stream, **options)
         message = answer.choices[0].message
@@ -118,7 +119,8 @@ class OpenAIClientTests(ScriptedTests):
     def test_a_tool_that_must_be_called(
         self, client: openai.OpenAI, server: Server, tiny_folder: Path, choice: Any, stream: bool
     ) -> None:
-        """The call comes after the reasoning, in the form that the model knows: a grammar allows nothing else."""
+        """The call comes after the reasoning in the form that the model knows, because a grammar allows nothing
+        else."""
         script = self.script(tiny_folder, FORCED.answer)
         answer = _ask(client, server, [QUESTION], script, stream, tools=TOOLS, tool_choice=choice)
         message = answer.choices[0].message
@@ -158,7 +160,7 @@ def _ask(
 
 
 def _reasoning(message: Any) -> str:
-    """The reasoning, which has to be there by both names that clients know."""
+    """Return the reasoning content, and assert that the message has it under both names that clients know."""
     extra = message.model_extra
     assert extra.get("reasoning") == extra.get("reasoning_content")
     return extra.get("reasoning") or ""

@@ -1,4 +1,4 @@
-"""The agent loop of Anthropic's SDK in `/v1/messages`."""
+"""Tests the agent loop of Anthropic's SDK in `/v1/messages`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ANTHROPIC_PICTURE = {
 
 
 class AnthropicClientTests(ScriptedTests):
-    """`/v1/messages`."""
+    """Tests of `/v1/messages` that each engine's tests derive, and run with that engine's server."""
 
     @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
     def test_messages_loop(self, server: Server, tiny_folder: Path, stream: bool) -> None:

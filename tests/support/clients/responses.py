@@ -1,4 +1,4 @@
-"""The agent loop of OpenAI's SDK in `/v1/responses`."""
+"""Tests the agent loop of OpenAI's SDK in `/v1/responses`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RESPONSES_PICTURE = {"type": "input_image", "image_url": IMAGE["image_url"]["url
 
 
 class ResponsesClientTests(ScriptedTests):
-    """`/v1/responses`."""
+    """Tests of `/v1/responses` that each engine's tests derive, and run with that engine's server."""
 
     @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
     def test_responses_loop(self, server: Server, tiny_folder: Path, stream: bool) -> None:
@@ -88,7 +88,7 @@ class ResponsesClientTests(ScriptedTests):
 
 
 def _response(client: openai.OpenAI, request: dict[str, Any], stream: bool, last_event: str) -> Any:
-    """The answer of the Responses API, whole or as the last event of its stream has it."""
+    """Return the answer of the Responses API, from its last event if it is streamed. last_event: that event's type."""
     if not stream:
         return client.responses.create(**request)
     *_, last = client.responses.create(**request, stream=True)

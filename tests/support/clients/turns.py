@@ -1,4 +1,4 @@
-"""The turns of an agent loop, with what they ask and what they answer, in whichever API they are asked."""
+"""Defines the turns of an agent loop, the model's answers and the tools' results, for the tests of all APIs."""
 
 from __future__ import annotations
 
@@ -23,14 +23,16 @@ ERROR = "Error: the clock does not answer"
 
 @dataclass(frozen=True)
 class Turn:
+    """An answer of the model, and the results of the tools that it calls."""
+
     reasoning: str
     content: str
     calls: dict[str, tuple[str, Any]]
-    """Name and arguments by the call's id."""
+    """The name and the arguments of each call, by the call's id."""
     results: tuple[Any, ...]
-    """Contents of the calls' results."""
+    """The content of each call's result, in the order of the calls."""
     nothing: str = ""
-    """How empty arguments are written."""
+    """How the model writes empty arguments."""
 
     @property
     def answer(self) -> str:
@@ -44,7 +46,7 @@ class Turn:
         )
 
     def in_chat(self) -> list[dict[str, Any]]:
-        """The answer and its results as a chat's messages."""
+        """Return the answer and its calls' results as messages of a chat."""
         calls = [
             {
                 "id": call_id,
@@ -68,7 +70,7 @@ TURNS = (
         {"functions.get_weather:0": ("get_weather", {"city": "北京"}), "functions.now:1": ("now", {})},
         ("22 °C, 晴", ERROR),
     ),
-    # A picture of the result, twice.
+    # This result has the picture twice.
     Turn("Again.", "", {"functions.now:2": ("now", {})}, ([{"type": "text", "text": "12:30"}, IMAGE, IMAGE],)),
     Turn("Now I know.", "北京 is warm.", {}, ()),
 )
@@ -76,26 +78,33 @@ CUT = f'why{THINK_END}ok{SECTION_BEGIN}{CALL_BEGIN}functions.now:0{CALL_ARGUMENT
 
 
 def tokens(folder: Path, text: str) -> int:
+    """Return how many tokens the text has, with control tokens read as such."""
     return len(KimiTokenizer(folder).encode_prompt(text))
 
 
 class ScriptedTests:
+    """The base of tests whose requests order the model's answer."""
+
     def __init_subclass__(cls) -> None:
-        """Refuse two tests of one name: pytest would run the first alone."""
+        """Refuse a class whose bases have two tests of one name, because pytest would run only the first."""
         names = [name for base in cls.__bases__ for name in vars(base) if name.startswith("test_")]
         assert len(names) == len(set(names)), f"two of the tests in {cls.__name__} have one name: {sorted(names)}"
 
     def script(self, folder: Path, answer: str) -> dict[str, Any]:
-        """The fields of a request to a server of the checkpoint in `folder` that order `answer`, and its end."""
+        """Return the request fields by which a server of the checkpoint in `folder` answers `answer` and then ends."""
         raise NotImplementedError
 
 
 def openai_client(server: Server) -> openai.OpenAI:
+    """Return OpenAI's client for the server, without retries."""
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
 
 
 def with_parts(picture: dict[str, Any], results: tuple[Any, ...], text: str) -> list[Any]:
-    """The results with pictures and texts in the form of another API. text: what that calls the type of a text."""
+    """Return the results with their pictures and texts in the form of another API.
+
+    picture: IMAGE in that form. text: that API's name for the type of a text part.
+    """
     return [
         [picture if part is IMAGE else {**part, "type": text} for part in result]
         if isinstance(result, list)
