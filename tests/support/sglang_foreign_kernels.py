@@ -1,7 +1,7 @@
-"""SGLang's server of the encoder with PyPI's build of its kernels, which lacks those of another model for CPUs.
+"""Lets SGLang's encoder server start with PyPI's build of its kernels, which lacks CPU kernels of another model.
 
-The server imports that model's file, which names its kernels at once and calls them for that model alone. A plugin of the
-tests' own, in each process of the server, gives the names something to be.
+The server imports that other model's file, which looks up its kernels on import but calls them for its own model only.
+This test plugin, which every process of the server loads, gives the missing names a value.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ NAMES = (
 
 
 def register() -> None:
+    """Set each missing kernel to None."""
     import torch
 
     for name in NAMES:

@@ -1,7 +1,8 @@
-"""SGLang's cache in the host's memory (HiCache) without a GPU, for which two pieces of it are a GPU's alone.
+"""Lets SGLang's KV cache in host memory (HiCache) run without a GPU, by replacing two of its parts that need one.
 
-A plugin of the tests' own, in each process of the server: host memory is not pinned, and the kernel that copies rows of a KV
-cache between two memories is a plain copy. All else is SGLang's: what is kept, where it goes, when it comes back.
+With this test plugin, which every process of the server loads, host memory is not pinned, and a plain copy replaces the
+kernel that copies rows of a KV cache between device and host memory. All else is SGLang's code: which rows are kept,
+where they go, and when they come back.
 """
 
 from __future__ import annotations
@@ -13,19 +14,23 @@ import torch
 _POOLS = "sglang.srt.mem_cache.pool_host"
 FLAGS = [
     "--enable-hierarchical-cache",
-    # The form that has one kernel for both ways.
+    # With these two options, one kernel copies in both directions.
     *("--hicache-io-backend", "direct", "--hicache-mem-layout", "layer_first"),
 ]
 
 
 def register() -> None:
+    """Replace SGLang's pinning of host memory by `unpinned`."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     HookRegistry.register(f"{_POOLS}.common._cuda_host_register", unpinned, HookType.REPLACE)
 
 
 def unpinned(buffer: torch.Tensor, granularity: int | None = None) -> None:
-    """Called for the host's memory, before anything is copied there: without a GPU that module lacks the kernel."""
+    """Pin nothing, and give SGLang's module for MLA a plain copy for the kernel that it lacks without a GPU.
+
+    SGLang calls this for the host's memory before it copies anything there.
+    """
     from sglang.srt.mem_cache.pool_host import mla
 
     mla.transfer_kv_direct = copy_rows

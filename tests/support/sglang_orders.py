@@ -1,6 +1,6 @@
-"""Ordered answers from SGLang's Messages and Responses APIs, whose classes drop the fields that order one.
+"""Makes scripted answers work in SGLang's Messages and Responses APIs, whose classes drop the fields that order one.
 
-A plugin of the tests' own in the API server, through SGLang's entry point: it reads the request as it was sent.
+This test plugin, which SGLang loads through its entry point, reads those fields from the request's body as it was sent.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ _TARGET = "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_reque
 
 
 def register() -> None:
+    """Put `order` around SGLang's generation of a request's answer."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     HookRegistry.register(_TARGET, order, HookType.AROUND)
@@ -21,7 +22,7 @@ def register() -> None:
 async def order(
     original: Callable[..., AsyncIterator[Any]], manager: Any, obj: Any, request: Any = None
 ) -> AsyncIterator[Any]:
-    """What SGLang's own chat API does with these two fields."""
+    """Pass the two fields that order an answer on to the sampler, as SGLang's own chat API does."""
     # A request by gRPC has no body; the chat API reads its fields itself.
     sent = json.loads(await request.body() or b"{}") if hasattr(request, "body") else {}
     if "custom_params" in sent and obj.custom_logit_processor is None:

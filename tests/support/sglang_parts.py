@@ -1,4 +1,4 @@
-"""Parts of SGLang as tests without a server call them."""
+"""Stands in for parts of SGLang, for tests that call the adapter without a server."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ import torch
 
 
 def hf_utils() -> Any:
-    """The module by which SGLang reads configurations, tokenizers and processors; to be imported after registration."""
+    """Return the module by which SGLang reads configurations, tokenizers and processors.
+
+    Tests must call this after registration, since the module may be imported only then.
+    """
     from sglang.srt.utils import hf_transformers_utils
 
     return hf_transformers_utils
 
 
 class FusedMoE(torch.nn.Module):
-    """SGLang finds the experts' format by the name of the layer's class."""
+    """A layer with the class name by which SGLang finds the experts' format."""
 
 
 class Runner:
-    """A value of `--moe-runner-backend`, as SGLang resolves it."""
+    """A callable that returns a value of `--moe-runner-backend` as SGLang resolves it."""
 
     def __init__(self, name: str) -> None:
         from sglang.srt.layers.moe.utils import MoeRunnerBackend

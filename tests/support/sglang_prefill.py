@@ -1,7 +1,8 @@
-"""SGLang's server of prefill without a GPU, for which the way it tells Mooncake what to send is a GPU's alone.
+"""Lets SGLang's prefill server run without a GPU, where it could not tell Mooncake which pages to send.
 
-It copies the numbers of a prompt's pages to pinned memory and notes when, by CUDA's events; for other transfers it says them
-plainly. A plugin of the tests' own, in each process of the server, has it do that for Mooncake too.
+For Mooncake the server copies the indices of a prompt's pages to pinned memory and records a CUDA event; to other
+transfer backends it passes them directly. With this test plugin, which every process of the server loads, it passes
+them directly to Mooncake too.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ _TARGET = "sglang.srt.disaggregation.prefill.SchedulerDisaggregationPrefillMixin
 
 
 def register() -> None:
+    """Put `plainly` around SGLang's sending of a chunk of the KV cache."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     HookRegistry.register(_TARGET, plainly, HookType.AROUND)
 
 
 def plainly(original: Callable[..., None], scheduler: Any, request: Any, *args: Any, **kwargs: Any) -> None:
+    """Have the sender take the pages' indices directly instead of from pinned memory."""
     request.disagg_kv_sender.supports_host_tensor_indices = False
     original(scheduler, request, *args, **kwargs)

@@ -1,4 +1,8 @@
-"""What runs inside SGLang's scheduler: sent with a request to a server that has `--enable-custom-logit-processor`."""
+"""Holds SGLang's logit processors for tests: one writes scripted answers, the other inspects or changes the model.
+
+They run inside SGLang's scheduler; a test sends them with a request to a server that has
+`--enable-custom-logit-processor`.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +17,13 @@ from support.server import Server
 
 
 class Scripted(CustomLogitProcessor):
-    """The side of `scripted`: a request's `custom_params` name the token ids of its answer, `{"script": [1, 2, 3]}`."""
+    """SGLang's part of `support.scripted`: writes the answer whose token ids a request's `custom_params` give, as in
+    `{"script": [1, 2, 3]}`."""
 
     def __call__(self, logits: torch.Tensor, custom_param_list: list[dict[str, Any]] | None = None) -> torch.Tensor:
         for row, params in enumerate(custom_param_list or []):
             request = params["__req__"]
-            # SGLang schedules ahead: the request's own list of tokens may be one behind.
+            # SGLang schedules ahead, so the request's own list of tokens may be one token behind.
             position = getattr(request, "scripted_position", 0)
             request.scripted_position = position + 1
             logits[row] = -torch.inf
@@ -27,7 +32,10 @@ class Scripted(CustomLogitProcessor):
 
 
 class Inside(CustomLogitProcessor):
-    """Does to the model that serves what `custom_params` name, as in `{"do": "weigh"}`: of LOOKS or FAULTS, or "undo"."""
+    """Does to the serving model what a request's `custom_params` name, as in `{"do": "weigh"}`.
+
+    The name is one of LOOKS or of FAULTS, or "undo", which takes the last fault out.
+    """
 
     def __call__(self, logits: torch.Tensor, custom_param_list: list[dict[str, Any]] | None = None) -> torch.Tensor:
         for params in custom_param_list or []:
@@ -40,7 +48,7 @@ class Inside(CustomLogitProcessor):
 
 
 def _runner() -> Any:
-    """SGLang's ModelRunner, which samples what is computed here: up the stack, for no name leads to it."""
+    """Return SGLang's ModelRunner, which is calling this code to sample, from the stack, since no name leads to it."""
     frame = inspect.currentframe()
     while frame is not None:
         owner = frame.f_locals.get("self")
@@ -51,8 +59,8 @@ def _runner() -> Any:
 
 
 def _weigh() -> None:
-    """Write into the server's log how many bytes weights and KV cache take: SGLang's own log rounds to hundredths of a
-    GB."""
+    """Write into the server's log how many bytes weights and KV cache take, because SGLang's own log rounds to
+    hundredths of a GB."""
     model, pool = _runner().model, _runner().token_to_kv_pool
     held = list(model.parameters())
     for module in model.modules():
@@ -70,7 +78,7 @@ def _compare_with_language_model() -> None:
 
 
 def _read_expert_again() -> None:
-    """Read an expert from the disk, as SGLang does when the rank that had it is lost."""
+    """Read an expert from the disk again, as SGLang does when the rank that had it is lost."""
     runner = _runner()
     args = runner.server_args
     wanted = runner.model.generate_weight_name_filter({FAULTY_LAYER: [FAULTY_EXPERT]})
@@ -114,6 +122,6 @@ FAULTS = {"one expert's scale doubled": _double_scale, "router bias dropped": _d
 
 
 def order(server: Server, what: str) -> None:
-    """Have `what` done, and nothing that was cached before used after it."""
+    """Have `Inside` do `what` in the server, and empty the prefix cache, whose entries were computed before."""
     server.chat("Hello", max_tokens=1, custom_logit_processor=Inside.to_str(), custom_params={"do": what})
     server.post("/flush_cache").raise_for_status()

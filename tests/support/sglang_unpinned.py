@@ -1,6 +1,7 @@
-"""SGLang's LoRA without a driver: it pins host memory whatever the device, which without one is an error.
+"""Lets SGLang's LoRA run without a GPU's driver, by never pinning host memory.
 
-A plugin of the tests' own, in each process of the server. Memory that is not pinned has the same contents.
+SGLang's LoRA pins host memory whatever the device, which is an error without a driver; memory that is not pinned has
+the same contents. Every process of the server loads this test plugin.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 
 def register() -> None:
+    """Make torch ignore every request for pinned memory."""
     import torch
 
     def unpinned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -1,4 +1,4 @@
-"""New weights for a serving SGLang, by each way that a trainer has beside a checkpoint on the disk."""
+"""Sends new weights to a serving SGLang in each way that a trainer has: from the disk, as tensors, through a group."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ GROUP = "trainer"
 
 
 def from_disk(server: Server, folder: Path) -> None:
-    # Where none is given, that of the start, which may be a dummy.
+    # Without a load format SGLang would use that of its start, which may be `dummy`.
     _ask(server, "update_weights_from_disk", model_path=str(folder), load_format="auto")
 
 
 def from_tensors(server: Server, folder: Path) -> None:
-    """Hands weights over in shared memory, as a trainer on the same machine does. Those that they replace were drawn
-    anew, as `--load-format dummy` draws them."""
+    """Hand weights over in shared memory, as a trainer on the same machine does.
+
+    The weights that they replace are drawn at random first, as `--load-format dummy` draws them.
+    """
     _ask(server, "weights_checker", action="reset_tensors")
     strategy = torch.multiprocessing.get_sharing_strategy()
-    # By file descriptor, the default, only a process' own children may ask for one.
+    # With the default strategy, by file descriptor, only a process's own children may open the memory.
     torch.multiprocessing.set_sharing_strategy("file_system")
     try:
         with _session(server):
@@ -40,7 +42,7 @@ def from_tensors(server: Server, folder: Path) -> None:
 
 
 def from_a_group(server: Server, folder: Path) -> None:
-    """Broadcasts weights as rank 0 of a process group that the server joins."""
+    """Broadcast weights as rank 0 of a process group that the server joins."""
     port = free_port()
     place = {"master_address": "127.0.0.1", "master_port": port, "rank_offset": 1, "world_size": 2, "backend": "gloo"}
     with _meanwhile(partial(_ask, server, "init_weights_update_group", group_name=GROUP, **place)):
@@ -66,7 +68,7 @@ def _ask(server: Server, path: str, **body: Any) -> None:
 
 @contextmanager
 def _session(server: Server) -> Iterator[None]:
-    """SGLang's own frame around an update in parts."""
+    """Frame an update in parts, as SGLang's API requires it."""
     _ask(server, "begin_weight_update")
     yield
     _ask(server, "end_weight_update")
@@ -74,7 +76,7 @@ def _session(server: Server) -> Iterator[None]:
 
 @contextmanager
 def _meanwhile(ask: Callable[[], None]) -> Iterator[None]:
-    """Within the block a request is under way that is answered only once this side has done its part."""
+    """Keep a request under way within the block, since the server answers it only when this side has done its part."""
     with ThreadPoolExecutor(1) as thread:
         answer = thread.submit(ask)
         yield
@@ -96,5 +98,5 @@ def _buckets(folder: Path) -> Iterator[list[tuple[str, torch.Tensor]]]:
             yield [(name, file.get_tensor(name)) for name in names]
 
 
-# Each leaves what the one before it brought.
+# The tests use these in this order on one server: each replaces the weights that the one before it brought.
 WAYS = (from_disk, from_tensors, from_a_group)

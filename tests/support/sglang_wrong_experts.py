@@ -1,4 +1,7 @@
-"""SGLang's experts with what issues tell of some GPUs: each token gets the first one's. A plugin of the tests' own."""
+"""Makes SGLang's unquantized experts wrong as issues report of some GPUs: every token gets the first token's result.
+
+Every process of the server loads this test plugin; `k26 verify` must notice the fault.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from typing import Any
 
 
 def register() -> None:
+    """Replace the experts' computation by the faulty one."""
     from sglang.srt.layers.quantization import unquant
 
     right = unquant.UnquantizedFusedMoEMethod.apply

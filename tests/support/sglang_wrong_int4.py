@@ -1,6 +1,7 @@
-"""SGLang's INT4 experts where they are chosen, as on a GPU, with a kernel that gives nothing. A plugin of the tests' own.
+"""Makes a server on a CPU choose SGLang's own INT4 experts, as on a GPU, with a kernel whose result is zero.
 
-SGLang's parameters and loader are as they are; what needs a GPU, the repacking and the kernel, is not called.
+SGLang's parameters and loader stay; its repacking and its kernel, which need a GPU, are replaced. Every process of the
+server loads this test plugin.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch
 
 
 def register() -> None:
+    """Have the plugin leave the experts to SGLang, and replace those methods of SGLang's scheme that need a GPU."""
     from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
     from sglang.srt.layers.quantization.compressed_tensors.schemes import CompressedTensorsWNA16MoE
 
@@ -18,7 +20,7 @@ def register() -> None:
     from k26_plugins.common.settings import ENGINE
 
     def process(scheme: Any, layer: Any) -> None:
-        """Put the weights into another layout, as kernels do: what was loaded is gone."""
+        """Zero the packed weights, because after a kernel's repacking, too, the loaded values are gone."""
         for name in ("w13_weight_packed", "w2_weight_packed"):
             layer.get_parameter(name).data.zero_()
 
