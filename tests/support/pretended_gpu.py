@@ -1,7 +1,7 @@
-"""A GPU that this machine has not, for vLLM in this process: what its drivers say, and what a build for it brings.
+"""Pretends to vLLM in this process that the machine has a GPU: its driver's answers, and the modules of a build for it.
 
-Only questions are answered. vLLM's own classes of platforms make of the answers what they make of a real driver's, and
-nothing is computed: of a package that a build for GPUs brings there is the name alone.
+Only questions are answered, and vLLM's own classes of platforms draw their conclusions as they do from a real driver's
+answers. Nothing is computed: the modules that a build for GPUs brings exist by name only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 GIB = 2**30
 BROUGHT = (
-    # Compiled, by vLLM's build for CUDA or ROCm.
+    # vLLM's builds for CUDA or ROCm bring these as compiled modules.
     "vllm._C", "vllm._C_stable_libtorch", "vllm._moe_C_stable_libtorch", "vllm._rocm_C", "vllm._flashmla_C",
     "vllm._flashmla_extension_C", "vllm.cumem_allocator", "vllm.third_party.flashmla",
     "vllm.vllm_flash_attn._vllm_fa2_C", "vllm.vllm_flash_attn._vllm_fa3_C",
@@ -26,16 +26,18 @@ REQUIRED = {
     "cuda": ("flashinfer", "flashinfer_cubin", "humming", "tokenspeed_mla", "deep_ep"),
     "rocm": ("amdsmi", "flash_attn", "deep_ep"),
 }
-"""What vLLM's builds require beside the compiled modules, and DeepEP: whoever asks for one of these has it."""
+"""The packages that vLLM's builds require beside the compiled modules, and DeepEP, which some flags need."""
 OPERATORS = ("_C", "_moe_C", "_rocm_C", "_C_cache_ops")
 
 
 class Gpu(NamedTuple):
+    """A GPU as its driver describes it."""
+
     kind: str
     """`cuda` or `rocm`."""
     capability: tuple[int, int]
     architecture: str
-    """The name that AMD's driver gives it."""
+    """The architecture's name in AMD's driver; empty for NVIDIA's GPUs."""
 
 
 GPUS = {
@@ -53,7 +55,7 @@ COUNT = 8
 
 
 class _Named(type):
-    """A class that has whatever it is asked for."""
+    """The metaclass of classes that have every attribute that they are asked for."""
 
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("_"):
@@ -62,7 +64,7 @@ class _Named(type):
         def member(*args: Any, **kwargs: Any) -> None:
             pass
 
-        # A member of an enumeration has one.
+        # The attribute may be taken for a member of an enumeration, which has a `value`.
         member.value = name  # type: ignore[attr-defined]
         return member
 
@@ -93,7 +95,10 @@ class _Packages(MetaPathFinder, Loader):
 
 
 class Machine:
-    """The pretence. Made before anything of vLLM is imported; `become` then makes another GPU of the same kind of it."""
+    """A machine of eight GPUs that vLLM believes in. It must be made before anything of vLLM is imported.
+
+    `become` later changes its GPUs to others of the same kind.
+    """
 
     def __init__(self, gpu: Gpu) -> None:
         self.gpu = gpu
@@ -103,7 +108,7 @@ class Machine:
         self._operators()
         import vllm.platforms
 
-        # This build says of itself that it is for CPUs.
+        # The installed build's version says that the build is for CPUs.
         vllm.platforms.vllm_version_matches_substr = lambda part: False
         self._nvml() if gpu.kind == "cuda" else self._amdsmi()
         self._triton()
@@ -114,14 +119,18 @@ class Machine:
         )
 
     def become(self, gpu: Gpu) -> None:
-        """Everything of vLLM's is imported: from now on the operators of its builds are all there."""
+        """Change the machine's GPUs to `gpu`, which must be of the same kind.
+
+        To be called when all of vLLM's modules are imported: from then on all operators of vLLM's builds exist.
+        """
         import vllm.platforms
 
         assert gpu.kind == self.gpu.kind
         self.gpu = gpu
         self._imported = True
         name = f"vllm.platforms.{gpu.kind}"
-        # Modules hold the one object, and the module's functions read what the module knows of the driver.
+        # Other modules hold the one platform object, so that object gets the class of the reloaded module, whose
+        # functions read the driver's answers anew.
         module = importlib.reload(sys.modules[name])
         setattr(module, f"_{gpu.kind}_device_count_stateless", lambda devices=None: COUNT)
         class_name = type(vllm.platforms.current_platform).__name__
@@ -131,7 +140,7 @@ class Machine:
     def _torch(self) -> None:
         torch.version.hip = "7.0" if self.gpu.kind == "rocm" else None
         torch.version.cuda = "13.0" if self.gpu.kind == "cuda" else None
-        # Not typed as what it is, since its members become what they are not.
+        # Typed as Any, because its members are replaced by others of other types.
         cuda: Any = torch.cuda
         cuda.is_available = lambda: True
         cuda.device_count = lambda: COUNT
@@ -144,8 +153,10 @@ class Machine:
         cuda.Stream = cuda.Event = _Named("Stream", (), {"__init__": lambda self, *args, **kwargs: None})
 
     def _operators(self) -> None:
-        """Pretend the operators of vLLM's builds. While vLLM is imported there are only those that say what a GPU
-        supports, and they say FP8 and FP4."""
+        """Pretend the operators of vLLM's builds.
+
+        While vLLM is imported, only the operators that say what a GPU supports exist, and they say FP8 and FP4.
+        """
         namespace: Any = type(torch.ops._C)
         real = namespace.__getattr__
 

@@ -1,7 +1,8 @@
-"""A Ray cluster of two workers on this machine's CPU, for vLLM.
+"""Starts a Ray cluster of two workers on this machine's CPU, for vLLM.
 
-vLLM takes a Ray cluster on GPUs only: its CPU platform names no device of Ray's. Here it names GPU, and Ray is told that
-there are two. The rest is vLLM's own: Ray's actors, one a rank, and gloo between them.
+vLLM uses a Ray cluster with GPUs only, because its CPU platform names no device that Ray knows. Here the platform names
+GPU, and Ray is told that there are two. All else is as vLLM does it: an actor of Ray for each rank, and gloo between
+them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from support.server import end, free_port, wait_until
 
 from k26_plugins.common.metrics import FOLDER_VARIABLE
 
-# Runs when a Python starts: vLLM's drivers and Ray's workers ask for the device before any plugin is loaded.
+# This code runs when a Python process starts, because vLLM's drivers and Ray's workers ask for the device before they
+# load any plugin.
 _NAMES_A_DEVICE = """
 import sys
 from importlib.machinery import PathFinder
@@ -47,28 +49,33 @@ sys.meta_path.insert(0, NamesADevice)
 
 @contextmanager
 def ray_cluster(folder: Path, *python_path: Path) -> Iterator[dict[str, str]]:
-    """What to set for a vLLM server so that it takes the cluster. python_path: more folders for all its processes."""
+    """Run the cluster until the block ends, and yield the environment variables by which a vLLM server uses it.
+
+    python_path: further folders for PYTHONPATH in all of the cluster's processes.
+    """
     (folder / "sitecustomize.py").write_text(_NAMES_A_DEVICE)
     path = [*map(str, (folder, *python_path)), *filter(None, [os.environ.get("PYTHONPATH")])]
     settings = {"PYTHONPATH": os.pathsep.join(path), "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
     port = free_port()
-    # A socket's path may have 107 characters, which a test's own folder does not leave room for.
+    # A socket's path may have 107 characters at most, and a test's own folder would leave too few of them.
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as short:
         ray = str(Path(sys.executable).with_name("ray"))
         command = [ray, "start", "--head", "--block", "--node-ip-address", "127.0.0.1", "--port", str(port)]
         command += ["--num-cpus", "2", "--num-gpus", "2", "--include-dashboard", "false", "--temp-dir", short]
         command += ["--object-store-memory", "100000000", "--disable-usage-stats"]
-        # Any ports for its workers: by default they are 10002 to 19999, and Ray refuses a cluster whose own is among them.
+        # Workers may use any port: by default they use 10002 to 19999, and Ray refuses a cluster whose own port is
+        # among them.
         command += ["--min-worker-port", "0", "--max-worker-port", "0"]
         log_file = folder / "ray.log"
         with log_file.open("w") as log:
-            # A test in this process may have prepared a configuration: its folder is not the server's.
+            # A test in this process may have set this variable when it prepared a configuration; that folder is not the
+            # server's.
             inherited = {name: value for name, value in os.environ.items() if name != FOLDER_VARIABLE}
             process = subprocess.Popen(
                 command, env={**inherited, **settings}, stdout=log, stderr=log, start_new_session=True
             )
         try:
-            # A driver that asks before the cluster takes any waits five seconds and gives up.
+            # A driver that asks before the cluster accepts drivers waits five seconds and gives up.
             wait_until(lambda: "Ray runtime started" in log_file.read_text(), process, log_file)
             yield {**settings, "RAY_ADDRESS": f"127.0.0.1:{port}", "VLLM_HOST_IP": "127.0.0.1"}
         finally:

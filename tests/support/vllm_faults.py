@@ -1,9 +1,9 @@
-"""Faults seeded into a running vLLM and taken out of it again, and what its workers hold.
+"""Seeds faults into a running vLLM and takes them out again, and reports how many bytes of weights its workers hold.
 
     vllm serve … --worker-extension-cls support.vllm_faults.Workers --middleware support.vllm_faults.Frontend
 
-A fault of the weights or of the model's code is put into the workers, one of the prompt's path into the process that
-renders, tokenizes and preprocesses.
+A fault of the weights or of the model's code is put into the workers. A fault of the prompt's path is put into the API
+server's process, which renders, tokenizes and preprocesses.
 """
 
 from __future__ import annotations
@@ -22,29 +22,38 @@ STOPS_FOR_STOP = "stops for stop"
 
 
 class Workers:
-    """vLLM mixes this into its worker, one of which is each rank's process. `self.model_runner` is the worker's."""
+    """Methods that vLLM mixes into its worker class, of which each rank's process has an object.
+
+    `self.model_runner` is the worker's.
+    """
 
     model_runner: Any
 
     def k26_seed(self, name: str) -> None:
+        """Put the fault `name` into this rank's model, remembering what it replaces."""
         self._k26_saved: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._k26_attributes: list[tuple[Any, str, Any]] = []
         text = self.model_runner.get_model().language_model.model
         _WORKER_FAULTS[name](self, text)
 
     def k26_undo(self) -> None:
+        """Take the last fault out again."""
         for tensor, before in reversed(self._k26_saved):
             tensor.copy_(before)
         for owner, attribute, before in self._k26_attributes:
             setattr(owner, attribute, before)
 
     def k26_weights(self) -> int:
-        """Bytes of the model's parameters on this rank. vLLM's log rounds them to 0.01 GiB, more than the tiny model has."""
+        """Return the bytes of the model's parameters on this rank.
+
+        vLLM's log rounds them to 0.01 GiB, which is more than the tiny model has.
+        """
         model = self.model_runner.get_model()
         storages = {tensor.untyped_storage() for tensor in model.parameters()}
         held = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
         for layer in model.modules():
-            # On CPUs oneDNN packs a product's weight and the parameter is emptied: as many bytes, out of PyTorch's sight.
+            # On CPUs oneDNN packs a linear layer's weight and vLLM empties the parameter; the packed weight has as many
+            # bytes, but PyTorch does not see them.
             if getattr(layer, "weight", None) is not None and layer.weight.numel() == 0:
                 rows = getattr(layer, "output_size_per_partition", None) or layer.output_size
                 inputs = getattr(layer, "input_size_per_partition", None) or layer.input_size
@@ -99,7 +108,7 @@ def _halve_yarn(worker: Workers, text: Any) -> None:
 
 
 def _swap_shards(worker: Workers, text: Any) -> None:
-    """Each of two ranks computes with the other's columns of every down projection."""
+    """Have each of two ranks compute with the other's columns of every down projection."""
     from vllm.distributed import get_tp_group
 
     group = get_tp_group()
@@ -134,7 +143,10 @@ def _without_think(apply: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _padded_late(patchify: Callable[..., Any]) -> Callable[..., Any]:
-    """vLLM normalizes in the worker, from bytes: of those 128 is the nearest to 0 after that, 0.004."""
+    """Wrap `patchify` so that padded pixels are about 0 after normalizing, as if images were padded after that step.
+
+    vLLM normalizes in the worker, from bytes; the byte 128 comes nearest to 0, with 0.004.
+    """
 
     def patchify_grey(frames: Any, resize: Any, config: Any) -> Any:
         patches = patchify(frames, resize, config)
@@ -150,6 +162,8 @@ def _padded_late(patchify: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _for_stop(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the constructor of a choice so that an answer with tool calls has the finish reason `stop`."""
+
     def make_for_stop(choice: Any, **fields: Any) -> None:
         make(choice, **{**fields, "finish_reason": fields["finish_reason"].replace("tool_calls", "stop")})
 
@@ -167,11 +181,12 @@ _FRONTEND_FAULTS: dict[str, tuple[str, str, Callable[[Callable[..., Any]], Calla
     ),
 }  # fmt: skip
 FAULTS = (*_WORKER_FAULTS, *(name for name in _FRONTEND_FAULTS if name != STOPS_FOR_STOP))
-"""The faults of what the model answers."""
+"""The names of the faults that change what the model answers."""
 
 
 class Frontend:
-    """ASGI middleware of vLLM's API process: takes the orders of `seeded` and passes on all else."""
+    """ASGI middleware of vLLM's API server that answers the requests of `order` and `weights_of` and passes on
+    others."""
 
     def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
         self.app = app
@@ -201,7 +216,7 @@ class Frontend:
             self.undo.pop()()
         else:
             await engine.collective_rpc("k26_undo")
-        # Images seen before are not preprocessed or encoded again otherwise.
+        # Otherwise images that were seen before would not be preprocessed and encoded again.
         await engine.reset_mm_cache()
         await engine.reset_encoder_cache()
 
@@ -220,6 +235,6 @@ def order(url: str, name: str | None) -> None:
 
 
 def weights_of(url: str) -> list[int]:
-    """The bytes of each rank's weights."""
+    """Return the bytes of each rank's weights in the server at `url`."""
     found: list[int] = httpx.get(f"{url}{WEIGHTS_PATH}", timeout=60).raise_for_status().json()
     return found

@@ -1,7 +1,8 @@
-"""What vLLM's communicator for CPUs lacks for data parallel: `--worker-extension-cls support.vllm_gathers.Worker`.
+"""Gives vLLM's communicator for CPUs the collectives of data parallelism, to test it without GPUs.
 
-Ranks with experts between them gather their tokens and sum what became of them, of which one rank may have more than
-another. vLLM does it with NCCL on GPUs; here Gloo does it, so that a server on a CPU goes the way of one on GPUs.
+The server takes `--worker-extension-cls support.vllm_gathers.Worker`. Ranks that share the experts gather all their
+tokens and then sum the results, and one rank may have more tokens than another. On GPUs vLLM does both with NCCL; here
+Gloo does them, so that a server on a CPU takes the same path as one on GPUs.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicat
 
 
 class Worker:
-    """vLLM imports this module in each of its workers."""
+    """An empty extension, which makes vLLM import this module in each of its workers."""
 
 
 def all_gatherv(
     self: CpuCommunicator, input_: torch.Tensor | list[torch.Tensor], dim: int = 0, sizes: list[int] | None = None
 ) -> torch.Tensor | list[torch.Tensor]:
-    """sizes: how many rows each rank has."""
+    """Return the rows of all ranks, in the ranks' order, for one tensor or for each of a list.
+
+    sizes: how many rows each rank has; None: all have as many as this one.
+    """
     assert dim == 0
     if isinstance(input_, list):
         return [_gathered(self, one, sizes) for one in input_]
@@ -27,7 +31,7 @@ def all_gatherv(
 
 def _gathered(self: CpuCommunicator, input_: torch.Tensor, sizes: list[int] | None) -> torch.Tensor:
     counts = sizes or [len(input_)] * self.world_size
-    # Gloo gathers tensors of one size.
+    # Gloo can only gather tensors of one size.
     padded = input_.new_zeros(max(counts), *input_.shape[1:])
     padded[: len(input_)] = input_
     found = [torch.empty_like(padded) for _ in counts]
@@ -38,7 +42,10 @@ def _gathered(self: CpuCommunicator, input_: torch.Tensor, sizes: list[int] | No
 def reduce_scatterv(
     self: CpuCommunicator, input_: torch.Tensor, dim: int = 0, sizes: list[int] | None = None
 ) -> torch.Tensor:
-    """The sum over the ranks, of which this one keeps its own rows."""
+    """Return this rank's rows of the sum over all ranks.
+
+    sizes: how many rows each rank has; None: all have the same number.
+    """
     assert dim == 0
     counts = sizes or [len(input_) // self.world_size] * self.world_size
     total = input_.float()

@@ -1,4 +1,7 @@
-"""What vLLM's draft is given to read, out of a running server: `--worker-extension-cls support.vllm_hidden.Worker`."""
+"""Gets from a running vLLM the hidden states that its draft model is given.
+
+The server takes `--worker-extension-cls support.vllm_hidden.Worker`.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,12 @@ from support.server import Server
 
 
 class Worker:
-    """vLLM mixes it into its own. `self.model_runner` is the worker's."""
+    """A method that vLLM mixes into its worker class. `self.model_runner` is the worker's."""
 
     model_runner: Any
 
     def k26_keep(self, file: str) -> None:
-        """The next time that the draft is asked, writes what it is given."""
+        """Write what the draft model is given, the next time that it is asked, to a safetensors file."""
         drafter = self.model_runner.drafter
         propose = drafter.propose
 
@@ -31,7 +34,10 @@ class Worker:
 
 
 def read_by_draft(server: Server, token_ids: list[int], file: Path) -> torch.Tensor:
-    """`[T, layers · hidden_size]` of a prompt. The server has VLLM_SERVER_DEV_MODE=1."""
+    """Return the hidden states that the draft model is given for a prompt, `[T, layers · hidden_size]`.
+
+    The server must run with VLLM_SERVER_DEV_MODE=1. file: where its worker writes them.
+    """
     asked = {"method": "k26_keep", "args": [str(file)]}
     httpx.post(f"{server.url}/collective_rpc", json=asked, timeout=60).raise_for_status()
     server.complete(token_ids, max_tokens=2)

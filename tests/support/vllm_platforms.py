@@ -1,9 +1,11 @@
-"""What vLLM makes of flags on a GPU that this machine has not, or on a CPU: run by tests/vllm/test_platforms.py.
+"""Prints what vLLM chooses for sets of flags on GPUs that this machine does not have, or on a CPU.
+
+tests/vllm/test_platforms.py runs it:
 
     python -m support.vllm_platforms FOLDER DRAFT PLATFORM[,PLATFORM...] [FLAGS]
 
-For each platform, each set of flags and each way to run, vLLM's configuration is settled and the model built in a process of
-its own, with tensors that have a device and a shape and nothing else. Prints a line of JSON for each.
+For each platform, each set of flags and each way to run, vLLM settles its configuration and builds the model in a
+separate process, with tensors that have a device and a shape but no memory. A line of JSON is printed for each.
 """
 
 from __future__ import annotations
@@ -34,23 +36,22 @@ WAYS = {
     "plugin": {"VLLM_PLUGINS": "k26"},
     "triton": {"VLLM_PLUGINS": "k26", "K26_EXPERTS": "triton"},
 }
-"""The environment by the way's name. The way without the plugin comes first, since what the plugin changes stays
-changed."""
+"""The environment variables of each way to run: without the plugin, with it, and with the core's Triton kernels."""
 
 
 KERNEL_FLAGS = ("none", "TP", "EP", "DeepEP high throughput", "DeepEP low latency", "EPLB", "encoder only")
-"""The flags by which the answer of the core's kernels may differ."""
+"""The names, in VLLM_FLAGS, of the flags with which `triton` is tried, since the core's kernels may differ there."""
 
 
 class WithoutWeights(TorchFunctionMode):
-    """Weights are made without memory, and small tables with values on the CPU, whatever device is asked for.
+    """A mode that makes weights without memory, and small tables with values on the CPU, whatever device is asked for.
 
-    The default device is still said to be the GPU.
+    The default device that vLLM sees is still the GPU.
     """
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        # vLLM makes on it itself what is never loaded.
+        # vLLM itself uses the device "meta" for tensors that are never loaded; those stay there.
         if function in _device_constructors() and str(kwargs.get("device")) != "meta":
             kwargs["device"] = "meta" if function is torch.empty else "cpu"
         if function is torch.Tensor.to:
@@ -60,14 +61,14 @@ class WithoutWeights(TorchFunctionMode):
 
 @contextmanager
 def ranks(config: Any) -> Iterator[None]:
-    """vLLM's groups of all the ranks that the flags ask for, seen from the first; nobody is there to talk to."""
+    """Make vLLM's process groups for all ranks that the flags ask for, as rank 0, although no other rank exists."""
     import torch.distributed as dist
     import vllm.distributed.parallel_state as state
     from torch.distributed import distributed_c10d
     from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
     from vllm.platforms import current_platform
 
-    # Its import makes the backend "fake" known.
+    # The import registers torch's backend "fake".
     importlib.import_module("torch.testing._internal.distributed.fake_pg")
     parallel, new_group = config.parallel_config, dist.new_group
     communicator = "vllm.distributed.device_communicators.base_device_communicator.DeviceCommunicatorBase"
@@ -79,10 +80,10 @@ def ranks(config: Any) -> Iterator[None]:
             (type(current_platform), "get_device_communicator_cls", classmethod(lambda platform: communicator)),
         ):
             stack.enter_context(mock.patch.object(owner, name, replacement))
-        stores: Any = dist  # which does not say in `__all__` that it has them
+        stores: Any = dist  # typed as Any, because `__all__` does not list the stores
         size = parallel.world_size_across_dp
         dist.init_process_group("fake", store=stores.HashStore(), rank=0, world_size=size)
-        # What the plugin of each of the other ranks says there.
+        # The plugin on each of the other ranks would leave its version in the store (`common/adapters/ranks.py`).
         store = stores.PrefixStore("k26-plugins/1", distributed_c10d._get_default_store())
         for rank in range(1, size):
             store.set(str(rank), f"{__version__} of another rank")
@@ -98,19 +99,19 @@ def ranks(config: Any) -> Iterator[None]:
 
 
 def build(config: Any) -> torch.nn.Module:
-    """The model, as a worker of the first rank builds it before its weights are loaded."""
+    """Return the model as the worker of rank 0 builds it, before its weights are loaded."""
     from vllm.config import CompilationMode, set_current_vllm_config
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.platforms import current_platform
     from vllm.utils.torch_utils import set_default_torch_dtype
 
-    # Compiling needs the operators, and chooses none of what is asked here.
+    # Compiling would need the GPU's operators, and has no part in what is compared here.
     config.compilation_config.mode = CompilationMode.NONE
     with (
         set_current_vllm_config(config),
         ranks(config),
         set_default_torch_dtype(config.model_config.dtype),
-        # Where the device has no number, torch makes a tensor to find out.
+        # With an index, torch need not make a tensor to find out the current device.
         torch.device(current_platform.device_type, 0),
         WithoutWeights(),
         mock.patch.object(torch.nn.Module, "to", lambda module, *args, **kwargs: module),
@@ -119,7 +120,10 @@ def build(config: Any) -> torch.nn.Module:
 
 
 def described(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Every field of a configuration and of those in it, by its path: without what is another in each process."""
+    """Yield the path and the value of every field of a configuration and of those inside it.
+
+    Fields that differ in every process, such as ports, are left out.
+    """
     if hasattr(value, "to_dict"):
         parts = value.to_dict()
     elif dataclasses.is_dataclass(value):
@@ -135,7 +139,7 @@ def described(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
 
 def chosen(model: torch.nn.Module) -> dict[str, Any]:
-    """Which classes compute, by the kind of layer; and the class of every module."""
+    """Return the names of the classes that compute experts and attention, and of each module's class and its method."""
     found: dict[str, Any] = {"model": type(model).__module__, "modules": {}}
     for name, module in model.named_modules():
         method = getattr(module, "quant_method", None)
@@ -153,7 +157,7 @@ def chosen(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def answer(arguments: Any) -> dict[str, Any]:
-    """What vLLM would run, or the words with which it refuses."""
+    """Return the configuration and the classes with which vLLM would run, or the error with which it refuses."""
     from vllm.engine.arg_utils import EngineArgs
 
     try:
@@ -165,7 +169,10 @@ def answer(arguments: Any) -> dict[str, Any]:
 
 
 def in_a_process(work: Callable[[], Any]) -> Any:
-    """What `work` returns, of a fork of this process: what it changes and what it caches is gone with it."""
+    """Return what `work` returns in a fork of this process, so that nothing that it changes or caches stays.
+
+    The result must be JSON.
+    """
     reader, writer = os.pipe()
     if (child := os.fork()) == 0:
         with os.fdopen(writer, "w") as pipe:
@@ -179,18 +186,22 @@ def in_a_process(work: Callable[[], Any]) -> Any:
 
 
 def prepared(platform: str) -> Machine | None:
-    """The pretence of a platform's kind, with vLLM's modules imported, as far as starting a model imports them."""
+    """Pretend the platform and import the vLLM modules that starting a model imports. Returns None for the CPU."""
     machine = Machine(GPUS[platform]) if platform in GPUS else None
     registry: Any = importlib.import_module("vllm.model_executor.models.registry")
     importlib.import_module("vllm.model_executor.models.kimi_k25")
 
-    # A process of its own would know nothing of the pretence.
+    # vLLM inspects a model's class in a subprocess, which would know nothing of the pretended machine.
     registry._run_in_subprocess = lambda function: function()
     torch.cpu._is_amx_tile_supported = lambda: False
     return machine
 
 
 def main(folder: str, draft: str, platforms: list[str], flags: list[str]) -> None:
+    """Print vLLM's answers for the checkpoint in `folder`.
+
+    platforms: those to try, all of one kind. flags: names in VLLM_FLAGS.
+    """
     machine = prepared(platforms[0])
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -199,7 +210,7 @@ def main(folder: str, draft: str, platforms: list[str], flags: list[str]) -> Non
 
     def ask(platform: str, name: str, way: str) -> dict[str, Any]:
         words = VLLM_FLAGS[name].replace("DRAFT", draft).split()
-        # Variables stand before the flags, as before a command in a shell.
+        # As in a shell, variables come before the flags.
         variables = dict(word.split("=") for word in words if word.startswith("VLLM_"))
         os.environ.update(WAYS[way] | variables)
         if machine is not None:
@@ -213,7 +224,7 @@ def main(folder: str, draft: str, platforms: list[str], flags: list[str]) -> Non
     for module in in_a_process(scout):
         with suppress(Exception):
             importlib.import_module(module)
-    # What was collected once stays as it is in every fork.
+    # Without garbage collection the forks share this process's memory instead of copying it.
     gc.freeze()
     gc.disable()
     for platform in platforms:

@@ -1,4 +1,4 @@
-"""vLLM's side of `scripted`: `vllm serve … --logits-processors support.vllm_scripted:Scripted`."""
+"""Provides vLLM's part of `support.scripted`: `vllm serve … --logits-processors support.vllm_scripted:Scripted`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from k26_plugins.common.prompt.tokenizer import KimiTokenizer
 
 
 class Scripted(AdapterLogitsProcessor):
-    """The request's `vllm_xargs` name the token ids of its answer: `{"script": "1,2,3"}`."""
+    """Writes the answer whose token ids a request's `vllm_xargs` give: `{"script": "1,2,3"}`."""
 
     def is_argmax_invariant(self) -> bool:
         return False
@@ -32,7 +32,7 @@ class Scripted(AdapterLogitsProcessor):
 
 
 def script(folder: Path, answer: str) -> dict[str, Any]:
-    """The fields of a request to a server of the checkpoint in `folder` that order `answer`, and its end."""
+    """Return the request fields by which a server of the checkpoint in `folder` answers `answer` and then ends."""
     tokenizer = KimiTokenizer(folder)
     token_ids = [*tokenizer.encode_prompt(answer), tokenizer.named["<|im_end|>"]]
     return {"vllm_xargs": {"script": ",".join(map(str, token_ids))}}

@@ -1,6 +1,7 @@
-"""New weights for a serving vLLM, as a trainer sends them: from the disk at once, or in buckets by a way of its own.
+"""Sends new weights to a serving vLLM, as a trainer does: from the disk at once, or in buckets.
 
-Each of the ways that vLLM brings, NCCL and CUDA's IPC, needs GPUs; what the worker does with what they bring is the same.
+vLLM's own transports of buckets, NCCL and CUDA's IPC, need GPUs. Here the tests' own transport reads the buckets from
+files; what the worker does with the weights is the same.
 """
 
 from __future__ import annotations
@@ -36,19 +37,19 @@ class _Bucket(WeightTransferUpdateInfo):
 
 
 class FromFiles(WeightTransferEngine[WeightTransferInitInfo, _Bucket]):
-    """The way of the tests' own: a bucket names tensors of a file."""
+    """A transport of weights for the tests: a bucket names tensors of a file, which the worker reads."""
 
     init_info_cls = WeightTransferInitInfo
     update_info_cls = _Bucket
 
     def init_transfer_engine(self, init_info: WeightTransferInitInfo) -> None:
-        """Nothing to connect to."""
+        """Do nothing, since there is nothing to connect to."""
 
     def start_weight_update(self) -> None:
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        # vLLM's own then waits for an accelerator.
+        # vLLM's own method would then wait for an accelerator.
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: _Bucket) -> None:
@@ -59,11 +60,11 @@ class FromFiles(WeightTransferEngine[WeightTransferInitInfo, _Bucket]):
         finalize_layerwise_reload(self.model, self.model_config)
 
     def shutdown(self) -> None:
-        """Nothing to part from."""
+        """Do nothing, since there is nothing to disconnect from."""
 
 
 class Worker:
-    """vLLM mixes it into its own, and imports this file for it."""
+    """An empty extension, which makes vLLM import this module, and thereby register the transport, in each worker."""
 
 
 if BACKEND not in WeightTransferEngineFactory._registry:
@@ -76,8 +77,10 @@ def from_disk(server: Server, folder: Path) -> None:
 
 
 def in_buckets(server: Server, folder: Path) -> None:
-    """Sends new weights over ones that are all zero, as a trainer sends them over the meaningless ones of
-    `--load-format dummy`."""
+    """Send new weights in buckets to a server whose weights are all zero.
+
+    A trainer sends them so to a server that was started with the meaningless weights of `--load-format dummy`.
+    """
     _ask(server, "weight_checker", action="reset")
     _ask(server, "init_weight_transfer_engine", init_info={})
     _ask(server, "start_weight_update")
@@ -93,7 +96,10 @@ def _ask(server: Server, path: str, **body: Any) -> None:
 
 
 def _forget(server: Server) -> None:
-    """The workers drop what they cached of the old weights; vLLM has the caller tell the scheduler."""
+    """Reset the caches of images and of the encoder's output.
+
+    The workers drop what they computed with the old weights, and vLLM leaves it to the caller to tell the scheduler.
+    """
     for cache in ("mm", "encoder"):
         _ask(server, f"reset_{cache}_cache")
 
