@@ -1,4 +1,7 @@
-"""A server one of whose ranks lacks the plugin: through an entry point of the tests' own, as an engine finds plugins."""
+"""Makes rank 1 of an engine's server behave as if it lacked the plugin; the other ranks must then refuse to start.
+
+The server loads a test plugin in place of the real one, through an entry point, as engines find plugins.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,10 @@ def register():
 
 
 def plugin_that_rank_1_lacks(folder: Path, engine: str, group: str) -> dict[str, str]:
-    """What to set for the server: `k26_absent` is then the one plugin that it loads."""
+    """Write the test plugin into `folder` and return the environment variables that make it the server's only plugin.
+
+    engine: `vllm` or `sglang`. group: the group of entry points in which that engine looks for plugins.
+    """
     write_entry_point(folder, "k26_absent", group, "k26_absent:register")
     (folder / "k26_absent.py").write_text(_MODULE.format(engine=engine))
     path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -1,4 +1,4 @@
-"""What "the same answer" means: the design's bounds on distributions, and bfloat16's share of a difference."""
+"""Defines when two answers count as the same, by the design's bounds on distributions and by bfloat16's noise."""
 
 from __future__ import annotations
 
@@ -7,21 +7,26 @@ from typing import Any
 import pytest
 import torch
 
-# Tokens to choose from where a media placeholder would mean something to the reference.
+# The token ids that may be drawn where a media placeholder would mean something to the reference.
 BYTES = list(range(256))
-# All of the tiny vocabulary, so that distributions can be compared whole.
+# The size of the tiny checkpoint's vocabulary: an engine reports this many log-probabilities, so that whole
+# distributions can be compared.
 VOCABULARY = 512
 # The bound of docs/design.md on an engine's distribution against the reference.
 MAX_MEAN_KL = 1e-3
-# What bfloat16 does to a log-probability: in the reference itself, 98 of 100 positions stay below (tests/core holds it).
+# How far bfloat16 moves a log-probability: in the reference itself, 98 of 100 positions stay below this (a test in
+# tests/core checks it).
 BF16_NOISE = 0.05
-# The others are tokens that a rounding near a tie of two experts' scores sends elsewhere: the reference in bfloat16 agrees
-# with itself in float32 on 99 of 100 such positions (mean KL 9e-4, median 3e-5).
+# At the other positions, a rounding near a tie of two experts' scores routes a token to another expert. The reference
+# in bfloat16 agrees with itself in float32 on 99 of 100 positions that are no tie (mean KL 9e-4, median 3e-5).
 MIN_AGREEMENT = 0.97
 
 
 def rows(entries: list[dict[str, Any]]) -> torch.Tensor:
-    """vLLM's `{"token_id:N": logprob}` or `{"N": {"logprob": …}}`, one a position, as `[positions, vocab]`."""
+    """Return vLLM's entries, one for each position, as log-probabilities `[positions, vocab]`.
+
+    An entry is `{"token_id:N": logprob}` or `{"N": {"logprob": …}}`; a token that it does not name gets -inf.
+    """
     out = torch.full((len(entries), VOCABULARY), -torch.inf)
     for position, entry in enumerate(entries):
         for key, value in entry.items():
@@ -30,12 +35,16 @@ def rows(entries: list[dict[str, Any]]) -> torch.Tensor:
 
 
 def divergence(served: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """KL divergence of each position, in nats, of log-probabilities `[positions, vocab]`."""
+    """Return the KL divergence at each position, in nats, of two log-probabilities `[positions, vocab]`."""
     return (expected.exp() * (expected - served)).sum(-1)
 
 
 def assert_same_distribution(served: torch.Tensor, expected: torch.Tensor) -> None:
-    """The design's two bounds: mean KL, and the same likeliest token wherever that is no matter of rounding."""
+    """Assert the design's two bounds on log-probabilities `[positions, vocab]`.
+
+    The mean KL divergence must stay below MAX_MEAN_KL, and the likeliest token must be the same wherever it leads by
+    more than rounding can change.
+    """
     kl = divergence(served, expected)
     print(f"KL mean {kl.mean():.2e}, median {kl.median():.2e}, largest {kl.max():.2e} over {len(kl)} positions")
     assert kl.mean().item() <= MAX_MEAN_KL
@@ -48,7 +57,11 @@ def assert_same_distribution(served: torch.Tensor, expected: torch.Tensor) -> No
 
 
 def assert_same_top(found: list[dict[int, float]], expected: list[dict[int, float]], noise: float = BF16_NOISE) -> None:
-    """The same greedy token wherever the second is clearly behind, and its log-probability up to the noise of two runs."""
+    """Assert that the greedy token is the same wherever the second is clearly behind, and its log-probability close.
+
+    The arguments hold log-probabilities by token id, for each position. noise: how far one run may move a
+    log-probability.
+    """
     clear = 0
     for one, other in zip(found, expected, strict=True):
         ranked = sorted(other, key=other.__getitem__, reverse=True)
@@ -60,10 +73,11 @@ def assert_same_top(found: list[dict[int, float]], expected: list[dict[int, floa
 
 
 def assert_same_logprobs(served: torch.Tensor, expected: torch.Tensor) -> None:
-    """Two thirds of an answer's tokens differ by the noise at most, and all by three times that but one of six, where a
-    rounding near a tie may have chosen another expert.
+    """Assert that an answer's tokens have the same log-probabilities `[tokens]` but for rounding.
 
-    With another image's pixels half of six are beyond the noise, in the reference.
+    Two thirds of the tokens may differ by BF16_NOISE at most, and five of six by three times that: at the sixth a
+    rounding near a tie may have chosen another expert. For comparison: when the reference is given another image's
+    pixels, three of six tokens differ by more than the noise.
     """
     differences = (served - expected).abs().sort().values
     number = len(differences)

@@ -1,4 +1,4 @@
-"""A checkpoint's tensors in the portions in which a trainer sends them, which cut through layers and experts."""
+"""Splits a checkpoint's tensors into buckets as a trainer sends them; a bucket may end within a layer or an expert."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BUCKET = 100
 
 
 def buckets(folder: Path) -> Iterator[tuple[Path, list[str]]]:
-    """A file and the names of some of its tensors, until all were named."""
+    """Yield a safetensors file and the names of up to BUCKET of its tensors, until every tensor has been named once."""
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             names = list(file.keys())

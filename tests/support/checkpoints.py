@@ -1,4 +1,4 @@
-"""Checkpoints that are not whole, and one of another model."""
+"""Damages copies of the tiny checkpoint, each in one way that an engine must report at its start."""
 
 from __future__ import annotations
 
@@ -38,7 +38,10 @@ def half_scales(folder: Path) -> None:
 
 
 def doubled_scale(source: Path, folder: Path) -> Path:
-    """A copy in which one expert's output is twice as large: whole by every header, and wrong."""
+    """Copy the checkpoint to `folder` with one expert's output doubled, and return `folder`.
+
+    Every header of the copy is right, so that only the model's answers can show the fault.
+    """
     shutil.copytree(source, folder)
     file = _file_of(folder, f"{EXPERT}.weight_scale")
     weights = load_file(file)
@@ -62,7 +65,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
         "language_model.model.layers.1.mlp.experts.8.down_proj.weight_packed should be I32",
     ),
 }
-"""How a checkpoint can be broken, and what the start must say of it, in every engine."""
+"""By a damage's name: the function that damages a checkpoint, and the text that each engine's start must then print."""
 
 WRONG_SETTING = "K26_EXPERTS is 'marlin': choose auto, engine, triton, native, cpu or reference"
 
@@ -71,7 +74,10 @@ LLAMA_PROMPT = list(range(50))
 
 
 def make_llama(folder: Path) -> list[int]:
-    """A small random Llama without a tokenizer, and the eight tokens that transformers has it answer LLAMA_PROMPT with."""
+    """Write a small random Llama without a tokenizer; return the eight tokens with which it answers LLAMA_PROMPT.
+
+    transformers computes the answer, greedily.
+    """
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, vocab_size=512,

@@ -1,4 +1,8 @@
-"""What the cases of conformance need of a model with random weights: calls of the tools that they offer, made to order."""
+"""Runs `k26 verify`'s conformance cases against a server with random weights, whose tool calls are scripted.
+
+A model with random weights never calls a tool by itself, so each request that requires a call is given a scripted
+answer.
+"""
 
 from __future__ import annotations
 
@@ -23,23 +27,26 @@ ARGUMENTS = {
 }
 
 
-# Attention over 16,384 patches takes a CPU a minute; images that are shrunk are counted by the tests of media.
+# This case is left out: attention over 16,384 patches takes a CPU a minute, and the tests of media count the tokens of
+# images that are shrunk.
 SLOW = "image of 2560 × 1920"
 UNDECIDED = {"seed", "response_format json_schema"}
-"""Random weights leave these open: they may be sampled in another order, and fill JSON with blanks until the limit."""
+"""The cases that random weights may leave undecided: their answers may be sampled in another order, and they may fill
+JSON with blanks until the token limit."""
 
 
 def holds_to_all(url: str) -> None:
-    """A server that answers to order holds to every case, and leaves none undecided without a reason."""
+    """Assert that the server, whose tool calls are scripted, fails no case, and leaves only those of UNDECIDED open."""
     found = check_conformance(connect(url), cases=[case for case in CASES if case.name != SLOW], max_tokens=160)
     assert [outcome for outcome in found if outcome.verdict == FAIL] == []
     assert {outcome.name for outcome in found if outcome.verdict == NOT_ASKED} <= UNDECIDED
 
 
 def call_to_order(monkeypatch: pytest.MonkeyPatch, script: Callable[[str], dict[str, Any]]) -> None:
-    """Have every request that requires one of those tools answered by its call; all else is the server's.
+    """Have the server answer every request whose first tool is one of ARGUMENTS with a call of that tool.
 
-    script: the fields of a request that order an answer.
+    All other requests are answered by the model. script: returns the request fields that make the server give an
+    answer.
     """
 
     def by_script(chat: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,7 @@
-"""A chat endpoint that holds to every case of conformance, of words instead of tokens; or that has one fault."""
+"""Serves a chat endpoint without a model that passes every conformance case, or that has one fault put into it.
+
+Its tokens are words. The tests of `k26 verify`'s conformance cases run against it: each fault must fail its case.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ from support.conformance import ARGUMENTS
 from support.endpoint import streamed
 from support.local_http import QuietHandler, serving
 
-# The specification's arithmetic by hand: tokens of 28 × 28 pixels, and 4,200 where an image is shrunk to its limit.
+# Image tokens by the image's size, computed by hand from the specification: a token covers 28 × 28 pixels, and an image
+# that is shrunk to the limit has 4,200.
 IMAGE_TOKENS = {
     (28, 28): 1,
     (57, 29): 3 * 2,
@@ -33,13 +37,15 @@ LIMITS = {"temperature": (0, 2), "presence_penalty": (-2, 2), "frequency_penalty
 
 @dataclass
 class Conforming:
+    """The endpoint's behaviour: without arguments it conforms, and each field can put one fault into it."""
+
     ignored: frozenset[str] = frozenset()
-    """Parameters that it takes as if they were not there."""
+    """Names of request parameters that the endpoint ignores."""
     refuses: bool = True
-    """Whether it refuses what must be refused."""
+    """Whether the endpoint refuses invalid requests, as it must."""
     tokens: Callable[[tuple[int, int]], int] = field(default=lambda size: IMAGE_TOKENS[size])
     spoil: Callable[[dict[str, Any], dict[str, Any]], None] = lambda body, answer: None
-    """Changes an answer to a request."""
+    """Changes the answer in place; takes the request and its answer."""
     status: Callable[[dict[str, Any]], int] = lambda body: 200
 
     def answer(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
@@ -110,7 +116,7 @@ def _is_valid(body: dict[str, Any]) -> bool:
 
 @contextmanager
 def conforming(endpoint: Conforming) -> Iterator[str]:
-    """The address of such a server, which runs until the block ends."""
+    """Serve the endpoint until the block ends, and yield its URL."""
 
     class Handler(QuietHandler, BaseHTTPRequestHandler):  # the second base: a linter knows its methods by it
         def do_GET(self) -> None:

@@ -1,4 +1,4 @@
-"""What the files in containers/ start: the commands, and which of them are an engine's."""
+"""Reads the commands that the files in containers/ start: Dockerfiles, Kubernetes manifests and the script for Ray."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MANIFESTS = {engine: FOLDER / f"kubernetes/{engine}-two-machines.yaml" for engin
 
 
 def instruction(file: Path, name: str) -> list[str]:
-    """The words of an image's ENTRYPOINT or CMD."""
+    """Return the words of a Dockerfile's instruction in exec form. name: `ENTRYPOINT` or `CMD`."""
     (words,) = re.findall(rf"^{name} (\[.*\])$", file.read_text(encoding="utf-8"), re.MULTILINE)
     found = json.loads(words)
     assert isinstance(found, list)
@@ -26,7 +26,7 @@ def instruction(file: Path, name: str) -> list[str]:
 
 
 def manifest(engine: str, kind: str) -> dict[str, Any]:
-    """The manifest's object of that kind."""
+    """Return the one object of this kind in the engine's manifest."""
     documents = yaml.safe_load_all(MANIFESTS[engine].read_text(encoding="utf-8"))
     (found,) = (document for document in documents if document["kind"] == kind)
     assert isinstance(found, dict)
@@ -34,13 +34,13 @@ def manifest(engine: str, kind: str) -> dict[str, Any]:
 
 
 def pods(engine: str) -> list[dict[str, Any]]:
-    """The specifications of the first machine's pod and of the others'."""
+    """Return two pod specifications: that of the first machine, and that of every other machine."""
     templates = manifest(engine, "LeaderWorkerSet")["spec"]["leaderWorkerTemplate"]
     return [templates[name]["spec"] for name in ("leaderTemplate", "workerTemplate")]
 
 
 def served(engine: str) -> list[list[str]]:
-    """The engine's command on each machine, with the variables as LeaderWorkerSet fills them in."""
+    """Return the engine's command on each of the two machines, with its variables filled in as LeaderWorkerSet does."""
     commands = []
     for rank, pod in enumerate(pods(engine)):
         (container,) = pod["containers"]
@@ -53,7 +53,7 @@ def served(engine: str) -> list[list[str]]:
 
 
 def ray_commands() -> list[list[str]]:
-    """The script's commands that begin with `ray` or `vllm`, in its order."""
+    """Return the words of the commands in Ray's script that begin with `ray` or `vllm`, in the script's order."""
     text = re.sub(r" *\\\n *", " ", RAY.read_text(encoding="utf-8")).replace('"$address:6379"', "HEAD_ADDRESS:6379")
     lines = [line.strip().removeprefix("exec ") for line in text.splitlines()]
     return [shlex.split(line) for line in lines if line.startswith(("ray ", "vllm "))]

@@ -1,4 +1,7 @@
-"""What an engine looks up on the model that it serves, read from the engine's source."""
+"""Finds the attributes that an engine looks up on the model that it serves, by reading the engine's source.
+
+The tests compare them with the plugin's model class: whatever the engine asks a model for must be there.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,17 @@ from typing import Any
 
 from torch import nn
 
-# What the engines' source calls a model, or a model's class; and the three ways in which it takes something from one.
+# The names by which the engines' source calls a model or a model's class, and the three ways in which the source takes
+# an attribute from it: `model.name`, `getattr(model, "name")` and `hasattr(model, "name")`.
 _MODEL = r"\b(?:model|model_class|model_cls|target_model|base_model|_model|get_model\(\))"
 _TAKEN = re.compile(rf"""{_MODEL}\.(\w+)|(?:getattr|hasattr)\(\s*[\w.]*?{_MODEL}\s*,\s*["'](\w+)["']""")
 
 
 def looked_up(package: Path, without: Iterable[str] = ("models",)) -> dict[str, set[str]]:
-    """Every name that is taken from something called a model, and the files that take it.
+    """Return every attribute that `package` takes from something called a model, with the files that take it.
 
-    without: folders of `package` that are left out; what one model's file takes from its own parts is not the engine's.
+    without: the folders of `package` to leave out, because a model's file takes attributes from the model's own parts
+    too, and those are no demand of the engine.
     """
     found: dict[str, set[str]] = {}
     for file in package.rglob("*.py"):
@@ -32,7 +37,7 @@ def looked_up(package: Path, without: Iterable[str] = ("models",)) -> dict[str, 
 
 
 def members(model: type) -> set[str]:
-    """What a class of models has and sets on itself, beyond what every module has."""
+    """Return the attributes that a model class has or sets on `self`, without those that every `nn.Module` has."""
     found = set(dir(model)) - set(dir(nn.Module))
     for its in model.__mro__:
         if its.__module__.startswith(("torch", "typing", "builtins")):
@@ -44,12 +49,15 @@ def members(model: type) -> set[str]:
 
 
 def differing(model: Any, language_model: Any, names: Iterable[str]) -> list[str]:
-    """The names of which `model` says something else than `language_model`, where that one has them."""
+    """Return those of `names` that `language_model` has and for which `model` lacks an attribute or has another value.
+
+    A method of `model` itself counts as the same, since it may forward to the language model.
+    """
     shared = [name for name in sorted(names) if hasattr(language_model, name)]
     return [name for name in shared if not hasattr(model, name) or not _same(model, language_model, name)]
 
 
 def _same(model: Any, language_model: Any, name: str) -> bool:
     one, other = getattr(model, name), getattr(language_model, name)
-    # A method of the in-tree wrapper's that calls the language model's.
+    # A method that the model has itself, as the in-tree wrapper does, may forward to the language model's.
     return one is other or (inspect.ismethod(one) and one.__self__ is model) or bool(one == other)

@@ -1,7 +1,8 @@
-"""Two hundred requests that every engine must turn into the same token ids, and what the core makes of them.
+"""Makes two hundred requests that every engine must turn into the same token ids, and renders them by the core alone.
 
-Made by a generator with a seed, so that every environment has the same ones. `conversations.json` holds the number of
-tokens and a hash of what vLLM's server gave: `PYTHONPATH=tests python tests/support/conversations.py` in its environment.
+The requests are drawn with fixed seeds, so that every environment has the same ones. `conversations.json` holds, for
+each request, the number of tokens and a hash of the token ids that vLLM's server gave. Run in vLLM's environment,
+`PYTHONPATH=tests python tests/support/conversations.py` writes it again.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from k26_plugins.common.prompt.special_tokens import NAMED_OFFSETS, VIDEO_PLACEH
 from k26_plugins.common.prompt.tokenizer import KimiTokenizer
 
 RECORDED = Path(__file__).parent.parent / "sameness" / "conversations.json"
-# What an engine needs: no answer, for it is the prompt that is compared.
+# The shortest answer that an engine allows, because only the prompt is compared.
 BODY = {"max_tokens": 1, "temperature": 0}
 TEXTS = [
     "Hello, world!", "中文English混合, I'm 1234567890\r\n  x", "Ünï ÇODE's été — ΑΒΓ дом", "def f(x):\n\treturn x  # 🙂\n",
@@ -42,15 +43,18 @@ HOSTILE: list[str] = [
 
 @dataclass(frozen=True, eq=False)
 class Conversation:
+    """A chat completion request, without the fields that say how to sample the answer."""
+
     name: str
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
     options: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the chat template."""
+    """Arguments of the chat template, sent as `chat_template_kwargs`."""
     continued: bool = False
+    """Whether the model is to continue the last message instead of beginning its own."""
 
     def body(self) -> dict[str, Any]:
-        """The request's fields, as both engines take them."""
+        """Return the request's fields, as both engines take them."""
         body: dict[str, Any] = {**BODY, "messages": self.messages}
         if self.tools:
             body["tools"] = self.tools
@@ -62,7 +66,7 @@ class Conversation:
 
 
 def core_token_ids(folder: Path, conversation: Conversation) -> list[int]:
-    """The prompt's token ids as the core has them, without an engine."""
+    """Return the prompt's token ids, with media placeholders expanded, as the core computes them without an engine."""
     config = media_config(folder)
     counts, videos = [], []
     for part in media_parts(conversation):
@@ -87,11 +91,12 @@ def core_token_ids(folder: Path, conversation: Conversation) -> list[int]:
 
 
 def digest(token_ids: list[int]) -> str:
-    """Number of tokens and a hash: what is recorded of a prompt."""
+    """Return what `conversations.json` holds for a prompt: the number of its tokens and a hash of their ids."""
     return f"{len(token_ids)} {hashlib.sha256(np.array(token_ids, dtype=np.int32).tobytes()).hexdigest()[:24]}"
 
 
 def recorded() -> dict[str, str]:
+    """Return the recorded digest of each conversation's prompt, by the conversation's name."""
     found: dict[str, str] = json.loads(RECORDED.read_text(encoding="utf-8"))
     return found
 
@@ -107,16 +112,19 @@ def _tokenizer(folder: Path) -> KimiTokenizer:
 
 
 def media_parts(conversation: Conversation) -> list[dict[str, Any]]:
+    """Return the images and videos among the parts of all messages, in the order in which they occur."""
     contents = [message.get("content") for message in conversation.messages]
     parts = [part for content in contents if isinstance(content, list) for part in content]
     return [part for part in parts if part["type"] != "text"]
 
 
 def part_bytes(part: dict[str, Any]) -> bytes:
+    """Return the file that a media part's `data:` URL holds."""
     return base64.b64decode(part[part["type"]]["url"].split(",")[1])
 
 
 def conversations() -> list[Conversation]:
+    """Return the two hundred conversations, which are the same in every call and every environment."""
     makers = [(_text, 50), (_tools, 35), (_thinking, 25), (_hostile, 40), (_images, 25), (_videos, 15), (_history, 10)]
     made = []
     for maker, count in makers:

@@ -1,4 +1,4 @@
-"""Base64 as its writers put it into `data:` URLs."""
+"""Encodes bytes as base64 in each of the ways in which programs write it into `data:` URLs."""
 
 from __future__ import annotations
 

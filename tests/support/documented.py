@@ -1,6 +1,7 @@
-"""The commands in README and docs: which there are, what runs each in CI, and what is put in the place of names and sizes.
+"""Reads the commands in README and docs, and says which test or CI file runs each and with what names and sizes.
 
-A command without a line in RUN_BY or NOT_RUN fails `tests/operate/test_docs.py`, which runs those that begin with `k26`.
+A command that neither RUN_BY nor NOT_RUN lists fails `tests/operate/test_docs.py`, which itself runs those that begin
+with `k26`.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ SUBSTITUTED = {
     "--cpu-threads 64": "--cpu-threads 2",
     "--max-total-tokens 131072": "--max-total-tokens 20000",
 }
-"""In a command as it is run. Programs are those of the tests' own environment; what a test needs besides, such as its port
-and `--device cpu`, comes after it."""
+"""The parts of a documented command that are replaced before it is run, with their replacements. The programs are those
+of the tests' own environment; a test appends what else it needs, such as its port and `--device cpu`."""
 
 RUN_BY = {
     "python3 -m pip install nox && python3 -m nox -f ci/noxfile.py": (".ci/run", "README.md"),
@@ -60,10 +61,10 @@ RUN_BY = {
     'PYTHONPATH="$(python -m k26_plugins.sglang.boot)" python -m sglang.launch_server …': (
         "tests/support/sglang_server.py", '"k26_plugins.sglang.boot"',
     ),
-    # From the checkout, as long as no index has the package.
+    # CI installs the checkout as long as no index has the package.
     "pip install k26-plugins": ("ci/noxfile.py", '"-e", "."'),
 }  # fmt: skip
-"""The file that runs a command, and what stands there for it."""
+"""For each command the file that runs it, and the text in that file by which it does so."""
 
 NOT_RUN = {
     "pip install 'k26-plugins[vllm]'": "the extra brings vLLM's CUDA build; the environments install its CPU build first",
@@ -71,26 +72,30 @@ NOT_RUN = {
     "k26 tune --tp 8": "needs a GPU; tests/kernels/test_bench.py runs it with the interpreter in the GPU's place",
     "k26 tune --ep 8 --quick --for decode": "likewise",
 }
-"""Why a command is not run in CI."""
+"""For each command that CI does not run, the reason."""
 
 _COMMAND = re.compile(r"(\w+=\S+ )*(\w+=\"[^\"]*\" )*(k26|kt|pip|python3?|vllm) .+")
 
 
 def lines(page: Path) -> list[str]:
-    """The lines of a page's code blocks, continued ones joined, without the comment after a command."""
+    """Return the lines of a page's code blocks, with continued lines joined and without the comment after a command."""
     text = page.read_text(encoding="utf-8")
-    # A block begins after an empty line; in a list the indented lines are the item's own.
+    # A code block begins after an empty line; indented lines without one before them continue an item of a list.
     blocks = re.findall(r"(?:^|\n)\n((?: {4}.*\n)+)", text)
     joined = re.sub(r" *\\\n *", " ", "".join(blocks))
     return [re.sub(r"\s+# .*", "", line).strip() for line in joined.splitlines()]
 
 
 def commands(page: Path) -> list[str]:
+    """Return the commands among the lines of a page's code blocks."""
     return [line for line in lines(page) if _COMMAND.fullmatch(line)]
 
 
 def as_run(command: str, folder: Path) -> list[str]:
-    """A documented command on the checkpoint in `folder`, after the substitutions, with this environment's programs."""
+    """Return a documented command's words, to be run on the checkpoint in `folder` with this environment's programs.
+
+    The replacements of SUBSTITUTED are made first. Raises AssertionError if no page has the command.
+    """
     assert any(command in commands(page) for page in PAGES), f"no page says {command!r}: mend support/documented.py"
     for written, run in SUBSTITUTED.items():
         command = re.sub(rf"(?<!\S){re.escape(written)}(?!\S)", run, command)

@@ -1,7 +1,7 @@
-"""The reference model behind a small OpenAI-compatible server in this process, whole or with a fault put into it.
+"""Serves the reference model by a small OpenAI-compatible server in this process, as it is or with a fault put into it.
 
-It speaks as vLLM does, or as a vendor does that reports the likeliest tokens of answers and no more. It computes in
-bfloat16, as engines do.
+The server speaks as vLLM does, or as a vendor's API that reports nothing but the likeliest tokens of answers. It
+computes in bfloat16, as engines do. The tests of `k26 verify` and `k26 swarm` run against it.
 """
 
 from __future__ import annotations
@@ -29,22 +29,25 @@ from k26_plugins.common.reference.kimi_k26 import KimiK26
 
 @dataclass(kw_only=True)
 class Fault:
-    """What is wrong with the served model; nothing by default."""
+    """A fault of the served model. Each field changes one step of serving; by default none does."""
 
     name: str = "none"
     read_as: Callable[[str], str] = lambda name: name
-    """The name of the tensor that is read in the place of a name."""
+    """Returns the name of the tensor that is read from the checkpoint in place of the given one."""
     tensor: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, tensor: tensor
+    """Changes a tensor of the checkpoint; takes its name and its value."""
     config: Callable[[K26Config], K26Config] = lambda config: config
     padding: float | None = None
-    """Value of padded pixels, after normalizing."""
+    """The value of padded pixels after normalizing; None leaves them right."""
     text: Callable[[str], str] = lambda text: text
+    """Changes a chat's prompt as the template rendered it, before it is tokenized."""
     token_ids: Callable[[list[int]], list[int]] = lambda token_ids: token_ids
+    """Changes the token ids of a chat's prompt, as the model reads them and as the answer reports them."""
 
 
 @dataclass
 class Altered:
-    """A checkpoint with a fault, for KimiK26."""
+    """A checkpoint with a fault, in the form in which KimiK26 reads checkpoints."""
 
     checkpoint: Checkpoint
     fault: Fault
@@ -58,7 +61,7 @@ class Altered:
 
 
 class Served:
-    """What the server answers."""
+    """The model of one server, and its answers to requests of the two APIs."""
 
     def __init__(
         self,
@@ -69,8 +72,12 @@ class Served:
         message: dict[str, Any] | None = None,
         speak: Callable[[list[dict[str, Any]]], str] | None = None,
     ) -> None:
-        """message: the message to answer a request with tools with, and its stop reason under `finish_reason`.
-        speak: what a chat is answered with, in the place of the model."""
+        """Load the model with its fault.
+
+        vendor: whether to speak as a vendor's API does. message: the choice, with `message` and `finish_reason`, that
+        answers every request with tools. speak: returns the text that answers a chat, given its messages, in place of
+        the model.
+        """
         self.folder, self.fault, self.vendor, self.message, self.speak = folder, fault, vendor, message, speak
         self.model = KimiK26(Altered(Checkpoint(folder), fault))  # type: ignore[arg-type]
         self.tokenizer = KimiTokenizer(folder)
@@ -131,7 +138,7 @@ class Served:
         patches, grids = preprocess([[image] for image in images], self.media)
         values = torch.from_numpy(normalize(patches, self.media))
         if self.fault.padding is not None:
-            # One image only, so that rows and columns say where its padding is.
+            # This holds for a single image, whose height and width say where its padding is.
             (_, grid_h, grid_w), size = grids[0].tolist(), self.media.patch_size
             picture = (
                 values.view(grid_h, grid_w, 3, size, size).permute(2, 0, 3, 1, 4).reshape(3, grid_h * size, -1).clone()
@@ -175,13 +182,13 @@ class Served:
 
 
 def _made_up(token_ids: list[int], place: int, token: int) -> dict[int, float]:
-    """Log-probabilities that depend on the whole prompt, as a model's do."""
+    """Return made-up log-probabilities, `token` the likeliest, that depend on the whole prompt, as a model's do."""
     rng = random.Random(repr((token_ids, place)))
     return {token: -0.5, **{other: -1.5 - 3 * rng.random() for other in rng.sample(range(256), 4) if other != token}}
 
 
 def streamed(answer: dict[str, Any]) -> bytes:
-    """A chat completion as server-sent events: what is known of the prompt, a piece a token, then the usage."""
+    """Return a chat completion as server-sent events: a chunk about the prompt, one for each token, then the usage."""
     choice = answer["choices"][0]
     said = choice["message"].get("content") or ""
     entries = (choice.get("logprobs") or {"content": [None]})["content"]
@@ -205,7 +212,7 @@ def streamed(answer: dict[str, Any]) -> bytes:
         {"choices": [{"delta": {}, "finish_reason": choice["finish_reason"]}]},
         {"choices": [], "usage": answer["usage"]},
     ]
-    # Engines write events without escapes for what is no ASCII.
+    # Engines write characters beyond ASCII into events as they are, without escapes.
     events = [*(json.dumps(chunk, ensure_ascii=False) for chunk in chunks), "[DONE]"]
     return b"".join(b"data: %s\n\n" % event.encode() for event in events)
 
@@ -219,7 +226,10 @@ def serve_reference(
     message: dict[str, Any] | None = None,
     speak: Callable[[list[dict[str, Any]]], str] | None = None,
 ) -> Iterator[str]:
-    """The address of the server, which runs until the block ends."""
+    """Serve the reference model of the checkpoint in `folder` until the block ends, and yield the server's URL.
+
+    vendor, message, speak: as `Served` takes them.
+    """
     served = Served(folder, fault or Fault(), vendor=vendor, message=message, speak=speak)
 
     class Handler(QuietHandler, BaseHTTPRequestHandler):  # the second base: a linter knows its methods by it
@@ -243,6 +253,8 @@ def serve_reference(
 
 
 def yarn_factor(factor: float) -> Callable[[K26Config], K26Config]:
+    """Return a change of the configuration, for `Fault.config`, that gives YaRN this factor."""
+
     def change(config: K26Config) -> K26Config:
         scaling = replace(config.text.rope_scaling, factor=factor)
         return replace(config, text=replace(config.text, rope_scaling=scaling))

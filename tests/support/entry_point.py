@@ -1,4 +1,4 @@
-"""A plugin of the tests' own, found as an engine finds plugins: by the metadata of a distribution on the path."""
+"""Installs test plugins for an engine's server, which finds them as any plugin, by a distribution's metadata."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from support.server import python_path
 
 
 def write_entry_point(folder: Path, name: str, group: str, target: str) -> None:
-    """folder: one without such metadata, to be put on the path. target: `module:function`."""
+    """Write the metadata of a distribution that has one entry point into `folder`, which the caller puts on the path.
+
+    folder: must not hold this metadata yet. group: the engine's group of entry points. target: `module:function`.
+    """
     info = folder / f"{name}-0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: 0\n")
@@ -18,9 +21,9 @@ def write_entry_point(folder: Path, name: str, group: str, target: str) -> None:
 
 
 def of_sglang(module: ModuleType, folder: Path) -> dict[str, str]:
-    """What to set for a server of SGLang that calls the `register` of a module of `support` in each of its processes.
+    """Return environment variables by which SGLang's server calls `module.register` in each of its processes.
 
-    folder: an empty one, for the plugin's metadata.
+    module: one named `support.sglang_…`. folder: an empty folder for the plugin's metadata.
     """
     name = module.__name__.removeprefix("support.sglang_")
     write_entry_point(folder, f"k26_{name}", "sglang.srt.plugins", f"{module.__name__}:register")

@@ -1,5 +1,8 @@
-"""Two ranks whose experts an engine's own code moves, each in a process of its own. `support.vllm_eplb` and
-`support.sglang_eplb` have the engine's part."""
+"""Lets an engine's own EPLB code move experts between two ranks, and compares what they compute before and after.
+
+Each rank is a process. `support.vllm_eplb` and `support.sglang_eplb` hold the engine's part; `support.experts.judge`
+says what is right.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +22,13 @@ from k26_plugins.common.experts.parameters import PACKED_NAMES, LayerExperts
 
 RANKS, LAYERS, EXPERTS, PLACES, HIDDEN, INNER = 2, 2, 8, 10, 128, 64
 LOCAL = PLACES // RANKS
-# A decode and a prefill.
+# The sizes of a decode batch and of a prefill.
 TOKENS = (1, 70)
 TOLERANCE = 6e-3
 
 
 def assert_moved_experts_compute_as_before(engine: str) -> None:
-    """Every backend that this machine can run is tried."""
+    """Assert, for every backend that this machine can run, that the ranks together compute as before the move."""
     weights = make_weights(1, HIDDEN, INNER)
     backends = [name for name, backend in BACKENDS.items() if backend.unsupported(weights) is None]
     context = multiprocessing.get_context("spawn")
@@ -45,8 +48,7 @@ def assert_moved_experts_compute_as_before(engine: str) -> None:
 
 
 def _rank(rank: int, port: int, engine: str, backends: list[str], said: Any) -> None:
-    """Puts into `said`, by backend, the errors of what both ranks compute together before the move and after it, and
-    how many places changed hands."""
+    """Put what `_move` returns, by backend, into `said`."""
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=RANKS, rank=rank)
     said.put({backend: _move(rank, import_module(f"support.{engine}_eplb"), backend) for backend in backends})
     dist.barrier()
@@ -54,9 +56,10 @@ def _rank(rank: int, port: int, engine: str, backends: list[str], said: Any) -> 
 
 
 def _move(rank: int, engine: Any, backend: str) -> tuple[list[float], list[float], int]:
+    """Return the errors of both ranks' joint results before the move and after it, and how many slots changed."""
     mine = slice(rank * LOCAL, (rank + 1) * LOCAL)
     all_weights = [make_weights(EXPERTS, HIDDEN, INNER, seed=layer) for layer in range(LAYERS)]
-    # Engines lay them out so at the start: the copies come behind all experts.
+    # At the start engines put the experts into the first slots in order, and the redundant copies after them.
     old = (torch.arange(PLACES) % EXPERTS).repeat(LAYERS, 1)
     layers: list[LayerExperts] = []
     for layer, weights in enumerate(all_weights):
@@ -72,7 +75,7 @@ def _move(rank: int, engine: Any, backend: str) -> tuple[list[float], list[float
         for experts, weights, held in zip(layers, all_weights, places, strict=True):
             for count in TOKENS:
                 x, (ids, topk_weights) = inputs(count, HIDDEN), route(count, 2, EXPERTS)
-                # The last place that holds an expert: a copy, where there is one.
+                # Each token goes to the last slot that holds its expert, which is a copy where there is one.
                 last = torch.stack([(held == expert).nonzero()[-1, 0] for expert in range(EXPERTS)])
                 part = torch.empty_like(x)
                 experts.apply(part, x, topk_weights, last[ids.long()].to(torch.int32), expert_map)

@@ -1,4 +1,4 @@
-"""What the core makes of a request: the prompt's token ids, the pixels, and the reference's log-probabilities."""
+"""Computes what an engine should make of a request: the core's token ids and pixels, and the reference's answer."""
 
 from __future__ import annotations
 
@@ -18,29 +18,31 @@ from k26_plugins.common.reference.kimi_k26 import KimiK26
 
 @dataclass(frozen=True)
 class Request:
+    """A chat with one user message, and what the core makes of it."""
+
     content: list[dict[str, Any]]
     prompt: list[int]
     pixel_values: torch.Tensor
     grid_thw: torch.Tensor
 
     def logprobs(self, reference: KimiK26, tokens: list[int]) -> torch.Tensor:
-        """Log-probabilities, under the reference, of the tokens that an engine answered: `[len(tokens)]`."""
+        """Return the reference's log-probabilities, `[len(tokens)]`, of the tokens that an engine answered."""
         logprobs = reference.logprobs(torch.tensor(self.prompt + tokens), self.pixel_values, self.grid_thw)
         return logprobs[len(self.prompt) - 1 : -1].gather(1, torch.tensor(tokens)[:, None])[:, 0]
 
     def likeliest(self, reference: KimiK26) -> int:
-        """The reference's first token of the answer."""
+        """Return the token id with which the reference would begin its answer."""
         logprobs = reference.logprobs(torch.tensor(self.prompt), self.pixel_values, self.grid_thw)
         return int(logprobs[-1].argmax())
 
 
 def text_prompt(folder: Path, content: str) -> list[int]:
-    """Token ids of a chat with one user message."""
+    """Return the token ids of a chat with one user message."""
     return KimiTokenizer(folder).encode_prompt(render([{"role": "user", "content": content}], folder))
 
 
 def image_request(folder: Path, sizes: list[tuple[int, int]]) -> Request:
-    """A chat with one image of each size and a question."""
+    """Return a chat with one image for each size, width × height, and a question."""
     images = [random_image(*size, seed=index) for index, size in enumerate(sizes)]
     content = [*(image_part(png(image)) for image in images), {"type": "text", "text": "What?"}]
     config = MediaConfig.from_path(folder)

@@ -1,4 +1,4 @@
-"""What the seeded faults of a served model have in common, wherever they are seeded."""
+"""Holds what the tests that seed faults into a served model share, be the model an engine's or the reference."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ LOCATED = {
     "token ids shifted by 3": "special tokens are shifted by -3",
     "think block missing": "the <think> that opens the answer is missing",
 }
-"""What `k26 verify` must name as the cause, by fault."""
+"""The words by which `k26 verify` must name the cause, by fault."""
 
 
 def shift_by_three(token_ids: Sequence[int]) -> list[int]:
-    """Shift the ids as transformers 5.4 does under an engine that mended the media token and no other."""
+    """Shift special tokens' ids by 3, as transformers 5.4 does under an engine that mended only the media token's."""
     kept = SPECIAL["<|media_pad|>"]
     return [token - 3 if token > SPECIAL["<|im_assistant|>"] and token != kept else token for token in token_ids]
 
 
 def causes(output: str) -> str:
-    """What `k26 verify` says that is probably wrong, and why."""
+    """Return the lines of `k26 verify`'s output that say what is probably wrong, and why."""
     return " ".join(line for line in output.splitlines() if "probably" in line or "because" in line)

@@ -1,4 +1,7 @@
-"""A checkpoint of as many tensors as the published one has, 208,550, of tiny sizes, and an engine's server that loads it."""
+"""Tests that an engine's server loads a checkpoint with as many tensors as the published one, 208,550, of tiny sizes.
+
+The reference model in float32 is the judge of what the server then answers.
+"""
 
 from __future__ import annotations
 
@@ -24,20 +27,22 @@ from k26_plugins.common.tiny.checkpoint import TinySizes, make_tiny
 NUM_TENSORS = 208_550
 SIZES = TinySizes(layers=61, experts=384, top_k=8, vision_layers=27, shards=64)
 PROMPT = torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(0))
-# Sixty layers of random weights make much of bfloat16's rounding: the reference in it is 0.13 away from itself in float32,
-# and the answer after another token 0.7.
+# Sixty layers of random weights amplify bfloat16's rounding: the mean KL divergence of the reference in bfloat16 from
+# itself in float32 is 0.13; for the answer after another token it would be 0.7.
 MAX_MEAN_KL = 0.3
 
 
 class FullCountTests:
-    """Tests that each engine's environment derives and runs with its own engine."""
+    """Tests that each engine's tests derive, and run with that engine's server."""
 
     def serve(self, folder: Path, log: Path) -> AbstractContextManager[Server]:
         raise NotImplementedError
 
     def logprobs(self, server: Server, prompt: list[int]) -> torch.Tensor:
-        """The server's log-probabilities after each token of the prompt but the last, `[num_tokens − 1,
-        vocab_size]`."""
+        """Return the server's log-probabilities after each token of the prompt but the last.
+
+        The result is `[num_tokens − 1, vocab_size]`.
+        """
         raise NotImplementedError
 
     @pytest.fixture(scope="class")
@@ -59,7 +64,8 @@ class FullCountTests:
 
     @pytest.mark.parametrize("change", CHANGES)
     def test_a_file_that_changes_while_a_server_loads_it(self, folder: Path, tmp_path: Path, change: str) -> None:
-        """The start ends by itself, and its log names the file."""
+        """If a file is cut, touched or removed while it is loaded, the start ends by itself and its log names the
+        file."""
         copy = shutil.copytree(folder, tmp_path / "copy")
         try:
             with (
@@ -77,9 +83,10 @@ class FullCountTests:
 
 @contextmanager
 def changed_when_mapped(folder: Path, change: str) -> Iterator[list[Path]]:
-    """Within the block, change the first of the folder's files that a child of this process is seen to have mapped.
+    """Change, within the block, the first of the folder's files that a child of this process is seen to have mapped.
 
-    Yields a list into which that file is put.
+    change: a key of CHANGES. Yields a list into which the changed file is put; raises AssertionError at the end of the
+    block if no file was seen.
     """
     changed: list[Path] = []
     over = threading.Event()

@@ -1,4 +1,7 @@
-"""What a grammar of an answer lets through: random walks through an engine's own backends, and xgrammar as a judge."""
+"""Checks what a grammar allows an answer to be, by random walks through an engine's grammar backends.
+
+Python's `re`, jsonschema and xgrammar itself judge the answers.
+"""
 
 from __future__ import annotations
 
@@ -22,22 +25,26 @@ SCHEMA: dict[str, Any] = {
     "required": ["city", "days", "wet"],
     "additionalProperties": False,
 }
-# One goes on where another may end, and one has a character of two bytes.
+# The second choice goes on where the first may end, and the third has a character of two bytes.
 CHOICES = ["red", "reddish", "grün"]
 REGEX = "[a-z]{2,5}é[0-9]{1,3}"
-# Control tokens are spelled with these.
+# A regular expression of the characters with which control tokens are spelled.
 NAMES = "[a-z0-9<|>_]{40}"
 CASES = {"json": SCHEMA, "choice": CHOICES, "regex": REGEX}
 
 
 def liking(special: dict[str, int], liked: dict[str, int]) -> dict[str, int]:
-    """A request's `logit_bias`, `liked` by control token: no end and no byte above 127 unless nothing else is allowed."""
+    """Return a request's `logit_bias` that holds `liked`, the bias by control token.
+
+    The tokens that end an answer and the bytes above 127 are made unlikely, so that they come only where nothing else
+    is allowed, or where `liked` says otherwise.
+    """
     named = {special[name]: bias for name, bias in {"[EOS]": -100, "<|im_end|>": -100, **liked}.items()}
     return {str(token): bias for token, bias in {**dict.fromkeys(range(128, 256), -100), **named}.items()}
 
 
 def is_valid(kind: str, text: str) -> bool:
-    """Whether an answer is as its kind of CASES asks, by the standard library and jsonschema."""
+    """Return whether an answer is as its kind of CASES asks, by the standard library and jsonschema."""
     if kind == "choice":
         return text in CHOICES
     if kind == "regex":
@@ -51,7 +58,7 @@ def is_valid(kind: str, text: str) -> bool:
 
 
 def tokens(bitmask: torch.Tensor) -> list[int]:
-    """The token ids that a row of int32 allows, each number for 32 of them."""
+    """Return the token ids that a row of an int32 bitmask allows; each number of the row holds 32 tokens."""
     return (bitmask[:, None] >> torch.arange(32) & 1).flatten().nonzero().flatten().tolist()
 
 
@@ -63,10 +70,11 @@ def walk(
     *,
     control_tokens_first: bool = False,
 ) -> list[int]:
-    """Token ids of an answer, each drawn from those that the grammar allows, up to one of `ends`.
+    """Return the token ids of an answer, each drawn from those that the grammar allows, up to the first of `ends`.
 
-    Bytes above 127 are drawn where nothing else is allowed: backends let some into strings that are no character.
-    control_tokens_first: one is taken where there is one. Grammars of calls allow to spell a marker too, which is text.
+    Bytes above 127 are drawn only where nothing else is allowed, since backends let some into strings where they form
+    no character. control_tokens_first: draw a control token wherever the grammar allows one; the grammars of calls
+    allow a marker also to be spelled with ordinary tokens, which would be text.
     """
     rng, token_ids = random.Random(seed), list[int]()
     while not ends.intersection(token_ids):
@@ -80,7 +88,7 @@ def walk(
 
 
 def accepts(structural_tag: dict[str, Any], text: str) -> bool:
-    """Whether a whole answer may be `text`."""
+    """Return whether xgrammar accepts `text` as a whole answer under the structural tag."""
     info = xgrammar.TokenizerInfo([bytes([byte]) for byte in range(256)] + [b"</s>"], stop_token_ids=[256])
     compiled = xgrammar.GrammarCompiler(info).compile_structural_tag(json.dumps(structural_tag))
     matcher = xgrammar.GrammarMatcher(compiled)

@@ -1,4 +1,4 @@
-"""A chat by SGLang's gRPC service, which carries the JSON of the HTTP API as bytes."""
+"""Asks SGLang's gRPC service for a chat completion; the service carries the HTTP API's JSON as bytes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CHAT = "/sglang.runtime.v1.SglangService/ChatComplete"
 
 
 def chat_by_grpc(server: Server, **body: Any) -> dict[str, Any]:
-    """The answer to a chat that is not streamed."""
+    """Return the answer to a chat completion that is not streamed. body: the fields of the HTTP API's request."""
     import grpc
 
     address = re.search(r"gRPC server started on (\S+)", server.log.read_text())
@@ -23,13 +23,13 @@ def chat_by_grpc(server: Server, **body: Any) -> dict[str, Any]:
     with grpc.insecure_channel(address[1]) as channel:
         call = channel.unary_stream(_CHAT, request_serializer=_field_1, response_deserializer=bytes)
         sent = b"".join(call(request, timeout=120))
-    # The JSON in the messages, whose framing is of no interest here.
+    # The protobuf framing around the JSON is of no interest here.
     answer: dict[str, Any] = json.loads(sent[sent.index(b"{") : sent.rindex(b"}") + 1])
     return answer
 
 
 def _field_1(content: bytes) -> bytes:
-    """A protobuf message whose first field is `content`."""
+    """Return a protobuf message whose first field is `content`."""
     length, size = b"", len(content)
     while size >= 0x80:
         length += bytes([size & 0x7F | 0x80])

@@ -1,7 +1,8 @@
-"""Whether answers with speculative decoding are the model's, judged by the same server without it.
+"""Judges whether a server with speculative decoding gives the model's answers, by the same server without it.
 
-Two runs of one server differ too where the batch has another shape: a rounding near a tie of two experts' scores sends a
-token elsewhere. So what one server without speculation differs from itself by is the measure, taken in the same test.
+Two runs of one server differ as well where their batches have different shapes, because a rounding near a tie of two
+experts' scores routes a token to another expert. The difference of the server without speculation from itself, measured
+in the same test, is therefore the yardstick.
 """
 
 from __future__ import annotations
@@ -13,33 +14,39 @@ from dataclasses import dataclass
 import torch
 from support.agreement import BF16_NOISE, divergence
 
-# Quantiles of the two servers' differences: half of the positions are below, and a twentieth of the server's own is beyond.
+# The quantiles of the differences that are compared: the median, and the value that a twentieth of the judge's own
+# differences exceeds.
 MIDDLE, RARE = 0.5, 0.95
 
 
 @dataclass
 class Greedy:
-    """Greedy answers to some prompts, position after position."""
+    """Greedy answers to some prompts, with the positions of all answers in a row."""
 
     token_ids: torch.Tensor
-    """`[positions]`, each the likeliest of `allowed`, if it is an answer of the model's."""
+    """The answers' tokens, `[positions]`; in a right answer each is the likeliest token that was allowed."""
     logprobs: torch.Tensor
-    """`[positions, vocab]`, as computed when the token was chosen."""
+    """The log-probabilities by which each token was chosen, `[positions, vocab]`."""
     expected: torch.Tensor
-    """The log-probabilities of a server without speculation that was given the whole answer as a prompt."""
+    """The log-probabilities, `[positions, vocab]`, of a server without speculation, with the whole answer as its
+    prompt."""
 
     def behind(self, allowed: list[int]) -> torch.Tensor:
-        """How far, in log-probability, each token is behind the one that the judge would have chosen."""
+        """Return how far, in log-probability, each token is behind the token that the judge would have chosen."""
         chosen = self.expected.gather(1, self.token_ids[:, None])[:, 0]
         return self.expected[:, allowed].max(1).values - chosen
 
     def divergence(self) -> torch.Tensor:
-        """The KL divergence of each position."""
+        """Return the KL divergence at each position, in nats."""
         return divergence(self.logprobs, self.expected)
 
 
 def assert_no_farther(found: Greedy, own: Greedy, allowed: list[int]) -> None:
-    """found: answers with speculation. own: those of the judge itself, answered token by token and read as a whole."""
+    """Assert that answers with speculation are no farther from the judge than the judge is from itself.
+
+    found: answers with speculation. own: answers of the server without speculation, which computed them token by token
+    and then again as a whole prompt. allowed: the token ids that the answers could be chosen from.
+    """
     positions = len(found.token_ids)
     assert positions == len(own.token_ids) > 200
     far, own_far = ((one.behind(allowed) > 2 * BF16_NOISE).sum().item() for one in (found, own))
@@ -58,7 +65,7 @@ def assert_no_farther(found: Greedy, own: Greedy, allowed: list[int]) -> None:
 
 @dataclass
 class Steps:
-    """A greedy answer as text and, position by position, the token and the log-probabilities that it was chosen by."""
+    """A greedy answer: its text, and for each position the token and the log-probabilities by which it was chosen."""
 
     text: str
     tokens: list[str]
@@ -66,7 +73,11 @@ class Steps:
 
 
 def parts(one: Steps, other: Steps) -> bool:
-    """Whether the first token that differs does so by more than noise. Up to there both had the same to go by."""
+    """Return whether the first token that differs between two answers is behind `one`'s own token by more than noise.
+
+    Later tokens say nothing, because the answers then continue different texts. Answers without such a token differ if
+    their lengths do.
+    """
     for token, own, logprobs in zip(other.tokens, one.tokens, one.logprobs, strict=False):
         if token != own:
             return logprobs[own] - logprobs.get(token, -math.inf) > 2 * BF16_NOISE
@@ -78,8 +89,9 @@ def assert_parts_no_more(
 ) -> None:
     """Assert that speculation changes no more answers than another batch's shape does.
 
-    guessed: answers with speculation. alone: the same questions without it, asked one by one; together: all at once.
-    mangled: an answer as it would be if a guess had been taken unseen. The judge must find most of those.
+    guessed: answers with speculation. alone: answers to the same questions without speculation, asked one by one.
+    together: the same, asked all at once. mangled: returns an answer as it would be if a guess had been taken without a
+    check; the comparison must find most of those.
     """
     found, own, bad = (
         [name for name in alone if parts(alone[name], one[name])]

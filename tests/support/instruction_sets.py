@@ -1,4 +1,4 @@
-"""How the summary of a run comes to say which instruction sets were run: the tests record them as a property."""
+"""Writes into pytest's summary which instruction sets were run; the tests record each as a property."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ INSTRUCTION_SET = "instruction set"
 
 
 def summarize(reporter: pytest.TerminalReporter) -> None:
-    """Write which instruction sets were run. Those that were not are among the skipped tests, with the reason."""
+    """Write which instruction sets were run. The skipped tests name the others, with the reason."""
     ran = {
         str(value)
         for report in reporter.getreports("passed")

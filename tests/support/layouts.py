@@ -1,6 +1,7 @@
-"""The layouts in which checkpoints of this architecture are published, made of the tiny one: names, dtypes and shapes.
+"""Rewrites the tiny checkpoint in the layouts in which checkpoints of this architecture are published.
 
-Values are made up where a format has none of the tiny checkpoint's: headers are what is judged.
+Names, dtypes and shapes are those of each layout. Values are made up where a format cannot hold the tiny checkpoint's,
+because the tests judge headers only.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ INDEX = "model.safetensors.index.json"
 EXPERT = "language_model.model.layers.2.mlp.experts.5.down_proj"
 Tensors = dict[str, torch.Tensor]
 Config = dict[str, Any]
-# What a layout's name leaves untouched: tokenizer, template, preprocessing.
+# The files that a layout replaces. All others stay: tokenizer, chat template, preprocessing.
 WEIGHTS = ("*.safetensors", INDEX)
 
 
@@ -36,7 +37,10 @@ def _load(folder: Path) -> Tensors:
 
 
 class Draft:
-    """A checkpoint in the making."""
+    """A checkpoint in memory that a layout changes before it is written: configuration, tensors, and further files.
+
+    `files` holds, by a file's name, the function that writes it, which is called after the tensors were saved.
+    """
 
     def __init__(self, source: Path) -> None:
         self.source = source
@@ -46,20 +50,23 @@ class Draft:
 
     @property
     def text(self) -> Config:
+        """The language model's part of the configuration."""
         found: Config = self.config["text_config"]
         return found
 
     @property
     def quantization(self) -> Config:
+        """The configuration of the experts' quantization."""
         found: Config = self.text["quantization_config"]
         return found
 
     def linears(self, pattern: str) -> list[str]:
-        """Modules whose name has `pattern` in it."""
+        """Return the names of the linear layers in which the regular expression `pattern` is found, sorted."""
         names = {name.rpartition(".")[0] for name in self.tensors}
         return sorted(name for name in names if re.search(pattern, name) and name.endswith("_proj"))
 
     def size(self, module: str) -> tuple[int, int]:
+        """Return the outputs and inputs of a linear layer, INT4 or not."""
         if f"{module}.weight" in self.tensors:
             rows, inputs = self.tensors[f"{module}.weight"].shape
             return rows, inputs
@@ -67,11 +74,13 @@ class Draft:
         return rows, words * 8
 
     def store(self, module: str, **parts: torch.Tensor) -> None:
+        """Replace all tensors of a module by `parts`."""
         for name in [name for name in self.tensors if name.rpartition(".")[0] == module]:
             del self.tensors[name]
         self.tensors |= {f"{module}.{part}": tensor for part, tensor in parts.items()}
 
     def write(self, folder: Path) -> Path:
+        """Write the checkpoint to `folder`, which must not exist, and return `folder`."""
         shutil.copytree(self.source, folder, ignore=shutil.ignore_patterns(*WEIGHTS))
         (folder / "config.json").write_text(json.dumps(self.config))
         save_file(self.tensors, folder / "model.safetensors")
@@ -101,7 +110,7 @@ def k25(draft: Draft) -> None:
 
 
 def k27_code(draft: Draft) -> None:
-    """The configuration as transformers 5 saves it again, with other spellings of the same fields."""
+    """Spell the configuration's fields as transformers 5 does when it saves this configuration again."""
     text = draft.text
     text["model_type"] = "deepseek_v3"
     scaling = text.pop("rope_scaling")
@@ -206,7 +215,7 @@ def bf16(draft: Draft) -> None:
 
 
 def dense(draft: Draft) -> None:
-    """Experts in bfloat16 whose weights are not zero, so that an engine's own code serves them."""
+    """Store experts in bfloat16 whose weights are not zero, so that an engine's own code can serve them."""
     generator = torch.Generator().manual_seed(0)
 
     def drawn(rows: int, inputs: int) -> dict[str, torch.Tensor]:
@@ -227,7 +236,7 @@ def mtp_layer(draft: Draft) -> None:
 
 
 def beside_the_shards(draft: Draft) -> None:
-    """Files that the index does not name."""
+    """Add safetensors files that the index does not name."""
     index = {"weight_map": dict.fromkeys(draft.tensors, "model.safetensors")}
     draft.files[INDEX] = lambda file: file.write_text(json.dumps(index))
     draft.files["adapter_model.safetensors"] = lambda file: save_file({"lora_A.weight": torch.zeros(2, 2)}, file)

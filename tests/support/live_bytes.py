@@ -1,4 +1,4 @@
-"""How much memory the tensors take that torch makes meanwhile: on a CPU, whose memory it does not count."""
+"""Measures the memory of the tensors that torch makes on a CPU, since torch itself counts only a GPU's memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts what is made in its bodies, for as long as it lives. What an operator takes for itself is not seen."""
+    """A mode that counts the bytes of the tensors made while it is active, each as long as its storage lives.
+
+    `live` is their present sum, `peak` the largest so far. Memory that an operator uses internally is not seen.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,5 +1,7 @@
-"""Loads of a checkpoint by an engine, in a process of its own: how much memory one takes, and what is said of files that
-change meanwhile."""
+"""Tests how an engine's loader with the plugin loads a checkpoint: its memory, and its errors about files that change.
+
+The loads run in a separate process, `python -m support.load_checks FOLDER`, which prints a report as one line of JSON.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ from k26_plugins.common.checkpoint.table import expert_name
 from k26_plugins.common.tiny.checkpoint import TinySizes
 
 LAYERS = 9
-# 1 GB, all but 5 % of it in experts.
+# This checkpoint has 1 GB, all but 5 % of it in experts.
 SIZES = TinySizes(hidden_size=1024, moe_intermediate_size=1024, layers=LAYERS, experts=64, shards=LAYERS)
 
 
@@ -44,11 +46,11 @@ CHANGES: dict[str, Callable[[Path], None]] = {"cut": cut, "touched": touch, "gon
 SAID = {"cut": "changed", "touched": "changed", "gone": "vanished"}
 
 HELD = 512 * 2**20
-"""Bytes that a load gets beside the weights: half of what all files would take."""
+"""The bytes that a load may use beside the weights: half of the size of all files."""
 
 
 def report_of(folder: Path) -> dict[str, Any]:
-    """What `main` prints for a checkpoint that is made here."""
+    """Make a checkpoint in `folder`, run `main` on it in a process, and return the report that it prints."""
     make_quick(folder, SIZES)
     command = [sys.executable, "-m", "support.load_checks", str(folder)]
     environment = {**os.environ, "PYTHONPATH": python_path()}
@@ -59,38 +61,40 @@ def report_of(folder: Path) -> dict[str, Any]:
 
 
 class LoadTests:
-    """Tests that each engine's environment derives and runs with its own engine."""
+    """Tests that each engine's tests derive, and run with that engine."""
 
     @pytest.fixture(scope="class")
     def report(self, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         return report_of(tmp_path_factory.mktemp("loading") / "checkpoint")
 
     def test_memory_is_that_of_the_weights_and_a_few_windows(self, report: dict[str, Any]) -> None:
-        """With the published checkpoint 2 GB may come on top of the weights; here, where all weights are 1 GB, a
-        quarter of that may."""
+        """Loading the published checkpoint may take 2 GB on top of the weights; loading this one, whose weights are 1
+        GB in all, may take a quarter of a GB."""
         assert report["weights"] > 800 * 2**20
         assert report["beyond_the_weights"] < 256 * 2**20
 
     def test_memory_is_held_under_a_limit(self, report: dict[str, Any]) -> None:
-        """The load of the other tests ran within it; it does not suffice to hold all tensors."""
+        """A load succeeds under a limit of memory that does not suffice to hold all tensors at once."""
         assert report["limited"] == "loaded"
         assert "Cannot allocate memory" in report["holding_all"]
 
     @pytest.mark.parametrize("change", CHANGES)
     def test_a_file_that_changes_while_a_part_of_it_is_copied(self, report: dict[str, Any], change: str) -> None:
-        """The load ends with its name, also where what is copied is no longer there."""
+        """If a file is cut, touched or removed while one of its tensors is copied, the load ends with an error that
+        names the file, even when the bytes to be copied are gone."""
         assert report["said"][change].startswith("CheckpointError: ")
         assert f"{report['file']} " in report["said"][change]
         assert f"{SAID[change]} while it was loaded" in report["said"][change]
 
 
 def main() -> None:
+    """Load the checkpoint in the folder that the command line names in several ways, and print the report."""
     from support.whole_load import build
 
     folder = Path(sys.argv[1])
     built = build(folder)
     held = sum(parameter.nbytes for parameter in built.model.parameters())
-    # From here on the peak is that of the load.
+    # This resets the process's peak, so that the peak read below is the load's.
     Path("/proc/self/clear_refs").write_text("5")
     before = memory("VmRSS")
     with limited_to(memory("VmData") + HELD):
@@ -113,7 +117,10 @@ def main() -> None:
 
 
 class BeforeCopying(TorchFunctionMode):
-    """Calls `change` when a tensor of these values, which are in memory of their own, is to be copied from a file."""
+    """A mode that calls `change` just before a tensor with the values of `tensor` is copied from a file.
+
+    `tensor` must not share memory with that file.
+    """
 
     def __init__(self, tensor: torch.Tensor, change: Callable[[], object]) -> None:
         super().__init__()
@@ -126,6 +133,7 @@ class BeforeCopying(TorchFunctionMode):
 
 
 def said_by(load: Callable[[], object]) -> str:
+    """Return the type and text of the exception that `load` raises, or `loaded`."""
     try:
         load()
     except Exception as error:
@@ -135,8 +143,10 @@ def said_by(load: Callable[[], object]) -> str:
 
 @contextmanager
 def limited_to(num_bytes: int) -> Iterator[None]:
-    """Limit the bytes that this process may write to: its own memory, and the mapped files, which are mapped
-    writable."""
+    """Limit the bytes of memory that this process may write to until the block ends.
+
+    The mapped files count as well, because they are mapped writable.
+    """
     before = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (num_bytes, before[1]))
     try:
@@ -146,7 +156,10 @@ def limited_to(num_bytes: int) -> Iterator[None]:
 
 
 def memory(kind: str) -> int:
-    """Bytes of this process: VmRSS, VmHWM for its peak, VmData for what `limited_to` limits."""
+    """Return a figure of this process's memory in bytes.
+
+    kind: VmRSS for the resident memory, VmHWM for its peak, VmData for the memory that `limited_to` limits.
+    """
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(kind))
 

@@ -1,4 +1,4 @@
-"""A server of the standard library for a test's own handler, on a free port of this machine."""
+"""Runs the standard library's HTTP server with a test's own handler on a free port of this machine."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from typing import Any
 
 
 class QuietHandler(BaseHTTPRequestHandler):
+    """A request handler that logs nothing."""
+
     def body(self) -> dict[str, Any]:
-        """The request's JSON."""
+        """Return the request's JSON."""
         found: dict[str, Any] = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         return found
 
     def send(self, status: int, content: bytes) -> None:
+        """Send an answer. Content that begins with `data: ` is sent as server-sent events."""
         self.send_response(status)
         if content.startswith(b"data: "):
             self.send_header("Content-Type", "text/event-stream")
@@ -29,9 +32,9 @@ class QuietHandler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serving(handler: type[QuietHandler]) -> Iterator[str]:
-    """The URL of a server, which runs until the block ends."""
+    """Run a server with this handler until the block ends, and yield its URL."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    # It looks for its end so often: half a second, the default, would be most of a short test.
+    # The server looks at this interval whether it is to end: half a second, the default, would be most of a short test.
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}"

@@ -1,4 +1,4 @@
-"""What an engine's layers have a backend make itself ready for."""
+"""Records the batches for which an engine's layers ask a backend of experts to make itself ready."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from k26_plugins.common.experts.base import Sizes
 
 
 def record(monkeypatch: pytest.MonkeyPatch, *backends: type[ExpertsBackend]) -> list[tuple[int, Batches]]:
-    """The number of experts and the batches of each call, in the list that is returned."""
+    """Return a list that gets the number of experts and the batches of every later call of a backend's `make_ready`."""
     seen: list[tuple[int, Batches]] = []
 
     def make_ready(sizes: Sizes, batches: Batches) -> None:

@@ -1,4 +1,7 @@
-"""A proxy before a server that mixes up requests which are in flight at once, as a faulty server would."""
+"""Runs a proxy in front of a server that mixes up requests in flight at the same time, as a faulty server would.
+
+`k26 swarm` must find what the proxy mixed up.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,12 @@ HISTORY, ANSWER = "history", "answer"
 
 @contextmanager
 def mix(url: str, what: str, *, every: int = 4) -> Iterator[str]:
-    """The address of a proxy, which gives every so many streamed chats another one's conversation (HISTORY), or another
-    one's answer with the right usage and prompt (ANSWER). A chat that is alone passes unchanged."""
+    """Run a proxy of the server at `url` until the block ends, and yield its URL.
+
+    Among the streamed chats that are in flight together with another conversation, the proxy mixes up one of `every`.
+    With `what` HISTORY the server is sent the other conversation; with ANSWER the client gets the answer to the other
+    conversation, with the usage and the prompt of its own. A chat that is alone passes unchanged.
+    """
     lock = threading.Lock()
     flying: list[dict[str, Any]] = []
     sent = 0
@@ -52,7 +59,7 @@ def mix(url: str, what: str, *, every: int = 4) -> Iterator[str]:
                     events = answered({**body, "messages": other["messages"]})
                 else:
                     own, theirs = answered(body), answered({**body, "messages": other["messages"]})
-                    # The first event tells of the prompt, the two last are the usage and the end.
+                    # The first event describes the prompt; the last two are the usage and the end.
                     events = [own[0], *theirs[1:-2], *own[-2:]]
             finally:
                 with lock:

@@ -1,4 +1,4 @@
-"""ModelScope's hub as far as its own client asks it for a model: here is one model, the files of a folder."""
+"""Serves one model, the files of a folder, like ModelScope's hub, as far as the hub's own client asks for it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from support.local_http import QuietHandler, serving
 
 @contextmanager
 def modelscope_hub(name: str, folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """The address of the hub, which runs until the block ends, and the names of the files that were fetched so far."""
+    """Run the hub until the block ends, and yield its URL and a list to which the name of every fetched file is added.
+
+    name: the model's name on the hub, `owner/model`. folder: the model's files.
+    """
     root = f"/api/v1/models/{name}/repo"
     fetched: list[str] = []
 
@@ -33,7 +36,7 @@ def modelscope_hub(name: str, folder: Path) -> Iterator[tuple[str, list[str]]]:
             self.send(200, (folder / file).read_bytes())
 
         def do_POST(self) -> None:  # noqa: N802 - the name that http.server looks for
-            """The client logs in."""
+            """Accept the client's login."""
             self._answer({})
 
         def _answer(self, data: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What the native experts are given as programs of their own, and what these tests need of the machine."""
+"""Makes the input of the C++ test programs of the native experts, and says what those tests need of the machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from k26_plugins.common.experts.native.build import COMPILERS, BuildError, libra
 
 SOURCES = Path(__file__).parent / "native"
 COMPILER = next(filter(None, map(shutil.which, COMPILERS)), None)
-# 17 groups of inputs, the last of them not one of as many as several tokens pass over at once.
+# HIDDEN has 17 groups of 32 inputs: several tokens pass over two groups at once, so that the last group is left over.
 TOKENS, TOP_K, EXPERTS, HIDDEN, INNER = 23, 2, 4, 544, 96
 # TSan's shadow memory leaves no room for the addresses that newer kernels choose at random.
 FIXED_ADDRESSES = ("setarch", "-R") if shutil.which("setarch") else ()
@@ -24,7 +24,8 @@ needs_set = pytest.mark.skipif(not variants(), reason="this CPU has no instructi
 
 
 def usable_variants() -> list[str]:
-    """The instruction sets of the native experts that this CPU has, best first, without AMX where the system refuses it."""
+    """Return the native experts' instruction sets that this CPU has, best first, without AMX if the system refuses
+    it."""
     found = variants()
     if "amx" in found:
         try:
@@ -35,15 +36,17 @@ def usable_variants() -> list[str]:
 
 
 class Sample(NamedTuple):
+    """A file with the weights and the batch that a test program reads, and the judge's float64 result."""
+
     given: Path
     expected: torch.Tensor
 
 
 def make_sample(folder: Path) -> Sample:
-    """A layer and a batch, with values at which rounding or the exponential of two instruction sets could differ."""
+    """Write a layer and a batch with values for which instruction sets could differ in rounding or the exponential."""
     weights = make_weights(EXPERTS, HIDDEN, INNER)
     ids, topk_weights = route(TOKENS, TOP_K, EXPERTS)
-    ids[:, 0], ids[:, 1] = 0, ids[:, 1].clamp(min=1)  # an expert with tokens for a tile of AMX, and more
+    ids[:, 0], ids[:, 1] = 0, ids[:, 1].clamp(min=1)  # expert 0 gets more tokens than a tile of AMX holds
     ids[9, 1] = -1
     x = inputs(TOKENS, HIDDEN)
     x[3], x[4], x[5] = x[3] * 1e-20, x[4] * 3e4, 0

@@ -1,4 +1,4 @@
-"""What the tests of an engine's kernels for `k26 tune` share: kernels that need a GPU are taken the place of."""
+"""Replaces kernels that need a GPU, for the tests of the engines' kernels that `k26 tune` times."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ import pytest
 
 
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, Callable[..., Any]], None]:
-    """Puts what returns `result`, and takes only what the original takes, in the place of a module's function."""
+    """Return a function that replaces a module's function, given the module, its name and a callable for the result.
+
+    The replacement takes only arguments that the original takes, so that a wrong call fails.
+    """
 
     def replace(module: str, name: str, result: Callable[..., Any]) -> None:
         original = getattr(import_module(module), name)

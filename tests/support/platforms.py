@@ -1,4 +1,8 @@
-"""Platforms that no machine of the tests is, the flags that people give on them, and the tables of docs/platforms.md."""
+"""Describes platforms that no test machine has, lists the flags that people give on them, and reads docs/platforms.md.
+
+The tests settle an engine's configuration on each platform with each set of flags, and compare what the engine then
+chooses with the tables of that page.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +46,7 @@ SGLANG_PLATFORMS = {
     "gfx950": _capability(_AMD, 9, 5),
     CPU: _CPU,
 }
-"""What SGLang's `override_platform` is told of each."""
+"""The facts that SGLang's `override_platform` is given for each platform."""
 
 SGLANG_FLAGS = {
     "none": "",
@@ -90,21 +94,24 @@ VLLM_FLAGS = {
 def table(
     platforms: Iterable[str], flags: Iterable[str], cell: Callable[[str, str], str], title: str = ""
 ) -> list[str]:
-    """The lines of a Markdown table with a row for each of `flags`."""
+    """Return the lines of a Markdown table with a column for each of `platforms` and a row for each of `flags`.
+
+    cell: returns a cell's text, given its platform and its flags.
+    """
     platforms = list(platforms)
     lines = [f"| {title} | ".replace("  ", " ") + " | ".join(platforms) + " |", "|---" * (len(platforms) + 1) + "|"]
     return [*lines, *("| " + " | ".join([name, *(cell(one, name) for one in platforms)]) + " |" for name in flags)]
 
 
 def documented_table(section: str) -> list[str]:
-    """The lines of the table in a section of docs/platforms.md."""
+    """Return the lines of the table in a section of docs/platforms.md."""
     text = (Path(__file__).parents[2] / "docs/platforms.md").read_text(encoding="utf-8")
     (part,) = (one for one in text.split("\n## ") if one.startswith(f"{section}\n"))
     return [line for line in part.splitlines() if line.startswith("|")]
 
 
 def cells(lines: Iterable[str]) -> dict[tuple[str, str, str], str]:
-    """What tables say, by a table's first heading, row and column."""
+    """Return the cells of Markdown tables by the table's first heading, the row's name and the column's name."""
     found: dict[tuple[str, str, str], str] = {}
     heading: list[str] = []
     lines = list(lines)

@@ -1,7 +1,8 @@
-"""A device that is the host: its memory is torch's CPU tensors, its runtime `native/device_runtime.cpp`.
+"""Pretends that the host is a device: its memory is torch's CPU tensors, its runtime is `native/device_runtime.cpp`.
 
-Within `PretendedDevice.kernels()` each of torch's operators is a kernel: it is put into the device's stream, and while the
-stream is captured it becomes a part of the graph. So what an engine does with a GPU is done here by the same Python code.
+Within `PretendedDevice.kernels()` each of torch's operators is a kernel, which is put into the device's stream; while
+the stream is captured, the kernel becomes a part of the graph. The tests thereby run the same Python code that an
+engine runs with a GPU.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from k26_plugins.common.experts.native.threads import Call, Threads
 from k26_plugins.common.host.device_runtime import DeviceRuntime
 
 KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-GLOBAL = 0  # cudaStreamCaptureModeGlobal, torch's own choice
+GLOBAL = 0  # cudaStreamCaptureModeGlobal, which torch uses by default
 
 
 def compile_runtime(folder: Path) -> ctypes.CDLL:
+    """Compile `native/device_runtime.cpp` into `folder` and load it."""
     assert COMPILER is not None
     made = folder / "libcudart.so"
     command = [COMPILER, "-std=c++17", "-O1", "-fPIC", "-shared", "-pthread", str(SOURCES / "device_runtime.cpp")]
@@ -38,7 +40,7 @@ def compile_runtime(folder: Path) -> ctypes.CDLL:
 
 
 class Graph:
-    """A captured graph, with what it uses."""
+    """A captured graph; `kept` holds the kernels and tensors that its replays use."""
 
     def __init__(self, device: PretendedDevice) -> None:
         self.device = device
@@ -46,10 +48,16 @@ class Graph:
         self.kept: list[Any] = []
 
     def replay(self) -> None:
+        """Launch the graph into the device's stream, without waiting for it."""
         self.device.call("cudaGraphLaunch", self.handle, self.device.stream)
 
 
 class PretendedDevice:
+    """A device with one stream. `graph` is the graph that is being captured, or None.
+
+    library: what `compile_runtime` returned. prefix: that of the runtime's functions, `cuda` or `hip`.
+    """
+
     def __init__(self, library: ctypes.CDLL, prefix: str = "cuda") -> None:
         self.library = library
         library.standinViolation.restype = ctypes.c_char_p
@@ -61,11 +69,12 @@ class PretendedDevice:
         self.graph: Graph | None = None
 
     def call(self, name: str, *arguments: Any) -> None:
+        """Call a function of the runtime. Raises AssertionError with the rule of CUDA that was broken, if one was."""
         error = getattr(self.library, name)(*arguments)
         assert error == 0, (name, self.library.standinViolation().decode())
 
     def synchronize(self) -> None:
-        """Fails where something was done that CUDA forbids."""
+        """Wait for the stream. Raises AssertionError if something was done that CUDA forbids."""
         self.call("cudaStreamSynchronize", self.stream)
 
     def launch(self, function: Callable[[], object], *uses: Any) -> None:
@@ -73,7 +82,7 @@ class PretendedDevice:
 
         @KERNEL
         def kernel(_: int | None) -> None:
-            # In this way torch calls an operator that a mode has taken.
+            # Torch, too, calls the operators that a dispatch mode intercepts below autograd.
             with torch._C._AutoDispatchBelowAutograd():
                 function()
 
@@ -85,6 +94,7 @@ class PretendedDevice:
 
     @contextmanager
     def kernels(self) -> Iterator[None]:
+        """Run torch's operators as kernels of the stream until the block ends."""
         with _Kernels(self):
             yield
             if self.graph is None:
@@ -92,6 +102,7 @@ class PretendedDevice:
 
     @contextmanager
     def capture(self) -> Iterator[Graph]:
+        """Capture what the block puts into the stream, and yield the graph, which can be replayed after the block."""
         graph, captured = Graph(self), ctypes.c_void_p()
         self.call("cudaStreamBeginCapture", self.stream, GLOBAL)
         self.graph = graph
@@ -115,14 +126,14 @@ class _Kernels(TorchDispatchMode):
     ) -> Any:
         kwargs = dict(kwargs or {})
         if self.device.graph is None:
-            # A kernel that the host waits for. Its result stays for what comes after it in the stream, as a device's
-            # allocator keeps it.
+            # Outside a capture the host waits for the kernel. The result is kept for later work in the stream, as a
+            # device's allocator keeps it.
             self.device.synchronize()
             result = func(*args, **kwargs)
             self.in_use.append(result)
             return result
         assert func is not torch.ops.aten._local_scalar_dense.default, "a value is read while a graph is captured"
-        # Its shapes, and where each replay puts what it computes.
+        # This call gives the results' shapes, and the memory into which each replay writes what it computes.
         result = func(*args, **kwargs)
 
         def again() -> None:
@@ -135,7 +146,7 @@ class _Kernels(TorchDispatchMode):
 
 
 class OnDevice(ExpertsBackend):
-    """A backend of the host's as one of the device's: its work is a kernel."""
+    """A backend of experts on the device, whose kernel lets a backend on the host compute."""
 
     name = "on-device"
 
@@ -168,7 +179,10 @@ class OnDevice(ExpertsBackend):
 
 
 def be_late(device: PretendedDevice, threads: Threads) -> None:
-    """Have work in the device's stream take longer than it may, because it waits for a long batch."""
+    """Put work into the device's stream that takes longer than its patience of 1 ms, because it waits for a long batch.
+
+    The call returns when both are done.
+    """
     hidden, inner, tokens = 128, 64, 2**18
     experts = create_experts(make_weights(2, hidden, inner), "native")
     assert isinstance(experts, NativeExperts)

@@ -1,6 +1,7 @@
-"""From a request to token ids, and from the model's tokens to an answer: the tests that both engines' servers pass.
+"""Tests the path from a request to token ids, and from the model's tokens to an answer, on a real server.
 
-Each engine's file derives `PromptPathTests`, says how an answer is ordered, and gives the fixture `server`.
+The core's rendering without an engine is the judge. Each engine's tests derive `PromptPathTests`, define how a request
+orders an answer, and have a fixture `server`.
 """
 
 from __future__ import annotations
@@ -60,7 +61,10 @@ BAD_MEDIA: dict[str, dict[str, Any]] = {
 
 
 def prompt_token_ids(server: Server, conversation: Conversation) -> list[int]:
-    """The prompt's token ids, by the server's answer; vLLM and SGLang name the field's switch differently."""
+    """Return the prompt's token ids as the server's answer reports them.
+
+    vLLM and SGLang name the request's field that asks for them differently, so the request has both.
+    """
     switches = {"return_token_ids": True, "return_prompt_token_ids": True}
     response = server.post("/v1/chat/completions", **switches, **conversation.body())
     assert response.status_code == 200, (conversation.name, response.text)
@@ -78,7 +82,7 @@ _JSON = st.recursive(
 _PARTS = st.lists(
     st.one_of(
         st.fixed_dictionaries({"type": st.just("text"), "text": _TEXT}),
-        # The two that take seconds are left out.
+        # The two media whose refusal takes seconds are left out.
         st.sampled_from([part for name, part in BAD_MEDIA.items() if name not in ("image-nowhere", "video-too-long")]),
         _JSON,
     ),
@@ -119,7 +123,7 @@ _TOOLS = st.lists(
     ),
     max_size=2,
 )
-# Requests of about the right shape with anything in them.
+# Requests of roughly the right shape whose fields may hold anything.
 HOSTILE_BODIES = st.fixed_dictionaries(
     {"messages": st.lists(_MESSAGES, min_size=1, max_size=4)},
     optional={
@@ -134,21 +138,23 @@ HOSTILE_BODIES = st.fixed_dictionaries(
 
 
 class PromptPathTests:
-    # Both parsers, as the log names them.
+    """Tests that each engine's tests derive, and run with that engine's server."""
+
+    # The tool-call parser and the reasoning parser, as the server's log names them.
     parsers: str
     hostile_requests: int
-    # Whether the engine says where in a completion's text a token stands.
+    # Whether the engine says at which offset of a completion's text a token stands.
     places_of_tokens: bool
 
     def script(self, folder: Path, answer: str) -> dict[str, Any]:
-        """The fields of a request to a server of the checkpoint in `folder` that order `answer`, and its end."""
+        """Return the request fields by which a server of the checkpoint in `folder` answers `answer` and then ends."""
         raise NotImplementedError
 
     def test_the_parsers_are_chosen(self, server: Server) -> None:
         assert self.parsers in server.log.read_text()
 
     def test_token_ids_are_the_cores(self, server: Server, tiny_folder: Path) -> None:
-        """In all conversations the token ids are the core's, and those that are recorded."""
+        """In all conversations the prompt's token ids are those that the core computes and those that are recorded."""
         asked = conversations()
         with ThreadPoolExecutor(16) as pool:
             found = dict(zip(asked, pool.map(lambda one: prompt_token_ids(server, one), asked), strict=True))
@@ -162,7 +168,8 @@ class PromptPathTests:
         assert {one.name: digest(ids) for one, ids in found.items()} == recorded()
 
     def test_other_roles_are_system_messages_with_their_name(self, server: Server, tiny_folder: Path) -> None:
-        """They stay in their places, as the template renders every role that it does not know."""
+        """Messages of other roles keep their places in the conversation, since the template renders every role that it
+        does not know as a system message."""
         messages: list[dict[str, Any]] = [
             {"role": "system", "content": "S"},
             {"role": "user", "content": "1"},
@@ -192,7 +199,8 @@ class PromptPathTests:
     def test_thinking_in_the_forms_that_clients_send(
         self, server: Server, tiny_folder: Path, fields: dict[str, Any], options: dict[str, Any]
     ) -> None:
-        """The prompt follows them, and so does the answer, which is all content where the model is not to think."""
+        """Each form of switching thinking on or off changes the prompt and how the answer is read: all of it is content
+        if the model is not to think."""
         past = {"role": "assistant", "content": "b", "reasoning_content": "c"}
         messages = [{"role": "user", "content": "a"}, past, {"role": "user", "content": "d"}]
         script = self.script(tiny_folder, "plain")
@@ -242,9 +250,10 @@ class PromptPathTests:
         assert streamed(server, case, script) == expected
 
     def test_a_raw_completion_shows_no_marker(self, server: Server, tiny_folder: Path) -> None:
-        """Each marker stands among text, streamed or not; what spells a marker with ordinary tokens stays."""
+        """A raw completion's text, streamed or not, has none of the markers between its texts; what spells a marker
+        with ordinary tokens stays."""
         kinds = [*MARKERS, "<|reserved_token_300|>", *map(escape, MARKERS), "text ", "<"]
-        # Each once: every order is the core's test.
+        # One random order with each part once; the core's own tests try every order.
         parts = random.Random(0).sample(kinds, k=len(kinds))
         script = self.script(tiny_folder, "".join(parts))
         said = "".join(unescape(part) for part in parts if part in kinds[len(MARKERS) + 1 :])

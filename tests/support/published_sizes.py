@@ -1,4 +1,4 @@
-"""A checkpoint with the published model's sizes in each of its few layers, whose weights take no place on the disk."""
+"""Writes a checkpoint of two layers with the published model's sizes, whose weights take no space on the disk."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ SIZES = tiny.TinySizes(
     layers=2, hidden_size=7168, intermediate_size=18432, moe_intermediate_size=2048, experts=384, top_k=8, heads=64,
     q_lora_rank=1536, vision_layers=1, vision_heads=16, vision_intermediate_size=4304,
 )  # fmt: skip
-"""A dense layer and one of experts; the vocabulary is the tiny one's."""
+"""A dense layer and an MoE layer; the vocabulary is the tiny checkpoint's."""
 
 
 def make_published_sizes(folder: Path) -> None:
-    """Write the small files, and one of weights that has its header and a hole."""
+    """Write the checkpoint's small files, and a safetensors file that has its header and, for the weights, a hole."""
     with mock.patch.object(tiny, "_write_weights", _write_header):
         tiny.make_tiny(folder, SIZES)
 
@@ -36,7 +36,7 @@ def _write_header(folder: Path, config: K26Config, shards: int, seed: int) -> No
 
 
 def make_eagle3_draft(folder: Path) -> None:
-    """The configuration of a draft model for it."""
+    """Write the configuration of an Eagle3 draft model for this checkpoint into `folder`, which must not exist."""
     folder.mkdir()
     config = {
         "architectures": ["LlamaForCausalLMEagle3"],

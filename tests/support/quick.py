@@ -1,4 +1,4 @@
-"""A checkpoint of some size in little time: its weights are drawn as bits, not quantized."""
+"""Writes a checkpoint of some size in little time, by drawing the experts' packed bits instead of quantizing."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from k26_plugins.common.tiny import checkpoint as tiny
 
 
 def make_quick(folder: Path, sizes: tiny.TinySizes) -> None:
+    """Write a checkpoint of these sizes to `folder`; each tensor's values depend on its name alone."""
+
     def draw(spec: TensorSpec, *_: object) -> torch.Tensor:
         generator = torch.Generator().manual_seed(zlib.crc32(spec.name.encode()))
         if spec.dtype == "I32":

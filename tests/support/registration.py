@@ -1,4 +1,4 @@
-"""Registration without each name that it looks up, in turn, and with each of its changes failing."""
+"""Tests that an adapter's registration changes everything or nothing, whatever fails in it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from k26_plugins.common.adapters.registration import Registration
 def assert_all_or_nothing(
     compat: Any, register: Callable[[], None], state: Callable[[], Any], caplog: pytest.LogCaptureFixture
 ) -> int:
-    """How many names of the engine `register` looks up, and with each of them missing in turn; the last call has them all.
+    """Assert that `register` changes nothing if it fails, and return how many of the engine's names it looks up.
 
-    state: everything that registration changes. Each failing call says that the plugin is not active, and changes nothing.
+    `register` is called with each name missing in turn, then with each of its changes failing in turn, and at last with
+    nothing wrong. A failing call must log that the plugin is not active. state: returns everything that registration
+    changes.
     """
     private, apply = compat.private, Registration.apply
     before = state()
@@ -49,7 +51,8 @@ def assert_all_or_nothing(
         return failed
 
     with pytest.MonkeyPatch.context() as patch:
-        # What puts hooks around names looks them up by the method that `compat.private` is.
+        # Code that wraps the engine's functions looks them up by `Engine.private`, of which `compat.private` is a bound
+        # method.
         patch.setattr(Engine, "private", lambda _, name: compat.private(name))
         for number in range(1, 100):
             looked_up = 0

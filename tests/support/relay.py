@@ -1,4 +1,7 @@
-"""Between a client and a server: orders an answer with each request of a client that cannot order one, and keeps both."""
+"""Relays a client's requests to a server and adds the fields that order an answer, for clients that cannot send them.
+
+The relay keeps the requests and the answers.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,8 @@ _PROMPT_TOKENS = re.compile(rb'"(?:prompt|input)_tokens": ?(\d+)')
 
 @dataclass
 class Relay:
+    """A running relay: its URL, and what it has passed on so far."""
+
     url: str
     requests: list[dict[str, Any]] = field(default_factory=list)
     """The requests as the client sent them."""
@@ -26,13 +31,13 @@ class Relay:
     """The answers as the server sent them, with headers left out."""
 
     def prompt_tokens(self) -> list[int]:
-        """Tokens of each answer's prompt, as its usage says."""
+        """Return the number of prompt tokens that each answer's usage gives."""
         return [int(_PROMPT_TOKENS.findall(answer)[-1]) for answer in self.answers]
 
 
 @contextmanager
 def relay(server: Server, orders: list[dict[str, Any]]) -> Iterator[Relay]:
-    """Run one until the block ends. orders: the fields that are added to the first request, to the second, and so on."""
+    """Run a relay to `server` until the block ends. orders: the fields to add to each request, in their order."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:

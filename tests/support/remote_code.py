@@ -1,11 +1,12 @@
-"""A checkpoint with the Python files that the published one has, each of which leaves a mark where it is executed."""
+"""Adds the published checkpoint's Python files to a tiny checkpoint; each leaves a mark if it is executed."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
-# The module and the class that the published config.json, tokenizer_config.json and preprocessor_config.json name.
+# The modules, and in each the class, that the published config.json, tokenizer_config.json and preprocessor_config.json
+# name.
 MODULES = {
     "configuration_kimi_k25": "KimiK25Config",
     "modeling_kimi_k25": "KimiK25ForConditionalGeneration",
@@ -16,7 +17,7 @@ MODULES = {
 
 
 def plant(source: Path, folder: Path) -> Path:
-    """A copy of a tiny checkpoint in `folder` with all of MODULES; the file that their execution writes."""
+    """Copy a tiny checkpoint to `folder`, add all of MODULES, and return the file that exists once one was executed."""
     shutil.copytree(source, folder)
     mark = folder.parent / "executed"
     for module, name in MODULES.items():

@@ -1,8 +1,8 @@
-"""Requests whose token ids and pixels every engine must give alike, and what vLLM gave for them.
+"""Holds images and texts that every engine must turn into the same pixels and token ids, and reads what vLLM gave.
 
-`recorded.json` was written in vLLM's environment by `python tests/support/sameness.py`: pixels and grids by vLLM's own
-processor, without the plugin, token ids by the tokenizer that the vLLM adapter gives vLLM. tests/vllm holds vLLM to it,
-tests/sglang SGLang.
+`recorded.json` was written in vLLM's environment by `python tests/support/sameness.py`. Its pixels and grids come from
+vLLM's own processor, without the plugin; its token ids come from the tokenizer that the vLLM adapter gives vLLM.
+tests/vllm compares vLLM with it, and tests/sglang compares SGLang.
 """
 
 from __future__ import annotations
@@ -27,24 +27,26 @@ TEXTS = [
 
 
 def image_of(size: tuple[int, int]) -> Image.Image:
-    """An image whose pixels are the same in every environment: NumPy keeps the stream of their generator."""
+    """Return an image, of width × height, whose pixels are the same in every environment, since NumPy promises to keep
+    the numbers of this generator."""
     generator = np.random.RandomState(size[0] * 10007 + size[1])
     return Image.fromarray(generator.randint(0, 256, (size[1], size[0], 3), dtype=np.uint8))
 
 
 def media_line(pixel_values: Any, grid_thw: Any) -> dict[str, Any]:
-    """float32 pixels `[patches, 3, 14, 14]` and the grid of one image, as the file keeps them."""
+    """Return what the file holds for one image. pixel_values: float32 `[patches, 3, 14, 14]`."""
     pixels = np.ascontiguousarray(pixel_values, dtype=np.float32)
     return {"sha256": hashlib.sha256(pixels.tobytes()).hexdigest(), "grid_thw": np.asarray(grid_thw).tolist()}
 
 
 def recorded() -> dict[str, Any]:
+    """Return what vLLM gave: under `media` by the image's size, under `prompts` by the text."""
     content: dict[str, Any] = json.loads(RECORDED.read_text(encoding="utf-8"))
     return content
 
 
 def from_vllm(folder: Path) -> dict[str, Any]:
-    """Record what vLLM gives; to be run in its environment, with the tiny checkpoint's folder."""
+    """Return what vLLM gives, to be recorded; runs in vLLM's environment. folder: the tiny checkpoint's."""
     from vllm.transformers_utils.processors.kimi_k25_vision_fused import KimiK25FusedVisionProcessor
 
     from k26_plugins.vllm.tokenizer import K26Tokenizer

@@ -1,9 +1,11 @@
-"""What an engine saves of a model for `--load-format sharded_state` and loads again, by its own functions, a process each.
+"""Saves a model as an engine does for `--load-format sharded_state`, and loads it again, each in a separate process.
+
+The engine's own functions save and load:
 
     python -m support.saved_state save FOLDER SAVED
     python -m support.saved_state load FOLDER SAVED
 
-Prints in one line of JSON what the model then is.
+Each command prints one line of JSON: the layers' backends of experts, their outputs, and a hash of each parameter.
 """
 
 from __future__ import annotations
@@ -32,10 +34,14 @@ from k26_plugins.common.model.config import K26Config
 from k26_plugins.common.tiny.checkpoint import TinySizes
 
 PART_BYTES = 500_000
-"""Several files of a rank."""
+"""The largest size of a saved file in bytes, so small that a rank's state takes several files."""
 
 
 def run(step: str, folder: Path, saved: Path, **environment: str) -> dict[str, Any]:
+    """Run `main` in a separate process with these environment variables, and return its report.
+
+    step: `save` or `load`. Raises AssertionError with the end of the error output if the process fails.
+    """
     command = [sys.executable, "-m", "support.saved_state", step, str(folder), str(saved)]
     settings = {**os.environ, "PYTHONPATH": python_path(), **environment}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=settings, timeout=500)
@@ -45,12 +51,13 @@ def run(step: str, folder: Path, saved: Path, **environment: str) -> dict[str, A
 
 
 class SavedStateTests:
-    """Tests that each engine's environment derives and runs with its own engine."""
+    """Tests that each engine's tests derive, and run with that engine."""
 
     @pytest.mark.parametrize("small_files", ["all", "without the index"])
     def test_a_saved_state_is_the_checkpoint_again(self, tmp_path: Path, small_files: str) -> None:
-        """Other experts read the state than those that it was saved with. Whoever copies all small files of the
-        checkpoint, as the engines' examples do, copies its index too."""
+        """A saved state holds the checkpoint's weights: another backend of experts loads it and computes the same.
+        Users who copy all small files of the checkpoint beside it, as the engines' examples do, copy the checkpoint's
+        index too."""
         folder, saved = tmp_path / "checkpoint", tmp_path / "saved"
         make_quick(folder, TinySizes())
         saved.mkdir()
@@ -72,6 +79,10 @@ class SavedStateTests:
 
 
 def main(step: str, folder: str, saved: str) -> None:
+    """Load the checkpoint in `folder` and save its state to `saved`, or load that state, and print the report.
+
+    step: `save` or `load`.
+    """
     load = load_by_sglang if find_spec("sglang.srt") else load_by_vllm
     model, save, layers = load(folder) if step == "save" else load(saved, load_format="sharded_state")
     if step == "save":
@@ -98,6 +109,7 @@ Loaded = tuple[torch.nn.Module, Callable[..., None], list[ExpertsOfLayer]]
 
 
 def load_by_vllm(folder: str, **arguments: Any) -> Loaded:
+    """Load a model by vLLM, and return it, vLLM's function that saves its state, and its layers' experts."""
     config = start_vllm(Path(folder), **arguments)
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.layers import utils
@@ -105,17 +117,17 @@ def load_by_vllm(folder: str, **arguments: Any) -> Loaded:
 
     from k26_plugins.vllm.experts import experts_of
 
-    # On a CPU vLLM packs dense weights, for AMX or oneDNN, and drops them, by which it loads no state again that it saved
-    # there, of any model. On a GPU it keeps them.
+    # On a CPU vLLM packs dense weights for AMX or oneDNN and drops the originals, so that it cannot load a state again
+    # that it saved there, whatever the model. On a GPU it keeps them.
     torch.cpu._is_amx_tile_supported = lambda: False
     dispatch = utils.dispatch_cpu_unquantized_gemm
     utils.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: dispatch(layer, remove_weight=False)
-    # vLLM's worker on a CPU does this too.
+    # vLLM's worker on a CPU replaces this function too.
     torch.accelerator.empty_cache = lambda: None
     with set_current_vllm_config(config):
         loader = get_model_loader(config.load_config)
         model = loader.load_model(vllm_config=config, model_config=config.model_config)
-    # Since 0.28 what MLA derives of its weights is in parameters too, which vLLM's saving of them fails on.
+    # Since 0.28 the tensors that MLA derives from its weights are parameters too, and vLLM fails to save those.
     for module in model.modules():
         for name in ("W_UV", "W_UK_T"):
             if name in module._parameters:
@@ -125,6 +137,7 @@ def load_by_vllm(folder: str, **arguments: Any) -> Loaded:
 
 
 def load_by_sglang(folder: str, **arguments: Any) -> Loaded:
+    """Load a model by SGLang, and return it, SGLang's function that saves its state, and its layers' experts."""
     config = start_sglang(Path(folder), **arguments)
     from sglang.srt.configs.device_config import DeviceConfig
     from sglang.srt.configs.load_config import LoadConfig

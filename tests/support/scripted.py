@@ -1,6 +1,7 @@
-"""Answers made to order: a logits processor in the engine's process writes the tokens that a request asks for.
+"""Holds scripted answers, which a logits processor in the engine writes, and reads how a server reports them.
 
-Through it a real server's parsers, streaming and detokenization see exactly the output that a test is about.
+A real server's parsers, streaming and detokenization thereby see exactly the model output that a test is about. The
+logits processors are in `support.vllm_scripted` and `support.sglang_scripted`.
 """
 
 from __future__ import annotations
@@ -22,14 +23,17 @@ from k26_plugins.common.prompt.output import (
 
 @dataclass(frozen=True)
 class Case:
+    """An answer as the model writes it, and what the API must make of it."""
+
     answer: str
     reasoning: str
     content: str
     calls: list[tuple[str, str]]
-    """Name and arguments of each."""
+    """The name and the arguments of each tool call."""
 
 
 def call(call_id: str, arguments: str) -> str:
+    """Return a tool call as the model writes it."""
     return f"{CALL_BEGIN}{call_id}{CALL_ARGUMENTS}{arguments}{CALL_END}"
 
 
@@ -89,13 +93,14 @@ CASES = {
         f"a</think>{SECTION_BEGIN}{2 * call('functions.now:0', '{}')}{SECTION_END}", "a", "", [("now", "{}"), ("now", "{}")]
     ),
     "cut-header": Case(f"a</think>b{SECTION_BEGIN}{CALL_BEGIN}functions.get_wea", "a", "b", []),
-    # Spelled by ordinary tokens: it is what the model wrote.
+    # Ordinary tokens spell half a marker, so it is text that the model wrote.
     "half-a-marker": Case("a</think>b <|tool_calls_sec", "a", "b <|tool_calls_sec", []),
 }  # fmt: skip
 NAMED = "pad with [PAD], unknown is [UNK], [BOS]x[EOS]"
 SPELLED = f"[PAD]<think></think>{SECTION_BEGIN}{call('functions.now:0', '{}')}{SECTION_END}<|im_end|>"
-"""What a model writes that quotes its own format, with ordinary tokens."""
-# Where there are token ids: reserved tokens, of which an answer shows nothing, and names of tokens in text, which stay.
+"""The text of a model that quotes its own format with ordinary tokens."""
+# These cases need an answer given as token ids: reserved tokens, which an answer must not show, and names of special
+# tokens in text, which must stay.
 TOKEN_CASES = {
     **CASES,
     "reserved": Case(
@@ -116,8 +121,10 @@ TOKEN_CASES = {
 
 
 def parsed(server: Server, case: Case, script: dict[str, Any]) -> tuple[str, str, list[tuple[str, str]], str]:
-    """Reasoning, content, calls and finish reason of an answer that comes whole. script: the request's fields that order
-    the answer."""
+    """Return the reasoning, content, calls and finish reason of an answer that comes whole.
+
+    script: the request's fields that order the answer.
+    """
     answer = server.post("/v1/chat/completions", **_body(case, script))
     assert answer.status_code == 200, answer.text
     choice = answer.json()["choices"][0]
@@ -128,7 +135,7 @@ def parsed(server: Server, case: Case, script: dict[str, Any]) -> tuple[str, str
 
 
 def streamed(server: Server, case: Case, script: dict[str, Any]) -> tuple[str, str, list[tuple[str, str]]]:
-    """Reasoning, content and calls of a streamed answer, each piece of which is one token or a few, put together."""
+    """Return the reasoning, content and calls of a streamed answer, joined from its chunks of one or a few tokens."""
     reasoning, content = "", ""
     calls: dict[int, tuple[str, str]] = {}
     for chunk in server.stream("/v1/chat/completions", **_body(case, script)):
@@ -147,7 +154,7 @@ def streamed(server: Server, case: Case, script: dict[str, Any]) -> tuple[str, s
 
 
 def completed(server: Server, prompt: Any, *, stream: bool, **body: Any) -> tuple[str, list[str], list[int]]:
-    """Text of a raw completion, the names of the tokens that have a log probability, and their places in the text."""
+    """Return a raw completion's text, the names of its tokens with a log-probability, and their offsets in the text."""
     body = {"prompt": prompt, "max_tokens": 2000, "temperature": 0, **body}
     answers = server.stream("/v1/completions", **body) if stream else [server.complete(**body)]
     choices = [choice for answer in answers for choice in answer["choices"]]

@@ -1,7 +1,8 @@
-"""Seeded faults in process: what `k26 verify` makes of a served model at the price of one forward of its prompts.
+"""Seeds faults into a model in this process and lets `k26 verify` judge it, at the price of one forward per prompt.
 
-The model that stands for an engine is the reference in bfloat16, rounded otherwise than the golden file's twin: after each
-product every number is off by a normal error of some size. Engines on CPUs are between half and twice the twin's distance.
+The model that stands for an engine is the reference in bfloat16, rounded otherwise than the golden file's twin: each
+number that a linear layer computes gets a normally distributed relative error. Engines on CPUs are between half and
+twice as far from the reference as the twin is.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ TOP = 20
 
 
 def make_golden(folder: Path, work: Path, prompts: int, tokens: int, seed: int) -> Golden:
-    """A golden file of prompts of raw text, each of about so many tokens."""
+    """Write a golden file of random prompts of raw text, each of about `tokens` tokens, into `work`, and return it."""
     rng = random.Random(seed)
     file = work / f"prompts-{seed}-{prompts}.jsonl"
     with file.open("w") as out:
@@ -48,7 +49,10 @@ def make_golden(folder: Path, work: Path, prompts: int, tokens: int, seed: int) 
 
 
 class Engine:
-    """A served model, as `measure` asks one."""
+    """A model in this process with the interface of the servers that `measure` asks.
+
+    rounding: the standard deviation of the relative error of each number that a linear layer computes.
+    """
 
     engine, url, reports_prompt = "in process", "in process", True
     token_bytes: dict[bytes, int]
@@ -58,6 +62,7 @@ class Engine:
         self.rounding, self.generator = rounding, torch.Generator().manual_seed(seed)
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Compute a linear layer in float32 and give each number of the result a random relative error."""
         y = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
         return (y * (1 + self.rounding * torch.randn(y.shape, generator=self.generator))).to(x.dtype)
 
@@ -66,7 +71,7 @@ class Engine:
         return {index: self.last[index] for index in range(len(prompt.token_ids) - 1)}
 
     def answer(self, prompt: Prompt, max_tokens: int, top: int) -> Answer:
-        """The first token only: golden files of `make_golden` have no more."""
+        """Return the first token of the answer; the golden files of `make_golden` have no more."""
         return Answer([max(self.last[-1], key=self.last[-1].__getitem__)], [self.last[-1]])
 
     def _distributions(self, token_ids: list[int], top: int) -> list[Distribution]:
@@ -77,13 +82,14 @@ class Engine:
 
 
 def verdict_of(folder: Path, golden: Golden, fault: Fault, rounding: float = 0.0, seed: int = 0) -> Verdict:
+    """Return the verdict of `k26 verify` on the checkpoint's model with the fault."""
     engine: Any = Engine(folder, fault, rounding, seed)
     return judge(golden, measure(engine, golden, top=TOP))
 
 
 @dataclass(frozen=True)
 class Seeded:
-    """A fault, and what a right cause says."""
+    """A fault, the words that the right cause contains, and the rounding of the model that has the fault."""
 
     name: str
     fault: Fault
@@ -97,11 +103,14 @@ def _tensor(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Fault:
 
 
 def expert_scaled(layer: int, expert: int, projection: str, factor: float) -> Fault:
+    """Return the fault that a projection (`gate`, `up` or `down`) of one expert is multiplied by `factor`."""
     name = expert_name(layer, expert, projection, "scale")
     return _tensor(name, lambda scale: (scale.float() * factor).to(scale.dtype))
 
 
 def bias_off(layer: int, expert: int, error: float) -> Fault:
+    """Return the fault that the router's bias of one expert is off by `error`."""
+
     def change(bias: torch.Tensor) -> torch.Tensor:
         return bias + error * F.one_hot(torch.tensor(expert), len(bias))
 
@@ -109,6 +118,8 @@ def bias_off(layer: int, expert: int, error: float) -> Fault:
 
 
 def theta_off(factor: float) -> Fault:
+    """Return the fault that the rotation's theta is multiplied by `factor`."""
+
     def change(config: K26Config) -> K26Config:
         return replace(config, text=replace(config.text, rope_theta=config.text.rope_theta * factor))
 
@@ -116,7 +127,11 @@ def theta_off(factor: float) -> Fault:
 
 
 def draw(config: K26Config, seed: int, number: int, factors: list[float], errors: list[float]) -> Iterator[Seeded]:
-    """`number` faults: of ten four are an expert's, three a bias', one the rotation's, two of every token's path."""
+    """Yield `number` random faults, drawn from `seed`.
+
+    Of ten faults four are in an expert, three in a router's bias, one in the rotation, and two in weights that every
+    token passes. factors: by which an expert may be multiplied. errors: by which a bias may be off.
+    """
     rng, text = random.Random(seed), config.text
     layers = range(text.first_k_dense_replace, text.num_hidden_layers)
     for index in range(number):

@@ -1,4 +1,8 @@
-"""A real server's answers held to a grammar: each engine's file derives `ServedGrammarTests` and says how one is asked."""
+"""Tests that a real server's answers keep to the grammar that a request asks for.
+
+Each engine's tests derive `ServedGrammarTests` and define how a request asks for a grammar. Python's `re` and
+jsonschema judge the answers.
+"""
 
 from __future__ import annotations
 
@@ -16,21 +20,23 @@ TOOL = {"type": "function", "function": {"name": "report", "parameters": SCHEMA,
 
 
 class ServedGrammarTests:
-    """Takes the fixtures `server` and `plain`, the core's tokenizer."""
+    """Tests that take the fixtures `server` and `plain`, the core's tokenizer."""
 
     reasoning: ClassVar[str]
-    """The field of a message that has the thinking."""
+    """The field of a message that holds the reasoning content."""
     drawn: ClassVar[dict[str, Any]] = {}
-    """Fields of a request that is answered at random."""
+    """Further fields of the requests whose answers are sampled at random."""
 
     def asked(self, kind: str, spec: Any) -> dict[str, Any]:
-        """The fields of a request by which the engine takes a `regex` or a `choice`."""
+        """Return the request fields by which the engine takes a `regex` or a `choice`."""
         raise NotImplementedError
 
     def test_served_answers_are_valid_and_the_reasoning_is_free(self, server: Server, plain: KimiTokenizer) -> None:
-        """Drawn at random from the model's noise, with a liking for the end of thinking.
+        """Content keeps to the grammar and the reasoning is free of it.
 
-        Without markers of calls: engines differ in whether one of them ends the thinking, so that the grammar begins.
+        The answers are sampled from random weights, with a bias towards the end of the reasoning. The markers of tool
+        calls are excluded, because engines differ in whether one of them ends the reasoning, so that the grammar
+        begins.
         """
         bias = liking(plain.special, {**dict.fromkeys(MARKERS, -100), THINK_END: 3})
         schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
@@ -53,12 +59,13 @@ class ServedGrammarTests:
             assert choice["finish_reason"] == "stop", choice
             assert is_valid(kind, message["content"]), message
             thoughts[thinking] += message[self.reasoning] or ""
-        # Each may begin with the end of thinking.
+        # A single answer may begin with the end of the reasoning, so only all answers together are sure to have some.
         assert thoughts[True]
         assert not thoughts[False]
 
     def test_a_served_answer_has_no_control_tokens_for_words(self, server: Server, plain: KimiTokenizer) -> None:
-        """They are not shown, so that the answer would be too short."""
+        """A grammar lets no control token stand for ordinary characters, because an answer does not show control tokens
+        and would be too short."""
         unliked = {str(plain.special[name]): -100 for name in MARKERS}
         answer = server.chat(
             "Name one.", max_tokens=100, temperature=1, logit_bias=unliked, chat_template_kwargs={"thinking": False},

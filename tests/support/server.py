@@ -1,4 +1,4 @@
-"""Start an engine's real server on a checkpoint, and talk to it."""
+"""Starts an engine's real server on a checkpoint, and talks to it."""
 
 from __future__ import annotations
 
@@ -25,8 +25,11 @@ from support.progress import Progress, StandsStillError
 
 @dataclass
 class Server:
+    """A running server."""
+
     url: str
     model: str
+    """The model's name in requests: the checkpoint's folder."""
     log: Path
     pid: int
     """The process that was started."""
@@ -35,19 +38,21 @@ class Server:
         return httpx.post(f"{self.url}{path}", json={"model": self.model, **body}, timeout=120)
 
     def chat(self, content: Any, **body: Any) -> dict[str, Any]:
+        """Return the answer to a chat with one user message. body: further fields of the request."""
         response = self.post("/v1/chat/completions", messages=[{"role": "user", "content": content}], **body)
         assert response.status_code == 200, response.text
         answer: dict[str, Any] = response.json()
         return answer
 
     def complete(self, prompt: Any, **body: Any) -> dict[str, Any]:
+        """Return the answer to a raw completion. prompt: a text or token ids. body: further fields of the request."""
         response = self.post("/v1/completions", prompt=prompt, **body)
         assert response.status_code == 200, response.text
         answer: dict[str, Any] = response.json()
         return answer
 
     def stream(self, path: str, **body: Any) -> list[dict[str, Any]]:
-        """The pieces of a streamed answer, in order; the `[DONE]` at its end is none."""
+        """Return the chunks of a streamed answer, in order, without the `[DONE]` at its end."""
         request = {"model": self.model, "stream": True, **body}
         with httpx.stream("POST", f"{self.url}{path}", json=request, timeout=120) as response:
             assert response.status_code == 200, response.read()
@@ -58,18 +63,21 @@ class Server:
 
 
 def said(message: dict[str, Any]) -> str:
-    """All text of a message, or of a streamed piece of one: what the model thought, then what it answered."""
+    """Return all text of a message, or of a streamed chunk's delta: the reasoning content, then the content."""
     return (message.get("reasoning") or message.get("reasoning_content") or "") + (message.get("content") or "")
 
 
 def python_path() -> str:
-    """PYTHONPATH of a server that imports `support`; the package itself it may have from there too."""
+    """Return the PYTHONPATH of a process that imports `support`: the tests' folder, then what this process has set.
+
+    The present value stays because the package itself may be found by it.
+    """
     return os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 class StartError(RuntimeError):
-    """The server ended or stood still before it was ready; the message is the end of its log, which is short enough to be
-    shown whole."""
+    """The server ended or stood still before it was ready. The message has the end of its log, short enough to be
+    shown; `log` holds all of it."""
 
     def __init__(self, log: str, why: str = "") -> None:
         super().__init__(f"{why}{log[-6000:]}")
@@ -78,7 +86,10 @@ class StartError(RuntimeError):
 
 @contextmanager
 def start_fails(pattern: str) -> Iterator[None]:
-    """The start within the block ends with `pattern` in its log; where it does not, the end of the log is what is shown."""
+    """Assert that the server's start within the block fails and that its log matches the regular expression `pattern`.
+
+    If the log does not match, the test fails and shows the end of the log.
+    """
     try:
         yield
     except StartError as error:
@@ -108,7 +119,7 @@ def end(process: subprocess.Popen[bytes], seconds: float) -> None:
     process.terminate()
     with suppress(subprocess.TimeoutExpired):
         process.wait(seconds)
-    # What it started and left behind would hold the memory of the tests that follow.
+    # A process that the server started and left behind would occupy memory that later tests need.
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -118,14 +129,14 @@ def end(process: subprocess.Popen[bytes], seconds: float) -> None:
 def run_server(
     command: Sequence[str], folder: Path, log: Path, environment: dict[str, str], ready: str | None = None
 ) -> Iterator[Server]:
-    """Run `command` with a host and a free port added until the block ends.
+    """Run `command`, with a host and a free port added, until the block ends, and yield the server when it is ready.
 
-    ready: a line of the log to wait for, where the server answers before it is. Raises StartError with the log where it
-    does not come up.
+    folder: the checkpoint's. environment: variables to add. ready: a text in the log to wait for, for a server that
+    answers before it is ready. Raises StartError with the log if the server does not come up.
     """
     port = free_port()
-    # No look at the hub: the plugin must do with what `pip install` gave it.
-    # The environment's programs first, as where it is activated.
+    # The hub is switched off, because the plugin must need nothing but what `pip install` brought. The environment's
+    # programs come first on PATH, as in an activated environment.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     settings = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1", **environment}
     with log.open("w") as stream:
@@ -142,12 +153,12 @@ def run_server(
         wait_until(lambda: (ready is None or ready in log.read_text()) and server.alive(), process, log)
         yield server
     finally:
-        # No test waits for a running request to end.
+        # The wait is short because no test needs a running request to end.
         end(process, seconds=3)
 
 
 def wait_until(is_ready: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
-    """Raises StartError with the process' log where it ends before, or stands still."""
+    """Wait until `is_ready` returns True. Raises StartError with the log if the process ends or stands still before."""
     progress = Progress(process.pid, log)
     while process.poll() is None:
         try:

@@ -1,4 +1,4 @@
-"""A small swarm against a real server, with everything that must hold there."""
+"""Runs small swarms of `k26 swarm` against an engine's real server, and asserts what must hold there."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ SMALL = ("--prefix-tokens", "200", "--answer-tokens", "4", "--tool-latency", "0.
 
 
 def run_swarm(url: str, agents: int, steps: int, *arguments: str) -> Result:
+    """Run `k26 swarm` in this process, with short prompts and answers, and return its result."""
     command = ["swarm", "--url", url, "--agents", str(agents), "--steps", str(steps), *SMALL, *arguments]
     return CliRunner().invoke(app, command)
 
@@ -39,9 +40,10 @@ def assert_a_swarm_is_held(
     hostile: int,
     known: frozenset[str] = frozenset(),
 ) -> None:
-    """Agents with images and tools, with hostile requests and clients that hang up beside them.
+    """Assert that the server passes a swarm with images, tools, hostile requests and clients that hang up.
 
-    known: hostile requests, by kind and name, that the engine itself answers with an error of its own.
+    folder: the checkpoint's. out: the file for the swarm's JSON. hostile: how many hostile requests must be sent.
+    known: the hostile requests, as "kind: name", to which the engine itself answers with a server error.
     """
     extra = ["--images", "0.25", "--hostile", str(hostile), "--drops", "3"]
     extra += ["--checkpoint", str(folder), "--json", str(out)]
@@ -49,7 +51,7 @@ def assert_a_swarm_is_held(
     found: dict[str, Any] = json.loads(out.read_text())
     names = ["answered", "token accounting", "asked again alone", "hostile requests", "dropped clients"]
     assert [check["name"] for check in found["checks"]] == names
-    # Not the number of prompt tokens alone.
+    # The swarm must have compared the prompts' token ids, not only their number.
     assert found["checks"][1]["detail"].endswith(f"{steps} of them compared id by id")
     failed = {check["name"] for check in found["checks"] if not check["passed"]}
     assert failed == ({"hostile requests"} if known else set()), result.output
@@ -60,7 +62,10 @@ def assert_a_swarm_is_held(
 
 
 def assert_a_mixed_swarm_is_found(server: Server) -> None:
-    """Some answers are another agent's with the right usage: only asking again alone shows them."""
+    """Assert that the swarm notices when some answers are another agent's, with the right usage.
+
+    Only the check that asks again alone can show this.
+    """
     with mix(server.url, ANSWER) as proxy:
         result = run_swarm(proxy, 4, 14, "--images", "0")
     assert result.exit_code == 1, result.output
@@ -69,9 +74,9 @@ def assert_a_mixed_swarm_is_found(server: Server) -> None:
 
 
 def assert_a_killed_worker_is_said(server: Server, title: str) -> None:
-    """What was accepted fails clearly and soon, and the server does not go on as if nothing had happened.
+    """Assert that, when a worker is killed, running requests fail soon and the server no longer says it is healthy.
 
-    title: in the name of the worker's process.
+    title: a text in the command line of the worker's process.
     """
     pid = server_pid(server.url)
     assert pid is not None
@@ -80,7 +85,7 @@ def assert_a_killed_worker_is_said(server: Server, title: str) -> None:
     before = server.log.read_text().count("POST /v1/chat/completions")
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(run_swarm, server.url, 8, 400, "--replays", "0")
-        # The model was tried, the task was split, and agents are at work.
+        # After four requests the swarm has tried the model and split the task, and agents are at work.
         while server.log.read_text().count("POST /v1/chat/completions") < before + 4:
             assert not running.done(), running.result().output
             time.sleep(0.2)
@@ -90,26 +95,29 @@ def assert_a_killed_worker_is_said(server: Server, title: str) -> None:
     assert time.monotonic() - began < 90
     assert result.exit_code == 1, result.output
     assert "FAIL  answered" in result.output
-    with suppress(httpx.TransportError):  # where it has ended
+    with suppress(httpx.TransportError):  # the server may have ended
         assert httpx.get(f"{server.url}/health", timeout=30).status_code != 200
 
 
 def metric(server: Server, name: str) -> dict[str, float]:
-    """A metric's samples by their labels, as the endpoint writes them."""
+    """Return a metric's samples by their labels, as the endpoint writes them."""
     text = httpx.get(f"{server.url}/metrics", follow_redirects=True, timeout=30).text
     lines = [line.rsplit(" ", 1) for line in text.splitlines() if line.startswith((f"{name}{{", f"{name} "))]
     return {key.removeprefix(name): float(value) for key, value in lines}
 
 
 def assert_the_metrics_are_there(server: Server, ranks: int, layers: int) -> None:
-    """Assert what a server's metrics hold after a swarm with images."""
+    """Assert what a server's metrics hold after a swarm with images.
+
+    ranks: how many ranks report. layers: how many MoE layers each has.
+    """
     found = metric(server, "k26_experts_layers")
     assert len(found) == ranks
     assert set(found.values()) == {float(layers)}
     assert all('backend="native"' in labels or 'backend="cpu"' in labels for labels in found), found
     errors = metric(server, "k26_experts_self_test_error")
     assert len(errors) == ranks
-    # bfloat16's rounding, which no self-test is without.
+    # bfloat16's rounding keeps every self-test's error above 0.
     assert all(1e-4 < error < 1e-2 for error in errors.values()), errors
     assert all(seconds > 0 for seconds in metric(server, "k26_experts_self_test_seconds").values())
     decoded = metric(server, "k26_media_decode_seconds_count")

@@ -1,4 +1,7 @@
-"""Names of the engines that some release of the checked range lacks, and the table of releases in docs/versions.md."""
+"""Says what happens in engines' releases that lack a name of the adapters, and reads docs/versions.md.
+
+The snapshots that it reads hold, for each checked release, every name that the adapters use and its parameters.
+"""
 
 from __future__ import annotations
 
@@ -71,19 +74,19 @@ ABSENT = {
         "kt_kernel.utils.amx:_select_rawint4_backend": "before 0.6.2.post3 there is code for AMX alone, which is asked for",
     },
 }
-"""What happens in a release without a name, by the beginning of the name."""
+"""What happens in a release that lacks a name, by the beginning of the name."""
 
 
 def wrong_entries(snapshot: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    """What a snapshot says of the engine that is installed and what Python finds there, where the two are not the same.
+    """Return the snapshot's entries that differ from what Python finds in the installed engine, with both descriptions.
 
-    Existence is compared of everything, parameters where both know them: Python knows those of a function, and the snapshot
-    those of what its release defines as one.
+    Whether a name exists is always compared. Parameters are compared where both sides know them: Python knows a
+    function's, and the snapshot those of a name that the release defines as a function.
     """
     wrong = {}
     for name, what in snapshot.items():
         if what.startswith("of ") or what == SET_IN_A_METHOD:
-            continue  # A member of a value, or of a class' objects, that may be set later: what it has is not to be read.
+            continue  # A member of a value or of a class's objects may be set later, so it cannot be looked up here.
         found, said = _asked(name), _read(what)
         if (found == GONE) != (said == GONE) or ("?" not in (found, said) and found != said):
             wrong[name] = (what, found)
@@ -102,7 +105,7 @@ def _asked(name: str) -> str:
         found = getattr(found, part)
     function: Any = getattr(found, "__func__", found)
     function = inspect.unwrap(function)
-    # What an earlier test has put in the place of the engine's own says nothing of the engine.
+    # A function that the plugin put in place of the engine's, in an earlier test, says nothing about the engine.
     if not isinstance(function, FunctionType) or function.__module__.startswith("k26_plugins."):
         return "?"
     return ", ".join(inspect.signature(function).parameters)
@@ -117,7 +120,7 @@ def _read(what: str) -> str:
 
 
 def release_rows(engine: str) -> list[tuple[str, int, int]]:
-    """For each release its version, how many names differ from the release before it, how many are not there."""
+    """Return for each release its version, how many names differ from the release before it, and how many it lacks."""
     rows = []
     before: dict[str, str] = {}
     for version, found in read_snapshot(engine).items():
@@ -128,7 +131,7 @@ def release_rows(engine: str) -> list[tuple[str, int, int]]:
 
 
 def documented_rows(engine: str) -> list[tuple[str, int, int]]:
-    """The first three columns of the engine's table in docs/versions.md."""
+    """Return the first three columns of the engine's table in docs/versions.md, as `release_rows` returns them."""
     text = (ROOT / "docs/versions.md").read_text(encoding="utf-8")
     (part,) = (one for one in text.split("\n### ") if one.startswith(f"{engine}\n"))
     cells = [[cell.strip() for cell in line.split("|")[1:4]] for line in part.splitlines() if line.startswith("| ")]

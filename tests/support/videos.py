@@ -1,4 +1,4 @@
-"""Small videos for requests, written by PyAV."""
+"""Makes small videos for requests, with PyAV."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ def make_video(
     turned: int = 0,
     options: dict[str, str] | None = None,
 ) -> bytes:
-    """Frame i is a plane of one grey, 8 · i mod 256, with a black square at its upper left: what one sees is which it is.
+    """Return a video file whose frames can be told apart by their grey.
 
-    turned: by how many degrees, counter-clockwise, a player is to turn it.
+    Frame i is a plane of the grey 8 · i mod 256 with a black rectangle at its upper left. size: width and height.
+    turned: by how many degrees, counter-clockwise, a player is to turn the picture. options: those of the codec.
     """
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container) as output:
@@ -43,10 +44,14 @@ def make_video(
 
 
 def edited_video(first: int, duration: int | None = None) -> bytes:
-    """MP4 of 60 frames at ten in a second, one in 30 whole, whose edit list has players show `duration` of them from `first`
-    on (None: all that follow), as phones trim without encoding again."""
+    """Return an MP4 whose edit list has players show a part of its 60 frames, as phones trim without encoding again.
+
+    The video has ten frames a second, and every 30th is a key frame. Players show `duration` frames from frame `first`
+    on; None: all that follow.
+    """
     data = bytearray(make_video(60, codec="libx264", options={"g": "30", "bf": "0", "sc_threshold": "0"}))
-    # moov/trak/edts/elst, version 0: count, then duration in the film's time scale and start in the medium's.
+    # The edit list is moov/trak/edts/elst of version 0: a count, then for each entry the duration in the movie's time
+    # scale and the start in the track's.
     entry = data.index(b"elst") + 4 + 4 + 4
     timescale = struct.unpack(">I", data[(at := data.index(b"mvhd") + 4 + 12) : at + 4])[0]
     steps = struct.unpack(">I", data[(at := data.index(b"mdhd") + 4 + 12) : at + 4])[0]
@@ -56,7 +61,10 @@ def edited_video(first: int, duration: int | None = None) -> bytes:
 
 
 def variable_rate(milliseconds: Sequence[int], container: str = "mp4", codec: str = "libx264") -> bytes:
-    """Frame i is `make_video`'s, shown after so many milliseconds: as a recorder of a screen writes what changes."""
+    """Return a video whose frame i, the same as `make_video`'s, is shown at `milliseconds[i]`.
+
+    Screen recorders write such videos, with a frame whenever the picture changes.
+    """
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container) as output:
         stream: Any = output.add_stream(codec, rate=30)
@@ -77,4 +85,5 @@ def _frame(index: int, size: tuple[int, int]) -> av.VideoFrame:
 
 
 def video_part(data: bytes) -> dict[str, Any]:
+    """Return the part of a chat message that holds this file as a video."""
     return {"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{base64.b64encode(data).decode()}"}}

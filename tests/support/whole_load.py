@@ -1,4 +1,4 @@
-"""A model as an engine builds it on a CPU, without a server, and its weights: by the engine's own loader or by ours."""
+"""Builds a model on a CPU as an engine does, without a server, and loads it by the engine's loader or by ours."""
 
 from __future__ import annotations
 
@@ -16,30 +16,36 @@ from k26_plugins.common.experts.loading import ExpertsOfLayer
 
 
 class Built(NamedTuple):
+    """A model without weights, and two ways to load them."""
+
     engine: str
     version: str
     model: torch.nn.Module
-    """In our class, without weights."""
+    """The plugin's model class, without weights."""
     own: Callable[[], object]
-    """The engine's own iterator and matching of names. The parameters are ours, and have no place for the experts' shapes:
-    a third of the experts' tensors is left out."""
+    """Loads by the engine's own iterator and matching of names. The parameters are the plugin's and have none for the
+    experts' `weight_shape`, so a third of the experts' tensors is left out."""
     ours: Callable[[], object]
-    """The loading of a start, with the repacking that goes on beside it."""
+    """Loads as the plugin does at a start, with the repacking that runs meanwhile."""
     layers: Mapping[int, ExpertsOfLayer]
 
 
 def build(folder: Path) -> Built:
     """Build the model by the engine that is installed."""
-    # A folder of the tests has the name `sglang` too.
+    # The tests have a folder `sglang` too, so finding the name `sglang` alone would prove nothing.
     return build_sglang(folder) if find_spec("sglang.srt") else build_vllm(folder)
 
 
 def without_shapes(weights: Any) -> Any:
+    """Return the pairs of name and tensor without the experts' `weight_shape`."""
     return (pair for pair in weights if not pair[0].endswith(".weight_shape"))
 
 
 def start_vllm(folder: Path, **arguments: Any) -> Any:
-    """vLLM's configuration, with its groups of one rank."""
+    """Return vLLM's configuration for the checkpoint, after making vLLM's process groups of one rank.
+
+    arguments: further fields of vLLM's EngineArgs.
+    """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from vllm.config import set_current_vllm_config
     from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
@@ -90,9 +96,12 @@ def build_vllm(folder: Path) -> Built:
 
 
 def start_sglang(folder: Path, **given: Any) -> Any:
-    """SGLang's configuration of the model, with its groups of one rank."""
+    """Return SGLang's configuration of the model, after making SGLang's process groups of one rank.
+
+    given: further fields of SGLang's ServerArgs.
+    """
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
-    from sglang.benchmark import one_batch  # its start without a server is in reach there, and nowhere else
+    from sglang.benchmark import one_batch  # the only module from which SGLang can be started without a server
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
