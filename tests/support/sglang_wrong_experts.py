@@ -1,6 +1,6 @@
 """Makes SGLang's unquantized experts wrong as issues report of some GPUs: every token gets the first token's result.
 
-Every process of the server loads this test plugin; `k26 verify` must notice the fault.
+Every process of the server loads this test plugin; the self-test at load must notice the fault and stop the start.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Makes a server on a CPU choose SGLang's own INT4 experts, as on a GPU, with a kernel whose result is zero.
 
 SGLang's parameters and loader stay; its repacking and its kernel, which need a GPU, are replaced. Every process of the
-server loads this test plugin.
+server loads this test plugin; the self-test at load must notice that the results are wrong.
 """
 
 from __future__ import annotations
