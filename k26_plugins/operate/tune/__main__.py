@@ -1,7 +1,8 @@
-"""`python -m k26_plugins.operate.tune 7168x256x384 vllm`: what a server's start runs with K26_TUNE=start, on its GPU.
+"""`python -m k26_plugins.operate.tune 7168x256x384 vllm`: make the quick measurement of `k26 tune`.
 
-The quick measurement, for the sizes of a rank as an outcome names them. Ends with 1 and one line on the error stream where
-it cannot be made or kept.
+With K26_TUNE=start a server runs this program on its own GPU when it starts. The first argument is the sizes of a rank
+as an outcome names them (hidden size, intermediate size, experts), the second is the engine. The program ends with
+status 1 and one line on the error stream if the measurement cannot be made or its outcome cannot be written.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from k26_plugins.operate.tune.run import Run
 
 
 def main(shape: str, engine: str) -> None:
+    """Measure a rank's layer for an engine, and write the outcome where servers look for it."""
     try:
         run = Run(Layer.of_shape(shape), engine, QUICK)
         outcome = run.outcome(Purpose.BOTH, on_begin=lambda steps: None, on_step=lambda step: None)

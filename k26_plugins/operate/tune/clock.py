@@ -1,4 +1,4 @@
-"""How long a device takes, captured in a CUDA graph where an engine would capture it."""
+"""Measure how long a device takes, in a CUDA graph where an engine would capture one."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from collections.abc import Callable
 
 import torch
 
-# The seconds of a function; captured in a graph first if the second argument is true.
+# Takes a function, and whether to capture the function in a CUDA graph first. Returns the seconds that one call takes.
 Clock = Callable[[Callable[[], object], bool], float]
 
 
 def clock_of(device: torch.device, repeats: int = 5) -> Clock:
-    """The fastest of several runs, after one that compiles."""
+    """Return the clock for a device.
+
+    On a GPU the clock gives the fastest of `repeats` runs, after one run in which kernels are compiled. On any other
+    device it gives the seconds of a single run, and captures nothing.
+    """
 
     def on_gpu(run: Callable[[], object], graph: bool) -> float:
         timed = in_graph(run) if graph else run
@@ -36,7 +40,7 @@ def clock_of(device: torch.device, repeats: int = 5) -> Clock:
 
 
 def in_graph(run: Callable[[], object]) -> Callable[[], object]:
-    """The replay of a CUDA graph of `run`."""
+    """Capture `run` in a CUDA graph, and return the function that replays the graph."""
     run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

@@ -1,4 +1,4 @@
-"""What a measurement runs on, and against."""
+"""Choose the GPU that a measurement runs on, and the engine whose kernels the core's are compared with."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from k26_plugins.operate.doctor.engines import is_installed
 
 
 def gpu() -> torch.device:
-    """This machine's first. Raises ValueError where there is none that the kernels are made for."""
+    """Return torch's current GPU. Raises ValueError if there is no GPU, or the kernels are not made for it."""
     if not torch.cuda.is_available():
         raise ValueError("`k26 tune` needs the GPU that it measures, and torch finds none.")
     device = torch.device("cuda", torch.cuda.current_device())
@@ -25,7 +25,11 @@ def gpu() -> torch.device:
 
 
 def engine_to_measure(engine: str | None) -> str:
-    """`vllm` or `sglang`: the one asked for, or the only one installed here. Raises ValueError for none, or several."""
+    """Return `vllm` or `sglang`: the engine that is asked for, or else the only one that is installed here.
+
+    Raises ValueError if the engine that is asked for is not installed. Without one asked for, raises ValueError if no
+    engine is installed, or several are.
+    """
     installed = [name for name in ENGINES if is_installed(name)]
     if engine is not None:
         if engine not in installed:
@@ -39,7 +43,8 @@ def engine_to_measure(engine: str | None) -> str:
 
 
 def peers_of(engine: str) -> Mapping[str, Peer]:
-    """The kernels that an engine has."""
-    # By name: operation imports no engine, and what the module imports is there only where the engine is.
+    """Return an engine's kernels for the experts, by name. Raises ImportError if the engine is not installed."""
+    # The module is imported by its name because `operate` imports no engine, and this module can be imported only where
+    # its engine is installed.
     peers: Mapping[str, Peer] = import_module(f"k26_plugins.peers.{engine}").PEERS
     return peers

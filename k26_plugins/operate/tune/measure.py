@@ -1,4 +1,4 @@
-"""Each kernel on each batch: its time, and its error against the plain product in float32."""
+"""Measure each kernel on each batch: its time, and its error against the plain product in float32."""
 
 from __future__ import annotations
 
@@ -19,15 +19,19 @@ from k26_plugins.operate.tune.clock import Clock
 from k26_plugins.operate.tune.routing import Batch, Layer
 from k26_plugins.operate.tune.tiles import fastest_tiles
 
-# Tokens of a batch whose result is compared, evenly spaced: each needs as many experts dequantized as it chose.
+# How many of a batch's tokens are compared, evenly spaced. They are few because for each of them every expert that the
+# token chose has to be dequantized.
 COMPARED = 8
-# Searches for tiles: each config's two GEMMs.
+# Number of searches for tiles: one for each of the two GEMMs of each of five kernel configs.
 SEARCHES = 10
 
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """What is measured. tile_seconds: of the search for tiles, 0 for the present ones."""
+    """How much is measured: batches of which sizes in tokens, which routings, and how long tiles are searched.
+
+    tile_seconds: for all searches together; 0 keeps the present tiles.
+    """
 
     tokens: tuple[int, ...]
     routings: tuple[str, ...]
@@ -39,13 +43,16 @@ QUICK = Effort((1, 8, 64, 512, 4096), ("uniform",), 0.0)
 
 
 def random_weights(layer: Layer, device: torch.device) -> ExpertWeights:
-    """Experts of the rank's sizes, as `random_experts` draws them."""
+    """Return experts of the rank's sizes on a device, as `random_experts` draws them."""
     return random_experts(layer.num_experts, layer.hidden_size, layer.intermediate_size, device)
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One layer, one GPU. on_step: told what was done, once for each of `steps`."""
+    """The measurement of one layer on one GPU.
+
+    on_step: called once for each of `steps` with its name: after each search for tiles, and before each timing.
+    """
 
     layer: Layer
     weights: ExpertWeights
@@ -56,11 +63,15 @@ class Measurement:
 
     @property
     def steps(self) -> int:
+        """How often `on_step` is called in a run."""
         batches = len(self.effort.tokens) * len(self.effort.routings)
         return (SEARCHES if self.effort.tile_seconds else 0) + batches * (1 + len(self.peers))
 
     def run(self) -> tuple[dict[str, Any], tuple[Timing, ...]]:
-        """The tiles of ours, and the timings of all, one kernel after the other: each has weights of its own."""
+        """Return the tiles of the core's kernels, and the timings of all kernels.
+
+        Kernels are loaded and timed one after the other, because each of them has its own copy of the weights.
+        """
         tiles, ours = self._ours()
         timings = list(self._timed(OURS, ours))
         del ours
@@ -70,13 +81,14 @@ class Measurement:
                 run = peer(self.weights)
             except NotHereError as reason:
                 run = str(reason)
-            except Exception as error:  # another version than the one it was written for, or another GPU
+            except Exception as error:  # the engine's version or the GPU is not one that the peer was written for
                 run = _short(error)
             timings += self._timed(name, run)
             del run
         return tiles, tuple(timings)
 
     def _ours(self) -> tuple[dict[str, Any], Run]:
+        """Load the core's kernels, search their tiles if there is time for it, and return the tiles and the kernels."""
         copy = self.weights.copy_of(list(range(self.weights.num_experts)))
         experts = KernelExperts.from_checkpoint(*copy.parts())
         found = kernel_configs(experts.device, experts.shape)
@@ -88,6 +100,7 @@ class Measurement:
         return tiles, lambda x, weights, ids, local: fused_experts(x, experts, ids, weights, expert_map=local)
 
     def _timed(self, name: str, run: Run | str) -> Iterator[Timing]:
+        """Yield the timing of a kernel on each batch. A string in the kernel's place says why the kernel cannot run."""
         device = self.weights.device
         local = self.layer.expert_map(device)
         for routing in self.effort.routings:
@@ -106,7 +119,7 @@ class Measurement:
         first = batches[0]
         result = run(first.hidden_states, first.topk_weights, first.topk_ids, local)
         error = self._error(first, result, local)
-        # What an engine captures in CUDA graphs, its decoding, is timed in one.
+        # Engines capture decode in CUDA graphs, so batches of up to 512 tokens are timed in one.
         tokens = len(first.hidden_states)
         seconds = self.clock(
             lambda: [run(b.hidden_states, b.topk_weights, b.topk_ids, local) for b in batches], tokens <= 512
@@ -114,7 +127,7 @@ class Measurement:
         return Timing(name, routing, tokens, seconds / len(batches) * 1e3, error)
 
     def _error(self, batch: Batch, result: torch.Tensor, local: torch.Tensor | None) -> float:
-        """‖result − exact‖ / ‖exact‖ over some tokens; infinite for what is not finite."""
+        """Return ‖result − exact‖ / ‖exact‖ over COMPARED tokens of the batch; infinity if the result is not finite."""
         tokens = len(batch.hidden_states)
         rows = torch.linspace(0, tokens - 1, min(COMPARED, tokens)).long().to(result.device)
         ids, weights = batch.topk_ids[rows], batch.topk_weights[rows]

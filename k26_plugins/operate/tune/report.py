@@ -1,4 +1,4 @@
-"""An outcome as a table and as a plot."""
+"""Show an outcome of `k26 tune` as a table and as a plot."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from k26_plugins.common.experts.outcome import Outcome, Timing
 
 
 def as_table(outcome: Outcome) -> Table:
-    """Milliseconds and error of each kernel, a row for each batch; the fastest is bold."""
+    """Return a table of each kernel's milliseconds and error, with a row for each batch; the fastest kernel is bold."""
     kernels = list(dict.fromkeys(timing.kernel for timing in outcome.timings))
     cells = {(timing.routing, timing.tokens, timing.kernel): timing for timing in outcome.timings}
     table = Table("routing", "tokens", *kernels, title=f"{outcome.key.shape} on {outcome.key.gpu}: ms (error)")
@@ -29,12 +29,12 @@ def _cell(timing: Timing, best: float | None) -> str:
 
 
 def notes(outcome: Outcome) -> list[str]:
-    """Why a kernel has no time, once for each reason."""
+    """Return why kernels have no time: a line for each kernel and reason."""
     return list(dict.fromkeys(f"{timing.kernel}: {timing.note}" for timing in outcome.timings if timing.note))
 
 
 def plot(outcome: Outcome, file: Path) -> None:
-    """Time over tokens, a line for each kernel and routing."""
+    """Draw time over tokens into `file`, a line for each kernel and routing. Raises ImportError without matplotlib."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 6))

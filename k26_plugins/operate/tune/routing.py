@@ -1,4 +1,4 @@
-"""A rank's part of a layer, and choices of experts to measure it with: even, skewed, and requests that share a prefix."""
+"""A rank's part of a layer, and batches to measure it with: even routing, skewed routing, requests with one prefix."""
 
 from __future__ import annotations
 
@@ -11,18 +11,25 @@ from k26_plugins.common.model.config import TextConfig
 
 @dataclass(frozen=True)
 class Layer:
-    """The routed experts of one layer on one rank: its sizes there, and of how many experts a token chooses."""
+    """The routed experts of one layer on one rank: their sizes on that rank, and how many experts a token chooses."""
 
     name: str
     hidden_size: int
     intermediate_size: int
+    """The rank's part of an expert's intermediate size."""
     num_experts: int
+    """Number of experts that the rank holds."""
     global_experts: int = 384
+    """Number of experts in the whole layer."""
     top_k: int = 8
+    """Number of experts that a token chooses."""
 
     @classmethod
     def of_rank(cls, text: TextConfig, tp: int, ep: int) -> Layer:
-        """Each expert cut in `tp` parts, the experts dealt out to `ep` ranks. Raises ValueError where that leaves a rest."""
+        """Return one rank's part of a layer whose experts are each cut into `tp` parts and distributed over `ep` ranks.
+
+        Raises ValueError if the experts' rows or the experts themselves cannot be divided evenly.
+        """
         intermediate_size, experts = text.moe_intermediate_size, text.n_routed_experts
         if intermediate_size % tp or experts % ep:
             raise ValueError(
@@ -34,9 +41,10 @@ class Layer:
 
     @classmethod
     def of_shape(cls, shape: str) -> Layer:
-        """A layer of a rank's sizes as an outcome names them, with the published model's number of experts and choices.
+        """Return a layer of a rank's sizes as an outcome names them: `7168x256x384`.
 
-        Raises ValueError for anything else.
+        The number of experts in the whole layer and of those that a token chooses are the published model's. Raises
+        ValueError if `shape` does not have this form.
         """
         try:
             hidden_size, intermediate_size, experts = map(int, shape.split("x"))
@@ -56,21 +64,26 @@ class Layer:
 
     @property
     def shape(self) -> str:
-        """The layer's sizes as an outcome names them. Raises ValueError for sizes that the kernels do not have."""
+        """The rank's sizes as an outcome names them. Raises ValueError for sizes that the kernels do not support."""
         from k26_kernels import Shape
 
         return Shape(self.hidden_size, self.intermediate_size, self.num_experts).key
 
     @property
     def expert_bytes(self) -> int:
-        """Weights and scales of an expert here: 4.5 bits a weight."""
+        """Bytes of one expert's weights and scales on this rank: 4.5 bits a weight."""
         return 3 * self.hidden_size * self.intermediate_size * 9 // 16
 
     def flops(self, pairs: int) -> int:
+        """Return the floating-point operations of so many token–expert pairs on this rank."""
         return 6 * pairs * self.hidden_size * self.intermediate_size
 
     def expert_map(self, device: torch.device | None = None) -> torch.Tensor | None:
-        """int32 `[global_experts]` where the rank holds a part of the experts: the first ones. On the CPU by default."""
+        """Return each expert's index on this rank, −1 for other ranks' experts; None if the rank holds all experts.
+
+        The result is int32 `[global_experts]`, on the CPU by default. A rank with a part of the experts holds the first
+        ones.
+        """
         if self.num_experts == self.global_experts:
             return None
         local = torch.full((self.global_experts,), -1, dtype=torch.int32)
@@ -78,14 +91,18 @@ class Layer:
         return local.to(device)
 
     def pairs_here(self, ids: torch.Tensor) -> torch.Tensor:
-        """The local experts of the token–expert pairs that have one, flat."""
+        """Return the experts of those token–expert pairs whose expert is on this rank, as a flat tensor.
+
+        ids: experts chosen by tokens, `[num_tokens, top_k]`.
+        """
         return ids[ids < self.num_experts].flatten()
 
     def choose(self, kind: str, num_tokens: int, seed: int = 0) -> torch.Tensor:
-        """int32 `[num_tokens, top_k]`, different experts in a row.
+        """Draw the experts that each token chooses: int32 `[num_tokens, top_k]`, on the CPU, all different in a row.
 
-        kind: `uniform`; `zipf`, an expert of rank r with a chance of 1 / r; `prefix`, the tokens of 300 requests of which
-        each token of a shared prefix chose alike, so that few different rows occur.
+        kind: `uniform` draws all experts alike. `zipf` draws the r-th most popular expert with a weight of 1 / r.
+        `prefix` stands for the tokens of 300 requests that share a prefix: a token of the prefix makes the same choice
+        in every request, so that few different rows occur.
         """
         generator = torch.Generator().manual_seed(seed)
         if kind == "prefix":
@@ -99,7 +116,11 @@ class Layer:
         return chosen.to(torch.int32)
 
     def batches(self, kind: str, num_tokens: int, device: torch.device) -> list[Batch]:
-        """Several that choose different experts, so that no weight is left in a cache; one where it touches enough."""
+        """Return batches that together touch so many experts that no weight is left in a cache.
+
+        Batches of few tokens are several, which choose different experts; a larger batch touches enough experts by
+        itself.
+        """
         generator = torch.Generator().manual_seed(1)
         made = []
         for seed in range(max(1, min(8, 64 // num_tokens))):
@@ -112,7 +133,11 @@ class Layer:
 
 @dataclass(frozen=True)
 class Batch:
-    """hidden_states `[num_tokens, hidden_size]`, topk_weights and topk_ids `[num_tokens, top_k]`."""
+    """One batch of tokens with their routing.
+
+    hidden_states: bfloat16 `[num_tokens, hidden_size]`. topk_weights, topk_ids: float32 and int32 `[num_tokens,
+    top_k]`.
+    """
 
     hidden_states: torch.Tensor
     topk_weights: torch.Tensor

@@ -1,4 +1,4 @@
-"""One measurement from a rank's layer to the outcome that servers read."""
+"""Make one measurement, from a rank's layer to the outcome that servers read."""
 
 from __future__ import annotations
 
@@ -14,16 +14,22 @@ from k26_plugins.operate.tune.routing import Layer
 
 
 class Run:
-    """What is measured, and its key. Raises ValueError where it cannot be measured here."""
+    """A measurement that this machine can make, and the key under which its outcome is kept."""
 
     def __init__(self, layer: Layer, engine: str | None, effort: Effort) -> None:
-        """engine: `vllm` or `sglang`, the one that is installed if not given."""
+        """Find the GPU and the engine. engine: `vllm`, `sglang`, or None for the one that is installed.
+
+        Raises ValueError if the layer cannot be measured on this machine.
+        """
         self.layer, self.effort = layer, effort
         self.device, self.engine = devices.gpu(), devices.engine_to_measure(engine)
         self.key = here(self.device, installed_engine(self.engine), layer.shape)
 
     def outcome(self, purpose: Purpose, on_begin: Callable[[int], object], on_step: Callable[[str], object]) -> Outcome:
-        """on_begin: told the number of steps. on_step: told each as it begins."""
+        """Measure, and return the outcome.
+
+        purpose: kept in the outcome. on_begin: called with the number of steps. on_step: called with each step's name.
+        """
         measurement = Measurement(
             self.layer,
             random_weights(self.layer, self.device),

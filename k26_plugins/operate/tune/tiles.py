@@ -1,7 +1,7 @@
-"""The fastest tiles for this GPU and a rank's part of a layer.
+"""Find the fastest tiles (kernel configs) for this GPU and a rank's part of a layer.
 
-For every size of a block of tokens a batch is timed that calls for it, first with each tile for w13, then for w2. A tile
-that does not compile or does not fit is passed over.
+There is a config for every size of a block of tokens. For each size, a batch that calls for it is timed with every
+candidate for the GEMM w13, and then for w2. A tile that does not compile or does not fit is skipped.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from k26_kernels.target import Target
 from k26_plugins.operate.tune.clock import Clock
 from k26_plugins.operate.tune.routing import Layer
 
-# Tokens of the batch for each block, such as call for it with 8 of 384 experts.
+# Tokens of the batch that is timed for each block size. With 8 of 384 experts, a batch of so many tokens calls for that
+# size.
 TOKENS = {SINGLE: 1, "16": 64, "32": 512, "64": 2048, "128": 8192}
 STAGES = (2, 3, 4, 5, 6)
 
 
 def candidates(target: Target, present: GemmConfig) -> list[GemmConfig]:
-    """Configs of a GEMM that the layout allows, those that differ least from the present one first."""
+    """Return the configs of a GEMM that the layout allows, with those that differ least from the present one first."""
     stages = (1, 2) if target.amd else STAGES
     step = FRAGMENTS[target.fragment].step
     steps = (128,) if target.amd else [k for k in (64, 128, 256) if k % step == 0]
@@ -45,7 +46,7 @@ def candidates(target: Target, present: GemmConfig) -> list[GemmConfig]:
 
 
 def time_of(experts: KernelExperts, layer: Layer, config: KernelConfig, tokens: int, clock: Clock) -> float:
-    """Seconds of a batch with these tiles; infinite where they do not run."""
+    """Return the seconds of the layer's batches of `tokens` tokens with these tiles; infinity if they do not run."""
     device = experts.w13_packed.device
     local = layer.expert_map(device)
     sizes = tokens, layer.top_k, layer.global_experts
@@ -69,7 +70,7 @@ def time_of(experts: KernelExperts, layer: Layer, config: KernelConfig, tokens: 
 
 
 def searches(experts: KernelExperts, layer: Layer) -> Iterator[tuple[str, str, list[GemmConfig]]]:
-    """What is searched: a config, a GEMM, and the configs for it after the present one."""
+    """Yield each search: the name of a kernel config, one of its GEMMs, and the candidates beside the present tile."""
     for name, present in kernel_configs(experts.device, experts.shape).items():
         for gemm, in_features in (("w13", layer.hidden_size), ("w2", layer.intermediate_size)):
             tile = getattr(present, gemm)
@@ -80,9 +81,10 @@ def searches(experts: KernelExperts, layer: Layer) -> Iterator[tuple[str, str, l
 def fastest_tiles(
     experts: KernelExperts, layer: Layer, clock: Clock, seconds: float, on_search: Callable[[str], object]
 ) -> dict[str, KernelConfig]:
-    """The best config for each block of tokens, starting from the present ones.
+    """Return the best config for each block size, starting from the present ones.
 
-    seconds: for all searches, each of which gets its share; those that are left are not tried. on_search: called after each.
+    seconds: for all searches together. Each search gets a share of the time that is left, and candidates that it does
+    not reach in that time are not tried. on_search: called after each search with its name.
     """
     best = dict(kernel_configs(experts.device, experts.shape))
     todo = list(searches(experts, layer))

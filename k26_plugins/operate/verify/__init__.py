@@ -1,1 +1,1 @@
-"""Hold a running endpoint against a golden file, or endpoints against each other."""
+"""Compare a running endpoint with a golden file, or several endpoints with each other."""

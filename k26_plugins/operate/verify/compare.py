@@ -1,4 +1,7 @@
-"""Several endpoints against each other, without a golden file: whether they agree, not whether they are right."""
+"""Compare several endpoints with each other, without a golden file.
+
+The comparison shows whether the endpoints agree, not whether they are right.
+"""
 
 from __future__ import annotations
 
@@ -13,45 +16,50 @@ from k26_plugins.operate.verify.distance import allowed_share, kl_of_reported, s
 from k26_plugins.operate.verify.endpoint import Distribution, Endpoint, EndpointError, Rendered
 from k26_plugins.operate.verify.judge import Check
 
-# The bound of docs/design.md on an engine's mean divergence. Two engines that round differ by no more.
+# Bound of the median KL: docs/design.md has this bound for an engine's mean divergence from the reference. Two engines
+# that differ only by rounding stay within it.
 TYPICAL = 1e-3
+# A position counts as far off above this KL; about LARGE_SHARE of the positions may be.
 LARGE = 0.1
 LARGE_SHARE = 0.05
 
 
 @dataclass(slots=True)
 class Said:
-    """What one endpoint answered to one prompt."""
+    """One endpoint's answer to one prompt."""
 
     rendered: Rendered
     prompt: dict[int, Distribution] = field(default_factory=dict)
+    """The distribution after each position of the prompt; empty if the endpoint reports none."""
     answer: Sequence[Mapping[Any, float]] = ()
-    """The distribution of each token of a greedy answer: by the tokens' bytes, or by their ids after raw text."""
+    """Distributions of a greedy answer's tokens. Keys are the tokens' bytes, or token ids if the prompt is raw text."""
 
 
 @dataclass(slots=True)
 class Pair:
-    """Two endpoints, by their numbers on the command line."""
+    """The comparison of two endpoints, which are numbered from 0 in the order of the command line."""
 
     first: int
     second: int
     compared: int = 0
-    """Prompts that both were asked."""
+    """Number of prompts that both endpoints were asked."""
     differently_rendered: list[str] = field(default_factory=list)
+    """A line for each prompt that the two endpoints turn into different tokens."""
     groups: dict[str, list[float]] = field(default_factory=dict)
-    """KL of the positions that both report: of text prompts, of prompts with images, of answers."""
+    """KL at each position that both endpoints report, by group: text prompts, prompts with images, answers."""
     parted: list[str] = field(default_factory=list)
-    """Prompts whose greedy answers part, and where."""
+    """A line for each prompt whose greedy answers differ, with the first token that does."""
     not_shown: list[str] = field(default_factory=list)
-    """Prompts that one of them cannot be asked, and why."""
+    """A line for each prompt that one of the two endpoints cannot be asked, with the reason."""
 
     @property
     def kl(self) -> list[float]:
+        """The KL of all groups in one list."""
         return [value for group in self.groups.values() for value in group]
 
     @property
     def checks(self) -> list[Check]:
-        """Same prompts, and distributions that rounding can account for."""
+        """Checks that both endpoints make the same tokens, and that rounding can account for the KL of each group."""
         wrong = len(self.differently_rendered)
         alike = f"{self.compared - wrong} of {self.compared} prompts become the same tokens"
         found = [Check("rendering and tokens", not wrong, "; ".join([alike, *self.differently_rendered]))]
@@ -69,6 +77,7 @@ class Pair:
 
     @property
     def agree(self) -> bool:
+        """Whether all checks passed."""
         return all(check.passed for check in self.checks)
 
 
@@ -80,7 +89,12 @@ def compare(
     answer_tokens: int = 8,
     top: int = 20,
 ) -> list[Pair]:
-    """Ask all endpoints every prompt; every pair of them. Raises EndpointError."""
+    """Ask all endpoints every prompt, and return the comparison of every pair of endpoints.
+
+    on_prompt: called after each prompt with the number of prompts so far. answer_tokens: length of each greedy answer.
+    top: how many of the likeliest tokens are asked for at each position. Raises EndpointError if an endpoint cannot be
+    asked, or if no two endpoints report log-probabilities of the same positions.
+    """
     pairs = [Pair(first, second) for first, second in combinations(range(len(endpoints)), 2)]
     for number, prompt in enumerate(prompts, 1):
         ask = _ask if "messages" in prompt.request else _ask_raw
@@ -101,7 +115,7 @@ def compare(
 
 def _ask(endpoints: Sequence[Endpoint], prompt: Prompt, answer_tokens: int, top: int) -> list[Said | None]:
     said = [Said(endpoint.rendered(prompt)) for endpoint in endpoints]
-    # Token ids for those that take them, from one that reports them.
+    # The first endpoint that reports the prompt's token ids gives them to all endpoints that take token ids.
     known = next((entry.rendered.token_ids for entry in said if entry.rendered.token_ids), None)
     for endpoint, entry in zip(endpoints, said, strict=True):
         if endpoint.reports_prompt and known and (endpoint.renders_images or not prompt.images):
@@ -112,7 +126,7 @@ def _ask(endpoints: Sequence[Endpoint], prompt: Prompt, answer_tokens: int, top:
 
 
 def _ask_raw(endpoints: Sequence[Endpoint], prompt: Prompt, answer_tokens: int, top: int) -> list[Said | None]:
-    """A prompt of raw text, which each endpoint tokenizes itself; None of one that takes messages only."""
+    """Ask each endpoint a prompt of raw text, which it tokenizes itself; give None for one that takes messages only."""
     said: list[Said | None] = []
     for endpoint in endpoints:
         if endpoint.reports_prompt:
@@ -124,6 +138,7 @@ def _ask_raw(endpoints: Sequence[Endpoint], prompt: Prompt, answer_tokens: int, 
 
 
 def _hold(pair: Pair, prompt: Prompt, first: Said, second: Said) -> None:
+    """Add to a pair what its two answers to one prompt show."""
     pair.compared += 1
     both = first.rendered.token_ids, second.rendered.token_ids
     same = both[0] == both[1] if all(both) else first.rendered.count == second.rendered.count
@@ -142,6 +157,6 @@ def _hold(pair: Pair, prompt: Prompt, first: Said, second: Said) -> None:
 
 
 def _chosen(distribution: Mapping[Any, float]) -> str:
-    """The answers are greedy."""
+    """Return the token that a greedy answer takes from this distribution, the likeliest one, in readable form."""
     token = max(distribution, key=distribution.__getitem__)
     return token.decode("utf-8", "replace") if isinstance(token, bytes) else f"token {token}"

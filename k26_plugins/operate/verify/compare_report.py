@@ -1,4 +1,4 @@
-"""Endpoints held against each other as text, as JSON, and as one HTML page."""
+"""Show comparisons of endpoints as text, as JSON, and as one HTML page."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from k26_plugins.operate.verify.page import Section, check_lines, page, shares_b
 
 
 def as_text(pairs: Sequence[Pair], endpoints: Sequence[Endpoint]) -> str:
+    """Return the comparisons as text for a terminal."""
     lines = []
     for pair in pairs:
         lines += [f"{_verdict(pair)}  {_names(pair, endpoints)}", *check_lines(pair.checks)]
@@ -22,6 +23,7 @@ def as_text(pairs: Sequence[Pair], endpoints: Sequence[Endpoint]) -> str:
 
 
 def as_json(pairs: Sequence[Pair], endpoints: Sequence[Endpoint]) -> list[dict[str, Any]]:
+    """Return an object for each pair, of values that `json.dumps` takes."""
     return [
         {
             "k26_plugins": __version__,
@@ -42,7 +44,10 @@ def as_json(pairs: Sequence[Pair], endpoints: Sequence[Endpoint]) -> list[dict[s
 
 
 def as_html(pairs: Sequence[Pair], endpoints: Sequence[Endpoint]) -> str:
-    """One page that needs nothing beside it. Needs matplotlib: `pip install 'k26-plugins[report]'`."""
+    """Return the comparisons as an HTML page that needs no other file.
+
+    Raises ImportError without matplotlib: `pip install 'k26-plugins[report]'`.
+    """
     agree = all(pair.agree for pair in pairs)
     asked = ", ".join(f"{endpoint.engine} ({endpoint.url})" for endpoint in endpoints)
     sections = [

@@ -1,4 +1,4 @@
-"""Which engine is behind an address, and how it is reached."""
+"""Find out which engine answers at an address, and connect to it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from k26_plugins.operate.verify.vllm import VLLMEndpoint
 
 
 def asks_environment(url: str) -> bool:
-    """Whether the environment's proxies are for this address: never for this machine itself, nor for what NO_PROXY names."""
+    """Return whether to use the environment's proxies for this address.
+
+    They are never used for this machine itself, nor for hosts that NO_PROXY names.
+    """
     host = urlsplit(url).hostname or ""
     try:
         is_here = ipaddress.ip_address(host).is_loopback
@@ -25,13 +28,18 @@ def asks_environment(url: str) -> bool:
 
 
 def connect(url: str, model: str | None = None, api_key: str | None = None, timeout: float = 300.0) -> Endpoint:
-    """Ask the server what it is. Raises EndpointError."""
+    """Ask the server which engine it runs, and return the endpoint that asks this engine in its own way.
+
+    url: with or without /v1 at the end. model: needed if the server has several. timeout: seconds of a request. Raises
+    EndpointError if the server does not answer as an OpenAI-compatible one, if several models are served and none is
+    named, or if the environment's proxy cannot be used.
+    """
     url = url.rstrip("/").removesuffix("/v1")
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
         client = httpx.Client(timeout=timeout, headers=headers, trust_env=asks_environment(url))
     except (ImportError, ValueError) as error:
-        # httpx reads the proxies here; of a SOCKS proxy it says that a package is missing.
+        # httpx reads the environment's proxies here; for a SOCKS proxy it may say that a package is missing.
         raise EndpointError(
             f"the proxy in the environment (ALL_PROXY, HTTP_PROXY, HTTPS_PROXY) cannot be used: {error} Unset it, name the "
             f"server in NO_PROXY, or install what it needs: pip install 'httpx[socks]'."

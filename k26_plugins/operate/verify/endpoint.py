@@ -1,4 +1,4 @@
-"""What an endpoint is asked, whatever engine is behind it."""
+"""The interface to a server that is verified: the requests that are sent, whichever engine answers."""
 
 from __future__ import annotations
 
@@ -14,81 +14,92 @@ from httpx_sse import EventSource
 from k26_plugins.operate.golden import Prompt
 
 Distribution = dict[int, float]
-"""Log-probabilities of the tokens that were reported, by token id."""
+"""Log-probabilities of the reported tokens, by token id."""
 
 
 class EndpointError(RuntimeError):
-    """An endpoint that cannot be asked. The message holds what it answered and the remedy."""
+    """Raised if an endpoint cannot be asked. The message holds the endpoint's answer and the remedy."""
 
     def __init__(self, message: str, status: int | None = None) -> None:
-        """status: of its HTTP answer, where there was one."""
+        """Keep the message, and the HTTP status of the endpoint's answer if there was an answer."""
         super().__init__(message)
         self.status = status
 
     @property
     def is_refusal(self) -> bool:
-        """Whether the endpoint found fault with the request, and none with itself."""
+        """Whether the endpoint refused the request (status 4xx), rather than failing itself."""
         return self.status is not None and 400 <= self.status < 500
 
 
 @dataclass(slots=True)
 class Rendered:
-    """What the endpoint made of messages."""
+    """The prompt that the endpoint made of messages."""
 
     token_ids: list[int] | None
+    """None if the endpoint does not report them."""
     count: int
-    """Prompt tokens, as billed."""
+    """Number of prompt tokens in the usage that the endpoint reports."""
 
 
 @dataclass(slots=True)
 class Answer:
-    """A greedy answer and where its tokens came from."""
+    """A greedy answer, and the distribution that each of its tokens was taken from."""
 
     token_ids: list[int]
-    """−1 for a token that could not be told."""
+    """−1 for a token whose id could not be found out."""
     distributions: list[Distribution]
     finish_reason: str = ""
 
 
 @dataclass
 class Endpoint(ABC):
-    """One server. Methods raise EndpointError."""
+    """One server. Its methods raise EndpointError if it does not answer as expected."""
 
     url: str
     model: str
     client: httpx.Client
     engine: str
-    """Name and version, as far as it says."""
+    """Name and version of the engine, as far as the server reports them."""
     token_bytes: dict[bytes, int] = field(default_factory=dict)
-    """Token ids by their bytes, for endpoints that report text only."""
+    """Token ids by the tokens' bytes, for endpoints that report tokens as text only."""
     reports_prompt: bool = True
-    """Whether it gives the distributions of a prompt's own tokens."""
+    """Whether the server reports the distributions of a prompt's own tokens."""
 
     stream_ids: ClassVar[dict[str, Any]] = {}
-    """What to ask for with a streamed chat so that it reports its prompt's token ids; nothing where it cannot."""
+    """Fields of a streamed chat's request that make the server report the prompt's token ids; empty if it cannot."""
 
     renders_images: bool = False
-    """Whether it reports prompts with images from messages alone."""
+    """Whether the server reports the distributions of a prompt with images that is sent as messages.
+
+    If not, it needs the rendered text of such a prompt.
+    """
 
     @abstractmethod
     def rendered(self, prompt: Prompt) -> Rendered:
-        """The prompt of the messages, as the endpoint renders them."""
+        """Return the prompt that the endpoint makes of the messages."""
 
     @abstractmethod
     def prompt(self, prompt: Prompt, top: int) -> dict[int, Distribution]:
-        """The distribution after each position of the prompt that the endpoint reports."""
+        """Return the distribution after each position of the prompt that the endpoint reports, by position.
+
+        top: how many of the likeliest tokens to ask for.
+        """
 
     @abstractmethod
     def answer(self, prompt: Prompt, count: int, top: int) -> Answer:
-        """At most `count` tokens, greedy, with the distribution that each was taken from."""
+        """Return a greedy answer of at most `count` tokens, with the distribution that each token was taken from.
+
+        top: how many of the likeliest tokens to ask for.
+        """
 
     def chat(self, messages: list[dict[str, Any]], **body: Any) -> dict[str, Any]:
+        """Return the whole chat completion for these messages. body: further fields of the request."""
         return self.post("/v1/chat/completions", model=self.model, messages=messages, **body)
 
     def answer_as_text(self, prompt: Prompt, count: int, top: int) -> list[dict[bytes, float]]:
-        """The log-probabilities reported for each token of a greedy answer to messages, the chosen token's first.
+        """Return the log-probabilities reported for each token of a greedy answer to messages, the chosen one's first.
 
-        By bytes: the one name of a token that every OpenAI-compatible server gives.
+        Tokens go by their bytes, since every OpenAI-compatible server reports those.
         """
         request = self.chat_request(prompt)
         body = self.chat(**request, max_tokens=count, temperature=0, logprobs=True, top_logprobs=top)
@@ -99,13 +110,16 @@ class Endpoint(ABC):
         ]
 
     def context_length(self) -> int | None:
-        """Tokens of one request that the server takes, None where it does not say."""
+        """Return the most tokens that one request may have; None if the server does not report this."""
         entries = get_json(self.client, f"{self.url}/v1/models").get("data") or []
         mine = [entry.get("max_model_len") for entry in entries if entry.get("id") == self.model]
         return int(mine[0]) if mine and mine[0] else None
 
     def streamed_chat(self, messages: list[dict[str, Any]], **body: Any) -> dict[str, Any]:
-        """A chat's first choice as its stream gives it, put together as a client does: message, stop reason and usage."""
+        """Send a chat for one choice as a stream, and return the choice as a client puts it together from the chunks.
+
+        The result has `message`, `finish_reason` and `usage`. body: further fields of the request.
+        """
         message: dict[str, Any] = {}
         calls: dict[int, dict[str, Any]] = {}
         reason, usage = None, None
@@ -125,7 +139,7 @@ class Endpoint(ABC):
                     for choice in chunk.get("choices") or []:
                         _take_in(choice.get("delta") or {}, message, calls)
                         reason = choice.get("finish_reason") or reason
-                        # Where Moonshot's API has it.
+                        # Moonshot's API reports the usage in the choice.
                         usage = choice.get("usage") or usage
         except (httpx.HTTPError, ValueError) as error:
             raise EndpointError(f"{self.url}: the stream of a chat cannot be read: {error}") from error
@@ -134,6 +148,7 @@ class Endpoint(ABC):
         return {"message": message, "finish_reason": reason, "usage": usage}
 
     def post(self, path: str, **body: Any) -> dict[str, Any]:
+        """Post `body` as JSON to a path and return the answer's JSON. Raises EndpointError unless the status is 200."""
         try:
             response = self.client.post(f"{self.url}{path}", json=body)
         except httpx.HTTPError as error:
@@ -147,7 +162,7 @@ class Endpoint(ABC):
         return content
 
     def chat_request(self, prompt: Prompt) -> dict[str, Any]:
-        """`messages`, `tools` and thinking of a prompt as the chat API takes them, images as data URLs."""
+        """Return a prompt's messages, tools and thinking mode as fields of a chat request, with images as data URLs."""
         request: dict[str, Any] = {"messages": openai_messages(prompt)}
         if "tools" in prompt.request:
             request["tools"] = prompt.request["tools"]
@@ -157,6 +172,7 @@ class Endpoint(ABC):
 
 
 def _take_in(delta: dict[str, Any], message: dict[str, Any], calls: dict[int, dict[str, Any]]) -> None:
+    """Add a chunk's delta to the message and the tool calls that were collected so far."""
     for name in ("content", "reasoning", "reasoning_content"):
         if delta.get(name):
             message[name] = message.get(name, "") + delta[name]
@@ -172,6 +188,7 @@ def _bytes(item: dict[str, Any]) -> bytes:
 
 
 def openai_messages(prompt: Prompt) -> list[dict[str, Any]]:
+    """Return a prompt's messages as the chat API takes them, with images as data URLs."""
     messages = []
     for message in prompt.request["messages"]:
         content = message["content"]
@@ -190,12 +207,13 @@ def _part(part: dict[str, Any], images: list[bytes]) -> dict[str, Any]:
 
 
 def data_url(image: bytes) -> str:
+    """Return the bytes of an image file as a data URL. A file that is neither PNG nor JPEG is taken for WebP."""
     kind = "png" if image.startswith(b"\x89PNG") else "jpeg" if image.startswith(b"\xff\xd8") else "webp"
     return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
 
 
 def get_json(client: httpx.Client, url: str) -> dict[str, Any]:
-    """What a path answers as a JSON object, {} where there is no such thing."""
+    """Return the JSON object at a URL; {} if there is none or the server does not answer."""
     try:
         response = client.get(url)
         content = response.json() if response.status_code == 200 else {}

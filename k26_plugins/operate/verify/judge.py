@@ -1,7 +1,8 @@
-"""From what was measured to a verdict, and to where a fault sits.
+"""Judge from the measured distances whether an endpoint is right, and what is probably wrong if it is not.
 
-Rounding sets the bounds: at each position the golden file knows how far the reference in bfloat16 is from the reference in
-float32. An engine rounds too, at other places, so it is held to a few times that.
+Rounding sets the bounds: at each position the golden file has the distance of the reference in bfloat16 (the twin) from
+the reference in float32. An engine rounds at other points of its computation, so its bound is a few times that
+distance.
 """
 
 from __future__ import annotations
@@ -25,24 +26,29 @@ from k26_plugins.operate.verify.localize import (
 )
 from k26_plugins.operate.verify.measure import ANSWER, IMAGE, TEXT, Measured, Position
 
-# Times the twin's median. On CPUs and the tiny checkpoint vLLM 0.32.0 is at 0.9 (text), 1.5 (images) and 1.0 (answers),
-# SGLang 0.5.23 at 0.7, 0.6 and 0.8; the mildest seeded fault, YaRN's factor halved, is above 10.
+# The median distance may be this many times the twin's. On CPUs and the tiny checkpoint vLLM 0.32.0 is at 0.9 (text),
+# 1.5 (images) and 1.0 (answers) times the twin's, SGLang 0.5.23 at 0.7, 0.6 and 0.8; the mildest seeded fault, YaRN's
+# factor halved, is above 10.
 TYPICAL_FACTOR = 4.0
 TYPICAL_FLOOR = 2e-5
-# Positions far beyond rounding: a token that rounding sent to other experts. Engines have as many as the twin has.
+# Bounds for positions far beyond rounding, as those are whose token was sent to other experts by rounding. Engines have
+# about as many of them as the twin has.
 LARGE_FACTOR = 100.0
 LARGE_FLOOR = 1e-2
 LARGE_SHARE_FACTOR = 3.0
 LARGE_SHARE_ALLOWANCE = 0.04
-# A suspect explains an endpoint that is this much nearer to it than to the model.
+# A suspect explains an endpoint whose distance to the suspect is at most this share of its distance to the model.
 NEARER = 0.3
-# How many standard deviations of a sign test it is nearer to that than to the next suspect.
+# A suspect is named alone if the endpoint is nearer to it than to every other suspect that explains the endpoint, by
+# more than this many standard deviations of a sign test.
 SUSPECT_STANDS_OUT = 3.0
 MIN_POSITIONS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
+    """One thing that was checked, and whether it is right."""
+
     name: str
     passed: bool
     detail: str
@@ -50,7 +56,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """What is probably wrong, on what evidence, and what to do."""
+    """A probable cause: what is wrong, the evidence for it, and the remedy."""
 
     what: str
     evidence: str
@@ -59,22 +65,25 @@ class Cause:
 
 @dataclass(slots=True)
 class Verdict:
+    """The checks of one endpoint, and what is probably wrong if one of them failed."""
+
     checks: list[Check] = field(default_factory=list)
     causes: list[Cause] = field(default_factory=list)
     diverged: list[str] = field(default_factory=list)
-    """For each prompt that is beyond the bounds, the first position that is."""
+    """For each prompt with positions beyond the bounds, the first such position in words."""
     places: list[Place] = field(default_factory=list)
-    """Where a fault may sit, the likeliest first; there is one where any is `found`."""
+    """Places where a fault may sit, the likeliest first. The endpoint has a fault if any of them is `found`."""
     smallest: str = ""
-    """The smallest fault that these prompts find."""
+    """How small a fault these prompts would show, in words."""
 
     @property
     def passed(self) -> bool:
+        """Whether there are checks, and all of them passed."""
         return bool(self.checks) and all(check.passed for check in self.checks)
 
 
 def judge(golden: Golden, measured: Measured) -> Verdict:
-    """The verdict on one endpoint."""
+    """Return the verdict on one endpoint. golden: the file that the endpoint was measured with."""
     verdict = Verdict()
     if measured.refused:
         verdict.checks.append(Check("requests", False, "; ".join(measured.refused)))
@@ -110,21 +119,23 @@ def judge(golden: Golden, measured: Measured) -> Verdict:
 
 
 def typical_noise(positions: list[Position]) -> float:
+    """Return the median KL that rounding alone makes at these positions."""
     return max(median(position.noise for position in positions), 1e-12)
 
 
 def typical_bound(positions: list[Position]) -> float:
-    """The largest median KL that rounding accounts for."""
+    """Return the largest median KL that rounding accounts for at these positions."""
     return max(TYPICAL_FACTOR * typical_noise(positions), TYPICAL_FLOOR)
 
 
 def large(bound: float) -> float:
+    """Return the KL above which a position is far beyond rounding. bound: as `typical_bound` returns it."""
     return max(LARGE_FACTOR / TYPICAL_FACTOR * bound, LARGE_FLOOR)
 
 
 def _distributions(name: str, group: list[Position], bound: float) -> Check:
     typical = median(position.kl for position in group)
-    # A kind of its own may be noisier than all together.
+    # Positions of one kind may be noisier than all positions together.
     bound = max(bound, typical_bound(group))
     share = share_above([position.kl for position in group], large(bound))
     twin = share_above([position.noise for position in group], large(bound))
@@ -137,7 +148,7 @@ def _distributions(name: str, group: list[Position], bound: float) -> Check:
 
 
 def _locate(measured: Measured, localizer: Localizer, failed: list[str], bound: float) -> list[Cause]:
-    """One cause, or several that explain it about equally well."""
+    """Return a list of one: the most probable cause, or "cannot tell" with the places that explain the fault alike."""
     suspect = _nearest_suspect(measured)
     if suspect is not None:
         return [suspect]
@@ -188,9 +199,9 @@ def _evidence(place: Place) -> str:
 
 
 def _nearest_suspect(measured: Measured) -> Cause | None:
-    """The known mistake that the endpoint answers by, where it is nearer to that than to the model; None for no such.
+    """Return as a cause the suspect that explains the endpoint's answers best; None if no suspect explains them.
 
-    Where a second one is about as near, neither is named alone.
+    If other suspects explain them about as well, the cause is "cannot tell" and names all of these.
     """
     found: list[tuple[float, str, float]] = []
     for name in {name for position in measured.positions for name in position.suspects}:
@@ -212,7 +223,7 @@ def _nearest_suspect(measured: Measured) -> Cause | None:
 
 
 def _told_apart(measured: Measured, name: str) -> list[Position]:
-    """Positions at which a suspect differs from the model."""
+    """Return the positions for which the suspect's distance is known and at which it can differ from the model."""
     return [
         position
         for position in measured.positions
@@ -222,13 +233,14 @@ def _told_apart(measured: Measured, name: str) -> list[Position]:
 
 
 def _is_nearer(measured: Measured, name: str, other: str) -> bool:
-    """Whether the endpoint is nearer to the first suspect at more positions than chance would have it."""
+    """Return whether the endpoint is nearer to suspect `name` than to `other` at more positions than by chance."""
     both = [position.suspects for position in _told_apart(measured, name) if other in position.suspects]
     nearer = sum(suspects[name] < suspects[other] for suspects in both)
     return 2 * nearer - len(both) > SUSPECT_STANDS_OUT * math.sqrt(len(both))
 
 
 def _first_divergences(golden: Golden, measured: Measured, bound: float) -> list[str]:
+    """Return in words the first position beyond the bounds of each prompt that has one."""
     found: dict[int, Position] = {}
     for position in measured.positions:
         if position.kl > max(bound, TYPICAL_FACTOR * position.noise) and position.prompt not in found:

@@ -1,4 +1,4 @@
-"""Ask an endpoint every prompt of a golden file, and say at each position how far its answer is from the reference's."""
+"""Ask an endpoint every prompt of a golden file, and measure at each position how far it is from the reference."""
 
 from __future__ import annotations
 
@@ -18,34 +18,35 @@ TEXT, IMAGE, ANSWER = "text", "image", "answer"
 
 @dataclass(slots=True)
 class Position:
-    """One distribution that the endpoint reported."""
+    """One distribution that the endpoint reported, with its distances."""
 
     prompt: int
+    """Number of the prompt in the golden file."""
     index: int
-    """The index of the token that it follows."""
+    """Index of the token that the distribution follows."""
     kind: str
-    """`text` or `image` by the token it follows; `answer` from the prompt's last token on."""
+    """`text` or `image`, whichever the token at `index` is; `answer` from the prompt's last token on."""
     kl: float
     """KL divergence from the reference to the endpoint."""
     noise: float
     """KL divergence from the reference to its twin in bfloat16, over the same tokens."""
     suspects: dict[str, float] = field(default_factory=dict)
-    """KL divergence from each model with a known mistake to the endpoint."""
+    """KL divergence from each suspect (a model with a known mistake) to the endpoint, by the suspect's name."""
 
 
 @dataclass(slots=True)
 class Measured:
-    """All that one endpoint was found to say."""
+    """Everything that was measured of one endpoint."""
 
     engine: str
     url: str
     mismatches: list[Mismatch] = field(default_factory=list)
-    """Prompts that it renders or tokenizes otherwise."""
+    """Prompts for which the endpoint's tokens differ from the golden ones."""
     rendered: int = 0
-    """Prompts whose rendering was compared."""
+    """Number of prompts whose rendering was compared."""
     positions: list[Position] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
-    """Prompts that the endpoint did not answer, with its message."""
+    """Prompts that the endpoint did not answer, each with the endpoint's message."""
     not_shown: list[str] = field(default_factory=list)
     """What the endpoint does not report, and why."""
 
@@ -53,7 +54,12 @@ class Measured:
 def measure(
     endpoint: Endpoint, golden: Golden, on_prompt: Callable[[int], None] = lambda done: None, *, top: int = 20
 ) -> Measured:
-    """Ask everything. Raises EndpointError where the endpoint answers nothing at all."""
+    """Ask the endpoint every prompt of the golden file, and return what was measured.
+
+    on_prompt: called after each prompt with the number of prompts so far. top: how many of the likeliest tokens to ask
+    for at each position. Raises EndpointError if the endpoint answers no prompt at all, or reports no
+    log-probabilities.
+    """
     endpoint.token_bytes = {bytes.fromhex(raw): int(token) for token, raw in golden.info["token_bytes"].items()}
     found = Measured(endpoint.engine, endpoint.url)
     for number, prompt in enumerate(golden.prompts):
@@ -92,7 +98,7 @@ def _measure_prompt(endpoint: Endpoint, golden: Golden, number: int, top: int, f
     prompt = golden.prompts[number]
     reported = endpoint.prompt(prompt.prompt, top) if endpoint.reports_prompt else {}
     if reported and max(reported) != prompt.num_prompt_tokens - 2:
-        # Rendered to another length: positions do not mean the same tokens.
+        # The endpoint's prompt has another length, so its positions do not stand for the same tokens.
         found.not_shown.append(f"{prompt.name}: its prompt has {max(reported) + 2} tokens in the endpoint")
         reported = {}
     start = prompt.num_prompt_tokens - 1
@@ -100,7 +106,7 @@ def _measure_prompt(endpoint: Endpoint, golden: Golden, number: int, top: int, f
     answer = endpoint.answer(prompt.prompt, len(expected), top)
     for offset, distribution in enumerate(answer.distributions):
         reported[start + offset] = distribution
-        # From the first other token on the two answer different questions.
+        # After the first token that differs, endpoint and reference continue different texts.
         if offset >= len(expected) - 1 or answer.token_ids[offset] != expected[offset]:
             break
     placeholder = golden.info["media_placeholder_token_id"]
@@ -114,6 +120,7 @@ def _measure_prompt(endpoint: Endpoint, golden: Golden, number: int, top: int, f
 
 
 def _position(prompt: GoldenPrompt, number: int, index: int, kind: str, distribution: Distribution) -> Position:
+    """Return the distances at one position, over the tokens that both the golden file and the endpoint report."""
     ids = prompt.top_ids[index].tolist()
 
     def kept(logprobs: torch.Tensor) -> Distribution:

@@ -1,6 +1,7 @@
-"""A needle in a long prompt: whether the server still finds one line among thousands. Long context fails in ways of its own.
+"""Ask for one line (the needle) of a long prompt, because long context fails in ways that short prompts do not show.
 
-Every line looks like the needle and has another number, so that an answer by guess or from a nearby place is wrong.
+Every line of the prompt has the needle's form and its own number, so an answer that is guessed or taken from a nearby
+line is wrong.
 """
 
 from __future__ import annotations
@@ -12,29 +13,32 @@ from dataclasses import dataclass
 from k26_plugins.operate.verify.endpoint import Endpoint, EndpointError
 
 LENGTHS = (8_000, 70_000, 200_000)
-"""Prompt tokens, about."""
+"""Approximate lengths of the prompts, in tokens."""
 DEPTHS = (0.1, 0.5, 0.9)
-"""Where the needle lies, as a share of the whole prompt."""
+"""Positions of the needle, as shares of the whole prompt."""
 TOKENS_OF_A_LINE = 14
-"""Kimi's tokenizer makes 13.6 of a line, as measured."""
+"""Tokens that a line is assumed to take; measured with Kimi's tokenizer, it is 13.6."""
 ANSWER_TOKENS = 512
 COLOURS = ("red", "green", "blue", "black", "white", "brown", "grey", "pink", "golden", "silver")
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """One question."""
+    """The outcome of one question: one length of the prompt and one depth of the needle."""
 
     tokens: int
-    """Tokens of the prompt, as the server counts them, or as they were planned where it does not say."""
+    """Tokens of the prompt as the server counts them; the planned number if the server did not report a count."""
     depth: float
     right: bool
     note: str = ""
-    """Why it was not asked."""
+    """Why there is no answer: the prompt does not fit into the server's context, or the request failed. Else empty."""
 
 
 def haystack(tokens: int, depth: float, seed: int) -> tuple[str, str]:
-    """A prompt of about so many tokens, and the number that answers it."""
+    """Return a prompt of about `tokens` tokens, and the number that is the right answer to its question.
+
+    depth: where the line that is asked for lies, from 0 to 1. seed: the same seed gives the same prompt.
+    """
     rng = random.Random(seed)
     count = max(tokens // TOKENS_OF_A_LINE, len(COLOURS))
     numbers = rng.sample(range(100_000, 1_000_000), count)
@@ -45,7 +49,11 @@ def haystack(tokens: int, depth: float, seed: int) -> tuple[str, str]:
 
 
 def find_needles(endpoint: Endpoint, on_question: Callable[[int], None] = lambda done: None) -> list[Found]:
-    """Ask at every length that the server's context allows, and at every depth."""
+    """Ask one question at every length and every depth, and return the outcomes in this order.
+
+    A length for which the server's context has no room is not asked; its outcomes say why. on_question: called after
+    each question with the number of questions so far.
+    """
     limit = endpoint.context_length()
     found: list[Found] = []
     for tokens in LENGTHS:

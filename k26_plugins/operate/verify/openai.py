@@ -1,4 +1,4 @@
-"""Any OpenAI-compatible chat endpoint, as vendors offer them: the likeliest tokens of an answer, as text."""
+"""Ask any OpenAI-compatible chat endpoint, as vendors offer them: it reports an answer's likeliest tokens, as text."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from k26_plugins.operate.golden import Prompt
 from k26_plugins.operate.verify.endpoint import Answer, Distribution, Endpoint, Rendered
 
 MAX_TOP = 20
-"""`top_logprobs` that the API allows."""
+"""The largest `top_logprobs` that the API allows."""
 
 
 class OpenAIEndpoint(Endpoint):
-    """Prompts go as messages, so a prompt of raw text cannot be asked, and a prompt's own tokens are not reported."""
+    """A server of which nothing but the OpenAI chat API is known.
+
+    Prompts are sent as messages, so a prompt of raw text cannot be asked. The prompt's own tokens are not reported.
+    """
 
     def rendered(self, prompt: Prompt) -> Rendered:
         answer = self.chat(**self.chat_request(prompt), max_tokens=1)
@@ -29,7 +32,10 @@ class OpenAIEndpoint(Endpoint):
 
 
 def chat_answer(body: dict[str, Any], token_bytes: dict[bytes, int]) -> Answer:
-    """The answer in a chat completion's `logprobs.content`."""
+    """Return the answer that `logprobs.content` of a chat completion holds.
+
+    token_bytes: token ids by the tokens' bytes, for servers that report tokens as text only.
+    """
     choice = body["choices"][0]
     entries = (choice.get("logprobs") or {}).get("content") or []
     distributions = []
@@ -41,7 +47,7 @@ def chat_answer(body: dict[str, Any], token_bytes: dict[bytes, int]) -> Answer:
 
 
 def _token_id(item: dict[str, Any], token_bytes: dict[bytes, int]) -> int:
-    """−1 for a token that the golden file does not know."""
+    """Return the id of a reported token; −1 for a token that `token_bytes` does not have."""
     token = str(item["token"])
     if token.startswith("token_id:"):
         return int(token.removeprefix("token_id:"))

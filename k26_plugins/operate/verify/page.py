@@ -1,4 +1,4 @@
-"""What the reports share: a check as a line of text, one HTML page that needs nothing beside it, figures for it."""
+"""The parts that the reports share: a check as a line of text, a self-contained HTML page, and figures for the page."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SMALLEST = 1e-7
-"""What is drawn for a KL of 0, at the bottom and not lost."""
+"""The smallest KL that is drawn: smaller values are drawn as this one, since a logarithmic axis has no place for 0."""
 _TEMPLATE = Path(__file__).with_name("page.html.jinja")
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page: what was checked, what is probably wrong, and lists of lines."""
+    """One part of a page: its checks, lists of further lines, the probable causes, and an optional heading."""
 
     checks: Sequence[Check]
     lists: Sequence[Sequence[str]]
@@ -30,11 +30,15 @@ class Section:
 
 
 def check_lines(checks: Iterable[Check]) -> list[str]:
+    """Return a line of text for each check: whether it passed, its name and its detail."""
     return [f"  {'pass' if check.passed else 'FAIL'}  {check.name}: {check.detail}" for check in checks]
 
 
 def page(title: str, heading: str, below: str, sections: Iterable[Section], figures: Iterable[Figure]) -> str:
-    """below: a line under the heading."""
+    """Return a page of HTML that needs no other file, because the figures are embedded as SVG.
+
+    title: for the browser's tab. heading: at the top of the page. below: a line under the heading.
+    """
     from jinja2 import Environment
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
@@ -50,7 +54,10 @@ def page(title: str, heading: str, below: str, sections: Iterable[Section], figu
 
 
 def empty_figure(height: float) -> tuple[Figure, Any]:
-    """A figure and its axes. Needs matplotlib: `pip install 'k26-plugins[report]'`."""
+    """Return an empty figure of this height in inches, and its axes.
+
+    Raises ImportError without matplotlib: `pip install 'k26-plugins[report]'`.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, height), layout="constrained")
@@ -60,7 +67,11 @@ def empty_figure(height: float) -> tuple[Figure, Any]:
 
 
 def shares_below(curves: Iterable[tuple[str, Sequence[float], str | None]], distance: str) -> Figure:
-    """Draw the share of positions below each KL. curves: label, KLs and colour. distance: what the KL is from."""
+    """Draw for each curve the share of positions whose KL is below the value on the x axis.
+
+    curves: (label, KLs, colour), where matplotlib chooses the colour if it is None. distance: what the KL is measured
+    from, in words.
+    """
     figure, axes = empty_figure(3)
     for label, values, colour in curves:
         ordered = sorted(max(value, SMALLEST) for value in values)

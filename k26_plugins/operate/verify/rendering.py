@@ -1,4 +1,4 @@
-"""Whether an endpoint makes the same tokens of messages, and what kind of mistake it is where not."""
+"""Compare the prompt tokens that an endpoint makes of messages with the golden ones, and name the kind of mistake."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MEDIA_REMEDY = "check that the engine's image processor is the plugin's: `k26 do
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """A prompt that the endpoint renders or tokenizes otherwise."""
+    """A prompt for which the endpoint's tokens differ from the golden ones, with the remedy."""
 
     prompt: str
     message: str
@@ -28,7 +28,10 @@ class Mismatch:
 
 
 def compare_rendering(prompt: Prompt, rendered: Rendered, special: Mapping[str, int]) -> Mismatch | None:
-    """Hold the endpoint's prompt tokens, or their number where it does not report them, against the golden ones."""
+    """Compare the endpoint's prompt tokens, or their number if it reports no token ids, with the golden ones.
+
+    special: ids of the special tokens by name. Returns None if the tokens are the same.
+    """
     expected = prompt.token_ids
     found = rendered.token_ids
     if found is None:

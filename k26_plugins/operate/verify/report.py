@@ -1,4 +1,4 @@
-"""A verdict as text, as JSON, and as one HTML page."""
+"""Show the verdict of `k26 verify` as text, as JSON, and as one HTML page."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COLOURS = {TEXT: "#3465a4", IMAGE: "#c17d11", ANSWER: "#4e9a06"}
 
 
 def as_text(measured: Measured, verdict: Verdict) -> str:
-    """A dozen lines for a terminal."""
+    """Return the verdict as about a dozen lines for a terminal."""
     lines = [f"{measured.url}: {measured.engine}"]
     lines += check_lines(verdict.checks)
     for cause in verdict.causes:
@@ -32,6 +32,7 @@ def as_text(measured: Measured, verdict: Verdict) -> str:
 
 
 def as_json(golden: Golden, measured: Measured, verdict: Verdict) -> dict[str, Any]:
+    """Return the verdict and everything that was measured, as values that `json.dumps` takes."""
     return {
         "k26_plugins": __version__,
         "url": measured.url,
@@ -59,7 +60,10 @@ def as_json(golden: Golden, measured: Measured, verdict: Verdict) -> dict[str, A
 
 
 def as_html(golden: Golden, measured: Measured, verdict: Verdict) -> str:
-    """One page that needs nothing beside it. Needs matplotlib: `pip install 'k26-plugins[report]'`."""
+    """Return the verdict as an HTML page that needs no other file.
+
+    Raises ImportError without matplotlib: `pip install 'k26-plugins[report]'`.
+    """
     curves = (
         ("endpoint", [position.kl for position in measured.positions], "#3465a4"),
         ("bfloat16", [position.noise for position in measured.positions], "#999999"),
@@ -80,7 +84,7 @@ def as_html(golden: Golden, measured: Measured, verdict: Verdict) -> str:
 
 
 def _over_positions(golden: Golden, measured: Measured) -> Figure:
-    """Every position in order, prompts side by side, with what rounding does in grey."""
+    """Draw the KL at every position, prompts side by side, with the KL that rounding alone makes in grey."""
     figure, axes = empty_figure(4)
     axes.semilogy(
         [max(position.noise, SMALLEST) for position in measured.positions], color="#bbbbbb", lw=0.8, label="bfloat16"
@@ -103,7 +107,7 @@ def _over_positions(golden: Golden, measured: Measured) -> Figure:
 
 
 def _experts(golden: Golden, measured: Measured, verdict: Verdict) -> Figure:
-    """Each expert's score: a single dark cell is a faulty expert."""
+    """Draw the score of each routed expert, with a row for each layer: a single dark cell is a faulty expert."""
     figure, axes = empty_figure(3)
     scores = Localizer(golden, measured.positions).scores(EXPERT).numpy()
     image = axes.imshow(scores, aspect="auto", cmap="RdGy_r", vmin=-8, vmax=8, interpolation="nearest")

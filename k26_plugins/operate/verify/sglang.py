@@ -1,4 +1,7 @@
-"""SGLang, and KTransformers' server, which is one: its own `/generate` reports what its OpenAI API does not."""
+"""Ask an SGLang server, or KTransformers' server, which is a fork of SGLang.
+
+SGLang's own `/generate` reports distributions of prompts, which its OpenAI API does not.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from k26_plugins.operate.verify.endpoint import Answer, Distribution, Endpoint, 
 
 
 class SGLangEndpoint(Endpoint):
+    """An SGLang server."""
+
     stream_ids: ClassVar[dict[str, Any]] = {"return_input_ids_in_sglext": True}
 
     def rendered(self, prompt: Prompt) -> Rendered:

@@ -1,6 +1,7 @@
-"""Tool calls of a running endpoint: the ids' format, arguments against their schema, stop reasons, markers that leak.
+"""Check an endpoint's tool calls: the ids' format, arguments against their schema, stop reasons, leaked control tokens.
 
-Not whether the model calls the right tool: that is Kimi-Vendor-Verifier's question. A malformed call is the engine's fault.
+A malformed call is the engine's fault. Whether the model calls the right tool is not checked here: that is what
+Kimi-Vendor-Verifier asks.
 """
 
 from __future__ import annotations
@@ -50,19 +51,22 @@ REQUESTS: tuple[tuple[str, list[dict[str, Any]], Any], ...] = (
 
 @dataclass(slots=True)
 class ToolReport:
-    """What the answers to REQUESTS showed."""
+    """The faults that were found in the answers to REQUESTS, and how many answers and calls there were."""
 
     requests: int = 0
     calls: int = 0
     faults: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
-    """Requests that the endpoint did not take, with its message."""
+    """Requests that the endpoint did not take, each with the endpoint's message."""
 
 
 def check_tools(
     endpoint: Endpoint, on_request: Callable[[int], None] = lambda done: None, *, max_tokens: int = 256
 ) -> ToolReport:
-    """Send every request, greedy, whole and streamed, and look at what comes back."""
+    """Send every one of REQUESTS with greedy sampling, once whole and once as a stream, and check the answers.
+
+    on_request: called after each of REQUESTS with the number so far. max_tokens: limit of each answer.
+    """
     report = ToolReport()
     for number, (question, tools, choice) in enumerate(REQUESTS, 1):
         messages = [{"role": "user", "content": question}]
@@ -84,7 +88,10 @@ def check_tools(
 
 
 def faults_of(answer: dict[str, Any], tools: list[dict[str, Any]]) -> list[str]:
-    """What is malformed in one choice of a chat completion."""
+    """Return a line for each thing that is malformed in one choice of a chat completion.
+
+    answer: the choice, with `message` and `finish_reason`. tools: those that the request offered.
+    """
     message, reason = answer["message"], answer.get("finish_reason")
     calls = message.get("tool_calls") or []
     faults = []
@@ -98,7 +105,7 @@ def faults_of(answer: dict[str, Any], tools: list[dict[str, Any]]) -> list[str]:
             faults.append(f"{name} holds the control token {leaked.group()}: the engine needs its kimi_k2 parsers")
     schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in tools}
     for position, call in enumerate(calls):
-        # Arguments of a call that ran into the limit are not whole.
+        # The token limit cuts the last call, so the arguments of that call are not whole.
         cut = reason == "length" and position == len(calls) - 1
         faults += _faults_of_call(call, schemas, cut=cut)
     return faults

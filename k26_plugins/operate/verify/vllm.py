@@ -1,4 +1,7 @@
-"""vLLM: text prompts go as token ids, prompts with images as messages; both report the prompt's own tokens."""
+"""Ask a vLLM server: text prompts are sent as token ids, prompts with images as messages.
+
+For both, vLLM reports the distributions of the prompt's own tokens.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,12 @@ from k26_plugins.operate.verify.endpoint import Answer, Distribution, Endpoint, 
 from k26_plugins.operate.verify.openai import chat_answer
 
 MAX_TOP = 20
-"""What `--max-logprobs` allows by default."""
+"""The most log-probabilities for a position that `--max-logprobs` allows by default."""
 
 
 class VLLMEndpoint(Endpoint):
+    """A vLLM server."""
+
     stream_ids: ClassVar[dict[str, Any]] = {"return_token_ids": True}
 
     def rendered(self, prompt: Prompt) -> Rendered:
@@ -30,7 +35,7 @@ class VLLMEndpoint(Endpoint):
         else:
             body = self._complete(prompt, max_tokens=1, prompt_logprobs=top)
             entries = body["choices"][0]["prompt_logprobs"]
-        # Entry t is about token t: it comes from the position before it.
+        # Entry t holds the distribution of token t, which is the one after position t − 1.
         return {
             position - 1: {int(token): float(value["logprob"]) for token, value in entry.items()}
             for position, entry in enumerate(entries or [])
@@ -53,6 +58,6 @@ class VLLMEndpoint(Endpoint):
         return Answer(token_ids, distributions, str(choice.get("finish_reason")))
 
     def _complete(self, prompt: Prompt, **body: Any) -> dict[str, Any]:
-        # Raw text of which nobody has said the token ids goes as it is.
+        # Raw text whose token ids are not known yet is sent as text.
         asked = prompt.token_ids or prompt.text
         return self.post("/v1/completions", model=self.model, prompt=asked, temperature=0, **body)

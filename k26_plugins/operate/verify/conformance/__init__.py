@@ -1,6 +1,7 @@
-"""What published conformance suites for this model ask of an endpoint, in cases of our own (Kimi-Vendor-Verifier's way).
+"""Test an endpoint's conformance in the way of the published suite for this model, Kimi-Vendor-Verifier.
 
-Prompt tokens with images, parameters that must be refused or honoured, and tool calls by their schema, whole and streamed.
+The cases are this project's own. They are about prompt tokens with images, parameters that must be refused or honoured,
+and tool calls by their schema, whole and streamed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ __all__ = ["ANSWER_TOKENS", "CASES", "FAIL", "NOT_ASKED", "PASS", "Case", "Outco
 
 CASES: tuple[Case, ...] = (*counts.cases(), *parameters.cases(), *schemas.cases())
 ANSWER_TOKENS = 512
-"""The limit of answers that shall end by themselves."""
+"""The token limit of answers that are expected to end by themselves."""
 
 
 def check_conformance(
@@ -25,7 +26,11 @@ def check_conformance(
     cases: Sequence[Case] = CASES,
     max_tokens: int = ANSWER_TOKENS,
 ) -> list[Outcome]:
-    """Ask each case. Raises EndpointError where the endpoint answers no chat at all."""
+    """Ask the endpoint each case, and return the outcomes in the same order.
+
+    on_case: called after each case with the number of cases so far. max_tokens: limit of answers that are expected to
+    end by themselves. Raises EndpointError if the endpoint does not answer a first chat.
+    """
     chat = Chat(endpoint, max_tokens)
     chat.find_switch()
     found = []

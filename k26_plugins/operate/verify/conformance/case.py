@@ -1,4 +1,4 @@
-"""What a case of conformance is, and how it asks."""
+"""A case of conformance: its question to an endpoint, and its outcome."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from k26_plugins.operate.verify.endpoint import Endpoint, EndpointError
 
 PASS, FAIL, NOT_ASKED = "pass", "fail", "not asked"
-# How a request says that the model shall not think: open engines' way, and that of Moonshot's API.
+# Fields of a request that switch thinking off: those of open engines, and those of Moonshot's API.
 SWITCHES: tuple[dict[str, Any], ...] = (
     {"chat_template_kwargs": {"thinking": False}},
     {"thinking": {"type": "disabled"}},
@@ -18,36 +18,37 @@ QUESTION = "Say OK and nothing else."
 
 
 class NotHeldError(Exception):
-    """The endpoint did something else than it must. The message says what."""
+    """Raised if the endpoint does something other than it must. The message says what it did."""
 
 
 class NotAskedError(Exception):
-    """The case cannot be decided on this endpoint. The message says why."""
+    """Raised if a case cannot be decided on this endpoint. The message says why."""
 
 
 @dataclass(slots=True)
 class Chat:
-    """An endpoint that is asked without thinking, where it can be."""
+    """An endpoint that is asked with thinking switched off, if it can be switched off there."""
 
     endpoint: Endpoint
     max_tokens: int
-    """The limit of answers that shall end by themselves."""
+    """The token limit of answers that are expected to end by themselves."""
     off: dict[str, Any] = field(default_factory=dict)
-    """The fields that switch thinking off; empty where none does."""
+    """Fields of a request that switch thinking off; empty if no such fields are known for this endpoint."""
 
     def ask(self, content: Any, **body: Any) -> dict[str, Any]:
-        """A whole chat completion. Raises EndpointError."""
+        """Return the whole chat completion that answers a user's message. Raises EndpointError."""
         return self.endpoint.chat([{"role": "user", "content": content}], **self.off, **body)
 
     def streamed(self, content: Any, **body: Any) -> dict[str, Any]:
-        """The first choice of a stream, put together. Raises EndpointError."""
+        """Return the choice of a streamed chat, put together from its chunks. Raises EndpointError."""
         return self.endpoint.streamed_chat([{"role": "user", "content": content}], **self.off, **body)
 
     def prompt_tokens(self, content: Any, **body: Any) -> int:
+        """Return how many prompt tokens the endpoint counts for a user's message. Raises EndpointError."""
         return int(self.ask(content, max_tokens=1, **body)["usage"]["prompt_tokens"])
 
     def find_switch(self) -> None:
-        """Take the first way of SWITCHES that changes the prompt by the one token that closes the thinking."""
+        """Set `off` to the first of SWITCHES that adds one token to the prompt: the token that closes the thinking."""
         thinking = self.prompt_tokens(QUESTION)
         for fields in SWITCHES:
             try:
@@ -60,13 +61,17 @@ class Chat:
 
 @dataclass(frozen=True, slots=True)
 class Case:
+    """A question to an endpoint that decides one thing."""
+
     name: str
     ask: Callable[[Chat], str]
-    """Returns what was seen. Raises NotHeldError, NotAskedError or EndpointError."""
+    """Returns in words what was seen. Raises NotHeldError, NotAskedError or EndpointError."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
+    """The verdict on one case, with what was seen or what was wrong."""
+
     name: str
     verdict: str
     """PASS, FAIL or NOT_ASKED."""
@@ -74,6 +79,7 @@ class Outcome:
 
 
 def outcome_of(case: Case, chat: Chat) -> Outcome:
+    """Ask a case, and return its outcome; the errors of a case become verdicts."""
     try:
         return Outcome(case.name, PASS, case.ask(chat))
     except NotAskedError as reason:
@@ -85,12 +91,13 @@ def outcome_of(case: Case, chat: Chat) -> Outcome:
 
 
 def require(holds: bool, message: str) -> None:
+    """Raise NotHeldError with this message unless the condition holds."""
     if not holds:
         raise NotHeldError(message)
 
 
 def said(choice: dict[str, Any]) -> str:
-    """Thoughts and answer of a choice."""
+    """Return the reasoning content and the content of a choice as one text."""
     message = choice["message"]
     names = ("reasoning_content", "content") if message.get("reasoning_content") else ("reasoning", "content")
     return "".join(message.get(name) or "" for name in names)

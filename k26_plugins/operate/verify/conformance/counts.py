@@ -1,4 +1,7 @@
-"""Prompt tokens as an endpoint counts them: thinking, images of many sizes against the core's own count, and streams."""
+"""Cases about the prompt tokens that an endpoint counts: thinking switched off, images of many sizes, and streams.
+
+The expected tokens of an image are the core's own count.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +15,22 @@ from k26_plugins.common.multimodal.image import MediaConfig, navit_resize
 from k26_plugins.operate.verify.conformance.case import QUESTION, Case, Chat, NotAskedError, require
 from k26_plugins.operate.verify.endpoint import data_url
 
-# Pixels: one token, not a multiple of a patch, wide, tall, a photo, and one that is shrunk to the limit.
+# Width and height in pixels: an image of one token, one whose sides are no multiple of a patch, a wide one, a tall one,
+# a photo, and one that is shrunk to the limit.
 SIZES = ((28, 28), (57, 29), (1000, 100), (90, 700), (640, 480), (2560, 1920))
 ROOM = 256
-"""Tokens of context for all beside an image."""
+"""Tokens of context that are kept for everything but the images."""
 
 
 def image_part(width: int, height: int) -> dict[str, Any]:
+    """Return an image of this size in pixels as a part of a chat message."""
     file = io.BytesIO()
     Image.linear_gradient("L").resize((width, height)).convert("RGB").save(file, "PNG")
     return {"type": "image_url", "image_url": {"url": data_url(file.getvalue())}}
 
 
 def tokens_of(width: int, height: int) -> int:
-    """The core's own count, with the published preprocessing."""
+    """Return how many tokens the core counts for an image of this size in pixels, with the published preprocessing."""
     return navit_resize(width, height, MediaConfig()).num_tokens
 
 
@@ -37,7 +42,10 @@ def _count(chat: Chat, *sizes: tuple[int, int]) -> int:
 
 
 def _images(chat: Chat, sizes: tuple[tuple[int, int], ...]) -> str:
-    """What images add beside their tokens is the same for each; the smallest says how much it is."""
+    """Check the prompt tokens of a chat with images of these sizes.
+
+    Around its own tokens each image adds the same number of others. The smallest image shows how many these are.
+    """
     bare, smallest = _count(chat), _count(chat, SIZES[0])
     around = smallest - bare - tokens_of(*SIZES[0])
     require(around > 0, f"{smallest} prompt tokens with an image and {bare} without: the image is not in the prompt")
@@ -62,6 +70,7 @@ def _stream(chat: Chat) -> str:
 
 
 def cases() -> list[Case]:
+    """Return the cases about prompt tokens."""
     found = [Case("thinking switched off", _thinking), Case("usage of a stream", _stream)]
     found += [Case(f"image of {w} × {h}", partial(_images, sizes=((w, h),))) for w, h in SIZES[1:]]
     return [*found, Case("three images", partial(_images, sizes=SIZES[1:4]))]

@@ -1,7 +1,7 @@
-"""Parameters: those that must be refused, Moonshot's fixed values, and those that must be honoured.
+"""Cases about parameters: values that must be refused, Moonshot's fixed values, and values that must be honoured.
 
-Moonshot's API takes one value of temperature, top_p, n and the penalties in each mode and refuses others; open engines
-sample as they are told. Either is right. To take a value and do something else is not.
+Moonshot's API takes one value of temperature, top_p, n and the penalties in each mode and refuses all others; open
+engines sample as the request says. Both are right. Taking a value and ignoring it is wrong.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _usual_values(chat: Chat, thinking: bool) -> str:
 
 
 def _fixed(chat: Chat, content: str, **body: Any) -> list[str] | None:
-    """What the choices say; None where the value is refused, as Moonshot's API does."""
+    """Return the texts of the choices; None if the endpoint refuses the value, as Moonshot's API does."""
     try:
         return [said(choice) for choice in chat.ask(content, **body)["choices"]]
     except EndpointError as error:
@@ -89,7 +89,7 @@ def _temperature(chat: Chat) -> str:
 
 
 def _top_p(chat: Chat) -> str:
-    """With almost nothing of the distribution left, what is sampled is the likeliest token."""
+    """Check that a tiny top_p, which leaves only the likeliest token of the distribution, samples this token."""
     greedy = _fixed(chat, STORY, temperature=0, max_tokens=1)
     if greedy is None:
         return REFUSED_AS_FIXED
@@ -148,7 +148,7 @@ def _logprobs(chat: Chat) -> str:
         top = [float(item["logprob"]) for item in entry["top_logprobs"]]
         require(len(top) >= 3, f"{len(top)} alternatives, asked for 3")
         require(max(top) <= 1e-3, f"a log-probability of {max(top)}")
-        # Greedy: nothing is likelier than what was chosen.
+        # The answer is greedy, so no token may be likelier than the chosen one.
         require(float(entry["logprob"]) >= max(top) - 1e-3, f"{entry['token']!r} was chosen and is not the likeliest")
     return f"{count} tokens"
 
@@ -178,6 +178,7 @@ def _no_tools(chat: Chat) -> str:
 
 
 def cases() -> list[Case]:
+    """Return the cases about parameters."""
     by_schema = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA, "strict": True}}
     return [
         *(Case(f"refuses {name}", partial(_refused, body=body)) for name, body in REFUSED.items()),

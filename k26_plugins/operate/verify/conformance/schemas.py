@@ -1,4 +1,7 @@
-"""Calls of tools whose schemas use what JSON Schema has, whole and streamed: arguments must hold to them."""
+"""Cases about calls of tools whose schemas use many features of JSON Schema, whole and streamed.
+
+The arguments of a call must conform to the tool's schema.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from k26_plugins.operate.verify.conformance.case import Case, Chat, NotAskedErro
 from k26_plugins.operate.verify.tools import faults_of
 
 POINT = {"type": "object", "properties": {"x": {"type": "number"}, "y": {"type": "number"}}, "required": ["x", "y"]}
-# Name, what the model is asked, and the schema of the parameters.
+# A name, what the model is asked, and the schema of the tool's parameters.
 SCHEMAS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("nothing", "Ping the server.", {"type": "object", "properties": {}}),
     (
@@ -71,6 +74,7 @@ def _ask(chat: Chat, question: str, tool: dict[str, Any], *, streamed: bool) -> 
 
 
 def cases() -> list[Case]:
+    """Return the cases about tool calls."""
     found = []
     for name, question, schema in SCHEMAS:
         tool = {"type": "function", "function": {"name": f"use_{name}", "description": question, "parameters": schema}}
