@@ -1,4 +1,7 @@
-"""The command line `k26`: a module for each group of commands. Heavy modules are imported by the command that needs them."""
+"""The command line `k26`, with a module for each group of commands.
+
+Heavy modules are imported only inside the command that needs them, so that `k26 --help` is quick.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands about a checkpoint: its tensors, whether it is whole, and a small one to try things on."""
+"""`k26 tensors`, `k26 check` and `k26 tiny`: list a checkpoint's tensors, check that it is whole, make a small one."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ def tensors(config: Path, every: bool) -> None:
 
 
 def _folded_table(specs: list[TensorSpec]) -> Table:
+    """Return the table of the tensors, with one line for tensors that differ only in their layer, expert or block."""
     from rich.table import Column, Table
 
     folded: dict[str, list[TensorSpec]] = {}
@@ -74,18 +75,19 @@ def _folded_table(specs: list[TensorSpec]) -> Table:
 @click.option("--manifest", type=PATH, metavar="FILE", help="The hashes, as `sha256sum` writes them; implies --hash.")
 @click.option("--repair", is_flag=True, help="Print the commands that download just the bad files; implies --hash.")
 def check(folder: Path, hashes: bool, manifest: Path | None, repair: bool) -> None:
-    """Hold a checkpoint against its table of tensors: names, shapes, dtypes and file sizes.
+    """Compare a checkpoint with its table of tensors: names, shapes, dtypes and file sizes.
 
-    What is wrong with files comes first, then tensors, a line for all of a kind in a layer. A checkpoint of this
-    architecture in another layout (NVFP4, another quantization, a draft layer) is not damaged: an engine's own code serves
-    it. Reads headers, not weights: seconds for the published 64 files. Exits with 1 where something is wrong. Says too
-    where the folder's chat template, which is the one that is used, renders a conversation otherwise than the one that
-    ships.
+    Faults of files are listed first, then faults of tensors, with one line for all of a kind in a layer. A checkpoint
+    of this architecture in another layout (NVFP4, another quantization, a draft layer) is not damaged: an engine's own
+    code serves it. Only headers are read, not weights, which takes seconds for the published 64 files. The command also
+    says if the folder's chat template, which is the one that is used, renders a conversation differently from the one
+    that ships with k26-plugins. Exits with 1 if something is wrong.
 
-    --hash finds what headers cannot show, a flipped bit or a hole that a download left. The hashes are those that the hub's
-    cache or `hf download --local-dir` keeps beside the files, or a manifest's. Several files are read at a time; an
-    interrupted run goes on where it was, since what was right is remembered in ~/.cache/k26-plugins/verified.json while
-    the file keeps its size, time and inode. --repair prints commands, and runs none.
+    --hash finds what headers cannot show, such as a flipped bit or a hole that a download left. The hashes are those
+    that the hub's cache or `hf download --local-dir` keeps beside the files, or those of a manifest. Several files are
+    read at a time. An interrupted run goes on where it was, because files that were right are remembered in
+    ~/.cache/k26-plugins/verified.json as long as they keep their size, time and inode. --repair prints commands, and
+    runs none.
     """
     from k26_plugins.common.checkpoint import CheckpointError, folded
     from k26_plugins.common.checkpoint import check as run_check
@@ -125,7 +127,7 @@ def check(folder: Path, hashes: bool, manifest: Path | None, repair: bool) -> No
 
 
 def _contents(folder: Path, manifest: Path | None) -> list[Problem]:
-    """What the hashes say, with a bar while files are read."""
+    """Compare the files with their hashes, with a progress bar, and return what is wrong with them."""
     from k26_plugins.common.checkpoint import CheckpointError
     from k26_plugins.common.checkpoint.content import expected_contents, verify_contents
     from k26_plugins.common.checkpoint.verified import Verified
@@ -200,7 +202,7 @@ def tiny(
 ) -> None:
     """Write a small random checkpoint with exactly Kimi-K2.6's structure: a few MB, in seconds.
 
-    Every engine can be tried on it without a GPU. Its answers are noise, the same noise in every engine.
+    Every engine can be tried with it without a GPU. Its answers are noise, but the same noise in every engine.
     """
     from k26_plugins.common.model.config import ConfigError
     from k26_plugins.common.tiny.adapter import make_adapters

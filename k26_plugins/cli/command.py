@@ -1,4 +1,4 @@
-"""What the commands, their arguments and their options are made of, where click's own do less."""
+"""Click's classes for groups, commands, arguments and parameter types, with what click's own classes lack."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PATH = click.Path(path_type=Path)
 
 
 class Group(click.Group):
-    """Lists its commands in the order given, where click sorts them, and ends as programs do that are interrupted."""
+    """A group that lists its commands in the given order, where click sorts them, and ends with 130 on an interrupt."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
@@ -26,7 +26,10 @@ class Group(click.Group):
 
 
 class Command(click.Command):
-    """A command whose help has a line for each argument. The list of commands has the help's whole first paragraph."""
+    """A command whose help has a line for each argument.
+
+    The list of commands shows the whole first paragraph of its help, where click cuts the first sentence short.
+    """
 
     def get_short_help_str(self, limit: int = 45) -> str:
         return " ".join((self.help or "").partition("\n\n")[0].split())
@@ -44,7 +47,7 @@ class Command(click.Command):
 
 
 class Argument(click.Argument):
-    """An argument with a line of help, which click's own takes from 8.5 on only."""
+    """An argument with a line of help (`about`), which click's own class takes only from 8.5 on."""
 
     def __init__(self, *declarations: Any, about: str, **attributes: Any) -> None:
         super().__init__(*declarations, **attributes)
@@ -52,14 +55,14 @@ class Argument(click.Argument):
 
 
 class OneOf(click.Choice[StrEnum]):
-    """A member of an enumeration, by its value; click itself goes by its name."""
+    """A member of an enumeration that is given by its value; click's own class goes by the member's name."""
 
     def normalize_choice(self, choice: object, ctx: click.Context | None) -> str:
         return str(choice)
 
 
 class FloatRange(click.FloatRange):
-    """A range without NaN, which is neither too small nor too large for click's own."""
+    """A range that refuses NaN, which click's own class takes because NaN is neither too small nor too large."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number = float(super().convert(value, param, ctx))

@@ -1,4 +1,4 @@
-"""What a shell completes after `k26`: click has the scripts, this prints one or has the shell read it at each start."""
+"""Completion of `k26` in a shell: the options that print click's script for it, or have it read that at each start."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ SHELLS = {
     "zsh": (".zshrc", f'eval "$({VARIABLE}=zsh_source k26)"'),
     "fish": (".config/fish/completions/k26.fish", f"{VARIABLE}=fish_source k26 | source"),
 }
-"""The file in the home folder that each shell reads, and the line that belongs there."""
+"""For each shell, the file in the home folder that it reads, and the line to add to this file."""
 
 
 def _shell() -> str:
+    """Return the name of the user's shell; end the command if there is no completion for it."""
     name = Path(os.environ.get("SHELL", "")).name
     if name not in SHELLS:
         fail(f"SHELL names {name or 'no shell'}: completion is there for {', '.join(SHELLS)}.")

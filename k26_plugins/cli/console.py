@@ -1,4 +1,4 @@
-"""What every command prints with, and how it fails."""
+"""The output that all commands share: consoles, progress bars, and the end of a command that fails."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 folder_argument = click.argument("folder", cls=Argument, type=PATH, metavar="DIR", about="A checkpoint's folder.")
 
 
-# Functions, since rich takes as long to import as all else that `k26 --help` does.
+# The consoles are functions because importing rich takes as long as everything else that `k26 --help` does.
 @cache
 def out() -> Console:
-    """Prints on the output stream."""
+    """Return the console that prints on the output stream."""
     from rich.console import Console
 
     return Console()
@@ -27,28 +27,28 @@ def out() -> Console:
 
 @cache
 def err() -> Console:
-    """Prints on the error stream."""
+    """Return the console that prints on the error stream."""
     from rich.console import Console
 
     return Console(stderr=True)
 
 
 def fail(error: Exception | str, code: int = 1) -> NoReturn:
-    """Say what is wrong on the error stream and end with `code`."""
+    """Print what is wrong on the error stream, and end the command with the exit status `code`."""
     err().print("[red]error:[/]", end=" ")
     err().print(str(error), highlight=False, markup=False, soft_wrap=True)
     raise click.exceptions.Exit(code)
 
 
 def progress_bar() -> Progress:
-    """A bar on the error stream with counts, the time it took and an estimate of what is left."""
+    """Return a progress bar on the error stream with counts, the elapsed time and an estimate of the time left."""
     from rich import progress
 
     return _bar(progress.MofNCompleteColumn(), progress.TimeElapsedColumn())
 
 
 def bytes_bar() -> Progress:
-    """A `progress_bar` for bytes, with their rate."""
+    """Return a progress bar on the error stream with bytes, their rate and an estimate of the time left."""
     from rich import progress
 
     return _bar(progress.DownloadColumn(), progress.TransferSpeedColumn())

@@ -1,4 +1,4 @@
-"""Why it does not work, or that it should."""
+"""`k26 doctor`: say why serving does not work in this environment, or that it should."""
 
 from __future__ import annotations
 
@@ -31,14 +31,16 @@ COLOURS = {"ok": "green", "note": "yellow", "BAD": "bold red"}
     help="Print the commands that mend what was found, and run none; the rest as errors are.",
 )
 def doctor(checkpoint: Path | None, engine: Engine | None, as_json: bool, fix: bool) -> None:
-    """Look at this environment: versions, GPUs, whether the plugin is active in each engine, and the experts' self-test.
+    """Examine this environment: versions, GPUs, whether the plugin is active in each engine, the experts' self-test.
 
-    Measures how fast weights move: read from memory, copied to each GPU, and with a checkpoint read from its disk.
+    Measures how fast weights are read from memory and copied to each GPU, and with --checkpoint also how fast they are
+    read from its disk.
 
-    Each engine is asked in a process of its own that loads plugins as a server does. The self-test is the one that a
-    server makes when it loads the model: each experts backend against the plain dequantized product, on this device.
+    Each engine is asked in its own process, which loads plugins as a server does. The self-test is the one that a
+    server makes when it loads the model: the result of each experts backend is compared with the plain dequantized
+    product, on this device.
 
-    Exits with 0 where nothing is bad and with 1 where something is.
+    Exits with 0 if nothing is bad and with 1 if something is.
     """
     from k26_plugins.operate.doctor import Level, examine
 
@@ -49,7 +51,7 @@ def doctor(checkpoint: Path | None, engine: Engine | None, as_json: bool, fix: b
         click.echo(json.dumps([asdict(finding) for finding in findings], indent=1))
     elif fix:
         show(findings, err())
-        # One command for what is found twice.
+        # Two findings may have the same fix, which is printed once.
         for command in dict.fromkeys(finding.fix for finding in findings if finding.fix):
             click.echo(command)
     else:
@@ -59,6 +61,7 @@ def doctor(checkpoint: Path | None, engine: Engine | None, as_json: bool, fix: b
 
 
 def show(findings: list[Finding], console: Console) -> None:
+    """Print each finding on a line with its level, and its remedy below if it has one."""
     for finding in findings:
         console.print(f"{finding.level:>4}", end="  ", style=COLOURS[finding.level])
         console.print(f"{finding.what}: {finding.detail}", highlight=False, markup=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Answer a message with the reference model."""
+"""`k26 generate`: answer a message with the reference model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def generate(
 ) -> None:
     """Answer a message with the plain reference model, on the CPU.
 
-    Weights are read from the mapped files when they are touched, so that the published checkpoint works too, slowly.
+    Weights are read from the mapped files when they are needed, so the published checkpoint works too, but slowly.
     """
     import torch
 
@@ -51,7 +51,7 @@ def generate(
         text = render(
             [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}], folder, thinking=thinking
         )
-        # The prompt's own text may name control tokens; here the user is the one at the keyboard.
+        # A control token that the prompt's text names becomes that token: here the user is the operator, who may do so.
         token_ids = tokenizer.encode_prompt(text)
         pixel_values = grid_thw = None
         if media:
@@ -79,7 +79,7 @@ def generate(
     ):
         answer.append(token)
         whole = tokenizer.decode(answer)
-        # A character may take several tokens: what does not decode yet waits.
+        # A character may take several tokens: text is printed only when its last character is whole.
         if not whole.endswith("\ufffd"):
             click.echo(whole[printed:], nl=False)
             printed = len(whole)

@@ -1,4 +1,4 @@
-"""Compute golden logits on the real checkpoint."""
+"""`k26 golden`: compute golden logits from the real checkpoint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from k26_plugins.cli.reports import require_writable
 if TYPE_CHECKING:
     from k26_plugins.operate.golden import Golden, GoldenJob
 
-# A rank test over this many tokens can reach the score that a fault needs: 6 = sqrt(3 · 12).
+# A rank test needs this many tokens of an expert to reach the score from which on a fault is found: 6 = sqrt(3 · 12).
 ENOUGH_TOKENS = 12
 
 
@@ -31,11 +31,11 @@ ENOUGH_TOKENS = 12
 )
 @click.option("--top-k", type=click.IntRange(min=1), default=64, help="Likeliest tokens to keep at each position.")
 def golden(folder: Path, prompts: Path, out: Path, answer_tokens: int, top_k: int) -> None:
-    """Compute what the reference answers, for `k26 verify` to hold an endpoint against.
+    """Compute the reference model's answers, with which `k26 verify` compares an endpoint.
 
     Needs no GPU and little memory: one layer is in memory at a time, all prompts go through it together, and a routed
-    expert is read only when a token chose it. What the run takes is said before it starts. It may be killed at any time:
-    the same command goes on after the last whole layer, and gives the same file.
+    expert is read only if a token chose it. Before it starts, the run says how much memory it takes and how much it
+    reads. It may be killed at any time: the same command goes on after the last whole layer, and gives the same file.
 
     A line of prompts is one of
 
@@ -45,7 +45,8 @@ def golden(folder: Path, prompts: Path, out: Path, answer_tokens: int, top_k: in
 
         {"id": "raw", "text": "The capital of France is"}
 
-    with "thinking": false and "tools": [...] beside messages on demand. Twenty prompts of a few hundred tokens are plenty.
+    and "thinking": false and "tools": [...] may stand beside messages. Twenty prompts of a few hundred tokens are
+    plenty.
     """
     from k26_plugins.common.checkpoint import CheckpointError, StreamedCheckpoint
     from k26_plugins.common.model.config import ConfigError
@@ -73,6 +74,7 @@ def golden(folder: Path, prompts: Path, out: Path, answer_tokens: int, top_k: in
 
 
 def _what_experts_saw(made: Golden) -> str:
+    """Return in words how many tokens the experts saw, and how many experts saw too few for a fault to be found."""
     tokens = made.tokens_by_expert().flatten()
     if not tokens.numel():
         return "no routed experts"
@@ -85,6 +87,7 @@ def _what_experts_saw(made: Golden) -> str:
 
 
 def _what_it_takes(job: GoldenJob) -> str:
+    """Return in words how much a run will read, how much memory it will take, and where it keeps its state."""
     stage = max(job.stages, key=job.stages.__getitem__)
     total = sum(spec.num_bytes for spec in job.checkpoint.table.values())
     return (

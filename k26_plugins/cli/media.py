@@ -1,4 +1,4 @@
-"""What the model sees of an image or a video."""
+"""`k26 media`: show what the model sees of an image or a video."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from k26_plugins.cli.reports import require_writable
 def media(file: Path, sheet: Path | None, checkpoint: Path | None) -> None:
     """Show what the model sees of an image or a video: frames, grid of patches, tokens, and a picture of the frames.
 
-    Width and height of the picture's frames are those that the model gets, padding included, shrunk to 320 pixels.
+    The picture shows the frames as the model gets them, padding included, shrunk to 320 pixels.
     """
     from rich.table import Table
 

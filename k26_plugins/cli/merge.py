@@ -1,4 +1,4 @@
-"""`k26 merge`."""
+"""`k26 merge`: merge a LoRA adapter into a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from k26_plugins.cli.console import bytes_bar, fail, folder_argument
 )
 @click.argument("target", cls=Argument, type=PATH, metavar="OUT", about="A new folder.")
 def merge(folder: Path, adapter: Path, target: Path) -> None:
-    """Write a checkpoint into which a LoRA adapter is merged: every engine serves it, also where it refuses the adapter.
+    """Write a checkpoint with a LoRA adapter merged into it, which every engine serves, even if it refuses the adapter.
 
-    Modules may be named as the hub's class, transformers' own, or a class of the language model alone names them. Routed
-    experts are quantized again as the published ones are; the last line says how much of the adapter's change of them that
-    rounds away. Takes the memory of one matrix and the space of a second checkpoint.
+    The adapter may name modules as the hub's class does, as transformers' own class does, or as a class of the language
+    model alone does. Routed experts are quantized again in the way of the published ones; the last line of output says
+    how much of the adapter's change to them is lost by this rounding. Takes the memory of one matrix, and the disk
+    space of a second checkpoint.
     """
     from k26_plugins.common.checkpoint import CheckpointError
     from k26_plugins.common.model.config import ConfigError

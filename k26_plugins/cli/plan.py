@@ -1,4 +1,4 @@
-"""Does it fit, and what is the command."""
+"""`k26 plan`: say whether the model fits on a machine, and with which command it is served."""
 
 from __future__ import annotations
 
@@ -26,12 +26,16 @@ HUB_NAME = "moonshotai/Kimi-K2.6"
 
 
 class Engine(StrEnum):
+    """The engines that a plan can be made for."""
+
     VLLM = "vllm"
     SGLANG = "sglang"
     KTRANSFORMERS = "ktransformers"
 
 
 class KvDtype(StrEnum):
+    """The dtypes of a KV cache."""
+
     BF16 = "bf16"
     FP8 = "fp8"
 
@@ -74,7 +78,7 @@ ram_bandwidth_option = click.option(
 
 
 def planning_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options of what is planned, which `k26 plan` and `k26 serve` share, in their order."""
+    """Add to a command the options that `k26 plan` and `k26 serve` share, in the order in which help shows them."""
     for option in reversed(_SHARED):
         command = option(command)
     return command
@@ -113,17 +117,17 @@ def plan(
 ) -> None:
     """Say whether Kimi-K2.6 fits on a machine, why, what is left for the KV cache, and the exact launch command.
 
-    Without --gpus it plans for this machine. Computed from the table of tensors: weights by part on each rank, activations,
-    what engines keep for themselves (fitted to the published runs of vLLM in docs/hardware.md), and KV cache of 70,272
-    bytes a token, which plain tensor parallelism repeats on every GPU. Where the load does not fit, what does is named,
-    each as options of this command. GPUs of several machines get a command for each. --compare puts all engines and layouts
-    into one table.
+    Without --gpus it plans for this machine. It adds up, from the table of tensors, the weights by part on each rank,
+    activations, what engines keep for themselves (fitted to the published runs of vLLM in docs/hardware.md), and a KV
+    cache of 70,272 bytes a token, which plain tensor parallelism repeats on every GPU. If the load does not fit, loads
+    that do are named, each as options of this command. If the GPUs are in several machines, each machine gets a
+    command. --compare puts all engines and layouts into one table.
 
-    Speeds are bounds from published bandwidths; nobody measured them. With --measure a hybrid run's are predicted, from this
-    machine's CPU and links (of the GPUs given, or its own), and the chunk of a prompt is the one with which a request of the
-    context's length ends first.
+    Speeds are bounds from published bandwidths; nobody measured them. With --measure the speeds of a hybrid run are
+    predicted from measurements of this machine's CPU and links, for the GPUs given or its own, and prompts are cut into
+    chunks of the size with which a request of the context's length ends first.
 
-    Exits with 0 where it fits and with 1 where it does not.
+    Exits with 0 if the load fits and with 1 if it does not.
     """
     from k26_plugins.operate.plan import report
 
@@ -150,7 +154,10 @@ def _compare(gpus: str | None, load: Load, ram: float | None, checkpoint: str, a
 
 
 def load_of(context: int, concurrency: int, images: int, kv_dtype: KvDtype, memory_fraction: float) -> Load:
-    """What is to be served, of the options that say so."""
+    """Return the load that the options describe.
+
+    context: tokens of one request. images: number in each request. memory_fraction: share of each GPU's memory.
+    """
     from k26_plugins.operate.plan.fit import SEQUENCES, Load
 
     return Load(
@@ -175,7 +182,10 @@ def plan_for(
     *,
     measure: bool = False,
 ) -> Plan:
-    """The plan of these options; ends the command on one that cannot be."""
+    """Return the plan that the options describe; end the command if there can be no such plan.
+
+    ram: GB. ram_bandwidth: GB/s. gpus, ram, cores, sockets: None for this machine's.
+    """
     from k26_plugins.operate.plan.report import make_plan
     from k26_plugins.operate.plan.weights import LayoutError
 
@@ -192,7 +202,7 @@ def plan_for(
 
 
 def _measured(config: K26Config) -> Rates:
-    """The rates of this machine; ends the command where no backend computes experts on its CPU."""
+    """Measure this machine's rates; end the command if no backend computes experts on its CPU."""
     from k26_plugins.common.experts import ExpertsError
     from k26_plugins.operate.hybrid_rates import measure
 
@@ -212,7 +222,10 @@ def _of(
     checkpoint: str,
     load: Load,
 ) -> tuple[K26Config, Machine]:
-    """The model and the machine of these options; ends the command where they, or the load, cannot be."""
+    """Return the model and the machine that the options describe.
+
+    The command ends if an option is wrong, or if a request of the load is longer than the model allows.
+    """
     from k26_plugins.common.model.config import ConfigError, K26Config
     from k26_plugins.operate.accelerators import AcceleratorError
     from k26_plugins.operate.machine import machine_of
@@ -230,5 +243,5 @@ def _of(
 
 
 def is_hub_name(checkpoint: str) -> bool:
-    """Whether it can only be a name on the hub: two words, and no such folder here."""
+    """Return whether `checkpoint` can only be a name on the hub: it has two words, and no such folder is here."""
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", checkpoint) is not None and not Path(checkpoint).exists()

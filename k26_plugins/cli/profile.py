@@ -1,4 +1,4 @@
-"""Which experts a workload uses, for the placement of a hybrid run."""
+"""`k26 profile`: count which experts a workload uses, for their placement in a hybrid run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from k26_plugins.cli.console import fail, folder_argument, out, progress_bar
 from k26_plugins.cli.plan import ram_bandwidth_option
 from k26_plugins.cli.reports import require_writable
 
-# Shares of the experts on the GPUs that the table shows.
+# Shares of the experts on the GPUs for which the table has a row.
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 3, 1 / 2, 3 / 4)
 
 
@@ -21,14 +21,15 @@ SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 3, 1 / 2, 3 / 4)
 @click.option("--save", type=PATH, help="Where the profile goes. [default: beside the checkpoint]")
 @ram_bandwidth_option
 def profile(folder: Path, prompts: Path, save: Path | None, ram_bandwidth: float | None) -> None:
-    """Count which experts your prompts use, so that a hybrid run keeps those on the GPUs.
+    """Count which experts your prompts use, so that a hybrid run keeps these experts on the GPUs.
 
-    Runs the plain reference model over the prompts, on the CPU: each expert that a prompt chooses is read from the mapped
-    files, so that the published checkpoint takes hours. A hybrid run (`--kt-weight-path`) takes the profile that it finds
-    beside the checkpoint. The table says which share of expert uses the GPUs would then answer, beside the share that they
-    would with as many of the first experts.
+    Runs the plain reference model over the prompts, on the CPU. Each expert that a prompt chooses is read from the
+    mapped files, so the published checkpoint takes hours. A hybrid run (`--kt-weight-path`) uses the profile that it
+    finds beside the checkpoint. The table says which share of the expert uses the GPUs would then serve, and which
+    share they would serve with as many experts by number (the first ones) instead.
 
-    The speed is a bound: the experts that are left, read once a token at the bandwidth given. Nobody measured it.
+    The speed is an upper bound: it counts only the time in which the remaining experts are read, once for each token,
+    at the bandwidth given. Nobody measured it.
     """
     from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""The files that a command writes beside what it prints: JSON, and one HTML page with plots."""
+"""The files that a command writes in addition to its output: JSON, and one HTML page with plots."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ html_option = click.option("--html", "html_out", type=PATH, help="Write one page
 
 
 def require_plots(html_out: Path | None, code: int) -> None:
-    """A page that cannot be written is said before the work, not after it."""
+    """End the command with `code` before its work if an HTML page is wanted and matplotlib is not installed."""
     if html_out is not None and find_spec("matplotlib") is None:
         fail("--html needs matplotlib. pip install 'k26-plugins[report]'", code)
 
 
 def require_writable(*files: Path | None, code: int = 1) -> None:
-    """Outputs are tried before the work, which may take hours: each is opened without a change to what it holds."""
+    """End the command with `code` before its work, which may take hours, if one of its outputs cannot be written.
+
+    Each file is opened to find out; what it holds is not changed, and a file that did not exist is removed again.
+    """
     for file in files:
         if file is None:
             continue
@@ -36,6 +39,6 @@ def require_writable(*files: Path | None, code: int = 1) -> None:
 
 
 def write(file: Path | None, content: Callable[[], str]) -> None:
-    """A report, where one is wanted."""
+    """Write a report if a file is named for it. content: called only then."""
     if file is not None:
         file.write_text(content(), encoding="utf-8")

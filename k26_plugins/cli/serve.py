@@ -1,4 +1,4 @@
-"""Plan, doctor, then the engine's own command."""
+"""`k26 serve`: make a plan, examine the environment, then start the engine's own command."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from k26_plugins.cli.doctor import show
 from k26_plugins.cli.plan import Engine, KvDtype, load_of, plan_for, planning_options
 
 
-# What follows `--` is the engine's.
+# Arguments after `--` are not ours but the engine's.
 @click.command(cls=Command, context_settings={"allow_extra_args": True})
 @folder_argument
 @click.option("--gpus", help="As for `k26 plan`; by default those of this machine.")
@@ -38,11 +38,11 @@ def serve(
     anyway: bool,
     dry_run: bool,
 ) -> None:
-    """Plan, look at the environment, and start the engine's own command, which is printed first.
+    """Make a plan, examine the environment, and start the engine's own command, which is printed first.
 
-    What follows -- goes to the engine as it is: k26 serve --engine vllm DIR -- --port 8001
+    Arguments after -- are passed to the engine unchanged: k26 serve --engine vllm DIR -- --port 8001
 
-    Without a GPU there is nothing to plan, and the engine's CPU command is started (vLLM and SGLang).
+    Without a GPU there is nothing to plan, and the engine is started with its command for a CPU (vLLM and SGLang).
     """
     from k26_plugins.operate.doctor import Level, examine
     from k26_plugins.operate.plan.command import plain_command, shown
@@ -78,7 +78,7 @@ def serve(
         return
     sys.stdout.flush()
     command[0] = _beside_python(command[0])
-    # The engine starts compilers and programs of its own environment by name too.
+    # The engine starts compilers and other programs of this environment by name, so they must be found on PATH.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     try:
         os.execvp(command[0], command)
@@ -87,7 +87,11 @@ def serve(
 
 
 def _beside_python(program: str) -> str:
-    """The program of the environment that runs this command, whatever PATH says: a service's has no environment on it."""
+    """Return the path of a program in the environment that runs this command.
+
+    PATH is not asked, because a service's PATH often does not have the environment. A program that the environment does
+    not have is returned as it is.
+    """
     if program == "python":
         return sys.executable
     beside = Path(sys.executable).with_name(program)
@@ -95,16 +99,18 @@ def _beside_python(program: str) -> str:
 
 
 def _is_other_layout(folder: Path) -> bool:
+    """Return whether the checkpoint has another layout than the published one; False if it cannot be read."""
     from k26_plugins.common.checkpoint import CheckpointError, Layout, classify_folder
     from k26_plugins.common.model.config import ConfigError
 
     try:
         return classify_folder(folder).layout is not Layout.PUBLISHED
     except (CheckpointError, ConfigError):
-        return False  # the doctor says it, and --anyway starts
+        return False  # the doctor reports the error, and --anyway starts the engine all the same
 
 
 def _has_gpu() -> bool:
+    """Return whether this machine has a GPU; end the command if the drivers cannot be asked."""
     from k26_plugins.operate.accelerators import AcceleratorError, accelerators
 
     try:

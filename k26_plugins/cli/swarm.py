@@ -1,4 +1,4 @@
-"""Agent-swarm traffic against a running server."""
+"""`k26 swarm`: send an agent swarm's traffic to a running server."""
 
 from __future__ import annotations
 
@@ -90,24 +90,26 @@ def swarm(
     json_out: Path | None,
     html_out: Path | None,
 ) -> None:
-    """Send an agent swarm's traffic to a running server, and say how fast and how rightly it was served.
+    """Send an agent swarm's traffic to a running server, and report how fast and how correctly it was served.
 
-    An orchestrator splits a task; sub-agents with one long shared prefix work on it side by side, over many turns with
-    tool calls, tools that take their time, and images; the orchestrator merges their results. Everything follows from
-    --seed. Times, throughput, the engine's own prefix-cache hit rate, and the server's memory are reported.
+    An orchestrator splits a task. Sub-agents with one long shared prefix work on it at the same time, over many turns
+    with tool calls, tools that take their time, and images. Then the orchestrator merges their results. Everything that
+    is sent follows from --seed. The report has times, throughput, the engine's own prefix-cache hit rate, and the
+    server's memory.
 
-    Whether any agent lost or mixed up its conversation is found in three ways: each carries a code word that must come
-    back (where the model is able to repeat one), each prompt must have exactly the tokens that the core counts (with
-    --checkpoint; by their ids in vLLM and SGLang), and some steps are asked again alone, whose answers must be theirs.
+    Three checks find an agent whose conversation was lost or mixed up with another's. Each agent has a code word that
+    must come back, if the model is able to repeat one. Each prompt must have exactly the tokens that the core counts
+    (with --checkpoint; compared by their ids in vLLM and SGLang). Some steps are asked again alone in the end, to see
+    that each answer under load belonged to its own conversation (word for word only with --deterministic).
 
-    --hostile and --drops put faults beside the load: broken JSON, absurd sizes, corrupt media, injected control tokens, deep
-    tool schemas; streams that are left. Every hostile request must be refused or answered, without an error of the
-    server's own.
+    --hostile and --drops add faults to the load: broken JSON, absurd sizes, corrupt media, injected control tokens,
+    deep tool schemas; clients that hang up in the middle of a stream. Every hostile request must be refused or
+    answered, without an error of the server's own.
 
     A small trial: k26 swarm --url http://localhost:8000 --agents 20 --steps 100
 
-    Exits with 0 where the server holds, with 1 where something was lost, mixed up or failed, and with 2 where it could not
-    be asked.
+    Exits with 0 if the server holds, with 1 if something was lost, mixed up or failed, and with 2 if the server could
+    not be asked.
     """
     import asyncio
 
@@ -148,8 +150,8 @@ def swarm(
     )
 
     async def send() -> tuple[Run, bool]:
-        # A connection for each request: a server whose loop was busy closes idle ones just when they are used again, which
-        # looks like an error of its own.
+        # Each request has its own connection. A server whose event loop was busy closes idle connections just when they
+        # are used again, which looks like an error of the server.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         async with httpx.AsyncClient(

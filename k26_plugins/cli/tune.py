@@ -1,4 +1,4 @@
-"""Which experts are the fastest that are right, on this GPU."""
+"""`k26 tune`: find out which kernels compute the experts fastest on this GPU, among those that are right."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Engine(StrEnum):
-    """The engines for whose kernels there are peers."""
+    """The engines whose kernels `k26 tune` can compare with the core's."""
 
     VLLM = "vllm"
     SGLANG = "sglang"
@@ -58,11 +58,13 @@ def tune(
 ) -> None:
     """Time the core's kernels and the engine's for the INT4 experts on this GPU, so that servers take what wins.
 
-    With random weights of the sizes that one rank has, from 1 to 16,384 tokens, with even and with skewed routing: tiles
-    of ours first, then each kernel, in CUDA graphs up to 512 tokens. The outcome goes to the cache folder by GPU, driver,
-    Triton, torch, engine's version and sizes; a server with these very ones takes ours where they are faster by 3 % or
-    more with an error that is no larger, and the engine's own otherwise. Give --tp and --ep as the server has them, on an
-    idle GPU.
+    The weights are random and have the sizes of one rank; batches have 1 to 16,384 tokens, with even and with skewed
+    routing. First the fastest tiles for the core's kernels are searched, then every kernel is timed, in CUDA graphs up
+    to 512 tokens.
+
+    The outcome goes to the cache folder, under the GPU, driver, Triton, torch, engine version and sizes. A server for
+    which all of these are the same takes the core's kernels if they are faster by 3 % or more with an error that is no
+    larger, and the engine's own kernels otherwise. Give --tp and --ep as the server has them, and keep the GPU idle.
     """
     from k26_plugins.common.experts.outcome import outcome_file, write_outcome
     from k26_plugins.common.experts.rule import choose
@@ -104,7 +106,7 @@ def tune(
 
 
 def _layer(checkpoint: str, tp: int, ep: int) -> Layer:
-    """A rank's part of a layer of this model; ends the command where it cannot be."""
+    """Return a rank's part of a layer of this model; end the command if the layer cannot be divided so."""
     from k26_plugins.common.model.config import ConfigError, K26Config
     from k26_plugins.operate.tune.routing import Layer
 

@@ -1,4 +1,4 @@
-"""Is a running endpoint right? Against a golden file, or several endpoints against each other."""
+"""`k26 verify` and `k26 compare`: compare a running endpoint with a golden file, or endpoints with each other."""
 
 from __future__ import annotations
 
@@ -50,16 +50,16 @@ def verify(
     json_out: Path | None,
     html_out: Path | None,
 ) -> None:
-    """Hold a running server against golden logits: vLLM, SGLang, KTransformers, or any OpenAI-compatible endpoint.
+    """Compare a running server with golden logits: vLLM, SGLang, KTransformers, or any OpenAI-compatible endpoint.
 
-    Compares the prompt's token ids, the distribution at every position of prompts (text and images) and of greedy answers.
-    The bounds come from the golden file, which knows what bfloat16 does to each answer. Where the server is beyond them,
-    it is said from which position on, and what is probably wrong: the router, an expert by name, positions, the image
-    path, the prompt's rendering.
+    Compares the prompts' token ids, and the distributions at every position of the prompts (text and images) and of
+    greedy answers. The bounds come from the golden file, which holds what bfloat16 rounding does to each answer. If the
+    server is beyond the bounds, the report says from which position on, and what is probably wrong: the router, an
+    expert by name, positions, the image path, or the prompt's rendering.
 
-    vLLM and SGLang report whole prompts; a vendor's chat API reports its answers only, and less is shown by it.
+    vLLM and SGLang report whole prompts. A vendor's chat API reports only its answers, so fewer faults can be seen.
 
-    Exits with 0 where the server is right, with 1 where it is not, and with 2 where it could not be asked.
+    Exits with 0 if the server is right, with 1 if it is not, and with 2 if it could not be asked.
     """
     from k26_plugins.operate.golden import Golden, GoldenError
     from k26_plugins.operate.verify.conformance import CASES, FAIL, PASS, check_conformance
@@ -126,13 +126,13 @@ def compare(
     json_out: Path | None,
     html_out: Path | None,
 ) -> None:
-    """Hold running servers against each other, every pair of them, where there is no golden file.
+    """Compare running servers with each other, every pair of them, if there is no golden file.
 
-    Compares how messages become tokens, the distributions over prompts where both servers report them, and greedy
-    answers. That two agree does not make either right. A prompt of raw text is compared between servers that report
-    prompts (vLLM, SGLang); a vendor's chat API cannot be asked it.
+    Compares how messages become tokens, the distributions over prompts if both servers report them, and greedy answers.
+    Two servers that agree can both be wrong. A prompt of raw text is compared only between servers that report prompts
+    (vLLM, SGLang), since a vendor's chat API does not take one.
 
-    Exits with 0 where all pairs agree, with 1 where one does not, and with 2 where a server could not be asked.
+    Exits with 0 if all pairs agree, with 1 if a pair does not, and with 2 if a server could not be asked.
     """
     from k26_plugins.operate.golden import PromptError, read_requests
     from k26_plugins.operate.verify import compare as comparison
