@@ -1,17 +1,20 @@
-"""What the plugin costs vLLM: the same requests to servers with the plugin and without it, in turns.
+"""Measure what the plugin costs vLLM: the same requests go to servers with the plugin and without it, in turns.
 
     python kernels/bench/alone.py [--save]         in vLLM's environment
 
-No engine serves the published INT4 experts on a CPU alone. So the checkpoint is tiny and has bfloat16 experts of the same
-values, which vLLM serves by itself: without the plugin, which is the bf16 baseline, and with it. A third server has the
-plugin and the INT4 experts. The model is so small that what an engine does around it is most of the time, which is where a
-plugin would be felt. There is no such run of SGLang: alone, 0.5.23 starts only with the checkpoint's own code for images,
-and with a stand-in for that its plain torch attention ends at the first prompt of this model, on a CPU without AMX
-("Expected size for first two dimensions of batch2 tensor to be: [4, 192] but got: [4, 576]").
+No engine serves the published INT4 experts on a CPU by itself. The checkpoint is therefore tiny and has bfloat16
+experts of the same values, which vLLM does serve by itself: one server has no plugin (the bf16 baseline), and one has
+the plugin. A third server has the plugin and the INT4 experts. The model is so small that most of the time is what the
+engine does around the model, which is where the cost of a plugin would show.
 
-All servers are up at once and asked one after the other, in each of the possible orders in turn. What is shown is the
-median of the ratios of neighbours in time, with the interval that holds the median in 95 of 100 runs, and the ratio of all
-seconds of the servers' cores, which the machine's other work changes less.
+There is no such run for SGLang. Without the plugin, SGLang 0.5.23 starts only with the checkpoint's own code for
+images, and with a stand-in for this code its plain torch attention fails at the first prompt of this model, on a CPU
+without AMX ("Expected size for first two dimensions of batch2 tensor to be: [4, 192] but got: [4, 576]").
+
+All servers are up at the same time and are asked one after the other, in each possible order in turn. Each time is
+divided by the baseline's time in the same turn. Shown are the median of these ratios, the interval that holds the
+median in 95 of 100 runs, and the ratio of all CPU seconds of the servers' processes, which other work on the machine
+changes less.
 """
 
 from __future__ import annotations
@@ -49,17 +52,18 @@ from k26_plugins.operate.swarm.memory import processes
 
 ALONE, OURS, INT4 = "alone", "plugin", "plugin, INT4"
 OFF = {"VLLM_PLUGINS": "none"}
-# Every server is started with it: compiling three takes longer than all that is measured.
+# Every server is started without torch.compile: compiling for three servers would take longer than the whole
+# measurement.
 COMMON = "--enforce-eager"
 
 
 def letters(count: int, seed: int) -> str:
-    """Random letters, each of which is a token of the tiny tokenizer."""
+    """Return random letters, each of which is a token of the tiny tokenizer."""
     return "".join(random.Random(seed).choices("abcdefghijklmnopqrstuvwxyz ", k=count))
 
 
 def ask(server: Server, content: Any, answer: int, *, stream: bool = False) -> int:
-    """Returns how many tokens the prompt and the answer had."""
+    """Ask for an answer of `answer` tokens, and return the total number of tokens in prompt and answer."""
     body: dict[str, Any] = {"max_tokens": answer, "temperature": 0, "ignore_eos": True}
     if not stream:
         return int(server.chat(content, **body)["usage"]["total_tokens"])
@@ -72,11 +76,13 @@ def ask(server: Server, content: Any, answer: int, *, stream: bool = False) -> i
 
 
 def at_once(server: Server, prompts: list[str]) -> int:
+    """Ask all prompts at the same time, each for an answer of 32 tokens, and return the total number of tokens."""
     with ThreadPoolExecutor(len(prompts)) as pool:
         return sum(pool.map(lambda prompt: ask(server, prompt, 32), prompts))
 
 
 def pictures(seed: int, count: int) -> Asking:
+    """Return a request with `count` images, which differ for every seed."""
     parts = [image_part(png(random_image(640, 480, count * seed + index))) for index in range(count)]
     return partial(ask, content=[*parts, {"type": "text", "text": "What?"}], answer=1)
 
@@ -92,21 +98,24 @@ REQUESTS: dict[str, Callable[[int], Asking]] = {
     "an image of 640×480": lambda seed: pictures(seed, 1),
     "4 images of 640×480": lambda seed: pictures(seed, 4),
 }
-"""How each kind of request is made from a seed, which is new each time: nothing may be found in a cache."""
+"""For each kind of request, the function that makes it from a seed.
+
+The seed is new in each turn, so that nothing is found in a cache.
+"""
 
 
 @dataclass
 class Times:
-    """How long one kind of request to one server took."""
+    """How long one kind of request took on one server."""
 
     seconds: list[float] = field(default_factory=list)
-    """What the clock says, for each turn."""
+    """Elapsed time of each turn."""
     of_cores: float = 0
-    """Seconds of the cores that all of the server's processes took in all turns."""
+    """CPU seconds of all of the server's processes, over all turns."""
 
 
 def of_cores(pid: int) -> float:
-    """Seconds of the cores that a server's processes have taken so far, those that ended among them included."""
+    """Return the CPU seconds that a server's processes have taken so far, including children that have ended."""
     total = 0.0
     for process in processes(pid):
         with suppress(psutil.NoSuchProcess):
@@ -116,11 +125,15 @@ def of_cores(pid: int) -> float:
 
 
 def measure(servers: dict[str, Server], turns: int) -> dict[str, dict[str, Times]]:
-    """The times, by kind of request and server. Raises SystemExit where servers count one request's tokens differently."""
+    """Return the times by kind of request and server.
+
+    Raises SystemExit if the servers count different numbers of tokens for the same request.
+    """
     found = {kind: {name: Times() for name in servers} for kind in REQUESTS}
-    # What a server does after its answer is in the time of the next, which is therefore another each time.
+    # What a server still does after its answer slows the server that is asked next. The order changes with every turn,
+    # so that this does not always fall on the same server.
     orders = list(permutations(servers))
-    # The first turns compile and allocate what later ones use.
+    # The first two turns are not counted: in them, code is compiled and memory allocated that later turns use.
     for turn in range(-2, turns):
         for kind, request in REQUESTS.items():
             counts = set()
@@ -138,10 +151,10 @@ def measure(servers: dict[str, Server], turns: int) -> dict[str, dict[str, Times
 
 
 def compared(times: dict[str, Times], name: str) -> dict[str, float | list[float]]:
-    """A server's times over the bf16 baseline's, those of the engine alone."""
+    """Return a server's times divided by those of the engine alone, the bf16 baseline."""
     pairs = zip(times[name].seconds, times[ALONE].seconds, strict=True)
     ratios = sorted(ours / alone for ours, alone in pairs)
-    # Places among the sorted ratios, by the binomial distribution's normal form.
+    # Indices of the interval's ends among the sorted ratios, by the normal approximation of the binomial distribution.
     half = 0.98 * len(ratios) ** 0.5
     low, high = max(0, int(len(ratios) / 2 - half)), min(len(ratios) - 1, int(len(ratios) / 2 + half))
     return {
@@ -163,7 +176,7 @@ def main() -> None:
         make_tiny(folder / "int4")
         say_letters(folder / "int4")
         with_bfloat16_experts(folder / "int4", folder / "bf16")
-        # The parsers are the plugin's default.
+        # Only the engine alone needs the flags for parsers: with the plugin they are the default.
         ways = {ALONE: ("bf16", PARSERS, OFF), OURS: ("bf16", (), {}), INT4: ("int4", (), {})}
         servers = {}
         for way, (checkpoint, flags, settings) in ways.items():

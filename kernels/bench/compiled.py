@@ -1,9 +1,9 @@
-"""Every kernel and shipped configuration, compiled for every target: no GPU is needed.
+"""Compile every kernel in every shipped configuration for every target, and show figures of the code. Needs no GPU.
 
     cd kernels && python -m bench.compiled                     a table
-    cd kernels && python -m bench.compiled --json FILE         and the figures, which the tests hold
+    cd kernels && python -m bench.compiled --json FILE         and the figures, with which the tests compare
 
-Registers and spills come from the binary itself, the matrix instruction and the widths of loads from the assembly.
+Registers and spills are read from the binary, the matrix instruction and the widths of loads from the assembly.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 LAYER = Shape(7168, 2048, 384)
-# A rank's layer under tensor parallel 8, whose w2 has a config of its own for some sizes of blocks.
+# A rank's layer under tensor parallel 8. For some block sizes its w2 has a config that differs from that of LAYER.
 SHARD = Shape(7168, 256, 384)
 TOP_K = 8
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One compilation: a kernel with its compile-time arguments, for one target."""
+    """One compilation: a kernel with its compile-time arguments for one target."""
 
     name: str
     target: str
@@ -52,31 +52,33 @@ class Variant:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the compiler made of a variant. Loads and instructions are counted in the assembly, unrolled as it is."""
+    """Figures of a compiled variant. Loads and instructions are counted in the assembly, which may be unrolled."""
 
     name: str
     target: str
     threads: int
     registers: int
-    """How many each thread has."""
+    """Registers of each thread."""
     spilled_bytes: int
     shared_memory: int
+    """Bytes of shared memory of a program."""
     tensor_memory: int
-    """How many columns it has, on sm_100."""
+    """Columns of tensor memory of a program, on sm_100; 0 elsewhere."""
     programs_per_sm: int
-    """How many an SM of the smallest GPU of the family holds at a time."""
+    """Number of programs that an SM of the smallest GPU of the family holds at a time."""
     matrix_instructions: dict[str, int]
+    """Number of matrix instructions, by instruction."""
     weight_loads: dict[str, int]
-    """How many of the widest loads from global memory there are, by instruction."""
+    """Number of the widest loads from global memory, by instruction."""
     evict_first_loads: int
-    """How many of those the cache is told to let go first; 0 on AMD."""
+    """Number of asynchronous copies whose data the cache is told to evict first; 0 on AMD."""
     shuffles: int
     loop_instructions: int
-    """Machine instructions that a warp issues for a step along K; 0 where that is not read (AMD, and kernels without)."""
+    """Machine instructions that a warp issues for a step along K; 0 on AMD and for kernels without such a loop."""
     tile_instructions: int
-    """Those for a tile beside its steps; 0 where a tile is one step, whose loop is counted above."""
+    """Machine instructions for a tile besides those of its steps; 0 if a tile is a single step, counted above."""
     waits_first: bool
-    """Whether its machine code waits for the launch before it, ahead of all that reads or writes the GPU's memory."""
+    """Whether the machine code waits for the launch before it, ahead of every access to the GPU's memory."""
 
 
 KERNELS = {
@@ -93,6 +95,11 @@ KERNELS = {
 def gemm_variant(
     target: Target, shape: Shape, name: str, config: KernelConfig, gemm_config: GemmConfig, gated: bool, split_k: int
 ) -> Variant:
+    """Return the variant of the GEMM kernel for one config.
+
+    name: the config's. gated: whether it is the w13 GEMM, with SiLU and gate; else w2. split_k: in how many parts K is
+    cut.
+    """
     hidden_size, intermediate_size = shape.hidden_size, shape.intermediate_size
     out_features, in_features = (2 * intermediate_size, hidden_size) if gated else (hidden_size, intermediate_size)
     constants = {
@@ -117,7 +124,7 @@ def gemm_variant(
 
 
 def variants() -> Iterator[Variant]:
-    """Gives all that is shipped: the small kernels, and the GEMMs in every config."""
+    """Yield every variant that is shipped: the small kernels, and the GEMMs in every config."""
     hidden_size, intermediate_size = LAYER.hidden_size, LAYER.intermediate_size
     sort = {"BINS": 512, "PAIRS_AT_ONCE": PAIRS_AT_ONCE, "HAS_MAP": True}
     small: dict[str, dict[str, Any]] = {
@@ -144,6 +151,7 @@ def variants() -> Iterator[Variant]:
 
 
 def compile_variant(variant: Variant) -> Facts:
+    """Compile a variant, and return its figures."""
     target = TARGETS[variant.target]
     function, types = KERNELS[variant.kernel]
     out = "*fp32" if variant.float32_out else "*bf16"
@@ -172,18 +180,23 @@ def compile_variant(variant: Variant) -> Facts:
 
 
 def count(pattern: str, text: str) -> dict[Any, int]:
+    """Return how often each string that the pattern's group matches is in the text."""
     return dict(Counter(re.findall(pattern, text, re.MULTILINE)))
 
 
 def cuobjdump(option: str, file: str) -> str:
-    """What NVIDIA's `cuobjdump`, which comes with Triton, prints for an option."""
+    """Return what NVIDIA's `cuobjdump`, which comes with Triton, prints about a file for one of its options."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     return subprocess.run([tool, option, file], capture_output=True, text=True, check=True).stdout
 
 
 def loop_instructions(sass: str) -> tuple[int, int]:
-    """Instructions of the innermost loop that holds matrix instructions, the shortest backward jump over one, and those
-    that the next loop around it has beside; of the code as it lies, though a branch may leave some out."""
+    """Return the number of instructions of the innermost loop with matrix instructions, and of the next loop around it.
+
+    A loop is a backward jump over a matrix instruction; the shortest is the innermost. The second number leaves out the
+    instructions of the innermost loop. All instructions between jump and target are counted, though a branch may skip
+    some.
+    """
     instructions = re.findall(r"/\*([0-9a-f]{4,})\*/ +(?:@!?U?P\w+ )?(\S+)([^;]*);", sass)
     places = {int(address, 16): index for index, (address, _, _) in enumerate(instructions)}
     lengths = []
@@ -199,6 +212,7 @@ def loop_instructions(sass: str) -> tuple[int, int]:
 
 
 def read_nvidia(asm: Any) -> dict[str, Any]:
+    """Return the figures in the PTX and the cubin of a kernel. asm: what Triton compiled, by kind."""
     ptx = asm["ptx"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
@@ -223,13 +237,14 @@ def read_nvidia(asm: Any) -> dict[str, Any]:
 
 
 def waits_first(sass: str) -> bool:
-    """Whether ACQBULK, which `griddepcontrol.wait` becomes, stands ahead of every access to the GPU's memory."""
+    """Return whether ACQBULK, which `griddepcontrol.wait` becomes, stands ahead of every access to the GPU's memory."""
     accesses = re.search(r"\b(LDG|STG|LDGSTS|ATOMG|RED|UBLKCP|UTMALDG)\b", sass)
     wait = re.search(r"\bACQBULK\b", sass)
     return wait is not None and (accesses is None or wait.start() < accesses.start())
 
 
 def read_amd(asm: Any) -> dict[str, Any]:
+    """Return the figures in the AMD assembly of a kernel. asm: what Triton compiled, by kind."""
     code = asm["amdgcn"]
     figures = {key: int(value) for key, value in re.findall(r"\.(\w+): +(\d+)", code)}
     return {
@@ -238,7 +253,7 @@ def read_amd(asm: Any) -> dict[str, Any]:
         "matrix_instructions": count(r"\b(v_mfma)_", code),
         "weight_loads": count(r"\b((?:global|buffer)_load_dwordx4)\b", code),
         "evict_first_loads": 0,
-        # Halves of a word that are stored to shared memory one by one are weights on the way to other threads.
+        # Weights that pass to other threads through shared memory are stored there as single halves of a word.
         "shuffles": len(re.findall(r"ds_bpermute|ds_swizzle|v_permlane|ds_write_b16", code)),
         "loop_instructions": 0,
         "tile_instructions": 0,

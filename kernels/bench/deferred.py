@@ -1,9 +1,10 @@
-"""By how much deferred experts change the answers of a small random model: KL divergence to the model without them.
+"""Measure how much deferred experts change the answers of a small random model, as KL divergence from exact answers.
 
     python kernels/bench/deferred.py            under a minute on two cores; the table of docs/hybrid.md
 
-Kimi-K2.6's layers made small, with its 8 experts a token, half of the experts on the CPU, in float32. What a trained model
-makes of it is another question.
+The model has small layers of Kimi-K2.6's structure, with 8 experts a token as in the published model and half of the
+experts on the CPU. It computes in float32. How much a trained model would be changed is another question, which this
+does not answer.
 """
 
 from __future__ import annotations
@@ -25,13 +26,18 @@ PROMPTS, TOKENS = 2, 64
 
 
 class DeferringMoE:
-    """A layer that adds some of its experts to the next one's output."""
+    """A MoE layer that defers some of its experts: the next layer adds them to its own output."""
 
     def __init__(self, moe: MoE, left: list[torch.Tensor], on_cpu: torch.Tensor, per_token: int) -> None:
-        """left: shared by all layers. on_cpu: ids of the experts that may be deferred; empty for the last layer."""
+        """Wrap a layer's MoE.
+
+        left: deferred sums that the next layer takes; one list for all layers. on_cpu: ids of the experts that may be
+        deferred; empty for the last layer. per_token: number of experts that may be deferred for a token.
+        """
         self.moe, self.left, self.on_cpu, self.per_token = moe, left, on_cpu, per_token
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the layer's output for `[tokens, hidden_size]`, with the experts that the layer before deferred."""
         topk_weights, topk_ids = self.moe.choose(x)
         rank = topk_weights.argsort(1, descending=True).argsort(1)
         is_deferred = (rank >= topk_ids.shape[1] - self.per_token) & torch.isin(topk_ids, self.on_cpu)
@@ -49,7 +55,11 @@ class DeferringMoE:
 
 
 def deferring_model(folder: Path, on_device: int, per_token: int, dtype: torch.dtype = torch.float32) -> KimiK26:
-    """The reference with `per_token` experts deferred where they are not among the first `on_device`."""
+    """Return the reference model with deferred experts.
+
+    Each layer but the last defers the `per_token` experts of a token that have the smallest weights, as far as they are
+    not among the first `on_device` experts.
+    """
     model = KimiK26(Checkpoint(folder), dtype)
     left: list[torch.Tensor] = []
     blocks = model.text.layers
@@ -62,12 +72,12 @@ def deferring_model(folder: Path, on_device: int, per_token: int, dtype: torch.d
 
 
 def prompts() -> list[torch.Tensor]:
-    """Prompts of random tokens, each as long as a batch for which experts are deferred."""
+    """Return prompts of random tokens, each as long as a batch for which experts are deferred."""
     return [torch.randint(0, 256, (TOKENS,), generator=torch.Generator().manual_seed(seed)) for seed in range(PROMPTS)]
 
 
 def divergence(expected: torch.Tensor, found: torch.Tensor) -> float:
-    """Mean KL divergence of the next token's distribution, in nats, of log-probabilities `[T, vocab_size]`."""
+    """Return the mean KL divergence in nats of next-token distributions. Takes log-probabilities `[T, vocab_size]`."""
     return (expected.exp() * (expected - found)).sum(-1).mean().item()
 
 

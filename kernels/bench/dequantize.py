@@ -1,4 +1,4 @@
-"""Stored INT4 weights back to dense matrices, for a dense GEMM: the experts' kernels never write them out."""
+"""Dequantize stored INT4 weights to dense matrices for a dense GEMM; the experts' kernels never write such matrices."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ def dequantize_kernel(
     N: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr,
     BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr, FRAGMENT: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Program (block of rows, block of inputs, index in `experts`) writes a tile, rows in the checkpoint's order."""
+    """Dequantize one tile in each program, and write its rows in the checkpoint's order.
+
+    The three program ids are a block of rows, a block of inputs, and an index in `experts`.
+    """
     rows_first = tl.program_id(0) * BLOCK_SIZE_N
     k = tl.program_id(1) * BLOCK_SIZE_K
     index = tl.program_id(2)
@@ -38,10 +41,11 @@ def dequantize(
     *,
     gated: bool,
 ) -> torch.Tensor:
-    """The matrices of some experts, `[len(experts), N, K]` in bfloat16 or float16, rows as in the checkpoint.
+    """Return the matrices of some experts: `[len(experts), N, K]` in bfloat16 or float16, rows as in the checkpoint.
 
-    packed, scale: as `layout.repack` leaves them. experts: integers `[n]`, on the device, each from 0 to E − 1.
-    Raises ValueError for another dtype or sizes.
+    packed, scale: as `layout.repack` leaves them. experts: integers `[n]`, on the device, each from 0 to E − 1. gated:
+    whether the matrices are w13, whose rows of gate and up are stored interleaved. Raises ValueError for another dtype,
+    and for sizes that the kernels do not support.
     """
     if dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"weights are dequantized to torch.bfloat16 or torch.float16, not to {dtype}.")

@@ -1,11 +1,12 @@
-"""The fused experts on a GPU, against what it can copy and multiply and against the peers, in one run under eight minutes.
+"""Time the fused experts on a GPU, and compare them with peers and with the GPU's limits, in under eight minutes.
 
     cd kernels && python -m bench.experts              a table, a roofline plot and a JSON file in bench/results
     cd kernels && python -m bench.experts --layers tp8 --tokens 1,64 --no-save
 
-Times are of a CUDA graph over several batches that choose different experts, so that no weight is left in a cache.
-`of copy` is the bytes of the touched experts, each counted once, over the time, as a share of the copy bandwidth; `of
-matmul` the arithmetic as a share of the rate of a dense bfloat16 GEMM. Both are measured first, in the same run.
+Each time is that of a CUDA graph over several batches that choose different experts, so that no weight is left in a
+cache. `of copy` is the rate at which the bytes of the touched experts are read, each expert counted once, as a share of
+the GPU's copy bandwidth. `of matmul` is the rate of arithmetic as a share of that of a dense bfloat16 GEMM. Copy
+bandwidth and GEMM rate are measured first, in the same run.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ BUDGET_SECONDS = 450
 
 @dataclass(frozen=True)
 class Row:
-    """One implementation on one batch; microseconds are None where it did not run, and `note` says why."""
+    """The figures of one implementation on one batch. If it did not run, they are None and `note` says why."""
 
     layer: str
     routing: str
@@ -57,14 +58,14 @@ class Row:
 
 
 def copy_bandwidth(clock: Clock) -> float:
-    """Bytes a second, read and written, of copying 4 GiB."""
+    """Return the bytes a second, read and written, at which the GPU copies 4 GiB."""
     source = torch.empty(2**32, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.nbytes / clock(lambda: target.copy_(source), False)
 
 
 def matmul_rate(clock: Clock) -> float:
-    """Floating-point operations a second of a dense bfloat16 GEMM of random matrices."""
+    """Return the floating-point operations a second of a dense bfloat16 GEMM of random matrices."""
     x, y = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     return 2 * 8192**3 / clock(lambda: x @ y, False)
 
@@ -78,7 +79,11 @@ def measure(
     device: torch.device,
     clock: Clock,
 ) -> Iterator[Row]:
-    """Gives a row for each implementation. A string in its place says why it does not run."""
+    """Yield a row for each implementation on a batch of `tokens` tokens.
+
+    runs: implementations by name; a string in place of one says why it does not run. rates: copy bandwidth and GEMM
+    rate.
+    """
     local = layer.expert_map(device)
     data = layer.batches(routing, tokens, device)
     here = [layer.pairs_here(batch.topk_ids.cpu()) for batch in data]
@@ -101,7 +106,7 @@ def measure(
             result = call(run, data[0]).float()
             ours = result if ours is None else ours
             seconds = clock(partial(call_all, run), name != WAITS_FOR_DEVICE)
-        except Exception as error:  # a peer may fail in any way; it then has a row that says so
+        except Exception as error:  # a peer may fail in any way; its row then says so
             if name == OURS:
                 raise
             yield Row(layer.name, routing, tokens, name, note=f"{type(error).__name__}: {error}"[:120])
@@ -119,7 +124,10 @@ def measure(
 
 
 def prepare(weights: ExpertWeights) -> dict[str, Run | str]:
-    """Ours and the peers, each with weights of its own; ours last, because it takes the tensors over."""
+    """Return the implementations by name, the core's first. Each has its own copy of the weights.
+
+    A peer that cannot be made has a string in its place that says why.
+    """
     runs: dict[str, Run | str] = {}
     for name, peer in {**PEERS, WAITS_FOR_DEVICE: dequantize_and_dense}.items():
         try:
@@ -136,6 +144,8 @@ def prepare(weights: ExpertWeights) -> dict[str, Run | str]:
 
 
 def machine() -> dict[str, str]:
+    """Return what the figures depend on: date, GPU, driver, versions and commit."""
+
     def output(*command: str) -> str:
         try:
             return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
@@ -153,6 +163,7 @@ def machine() -> dict[str, str]:
 
 
 def line(row: Row) -> str:
+    """Return a row as a line of the table."""
     start = f"{row.layer:6} {row.routing:8} {row.tokens:6} {row.name:22}"
     if row.microseconds is None:
         return f"{start} {row.note}"
@@ -163,7 +174,7 @@ def line(row: Row) -> str:
 
 
 def plot(rows: list[Row], rates: tuple[float, float], title: str, file: Path) -> None:
-    """Arithmetic rate over operations a byte, under the two roofs."""
+    """Draw into `file` the arithmetic rate over operations a byte, below the roofs of copy bandwidth and GEMM rate."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(9, 6))

@@ -1,12 +1,15 @@
-"""A hybrid run's speed as `k26 plan --measure` predicts it, beside the time that a real server takes on this CPU.
+"""Compare a hybrid run's speed as `k26 plan --measure` predicts it with the time that a real server takes on this CPU.
 
     python kernels/bench/hybrid_server.py [--save]        in SGLang's environment, about four minutes, 5 GB of memory
 
-The checkpoint has experts of the published size and few layers. One core of this machine takes the GPU's place: what it
-multiplies in a GEMM, and what it reads in a GEMV, is the GPU's GEMM rate and bandwidth in the model. Another has the CPU's
-experts. What a GPU would do beside these is added to them: here one library computes both sides' experts, a call at a time.
-What a server does once in a step, whatever its number of layers, is not in the model; of 61 layers it would be little. So
-the time of a layer is compared too: that of one server less that of another with fewer.
+The checkpoint has experts of the published size and few layers. One core of this machine takes the GPU's place: the
+rate at which it multiplies in a GEMM and the rate at which it reads in a GEMV are the GPU's GEMM rate and bandwidth in
+the cost model. Another core computes the CPU's experts. The predicted times of the two sides are added, though a GPU
+would work at the same time as the CPU: here one library computes the experts of both sides, one call at a time.
+
+The cost model leaves out what a server does once in a step, whatever its number of layers; in 61 layers this would be a
+small part. The time of a single layer is therefore compared too: the difference of two servers, divided by the
+difference of their numbers of layers.
 """
 
 from __future__ import annotations
@@ -47,7 +50,10 @@ ONE_CORE = {"OMP_NUM_THREADS": "1"}
 
 
 def make(folder: Path, layers: int) -> K26Config:
-    """Makes MoE layers with experts of the published size; all else is tiny."""
+    """Make a checkpoint with experts of the published size and everything else tiny, and return its configuration.
+
+    layers: number of MoE layers, which follow one dense layer.
+    """
     text = TextConfig()
     sizes = TinySizes(
         hidden_size=text.hidden_size, moe_intermediate_size=text.moe_intermediate_size, layers=1 + layers,
@@ -58,20 +64,20 @@ def make(folder: Path, layers: int) -> K26Config:
 
 
 def gemm_rate() -> float:
-    """Operations a second of a large bfloat16 GEMM on the CPU."""
+    """Return the operations a second of a large bfloat16 GEMM on the CPU."""
     matrix = torch.randn(GEMM_SIZE, GEMM_SIZE).to(torch.bfloat16)
     return 2 * GEMM_SIZE**3 / min(seconds(lambda: matrix @ matrix) for _ in range(5))
 
 
 def gemv_rate(text: TextConfig) -> float:
-    """Bytes a second of a bfloat16 matrix that a GEMV reads."""
+    """Return the bytes a second at which a GEMV reads a bfloat16 matrix."""
     matrix = torch.randn(2 * text.moe_intermediate_size, text.hidden_size).to(torch.bfloat16)
     row = torch.randn(1, text.hidden_size).to(torch.bfloat16)
     return matrix.nbytes / min(seconds(lambda: torch.nn.functional.linear(row, matrix)) for _ in range(9))
 
 
 def rates_of(config: K26Config) -> tuple[Rates, Gpu]:
-    """The rates of the CPU's core, and the core in the GPU's place."""
+    """Measure and return the rates of the CPU's core, and as a GPU the core that takes the GPU's place."""
     usable = sorted(os.sched_getaffinity(0))
     torch.set_num_threads(1)
     try:
@@ -79,20 +85,21 @@ def rates_of(config: K26Config) -> tuple[Rates, Gpu]:
         rates = measure(config.text)
         os.sched_setaffinity(0, {usable[-1]})
         gpu = Gpu("a core", 2**40, gemv_rate(config.text), "")
-        # The planner takes a share of a GPU's GEMM rate; here it is to take all of what was measured.
+        # The planner counts on a share of a GPU's GEMM rate; the division makes this share what was measured.
         return replace(rates, gpu_gemm=gemm_rate() / GPU_SHARE), gpu
     finally:
         os.sched_setaffinity(0, usable)
 
 
 def seconds(run: Callable[[], object]) -> float:
+    """Return the seconds that a function takes."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
 def predicted(config: K26Config, gpu: Gpu, rates: Rates) -> dict[str, float]:
-    """Milliseconds of a prompt, and of a token of an answer, by the planner's cost model."""
+    """Return the milliseconds of each prompt, and of a token of an answer, by the planner's cost model."""
     found = fit(config, gpu, Layout(absorbed_copy=True), Load(context=2048))
     plan = Hybrid(ON_GPU, EXPERTS, 0, None, 0)
     steps = {f"prompt of {count}": prefill_step(config, found, plan, rates, chunk=count, before=0) for count in PROMPTS}
@@ -101,7 +108,7 @@ def predicted(config: K26Config, gpu: Gpu, rates: Rates) -> dict[str, float]:
 
 
 def measured(server: Server) -> dict[str, float]:
-    """What `predicted` gives, measured on a server: the median of several turns."""
+    """Return the times of `predicted` as a real server takes them: the median of several turns, in milliseconds."""
     times: dict[str, list[float]] = {}
     for turn in range(TURNS + 1):
         found = {}
@@ -115,7 +122,7 @@ def measured(server: Server) -> dict[str, float]:
 
 
 def asked(server: Server, prompt: int, answer: int, *, seed: int) -> float:
-    """Seconds that a request took."""
+    """Return the seconds that a request takes. prompt, answer: lengths in tokens."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, 256, (prompt,), generator=generator).tolist()
     sampling = {"max_new_tokens": answer, "temperature": 0, "ignore_eos": True}
@@ -155,6 +162,7 @@ def main() -> None:
 
 
 def per_layer(found: list[float]) -> float:
+    """Return the time of one layer, from the times of the two servers of LAYERS."""
     return (found[1] - found[0]) / (LAYERS[1] - LAYERS[0])
 
 

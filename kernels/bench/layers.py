@@ -1,4 +1,4 @@
-"""The layers that the benchmarks run: the published model's whole, and a rank's part of it."""
+"""The layers that the benchmarks run: the published model's whole layer, and one rank's part of it."""
 
 from __future__ import annotations
 

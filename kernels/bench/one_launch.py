@@ -1,10 +1,11 @@
-"""Each kernel once, checked against its plain twin: for a sanitizer or a profiler, under which more would take too long.
+"""Run each kernel once and compare it with its plain reference, for a sanitizer or a profiler, which make runs slow.
 
     compute-sanitizer --tool memcheck python -m bench.one_launch
     ncu --kernel-name moe_gemm_kernel --set full python -m bench.one_launch --layer tp8 --tokens 64
 
-Without --layer the experts are small, and three batches reach every kernel: a few tokens cut along K, some that are sorted,
-and more than one launch sorts. With it one batch runs on a rank's real sizes.
+Without --layer the experts are small, and three batches reach every kernel: a batch of one token (cut along K), one
+whose pairs are sorted by one launch, and one that needs several launches to sort. With --layer, one batch runs on a
+rank's real sizes.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ TOLERANCE = 1e-2
 
 
 def load(layer: Layer, device: torch.device) -> KernelExperts:
+    """Return the layer's experts with random weights, as the kernels store them."""
     weights = random_weights(layer, device)
     return KernelExperts.from_checkpoint(*weights.parts())
 
 
 def compare(name: str, result: torch.Tensor, expected: torch.Tensor) -> None:
-    """Raises SystemExit for a result that is off by more than rounding."""
+    """Print the relative error of a result. Raises SystemExit if it is larger than TOLERANCE."""
     error = ((result.double() - expected.double()).norm() / expected.double().norm()).item()
     print(f"{name}: error {error:.1e}", flush=True)
     if not error <= TOLERANCE:
@@ -37,6 +39,7 @@ def compare(name: str, result: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def small_ones(device: torch.device, batches: tuple[int, ...] = (1, 20, 520)) -> None:
+    """Run every kernel on small experts, and compare the results with the reference. batches: tokens of each batch."""
     experts = load(SMALL, device)
     for tokens in batches:
         batch = SMALL.batches("uniform", tokens, device)[0]

@@ -1,13 +1,14 @@
-"""Encoding and streaming decoding: the core's tokenizer against the engines' own, in one run.
+"""Compare the core's tokenizer with the engines' own in one run: encoding, and decoding of streams.
 
     python kernels/bench/tokenizer.py FOLDER [--save]      with a checkpoint's tiktoken.model
 
-Rivals are what the environment has: transformers' conversion of the file, which both engines load where they run no
-remote code, and vLLM's tiktoken tokenizer for Kimi-Audio, which reads the same file. Streams go through the engine's own
-code, token by token: vLLM's detokenizer for one request, SGLang's for 64 at once; else tokenizers' DecodeStream.
+The core's rivals are those that the environment has: transformers' conversion of the file, which both engines load if
+they run no remote code, and vLLM's tiktoken tokenizer for Kimi-Audio, which reads the same file. Streams go through the
+engine's own code token by token: vLLM's detokenizer for one request, or SGLang's for 64 requests at once. Without an
+engine, the DecodeStream of the tokenizers library is used.
 
-`k26 tiny --vocab-size 163840` has made-up ranks, with which a text is all bytes: put other ranks into the folder's
-tiktoken.model to measure without the published file.
+The file of `k26 tiny --vocab-size 163840` has made-up ranks, with which every byte of a text is a token. To measure
+without the published file, put other ranks into the folder's tiktoken.model.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ REQUESTS = 64
 
 
 def rate(count: int, function: Callable[[], object], runs: int = RUNS) -> float:
-    """Tokens a second in the fastest run."""
+    """Return tokens a second in the fastest of several runs. count: tokens of one run."""
     best = float("inf")
     for _ in range(runs):
         start = time.perf_counter()
@@ -52,6 +53,7 @@ def rate(count: int, function: Callable[[], object], runs: int = RUNS) -> float:
 
 
 def rivals(folder: Path) -> dict[str, Any]:
+    """Return the tokenizers that this environment has for the folder's file, by name, the core's among them."""
     found: dict[str, Any] = {"core": load_hf_tokenizer(folder)}
     found["transformers"] = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if find_spec("vllm") is not None:
@@ -65,11 +67,12 @@ def rivals(folder: Path) -> dict[str, Any]:
 
 
 def encoder(tokenizer: Any) -> Callable[[str], list[int]]:
+    """Return the function that encodes a text, without special tokens around it."""
     return lambda text: tokenizer.encode(text, add_special_tokens=False)
 
 
 def stream(tokenizer: Any, token_ids: list[int]) -> tuple[str, Callable[[], str]]:
-    """Whose code it is, and what gives the text of one answer, put together from its pieces."""
+    """Return whose code decodes a stream, and the function that decodes one answer with it, token by token."""
     if find_spec("vllm") is not None:
         return "vLLM's detokenizer", lambda: "".join(vllm_pieces(tokenizer, token_ids))
     if find_spec("sglang") is not None:
@@ -84,6 +87,7 @@ def stream(tokenizer: Any, token_ids: list[int]) -> tuple[str, Callable[[], str]
 
 
 def vllm_pieces(tokenizer: Any, token_ids: list[int]) -> Iterator[str]:
+    """Yield the pieces of text that vLLM's detokenizer gives for an answer, token by token."""
     from vllm import SamplingParams
     from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
@@ -98,7 +102,7 @@ def vllm_pieces(tokenizer: Any, token_ids: list[int]) -> Iterator[str]:
 
 
 def sglang_pieces(tokenizer: Any, token_ids: list[int]) -> Iterator[str]:
-    """The pieces of the first of `REQUESTS` answers, all of the same tokens."""
+    """Yield the pieces of text that SGLang's detokenizer gives for the first of REQUESTS answers of the same tokens."""
     from sglang.srt.managers.detokenizer_manager import DetokenizerManager
 
     manager: Any = DetokenizerManager.__new__(DetokenizerManager)
