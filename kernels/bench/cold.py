@@ -1,4 +1,4 @@
-"""A cold disk, for benchmarks of reading."""
+"""Put files out of the page cache, for benchmarks that read from a cold disk."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def drop(files: Iterable[Path]) -> None:
-    """Write the files to the disk and put them out of the page cache."""
+    """Flush the files to the disk and drop them from the page cache."""
     for file in files:
         with file.open("rb") as opened:
             os.fsync(opened.fileno())

@@ -1,13 +1,14 @@
-"""A cost model of the fused experts on an H200, from the compiled code and the bytes. Nothing here is measured.
+"""Predict the times of the fused experts on an H200, from the compiled code and the bytes. Nothing here is measured.
 
     cd kernels && python -m bench.cost_model            a table
     cd kernels && python -m bench.cost_model --save     and bench/results/predicted-H200.json
 
-A GEMM takes at least as long as its bytes at the copy bandwidth, its matrix instructions at the matmul rate (empty
-columns of a block included), its instructions at one a cycle and scheduler, and the tiles of the program that has most of
-them, whose warps issue every other cycle at best: that is an assumption. The cost is the largest of the four, summed
-over the GEMMs, plus the traffic of the sums and a fixed cost for each launch, less for those that begin while the one
-before them ends. What they cost each other by overlapping badly is not in it, so a measurement will be above.
+A GEMM has four floors: its bytes at the copy bandwidth; its matrix instructions at the matmul rate, including the empty
+columns of a block; its instructions at one for each cycle and scheduler; and the tiles of the program that has the most
+of them, if its warps issue an instruction every other cycle at best, which is assumed. The predicted time is the
+largest of the four, summed over the GEMMs, plus the traffic of the sums and a fixed cost for each launch, which is
+lower for a launch that begins while the one before it ends. The model leaves out what the floors cost each other by
+overlapping badly, so a measured time will be longer.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ from k26_plugins.operate.tune.routing import Layer
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates in units a second. Bandwidth and matmul rate were measured on an H200 before this package had kernels."""
+    """A GPU and its rates, in units a second; launches are in seconds.
+
+    Bandwidth and matmul rate of H200 were measured on one before this package had kernels.
+    """
 
     device: Device
     bandwidth: float
@@ -39,9 +43,9 @@ class Machine:
     clock: float
     launch: float
     dependent_launch: float
-    """Seconds of a launch that begins while the one before it ends; `launch` is one that does not."""
+    """Seconds of a launch that begins while the one before it ends; `launch` is for one that does not."""
     cycles: float
-    """How many pass between two instructions of a warp."""
+    """Number of cycles between two instructions of a warp."""
 
     @property
     def instructions(self) -> float:
@@ -49,22 +53,24 @@ class Machine:
         return 4 * self.device.num_sms * self.clock
 
 
-# 1.7 GHz is assumed for a busy H200, 2 µs for a launch inside a CUDA graph, 1 for one that begins while another ends, and
-# that half of a warp's cycles are waits.
+# Assumed are 1.7 GHz for a busy H200, 2 µs for a launch inside a CUDA graph, 1 µs for one that begins while another
+# ends, and that a warp waits in half of its cycles.
 H200 = Machine(Device(TARGETS["sm_90"], "NVIDIA H200", 132), 4.3e12, 790e12, 1.7e9, 2e-6, 1e-6, 2.0)
 
 
 def shape_of(layer: Layer) -> Shape:
+    """Return a layer's sizes as the kernels take them."""
     return Shape(layer.hidden_size, layer.intermediate_size, layer.num_experts)
 
 
 class Compiled:
-    """The facts of each GEMM, which is compiled when it is first asked for."""
+    """The facts of the GEMMs, each of which is compiled when it is first asked for."""
 
     def __init__(self) -> None:
         self.facts: dict[tuple[object, ...], Facts] = {}
 
     def of(self, layer: Layer, plan: Plan, gated: bool) -> Facts:
+        """Return the facts of a plan's w13 GEMM (gated) or w2 GEMM."""
         split_k = plan.split_w13 if gated else plan.split_w2
         name = SINGLE if not plan.sorted else str(plan.config.BLOCK_SIZE_M)
         key = (layer.name, name, gated, split_k > 1)
@@ -88,7 +94,11 @@ def gemm_seconds(
     split_k: int,
     extra: int,
 ) -> dict[str, float]:
-    """The floors of one GEMM, cut in `split_k` parts along K. extra: bytes of activations that it reads and writes."""
+    """Return the four floors of one GEMM in seconds, by name.
+
+    blocks: number of blocks of pairs. touched: number of experts that have pairs. block: pairs of a block. split_k: in
+    how many parts K is cut. extra: bytes of activations that the GEMM reads and writes.
+    """
     tiles = blocks * (out_features // gemm_config.BLOCK_SIZE_N) * split_k
     instructions = (
         facts.tile_instructions + in_features // split_k // gemm_config.BLOCK_SIZE_K * facts.loop_instructions
@@ -103,7 +113,7 @@ def gemm_seconds(
 
 
 def predict(machine: Machine, compiled: Compiled, layer: Layer, kind: str, num_tokens: int) -> dict[str, object]:
-    """A row of the table: microseconds of a batch, two of their floors, and what bounds its two GEMMs."""
+    """Return a row of the table: a batch's microseconds, its floors of bytes and arithmetic, what bounds its GEMMs."""
     shape = shape_of(layer)
     hidden_size, intermediate_size = shape.hidden_size, shape.intermediate_size
     seconds, bounds, ids = 0.0, [], layer.choose(kind, num_tokens)
@@ -132,7 +142,7 @@ def predict(machine: Machine, compiled: Compiled, layer: Layer, kind: str, num_t
         launches = 3 + plan.sorted + (plan.num_pairs > PAIRS_AT_ONCE) + (plan.split_w13 > 1)
         summed = weighted + 2 * len(part) * hidden_size
         if plan.split_w13 > 1:
-            # The sum of the split-K partials takes the pairs of other ranks along.
+            # The kernel that sums the split-K partials also sums those of pairs whose experts are on other ranks.
             summed += plan.num_pairs * (partial + 2 * intermediate_size)
         seconds += machine.launch + (launches - 1) * machine.dependent_launch + summed / machine.bandwidth
     touched = len(layer.pairs_here(ids).unique())

@@ -1,19 +1,20 @@
-"""CPU experts at Kimi-K2.6's real shapes, against what the machine can read and multiply; and loading against reading.
+"""Time CPU experts at Kimi-K2.6's real shapes and their loading, and compare both with the machine's limits.
 
     python kernels/bench/cpu_experts.py            a table, about three minutes, 4 GB of memory
     python kernels/bench/cpu_experts.py --save     and a JSON file in kernels/bench/results
     ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 python …
                                                    AVX2 on a CPU with AVX512, for torch's GEMM too
 
-The core's backends and, where it is installed, kt-kernel's RAWINT4, in turn and on the same weights. Each figure is the
-best of several turns. `of read` is the bytes of the touched experts, each counted once, over the time, as a share of the
-bandwidth at which torch sums the bytes of the first backend's weights, measured in the same turns; `of dense` is the
-arithmetic as a share of torch's dense GEMM at the same number of rows, in the dtype that the CPU is fast in; the error is
-‖out − ref‖ / ‖ref‖ against float32. What would take over 5 s for one batch is left out.
+The core's backends and, if it is installed, kt-kernel's RAWINT4 are timed in turns on the same weights. Each figure is
+the best of several turns. `of read` is the rate at which the bytes of the touched experts are read, each expert counted
+once, as a share of the bandwidth at which torch sums the first backend's weights in the same turns. `of dense` is the
+rate of arithmetic as a share of that of torch's dense GEMM with the same number of rows, in the dtype in which the CPU
+is fast. The error is ‖out − ref‖ / ‖ref‖ against float32. A backend that would take over 5 s for a batch is left out
+for this batch.
 
-On a machine that others use, the figures are theirs unless this goes first:
-`setsid -w bash -c 'echo -20 > /proc/self/autogroup; exec nice -n -20 python …'`. A real-time priority is no way out:
-kt-kernel's waiting threads then keep its working ones from running.
+On a machine that others use, their work decides the figures unless this program has priority: `setsid -w bash -c 'echo
+-20 > /proc/self/autogroup; exec nice -n -20 python …'`. A real-time priority does not help, because kt-kernel's waiting
+threads would then keep its working threads from running.
 """
 
 from __future__ import annotations
@@ -43,14 +44,14 @@ from k26_plugins.common.tiny.checkpoint import TinySizes, make_tiny
 
 HIDDEN_SIZE, INTERMEDIATE_SIZE, EXPERTS, TOP_K = 7168, 2048, 16, 8
 TOKENS = (1, 4, 16, 64, 512)
-SECONDS_EACH = 10  # of a number of tokens, after which no further turn begins
-LONGEST = 5  # seconds of one batch
-CHECKED = 64  # tokens whose result is compared
+SECONDS_EACH = 10  # for each number of tokens; no turn begins after them
+LONGEST = 5  # seconds that a batch may take
+CHECKED = 64  # tokens of a batch whose result is compared with the reference
 EXPERT_BYTES = 3 * HIDDEN_SIZE * INTERMEDIATE_SIZE // 2 + 3 * HIDDEN_SIZE * INTERMEDIATE_SIZE // 32 * 2
 
 
 def best(run: Callable[[], object], repeats: int = 5) -> float:
-    """Seconds that the fastest of several runs took, after one that warms up."""
+    """Return the seconds of the fastest of several runs, after one that warms up."""
     run()
     times = []
     for _ in range(repeats):
@@ -61,12 +62,15 @@ def best(run: Callable[[], object], repeats: int = 5) -> float:
 
 
 def in_turns(runs: dict[str, Callable[[], object]], turns: int) -> dict[str, float]:
-    """Seconds that each one's fastest turn took, after one that warms up; fewer turns where they take long."""
+    """Return the seconds of each function's fastest turn, after one that warms up.
+
+    There are fewer turns if they take longer than SECONDS_EACH.
+    """
     fastest = dict.fromkeys(runs, float("inf"))
     began = time.perf_counter()
     for turn in range(turns + 1):
         for name, run in runs.items():
-            # The threads of the one before spin for a while.
+            # The threads of the function before spin for a while after it has ended.
             time.sleep(0.05)
             start = time.perf_counter()
             run()
@@ -78,7 +82,7 @@ def in_turns(runs: dict[str, Callable[[], object]], turns: int) -> dict[str, flo
 
 
 def load(checkpoint: Checkpoint) -> ExpertWeights:
-    """The experts of layer 1, stacked as an engine stacks them."""
+    """Return the experts of layer 1, stacked as an engine stacks them."""
     parts: dict[str, list[torch.Tensor]] = {"13packed": [], "13scale": [], "2packed": [], "2scale": []}
     for expert in range(EXPERTS):
         for part in ("packed", "scale"):
@@ -89,6 +93,7 @@ def load(checkpoint: Checkpoint) -> ExpertWeights:
 
 
 def measure(console: Console) -> dict[str, object]:
+    """Make a layer of experts, measure it, and return the figures."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "checkpoint"
         with console.status(f"making a layer of {EXPERTS} experts"):
@@ -158,7 +163,7 @@ def measure(console: Console) -> dict[str, object]:
 
 
 def prepare(original: ExpertWeights, console: Console) -> tuple[dict[str, ExpertsBackend], dict[str, float]]:
-    """Every backend that can run here with its own copy of the weights, and how long it took to load them."""
+    """Return the backends that can run here, each with its own copy of the weights, and the seconds to make each."""
     experts: dict[str, ExpertsBackend] = {}
     seconds: dict[str, float] = {}
     for name in ("native", "cpu", "kt"):
@@ -173,7 +178,7 @@ def prepare(original: ExpertWeights, console: Console) -> tuple[dict[str, Expert
 
 
 def libraries() -> dict[str, object]:
-    """What the figures depend on beside the machine."""
+    """Return what the figures depend on besides the machine: threads, instruction set and versions."""
     try:
         kt_kernel = version("kt-kernel")
     except PackageNotFoundError:

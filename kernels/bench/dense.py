@@ -1,4 +1,4 @@
-"""A peer that no engine has: each expert dequantized by our kernel, then a dense GEMM."""
+"""A peer that no engine has: each expert is dequantized by our kernel, and a dense GEMM follows."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from k26_kernels import device_of, repack
 from k26_plugins.common.experts.base import ExpertWeights
 from k26_plugins.common.experts.peer import Run
 
-# It cannot be captured in a CUDA graph.
+# The name of this peer, which cannot be captured in a CUDA graph because it waits for the device.
 WAITS_FOR_DEVICE = "dequantize + cuBLAS"
 
 
 def dequantize_and_dense(weights: ExpertWeights) -> Run:
-    """Each expert with tokens dequantized by our kernel, then cuBLAS. Waits for the device to know which."""
+    """Return the function that dequantizes each expert that has tokens by our kernel, and multiplies by cuBLAS.
+
+    It waits for the device to learn which experts have tokens.
+    """
     copy = weights.copy_of(list(range(weights.num_experts)))
     fragment = device_of(copy.w13_packed.device).target.fragment
     repack(copy.w13_packed, copy.w13_scale, fragment, gated=True)

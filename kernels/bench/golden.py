@@ -1,14 +1,15 @@
-"""How fast `k26 golden` goes through experts of the published size, against what the disk reads and the cores multiply.
+"""Measure how fast `k26 golden` goes through experts of the published size, beside the rates of the disk and the cores.
 
     python kernels/bench/golden.py FOLDER             a table; FOLDER takes 3.4 GB, made once
     python kernels/bench/golden.py FOLDER --save      and a JSON file in kernels/bench/results
 
-Two MoE layers of 64 experts of 7168 × 2048 with random weights, out of the page cache before each run. `of the disk` is the
-rate at which a run reads against plain reading of the same files; `of a GEMM` the rate of its experts' GEMMs against
-torch's own float32 GEMM of 256 rows. Where that is high the cores are the limit, where the other is, the disk.
+The checkpoint has two MoE layers of 64 experts of 7168 × 2048 with random weights, and is dropped from the page cache
+before each run. `of the disk` is the rate at which a run reads, as a share of the rate of plain reading of the same
+files. `of a GEMM` is the rate of the experts' GEMMs, as a share of torch's own float32 GEMM of 256 rows. If the share
+of the GEMM is high, the cores are the limit; if the share of the disk is high, the disk is.
 
-The projection for the published model takes the larger of two times: its GEMMs at the last row's rate, its bytes at
-the disk's. A projection: nobody has run it.
+The time for the published model is the larger of two: that of its GEMMs at the last row's rate, and that of its bytes
+at the disk's rate. It is a projection: nobody has run it.
 """
 
 from __future__ import annotations
@@ -41,16 +42,16 @@ from k26_plugins.operate.golden.variants import SUSPECT_TEXTS, SUSPECT_TOKENS, V
 EXPERTS, LAYERS, TOP_K = 64, 2, 8
 TOKENS = (64, 256, 1024)
 PROMPT = 64
-"""How many tokens a prompt has."""
+"""Tokens of a prompt."""
 TEXT = TextConfig()
 OPERATIONS = 3 * 2 * TEXT.hidden_size * TEXT.moe_intermediate_size
 """Floating-point operations of one token in one expert."""
 PUBLISHED_PROMPTS = (20, 400)
-"""The projection is for so many prompts, and tokens of each."""
+"""Number of prompts, and tokens of each, for which the projection is made."""
 
 
 def disk_rate(folder: Path) -> float:
-    """Bytes a second of plain reading, one thread."""
+    """Return the bytes a second at which one thread reads the folder's files."""
     drop(folder.glob("*.safetensors"))
     block, done, start = bytearray(16 << 20), 0, time.perf_counter()
     for file in sorted(folder.glob("*.safetensors")):
@@ -61,19 +62,21 @@ def disk_rate(folder: Path) -> float:
 
 
 def gemm_rate() -> float:
-    """Operations a second of torch's float32 GEMM at an expert's shape, each thread on its own."""
+    """Return the operations a second of torch's float32 GEMM of 256 rows at an expert's shape, on all threads."""
     x, w = torch.randn(256, TEXT.hidden_size), torch.randn(TEXT.moe_intermediate_size, TEXT.hidden_size)
     best = min(timed(lambda: x @ w.T) for _ in range(5))
     return 2 * x.numel() * len(w) / best
 
 
 def timed(run: Callable[[], object]) -> float:
+    """Return the seconds that a function takes."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
 def measure(folder: Path, tokens: int) -> dict[str, float]:
+    """Run a golden job over prompts of `tokens` tokens in all, and return its figures."""
     draw = random.Random(0)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch, StreamedCheckpoint(folder) as checkpoint:
         prompts = Path(scratch) / "prompts.jsonl"
@@ -92,7 +95,10 @@ def measure(folder: Path, tokens: int) -> dict[str, float]:
 
 
 def projected_seconds(operations_per_second: float, bytes_per_second: float) -> float:
-    """Seconds of one pass over the published model, which carries prompts, their twins, and suspects of four of them."""
+    """Return the seconds of one pass over the published model at these rates.
+
+    The pass carries all prompts, their twins, and the suspects of SUSPECT_TEXTS prompts.
+    """
     prompts, length = PUBLISHED_PROMPTS
     suspects = sum(variant.is_suspect and not variant.on_images_only for variant in VARIANTS)
     carried = 2 * prompts * length + suspects * SUSPECT_TEXTS * SUSPECT_TOKENS

@@ -1,10 +1,13 @@
-"""A cost model of one request's token in a hybrid run, with and without CUDA graphs. Nothing here is measured on a GPU.
+"""Predict the time of a token in a hybrid run of one request, with and without CUDA graphs.
+
+Nothing here is measured on a GPU.
 
     python kernels/bench/hybrid_token.py        the tables of docs/hybrid.md
 
-It is the planner's (`k26_plugins/operate/plan/hybrid_speed.py`), with a CPU's experts as fast as its memory channels allow.
-A gap on the GPU follows each kernel. Without a graph a part takes at least as long as the host needs to launch it, and the
-host waits for the routing; in a graph the stream calls the host twice.
+The cost model is the planner's (`k26_plugins/operate/plan/hybrid_speed.py`). It takes the CPU's experts to be as fast
+as the memory channels allow, and adds a gap on the GPU after each kernel. Without a graph, a part takes at least as
+long as the host needs to launch its kernels, and the host waits for the routing. In a graph, the stream calls the host
+twice.
 """
 
 from __future__ import annotations
@@ -20,17 +23,21 @@ from k26_plugins.operate.plan.hybrid import Hybrid, expert_slot_bytes, hybrid
 from k26_plugins.operate.plan.hybrid_speed import Rates, Step, decode_step
 
 CONTEXT = 32768
-# The share of the memory channels' peak that is reached: assumed.
+# The share of the memory channels' peak bandwidth that is assumed to be reached.
 READ_SHARE = 0.8
 
 
 @dataclass(frozen=True)
 class Machine:
+    """A machine for which the time of a token is predicted."""
+
     name: str
     gpus: str
+    """The GPUs as `k26 plan --gpus` takes them."""
     channels: float
-    """Bytes a second that the CPUs' memory has at most."""
+    """Peak bandwidth of the CPUs' memory, bytes a second."""
     ram: int
+    """Bytes of system memory."""
 
 
 MACHINES = (
@@ -43,15 +50,21 @@ MACHINES = (
 
 @dataclass(frozen=True)
 class Prediction:
+    """The plan for a machine, and the predicted times of a token."""
+
     machine: Machine
     fit: Fit
     plan: Hybrid
     cpu_bytes: float
+    """Bytes of experts that the CPU reads for a token, in all layers together."""
     waiting: Step
+    """The step without CUDA graphs, in which the host waits for the routing."""
     graph: Step
+    """The step in a CUDA graph."""
 
 
 def predict(machine: Machine, config: K26Config) -> Prediction:
+    """Return the plan and the times of a token for a context of CONTEXT tokens."""
     count, gpu = parse(machine.gpus)
     fit = choose(config, gpu, count, Load(context=CONTEXT), "ktransformers")
     plan = hybrid(config, fit, machine.ram)
@@ -65,7 +78,7 @@ def predict(machine: Machine, config: K26Config) -> Prediction:
 
 
 def table(config: K26Config) -> list[str]:
-    """The table in Markdown, in milliseconds."""
+    """Return the lines of a table in Markdown, with times in milliseconds."""
     columns: tuple[str, ...] = (
         "machine",
         "experts on GPUs",

@@ -1,4 +1,4 @@
-"""The machine that a benchmark ran on, and the file in `results` that keeps what it found."""
+"""Describe the machine that a benchmark runs on, and keep its figures in a file in `results`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def machine() -> dict[str, Any]:
-    """What the benchmark runs on. Call it at the start: other work on the cores, the load, lengthens what is measured."""
+    """Return the date, the CPU, its cores, the load and the commit of this checkout.
+
+    Call this at the start of a benchmark: the load is then other work on the cores, which makes the measured times
+    longer.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
@@ -27,7 +31,10 @@ def machine() -> dict[str, Any]:
 
 
 def keep(kind: str, found: dict[str, Any], *more: str) -> Path:
-    """Write `found`, which has its `machine`, into a file named by its kind, date and CPU, and what more tells it apart."""
+    """Write figures into a JSON file named by kind, date, CPU and number of cores, and return the file.
+
+    found: the figures, with what `machine` returned under `machine`. more: further words of the file's name.
+    """
     here = found["machine"]
     words = [kind, here["date"], here["cpu"].replace(" ", "_"), f"{here['cores']}t", *more]
     file = RESULTS / f"{'-'.join(words)}.json"

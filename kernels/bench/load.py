@@ -1,20 +1,25 @@
-"""Loading a checkpoint of the full count of tensors: an engine's own loader and ours, in turns, beside reading the files.
+"""Time the loading of a checkpoint by an engine's own loader and by ours, in turns, beside plain reading of the files.
 
     k26 tiny /tmp/full --layers 61 --experts 384 --top-k 8 --vision-layers 27 --shards 64
     python kernels/bench/load.py /tmp/full [--save]       in vLLM's environment or in SGLang's
     python kernels/bench/load.py /tmp/real --make 3x64 [--save]      real sizes: 3 MoE layers of 64 experts, 4.8 GB
 
-The model is built once, by the engine, on the CPU. Then its weights are loaded by the engine's own iterator and matching of
-names, and by ours, into the same parameters, which are compared. The engine is spared the experts' shapes, for which these
-have no place: a third of the experts' tensors. In the full count's checkpoint sizes are tiny, so that the seconds are those
-of the number of tensors, 208,550, and not of their bytes. With real sizes (`--make`, which makes what is not there) the
-engine's own loader takes no part, the files are out of the page cache before each turn, and the experts get new memory, as
-at a start on a CPU: the system makes a page at its first touch. Reading into new memory is what that takes at the least;
-ours into old memory, written to before, is what it takes where no page has to be made.
+The engine builds the model once, on the CPU. Then the weights are loaded into the same parameters in two ways, by the
+engine's own iterator and matching of names, and by ours; the results are compared. The engine's loader does not get the
+tensors of the experts' shapes, a third of the experts' tensors, because our parameters have no place for them.
 
-Ours is timed twice: without repacking, which then follows; and as it is, layers repacked beside the loading of others.
-Seconds are the best turn's. A disk that others use reads at another rate a minute later, so the share that reading takes is
-the median over the turns, each turn's reading over the same turn's loading.
+The first command makes a checkpoint with the full number of tensors, 208,550, and tiny sizes, so that the seconds are
+those of the number of tensors and not of their bytes.
+
+With real sizes (`--make`, which makes the checkpoint if it is not there) the engine's own loader takes no part, the
+files are dropped from the page cache before each turn, and the experts get new memory, as when a server starts on a
+CPU: the system makes a page at its first touch. "Reading into new memory" is the least time that this takes. "Ours into
+old memory", which was written to before, is the time if no page has to be made.
+
+Our loader is timed twice: without repacking, which is timed after it, and as it is used, where layers are repacked
+beside the loading of others. Seconds are those of the best turn. A disk that others use reads at another rate a minute
+later, so the share that reading takes is the median over the turns of the time of reading divided by the time of
+loading in the same turn.
 """
 
 from __future__ import annotations
@@ -44,11 +49,11 @@ READING, INTO_NEW = "reading the files", "reading into new memory"
 OWN, OURS, INTO_OLD = "the engine's own loader", "ours", "ours into old memory"
 REPACKING, BESIDE = "then repacking", "ours, repacking beside it"
 FORMS = {OWN: "loaded", INTO_OLD: "loaded", OURS: "loaded", REPACKING: "repacked", BESIDE: "repacked"}
-"""Which form the weights have after each."""
+"""The form that the weights have after each of the timed functions."""
 
 
 def make_real(folder: Path, layers: int, experts: int) -> None:
-    """Makes a checkpoint with experts of the published size; all else is tiny."""
+    """Make a checkpoint with experts of the published size and everything else tiny. layers: number of MoE layers."""
     from support.quick import make_quick
 
     from k26_plugins.common.tiny.checkpoint import TinySizes
@@ -65,6 +70,7 @@ def make_real(folder: Path, layers: int, experts: int) -> None:
 
 
 def read(files: list[Path]) -> None:
+    """Read all files into the same block of memory."""
     block = bytearray(16 << 20)
     for file in files:
         with file.open("rb", buffering=0) as opened:
@@ -73,7 +79,7 @@ def read(files: list[Path]) -> None:
 
 
 def read_into_new(files: list[Path]) -> None:
-    """Reads each file into memory as large as a layer's parameter: an allocator would hand smaller memory out again."""
+    """Read each file into new memory as large as a layer's parameter: an allocator would reuse smaller memory."""
     for file in files:
         new = torch.empty(file.stat().st_size, dtype=torch.uint8)
         with file.open("rb", buffering=0) as opened:
@@ -84,7 +90,7 @@ def read_into_new(files: list[Path]) -> None:
 
 @contextmanager
 def repacking_later() -> Iterator[None]:
-    """Inside it no layer is closed beside the loading of others."""
+    """Keep layers from being closed (repacked) beside the loading of others inside the block."""
     before = LayerExperts.is_on_host
     LayerExperts.is_on_host = False  # type: ignore[assignment, method-assign]
     try:
@@ -94,7 +100,7 @@ def repacking_later() -> Iterator[None]:
 
 
 def turns(built: Built, files: list[Path], *, cold: bool) -> dict[str, Callable[[], object]]:
-    """The functions that are timed, by name, in this order."""
+    """Return the functions that are timed, by name and in the order of a turn."""
 
     def later() -> None:
         with repacking_later():
@@ -161,12 +167,12 @@ def main() -> None:
 
 
 def weights_of(built: Built) -> list[int]:
-    """A number for each parameter that tells others apart: a copy of real sizes would not fit beside them."""
+    """Return a checksum of each parameter, because a copy of parameters of real sizes would not fit beside them."""
     return [crc32(parameter.data.view(torch.uint8).numpy().data) for parameter in built.model.parameters()]
 
 
 def clear(built: Built, *, new: bool) -> None:
-    """Make the model as it was before any loading. new: the experts get new memory, and lose what they served with."""
+    """Make the model as it was before any loading. new: the experts drop what they computed with and get new memory."""
     for layer in built.layers.values():
         layer.open()
     for parameter in built.model.parameters():

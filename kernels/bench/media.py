@@ -1,10 +1,11 @@
-"""Images and video frames to patches: the core against vLLM's fused processor and transformers' own, in one run.
+"""Time how the core, vLLM's fused processor and transformers' own make patches of images and video frames, in one run.
 
     python kernels/bench/media.py [--save]      in an environment with vLLM, or with torchvision, or with both
 
-Each line is the best of several runs on the same pixels, taking turns, decoding left out; the bytes of the core and of
-vLLM's processor are compared first. transformers' processor resizes by torchvision, a level apart, and gives float32 only.
-PyPI has torchvision as a CUDA build; beside a CPU torch its Python part will do:
+Each figure is the best of several runs on the same pixels, in which the processors take turns; decoding is left out.
+The bytes of the core and of vLLM's processor are compared first, and have to be equal. transformers' processor resizes
+by torchvision, whose pixels differ by one level, and gives float32 only. PyPI has torchvision only as a CUDA build;
+with a CPU torch its Python part is enough:
 
     pip install --no-deps --target tv torchvision==0.28.0 && PYTHONPATH=tv python kernels/bench/media.py
 """
@@ -41,11 +42,12 @@ RUNS = 9
 
 
 def noise(size: tuple[int, int], seed: int) -> Image.Image:
+    """Return an image of random pixels. size: width and height."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
 
 
 def best(functions: dict[str, Callable[[], Any]]) -> dict[str, tuple[float, float]]:
-    """Seconds by the clock and seconds of all cores, of the fastest run of each; the functions take turns."""
+    """Return each function's elapsed seconds and CPU seconds, the least of several runs; the functions take turns."""
     found = {name: (float("inf"), float("inf")) for name in functions}
     for _ in range(RUNS):
         for name, function in functions.items():
@@ -105,15 +107,17 @@ def main() -> None:
 
 
 def fused_processor() -> Any:
+    """Return vLLM's fused processor for this model."""
     from vllm.transformers_utils.processors.kimi_k25_vision_fused import KimiK25FusedVisionProcessor
 
     return KimiK25FusedVisionProcessor(_settings())
 
 
 def declare_torchvision_operators() -> None:
-    """Lets torchvision's Python part be imported where its compiled operators, which nothing here uses, do not load.
+    """Declare torchvision's operators, so that its Python part can be imported if its compiled operators do not load.
 
-    Call it before vLLM is imported: its transformers imports torchvision where it finds it.
+    Nothing here uses these operators. Call this before vLLM is imported: vLLM imports transformers, which imports
+    torchvision if it is installed.
     """
     if find_spec("torchvision") is not None and torch.version.cuda is None and "+cpu" not in version("torchvision"):
         library = torch.library.Library("torchvision", "DEF")
@@ -122,11 +126,12 @@ def declare_torchvision_operators() -> None:
         _libraries.append(library)
 
 
-# torch forgets a library that nobody holds.
+# torch drops the declarations of a library object that nothing refers to.
 _libraries: list[torch.library.Library] = []
 
 
 def _transformers() -> tuple[Any, Any]:
+    """Return transformers' processors for images and for videos."""
     from transformers.models.kimi_k25.image_processing_kimi_k25 import Kimi_K25ImageProcessor
     from transformers.models.kimi_k25.video_processing_kimi_k25 import Kimi_K25VideoProcessor
 
@@ -134,6 +139,7 @@ def _transformers() -> tuple[Any, Any]:
 
 
 def _settings() -> dict[str, Any]:
+    """Return the published settings of preprocessing as vLLM's fused processor takes them."""
     config = MediaConfig()
     names = ("in_patch_limit", "patch_size", "merge_kernel_size", "fixed_output_tokens", "patch_limit_on_one_side",
              "in_patch_limit_each_frame", "in_patch_limit_video", "temporal_merge_kernel_size")  # fmt: skip

@@ -1,17 +1,19 @@
-"""A load test of vLLM on this machine by an agent swarm: against the bf16 baseline, and over growing work.
+"""Test vLLM on this machine under the load of an agent swarm: beside the bf16 baseline, and with growing work.
 
     cd kernels && python -m bench.swarm peer --python VLLM_ENV/bin/python [--save]
     cd kernels && python -m bench.swarm sweep --python VLLM_ENV/bin/python [--save]
 
-`peer` serves one tiny checkpoint in two ways, in one run and in turn: as published (INT4) with the plugin, and as the bf16
-baseline, with experts of the same values by vLLM alone, which has no INT4 experts on a CPU. The same seed sends both the
-same messages; without the plugin tools are rendered as JSON, so those prompts are longer.
+`peer` serves one tiny checkpoint in two ways, in turns within one run: in the published layout (INT4) with the plugin,
+and with bfloat16 experts of the same values by vLLM alone (the bf16 baseline), since vLLM has no INT4 experts on a CPU.
+The same seed sends the same messages to both. Without the plugin, tools are rendered as JSON, so those prompts are
+longer.
 
-`sweep` lets the agents' turns, their number and the shared prefix grow, each by itself. Each growth is named by the exponent
-of seconds over size, and all are held against one cost model: so much for a request, and so much for
-each pair of a token that is computed (not found in the prefix cache) and a token of its context, which is attention's work.
+`sweep` lets the agents' turns, the number of agents and the shared prefix grow, each of them by itself. Each growth is
+given as the exponent of seconds over size. All runs are compared with one cost model, which has a cost for each
+request, and a cost for each pair of a computed token (one not found in the prefix cache) and a token of its context:
+the work of attention.
 
-`--save` writes JSON and a plot into results/. `k26` is run from this environment, vLLM from that of `--python`.
+`--save` writes JSON and a plot into results/. `k26` runs from this environment, vLLM from that of `--python`.
 """
 
 from __future__ import annotations
@@ -44,25 +46,25 @@ from k26_plugins.common.tiny.checkpoint import make_tiny
 
 PEER = {"agents": 40, "steps": 200, "prefix-tokens": 500, "answer-tokens": 8}
 BASE = {"agents": 20, "steps": 100, "prefix-tokens": 500, "answer-tokens": 4}
-# Not measured: the first requests compile and allocate what later ones use, half a minute of it.
+# A run that is not measured: in the first requests, code is compiled and memory allocated for half a minute.
 WARM_UP = {"agents": 8, "steps": 26, "prefix-tokens": 200, "answer-tokens": 4, "seed": 1000}
-# Turns of an agent are steps: one of these grows, the others are BASE's.
+# What each run changes in BASE. The turns of an agent are set by the number of steps.
 SWEEP: dict[str, list[dict[str, int]]] = {
     "turns": [{"steps": 20 * turns} for turns in (3, 5, 10, 20, 40)],
     "agents": [{"agents": agents, "steps": 5 * agents} for agents in (10, 20, 40, 80, 160)],
     "prefix": [{"prefix-tokens": tokens} for tokens in (500, 1000, 2000, 4000)],
 }
-# Without MLA vLLM's CPU backend has a prefix cache.
+# vLLM's CPU backend has a prefix cache only if MLA is disabled.
 SERVER = {"VLLM_MLA_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": "4", "HF_HUB_OFFLINE": "1"}
-# The parsers are the plugin's default; vLLM alone refuses requests with tools without them.
+# With the plugin these parsers are the default. Without them vLLM alone refuses requests with tools.
 PARSERS = ("--enable-auto-tool-choice", "--tool-call-parser", "kimi_k2", "--reasoning-parser", "kimi_k2")
 FLAGS = (*PARSERS, "--enforce-eager", "--enable-prefix-caching", "--max-model-len", "32768", "--max-num-seqs", "300")
 
 
 def say_letters(folder: Path) -> None:
-    """Have a small checkpoint answer in ASCII only, so that its answers are as long in every server's prompts.
+    """Make a small checkpoint answer in ASCII only, so that its answers have the same length in every server's prompts.
 
-    A random model says reserved tokens too, which the plugin shows by name and vLLM leaves out.
+    A random model also answers with reserved tokens, which the plugin shows by name and vLLM leaves out.
     """
     name = "language_model.lm_head.weight"
     file = folder / json.loads((folder / INDEX_FILE).read_text())["weight_map"][name]
@@ -73,7 +75,7 @@ def say_letters(folder: Path) -> None:
 
 
 def with_bfloat16_experts(source: Path, folder: Path) -> None:
-    """A copy of a small checkpoint with bfloat16 experts of the same values."""
+    """Write to `folder` a copy of a small checkpoint with bfloat16 experts of the same values."""
     checkpoint = Checkpoint(source)
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors", INDEX_FILE))
     tensors = {}
@@ -93,7 +95,7 @@ def with_bfloat16_experts(source: Path, folder: Path) -> None:
 
 @contextmanager
 def vllm(python: str, folder: Path, **environment: str) -> Iterator[str]:
-    """The address of a server, until the block ends. Its log is beside the checkpoint."""
+    """Start a server, yield its address, and stop the server when the block ends. Its log is beside the checkpoint."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -119,7 +121,7 @@ def vllm(python: str, folder: Path, **environment: str) -> Iterator[str]:
 
 
 def swarm(url: str, shape: dict[str, int], out: Path) -> dict[str, Any]:
-    """Runs a swarm and gives its figures."""
+    """Run `k26 swarm` against a server, and return its figures. Raises SystemExit if the server did not hold."""
     flags = [text for name, value in shape.items() for text in (f"--{name}", str(value))]
     command = [sys.executable, "-c", "from k26_plugins.cli import app; app()", "swarm", "--url", url, *flags]
     done = subprocess.run([*command, "--replays", "0", "--json", str(out)], check=False)
@@ -130,11 +132,12 @@ def swarm(url: str, shape: dict[str, int], out: Path) -> dict[str, Any]:
 
 
 def peer(python: str, folder: Path, turns: int) -> list[dict[str, Any]]:
+    """Measure the server with the plugin and the bf16 baseline, and return a row for each server and turn."""
     make_tiny(folder / "int4")
     say_letters(folder / "int4")
     with_bfloat16_experts(folder / "int4", folder / "bf16")
     results = []
-    # They take turns, so that what else runs on the machine falls on both.
+    # The servers take turns, so that other work on the machine slows both alike.
     for turn in range(turns):
         for name, checkpoint, plugins in (("plugin, INT4", "int4", "k26"), ("vLLM alone, bfloat16", "bf16", "none")):
             with vllm(python, folder / checkpoint, VLLM_PLUGINS=plugins) as url:
@@ -145,13 +148,14 @@ def peer(python: str, folder: Path, turns: int) -> list[dict[str, Any]]:
 
 
 def sweep(python: str, folder: Path) -> list[dict[str, Any]]:
+    """Measure every run of SWEEP on one server, and return a row for each run."""
     make_tiny(folder / "int4")
     results: list[dict[str, Any]] = []
     with vllm(python, folder / "int4") as url:
         swarm(url, WARM_UP, folder / "run.json")
         for name, shapes in SWEEP.items():
             for change in shapes:
-                # A seed of its own: no run may find an earlier one's prefix in the cache.
+                # Each run has its own seed, so that it finds no earlier run's prefix in the cache.
                 shape = {**BASE, **change, "seed": len(results) + 1}
                 results.append({"grows": name, "shape": shape, **swarm(url, shape, folder / "run.json")})
     for row in results:
@@ -160,7 +164,7 @@ def sweep(python: str, folder: Path) -> list[dict[str, Any]]:
 
 
 def size(row: dict[str, Any]) -> float:
-    """What grows in a run: turns of an agent, agents, or tokens of a mean prompt, nearly all of them the prefix."""
+    """Return the size that grows in a run: an agent's turns, the agents, or a mean prompt's tokens (mostly prefix)."""
     shape = row["shape"]
     if row["grows"] == "turns":
         return float(shape["steps"] / shape["agents"])
@@ -168,13 +172,13 @@ def size(row: dict[str, Any]) -> float:
 
 
 def pairs(row: dict[str, Any]) -> float:
-    """Pairs of a computed token and a token of its context, which attention goes through."""
+    """Return how many pairs of a computed token and a token of its context attention goes through in a run."""
     computed = row["prompt_tokens"] * (1 - row["prefix_hit_rate"]) + row["completion_tokens"]
     return float(computed * row["prompt_tokens"] / row["steps"])
 
 
 def account(results: list[dict[str, Any]]) -> tuple[float, float]:
-    """The cost model: seconds for a request, and for a pair, that explain the runs best by each run's relative error."""
+    """Fit the cost model: return the seconds for a request and for a pair that make the runs' relative errors least."""
     work = np.array([(row["steps"], row["pairs"]) for row in results])
     seconds = np.array([row["seconds"] for row in results])
     found = np.linalg.lstsq(work / seconds[:, None], np.ones(len(results)), rcond=None)[0]
@@ -182,12 +186,15 @@ def account(results: list[dict[str, Any]]) -> tuple[float, float]:
 
 
 def explained(row: dict[str, Any], costs: tuple[float, float]) -> float:
-    """Seconds of a run by the cost model of `account`."""
+    """Return the seconds of a run by the cost model. costs: as `account` returns them."""
     return costs[0] * row["steps"] + costs[1] * float(row["pairs"])
 
 
 def exponents(results: list[dict[str, Any]]) -> dict[str, float]:
-    """The exponents of seconds over size, by least squares of the logarithms: 1 is linear, 0 is constant."""
+    """Return for each growth the exponent of seconds over size: 1 is linear, 0 is constant.
+
+    The exponents are least-squares fits of the logarithms.
+    """
     found = {}
     for name in SWEEP:
         rows = [row for row in results if row["grows"] == name]
@@ -197,6 +204,7 @@ def exponents(results: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def plot(kind: str, results: list[dict[str, Any]], file: Path) -> None:
+    """Draw the results of `peer` or `sweep` into `file`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.5), layout="constrained")

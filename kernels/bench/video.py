@@ -1,10 +1,11 @@
-"""A video file to the vision tower's patches: the core against vLLM's loaders and transformers' processor, in one run.
+"""Time the way from a video file to patches: the core's, vLLM's loaders' and transformers' processor's, in one run.
 
     python kernels/bench/video.py [--save]      in an environment with vLLM; torchvision and torchcodec where they load
 
-Each runs in a process of its own, on the same two H.264 files of 1280 × 720 pixels at 30 frames a second, of which two
-frames a second are used: frames of the file in a second, best of two, and the memory that the process took at most
-beyond what it had before, the file left out. vLLM's loaders only decode; its fused processor makes the patches.
+Each of them runs in its own process, on the same two H.264 files of 1280 × 720 pixels at 30 frames a second, of which
+two frames a second are used. The figures are how many frames of the file are handled in a second (best of two runs),
+and the peak of the memory that the process took beyond what it had once the file was in memory. vLLM's loaders only
+decode; its fused processor makes the patches.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ RUNS = 2
 
 
 def make_file(file: Path, seconds: int) -> None:
-    """Makes a picture that moves, with noise that does not repeat: some 7 Mbit a second, as cameras write."""
+    """Write a video of a moving picture with noise that does not repeat: about 7 Mbit a second, as cameras write."""
     width, height = SIZE
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 24, (height, width, 3), dtype=np.uint8)
@@ -55,10 +56,12 @@ def make_file(file: Path, seconds: int) -> None:
 
 
 def core(data: bytes) -> Any:
+    """Return the patches that the core makes of a video file."""
     return [chunk.patches for chunk in read_chunks(data, MediaConfig())]
 
 
 def vllm_frames(codec: str) -> Callable[[bytes], Any]:
+    """Return the function by which vLLM's loader decodes the frames of a video file. codec: the loader's backend."""
     from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
 
     loader = VIDEO_LOADER_REGISTRY.load("opencv")
@@ -66,6 +69,7 @@ def vllm_frames(codec: str) -> Callable[[bytes], Any]:
 
 
 def vllm_patches(codec: str) -> Callable[[bytes], Any]:
+    """Return the function by which vLLM's loader and its fused processor make patches of a video file."""
     load, processor, size = vllm_frames(codec), fused_processor(), MediaConfig().temporal_merge_kernel_size
 
     def patches(data: bytes) -> Any:
@@ -78,7 +82,7 @@ def vllm_patches(codec: str) -> Callable[[bytes], Any]:
 
 
 def transformers_patches() -> Callable[[bytes], Any]:
-    """Its patches are float32, because it always normalizes."""
+    """Return the function by which transformers makes patches of a video file: float32, since it always normalizes."""
     from transformers.models.kimi_k25.video_processing_kimi_k25 import Kimi_K25VideoProcessor
 
     processor = Kimi_K25VideoProcessor()
@@ -103,7 +107,7 @@ CONTENDERS: dict[str, tuple[str, Callable[[], Callable[[bytes], Any]]]] = {
 
 
 def measure(name: str, file: Path) -> dict[str, float]:
-    """Seconds by the clock and of all cores, and megabytes, measured in this process."""
+    """Run a contender in this process, and return its elapsed seconds, its CPU seconds and its megabytes."""
     declare_torchvision_operators()
     run = CONTENDERS[name][1]()
     data = file.read_bytes()
