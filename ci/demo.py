@@ -4,7 +4,7 @@
     python ci/demo.py sglang FOLDER
     python ci/demo.py hybrid FOLDER      SGLang, half of the experts in the host's memory
 
-The model's weights are random, so the answers are noise: what it shows is that every part of the way works.
+The model's weights are random, so the answers are noise. The demonstration shows that every part of serving works.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from support.server import said
 
 
 def arguments_of(run: str, checkpoint: Path) -> tuple[str, list[str]]:
-    """The engine, and what its command takes beside the checkpoint."""
+    """Return the engine of a run, and the arguments of its command besides the checkpoint."""
     if run == "vllm":
-        return run, ["--enforce-eager"]  # a demonstration answers twice: compiling would take longer
+        return run, ["--enforce-eager"]  # compiling would take longer than the two answers
     if run == "hybrid":
         return "sglang", ["--kt-weight-path", str(checkpoint), "--kt-num-gpu-experts", "4"]
     return run, []

@@ -1,8 +1,8 @@
-"""Hooks of the documentation site (mkdocs.yml): pages from outside docs/, and one for each public module of the core.
+"""Hooks of the documentation site (mkdocs.yml): add pages from outside docs/, and a page for each public module.
 
-Documents link to each other and to files as they lie in the repository, so that they can be read there. In the site a link
-to another page leads to that page. One to any other file is that file's path in words, as long as the site knows no address
-of the repository (`repo_url`). A link to nothing ends the build.
+Documents link to each other and to files by their paths in the repository, so that they can be read there. In the site,
+a link to another document leads to its page. A link to any other file becomes the file's path as text, as long as the
+site has no address of the repository (`repo_url`). A link to nothing ends the build.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ OUTSIDE = {
     **{name: name.lower() for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "CODE_OF_CONDUCT.md")},
     "kernels/bench/results/README.md": "results.md",
 }
-"""Pages of the site by the file of the repository that they are made of."""
+"""Files of the repository outside docs/, and the page of the site that each is made into."""
 
 PACKAGES = {"k26_plugins.common": Path("k26_plugins/common"), "k26_kernels": Path("kernels/k26_kernels")}
-"""The packages whose API the site has."""
+"""The packages whose API the site documents, with their folders."""
 
 _LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s]+)\)")
 
 
 def modules() -> list[str]:
-    """The dotted names of the public modules, packages included."""
+    """Return the dotted names of the public modules, packages included."""
     found = []
     for package, folder in PACKAGES.items():
         for file in sorted((ROOT / folder).rglob("*.py")):
@@ -44,7 +44,7 @@ def modules() -> list[str]:
 
 
 def on_config(config: Any) -> Any:
-    """Names in the navigation become the site's pages, and the API's are added."""
+    """Replace files in the navigation by their pages, add the pages of the API, and return the configuration."""
 
     def placed(entry: Any) -> Any:
         if isinstance(entry, dict):
@@ -59,7 +59,7 @@ def on_config(config: Any) -> Any:
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """The pages that do not lie in docs/."""
+    """Add the pages that do not lie in docs/ to the site's files, and return the files."""
     for source, page in OUTSIDE.items():
         files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
     for name in modules():
@@ -68,7 +68,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """The page with its links as the site has them."""
+    """Return a page's Markdown with its links changed to the site's. Raises PluginError for a link to nothing."""
     here = page.file.src_uri
     sources = {target: source for source, target in OUTSIDE.items()}
     source = Path(sources.get(here, DOCS / here))

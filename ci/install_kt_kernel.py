@@ -1,9 +1,9 @@
-"""Put kt-kernel's CPU experts into the environment that runs this script, and nothing else of its wheel.
+"""Install kt-kernel's CPU experts into the environment that runs this script, and nothing else of its wheel.
 
     python ci/install_kt_kernel.py 0.7.2
 
 kt-kernel 0.7 also brings `sgl_kernel`, `deep_gemm` and `triton_kernels`, which would overwrite upstream SGLang's, and pins
-torch 2.9.1; its CPU experts need neither.
+torch 2.9.1. The CPU experts need neither those packages nor that version of torch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main() -> None:
         shutil.rmtree(old)
     with tempfile.TemporaryDirectory() as scratch:
         pip("download", "--quiet", "--no-deps", "--dest", scratch, f"kt-kernel=={version}")
-        # What its CPU experts import, and this package does not bring.
+        # kt-kernel's CPU experts import gguf, which k26-plugins does not require.
         install("gguf>=0.17")
         with zipfile.ZipFile(next(Path(scratch).glob("kt_kernel-*.whl"))) as wheel:
             members = [name for name in wheel.namelist() if name.startswith(WANTED)]

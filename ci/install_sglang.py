@@ -4,10 +4,10 @@
     python ci/install_sglang.py 0.7.2 --kt      # KTransformers' fork of it
     LD_LIBRARY_PATH="$(python ci/install_sglang.py --driver)" python -m sglang.launch_server --device cpu …
 
-PyPI has SGLang's CUDA build only. Its compiled operators want libcuda.so.1, which a driver brings, and nothing else of a
-GPU. A library of that name is built here, in which every driver call answers "no device" (CUDA's error 100). The fork
-also asks for the GPU's capability when it is imported: it is told 0.0. Both are for this project's tests on machines
-without a GPU; nobody should serve with them.
+PyPI has only SGLang's CUDA build. To be loaded, its compiled operators need libcuda.so.1, which a GPU's driver brings,
+and nothing else of a GPU. This script builds a library of that name in which every driver call answers "no device"
+(CUDA's error 100). The fork also asks for the GPU's capability when it is imported, and is told 0.0. Both are for this
+project's tests on machines without a GPU; nobody should serve with them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from packages import install
 
 DRIVER = Path(sys.prefix) / "lib" / "no-cuda-device"
 NO_DEVICE = 100
-# Run at the start of every process of the environment, before torch is there.
+# This code runs at the start of every process of the environment, before torch is imported.
 NO_CAPABILITY = """
 import sys
 from importlib.machinery import PathFinder
@@ -49,12 +49,13 @@ class NoCapability:
 
 sys.meta_path.insert(0, NoCapability)
 """
-# A driver symbol begins with `cu` and a capital; the runtime's (`cudaMalloc`) come with the torch wheels.
+# A symbol of the driver begins with `cu` and a capital letter; those of the runtime (`cudaMalloc`) come with torch's
+# wheels.
 DRIVER_SYMBOL = re.compile(r"\bU (cu[A-Z]\w*)")
 
 
 def driver_symbols(package: Path) -> set[str]:
-    """What the compiled operators of a package leave to the driver."""
+    """Return the driver's symbols that the compiled operators of a package need."""
     found: set[str] = set()
     for library in package.rglob("*.so"):
         listed = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True)
@@ -63,7 +64,7 @@ def driver_symbols(package: Path) -> set[str]:
 
 
 def build_driver(symbols: set[str]) -> None:
-    """A libcuda.so.1 that has these symbols and no device."""
+    """Build a libcuda.so.1 with these symbols, each of which is a function that reports that there is no device."""
     DRIVER.mkdir(parents=True, exist_ok=True)
     source = "".join(f"int {name}(void) {{ return {NO_DEVICE}; }}\n" for name in sorted(symbols))
     with tempfile.NamedTemporaryFile("w", suffix=".c") as file:
@@ -74,9 +75,10 @@ def build_driver(symbols: set[str]) -> None:
 
 
 def install_fork(version: str, packages: Path) -> None:
+    """Install KTransformers' fork, and the code that tells it a GPU's capability. packages: the folder for packages."""
     install(f"sglang-kt=={version}")
-    # Its operators come in parts, in five packages of which sglang-kt requires four. The first import puts them together
-    # and then fails, because the driver that they want is not built yet.
+    # The fork's operators come in parts, in five packages of which sglang-kt requires four. The first import puts the
+    # parts together and then fails, because the driver that the operators need is not built yet.
     install("--no-deps", f"ktransformers=={version}")
     subprocess.run([sys.executable, "-c", "import sgl_kernel"], check=False, capture_output=True)
     (packages / "k26_no_capability.py").write_text(NO_CAPABILITY, encoding="utf-8")

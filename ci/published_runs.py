@@ -1,7 +1,8 @@
-"""Every published KV cache of this architecture that was found with all the settings of its run.
+"""Every published KV cache size of this architecture that was found together with all settings of its run.
 
-Left out, since a setting is not stated or is not planned: Kimi-K2.5 on the same eight RTX PRO 6000 at 0.93 (rounded figures,
-no number of requests), runs with a draft model, and SGLang's, of which only rounded figures were found.
+Some runs are left out, because a setting is not stated or cannot be planned: Kimi-K2.5 on the same eight RTX PRO 6000
+at 0.93 (rounded figures, no number of requests), runs with a draft model, and runs of SGLang, of which only rounded
+figures were found.
 """
 
 from __future__ import annotations
@@ -10,24 +11,26 @@ from typing import NamedTuple
 
 
 class Run(NamedTuple):
+    """The settings of a published run, and the size of its KV cache."""
+
     gpus: str
     tp: int
     context_parallel: int
     kv_dtype: str
     memory_fraction: float
     sequences: int
-    """`--max-num-seqs`, or vLLM's default for these GPUs where the run set none."""
+    """`--max-num-seqs`, or vLLM's default for these GPUs if the run did not set it."""
     kv_tokens: int
-    """`GPU KV cache size` of the log."""
+    """`GPU KV cache size` in the log, in tokens."""
     source: str
     link: str
-    """Empty where the source is no public page."""
+    """Empty if the source is not a public page."""
 
 
 H200 = ("S-gonka's log, K2.6", "")
 _RTX = "https://github.com/voipmonitor/rtx6kpro/blob/main/models"
 RTX = ("voipmonitor/rtx6kpro, kimi-k26.md", f"{_RTX}/kimi-k26.md")
-# The same settings in an earlier build of the engine.
+# Runs with the same settings in an earlier build of the engine.
 EARLIER = ("voipmonitor/rtx6kpro, kimi-k26-mtp-long-ctx-wip", f"{_RTX}/kimi-k26-mtp-long-ctx-wip/README.md")
 THINKING = (
     "vllm-project/recipes, Kimi-K2-Think.md (no vision tower)",

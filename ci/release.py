@@ -1,8 +1,8 @@
-"""Whether a tag is this version's, and what CHANGELOG.md says of it, for the release's page.
+"""Check that a tag is this version's, and print what CHANGELOG.md says of the version, for the release's page.
 
     python ci/release.py v0.1.0
 
-Ends with a message where the tag names another version or the change log has no part of that name.
+The program ends with a message if the tag names another version, or if the change log has no part for the version.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ ROOT = Path(__file__).parent.parent
 
 
 def version() -> str:
-    """The package's, read without importing it."""
+    """Return the package's version, which is read without importing the package."""
     text = (ROOT / "k26_plugins/__init__.py").read_text(encoding="utf-8")
     (found,) = re.findall(r'^__version__ = "(.+)"$', text, re.MULTILINE)
     return str(found)
 
 
 def notes(wanted: str, changes: str) -> str:
-    """The part of the change log under `## [wanted] - date`, without its heading."""
+    """Return the part of the change log under `## [wanted] - date`, without its heading. Raises SystemExit if none."""
     for part in re.split(r"^## ", changes, flags=re.MULTILINE)[1:]:
         heading, _, text = part.partition("\n")
         if re.fullmatch(rf"\[{re.escape(wanted)}\] - \d{{4}}-\d\d-\d\d", heading):
@@ -31,6 +31,7 @@ def notes(wanted: str, changes: str) -> str:
 
 
 def main(tag: str) -> None:
+    """Print the notes of the release with this tag. Raises SystemExit if the tag is not this version's."""
     if tag != f"v{version()}":
         sys.exit(
             f"the tag is {tag}, the package is v{version()}: set __version__ in k26_plugins/__init__.py or tag again"

@@ -1,8 +1,8 @@
-"""Run commands, as many at a time as the machine carries, and show what each said when it has ended.
+"""Run commands, several at a time, and show the output of each when it has ended.
 
     python ci/side_by_side.py mypy "pytest -q tests/kernels"
 
-Ends with 1 where one of them failed; the others are run to their end all the same.
+The program ends with 1 if a command failed; the other commands are still run to their end.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
-# Starts of the engines' servers are most of the work: each takes a core for itself and up to 6 GB.
+# Most of the work is starting the engines' servers, each of which takes a core for itself and up to 6 GB.
 AT_ONCE = min(2, os.cpu_count() or 1)
 
 
 def run(command: str) -> tuple[str, int, float, str]:
-    """The command, its exit status, its seconds and what it said."""
+    """Run a command, and return the command, its exit status, its seconds and its output."""
     started = time.monotonic()
     print(f"[{time.strftime('%H:%M:%S')}] {command}: started", flush=True)
     done = subprocess.run(
@@ -29,6 +29,7 @@ def run(command: str) -> tuple[str, int, float, str]:
 
 
 def main(commands: list[str]) -> int:
+    """Run all commands, and return 1 if one of them failed, else 0."""
     ended = []
     with ThreadPoolExecutor(AT_ONCE) as pool:
         for future in as_completed([pool.submit(run, command) for command in commands]):

@@ -1,9 +1,9 @@
-"""The wheels of a release, with the C++ experts compiled: for x86-64, for aarch64, and without for everything else.
+"""Build the wheels of a release: with compiled C++ experts for x86-64 and for aarch64, and without for everything else.
 
     python ci/wheels.py dist
 
-Needs the package and `wheel` in the environment, and of Debian g++ and g++-aarch64-linux-gnu; an architecture without its
-compiler is left out, with a line that says so. A wheel's platform tag is the C library that its files ask for.
+The environment needs the package and `wheel`, and Debian's g++ and g++-aarch64-linux-gnu. An architecture whose
+compiler is missing is left out, and a line says so. A wheel's platform tag names the C library that its files need.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from pathlib import Path
 from k26_plugins.common.experts.native.build import COMPILED, SOURCES, VARIANTS, file_name, flags
 
 ROOT = Path(__file__).parent.parent
-# The C++ library stays outside, torch brings it: linked in, it asks for a C library as new as the compiler's.
+# The C++ library is not linked in, because torch brings one; linked in, it would need a C library as new as the
+# compiler's.
 OLD_GLIBC = ("-include", str(Path(__file__).parent / "old_glibc.h"))
 
 
 def wheels(folder: Path) -> list[Path]:
-    """Write them to the folder."""
+    """Build all wheels into the folder, and return their paths."""
     run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT))
     (pure,) = folder.glob("*-py3-none-any.whl")
     found = [pure]
@@ -38,7 +39,7 @@ def wheels(folder: Path) -> list[Path]:
 
 
 def with_library(pure: Path, machine: str) -> Path:
-    """The wheel with the library for each instruction set of the machine."""
+    """Return a copy of the wheel with the compiled library for each instruction set of the machine."""
     with tempfile.TemporaryDirectory() as scratch:
         run(sys.executable, "-m", "wheel", "unpack", "--dest", scratch, str(pure))
         (unpacked,) = Path(scratch).iterdir()
@@ -56,17 +57,19 @@ def with_library(pure: Path, machine: str) -> Path:
 
 
 def compile_for(machine: str, folder: Path, variant: str) -> None:
+    """Compile the C++ experts for one instruction set (variant) of a machine into the folder."""
     command = [f"{machine}-linux-gnu-g++", *flags(variant), *OLD_GLIBC, "-s", str(SOURCES / "experts.cpp")]
     run(*command, "-o", str(folder / file_name(variant)))
 
 
 def c_library(folder: Path) -> int:
-    """The minor version of the oldest glibc that has every symbol which the files ask for."""
+    """Return the minor version of the oldest glibc that has every symbol which the files in the folder need."""
     listed = [run("readelf", "--dyn-syms", "--wide", str(file)) for file in folder.iterdir()]
     return max(int(minor) for minor in re.findall(r"@GLIBC_2\.(\d+)", "".join(listed)))
 
 
 def run(*command: str) -> str:
+    """Run a command, and return its output. Raises CalledProcessError if the command fails."""
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 

@@ -12,9 +12,9 @@ rate of arithmetic as a share of that of torch's dense GEMM with the same number
 is fast. The error is ‖out − ref‖ / ‖ref‖ against float32. A backend that would take over 5 s for a batch is left out
 for this batch.
 
-On a machine that others use, their work decides the figures unless this program has priority: `setsid -w bash -c 'echo
--20 > /proc/self/autogroup; exec nice -n -20 python …'`. A real-time priority does not help, because kt-kernel's waiting
-threads would then keep its working threads from running.
+On a machine that others use, their work decides the figures unless this program has priority:
+`setsid -w bash -c 'echo -20 > /proc/self/autogroup; exec nice -n -20 python …'`. A real-time priority does not help,
+because kt-kernel's waiting threads would then keep its working threads from running.
 """
 
 from __future__ import annotations

@@ -135,8 +135,8 @@ class Layer:
 class Batch:
     """One batch of tokens with their routing.
 
-    hidden_states: bfloat16 `[num_tokens, hidden_size]`. topk_weights, topk_ids: float32 and int32 `[num_tokens,
-    top_k]`.
+    hidden_states: bfloat16 `[num_tokens, hidden_size]`. topk_weights: float32 `[num_tokens, top_k]`. topk_ids: int32
+    `[num_tokens, top_k]`.
     """
 
     hidden_states: torch.Tensor
