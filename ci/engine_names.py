@@ -142,7 +142,7 @@ class Source(ast.NodeVisitor):
             self.words.add(self.table[node.attr].attribute)
 
     def visit_Constant(self, node: ast.Constant) -> None:
-        """Note a module of the engine's that a string names. A string that ends in `.k26_plugins` is a logger of ours."""
+        """Note a module of the engine's that a string names. A name that ends in `.k26_plugins` is our logger's."""
         module = rf"{self.package}(\.\w+)+(?<!\.k26_plugins)"
         if isinstance(node.value, str) and re.fullmatch(module, node.value):
             self.found.add(node.value)

@@ -45,7 +45,7 @@ def golden(folder: Path, prompts: Path, out: Path, answer_tokens: int, top_k: in
 
         {"id": "raw", "text": "The capital of France is"}
 
-    and "thinking": false and "tools": [...] may stand beside messages. Twenty prompts of a few hundred tokens are
+    Beside messages, a line may have "thinking": false and "tools": [...]. Twenty prompts of a few hundred tokens are
     plenty.
     """
     from k26_plugins.common.checkpoint import CheckpointError, StreamedCheckpoint

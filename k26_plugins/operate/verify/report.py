@@ -32,7 +32,7 @@ def as_text(measured: Measured, verdict: Verdict) -> str:
 
 
 def as_json(golden: Golden, measured: Measured, verdict: Verdict) -> dict[str, Any]:
-    """Return the verdict and everything that was measured, as values that `json.dumps` takes."""
+    """Return the verdict and the measured distances, as values that `json.dumps` takes."""
     return {
         "k26_plugins": __version__,
         "url": measured.url,
