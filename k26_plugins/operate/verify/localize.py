@@ -23,9 +23,9 @@ from k26_plugins.operate.verify.measure import Position
 # experts, and chance alone lifts one of them to 4.3. It has as many biases, each tested with two signs and five sizes,
 # and chance alone lifts one of these to 4.8. The largest score of 50 clean runs was 4.6.
 MIN_SCORE = 6.0
-# The ratio from which on a place is found: how many times as far off, beside rounding, the touched positions are as the
-# others. An engine that rounds in its own way moves the tokens of some experts more than those of others, and with
-# enough tokens any such difference is beyond chance, so that the score alone would find it.
+# The ratio from which on a place is found: by how much the touched positions are further off than the others, both
+# relative to rounding. An engine that rounds in its own way moves the tokens of some experts more than those of others,
+# and with enough tokens any such difference is beyond chance, so that the score alone would find it.
 MIN_RATIO = 1.25
 # The ratio that is needed if all positions are off: a fault in the path of every token moves the tokens of some experts
 # more than others, too, but not by much.
@@ -79,7 +79,7 @@ class Place:
     def is_same(self, other: Place) -> bool:
         """Return whether both places are of the same expert.
 
-        An expert's bias touches the same tokens as its weights, or some of these tokens.
+        A bias that is too low touches some of the tokens that wrong weights of the expert touch.
         """
         return (self.layer, self.expert) == (other.layer, other.expert)
 
