@@ -1,4 +1,4 @@
-"""INT4 experts behind one interface; `create_experts` is the one place where a backend is chosen."""
+"""Offer every backend of INT4 experts behind one interface; `create_experts` is the only place that chooses one."""
 
 from __future__ import annotations
 
@@ -48,7 +48,10 @@ BACKENDS: dict[str, type[ExpertsBackend]] = dict(
 
 
 def find_backend(name: str) -> type[ExpertsBackend]:
-    """The backend of this name. Raises ExpertsError where there is none, or what it needs is not installed."""
+    """Return the backend of this name: one of the core's, or an installed package's entry point.
+
+    Raises ExpertsError if no backend has this name, or if its package cannot be imported.
+    """
     if name in BACKENDS:
         return BACKENDS[name]
     for point in entry_points(group=BACKENDS_GROUP):
@@ -62,10 +65,10 @@ def find_backend(name: str) -> type[ExpertsBackend]:
 
 
 def why_unsupported(sizes: Sizes, backend: str = "auto") -> str | None:
-    """Why no backend that `create_experts` may take supports experts of these sizes, or None: before they are loaded.
+    """Return why no backend that `create_experts` may take supports experts of these sizes, or None if one does.
 
-    On torch's meta device none is asked for: a part of the model that is never loaded, as of a server of encoders, lies
-    there. Raises ExpertsError for a name that no backend has.
+    The weights need not exist yet. On torch's meta device the answer is None: only a part of the model that is never
+    loaded lies there, as in a server that runs the encoders alone. Raises ExpertsError for a name that no backend has.
     """
     if sizes.device.type == "meta":
         return None
@@ -104,11 +107,13 @@ def _refusal(candidate: type[ExpertsBackend], reason: str) -> str:
 def create_experts(
     weights: ExpertWeights, backend: str = "auto", *, update: bool = False, batches: Batches | None = None
 ) -> ExpertsBackend:
-    """Choose a backend for these weights and give them to it.
+    """Choose a backend for these weights and load them into it.
 
-    `auto` takes the first that supports the weights on their device and passes the self-test with them; a backend that
-    fails is named in a warning. A backend given by name is taken or refused, never replaced. update: these are new weights
-    of a layer that is there. batches: for which the backend makes itself ready. Raises ExpertsError.
+    `auto` takes the first backend that supports the weights on their device and passes the self-test with them; a
+    warning names each backend that was refused. A backend given by name is taken or refused, never replaced.
+
+    update: whether these are new weights of a layer that was loaded before. batches: the batches for which the backend
+    compiles its kernels; if None, it compiles nothing beforehand. Raises ExpertsError if no backend can be used.
     """
     refused: list[str] = []
     for candidate in _candidates(weights, backend):
@@ -133,12 +138,12 @@ def create_experts(
 
 @cache
 def _warn_once(message: str) -> None:
-    """Every layer of a model has the same to say."""
+    """Log a warning once in a process, because every layer of a model would repeat it."""
     logger.warning(message)
 
 
 def _self_test(candidate: type[ExpertsBackend], weights: ExpertWeights) -> tuple[float, str | None]:
-    """The error, and why a backend must not serve these weights, naming the device and the error, or None."""
+    """Return the relative error, and why the backend must not serve these weights (with device and error), or None."""
     try:
         error = self_test_error(candidate, weights)
     except Exception as failure:  # whatever a compiler or a driver raises: the next backend may still serve
@@ -150,9 +155,9 @@ def _self_test(candidate: type[ExpertsBackend], weights: ExpertWeights) -> tuple
 
 
 def _make_ready(candidate: type[ExpertsBackend], sizes: Sizes, batches: Batches) -> str | None:
-    """Why a backend's kernels cannot serve batches of every size, or None."""
+    """Return why a backend's kernels cannot be compiled for these batches, or None if they were."""
     try:
         candidate.make_ready(sizes, batches)
-    except Exception as failure:  # as in the self-test, of a size that it does not reach
+    except Exception as failure:  # whatever a compiler raises, here for a batch size that the self-test does not run
         return f"its kernels cannot be compiled for {sizes.device}: {type(failure).__name__}: {failure}"
     return None

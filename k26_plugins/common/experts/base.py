@@ -1,4 +1,4 @@
-"""The routed INT4 experts of one MoE layer: their weights, and the interface that every backend offers."""
+"""Define the weights of one MoE layer's routed INT4 experts, and the interface that every backend offers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from k26_plugins.common.model.int4 import GROUP_SIZE, PACK_FACTOR
 
 
 class ExpertsError(ValueError):
-    """Experts that no backend can compute rightly. The message names what was found and the remedy."""
+    """Raised for experts that no backend can compute correctly. The message names what was found and the remedy."""
 
 
 class Expert(NamedTuple):
@@ -31,11 +31,11 @@ class Expert(NamedTuple):
 
 
 class Sizes(Protocol):
-    """What a backend must know of a layer's experts on this rank to say whether it can run them."""
+    """The sizes and the device of a layer's experts on this rank, from which a backend says whether it can run them."""
 
     @property
     def num_experts(self) -> int:
-        """How many experts lie on this rank."""
+        """Number of experts on this rank."""
 
     @property
     def hidden_size(self) -> int:
@@ -47,21 +47,21 @@ class Sizes(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights lie, or will."""
+        """Device on which the weights lie or will lie."""
 
 
 class Batches(NamedTuple):
-    """What of an engine's batches, of whatever size, decides which kernels compute them."""
+    """The properties of an engine's batches that, beside the number of tokens, decide which kernels compute them."""
 
     top_k: int
     num_global_experts: int | None
-    """The length of the expert map that they come with; None where they come without."""
+    """Length of the expert map that comes with the batches; None if they come without a map."""
     dtype: torch.dtype
-    """The routed sum's."""
+    """Dtype of the routed sum."""
     logger: logging.Logger
-    """The engine's, for what is done for them."""
+    """The engine's logger, which tells what a backend compiles for these batches."""
     by_expert: bool = False
-    """Whether they come as `ExpertsBackend.apply_by_expert` takes them."""
+    """Whether the tokens come in a buffer for each expert, as `ExpertsBackend.apply_by_expert` takes them."""
 
 
 class LayerSizes(NamedTuple):
@@ -77,7 +77,8 @@ class LayerSizes(NamedTuple):
 class ExpertWeights:
     """The experts of a layer that live on this rank, each field of `Expert` stacked to `[E, ...]`.
 
-    Under tensor parallelism `I` is this rank's part: rows of w13 (gate and up each), columns of w2.
+    Under tensor parallelism `I` is this rank's part, which cuts the rows of w13 (of gate and up each) and the columns
+    of w2. Raises ExpertsError, when it is created, for tensors of another dtype or shape.
     """
 
     w13_packed: torch.Tensor
@@ -116,7 +117,7 @@ class ExpertWeights:
 
     @property
     def num_experts(self) -> int:
-        """How many experts lie on this rank."""
+        """Number of experts on this rank."""
         return self.w13_packed.shape[0]
 
     @property
@@ -131,62 +132,65 @@ class ExpertWeights:
 
     @property
     def device(self) -> torch.device:
-        """Where all four tensors lie."""
+        """Device of all four tensors."""
         return self.w13_packed.device
 
     def expert(self, index: int) -> Expert:
-        """Views of one expert's tensors; `index` is local."""
+        """Return views of one expert's tensors; `index` is local to this rank."""
         return Expert(self.w13_packed[index], self.w13_scale[index], self.w2_packed[index], self.w2_scale[index])
 
     def copy_of(self, indices: list[int]) -> ExpertWeights:
-        """A copy of some of the experts, in the order given."""
+        """Return a copy of some of the experts, in the order given."""
         return ExpertWeights(*(tensor[indices] for tensor in self.parts()))
 
     def to(self, device: torch.device) -> ExpertWeights:
-        """The same weights on another device; without a copy where they are there already."""
+        """Return the weights on a device, without a copy if they are there already."""
         return ExpertWeights(*(tensor.to(device) for tensor in self.parts()))
 
     def parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The four tensors, in the order of `Expert`."""
+        """Return the four tensors, in the order of `Expert`."""
         return self.w13_packed, self.w13_scale, self.w2_packed, self.w2_scale
 
 
 class RoutedBatch(NamedTuple):
-    """A batch as a backend's `_forward` takes it: of the right shapes, contiguous, and where the weights lie."""
+    """A batch as a backend's `_forward` takes it: inputs and `out` are checked, contiguous, and on the weights' device.
+
+    The workspace and `result` are as the caller gave them.
+    """
 
     hidden_states: torch.Tensor
     """`[num_tokens, hidden_size]`, in the backend's `activation_dtype`."""
     topk_ids: torch.Tensor
-    """int32 `[num_tokens, top_k]`. They are global where there is an `expert_map`, and local otherwise; a number that is no
-    expert's counts as −1. `local_ids` maps both to local ones, for a backend whose kernels do not."""
+    """int32 `[num_tokens, top_k]`: global ids if there is an `expert_map`, local ids otherwise. A number that names no
+    expert counts as −1. A backend whose kernels do not apply the map themselves gets local ids from `local_ids`."""
     topk_weights: torch.Tensor
     """float32 `[num_tokens, top_k]`."""
     expert_map: torch.Tensor | None
-    """int32 `[num_global_experts]`."""
+    """int32 `[num_global_experts]`: the local index of each global id, −1 for an expert of another rank."""
     out: torch.Tensor
-    """`[num_tokens, hidden_size]`, in one of the backend's `out_dtypes`: what the routed sum is written to."""
+    """`[num_tokens, hidden_size]` in one of the backend's `out_dtypes`: the tensor that gets the routed sum."""
     workspace: torch.Tensor | None
-    """As the caller gave it."""
+    """uint8, or None for a kernel that is to allocate its own."""
     result: torch.Tensor
-    """What the caller gets: `out` itself, or another tensor where that is no form in which the backend writes."""
+    """The tensor that the caller gets: `out` itself, or another one if the backend cannot write to it directly."""
 
     def finish(self) -> torch.Tensor:
-        """`result`, with what was written to `out`."""
+        """Return `result`, to which `out` is copied first if they are two tensors."""
         return self.result if self.result is self.out else self.result.copy_(self.out)
 
 
 class RoutedExperts(ABC):
-    """Computes the routed sum of one layer, Σ weight · down(silu(gate · x) · (up · x)), over the experts that live here.
+    """The routed experts of one layer on this rank, which compute Σ weight · down(silu(gate · x) · (up · x)).
 
-    Neither the shared expert nor the routed scaling factor is part of it: the first is the engine's, the second is in
-    `topk_weights`. Under tensor or expert parallelism each rank returns its partial sum.
+    This routed sum includes neither the shared expert, which the engine adds, nor a routed scaling factor, which
+    `topk_weights` already contains. Under tensor or expert parallelism each rank returns its partial sum.
     """
 
     def workspace_bytes(self, num_tokens: int, top_k: int, num_global_experts: int | None = None) -> int:
-        """Bytes of scratch that suffice for `apply` with up to `num_tokens` tokens; 0 if none.
+        """Return the bytes of scratch memory that suffice for `apply` with up to `num_tokens` tokens; 0 for none.
 
-        A caller that holds them itself passes them to `apply`; otherwise `apply` allocates.
-        num_global_experts: the length of the expert map, where one is given.
+        A caller that holds this memory itself passes it to `apply` as the workspace; otherwise `apply` allocates it.
+        num_global_experts: the length of the expert map, if there is one.
         """
         del num_tokens, top_k, num_global_experts
         return 0
@@ -202,34 +206,40 @@ class RoutedExperts(ABC):
         out: torch.Tensor | None = None,
         workspace: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The routed sum, `[num_tokens, hidden_size]` in the dtype of `hidden_states`, written to `out` if given.
+        """Return the routed sum, `[num_tokens, hidden_size]` in the dtype of `hidden_states`, or in `out` if given.
 
         hidden_states: `[num_tokens, hidden_size]`. topk_ids: `[num_tokens, top_k]` integers, −1 for no expert.
         topk_weights: `[num_tokens, top_k]` float32. expert_map: `[num_global_experts]`, the local index of a global id
         or −1; without it the ids are local. workspace: uint8, at least `workspace_bytes`.
 
-        Any other number that is no expert's, in the ids or in the map, counts as −1, on every backend and as in vLLM's own
-        kernels: padded rows of a batch hold anything, and a device cannot raise an error without the host's waiting for it.
+        Any other number that names no expert, in the ids or in the map, counts as −1 on every backend, as it does in
+        vLLM's own kernels: padded rows of a batch may hold anything, and raising an error would make the host wait for
+        the device.
 
         Raises ExpertsError for a tensor of another shape.
         """
 
 
 class ExpertsBackend(RoutedExperts):
-    """One way to compute them, over all the weights that it was given: `_forward`, for which `apply` prepares a batch."""
+    """Routed experts computed in one particular way, over the weights that the backend was loaded with.
+
+    `apply` checks a batch and converts it; a subclass computes it in `_forward`.
+    """
 
     name: ClassVar[str]
     device_type: ClassVar[str | None]
-    """The type of the devices that it is for, as torch names it; None for any."""
+    """Type of the devices that the backend runs on, as torch names it; None for any."""
     tolerance: ClassVar[float] = 1e-2
     """The self-test's limit on the relative error: far above bfloat16's rounding (2e-3 on a right kernel) and far below
     what a wrong nibble order or scale gives (above 0.5)."""
     self_test_tokens: ClassVar[tuple[int, ...]] = (1, 64)
-    """Batches of the self-test, in which every token chooses the same two experts: one for each path of the backend."""
+    """Numbers of tokens in the self-test's batches, one batch for each code path of the backend. Every token chooses
+    the same two experts."""
     activation_dtype: ClassVar[torch.dtype | None] = torch.bfloat16
-    """To which hidden states of another dtype are rounded; None for a backend that takes them as they are."""
+    """Dtype to which hidden states of another dtype are rounded; None for a backend that takes them as they are."""
     out_dtypes: ClassVar[tuple[torch.dtype, ...] | None] = None
-    """In which the backend writes, float32 among them, from which any other is converted; None for all."""
+    """Dtypes in which the backend can write the routed sum; None for all. float32 must be among them: for a caller that
+    wants a dtype that is missing here, `apply` converts the sum from float32."""
 
     def __init__(self, sizes: Sizes) -> None:
         self.sizes = sizes
@@ -237,23 +247,30 @@ class ExpertsBackend(RoutedExperts):
     @classmethod
     @abstractmethod
     def unsupported(cls, weights: Sizes) -> str | None:
-        """Why this backend cannot run weights of these sizes on their device, or None. Asked before they are created."""
+        """Return why this backend cannot run weights of these sizes on their device, or None if it can.
+
+        This is asked before the weights are created.
+        """
 
     @classmethod
     def make_ready(cls, sizes: Sizes, batches: Batches) -> None:
-        """Compile whatever these batches may run, so that no request waits for a compiler: by default there is nothing.
+        """Compile every kernel that these batches may run, so that no request waits for a compiler; by default nothing.
 
-        Asked for each layer, before its weights are taken over: what layers have in common is to be done once.
+        This is called for each layer, before `load` takes its weights over, so a backend should do only once what its
+        layers have in common.
         """
 
     @classmethod
     def place(cls, weights: ExpertWeights) -> None:
-        """Prepare the memory of weights yet to be loaded for `load`, which repacks them there: nothing by default."""
+        """Prepare the memory of weights that are yet to be loaded and that `load` will repack in place.
+
+        By default this does nothing.
+        """
 
     @classmethod
     @abstractmethod
     def load(cls, weights: ExpertWeights) -> Self:
-        """Take the weights over, repacked expert by expert into the same storage where the sizes allow it."""
+        """Take the weights over, repacking them expert by expert, in the same storage if the sizes allow it."""
 
     def apply(
         self,
@@ -265,10 +282,10 @@ class ExpertsBackend(RoutedExperts):
         out: torch.Tensor | None = None,
         workspace: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Check the batch, bring it into the form that kernels take, once for all backends, and compute it.
+        """Check the batch, convert it to the form in which every backend takes it, and compute it.
 
-        No value is looked at, and where a tensor has that form already nothing is done to it: on a device nothing is
-        launched and nothing waits.
+        The checks read no values, and a tensor that already has that form is used as it is; then the preparation
+        launches nothing on a device and does not wait for it.
         """
         batch = self._batch(hidden_states, topk_ids, topk_weights, expert_map, out, workspace)
         self._forward(batch)
@@ -283,7 +300,7 @@ class ExpertsBackend(RoutedExperts):
         expert_map: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
     ) -> Callable[[], torch.Tensor]:
-        """Start `apply`; the function that is returned waits for the result. The arguments stay unchanged until then."""
+        """Start `apply` and return a function that waits for its result. The arguments must not change until then."""
         batch = self._batch(hidden_states, topk_ids, topk_weights, expert_map, out, None)
         wait_for_forward = self._start_forward(batch)
 
@@ -324,9 +341,10 @@ class ExpertsBackend(RoutedExperts):
         """Write the batch's routed sum to its `out`."""
 
     def _start_forward(self, batch: RoutedBatch) -> Callable[[], None]:
-        """Start `_forward`; the function that is returned waits until it is done.
+        """Start `_forward` and return a function that waits until it is done.
 
-        A backend with threads of its own works meanwhile; here it is done at once.
+        A backend with threads of its own overrides this and works meanwhile; by default the work is done before
+        returning.
         """
         self._forward(batch)
         return lambda: None
@@ -334,11 +352,13 @@ class ExpertsBackend(RoutedExperts):
     def apply_by_expert(
         self, hidden_states: torch.Tensor, counts: torch.Tensor, out: torch.Tensor, *, expected: float
     ) -> None:
-        """What each expert gives for the tokens in its own buffer, unweighted: as DeepEP's low-latency dispatch has them.
+        """Write to `out` each expert's results for the tokens in its own buffer, without routing weights.
 
-        hidden_states: `[num_experts, max_tokens, hidden_size]`, contiguous. counts: int32 `[num_experts]`, how many tokens
-        each buffer holds. out: like hidden_states; what lies beyond an expert's tokens is nobody's. expected: an expert's
-        tokens on average, which a backend may choose its path by.
+        Tokens come in such buffers from DeepEP's low-latency dispatch, for example.
+
+        hidden_states: `[num_experts, max_tokens, hidden_size]`, contiguous. counts: int32 `[num_experts]`, the number
+        of tokens in each buffer. out: as hidden_states; its rows beyond an expert's tokens are undefined. expected: the
+        mean number of tokens of an expert, by which a backend may choose its code path.
         """
         del expected
         num_experts, max_tokens, hidden_size = hidden_states.shape
@@ -350,25 +370,26 @@ class ExpertsBackend(RoutedExperts):
 
     @abstractmethod
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The repacked weights, each contiguous `[E, ...]` and self-contained per expert.
+        """Return the repacked weights by name, each contiguous `[E, ...]`; an expert's rows need no other expert's.
 
-        An engine may register them as parameters and move an expert's rows between ranks (EPLB): what is computed
-        follows the rows. Empty for a backend that keeps its weights to itself.
+        An engine may register these tensors as parameters and move an expert's rows between ranks (EPLB): the results
+        follow the rows. The dict is empty for a backend that keeps its weights to itself.
         """
 
     @classmethod
     @abstractmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> Self:
-        """Experts over what `tensors()` of others gave, as it is: nothing is copied or repacked.
+        """Return a backend over tensors that another one's `tensors()` gave, without copying or repacking them.
 
-        Raises ExpertsError where `tensors()` is empty.
+        Raises ExpertsError for a backend whose `tensors()` is empty.
         """
 
     @abstractmethod
     def restore(self, tensors: dict[str, torch.Tensor]) -> ExpertWeights:
-        """The inverse of `load`: the checkpoint's layout of rows of `tensors()`, copied to any device.
+        """Return some experts in the checkpoint's layout; this is the inverse of `load`.
 
-        The copies may be overwritten. Raises ExpertsError where `tensors()` is empty.
+        tensors: copies of those experts' rows of `tensors()`, on any device; they may be overwritten. Raises
+        ExpertsError for a backend whose `tensors()` is empty.
         """
 
 
@@ -380,7 +401,7 @@ def check_shapes(
     expert_map: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> None:
-    """Raises ExpertsError, which names the tensor, unless the shapes are those of `RoutedExperts.apply`."""
+    """Raise ExpertsError, which names the tensor, unless the shapes are those that `RoutedExperts.apply` takes."""
     if topk_ids.dim() != 2:
         raise ExpertsError(f"topk_ids has shape {list(topk_ids.shape)}, expected [num_tokens, top_k].")
     num_tokens, top_k = topk_ids.shape
@@ -400,14 +421,17 @@ def check_shapes(
 
 
 def _laid_out(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    # A call of `to` that has nothing to do takes longer than to see that it has not.
+    # These comparisons take less time than a call of `to` that has nothing to do.
     if tensor.dtype != dtype or tensor.device != device:
         tensor = tensor.to(device, dtype)
     return tensor.contiguous()
 
 
 def as_int32(ids: torch.Tensor) -> torch.Tensor:
-    """The one width that kernels take. A number that is no expert's stays none: cut to 32 bits it could become one."""
+    """Return ids as int32, the only width that kernels take.
+
+    Wider numbers are clamped: if a number that names no expert were cut to 32 bits, it could become an expert's id.
+    """
     if ids.dtype == torch.int32:
         return ids
     if ids.dtype.itemsize > torch.int32.itemsize or ids.dtype.is_floating_point:
@@ -416,10 +440,13 @@ def as_int32(ids: torch.Tensor) -> torch.Tensor:
 
 
 def local_ids(topk_ids: torch.Tensor, expert_map: torch.Tensor | None, num_experts: int) -> torch.Tensor:
-    """int64 ids into the `num_experts` that live here, −1 for no expert or one that lives elsewhere."""
+    """Return int64 local ids, in the shape of `topk_ids`: −1 for no expert and for an expert of another rank.
+
+    num_experts: how many experts this rank has.
+    """
     local = topk_ids.long()
     if expert_map is not None:
-        # The last entry is that of every id that the map does not have.
+        # Every id outside the map reads the table's last entry, −1.
         table = torch.cat((expert_map.long(), expert_map.new_full((1,), -1, dtype=torch.int64)))
         local = table[torch.where((local >= 0) & (local < len(expert_map)), local, len(expert_map))]
     return torch.where((local >= 0) & (local < num_experts), local, -1)
@@ -428,7 +455,7 @@ def local_ids(topk_ids: torch.Tensor, expert_map: torch.Tensor | None, num_exper
 def tokens_by_expert(
     topk_ids: torch.Tensor, expert_map: torch.Tensor | None, num_experts: int
 ) -> list[tuple[int, torch.Tensor]]:
-    """For each local expert with tokens, in order: its index and its token–expert pairs, each as token · top_k + k."""
+    """Return (index, token–expert pairs) of each local expert with tokens, in order; a pair is token · top_k + k."""
     local = local_ids(topk_ids, expert_map, num_experts).flatten()
     order = torch.argsort(local, stable=True)
     # Pairs with −1 sort first and are dropped.

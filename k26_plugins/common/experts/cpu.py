@@ -1,8 +1,8 @@
-"""INT4 experts on a CPU, exact to bfloat16: torch's INT4 GEMM for few tokens, a dense GEMM for many.
+"""Compute INT4 experts on a CPU, exact to bfloat16: by torch's INT4 GEMM for few tokens, by a dense GEMM for many.
 
 torch's `_weight_int4pack_mm_for_cpu` streams the packed weights at the memory's bandwidth and keeps the activations in
-bfloat16, but its arithmetic rate stays at that of one small tile. Where many tokens share an expert its weights are
-dequantized, from the same packed bytes and a cache-sized tile at a time, and multiplied by the dense GEMM.
+bfloat16, but its arithmetic rate stays at that of one small tile. If many tokens share an expert, the expert's weights
+are dequantized from the same packed bytes, a cache-sized tile at a time, and multiplied by the dense GEMM.
 """
 
 from __future__ import annotations
@@ -26,27 +26,28 @@ from k26_plugins.common.experts.base import (
 from k26_plugins.common.model.int4 import GROUP_SIZE, PACK_FACTOR
 from k26_plugins.common.model.linear import multiplies_bfloat16
 
-# Tokens of one expert from which the dense GEMM wins. On 2 cores of an AMD EPYC (Zen 4, AVX512-BF16), w13 of
-# 4096 × 7168: 32 tokens 11.4 ms against 13 ms, 64 tokens 23 ms against 18 ms, 256 tokens 90 ms against 47 ms. In float32
-# on 2 cores of an AMD EPYC (Zen 3, AVX2): 64 tokens 58 ms against 49 ms, 256 tokens 273 ms against 163 ms.
+# Tokens of one expert from which the dense GEMM is faster than the INT4 GEMM. The INT4 and the dense GEMM took, for w13
+# of 4096 × 7168 on 2 cores of an AMD EPYC (Zen 4, AVX512-BF16), 11.4 and 13 ms for 32 tokens, 23 and 18 ms for 64
+# tokens, 90 and 47 ms for 256 tokens. On 2 cores of an AMD EPYC (Zen 3, AVX2), where the dense GEMM is in float32, they
+# took 58 and 49 ms for 64 tokens, 273 and 163 ms for 256 tokens.
 DENSE_FROM = 48
-# Rows dequantized at a time. Their copy (3.7 MB in bfloat16 at 7168 inputs) stays in a last-level cache.
+# Rows that are dequantized at a time. Their dense copy (3.7 MB in bfloat16 at 7168 inputs) stays in a last-level cache.
 TILE_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
 class PackedLayout:
-    """How torch lays INT4 weights out for its CPU GEMM: blocks of rows, inputs outermost within a block.
+    """A layout of INT4 weights for torch's CPU GEMM: blocks of `block` rows, with the inputs outermost within a block.
 
-    A byte holds the same input of two rows: halves of the block (`interleaved` False) or neighbours (True). Which one
-    depends on the instruction set that torch found.
+    A byte holds the same input of two rows, which lie half a block apart (`interleaved` False) or side by side (True).
+    Which layout torch uses depends on the instruction set that it found.
     """
 
     block: int
     interleaved: bool
 
     def pack(self, packed: torch.Tensor) -> torch.Tensor:
-        """Bytes `[N / block, K, block / 2]` from the checkpoint's int32 `[N, K / 8]`."""
+        """Return bytes `[N / block, K, block / 2]` for the checkpoint's int32 `[N, K / 8]`."""
         rows = packed.shape[0]
         source = packed.contiguous().view(torch.uint8).view(rows // self.block, self.block, -1)
         if self.interleaved:
@@ -58,7 +59,7 @@ class PackedLayout:
         return torch.stack((even, odd), dim=-1).flatten(-2).transpose(1, 2).contiguous()
 
     def unpack(self, stored: torch.Tensor, rows: int) -> torch.Tensor:
-        """The inverse of `pack`: int32 `[E, N, K / 8]` from the bytes of each expert."""
+        """Return int32 `[E, N, K / 8]` for the packed bytes of E experts with N = `rows`, as the inverse of `pack`."""
         blocks = stored.contiguous().view(torch.uint8).reshape(len(stored), rows // self.block, -1, self.block // 2)
         pairs = blocks.transpose(2, 3).unflatten(-1, (-1, 2))  # [E, blocks, block / 2, K / 2, (even, odd)]
         low = (pairs[..., 0] & 0xF) | (pairs[..., 1] << 4)
@@ -67,10 +68,13 @@ class PackedLayout:
         return halves.reshape(len(stored), rows, -1).view(torch.int32)
 
     def dequantize(self, tile: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """`[blocks, K, block]`, in the dtype of `scale` `[blocks, K / 32, block]`, from bytes `[blocks, K, block / 2]`."""
+        """Return weights `[blocks, K, block]` in the dtype of `scale`.
+
+        tile: bytes `[blocks, K, block / 2]`. scale: `[blocks, K / 32, block]`.
+        """
         low, high = tile & 0xF, tile >> 4
         nibbles = torch.stack((low, high), -1).flatten(-2) if self.interleaved else torch.cat((low, high), -1)
-        # Wraps below zero, as the two's complement of u − 8 does.
+        # uint8 wraps below zero, so that the bytes are the two's complement of u − 8.
         q = nibbles.sub_(8).view(torch.int8).to(scale.dtype)
         weights: torch.Tensor = q.unflatten(1, (-1, GROUP_SIZE)).mul_(scale.unsqueeze(2)).flatten(1, 2)
         return weights
@@ -78,7 +82,7 @@ class PackedLayout:
 
 @cache
 def packed_layout() -> PackedLayout | None:
-    """The layout of this process' torch, found by packing a probe; None where it is none that is known."""
+    """Return the layout that this process' torch uses, found by packing a probe; None if it is not a known layout."""
     u = torch.randint(0, 16, (128, 2 * GROUP_SIZE), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     expected = torch._convert_weight_to_int4pack_for_cpu(u, 1).flatten()
     shifts = torch.arange(0, 32, 4, dtype=torch.int32)
@@ -93,13 +97,19 @@ class Int4Matrix:
     """One projection of every expert, `[E, N, K]`, in torch's packed layout."""
 
     def __init__(self, packed: torch.Tensor, scale_and_zero: torch.Tensor, layout: PackedLayout) -> None:
-        """packed: repacked, in the checkpoint's shape. scale_and_zero: bfloat16 `[E, K / 32, N, 2]`."""
+        """packed: int32 in the checkpoint's shape `[E, N, K / 8]`, its bytes in `layout`; it is not copied.
+
+        scale_and_zero: bfloat16 `[E, K / 32, N, 2]`.
+        """
         self.rows, self.inputs = packed.shape[1], packed.shape[2] * PACK_FACTOR
         self.packed, self.scale_and_zero, self.layout = packed, scale_and_zero, layout
 
     @classmethod
     def repack(cls, packed: torch.Tensor, scale: torch.Tensor, layout: PackedLayout) -> Self:
-        """`packed` int32 `[E, N, K / 8]` is repacked in its own storage, `scale` bfloat16 `[E, N, K / 32]` is copied."""
+        """Return the matrix of a checkpoint's tensors.
+
+        packed: int32 `[E, N, K / 8]`, repacked in its own storage. scale: bfloat16 `[E, N, K / 32]`, copied.
+        """
         for matrix in packed:
             matrix.view(torch.uint8).view(-1).copy_(layout.pack(matrix).view(-1))
         # torch wants a zero point beside each scale; its convention is (u − 8) · scale + zero.
@@ -109,18 +119,18 @@ class Int4Matrix:
         return cls(packed, scale_and_zero, layout)
 
     def restore(self, packed: torch.Tensor, scale_and_zero: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The checkpoint's tensors of some experts' `packed` and `scale_and_zero`."""
+        """Return the checkpoint's packed weights and scales for some experts' `packed` and `scale_and_zero`."""
         return self.layout.unpack(packed, self.rows), scale_and_zero[..., 0].transpose(1, 2)
 
     def gemm(self, expert: int, x: torch.Tensor) -> torch.Tensor:
-        """x · Wᵀ, bfloat16 `[tokens, N]`, for x bfloat16 `[tokens, K]`."""
+        """Return x · Wᵀ, bfloat16 `[tokens, N]`, for x bfloat16 `[tokens, K]`."""
         packed = self.packed[expert].view(torch.uint8).view(self.rows, self.inputs // 2)
         if x.shape[0] < DENSE_FROM:
             return torch._weight_int4pack_mm_for_cpu(x, packed, GROUP_SIZE, self.scale_and_zero[expert])
         return self._dense_gemm(expert, x, packed)
 
     def _dense_gemm(self, expert: int, x: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
-        # 2 cores of that Zen 3 multiply 512 rows at 114 GFLOP/s in float32, and at 3 in bfloat16.
+        # On 2 cores of the Zen 3 named above, 512 rows are multiplied at 114 GFLOP/s in float32 and at 3 in bfloat16.
         dtype = torch.bfloat16 if multiplies_bfloat16() else torch.float32
         factor = x.to(dtype)
         block = self.layout.block
@@ -135,7 +145,10 @@ class Int4Matrix:
 
 
 class CpuExperts(ExpertsBackend):
-    """bfloat16 activations, INT4 weights, any x86 CPU with AVX2 or AVX512 and slowly any other."""
+    """Experts computed by torch's operators on a CPU, with bfloat16 activations and INT4 weights.
+
+    They run on any x86 CPU with AVX2 or AVX512, and slowly on any other CPU.
+    """
 
     name = "cpu"
     device_type = "cpu"
@@ -147,7 +160,10 @@ class CpuExperts(ExpertsBackend):
 
     @classmethod
     def unsupported(cls, weights: Sizes) -> str | None:
-        """It takes CPUs on which torch packs INT4 in a known layout, and sizes that this layout divides."""
+        """Return why torch's INT4 GEMM cannot be used, or None if it can.
+
+        torch must pack INT4 in a layout that is known here, and the numbers of rows must be multiples of its blocks.
+        """
         if weights.device.type != "cpu":
             return f"the weights are on {weights.device}"
         layout = packed_layout()
@@ -179,7 +195,7 @@ class CpuExperts(ExpertsBackend):
         )
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The operator's packed weights, with scales and zero points side by side."""
+        """Return the operator's packed weights, and the scales with a zero point beside each."""
         return {
             "w13_packed": self.w13.packed,
             "w13_scale": self.w13.scale_and_zero,
@@ -195,9 +211,9 @@ class CpuExperts(ExpertsBackend):
         )
 
     def _forward(self, batch: RoutedBatch) -> None:
-        """Compute one expert after the other, each by two of torch's INT4 GEMMs.
+        """Compute one expert after the other by two GEMMs.
 
-        They are in bfloat16, the only dtype that torch's GEMM takes on every CPU at full speed.
+        Activations are bfloat16, the only dtype that torch's INT4 GEMM takes on every CPU at full speed.
         """
         weights = batch.topk_weights.flatten()
         total = torch.zeros(batch.hidden_states.shape, dtype=torch.float32)

@@ -1,7 +1,7 @@
-"""The engine's own experts, tested before they serve: a few experts of some layers, by the engine's own method object.
+"""Test the engine's own experts before they serve: a few experts of some layers, computed by the engine's own method.
 
-The weights are taken from the layer's parameters as they are loaded, just before the method rearranges them for its kernel,
-and so are those of this rank, sharded or not. The plain GEMM with them is what the kernel's result is held to.
+The weights are taken from the layer's parameters once they are loaded, just before the method rearranges them for its
+kernel; so they are this rank's weights, sharded or not. The kernel's result is compared with a plain GEMM with them.
 """
 
 from __future__ import annotations
@@ -23,50 +23,52 @@ from k26_plugins.common.model.int4 import GROUP_SIZE, PACK_FACTOR
 from k26_plugins.common.settings import ENGINE, EXPERTS
 
 BATCHES = (1, 8, 64, 400)
-"""Tokens: one for each regime that the engines' kernels have. For the first layer; the others differ in their weights."""
+"""Numbers of tokens in the first layer's batches, one for each regime that the engines' kernels have."""
 FURTHER_BATCHES = (1, 64)
+"""Numbers of tokens for the other layers, which differ from the first one only in their weights."""
 LIMIT = 5e-2
-"""On the relative error: above that of activations in 8 bits (1.2e-2), which some kernels take, and far below what a kernel
-that is wrong gives (above 0.5)."""
+"""Limit on the relative error: above that of activations in 8 bits (1.2e-2), which some kernels use, and far below what
+a wrong kernel gives (above 0.5)."""
 
 files_read: list[str] = []
-"""What the engine's loader has read for the model that this process built last: it alone knows where the files are."""
+"""Files that the engine's loader has read for the model that this process built last; only it knows where they are."""
 
 Matrices = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
 
 
 class UntestableError(Exception):
-    """Experts that the test does not know how to test. The message says why."""
+    """Raised for experts that the test does not know how to test. The message says why."""
 
 
 class EngineLayer(NamedTuple):
-    """What the test needs of a layer that an engine's own method computes."""
+    """A layer that an engine's own method computes, with what the test needs to know about it."""
 
     module: torch.nn.Module
-    """That whose parameters are loaded."""
+    """The module whose parameters are loaded."""
     method: Any
-    """Whose `process_weights_after_loading(module)` the engine calls once they are."""
+    """The object whose `process_weights_after_loading(module)` the engine calls once the parameters are loaded."""
     kernel: Callable[[], str]
-    """Its name, for the log."""
+    """Returns the kernel's name, for the log."""
     top_k: int
     global_ids: Callable[[list[int]], list[int]]
-    """The ids by which the method knows this rank's experts."""
+    """Returns the ids by which the method knows some of this rank's experts, given by their local indices."""
     computed: RoutedSum
-    """The routed sum of this rank, by the method. Raises UntestableError."""
+    """Computes this rank's routed sum with the method. Raises UntestableError."""
     scales: tuple[float, ...] = (1.0,)
-    """By one of which the method multiplies the sum."""
+    """Factors, by one of which the method multiplies the sum."""
 
 
 def some_layers(numbers: Sequence[int]) -> list[int]:
-    """Which of a model's layers with experts are tested: the first, one in the middle, the last."""
+    """Return which of a model's layers with experts are tested: the first, one in the middle and the last."""
     ordered = sorted(numbers)
     return sorted({ordered[0], ordered[len(ordered) // 2], ordered[-1]}) if ordered else []
 
 
 def raw_experts(module: torch.nn.Module, chosen: list[int]) -> Matrices:
-    """Copies of some of a module's experts, as an engine has loaded them, as dense float32 matrices on demand.
+    """Copy some of a module's experts as an engine has loaded them, and return a function that gives them as matrices.
 
-    Raises UntestableError for parameters of another kind than this model's INT4 or dense ones.
+    chosen: local indices. The function takes an index into `chosen` and returns that expert's w13 `[2 I, H]` and w2
+    `[H, I]` in float32. Raises UntestableError if the parameters are neither this model's INT4 ones nor dense ones.
     """
     parameters = {name: tensor.data for name, tensor in module.named_parameters(recurse=False)}
     if any(name.endswith(("zero_point", "bias")) for name in parameters):
@@ -76,7 +78,7 @@ def raw_experts(module: torch.nn.Module, chosen: list[int]) -> Matrices:
             parameters[f"{matrix}_weight_{part}"][chosen] for matrix in ("w13", "w2") for part in ("packed", "scale")
         ]
         if tensors[0].shape[1] * PACK_FACTOR == tensors[2].shape[2]:
-            # K first, as some methods have their parameters loaded.
+            # Some methods have their parameters loaded with K before N.
             tensors = [tensor.transpose(1, 2) for tensor in tensors]
         packed = [Expert(*(tensor[place].contiguous() for tensor in tensors)) for place in range(len(chosen))]
         hidden_size, words = packed[0].w2_packed.shape
@@ -101,9 +103,9 @@ def raw_experts(module: torch.nn.Module, chosen: list[int]) -> Matrices:
 
 @dataclass(slots=True)
 class EngineTest:
-    """Tests each layer that it watches as soon as the engine has made it ready.
+    """The test of one model's layers in an engine, each as soon as the engine has made the layer ready.
 
-    on_wrong: called once, with what is wrong, on the first layer whose result is.
+    on_wrong: called at the first layer whose result is wrong, once, with a text that says what is wrong.
     """
 
     engine: str
@@ -113,13 +115,13 @@ class EngineTest:
     worst: float = 0.0
     seconds: float = 0.0
     extra_bytes: int = 0
-    """The most of the device's memory that the test took; 0 on a CPU, where torch does not count."""
+    """Peak of the device memory that the test took; 0 on a CPU, whose memory torch does not count."""
     _left: int = 0
     _over: bool = False
     _said: set[str] = field(default_factory=set)
 
     def watch(self, layers: Sequence[EngineLayer]) -> None:
-        """layers: in the order in which the engine makes them ready."""
+        """Have these layers tested, given in the order in which the engine makes them ready."""
         self._left = len(layers)
         for place, layer in enumerate(layers):
             self._watch(layer, FURTHER_BATCHES if place else BATCHES)
@@ -130,7 +132,7 @@ class EngineTest:
         def process(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
             if self._over or module is not layer.module:
                 return original(module, *args, **kwargs)
-            # Once: an update of the weights is not a start.
+            # Unhook the method, so that the layer is tested at the start and not again at an update of the weights.
             del layer.method.process_weights_after_loading
             device = next(module.parameters(recurse=False)).device
             with self._measured(device, 0):
@@ -148,7 +150,7 @@ class EngineTest:
 
     @contextmanager
     def _measured(self, device: torch.device, held: int) -> Iterator[None]:
-        """What the body costs counts as the test's. held: bytes that the test has there before."""
+        """Count the body's time and peak memory as the test's. held: bytes that the test already has on the device."""
         before = _allocated(device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -159,7 +161,7 @@ class EngineTest:
             self.extra_bytes = max(self.extra_bytes, held + torch.cuda.max_memory_allocated(device) - before)
 
     def _attempt(self, layer: EngineLayer, what: Callable[[], Any]) -> Any:
-        """Its result, or None and a line in the log: what the test cannot do must not end a start."""
+        """Return the result of `what`; if it raises, log why and return None, so that the start goes on."""
         try:
             with torch.no_grad():
                 return what()
@@ -175,7 +177,10 @@ class EngineTest:
         return None
 
     def _prepare(self, layer: EngineLayer) -> tuple[Matrices, list[int], torch.device, torch.dtype]:
-        """Evenly spaced experts of this rank, as many as a token chooses."""
+        """Copy evenly spaced experts of this rank, as many as a token chooses.
+
+        Returns their matrices, their local indices, the device, and the dtype of the hidden states.
+        """
         first = next(layer.module.parameters(recurse=False))
         num_experts = first.shape[0]
         count = min(layer.top_k, num_experts)
@@ -228,7 +233,7 @@ class EngineTest:
 
 
 def note_files(files: Iterable[str]) -> None:
-    """Add to `files_read`, each once: an update reads the same files again."""
+    """Add files to `files_read`, each only once, because an update reads the same files again."""
     files_read.extend(file for file in files if file not in files_read)
 
 
@@ -238,13 +243,19 @@ def watch_layers(
     layers: Mapping[int, Callable[[], EngineLayer]],
     on_wrong: Callable[[str], None],
 ) -> None:
-    """Test some of a new model's layers with the engine's own experts, which are given by their number, as `EngineTest`."""
+    """Have some layers of a new model tested that the engine's own experts compute.
+
+    layers: for each layer's number a function that gives the layer. on_wrong: as in `EngineTest`.
+    """
     files_read.clear()
     EngineTest(engine, logger, on_wrong).watch([layers[number]() for number in some_layers(list(layers))])
 
 
 def require_replaceable(wrong: str, engine: str, *, published_layout: bool) -> None:
-    """Raises ExpertsError where the core's experts cannot take the place of an engine's wrong ones."""
+    """Raise ExpertsError if the core's experts cannot take the place of an engine's wrong ones.
+
+    wrong: what the test found. published_layout: whether the checkpoint has the published INT4 weights.
+    """
     if not published_layout:
         stop(wrong, "they are for the published INT4 weights")
     if EXPERTS.read() == ENGINE:
@@ -255,7 +266,7 @@ def require_replaceable(wrong: str, engine: str, *, published_layout: bool) -> N
 
 
 def stop(wrong: str, why_not: str) -> None:
-    """Raises ExpertsError: neither the engine's experts nor the core's may serve."""
+    """Raise ExpertsError, because neither the engine's experts nor the core's may serve."""
     raise ExpertsError(f"{wrong}, and the core's cannot take their place: {why_not}. Serving would give garbage.")
 
 

@@ -1,4 +1,4 @@
-"""The experts of a layer in two places: some on the device, the others in the host's memory, each in its own backend."""
+"""Compute a layer's experts in two places: some on the device, the others in host memory, each set by its own backend."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from k26_plugins.common.experts.placement import LayerPlacement
 from k26_plugins.common.experts.streaming import Streaming
 from k26_plugins.common.host.device_runtime import DeviceRuntime
 
-# Batches of at most so many tokens go into the device's stream outside a graph too, and no expert is streamed for them. With
-# a longer one the host waits for the routing, and then decides which to stream.
+# Batches of at most so many tokens are work in the device's stream even outside a CUDA graph, and no expert is streamed
+# for them. For a longer batch the host waits for the routing and then decides which experts to stream.
 FEW_TOKENS = 64
 
 
 class HybridExperts(RoutedExperts):
-    """The sum of what two backends compute, each over its own experts.
+    """A layer's routed experts in two backends, each over its own experts, whose results are added.
 
-    The host's part is the longer one at decode, so it starts first, as soon as its inputs are copied, and the device's is
-    launched beside it. With the native experts of a device's `runtime` both are work in the device's stream, which a CUDA
-    graph may hold. Of long prompts some of the host's experts, or all, are streamed to the device and computed there.
+    The host's part takes longer at decode, so it starts first, as soon as its inputs are copied, and the device's part
+    is launched beside it. If the host's experts are native and a `runtime` is given, both parts are work in the
+    device's stream, which a CUDA graph may hold. For long prompts some or all of the host's experts are streamed to the
+    device and computed there.
     """
 
     def __init__(
@@ -42,15 +43,15 @@ class HybridExperts(RoutedExperts):
         deferral: Deferral | None = None,
         layer: int = 0,
     ) -> None:
-        """Both backends hold their experts in the placement's order; `device_experts` is None where none are there.
+        """Combine two backends that hold their experts in the placement's order.
 
-        streaming: shared by all layers; without it the host computes whatever it holds. runtime: the device's; without it
-        the host waits in every layer. deferral: shared by all layers; without it each layer adds all of its experts. layer:
-        this one's number.
+        device_experts: None if the device has no expert of this layer. streaming: shared by all layers; without it the
+        host computes all the experts that it holds. runtime: the device's; without it the host waits in every layer.
+        deferral: shared by all layers; without it each layer adds all of its own experts. layer: this layer's number.
         """
         self.device = device
         self.placement = placement
-        # How often each was chosen, by its global id.
+        # How often each expert was chosen, by its global id.
         self.counts = torch.zeros(len(placement.device_ids) + len(placement.host_ids), dtype=torch.int64)
         self.device_map = placement.device_map().to(device)
         self.host_map = placement.host_map()
@@ -62,7 +63,10 @@ class HybridExperts(RoutedExperts):
         self.use(device_experts, host_experts)
 
     def use(self, device_experts: ExpertsBackend | None, host_experts: ExpertsBackend) -> None:
-        """Compute with these from now on. Graphs stay right where the weights lie as they lay, as after an update."""
+        """Compute with these backends from now on.
+
+        CUDA graphs stay valid if the weights are at the same addresses as before, as they are after an update.
+        """
         self.device_experts = device_experts
         self.host_experts = host_experts
         self.stream = None if self.streaming is None else self.streaming.prepare(host_experts, self.device)
@@ -71,10 +75,11 @@ class HybridExperts(RoutedExperts):
             self.in_stream = ExpertsInStream(host_experts, self.host_map, self.counts, self.runtime, self.device)
 
     def exchange(self, leaves: int, comes: int) -> None:
-        """Have the expert `comes` on the device from now on, in the place of `leaves`, which comes to the host: global ids.
+        """Move the expert `comes` to the device, in the place of `leaves`, which moves to the host. Both are global
+        ids.
 
-        What lies in memory changes, and not where, so that CUDA graphs stay right; nothing may be running. Raises
-        ExpertsError where a backend keeps its weights to itself.
+        Only the contents of memory change and no addresses, so that CUDA graphs stay valid. Nothing may be running
+        meanwhile. Raises ExpertsError if a backend keeps its weights to itself.
         """
         assert self.device_experts is not None, "the one that leaves is there"
         (_, there), (_, here) = self.placement.places[leaves], self.placement.places[comes]
@@ -97,7 +102,10 @@ class HybridExperts(RoutedExperts):
         out: torch.Tensor | None = None,
         workspace: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Add what the device's, the host's and the streamed experts give. It takes no map: the placement has its own."""
+        """Return the sum of the device's, the host's and the streamed experts; arguments as for `RoutedExperts.apply`.
+
+        Raises ExpertsError for an expert map, because the placement has its own maps, and for tensors of another shape.
+        """
         if expert_map is not None:
             raise ExpertsError("hybrid experts place global ids themselves and take no expert map: run without EP.")
         inputs = (hidden_states, topk_ids, topk_weights)
@@ -133,8 +141,10 @@ class HybridExperts(RoutedExperts):
         topk_ids: torch.Tensor,
         topk_weights: torch.Tensor,
     ) -> Result:
-        """Start the host's experts that are not deferred. What is returned waits for them, adds what the layer before left,
-        and starts the deferred ones."""
+        """Start the host's experts that are not deferred.
+
+        The function that is returned waits for them, adds what the layer before left, and starts the deferred experts.
+        """
 
         def start(ids: torch.Tensor, *, deferred: bool) -> Result:
             if in_stream is not None:
@@ -159,7 +169,7 @@ class HybridExperts(RoutedExperts):
     def _on_host(
         self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
     ) -> list[torch.Tensor]:
-        """The inputs there, once they are. The experts that they use are counted."""
+        """Copy the inputs to the host, wait for the copies, and count the experts that they use."""
         if hidden_states.is_cuda and torch.cuda.is_current_stream_capturing():
             raise ExpertsError(
                 f"hybrid experts with {self.host_experts.name} on the CPU wait on it, which a CUDA graph cannot hold: turn "
@@ -176,7 +186,10 @@ class HybridExperts(RoutedExperts):
     def _submit_and_stream(
         self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
     ) -> tuple[Result, list[int]]:
-        """Start the host's part once the routing is there: what waits for it, and the experts left to the device."""
+        """Start the host's part once the routing is on the host.
+
+        Returns a function that waits for that part, and the experts that are left to be streamed to the device.
+        """
         host_inputs = self._on_host(hidden_states, topk_ids, topk_weights)
         streamed_experts = self._streamed(host_inputs[1])
         host_map = self.host_map
@@ -185,7 +198,7 @@ class HybridExperts(RoutedExperts):
         return self.host_experts.submit(*host_inputs, expert_map=host_map), streamed_experts
 
     def _streamed(self, topk_ids: torch.Tensor) -> list[int]:
-        """Places of the host's experts that this batch is streamed for."""
+        """Return the host's experts, by their index there, that are streamed for this batch."""
         if self.streaming is None or self.stream is None:
             return []
         local = local_ids(topk_ids, self.host_map, self.num_host_experts).flatten()

@@ -1,8 +1,9 @@
-"""Routed experts on their way from a loader to the layers' parameters: one look-up and one copy for each tensor.
+"""Load routed experts into the layers' parameters with one look-up and one copy for each tensor.
 
-The engines' loaders compare the name of each of 208,550 tensors with over a thousand patterns, 250 µs each, and an engine's
-loader of a parameter finds the tensor's place anew each time, 10 to 25 µs. And they repack the layers when the last of them
-is loaded; experts in the host's memory are repacked here, layer by layer, while the next is read.
+The engines' loaders compare the name of each of the 208,550 tensors with over a thousand patterns, which takes 250 µs a
+tensor, and an engine's weight loader of a parameter finds the tensor's place anew each time, which takes 10 to 25 µs.
+They also repack no layer before the last one is loaded. Here experts in host memory are repacked layer by layer, while
+the next layer is read.
 """
 
 from __future__ import annotations
@@ -21,58 +22,61 @@ from k26_plugins.common.experts.parameters import LayerExperts
 from k26_plugins.common.host.cores import allowed_cpus
 from k26_plugins.common.model.config import K26Config
 
-# Where a projection lies: the parameter's beginning, and its name in the engines' loaders.
+# For each projection: how its parameter's name begins, and the projection's shard id in the engines' weight loaders.
 _PROJECTIONS = {"gate": ("w13", "w1"), "up": ("w13", "w3"), "down": ("w2", "w2")}
-# A `weight_shape` has no place: it says nothing that the configuration does not.
+# A `weight_shape` tensor is not loaded, because it says nothing that the configuration does not say.
 _PARTS = ("packed", "scale")
 _TENSORS_OF_EXPERT = len(_PROJECTIONS) * len(_PARTS)
 
 Loaded = TypeVar("Loaded")
 _Load = Callable[[torch.Tensor, int], None]
-"""Loads a tensor of some kind, of an expert of the checkpoint."""
+"""A function that loads a tensor of one kind, given the tensor and the number of its expert in the checkpoint."""
 
 
 class Places(NamedTuple):
-    """Where this rank keeps a layer's experts, by which they are loaded without the engine's loaders of the parameters."""
+    """The places of a layer's experts on this rank, so that they can be loaded without the engine's weight loaders."""
 
     sets: Sequence[LayerExperts]
+    """The layer's experts on this rank: one set, or in a hybrid run one on the device and one in host memory."""
     slots: Callable[[int], Iterable[tuple[int, int]]]
-    """Where an expert of the checkpoint is kept: the number of the set and the place in it, once for each copy, and nowhere
-    if only other ranks keep it."""
+    """Returns (index of the set, slot in it) for each copy of a checkpoint's expert that this rank holds; empty if only
+    other ranks hold it."""
     rank: int
+    """This rank's number in the tensor parallelism that cuts each expert."""
     num_ranks: int
-    """In the tensor parallelism that cuts each expert."""
+    """Size of that tensor parallelism."""
 
 
 class ExpertsOfLayer(NamedTuple):
-    """What of a layer the loading needs from an engine."""
+    """A layer of an engine's model, with what must be known to load its experts."""
 
     module: torch.nn.Module
-    """That whose parameters are loaded."""
+    """The module whose parameters are loaded."""
     experts: LayerExperts
-    """Those of the layer that may be in the host's memory."""
+    """The layer's experts that may be in host memory."""
     open: Callable[[], bool]
-    """Prepares the parameters for the loading; whether it had to."""
+    """Makes the parameters ready to be loaded; returns whether they were not."""
     close: Callable[[], object]
+    """Gives the loaded parameters to the backend."""
     physical_ids: Callable[[int], Iterable[int]]
-    """The ids under which the engine's loader of a parameter knows an expert of the checkpoint."""
+    """Returns the ids under which the engine's weight loader knows an expert of the checkpoint."""
     is_local: Callable[[int], bool]
-    """Whether this rank keeps any of an expert of the checkpoint."""
+    """Returns whether this rank keeps an expert of the checkpoint, or its part of the expert."""
     places: Places | None = None
-    """None where the engine's loaders of the parameters alone know them."""
+    """None if only the engine's weight loaders know the places."""
 
 
 class _Repacking:
-    """Closes layers on a thread of its own, one after another, beside the loading of others."""
+    """A thread that closes layers, one after another, while other layers are loaded."""
 
     def __init__(self) -> None:
         self._thread: ThreadPoolExecutor | None = None
         self._begun: list[Future[bool]] = []
 
     def begin(self, experts: LayerExperts) -> None:
-        """Raises what the closing of an earlier layer did."""
+        """Close a layer's experts on the thread. Raises the error of an earlier layer that could not be closed."""
         if self._thread is None:
-            # An engine pins the thread that loads to one core, and what it starts would inherit that.
+            # An engine pins the thread that loads to one core, and a thread started from there would inherit this.
             self._thread = ThreadPoolExecutor(1, "k26-repack", _use, (allowed_cpus(),))
         for one in self._begun:
             if one.done():
@@ -80,12 +84,12 @@ class _Repacking:
         self._begun.append(self._thread.submit(experts.close))
 
     def end(self) -> None:
-        """Wait for all. Raises what the first closing did that failed."""
+        """Wait until all layers are closed. Raises the error of the first one that could not be closed."""
         for one in self._begun:
             one.result()
 
     def stop(self) -> None:
-        """Wait for the layer that is being closed, and close no more."""
+        """Wait for the layer that is being closed, and cancel the others."""
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)
 
@@ -96,7 +100,7 @@ def _use(cpus: set[int]) -> None:
 
 
 def is_needed(layers: Mapping[int, ExpertsOfLayer], config: K26Config) -> Callable[[ExpertKind, int], bool] | None:
-    """Whether this rank keeps any of an expert's tensor; None where it keeps all."""
+    """Return a function that says whether this rank keeps any part of an expert's tensor, or None if it keeps them all."""
     text = config.text
     if len(layers) == text.num_hidden_layers - text.first_k_dense_replace and all(
         layer.is_local(expert) for layer in layers.values() for expert in range(text.n_routed_experts)
@@ -108,11 +112,12 @@ def is_needed(layers: Mapping[int, ExpertsOfLayer], config: K26Config) -> Callab
 def load_experts(
     weights: Iterable[tuple[str, torch.Tensor]], config: K26Config, layers: Mapping[int, ExpertsOfLayer]
 ) -> Generator[tuple[str, torch.Tensor], None, None]:
-    """Load the routed experts among the weights to their places; yield all others.
+    """Load the routed experts among the weights into the layers' parameters, and yield all other weights.
 
-    layers: those of this rank, by their number in the model. A layer that serves is opened for the first tensor that it
-    gets, and closed at the end, whatever that is; one that was open is the engine's to close. Of a whole checkpoint's load,
-    experts in the host's memory are closed as soon as the last of their layer is there.
+    layers: this rank's layers, by their number in the model. A layer that serves is opened at its first tensor and
+    closed at the end, even if the loading fails; a layer that was open already is left to the engine to close. When a
+    whole checkpoint is loaded, experts in host memory are repacked as soon as the last tensor of their layer has
+    arrived.
     """
     names = expert_names(config)
     opened: dict[int, ExpertsOfLayer] = {}
@@ -161,9 +166,11 @@ def load_weights(
     layers: Mapping[int, ExpertsOfLayer],
     load_others: Callable[[Iterable[tuple[str, torch.Tensor]]], Loaded],
 ) -> Loaded:
-    """Load a checkpoint or any part of it, what is no routed expert's by `load_others`, which is the engine's.
+    """Load a checkpoint or any part of it: routed experts into `layers`, all other weights by the engine's
+    `load_others`.
 
-    config: of the published layout, without which no layers are the core's. Returns what `load_others` does.
+    config: the model's, which is needed if there are layers; only a checkpoint of the published layout has layers with
+    the core's experts. Returns what `load_others` returns.
     """
     if not layers:
         return load_others(weights)
@@ -173,9 +180,10 @@ def load_weights(
 
 
 def _by_copy(kind: ExpertKind, places: Places, otherwise: _Load) -> _Load | None:
-    """A copy to each place; None where somebody else's loader is to be given the tensors, or they do not fit as they are.
+    """Return a function that copies a tensor to each of its places.
 
-    otherwise: loads a tensor that is not as the checkpoint has it.
+    Returns None if someone replaced the parameter's weight loader, which must then get the tensors, or if the tensors
+    do not fit the parameters as they are. otherwise: loads a tensor whose shape is not the one in the checkpoint.
     """
     shape, dim = kind.spec.shape, kind.spec.shard_dim
     assert dim is not None, "what is not cut has no place"

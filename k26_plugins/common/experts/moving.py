@@ -1,6 +1,6 @@
-"""Dynamic placement of a hybrid run: experts that are used much move to the device, those that gave their place to the host.
+"""Place the experts of a hybrid run dynamically: experts that are used much move to the device, and others make room.
 
-Each rank moves for itself. Where an expert's part is computed changes nothing in the sum over ranks.
+Each rank moves experts independently, because the sum over ranks does not depend on where an expert's part is computed.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import torch
 from k26_plugins.common import metrics
 from k26_plugins.common.experts.hybrid import HybridExperts
 
-# Seconds between two looks at the counts, and of work on moving after each: 1 % of the time at most.
+# Seconds between two looks at the counts, and the seconds for moving experts after each look: at most 1 % of the time.
 INTERVAL = 10.0
 BUDGET = 0.1
-# Uses of a layer's experts, on average, before its counts say anything.
+# Mean number of uses of a layer's experts below which the layer's counts are too small to move an expert.
 EVIDENCE = 8.0
-# An expert moves where it is used so many times as often as the one whose place it takes: counts of equals differ too.
+# An expert moves if it is used this many times as often as the one whose place it takes; smaller differences occur by
+# chance.
 GAIN = 1.5
 
 
@@ -30,12 +31,12 @@ class _Layer:
     seen: torch.Tensor
     """The counts at the last look."""
     recent: torch.Tensor
-    """float64 `[num_experts]`: uses, each look's worth half of the next one's."""
+    """float64 `[num_experts]`: uses, where those of each look count half as much as those of the next one."""
 
 
 @dataclass(slots=True)
 class Uses:
-    """How many uses of the experts of all layers of a process the device answers, and which experts should move."""
+    """The uses of the experts in all layers of a process, from which the device's hit rate and the moves follow."""
 
     logger: logging.Logger
     moves: bool
@@ -44,15 +45,18 @@ class Uses:
     _layers: list[_Layer] = field(default_factory=list)
     _last: float | None = None
     _next: int = 0
-    """The layer where the next move is looked for."""
+    """Index of the layer where the next search for misplaced experts begins."""
 
     def add(self, experts: HybridExperts) -> None:
-        """Watch a layer: what was counted before is no reason to move its experts."""
+        """Watch a layer from now on; uses that were counted before do not move its experts."""
         counts = experts.counts
         self._layers.append(_Layer(experts, counts.clone(), torch.zeros(len(counts), dtype=torch.float64)))
 
     def step(self) -> None:
-        """After a step's answer, by the thread that starts the steps."""
+        """Look at the counts and move experts if it is time.
+
+        The thread that starts the engine's steps calls this after a step's answer.
+        """
         now = self.clock()
         if self._last is None:
             self._last = now
@@ -89,7 +93,7 @@ class Uses:
             self.logger.info("k26-plugins: %d experts that are used more took a place on %s.", moved, device)
 
     def _misplaced(self) -> Iterator[tuple[HybridExperts, tuple[int, int]]]:
-        """Pairs to be exchanged, from the layer on where the last look ended, until all experts are in their place."""
+        """Yield pairs of experts to exchange, from the layer on where the last search ended, until none is misplaced."""
         for _ in range(len(self._layers)):
             layer = self._layers[self._next]
             while pair := _pair(layer):
@@ -98,7 +102,7 @@ class Uses:
 
 
 def _pair(layer: _Layer) -> tuple[int, int] | None:
-    """The expert that should leave the device, and the one that should come; None where all are in their place."""
+    """Return the expert that should leave the device and the one that should take its place, or None if none should."""
     recent, on_host = layer.recent, layer.experts.host_map >= 0
     if recent.sum() < EVIDENCE * len(recent) or on_host.all():
         return None

@@ -1,4 +1,4 @@
-"""The experts as torch operators: torch.compile and graph capture go around them, never into them."""
+"""Offer the experts as torch operators, which torch.compile and graph capture call without tracing into them."""
 
 from __future__ import annotations
 
@@ -25,22 +25,23 @@ def routed_experts(
     workspace: torch.Tensor | None,
     backend: str,
 ) -> None:
-    """Write the routed sum `[num_tokens, hidden_size]` of the weights, as `backend` repacked them, to `out`.
+    """Write the routed sum `[num_tokens, hidden_size]` to `out`, with weights that `backend` has repacked.
 
-    Whoever owns the weights may move or overwrite them between two calls: nothing of them is kept here.
+    The owner of the weights may move or overwrite them between two calls, because the operator keeps nothing of them.
     """
     tensors = {"w13_packed": w13_packed, "w13_scale": w13_scale, "w2_packed": w2_packed, "w2_scale": w2_scale}
     experts = find_backend(backend).from_tensors(tensors)
     experts.apply(hidden_states, topk_ids, topk_weights, expert_map=expert_map, out=out, workspace=workspace)
 
 
-# The operator gets experts that hold their weights themselves by number, since its arguments are tensors and plain values.
+# Experts that hold their weights themselves, by the number that `held_experts` gets: an operator's arguments can only
+# be tensors and plain values.
 _holders: weakref.WeakValueDictionary[int, RoutedExperts] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
 
 def number_of(experts: RoutedExperts) -> int:
-    """A number for `held_experts`, valid while the experts live; the caller keeps them."""
+    """Return a number by which `held_experts` finds these experts while they live; the caller must keep them alive."""
     number = next(_numbers)
     _holders[number] = experts
     return number
@@ -55,5 +56,8 @@ def held_experts(
     expert_map: torch.Tensor | None,
     number: int,
 ) -> None:
-    """The same of experts whose weights no engine can hold: a library's own copies, or those in another memory."""
+    """Write the routed sum to `out` like `routed_experts`, for experts whose weights no engine can hold.
+
+    Such weights are a library's own copies, or lie in another memory. number: as `number_of` gave it.
+    """
     _holders[number].apply(hidden_states, topk_ids, topk_weights, expert_map=expert_map, out=out)

@@ -1,4 +1,7 @@
-"""What `k26 tune` measured: for one GPU, its software, one engine and one rank's part of a layer, as a file."""
+"""Read and write the outcome of `k26 tune`: a file of measurements for one GPU, its software, one engine and one shape.
+
+The shape is that of one rank's part of a layer.
+"""
 
 from __future__ import annotations
 
@@ -17,28 +20,28 @@ from k26_plugins.common.purpose import Purpose
 
 FORMAT = 1
 OURS = "k26"
-"""The name of the core's kernels among those that were timed."""
+"""The name of the core's kernels among the kernels that were timed."""
 
 
 class OutcomeError(ValueError):
-    """A file that is no outcome. The message names it and the remedy."""
+    """Raised for a file that is no outcome of `k26 tune`. The message names the file and the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """Where a measurement holds: any other value may be another winner."""
+    """The circumstances for which a measurement holds: if any of them differs, another kernel may be the fastest."""
 
     gpu: str
     driver: str
     triton: str
     torch: str
     engine: str
-    """With its version: `vllm 0.32.0`."""
+    """Name of the engine's package and its version: `vllm 0.32.0`."""
     shape: str
-    """Hidden size, intermediate size of a rank, experts of a rank: `7168x256x384`."""
+    """Hidden size, intermediate size of a rank, number of experts of a rank: `7168x256x384`."""
 
     def differences(self, other: Key) -> list[str]:
-        """What the other has instead, in words."""
+        """Return in words what the other key has instead, for each field that differs."""
         return [
             f"{field.name} {getattr(other, field.name)} instead of {getattr(self, field.name)}"
             for field in fields(self)
@@ -48,36 +51,39 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """One kernel on batches of one size. `milliseconds` and `error` are None where it did not run, and `note` says why."""
+    """The time and error of one kernel on batches of one size and routing.
+
+    `milliseconds` and `error` are None if the kernel did not run; then `note` says why.
+    """
 
     kernel: str
     routing: str
     tokens: int
     milliseconds: float | None = None
     error: float | None = None
-    """‖out − exact‖ / ‖exact‖; infinite where the result is not finite, which a file holds as null."""
+    """‖out − exact‖ / ‖exact‖; infinite if the result is not finite, which the file stores as null."""
     note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The timings of all kernels, the tiles that ours were timed with, and what the server is for."""
+    """The timings of all kernels, the kernel configs of the core's kernels, and the purpose of the server."""
 
     key: Key
     purpose: Purpose
     tiles: dict[str, Any]
-    """As `k26_kernels.use_configs` takes them."""
+    """The kernel configs with which the core's kernels were timed, as `k26_kernels.use_configs` takes them."""
     timings: tuple[Timing, ...]
 
 
 def outcome_file(key: Key) -> Path:
-    """Where the outcome of this key lies: a file for each, so that two measurements never share one."""
+    """Return the path of this key's outcome. Each key has a file of its own, so that no two measurements share one."""
     words = (key.gpu, key.engine, key.shape, f"driver {key.driver}", f"torch {key.torch}", f"triton {key.triton}")
     return outcome_folder() / f"{re.sub(r'[^A-Za-z0-9.+]+', '_', '-'.join(words))}.json"
 
 
 def read_outcome(file: Path) -> Outcome:
-    """Raises OutcomeError for a file that cannot be read or holds anything else."""
+    """Read an outcome. Raises OutcomeError if the file cannot be read or holds anything else."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
@@ -106,9 +112,9 @@ def _timing(
 
 
 def write_outcome(outcome: Outcome, file: Path) -> None:
-    """Put the whole file in its place at once: a reader, or another writer at the same time, never meets half of one.
+    """Write an outcome, so that neither a reader nor another writer at the same time meets an incomplete file.
 
-    Raises OSError where the folder cannot be made or written to.
+    Raises OSError if the folder cannot be created or written to.
     """
     timings = [asdict(timing) for timing in outcome.timings]
     for timing in timings:

@@ -1,7 +1,8 @@
-"""The experts of a layer as parameters of an engine's module, which owns them: the one copy of the weights.
+"""Keep a layer's experts as parameters of an engine's module, which owns the only copy of the weights.
 
-While weights are loaded the parameters are as the checkpoint packs them; while the layer serves they are as its backend
-repacked them, in the same storage. An update opens the layer, which restores the first form, and closes it again.
+While a layer is open, weights can be loaded, and the parameters are as the checkpoint packs them. While it is closed,
+it serves, and the parameters are as its backend repacked them, in the same storage. To update the weights, an engine
+opens the layer, which restores the checkpoint's form, loads, and closes the layer again.
 """
 
 from __future__ import annotations
@@ -16,18 +17,20 @@ from k26_plugins.common.experts.base import Batches, Expert, ExpertsBackend, Exp
 from k26_plugins.common.experts.op import held_experts, number_of, routed_experts
 from k26_plugins.common.model.int4 import GROUP_SIZE, PACK_FACTOR
 
-# As the engines' loaders know them, in the order of `Expert`.
+# The parameters' names as the engines' loaders know them, in the order of `Expert`.
 PACKED_NAMES = ("w13_weight_packed", "w13_weight_scale", "w2_weight_packed", "w2_weight_scale")
-# Where a checkpoint's projection lies: the parameter's beginning, its block of the rows there, and of how many blocks.
+# For each projection of the checkpoint: how its parameter's name begins, which block of the parameter's rows it fills,
+# and how many such blocks the parameter has.
 _BLOCKS = {"gate": ("w13", 0, 2), "up": ("w13", 1, 2), "down": ("w2", 0, 1)}
-# The projections in each.
+# How many projections each parameter of PACKED_NAMES holds.
 _PROJECTIONS = (2, 2, 1, 1)
 
 
 def loader_attributes(given: Mapping[str, Any]) -> Callable[[torch.nn.Parameter], None]:
-    """Gives a parameter what the engines' loaders read of it to cut for tensor parallelism and to place an expert.
+    """Return a function that gives a parameter the attributes that the engines' weight loaders read.
 
-    given: what the engine hands over for its parameters.
+    By them a weight loader cuts a tensor for tensor parallelism and finds an expert's place in the parameter. given:
+    the attributes that the engine hands over for its parameters.
     """
     attributes = {**given, "is_transposed": False, "quant_method": "group"}
 
@@ -52,12 +55,14 @@ class LayerExperts:
         *,
         device: torch.device | None = None,
     ) -> None:
-        """Register `w13_weight_packed`, `w2_weight_packed` and their `_scale`, N first, `[E, …]`: the layer is open.
+        """Register `w13_weight_packed`, `w2_weight_packed` and their `_scale`, each `[E, N, …]`; the layer is then
+        open.
 
-        intermediate_size: this rank's part. backend_name: as `create_experts` takes it. `on_parameter` gives each
-        parameter what the engine's loader reads from it. device: where they are created, the default device if not given.
-        The checkpoint's `_shape` tensors have no place: they say nothing that the configuration does not. Raises
-        ExpertsError, before anything is created, where no such backend takes these sizes on this device.
+        intermediate_size: this rank's part. backend_name: as `create_experts` takes it. on_parameter: gives each
+        parameter the attributes that the engine's weight loader reads. device: where the parameters are created; by
+        default torch's default device. The checkpoint's `_shape` tensors get no parameter, because they say nothing
+        that the configuration does not say. Raises ExpertsError, before anything is created, if no such backend takes
+        these sizes on this device.
         """
         self.device = torch.get_default_device() if device is None else device
         sizes = LayerSizes(num_experts, hidden_size, intermediate_size, self.device)
@@ -75,7 +80,8 @@ class LayerExperts:
             (num_experts, hidden_size, intermediate_size // GROUP_SIZE),
         )
         self._shapes = dict(zip(PACKED_NAMES, shapes, strict=True))
-        # What the layer serves with while it is open, so that graphs and pinned memory find it where it was.
+        # The parameters with which the layer served before it was opened. They are kept while it is open, so that CUDA
+        # graphs and pinned memory find the weights at the same addresses afterwards.
         self._serving: dict[str, torch.nn.Parameter] = {}
         self._held: ExpertsBackend | None = None
         self._number = -1
@@ -92,17 +98,17 @@ class LayerExperts:
 
     @property
     def is_on_host(self) -> bool:
-        """Whether the layer is open, and its experts are in the host's memory and to be computed with there."""
+        """Whether the layer is open and its experts both lie in host memory and are to be computed from there."""
         if self.device.type != "cpu" or not self.is_open:
             return False
-        # An engine that reloads a layer keeps its tensors elsewhere until it has them all.
+        # An engine that reloads a layer keeps the layer's tensors elsewhere until all of them have arrived.
         return self.layer.get_parameter(PACKED_NAMES[0]).device.type == "cpu"
 
     def place(self, projection: str, part: str) -> torch.Tensor | None:
-        """Where the tensors of a kind go while the layer is open, `[num_experts, N, K]`: whoever loads them may copy them to
-        it. None where the parameter has another loader than at first: who put it there is to be given each tensor.
+        """Return the tensor `[num_experts, N, K]` to which a loader may copy tensors of a kind while the layer is open.
 
-        projection: gate, up or down. part: packed or scale.
+        Returns None if the parameter's `weight_loader` is no longer the one that it was created with: then each tensor
+        must be given to the one that replaced it. projection: gate, up or down. part: packed or scale.
         """
         weight, block, num_blocks = _BLOCKS[projection]
         name = f"{weight}_weight_{part}"
@@ -113,14 +119,14 @@ class LayerExperts:
 
     @property
     def is_restorable(self) -> bool:
-        """Whether the layer can be opened with the weights that it has."""
+        """Whether opening the layer restores the weights that it has: not if the backend keeps them to itself."""
         return self._held is None
 
     def open(self) -> bool:
-        """Restore the checkpoint's form in the storage of the other, expert by expert.
+        """Restore the checkpoint's form of the weights in the same storage, expert by expert.
 
-        A backend that keeps its weights to itself has nothing to restore: then all of them must be loaded before the layer
-        is closed. Returns False, and does nothing, where the layer is open.
+        For a backend that keeps its weights to itself there is nothing to restore: then all weights must be loaded
+        before the layer is closed. Returns False, and does nothing, if the layer is already open.
         """
         if self.is_open:
             return False
@@ -150,10 +156,11 @@ class LayerExperts:
         return True
 
     def close(self, batches: Batches | None = None) -> bool:
-        """Give the loaded weights to the backend, after its self-test with them. Returns False where the layer was closed.
+        """Give the loaded weights to the backend, after the backend's self-test with them.
 
-        batches: for which the backend makes itself ready; left out where it did for the layer before, as at an update.
-        Raises ExpertsError where no backend may serve them, or where an update did not bring all that it had to.
+        batches: the batches for which the backend compiles its kernels; None if it did so before, as at an update.
+        Returns False, and does nothing, if the layer is already closed. Raises ExpertsError if no backend may serve the
+        weights, or if an update did not bring all the tensors that it had to.
         """
         if not self.is_open:
             return False
@@ -164,7 +171,7 @@ class LayerExperts:
             )
         weights = self._packed()
         backend = create_experts(weights, self.backend_name, update=self._was_closed, batches=batches)
-        # An update keeps to what `auto` chose.
+        # An update keeps the backend that `auto` chose.
         self.backend_name, self._was_closed = backend.name, True
         for name in PACKED_NAMES:
             delattr(self.layer, name)
@@ -178,13 +185,17 @@ class LayerExperts:
                 parameter = torch.nn.Parameter(tensor, requires_grad=False)
             elif parameter.data_ptr() != tensor.data_ptr():
                 parameter.data.copy_(tensor)
-            # Registered, so that an engine finds and moves what is computed with (EPLB).
+            # The tensors are registered so that an engine finds the weights that are computed with, and can move them
+            # (EPLB).
             self.layer.register_parameter(f"k26_{name}", parameter)
         self._serving = {}
         return True
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What the layer serves with, by the names of `ExpertsBackend.tensors()`; empty where that is. It is closed."""
+        """Return the parameters with which the closed layer serves, by the names of `ExpertsBackend.tensors()`.
+
+        The dict is empty for a backend that keeps its weights to itself. Raises ExpertsError while the layer is open.
+        """
         if self.is_open:
             raise ExpertsError("a layer's experts were asked while its weights are loaded: end the update first.")
         if self._held is not None:
@@ -192,7 +203,10 @@ class LayerExperts:
         return {name: getattr(self.layer, f"k26_{name}") for name in Expert._fields}
 
     def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The repacked w13 and w2, for an engine that passes them on; empty ones of a backend that keeps its weights."""
+        """Return the repacked w13 and w2 for an engine that passes them on.
+
+        For a backend that keeps its weights to itself both tensors are empty, `[num_experts, 0]`.
+        """
         tensors = self.tensors()
         if not tensors:
             none = torch.empty(self.num_experts, 0, device=self.device)
@@ -200,14 +214,15 @@ class LayerExperts:
         return tensors["w13_packed"], tensors["w2_packed"]
 
     def workspace_bytes(self, num_tokens: int, top_k: int, num_global_experts: int | None = None) -> int:
-        """Bytes of scratch that `apply` takes; 0 for a backend that needs none or has its own."""
-        # On a CPU torch.compile traces this: a backend is made in the operator, where it does not look.
+        """Return the bytes of scratch memory that `apply` takes; 0 for a backend that needs none or has its own."""
+        # On a CPU torch.compile traces this method, so no backend is created here for such experts. `apply` creates the
+        # backend in the operator, into which torch.compile does not trace.
         if not self._takes_workspace:
             return 0
         return self.backend().workspace_bytes(num_tokens, top_k, num_global_experts)
 
     def backend(self) -> ExpertsBackend:
-        """The experts over what the layer's parameters are now."""
+        """Return the backend over the layer's parameters as they are now."""
         if self._held is not None:
             return self._held
         backend: type[ExpertsBackend] = find_backend(self.backend_name)
@@ -233,7 +248,7 @@ class LayerExperts:
     def apply_by_expert(
         self, out: torch.Tensor, hidden_states: torch.Tensor, counts: torch.Tensor, expected: float
     ) -> None:
-        """Write what each expert gives for its buffer to `out`. Shapes are those of `ExpertsBackend.apply_by_expert`."""
+        """Write each expert's results for its buffer to `out`. Shapes are those of `ExpertsBackend.apply_by_expert`."""
         self.backend().apply_by_expert(hidden_states, counts, out, expected=expected)
 
     def _packed(self) -> ExpertWeights:
