@@ -1,4 +1,4 @@
-"""Compute a layer's experts in two places: some on the device, the others in host memory, each set by its own backend."""
+"""Compute a layer's experts in two places, some on the device and the others in host memory, each by a backend."""
 
 from __future__ import annotations
 
@@ -75,11 +75,10 @@ class HybridExperts(RoutedExperts):
             self.in_stream = ExpertsInStream(host_experts, self.host_map, self.counts, self.runtime, self.device)
 
     def exchange(self, leaves: int, comes: int) -> None:
-        """Move the expert `comes` to the device, in the place of `leaves`, which moves to the host. Both are global
-        ids.
+        """Move the expert `comes` to the device, in the place of `leaves`, which moves to the host.
 
-        Only the contents of memory change and no addresses, so that CUDA graphs stay valid. Nothing may be running
-        meanwhile. Raises ExpertsError if a backend keeps its weights to itself.
+        Both are global ids. Only the contents of memory change and no addresses, so that CUDA graphs stay valid.
+        Nothing may be running meanwhile. Raises ExpertsError if a backend keeps its weights to itself.
         """
         assert self.device_experts is not None, "the one that leaves is there"
         (_, there), (_, here) = self.placement.places[leaves], self.placement.places[comes]

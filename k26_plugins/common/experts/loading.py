@@ -100,7 +100,7 @@ def _use(cpus: set[int]) -> None:
 
 
 def is_needed(layers: Mapping[int, ExpertsOfLayer], config: K26Config) -> Callable[[ExpertKind, int], bool] | None:
-    """Return a function that says whether this rank keeps any part of an expert's tensor, or None if it keeps them all."""
+    """Return a function that says whether this rank keeps any of an expert's tensor, or None if it keeps them all."""
     text = config.text
     if len(layers) == text.num_hidden_layers - text.first_k_dense_replace and all(
         layer.is_local(expert) for layer in layers.values() for expert in range(text.n_routed_experts)
@@ -166,8 +166,7 @@ def load_weights(
     layers: Mapping[int, ExpertsOfLayer],
     load_others: Callable[[Iterable[tuple[str, torch.Tensor]]], Loaded],
 ) -> Loaded:
-    """Load a checkpoint or any part of it: routed experts into `layers`, all other weights by the engine's
-    `load_others`.
+    """Load a checkpoint or a part of it: routed experts into `layers`, other weights by the engine's `load_others`.
 
     config: the model's, which is needed if there are layers; only a checkpoint of the published layout has layers with
     the core's experts. Returns what `load_others` returns.

@@ -20,7 +20,7 @@ INTERVAL = 10.0
 BUDGET = 0.1
 # Mean number of uses of a layer's experts below which the layer's counts are too small to move an expert.
 EVIDENCE = 8.0
-# An expert moves if it is used this many times as often as the one whose place it takes; smaller differences occur by
+# An expert moves if it is used this many times as often as the one whose place it takes; less of a difference is
 # chance.
 GAIN = 1.5
 
@@ -93,7 +93,7 @@ class Uses:
             self.logger.info("k26-plugins: %d experts that are used more took a place on %s.", moved, device)
 
     def _misplaced(self) -> Iterator[tuple[HybridExperts, tuple[int, int]]]:
-        """Yield pairs of experts to exchange, from the layer on where the last search ended, until none is misplaced."""
+        """Yield pairs of experts to exchange until none is misplaced, from the layer on where the last search ended."""
         for _ in range(len(self._layers)):
             layer = self._layers[self._next]
             while pair := _pair(layer):

@@ -1,4 +1,4 @@
-"""What the core's kernels are measured against: an engine's, from the checkpoint's tensors to a function."""
+"""Define a peer: an engine's kernel that the core's are measured against, as a function of the checkpoint's tensors."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from k26_plugins.common.experts.base import ExpertWeights
 
 # hidden_states, topk_weights, topk_ids, expert_map → the routed sum.
 Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
-# Takes the weights as they are and leaves them so. Raises NotHereError, or whatever a kernel makes of another GPU.
+# Takes the checkpoint's weights, which it leaves unchanged, and returns the function that computes with them. Raises
+# NotHereError, or whatever error a kernel raises on a GPU that it does not support.
 Peer = Callable[[ExpertWeights], Run]
 
 
 class NotHereError(Exception):
-    """A kernel that cannot run on this machine; the message is its row in the table."""
+    """Raised for a kernel that cannot run on this machine; the message is the kernel's row in the table."""
 
 
 def require(module: str) -> None:
-    """Raises NotHereError for a package that is not installed."""
+    """Raise NotHereError if a package is not installed."""
     if importlib.util.find_spec(module) is None:
         raise NotHereError(f"{module} is not installed")
 
 
 def asking_for(ids: torch.Tensor, topk_weights: torch.Tensor, num_global: int) -> torch.Tensor:
-    """float32 `[num_tokens, num_global]`: for a kernel that routes by itself, logits by which it chooses `ids`.
+    """Return logits, float32 `[num_tokens, num_global]`, by which a kernel that routes by itself chooses `ids`.
 
-    Their sigmoids are the weights, which the kernel divides by their sum.
+    The sigmoids of a token's logits are its `topk_weights`, which the kernel divides by their sum.
     """
     logits = torch.full((len(ids), num_global), -30.0, device=ids.device)
     return logits.scatter_(1, ids.long(), torch.logit(topk_weights.clamp(1e-4, 1 - 1e-4)))

@@ -1,4 +1,4 @@
-"""Which experts of a layer live on the device in a hybrid run: the first ones, or those that a workload uses most."""
+"""Choose which experts of a layer live on the device in a hybrid run: the first, or those that a workload uses most."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PROFILE_FILE = "k26_expert_profile.json"
 
 
 class PlacementError(ValueError):
-    """A profile or a number of experts that does not fit the model. The message names it and the remedy."""
+    """Raised for a profile or a number of experts that does not fit the model. The message names it and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -26,21 +26,21 @@ class LayerPlacement:
     host_ids: tuple[int, ...]
 
     def device_map(self) -> torch.Tensor:
-        """int32 `[num_experts]`: the index of a global id on the device, or −1."""
+        """Return int32 `[num_experts]`: the index on the device for each global id, or −1 for an expert of the host."""
         return self._map(self.device_ids)
 
     def host_map(self) -> torch.Tensor:
-        """int32 `[num_experts]`: the index of a global id on the host, or −1."""
+        """Return int32 `[num_experts]`: the index on the host for each global id, or −1 for an expert of the device."""
         return self._map(self.host_ids)
 
     @cached_property
     def places(self) -> dict[int, tuple[int, int]]:
-        """By a global id: 0 for the device or 1 for the host, and the index there."""
+        """For each global id: 0 for the device or 1 for the host, and the index there."""
         sides = (self.device_ids, self.host_ids)
         return {expert: (side, index) for side, ids in enumerate(sides) for index, expert in enumerate(ids)}
 
     def exchanged(self, leaves: int, comes: int) -> LayerPlacement:
-        """With `comes` on the device in the place of `leaves`, and the other way round."""
+        """Return the placement with `leaves`, which is on the device, and `comes`, which is on the host, exchanged."""
         other = {leaves: comes, comes: leaves}
         device_ids, host_ids = (tuple(other.get(one, one) for one in ids) for ids in (self.device_ids, self.host_ids))
         return LayerPlacement(device_ids, host_ids)
@@ -53,7 +53,7 @@ class LayerPlacement:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """How often a workload's tokens went to each expert.
+    """The number of times that a workload's tokens chose each expert.
 
     counts: `[num_hidden_layers][n_routed_experts]`, zeros for a layer that has no experts.
     """
@@ -68,7 +68,7 @@ class Profile:
 
     @classmethod
     def load(cls, path: Path, config: K26Config) -> Profile:
-        """Raises PlacementError where the file is damaged, or is of a model with other experts."""
+        """Read a profile. Raises PlacementError if the file is damaged, or counts the experts of another model."""
         text = config.text
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -84,11 +84,11 @@ class Profile:
         return profile
 
     def hit_rate(self, num_device_experts: int) -> float:
-        """The share of this workload's expert uses that `place` puts on the device."""
+        """Return the share of this workload's expert uses that the device answers if `place` is given these counts."""
         return self._share([sorted(layer, reverse=True)[:num_device_experts] for layer in self.counts])
 
     def hit_rate_of_first(self, num_device_experts: int) -> float:
-        """The same for the first experts, as `place` takes them without a profile."""
+        """Return the share of this workload's expert uses that the device answers if `place` is given no counts."""
         return self._share([layer[:num_device_experts] for layer in self.counts])
 
     def _share(self, chosen: list[list[int]]) -> float:
@@ -99,7 +99,7 @@ class Profile:
 def place(num_experts: int, num_device_experts: int, counts: list[int] | None = None) -> LayerPlacement:
     """Put `num_device_experts` of a layer's experts on the device: the most used, or without counts the first.
 
-    Raises PlacementError where none would be left for the host.
+    counts: uses of each expert of the layer. Raises PlacementError if no expert would be left for the host.
     """
     if not 0 <= num_device_experts < num_experts:
         raise PlacementError(

@@ -1,4 +1,4 @@
-"""The experts in plain PyTorch, float32 inside: what the other backends are held to."""
+"""Compute the experts in plain PyTorch, in float32: the reference with which the other backends are compared."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def reference_experts(
     num_experts: int,
     expert_map: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The routed sum `[num_tokens, hidden_size]`, in float32, or in float64 where `hidden_states` are.
+    """Return the routed sum `[num_tokens, hidden_size]`, in float64 if `hidden_states` is float64, else in float32.
 
-    `expert(index)` is called once for each expert that a token chose, so that experts can come one by one from a mapped
-    checkpoint. Shapes are those of `ExpertsBackend.apply`.
+    `expert(index)` is called once for each expert that a token chose, so that experts can be read one by one from a
+    mapped checkpoint. Shapes are those of `ExpertsBackend.apply`.
     """
     dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
     return routed_sum(
@@ -44,7 +44,7 @@ def reference_experts(
 
 
 def dense_matrices(packed: Expert, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """w13 `[2 I, H]` and w2 `[H, I]` of an expert."""
+    """Return an expert's dequantized w13 `[2 I, H]` and w2 `[H, I]`."""
     w13 = dequantize(packed.w13_packed, packed.w13_scale, dtype)
     return w13, dequantize(packed.w2_packed, packed.w2_scale, dtype)
 
@@ -57,7 +57,10 @@ def routed_sum(
     num_experts: int,
     expert_map: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The same of dense matrices, w13 `[2 I, H]` and w2 `[H, I]` of an expert, in the dtype of `x` and of theirs."""
+    """Return the routed sum `[num_tokens, hidden_size]` of experts that are given as dense matrices.
+
+    matrices: returns w13 `[2 I, H]` and w2 `[H, I]` of an expert, in the dtype of `x`, which is also the result's.
+    """
     weights = topk_weights.to(x.dtype).flatten()
     out = torch.zeros_like(x)
     for index, pairs in tokens_by_expert(topk_ids, expert_map, num_experts):
@@ -70,7 +73,7 @@ def routed_sum(
 
 
 class ReferenceExperts(ExpertsBackend):
-    """Dequantizes each expert that is touched, on any device. Slow."""
+    """Experts in plain PyTorch on any device, which dequantizes each expert that a token chose. This is slow."""
 
     name = "reference"
     device_type = None
@@ -82,7 +85,7 @@ class ReferenceExperts(ExpertsBackend):
 
     @classmethod
     def unsupported(cls, weights: Sizes) -> str | None:
-        """It takes every size and every device."""
+        """Return None, since this backend takes every size and every device."""
         return None
 
     @classmethod
@@ -91,7 +94,7 @@ class ReferenceExperts(ExpertsBackend):
         return cls(weights)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The checkpoint's four tensors."""
+        """Return the checkpoint's four tensors."""
         return {
             "w13_packed": self.weights.w13_packed,
             "w13_scale": self.weights.w13_scale,
@@ -105,7 +108,7 @@ class ReferenceExperts(ExpertsBackend):
         return cls(ExpertWeights(**tensors))
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> ExpertWeights:
-        """Nothing was repacked: the tensors as they are."""
+        """Return the tensors as they are, since nothing was repacked."""
         return ExpertWeights(**tensors)
 
     def _forward(self, batch: RoutedBatch) -> None:

@@ -1,4 +1,4 @@
-"""Which of the measured kernels serves: a pure function of an outcome."""
+"""Choose which of the measured kernels serves, as a pure function of an outcome."""
 
 from __future__ import annotations
 
@@ -10,34 +10,36 @@ from dataclasses import dataclass
 from k26_plugins.common.experts.outcome import OURS, Timing
 from k26_plugins.common.purpose import Purpose
 
-# A win of less than this share of the time is none: two measurements of one kernel differ by about as much.
+# A difference below this share of the time does not count, because two measurements of one kernel differ by about as
+# much.
 MARGIN = 0.03
-# Errors are equal up to this factor: right kernels differ in the order of their sums.
+# Errors count as equal up to this factor, because correct kernels differ in the order of their sums.
 EQUAL_ERRORS = 1.1
-# A relative error above it is no rounding: the self-test's limit at a server's start.
+# A relative error above this is more than rounding. The self-test at a server's start has the same limit.
 WRONG = 1e-2
-# The longest batch of decoding; longer ones are prefill.
+# Tokens of the longest batch that counts as decode; longer batches are prefill.
 DECODE_TOKENS = 256
 
 Cells = Mapping[tuple[str, int], Timing]
-"""One kernel's timings by routing and tokens."""
+"""One kernel's timings by (routing, number of tokens)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """`kernel` is None where nothing that was measured may serve; `why` is for a log line."""
+    """The kernel that serves, or None if no measured kernel may serve; `why` is the reason, for a log line."""
 
     kernel: str | None
     why: str
 
 
 def choose(timings: Iterable[Timing], purpose: Purpose) -> Choice:
-    """One kernel for a server, since the weights have one layout.
+    """Choose one kernel for all batches of a server, since the weights can have one layout only.
 
-    The core's is taken where it is faster than the fastest kernel of the engine by 3 % or more: the geometric mean over
-    the batches of the purpose, each size counted alike and decode as much as prefill for `both`. A batch on which it is
-    faster counts only by 3 % and with an error that is no larger; one on which it is slower always counts. A kernel that
-    did not run, or was wrong, on one of these batches is not taken.
+    The core's kernel is chosen if it is faster than the fastest kernel of the engine by 3 % or more. This is the
+    geometric mean over the batches of the purpose, in which each size counts alike and, for `both`, decode counts as
+    much as prefill. A batch on which the two differ by less than 3 % counts as a tie, and so does one on which the
+    core's kernel is faster with a larger error; a batch on which it is slower counts whatever the errors are. A kernel
+    that did not run, or gave a wrong result, on one of these batches is not chosen.
     """
     by_kernel: dict[str, dict[tuple[str, int], Timing]] = defaultdict(dict)
     for timing in timings:
@@ -60,7 +62,11 @@ def choose(timings: Iterable[Timing], purpose: Purpose) -> Choice:
 
 
 def _weights(cells: Iterable[tuple[str, int]], purpose: Purpose) -> dict[tuple[str, int], float]:
-    """The weight of each batch that counts: sizes of decode share one weight, and those of prefill together have as much."""
+    """Return the weight of each batch that counts.
+
+    The sizes of decode share the weight 1 evenly, and so do the sizes of prefill; the routings of a size share its
+    weight.
+    """
     routings: dict[int, list[str]] = defaultdict(list)
     for routing, tokens in cells:
         routings[tokens].append(routing)
@@ -92,7 +98,7 @@ def _error(timing: Timing) -> float:
 
 
 def _gain(ours: Timing, theirs: Timing) -> float:
-    """How many times faster ours is, as far as it counts."""
+    """Return how many times as fast the core's kernel is, or 1 if the difference does not count."""
     gain = _time(theirs) / _time(ours)
     if 1 - MARGIN < gain < 1 / (1 - MARGIN):
         return 1.0
@@ -100,5 +106,5 @@ def _gain(ours: Timing, theirs: Timing) -> float:
 
 
 def _mean(values: Mapping[tuple[str, int], float], weights: Mapping[tuple[str, int], float]) -> float:
-    """The geometric one."""
+    """Return the weighted geometric mean."""
     return math.exp(sum(weights[cell] * math.log(value) for cell, value in values.items()) / sum(weights.values()))

@@ -1,4 +1,4 @@
-"""A running model's experts in the checkpoint's form, while an engine saves its own parameters."""
+"""Put a running model's experts into the checkpoint's form while an engine saves its parameters."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from k26_plugins.common.experts.loading import ExpertsOfLayer
 
 @contextmanager
 def in_checkpoint_form(layers: Collection[ExpertsOfLayer]) -> Iterator[None]:
-    """What a backend repacked is for this machine and this release: what is saved is to be read by any other.
+    """Open the layers for the body of a `with` statement, and close them again after it.
 
-    Nothing may be computed meanwhile. Raises ExpertsError where a backend keeps its weights to itself.
+    Repacked weights are good only for this machine and this release, and saved ones must be readable on any other.
+    Nothing may be computed meanwhile. Raises ExpertsError if a backend keeps its weights to itself.
     """
     for layer in layers:
         if not layer.experts.is_restorable:

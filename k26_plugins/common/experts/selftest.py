@@ -1,4 +1,4 @@
-"""The test that experts pass on the device, with the model's own weights, before they may serve: ours and the engine's."""
+"""Test experts, the core's and an engine's, on the device with the model's own weights before they may serve."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ RoutedSum = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def self_test_error(backend: type[ExpertsBackend], weights: ExpertWeights) -> float:
-    """The largest relative error of `backend` on copies of a few of these experts, which are not changed.
+    """Return the largest relative error of `backend` on copies of a few of these experts; the weights are not changed.
 
-    The reference dequantizes the weights, and its plain GEMMs are in float32.
+    The backend's results are compared with plain float32 GEMMs of the dequantized weights.
     """
     chosen = sorted({0, weights.num_experts - 1})[:NUM_EXPERTS]
     # Dequantized once for all batches: that is most of the test's time.
@@ -42,13 +42,14 @@ def worst_error(
     dtype: torch.dtype,
     scales: Sequence[float] = (1.0,),
 ) -> float:
-    """The largest relative error ‖computed − expected‖ / ‖expected‖ over batches of so many tokens.
+    """Return the largest relative error ‖computed − expected‖ / ‖expected‖ over batches of random tokens.
 
-    expert_ids: int32 `[n]`, on the device; every token chooses all of them. dtype: of the hidden states. scales: what is
-    computed may be any of these times the sum. A result that is not finite counts as infinite.
+    expert_ids: int32 `[n]`, on the device; every token chooses all of them. batches: the numbers of tokens. dtype: of
+    the hidden states. scales: factors, by any one of which `computed` may multiply the sum. A result that is not finite
+    counts as an infinite error.
     """
     device, worst = expert_ids.device, 0.0
-    # An engine loads with its own default dtype and device.
+    # Dtype and device are explicit because an engine sets its own defaults while it loads.
     drawn: dict[str, Any] = {"generator": torch.Generator().manual_seed(0), "dtype": torch.float32, "device": "cpu"}
     for num_tokens in batches:
         hidden_states = torch.randn(num_tokens, hidden_size, **drawn).to(device=device, dtype=dtype)

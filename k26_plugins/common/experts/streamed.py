@@ -1,4 +1,4 @@
-"""The host's experts computed on the device: their weights are copied there for one batch, a few experts at a time."""
+"""Compute the host's experts on the device: copy their weights there for one batch, a few experts at a time."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import torch
 
 from k26_plugins.common.experts.base import ExpertsBackend
 
-# Weights that are copied at a time. Two such buffers, and what the device's backend needs to repack them, are all that
-# the device holds.
+# Bytes of weights that are copied at a time. The device holds two buffers of this size and what its backend needs to
+# repack one of them.
 CHUNK_BYTES = 128 * 2**20
-# What is added up over the chunks is held in it.
+# Dtype in which the results of the chunks are added up.
 SUM_DTYPE = torch.float32
 # cudaErrorHostMemoryAlreadyRegistered
 ALREADY_REGISTERED = 712
 
 
 class ExpertStream:
-    """Copies experts to the device and computes them there, the next ones' copy beside the computation.
+    """A stream of the host's experts to the device, which computes some experts while the next ones are copied.
 
-    One for all layers of a process: they have the same sizes and run one after the other.
+    All layers of a process share one object, since they have the same sizes and run one after the other.
     """
 
     def __init__(self, host: ExpertsBackend, device: torch.device, backend: type[ExpertsBackend]) -> None:
-        """host: any layer's experts in the host's memory; the others have as many, of the same sizes.
+        """host: the experts of any layer in host memory; every layer has as many there, of the same sizes.
 
-        backend: computes on the device.
+        backend: computes the experts on the device.
         """
         self.device = device
         self.backend = backend
@@ -55,9 +55,10 @@ class ExpertStream:
         topk_weights: torch.Tensor,
         expert_map: torch.Tensor,
     ) -> torch.Tensor:
-        """The part that the experts `chosen` have in the routed sum, float32 `[num_tokens, hidden_size]`, on the device.
+        """Return what the experts `chosen` add to the routed sum, float32 `[num_tokens, hidden_size]`, on the device.
 
-        chosen: places in `host`, of which expert_map, on the device, gives those of the global ids in `topk_ids`.
+        chosen: indices into the experts of `host`. expert_map: on the device, the index into them for each global id in
+        `topk_ids`, or −1.
         """
         total = torch.zeros(hidden_states.shape, dtype=SUM_DTYPE, device=self.device)
         out = torch.empty_like(total)
@@ -65,7 +66,7 @@ class ExpertStream:
         for turn, start in enumerate(range(0, len(chosen), self.chunk)):
             part = list(chosen[start : start + self.chunk])
             rows = self._copy(stored, part, turn % 2)
-            places = torch.full((self.num_experts + 1,), -1, dtype=torch.int32)  # −1 points to the last
+            places = torch.full((self.num_experts + 1,), -1, dtype=torch.int32)  # index −1 reads the last entry, −1
             places[part] = torch.arange(len(part), dtype=torch.int32)
             experts = self.backend.load(host.restore(rows))
             chunk_map = places.to(self.device)[expert_map.long()]
@@ -75,13 +76,16 @@ class ExpertStream:
         return total
 
     def _copy(self, stored: dict[str, torch.Tensor], part: list[int], side: int) -> dict[str, torch.Tensor]:
-        """A buffer with these experts in its first places. It is computed with as a whole, so that kernels are compiled for
-        one number of experts; no token chooses what is left in the others."""
+        """Return a buffer whose first rows hold these experts.
+
+        The whole buffer is computed with, so that kernels are compiled for one number of experts; no token chooses the
+        experts that are left in the other rows.
+        """
         rows = self._buffers[side]
         if self._copying is None:
             _copy_rows(stored, part, rows)
             return rows
-        # The buffer was computed from two chunks ago, or by the layer before.
+        # The computation two chunks ago, or that of the layer before, may still read this buffer.
         self._copying.wait_event(self._computed[side])
         with torch.cuda.stream(self._copying):
             _copy_rows(stored, part, rows)
@@ -97,7 +101,10 @@ def _copy_rows(stored: dict[str, torch.Tensor], part: list[int], rows: dict[str,
 
 
 def pin(host: ExpertsBackend, device: torch.device) -> bool:
-    """Let the device copy from the host's weights by itself. False where the system refuses: the copies are then slow."""
+    """Pin the host's weights, so that the device copies from them by itself; return whether the system allowed it.
+
+    If it did not, the copies are slow.
+    """
     if device.type != "cuda":
         return True
     runtime = torch.cuda.cudart()
@@ -105,6 +112,6 @@ def pin(host: ExpertsBackend, device: torch.device) -> bool:
     if codes <= {0}:
         return True
     with suppress(RuntimeError):
-        torch.zeros(1, device=device)  # takes up the error, which the next launch would report as its own
-    # After an update the weights lie where they lay.
+        torch.zeros(1, device=device)  # consumes the error, which the next launch would report as its own
+    # After an update the weights are at the same addresses, which are registered already.
     return codes <= {0, ALREADY_REGISTERED}

@@ -1,4 +1,4 @@
-"""Which of the host's experts a batch is streamed to the device for: those for which that is the faster way."""
+"""Decide which of the host's experts are streamed to the device for a batch: those for which that is faster."""
 
 from __future__ import annotations
 
@@ -17,19 +17,21 @@ from k26_plugins.common.settings import BATCH_INVARIANT
 
 logger = logging.getLogger(__name__)
 
-# Enough chunks that copies run beside computation.
+# Enough chunks that copies overlap with computation.
 MEASURED_CHUNKS = 3
 REPEATS = 2
-# Tokens of each expert for which the log says what to expect: of 384 experts with 8 for a token, 768 and 12288 in all.
+# Tokens of each expert for which the log says what times to expect. With 384 experts and 8 for a token, these are
+# batches of 768 and 12288 tokens.
 REPORTED_TOKENS = (16, 256)
 
 
 @dataclass(slots=True)
 class Streaming:
-    """The decision and the stream, for all layers of a process.
+    """The decision which experts to stream, and the stream that computes them, for all layers of a process.
 
-    device_backend: as `create_experts` takes it. threshold: batches of at least as many tokens are streamed whole, shorter
-    ones not at all; None for what the measured times say. batches: for which the device's backend makes itself ready.
+    device_backend: as `create_experts` takes it. threshold: for a batch of at least this many tokens every expert that
+    it uses is streamed, for a shorter one none; if None, the measured times decide. batches: the batches for which the
+    device's backend compiles its kernels.
     """
 
     device_backend: str
@@ -41,12 +43,12 @@ class Streaming:
     _said: bool = field(default=False, init=False)
 
     def prepare(self, host: ExpertsBackend, device: torch.device) -> ExpertStream | None:
-        """Take a layer's host experts; with the first one the device's backend is chosen, checked and timed.
+        """Prepare a layer's host experts for streaming; the first call chooses, tests and times the device's backend.
 
-        Returns what computes the experts that `choose` gives. Where streaming cannot be it is None, a warning says why, and
-        every batch stays on the host.
+        Returns the stream that computes the experts that `choose` returns, or None if there can be no streaming and
+        every batch stays on the host. A warning says why, except where the device itself is a CPU.
         """
-        # A CPU in the device's place gains nothing, whatever two measurements of it say.
+        # Streaming to a CPU gains nothing, whatever two measurements of the same CPU say.
         if self._off or (device.type == "cpu" and self.threshold is None):
             return None
         pinned = pin(host, device)
@@ -67,7 +69,7 @@ class Streaming:
         return self._stream
 
     def choose(self, counts: Sequence[int], num_tokens: int) -> list[int]:
-        """Which of the host's experts are streamed for a batch, by their counts of tokens."""
+        """Return the indices of the host's experts that a batch is streamed for. counts: tokens of each host expert."""
         if self._stream is None:
             return []
         if self.costs is not None:
@@ -81,7 +83,7 @@ class Streaming:
         return chosen
 
     def _start(self, host: ExpertsBackend, device: torch.device) -> ExpertStream | str:
-        """The stream, tested and timed, or why there can be none."""
+        """Return the stream, tested and timed, or why there can be none."""
         if BATCH_INVARIANT.read():
             return f"{BATCH_INVARIANT.variable} asks that a request's answer does not depend on the batch."
         if not host.tensors():
@@ -89,7 +91,7 @@ class Streaming:
         try:
             first = host.restore({name: rows[:1].to(device, copy=True) for name, rows in host.tensors().items()})
             hidden_size = first.hidden_size
-            # As the device's own experts: self-tested with weights of the host's.
+            # The backend is chosen as for the device's own experts, and passes the self-test with the host's weights.
             backend = type(create_experts(first, self.device_backend))
             stream = ExpertStream(host, device, backend)
             if self.batches is not None:
@@ -123,20 +125,20 @@ class Streaming:
 
 
 class Probe:
-    """A few experts of the host, computed on both sides."""
+    """A few of the host's experts, computed on the host and on the device to compare results and times."""
 
     def __init__(self, host: ExpertsBackend, stream: ExpertStream, hidden_size: int) -> None:
         self.host, self.stream, self.hidden_size = host, stream, hidden_size
         self.experts = list(range(min(MEASURED_CHUNKS * stream.chunk, stream.num_experts)))
 
     def error(self) -> float:
-        """‖streamed − host‖ / ‖host‖."""
+        """Return ‖streamed − host‖ / ‖host‖ for one batch."""
         on_host, streamed = self._runs(8)
         expected = on_host().float()
         return float((streamed().cpu() - expected).norm() / expected.norm())
 
     def costs(self) -> StreamCosts:
-        """Measure both sides with few and with many tokens, and lay a line through each side's two times."""
+        """Measure both sides with few and with many tokens, and return a line through each side's two times."""
         seconds = [[self._seconds(run) / len(self.experts) for run in self._runs(n)] for n in MEASURED_TOKENS]
         (host_few, stream_few), (host_many, stream_many) = seconds
         return StreamCosts(Line.through(host_few, host_many), Line.through(stream_few, stream_many))
@@ -156,7 +158,7 @@ class Probe:
         )
 
     def _seconds(self, run: Callable[[], torch.Tensor]) -> float:
-        """How long the fastest of several runs takes, after one that warms up."""
+        """Return the seconds of the fastest of several runs, after one that warms up."""
         run()
         times = []
         for _ in range(REPEATS):

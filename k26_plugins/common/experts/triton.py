@@ -1,4 +1,4 @@
-"""INT4 experts on CUDA and ROCm GPUs: the kernels of `k26_kernels`, where Triton is installed."""
+"""Compute INT4 experts on CUDA and ROCm GPUs by the kernels of `k26_kernels`, if Triton is installed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 
 def unusable_on(device: torch.device) -> str | None:
-    """Why the kernels cannot run on a device, or None. Triton is imported here, so that the core works without it."""
+    """Return why the kernels cannot run on a device, or None.
+
+    Triton is imported only when this is called for a GPU, so that the core works without Triton.
+    """
     if device.type != "cuda":
         return f"the Triton kernels run on CUDA and ROCm GPUs, not on {device.type}"
     try:
@@ -41,7 +44,7 @@ def unusable_on(device: torch.device) -> str | None:
 
 @cache
 def _make_ready(sizes: LayerSizes, batches: Batches, batch_invariant: bool) -> None:
-    """Once in a process: its layers are alike."""
+    """Compile the kernels once in a process, since the layers of a process have the same sizes."""
     from k26_kernels import Shape, compile_batched, compile_variants
 
     began = time.perf_counter()
@@ -66,7 +69,7 @@ def _make_ready(sizes: LayerSizes, batches: Batches, batch_invariant: bool) -> N
 
 
 class TritonExperts(ExpertsBackend):
-    """bfloat16 activations, INT4 weights repacked for the matrix instruction of the GPU."""
+    """Experts on a GPU, with bfloat16 activations and INT4 weights repacked for the matrix instruction of the GPU."""
 
     name = "triton"
     device_type = "cuda"
@@ -81,7 +84,7 @@ class TritonExperts(ExpertsBackend):
 
     @classmethod
     def unsupported(cls, weights: Sizes) -> str | None:
-        """Where there is no GPU that the kernels know, no Triton, or sizes that they do not cut."""
+        """Return why the kernels cannot run (an unknown GPU, no Triton, or sizes that do not fit), or None."""
         reason = unusable_on(weights.device)
         if reason is not None:
             return reason
@@ -95,20 +98,20 @@ class TritonExperts(ExpertsBackend):
 
     @classmethod
     def make_ready(cls, sizes: Sizes, batches: Batches) -> None:
-        """Every variant that such batches can launch is compiled, once in a process."""
+        """Compile every variant of the kernels that such batches can launch, once in a process."""
         found = LayerSizes(sizes.num_experts, sizes.hidden_size, sizes.intermediate_size, sizes.device)
         _make_ready(found, batches, BATCH_INVARIANT.read())
 
     @classmethod
     def load(cls, weights: ExpertWeights) -> Self:
-        """Rearranges the weights in place for the matrix instruction of the GPU."""
+        """Rearrange the weights in place for the matrix instruction of the GPU."""
         from k26_kernels import KernelExperts
 
         experts = KernelExperts.from_checkpoint(*weights.parts())
         return cls(experts, BATCH_INVARIANT.read())
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The four tensors in the kernels' layout, of the checkpoint's shapes."""
+        """Return the four tensors in the kernels' layout, with the checkpoint's shapes."""
         return {
             "w13_packed": self.experts.w13_packed,
             "w13_scale": self.experts.w13_scale,
@@ -118,13 +121,13 @@ class TritonExperts(ExpertsBackend):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> Self:
-        """Takes tensors in the kernels' layout as they are."""
+        """Take over tensors in the kernels' layout as they are."""
         from k26_kernels import KernelExperts
 
         return cls(KernelExperts.from_repacked(**tensors), BATCH_INVARIANT.read())
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> ExpertWeights:
-        """Undoes `load`, in place."""
+        """Undo the repacking, in place, and return the tensors in the checkpoint's layout."""
         from k26_kernels.layout import restore
 
         fragment = self.experts.device.target.fragment
@@ -133,13 +136,13 @@ class TritonExperts(ExpertsBackend):
         return ExpertWeights(**tensors)
 
     def workspace_bytes(self, num_tokens: int, top_k: int, num_global_experts: int | None = None) -> int:
-        """What the launches of the largest batch lay out."""
+        """Return the bytes of workspace that suffice for the launches of a batch of up to `num_tokens` tokens."""
         from k26_kernels import workspace_bytes
 
         return workspace_bytes(self.experts, num_tokens, top_k, num_global_experts, self.batch_invariant)
 
     def _forward(self, batch: RoutedBatch) -> None:
-        """Several launches, the map applied in them, and nothing that waits for the device."""
+        """Launch the kernels, which apply the expert map themselves; nothing waits for the device."""
         from k26_kernels import fused_experts
 
         fused_experts(
@@ -156,7 +159,7 @@ class TritonExperts(ExpertsBackend):
     def apply_by_expert(
         self, hidden_states: torch.Tensor, counts: torch.Tensor, out: torch.Tensor, *, expected: float
     ) -> None:
-        """A table of blocks from the counts in the place of sorting, and the same GEMMs."""
+        """Compute each expert for its buffer: the table of blocks comes from the counts, without sorting."""
         from k26_kernels import batched_experts
 
         batched_experts(

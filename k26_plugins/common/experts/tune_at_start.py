@@ -1,4 +1,4 @@
-"""K26_TUNE=start: the experts of a rank are measured when a server first meets them, in a process of its own."""
+"""Measure a rank's experts when a server first meets them (K26_TUNE=start), in a process of its own."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ import torch
 from k26_plugins.common.experts.outcome import Key, outcome_file
 from k26_plugins.common.settings import TUNE
 
-# A program of its own, whose CUDA context and memory end with it. By name: the core imports no command.
+# The measurement is a program of its own, so that its CUDA context and memory end with it. It is started by name
+# because the core imports no command.
 COMMAND = (sys.executable, "-m", "k26_plugins.operate.tune")
 LIMIT = 300.0
-"""Seconds after which a measurement that takes under a minute counts as hanging."""
+"""Seconds after which a measurement, which should take under a minute, counts as hanging."""
 
 
 def measure(key: Key, engine: str, device: torch.device) -> str | None:
-    """Measure what `key` names with the kernels of `engine`, unless another process just has. Returns why it failed.
+    """Measure what `key` names with the kernels of `engine`, unless another process just did.
 
-    Of several ranks, or servers, that start with the same key one measures; the others wait for it.
+    Returns why it failed, or None. If several ranks or servers start with the same key, one of them measures and the
+    others wait.
     """
     file = outcome_file(key)
     try:
@@ -58,7 +60,7 @@ def _run(command: list[str], file: Path, device: torch.device) -> str | None:
 
 
 def visible_alone(device: torch.device) -> dict[str, str]:
-    """The setting by which another process sees this GPU and no other."""
+    """Return the environment variable with which another process sees this GPU and no other; empty for a CPU."""
     if device.type != "cuda":
         return {}
     variable = "HIP_VISIBLE_DEVICES" if torch.version.hip else "CUDA_VISIBLE_DEVICES"

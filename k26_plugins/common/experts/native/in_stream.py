@@ -1,4 +1,7 @@
-"""The native experts as work in a device's stream: two calls of the library between copies, which a CUDA graph can hold."""
+"""Run the native experts as work in a device's stream: two calls of the library between copies.
+
+A CUDA graph can hold this work.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,12 @@ from k26_plugins.common.experts.native.backend import NativeExperts
 from k26_plugins.common.experts.native.threads import Call, process_threads
 from k26_plugins.common.host.device_runtime import DeviceRuntime
 
-# What a layer's work may take on the host before it counts as hung, in seconds. 4096 tokens on a slow CPU take ten.
+# Seconds that a layer's work may take on the host before it counts as hung. 4096 tokens on a slow CPU take ten.
 PATIENCE = 60.0
 
 
 class Buffers:
-    """Pinned memory for the batches of one stream, which follow one another, of whatever layer."""
+    """Pinned memory for the batches of one stream. The layers share it, since their batches follow one another."""
 
     def __init__(self, runtime: DeviceRuntime, tokens: int, hidden_size: int, top_k: int) -> None:
         self.sizes = (tokens, hidden_size, top_k)
@@ -26,21 +29,22 @@ class Buffers:
         self.out = runtime.pinned(tokens * hidden_size * 2).view(torch.bfloat16)
 
     def hold(self, tokens: int, hidden_size: int, top_k: int) -> bool:
-        """Whether a batch of these sizes fits."""
+        """Return whether a batch of these sizes fits."""
         return all(have >= need for have, need in zip(self.sizes, (tokens, hidden_size, top_k), strict=True))
 
 
-# By runtime, stream and whether they are for deferred work. They stay until the process ends, as the graphs do that use
-# them.
+# Buffers by runtime, stream and whether they are for deferred work. They stay until the process ends, as do the graphs
+# that use them.
 _buffers: dict[tuple[DeviceRuntime, int, bool], list[Buffers]] = {}
 
 
 def _buffers_for(
     runtime: DeviceRuntime, stream: int, deferred: bool, tokens: int, hidden_size: int, top_k: int
 ) -> Buffers:
-    """Those of the stream that are large enough: engines capture their largest batch first, and smaller ones share its.
+    """Return buffers of the stream that are large enough, and create them if there are none.
 
-    Deferred work has its own, since it runs while the next layer's inputs are copied.
+    Engines capture their largest batch first, so smaller batches share its buffers. Deferred work has buffers of its
+    own, since it runs while the next layer's inputs are copied.
     """
     held = _buffers.setdefault((runtime, stream, deferred), [])
     for buffers in held:
@@ -51,7 +55,7 @@ def _buffers_for(
 
 
 class ExpertsInStream:
-    """The experts of one layer. A stream waits for them; Python and its caller do not."""
+    """The experts of one layer as work in a stream. The stream waits for them; Python and its caller do not."""
 
     def __init__(
         self,
@@ -61,11 +65,11 @@ class ExpertsInStream:
         runtime: DeviceRuntime,
         device: torch.device,
     ) -> None:
-        """expert_map: int32 `[num_global_experts]` on the host. counts: int64 of the same shape there, to which each use of
-        an expert is added. device: where the batches are, of this runtime."""
+        """expert_map: int32 `[num_global_experts]` on the host. counts: int64 of the same shape on the host, to which
+        each use of an expert is added. runtime: that of `device`, where the batches are."""
         self.experts, self.expert_map, self.counts = experts, expert_map, counts
         self.runtime, self.device = runtime, device
-        # By the batch's sizes and its buffers: the library keeps what a graph may hold.
+        # The library's calls by the batch's sizes and buffers. The library keeps each call, since a graph may hold it.
         self._calls: dict[tuple[int, int, int], int] = {}
 
     @property
@@ -81,11 +85,11 @@ class ExpertsInStream:
         *,
         deferred: bool = False,
     ) -> Callable[[], torch.Tensor]:
-        """Put the work into the current stream. Shapes are those of `RoutedExperts.apply`, on the device, and checked.
+        """Put the work into the current stream, and return a function that puts the wait for it there.
 
-        deferred: other work is submitted to the stream before this is waited for. The function that is returned puts the
-        wait for it there, and returns the routed sum, on the device. Raises ExpertsError where work that was put into a
-        stream before did not end in time.
+        That function returns the routed sum, on the device. Shapes are those of `RoutedExperts.apply`; the tensors are
+        on the device, and their shapes were checked. deferred: whether other work is submitted to the stream before
+        this work is waited for. Raises ExpertsError if work that was put into a stream before did not end in time.
         """
         threads = process_threads()
         threads.check_streams()

@@ -1,23 +1,24 @@
-"""The way back from the layout of `weights.hpp` to the checkpoint's, in torch's operators, on any device."""
+"""Restore the checkpoint's layout from that of `weights.hpp`, with torch's operators, on any device."""
 
 from __future__ import annotations
 
 import torch
 
-# As kernel.hpp has it: rows of a tile.
+# Rows of a tile, as in kernel.hpp.
 ROWS = 16
 
 
 def restore_rows(packed: torch.Tensor, scale: torch.Tensor, *, gated: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The checkpoint's int32 `[E, N, K / 8]` and bfloat16 `[E, N, K / 32]` of tensors in those shapes that were repacked.
+    """Return the checkpoint's int32 `[E, N, K / 8]` and bfloat16 `[E, N, K / 32]` for repacked tensors of these shapes.
 
-    gated: pairs of tiles of the gate projection alternate with those of the up projection.
+    gated: whether pairs of tiles of the gate projection alternate with pairs of tiles of the up projection, as in w13.
     """
     return _rows(_neighbours(packed), gated), _rows(scale, gated)
 
 
 def _neighbours(packed: torch.Tensor) -> torch.Tensor:
-    """Inputs side by side in a byte: there, byte j of a word holds its inputs j and 4 + j."""
+    """Put neighbouring inputs into a byte, as in the checkpoint; in the repacked layout byte j of a word has inputs j
+    and 4 + j."""
     stored = packed.contiguous().view(torch.uint8).unflatten(-1, (-1, 4))
     inputs = torch.cat((stored & 0xF, stored >> 4), dim=-1)
     words: torch.Tensor = (inputs[..., 0::2] | (inputs[..., 1::2] << 4)).flatten(-2).view(torch.int32)
@@ -25,7 +26,7 @@ def _neighbours(packed: torch.Tensor) -> torch.Tensor:
 
 
 def _rows(stored: torch.Tensor, gated: bool) -> torch.Tensor:
-    """`[E, N, columns]` from tiles that hold a column of their rows at a time."""
+    """Return `[E, N, columns]` for tiles that hold one column of their rows after another."""
     experts, rows, columns = stored.shape
     tiles = stored.reshape(experts, rows // ROWS, columns, ROWS).transpose(2, 3)
     if gated:

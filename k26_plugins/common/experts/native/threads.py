@@ -1,4 +1,4 @@
-"""Who runs the native experts in a process, and the calls into `experts.cpp`."""
+"""Run the native experts on a process' threads: choose which threads work, and call the functions of `experts.cpp`."""
 
 from __future__ import annotations
 
@@ -40,18 +40,23 @@ class Call(ctypes.Structure):
 NO_MEMORY = -1  # as experts.cpp returns it
 NO_SCRATCH = "no memory for the native experts' scratch."
 
-# Its OpenMP threads do not survive a fork, and neither do torch's own operators.
+# The library's team is torch's OpenMP threads, which do not survive a fork. Neither do torch's own operators.
 _imported_in = os.getpid()
 
 
 class Threads:
-    """torch's threads for work that the caller waits for, pinned threads of our own for work that it does not."""
+    """The threads of a process that compute experts.
+
+    torch's threads do the work that a caller waits for; the library's own pinned threads do the work that runs
+    meanwhile.
+    """
 
     def __init__(self, native: ctypes.CDLL, pool: Sequence[Core] | None = None, team: int | None = None) -> None:
-        """`pool`: the cores of our own threads, those of a NUMA node side by side; by default all of the process.
+        """pool: the cores of the library's own threads, with those of a NUMA node side by side; by default all cores
+        that the process may use.
 
-        `team`: how many of torch's threads, 0 for none; by default as many as torch uses. Raises ValueError for a setting
-        that is no number of threads.
+        team: how many of torch's threads work, 0 for none; by default as many as torch uses. Raises ValueError for a
+        setting that is no number of threads, and MemoryError.
         """
         self.native = native
         self.process = os.getpid()
@@ -71,23 +76,23 @@ class Threads:
 
     @property
     def instruction_set(self) -> str:
-        """What the library was compiled for, such as "AVX512 with VNNI"."""
+        """The instruction set that the library was compiled for, such as "AVX512 with VNNI"."""
         name: bytes = self.native.k26_instruction_set()
         return name.decode()
 
     @property
     def team(self) -> int:
-        """How many of torch's threads do the work that is waited for; 0 where our own do it."""
+        """How many of torch's threads do the work that is waited for; 0 if the library's own threads do it."""
         if not self._has_team:
             return 0
         if self._team is not None:
             return self._team
-        # An engine that computes on a GPU leaves torch one thread.
+        # An engine that computes on a GPU leaves torch one thread; then the library's own threads do the work.
         count = torch.get_num_threads()
         return 0 if count == 1 and len(self._cores) > 1 else count
 
     def start_pool(self) -> None:
-        """Start our own threads unless they run. Raises RuntimeError where the system gives no more."""
+        """Start the library's own threads unless they run. Raises RuntimeError if the system gives no more threads."""
         with self._starting:
             if self._pool_started:
                 return
@@ -104,8 +109,11 @@ class Threads:
             self._pool_started = True
 
     def place(self, layer: Layer) -> None:
-        """Give a layer's new memory its pages: huge ones, each on the NUMA node that will read it. What is in it is lost."""
-        # torch's threads are on no certain node.
+        """Give a layer's new memory its pages: huge pages, each on the NUMA node that will read it.
+
+        What the memory holds is lost.
+        """
+        # It is not known on which node each of torch's threads runs.
         on_several_nodes = len({core.node for core in self._cores}) > 1
         team = self._team_or_pool(0 if on_several_nodes else self.team)
         self.native.k26_place(self._process, ctypes.byref(layer), team)
@@ -115,27 +123,27 @@ class Threads:
         _checked(self.native.k26_repack(self._process, ctypes.byref(layer), self._team_or_pool(self.team)))
 
     def _team_or_pool(self, team: int) -> ctypes.c_int64:
-        """The number of threads as the library takes it: for 0 it takes our own, which are started here."""
+        """Return `team` as the library takes it: for 0 it uses its own threads, which are started here."""
         if not team:
             self.start_pool()
         return ctypes.c_int64(team)
 
     def run(self, layer: Layer, call: Call) -> None:
-        """Do a layer's work. Raises MemoryError, RuntimeError."""
+        """Do a layer's work and wait for it. Raises MemoryError, or RuntimeError as `start_pool` does."""
         team = self._team_or_pool(self.team)
         _checked(self.native.k26_run(self._process, ctypes.byref(layer), ctypes.byref(call), team))
 
     def submit(self, layer: Layer, call: Call, tensors: tuple[torch.Tensor | None, ...]) -> Running:
-        """Start a layer's work. `tensors` are kept until it is done. Raises MemoryError, RuntimeError."""
+        """Start a layer's work. `tensors` are kept alive until it is done. Raises as `run` does."""
         self.start_pool()
         job = _checked(self.native.k26_submit(self._process, ctypes.byref(layer), ctypes.byref(call)))
         return Running(self, job, tensors)
 
     def stream_call(self, layer: Layer, call: Call, patience: float) -> int:
-        """The argument of `k26_stream_submit` and `k26_stream_wait`, valid until the process ends.
+        """Return the argument of `k26_stream_submit` and `k26_stream_wait`, which is valid until the process ends.
 
-        What `layer` and `call` point to must live as long as these are called. patience: seconds that the work may take.
-        Raises MemoryError, RuntimeError.
+        The memory that `layer` and `call` point to must live as long as these functions are called with it. patience:
+        seconds that the work may take. Raises as `run` does.
         """
         self.start_pool()
         limit = ctypes.c_int64(int(patience * 1e9))
@@ -145,7 +153,7 @@ class Threads:
         return made
 
     def check_streams(self) -> None:
-        """Raises ExpertsError where work in a device's stream did not end in time: what came of it is no answer."""
+        """Raise ExpertsError if work in a device's stream did not end in time, because its result is then no answer."""
         if self.native.k26_stream_late(self._process):
             raise ExpertsError(
                 "the CPU's experts did not end a layer's work in time, and a thread of theirs may hang: restart the server, "
@@ -153,20 +161,20 @@ class Threads:
             )
 
     def wait(self, job: int) -> None:
-        """Wait for a job of `submit`; in a child of fork return at once."""
-        # In a child of fork the work is the parent's, and so are the threads.
+        """Wait for a job of `submit`; in a forked child return at once."""
+        # In a forked child both the work and the threads are the parent's.
         if self.process == os.getpid():
             self.native.k26_wait(self._process, ctypes.c_int64(job))
 
 
 class Running:
-    """Work that was submitted. Dropping it waits too: until the work is done its tensors are in use."""
+    """Work that was submitted. Dropping this object waits too, because the work uses its tensors until it is done."""
 
     def __init__(self, threads: Threads, job: int, tensors: tuple[torch.Tensor | None, ...]) -> None:
         self._threads, self._job, self._tensors = threads, job, tensors
 
     def wait(self) -> None:
-        """Wait for the end; a second time returns at once."""
+        """Wait until the work is done; a second call returns at once."""
         self._threads.wait(self._job)
 
     def __del__(self) -> None:
@@ -184,7 +192,7 @@ _creating = threading.Lock()
 
 
 def process_threads() -> Threads:
-    """The threads of this process; a child of fork has its own."""
+    """Return the threads of this process; a forked child gets its own."""
     global _process_threads
     if _process_threads is None or _process_threads.process != os.getpid():
         with _creating:
