@@ -1,4 +1,7 @@
-"""Triton kernels of Kimi-K2.6's INT4 experts; imports torch and triton only. How they work: docs/kernels.md."""
+"""Compute Kimi-K2.6's INT4 experts by Triton kernels. This package imports torch and triton only.
+
+docs/kernels.md explains how the kernels work.
+"""
 
 from k26_kernels.batched import batched_experts, batched_plan
 from k26_kernels.config import Shape

@@ -1,8 +1,8 @@
-"""Token–expert pairs sorted by expert, and a table of their blocks, built on the device without the host's knowing.
+"""Sort token–expert pairs by expert and build a table of their blocks on the device, so that the host does not wait.
 
 A pair is token · top_k + k. Up to PAIRS_AT_ONCE pairs are sorted in one launch, in which every expert's program reads
-all of them. More take two: `count_kernel` counts the pairs of a chunk by expert, `place_kernel` adds the counts up and puts
-a chunk's pairs in their places.
+all pairs. More pairs take two launches: `count_kernel` counts the pairs of each chunk by expert, and `place_kernel`
+adds the counts up and puts each chunk's pairs in their places.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import triton.language as tl
 
 from k26_kernels.dependent import after_previous, launch_options
 
-COLUMNS = tl.constexpr(5)  # of the table of blocks
+COLUMNS = tl.constexpr(5)  # columns of the table of blocks
 PAIRS_AT_ONCE = 1024
-PAIRS_RANKED = 32  # of a chunk that are compared with each other at a time
-# Programs of `place_kernel`, however few chunks there are, so that each writes the table of a few experts only.
+PAIRS_RANKED = 32  # pairs of a chunk that are compared with each other at a time
+# Least number of programs of `place_kernel`, so that each writes the table's rows of a few experts only.
 PLACERS = 64
 
 
 def max_blocks(num_pairs: int, num_experts: int, block_size: int) -> int:
-    """The most blocks that any choice of experts can give: each expert leaves at most one block unfilled."""
+    """Return the most blocks that any choice of experts can give: each expert leaves at most one block unfilled."""
     return min(num_pairs, num_pairs // block_size + min(num_experts, num_pairs))
 
 
@@ -30,10 +30,10 @@ def local_expert(
     topk_ids: tl.tensor, expert_map: tl.tensor, pair: tl.tensor,
     num_pairs: tl.tensor, num_experts: tl.tensor, num_global: tl.tensor, HAS_MAP: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """The local expert of each pair, negative where there is none here."""
+    """Return the local expert of each pair, negative if its expert is not on this rank."""
     chosen = tl.load(topk_ids + pair, mask=pair < num_pairs, other=-1)
     if HAS_MAP:
-        # An id beyond the map's end would be read from anywhere.
+        # An id beyond the map's end would read other memory.
         chosen = tl.load(expert_map + chosen, mask=(chosen >= 0) & (chosen < num_global), other=-1)
     return tl.where(chosen < num_experts, chosen, -1).to(tl.int32)
 
@@ -43,7 +43,7 @@ def write_blocks(
     blocks: tl.tensor, expert: tl.tensor, begin: tl.tensor, first: tl.tensor, count: tl.tensor,
     num_experts: tl.tensor, BLOCK_SIZE_M: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Write an expert's rows of the table, and with the last expert's the number of all rows."""
+    """Write an expert's rows of the table of blocks, and for the last expert also the number of all rows."""
     own_blocks = (count + BLOCK_SIZE_M - 1) // BLOCK_SIZE_M
     if expert == num_experts - 1:
         tl.store(blocks, first + own_blocks)
@@ -65,9 +65,9 @@ def align_kernel(
     BLOCK_SIZE_M: tl.constexpr, BINS: tl.constexpr, PAIRS_AT_ONCE: tl.constexpr, HAS_MAP: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Program e writes expert e's pairs in their order, and its rows of the table. The last writes the number of rows.
+    """Sort at most PAIRS_AT_ONCE pairs. Program e writes expert e's pairs, in order, and its rows of the table.
 
-    Every program counts the pairs of all experts itself: with so few pairs that costs less than a second launch.
+    Every program counts the pairs of all experts itself, because for so few pairs this costs less than a second launch.
     """
     after_previous(DEPENDENT)
     expert = tl.program_id(0)
@@ -92,7 +92,10 @@ def count_kernel(
     num_pairs: tl.tensor, num_experts: tl.tensor, num_global: tl.tensor,
     BINS: tl.constexpr, PAIRS_AT_ONCE: tl.constexpr, HAS_MAP: tl.constexpr, DEPENDENT: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Program c counts a chunk's pairs by expert. counts: int32 `[num_chunks, BINS]`; the last bin is nobody's."""
+    """Count pairs by expert, in program c those of chunk c.
+
+    counts: int32 `[num_chunks, BINS]`; the last bin is for the pairs without a local expert.
+    """
     after_previous(DEPENDENT)
     pair = tl.program_id(0) * PAIRS_AT_ONCE + tl.arange(0, PAIRS_AT_ONCE)
     local = local_expert(topk_ids, expert_map, pair, num_pairs, num_experts, num_global, HAS_MAP)
@@ -107,7 +110,10 @@ def place_kernel(
     BLOCK_SIZE_M: tl.constexpr, BINS: tl.constexpr, PAIRS_AT_ONCE: tl.constexpr, PAIRS_RANKED: tl.constexpr,
     HAS_MAP: tl.constexpr, DEPENDENT: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Program c puts the pairs of chunk c in their places, and writes the table's rows of every n-th expert."""
+    """Put pairs in their places, in program c those of chunk c, and write the table's rows of every n-th expert.
+
+    n is the number of programs.
+    """
     after_previous(DEPENDENT)
     program = tl.program_id(0)
     bins = tl.arange(0, BINS)
@@ -131,7 +137,8 @@ def place_kernel(
     number = tl.arange(0, PAIRS_RANKED)
     for start in range(program * PAIRS_AT_ONCE, min((program + 1) * PAIRS_AT_ONCE, num_pairs), PAIRS_RANKED):
         local = local_expert(topk_ids, expert_map, start + number, num_pairs, num_experts, num_global, HAS_MAP)
-        # Keys of one expert that are less than its pair's differ from it by 1 to the pair's number, all others by more.
+        # A pair's rank is the number of earlier pairs here with its expert. Their keys are smaller by 1 up to the
+        # pair's number; the unsigned difference of any other key is larger.
         key = local * PAIRS_RANKED + number
         difference = (key[:, None] - key[None, :] - 1).to(tl.uint32, bitcast=True)
         rank = tl.sum((difference < number[:, None]).to(tl.int32), 1)
@@ -141,17 +148,17 @@ def place_kernel(
 
 
 def global_experts(expert_map: torch.Tensor | None, num_experts: int) -> int:
-    """How many expert ids there are: the length of the map where there is one."""
+    """Return how many expert ids there are: the length of the map, or without a map the number of local experts."""
     return num_experts if expert_map is None else expert_map.shape[0]
 
 
 def num_bins(num_experts: int) -> int:
-    """How many counts there are: one for each expert, one for the pairs without an expert here; a power of two."""
+    """Return a power of two that is enough counts: one for each expert and one for the pairs without a local expert."""
     return max(16, 1 << num_experts.bit_length())
 
 
 def counts_bytes(num_pairs: int, num_experts: int) -> int:
-    """Bytes of `counts`, which `moe_align_block_size` needs beside its results."""
+    """Return the bytes of `counts`, which `moe_align_block_size` needs as scratch memory."""
     return 4 * triton.cdiv(num_pairs, PAIRS_AT_ONCE) * num_bins(num_experts) if num_pairs > PAIRS_AT_ONCE else 0
 
 
@@ -168,13 +175,13 @@ def moe_align_block_size(
 ) -> None:
     """Sort the token–expert pairs by local expert and cut each expert's into blocks of `block_size`.
 
-    vLLM's and SGLang's function of this name pads every expert's last block with pairs that are none. Here a table says how
-    many pairs each block has, so that nothing is padded.
+    vLLM's and SGLang's functions of this name pad every expert's last block with pairs that do not exist. Here a table
+    says how many pairs each block has, so that nothing is padded.
 
-    topk_ids: integers `[num_tokens, top_k]`, contiguous; −1, or anything that is no expert's, for none.
-    sorted_pairs: int32 `[num_pairs]`. blocks: int32 `[1 + max_blocks · 5]`: the number of blocks, then for each its expert,
-    its first place in `sorted_pairs`, its number of pairs, the first block of its expert, and how many that expert has.
-    counts: int32, `counts_bytes` of it as scratch. dependent: as `launch_options` takes it.
+    topk_ids: integers `[num_tokens, top_k]`, contiguous; −1, or any other number that names no expert, for none.
+    sorted_pairs: int32 `[num_pairs]`. blocks: int32 `[1 + max_blocks · 5]`: the number of blocks, then for each block
+    its expert, its first place in `sorted_pairs`, its number of pairs, its expert's first block, and its expert's
+    number of blocks. counts: int32 scratch memory of `counts_bytes`. dependent: as `launch_options` takes it.
     """
     num_pairs = topk_ids.numel()
     chosen = topk_ids, topk_ids if expert_map is None else expert_map
@@ -198,7 +205,7 @@ def moe_align_block_size(
 def moe_align_block_size_reference(
     topk_ids: torch.Tensor, expert_map: torch.Tensor | None, num_experts: int, block_size: int
 ) -> tuple[list[int], list[tuple[int, ...]]]:
-    """What `moe_align_block_size` writes, as lists: the sorted pairs of local experts, and the rows of the table."""
+    """Return what `moe_align_block_size` writes, as lists: the sorted pairs of local experts, and the table's rows."""
     local = topk_ids.flatten().tolist()
     if expert_map is not None:
         local = [expert_map[expert].item() if 0 <= expert < len(expert_map) else -1 for expert in local]

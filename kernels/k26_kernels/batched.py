@@ -1,7 +1,8 @@
-"""Experts on tokens that lie in a buffer of each expert's own, as DeepEP's low-latency dispatch hands them over.
+"""Compute experts for tokens that lie in a buffer for each expert, as DeepEP's low-latency dispatch hands them over.
 
-Nothing is sorted: the table of blocks follows from each expert's number of tokens. What an expert gives is written where its
-tokens lay; routing weights and the sum over experts are the engine's, which sends the tokens back.
+Nothing is sorted, because the table of blocks follows from each expert's number of tokens. An expert's results are
+written to the same places as its tokens. The engine, which sends them back, applies the routing weights and adds up the
+experts.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ def table_kernel(
     BLOCK_SIZE_M: tl.constexpr, BINS: tl.constexpr, TOKENS_WRITTEN: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Program e writes expert e's pairs, which are the places of its tokens, and its rows of the table."""
+    """Write the table of blocks: program e writes expert e's rows and its pairs, which are its tokens' places."""
     after_previous(DEPENDENT)
     expert = tl.program_id(0)
     bins = tl.arange(0, BINS)
     count = tl.load(counts + bins, mask=bins < num_experts, other=0).to(tl.int32)
-    # A count beyond the buffer would have the GEMMs read another expert's tokens.
+    # With a count beyond the buffer the GEMMs would read another expert's tokens.
     count = tl.maximum(tl.minimum(count, max_tokens), 0)
     first = tl.sum(tl.where(bins < expert, (count + BLOCK_SIZE_M - 1) // BLOCK_SIZE_M, 0))
     own = tl.sum(tl.where(bins == expert, count, 0))
@@ -49,7 +50,10 @@ def batched_plan(
     out_dtype: torch.dtype,
     batch_invariant: bool = False,
 ) -> Plan:
-    """How buffers of `max_tokens` each are computed. expected: an expert's tokens on average, all that the host knows."""
+    """Return the plan for buffers of `max_tokens` tokens each.
+
+    expected: the mean number of tokens of an expert, because the host does not know their counts.
+    """
     choices = kernel_configs(device, shape)
     config = choices[INVARIANT if batch_invariant else least_work(choices, expected)]
     num_pairs = shape.num_experts * max_tokens
@@ -74,11 +78,12 @@ def batched_experts(
     workspace: torch.Tensor | None = None,
     batch_invariant: bool = False,
 ) -> None:
-    """down(silu(gate · x) · (up · x)) of the first `counts[e]` tokens in expert e's buffer; other rows are not written.
+    """Write down(silu(gate · x) · (up · x)) of the first `counts[e]` tokens in expert e's buffer to `out`.
 
-    hidden_states: bfloat16 `[num_experts, max_tokens, hidden_size]`, contiguous. counts: int32 `[num_experts]`, on the
-    device. out: like hidden_states, any floating dtype. expected: an expert's tokens on average. workspace: uint8, the
-    bytes of `batched_plan`. Raises ValueError for inputs of another shape, or too small a workspace.
+    Other rows of `out` are not written. hidden_states: bfloat16 `[num_experts, max_tokens, hidden_size]`, contiguous.
+    counts: int32 `[num_experts]`, on the device. out: like hidden_states, of any floating dtype. expected: the mean
+    number of tokens of an expert. workspace: uint8, as many bytes as `batched_plan` says; by default it is allocated.
+    Raises ValueError for inputs of another shape, or too small a workspace.
     """
     shape = experts.shape
     expected_shape = (shape.num_experts, hidden_states.shape[1], shape.hidden_size)
@@ -94,7 +99,7 @@ def batched_experts(
     max_tokens = expected_shape[1]
     plan = batched_plan(experts.device, shape, max_tokens, expected, out.dtype, batch_invariant)
     workspace = enough_workspace(workspace, plan.bytes, hidden_states.device)
-    # Where tokens are sorted, the GEMMs read neither ids nor weights.
+    # The GEMMs below read neither ids nor routing weights, so `counts` stands in for both.
     launcher = Launcher(experts, plan, workspace, counts, counts, None)
     sorted_pairs, blocks = (launcher.section(name, torch.int32) for name in ("sorted_pairs", "blocks"))
     table_kernel[(shape.num_experts,)](

@@ -1,4 +1,4 @@
-"""The two sums, each in a fixed order: w13's split-K partials with silu_and_mul after them, and a token's experts."""
+"""Compute the two sums of a call in a fixed order: w13's split-K partials with silu_and_mul, and a token's experts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def silu_and_mul_kernel(
     partials: tl.tensor, out: tl.tensor, partial_stride: tl.tensor,
     I: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
 ) -> None:  # fmt: skip
-    """silu(gate) · up from the summed split-K partials. Program (pair, block of the intermediate size).
+    """Write silu(gate) · up of the summed split-K partials. Program (pair, block of the intermediate size).
 
     partials: float32 `[SPLIT_K, num_pairs, 2 I]`, rows as layout.py interleaves them. out: bfloat16 `[num_pairs, I]`.
     """
@@ -38,9 +38,9 @@ def reduce_kernel(
     H: tl.constexpr, TOP_K: tl.constexpr, SPLIT_K: tl.constexpr, HAS_MAP: tl.constexpr, BLOCK: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ) -> None:  # fmt: skip
-    """The sum over a token's pairs and their split-K partials, in their order. Program (token, block of the hidden size).
+    """Write the sum over a token's pairs and their split-K partials, in order. Program (token, block of hidden size).
 
-    y: `[SPLIT_K, num_pairs, H]`; a pair without a local expert holds nothing and is left out.
+    y: `[SPLIT_K, num_pairs, H]`; the rows of a pair without a local expert hold nothing and are left out.
     out: `[num_tokens, H]`.
     """
     after_previous(DEPENDENT)

@@ -1,7 +1,7 @@
-"""Kernel configs (tile sizes, warps, stages) by GPU and shape: measured ones or a default, and which one a batch takes.
+"""Hold the kernel configs (tile sizes, warps, stages) of a GPU and shape, measured or default, and choose a batch's.
 
 The sizes are named as in vLLM's fused_moe: M counts token–expert pairs, N rows of the weights, K inputs. There is no
-GROUP_SIZE_M: all blocks of an expert take a tile of its weights in turn, whatever the config.
+GROUP_SIZE_M, because all blocks of an expert take a tile of its weights in turn, whatever the config.
 """
 
 from __future__ import annotations
@@ -18,16 +18,20 @@ from k26_kernels.target import Device
 DEFAULT = Path(__file__).parent / "configs" / "default.json"
 SINGLE = "single"
 INVARIANT = "16"
-# Up to as many tokens, sorting the pairs would cost more than reading an expert twice that two of them chose.
+# Up to this many tokens, sorting the pairs would cost more than reading an expert twice if two tokens chose it.
 SINGLE_TOKENS = 4
-# Unpacking a tile of weights takes as long as the matrix instructions of so many tokens: on an H200 the 270 instructions
-# that a warp issues for 64 rows and 128 inputs, at the matmul rate. Counted in the compiled code, not measured.
+# Unpacking a tile of weights takes as long as the matrix instructions for this many tokens: for 64 rows and 128 inputs
+# a warp issues 270 instructions, compared with the matmul rate of an H200. This was counted in the compiled code and
+# not measured.
 UNPACK_TOKENS = 56
 
 
 @dataclass(frozen=True, slots=True)
 class GemmConfig:
-    """How one GEMM is cut: BLOCK_SIZE_N rows of the weights by BLOCK_SIZE_K inputs a step, num_stages steps under way."""
+    """The tiling of one GEMM.
+
+    A tile has BLOCK_SIZE_N rows of the weights, a step along K BLOCK_SIZE_K inputs; num_stages steps are under way.
+    """
 
     BLOCK_SIZE_N: int
     BLOCK_SIZE_K: int
@@ -37,7 +41,7 @@ class GemmConfig:
 
 @dataclass(frozen=True, slots=True)
 class KernelConfig:
-    """The configs of both GEMMs for some number of tokens an expert. BLOCK_SIZE_M: the most pairs in a block."""
+    """The configs of both GEMMs for some number of tokens of an expert. BLOCK_SIZE_M: the most pairs in a block."""
 
     BLOCK_SIZE_M: int
     w13: GemmConfig
@@ -45,14 +49,17 @@ class KernelConfig:
 
     @classmethod
     def of(cls, data: dict[str, Any], intermediate_size: int = 0) -> Self:
-        """`w2_N` is the config of a rank on which w2 has N inputs, all of them one step."""
+        """Return the config that one entry of a file of configs describes.
+
+        `w2_N` in `data` is the config of w2 for a rank on which w2 has N inputs, which are all one step.
+        """
         w2 = data.get(f"w2_{intermediate_size}", data["w2"])
         return cls(data["BLOCK_SIZE_M"], GemmConfig(**data["w13"]), GemmConfig(**w2))
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The routed experts of one layer on one rank. Raises ValueError where the layout cannot hold them."""
+    """The sizes of one layer's routed experts on one rank. Raises ValueError if the layout cannot hold them."""
 
     hidden_size: int
     intermediate_size: int
@@ -67,23 +74,26 @@ class Shape:
 
     @property
     def key(self) -> str:
-        """What the outcome of a measurement calls the shape."""
+        """The shape's name in the outcome of a measurement."""
         return f"{self.hidden_size}x{self.intermediate_size}x{self.num_experts}"
 
 
-# What `experts.use_configs` was given in this process, by GPU, hidden and intermediate size.
+# The configs that `experts.use_configs` was given in this process, by GPU, hidden size and intermediate size.
 measured: dict[tuple[Device, int, int], dict[str, KernelConfig]] = {}
 
 
 @cache
 def default_configs(target: str, intermediate_size: int = 0) -> dict[str, KernelConfig]:
-    """Configs by name for a kind of GPU: they fit the smallest member of its family."""
+    """Return the default configs by name for a kind of GPU; they fit the smallest member of its family."""
     found = json.loads(DEFAULT.read_text())[target]
     return {name: KernelConfig.of(found[name], intermediate_size) for name in found}
 
 
 def kernel_configs(device: Device, shape: Shape) -> dict[str, KernelConfig]:
-    """The configs that were measured for this GPU and experts of this size, however many, or the default of its kind."""
+    """Return the configs measured for this GPU and experts of this size, or the default ones for its kind of GPU.
+
+    Measured configs hold for any number of experts.
+    """
     intermediate_size = shape.intermediate_size
     return measured.get((device, shape.hidden_size, intermediate_size)) or default_configs(
         device.target.name, intermediate_size
@@ -91,9 +101,9 @@ def kernel_configs(device: Device, shape: Shape) -> dict[str, KernelConfig]:
 
 
 def checked(data: dict[str, Any], target: str, shape: Shape) -> dict[str, KernelConfig]:
-    """Configs from a file: each name's fields, as `dataclasses.asdict` gives them.
+    """Return the configs that `data` describes: for each name its fields, as `dataclasses.asdict` gives them.
 
-    Raises ValueError where names or block sizes are not the default's, or a config cannot cut the shape.
+    Raises ValueError if names or block sizes are not those of the default, or if a config cannot cut the shape.
     """
     default = default_configs(target)
     try:
@@ -112,17 +122,17 @@ def checked(data: dict[str, Any], target: str, shape: Shape) -> dict[str, Kernel
 
 
 def choose(choices: dict[str, KernelConfig], num_tokens: int, pairs_per_expert: float, batch_invariant: bool) -> str:
-    """The name of the config for a batch; batch-invariant always the same."""
+    """Return the name of the config for a batch; with `batch_invariant` it is the same for every batch."""
     if batch_invariant:
         return INVARIANT
     return SINGLE if num_tokens <= SINGLE_TOKENS else least_work(choices, pairs_per_expert)
 
 
 def least_work(choices: dict[str, KernelConfig], pairs_per_expert: float) -> str:
-    """The name of the config for pairs that are sorted into blocks.
+    """Return the name of the config that takes the least work for pairs that are sorted into blocks.
 
-    An expert's last block is half empty on average, and each block unpacks its tile of weights again. Unpacking and the
-    matrix instructions overlap; that a quarter of the shorter does not is a guess. The least work wins.
+    An expert's last block is half empty on average, and each block unpacks its tile of weights again. Unpacking
+    overlaps with the matrix instructions; it is a guess that a quarter of the shorter of the two does not overlap.
     """
 
     def work(name: str) -> float:

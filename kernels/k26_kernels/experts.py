@@ -1,4 +1,4 @@
-"""The routed sum of a layer on a GPU: which kernels run, with which configs, over which parts of the workspace."""
+"""Compute the routed sum of a layer on a GPU: choose kernels, their configs and their parts of the workspace."""
 
 from __future__ import annotations
 
@@ -28,16 +28,17 @@ from k26_kernels.moe_gemm import moe_gemm_kernel
 from k26_kernels.target import Device, device_of
 from k26_kernels.unpack import INTERPRETED
 
-# Tokens computed at a time: at the model's sizes and 8 experts a token their workspace is 1.2 GB.
+# Tokens that are computed at a time: at the model's sizes and 8 experts a token their workspace is 1.2 GB.
 TOKENS_AT_ONCE = 8192
-# Up to as many token–expert pairs an expert's output stays float32 until the sum. Beyond, its traffic would show.
+# Up to this many token–expert pairs, an expert's output stays float32 until the sum over experts. For more pairs the
+# memory traffic of float32 would cost noticeable time.
 EXACT_PAIRS = 4096
-# Up to as many pairs a GEMM of sorted ones may be cut along K. Beyond, the sum of w13's partials, which reads those of
-# all ranks' pairs, and their memory would show.
+# Up to this many pairs, a GEMM of sorted pairs may be cut along K. For more pairs two things would be noticeable: the
+# time to sum w13's partials, which reads those of all ranks' pairs, and the partials' memory.
 SPLIT_PAIRS = 256
-# Programs that are launched for each SM, by the variant of the GEMM: as many as it holds at a time. What the compiler made
-# of a variant is known with its first launch only, which takes PROGRAMS_AT_FIRST; to compute it beforehand would be to guess
-# at registers, which change with Triton's version. No result depends on it.
+# Programs to launch for each SM, by variant of the GEMM: as many as the SM holds at a time. How many these are is known
+# only after a variant's first launch, which compiles it and takes PROGRAMS_AT_FIRST. Computing the number beforehand
+# would mean guessing at registers, which change with Triton's version. No result depends on the number.
 PROGRAMS_AT_FIRST = 4
 programs_per_sm: dict[tuple[object, ...], int] = {}
 _ALIGNMENT = 256
@@ -63,7 +64,10 @@ class KernelExperts:
     def from_checkpoint(
         cls, w13_packed: torch.Tensor, w13_scale: torch.Tensor, w2_packed: torch.Tensor, w2_scale: torch.Tensor
     ) -> KernelExperts:
-        """Take the checkpoint's tensors over. Raises ValueError for a device or sizes that the kernels do not have."""
+        """Take over the checkpoint's tensors and rearrange them in place.
+
+        Raises ValueError for a device or sizes that the kernels do not support.
+        """
         experts = cls.from_repacked(w13_packed, w13_scale, w2_packed, w2_scale)
         repack(w13_packed, w13_scale, experts.device.target.fragment, gated=True)
         repack(w2_packed, w2_scale, experts.device.target.fragment, gated=False)
@@ -73,14 +77,14 @@ class KernelExperts:
     def from_repacked(
         cls, w13_packed: torch.Tensor, w13_scale: torch.Tensor, w2_packed: torch.Tensor, w2_scale: torch.Tensor
     ) -> KernelExperts:
-        """Take tensors over that are in the kernels' layout. Raises ValueError as `from_checkpoint` does."""
+        """Take over tensors that are in the kernels' layout already. Raises ValueError as `from_checkpoint` does."""
         shape = Shape(w2_packed.shape[1], w2_packed.shape[2] * PACK_FACTOR, w13_packed.shape[0])
         return cls(w13_packed, w13_scale, w2_packed, w2_scale, device_of(w13_packed.device), shape)
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What the host decides for a batch, from its size alone: nothing waits for the device."""
+    """The host's decisions for a batch. They follow from its size alone, so that nothing waits for the device."""
 
     config: KernelConfig
     sorted: bool
@@ -96,9 +100,9 @@ class Plan:
 
 
 def choose_split_k(tiles: float, in_features: int, block_size: int, num_sms: int) -> int:
-    """Into how many parts a GEMM is cut along K, so that its tiles fill the GPU: a power of two.
+    """Return into how many parts a GEMM is cut along K so that its tiles fill the GPU: a power of two.
 
-    A part keeps four steps, below which starting up costs more than the other SMs bring.
+    A part keeps at least four steps, because with fewer steps starting up costs more than the other SMs gain.
     """
     parts = 1
     while (
@@ -111,7 +115,10 @@ def choose_split_k(tiles: float, in_features: int, block_size: int, num_sms: int
 
 
 def expected_blocks(num_tokens: int, top_k: int, num_experts: int, global_experts: int, block_size: int) -> float:
-    """Blocks of an even choice of experts: one for each expert here that a token chose, until blocks fill."""
+    """Return how many blocks there are if experts are chosen evenly: one for each local expert that a token chose.
+
+    With more tokens than fill these blocks, the number follows from the number of pairs.
+    """
     chosen = min(1.0, top_k / global_experts)
     touched = num_experts * (1 - (1 - chosen) ** num_tokens)
     return max(touched, num_tokens * chosen * num_experts / block_size)
@@ -121,7 +128,7 @@ def expected_blocks(num_tokens: int, top_k: int, num_experts: int, global_expert
 def make_plan(
     device: Device, shape: Shape, num_tokens: int, top_k: int, global_experts: int, batch_invariant: bool = False
 ) -> Plan:
-    """How a batch of at most TOKENS_AT_ONCE tokens is computed. global_experts: over all ranks."""
+    """Return the plan for a batch of at most TOKENS_AT_ONCE tokens. global_experts: how many there are on all ranks."""
     choices = kernel_configs(device, shape)
     name = choose(choices, num_tokens, num_tokens * top_k / global_experts, batch_invariant)
     return plan_of(device, shape, choices[name], name != SINGLE, num_tokens, top_k, global_experts, batch_invariant)
@@ -137,7 +144,7 @@ def plan_of(
     global_experts: int,
     batch_invariant: bool = False,
 ) -> Plan:
-    """`make_plan` with the config given."""
+    """Return the plan that `make_plan` makes with a given config. is_sorted: whether pairs are sorted by expert."""
     num_pairs = num_tokens * top_k
     splits = [1, 1]
     # Batch-invariant sums have one order for all batches.
@@ -161,7 +168,7 @@ def plan_of(
         sizes["partials"] = 4 * splits[0] * num_pairs * 2 * shape.intermediate_size
     if is_sorted:
         sizes["sorted_pairs"] = 4 * num_pairs
-        # Room for the smallest blocks, so that more tokens never need less.
+        # The table has room for the smallest blocks, so that more tokens never need a smaller one.
         smallest = min(choice.BLOCK_SIZE_M for choice in kernel_configs(device, shape).values())
         sizes["blocks"] = 4 * (1 + COLUMNS.value * max_blocks(num_pairs, shape.num_experts, smallest))
         sizes["counts"] = counts_bytes(num_pairs, shape.num_experts)
@@ -171,7 +178,7 @@ def plan_of(
 
 
 def sections_of(sizes: dict[str, int]) -> tuple[dict[str, tuple[int, int]], int]:
-    """Offset and size of each part of a workspace, one behind the other, and the bytes of all."""
+    """Lay out the parts of a workspace one behind the other; return each part's (offset, size) and the bytes of all."""
     sections, offset = {}, 0
     for section, size in sizes.items():
         sections[section] = (offset, size)
@@ -180,7 +187,7 @@ def sections_of(sizes: dict[str, int]) -> tuple[dict[str, tuple[int, int]], int]
 
 
 def use_configs(device: Device, shape: Shape, configs: dict[str, Any]) -> None:
-    """Have this process run experts of this size with measured configs. Raises ValueError as `config.checked` does."""
+    """Use measured configs for experts of this size in this process. Raises ValueError as `config.checked` does."""
     measured[device, shape.hidden_size, shape.intermediate_size] = checked(configs, device.target.name, shape)
     make_plan.cache_clear()
 
@@ -192,9 +199,12 @@ def workspace_bytes(
     global_experts: int | None = None,
     batch_invariant: bool = False,
 ) -> int:
-    """Bytes that `fused_experts` needs for up to `num_tokens` tokens. global_experts: the length of its expert map."""
+    """Return the bytes of workspace that `fused_experts` needs for up to `num_tokens` tokens.
+
+    global_experts: the length of the expert map; by default there is none.
+    """
     shape, total = experts.shape, global_experts or experts.shape.num_experts
-    # The bytes grow with the tokens, except where GEMMs may be cut along K, and where float32 ends.
+    # The bytes grow with the tokens, except where GEMMs may be cut along K and where float32 outputs end.
     cut = max(SINGLE_TOKENS, SPLIT_PAIRS // top_k)
     ends = (*range(1, cut + 1), EXACT_PAIRS // top_k, TOKENS_AT_ONCE)
     counts = {min(num_tokens, end) for end in ends} - {0}
@@ -213,14 +223,16 @@ def fused_experts(
     workspace: torch.Tensor | None = None,
     batch_invariant: bool = False,
 ) -> torch.Tensor:
-    """Σ weight · down(silu(gate · x) · (up · x)) over a token's experts that live here, `[num_tokens, hidden_size]`.
+    """Return Σ weight · down(silu(gate · x) · (up · x)) over each token's local experts, `[num_tokens, hidden_size]`.
 
     hidden_states: bfloat16 `[num_tokens, hidden_size]`. topk_ids: integers `[num_tokens, top_k]`, −1 for none.
     topk_weights: float32 `[num_tokens, top_k]`. expert_map: int32 `[num_global_experts]`, the local index of a global id
-    or −1; without it the ids are local. out: contiguous, any floating dtype. workspace: uint8, `workspace_bytes` of it.
+    or −1; without it the ids are local. out: contiguous, of any floating dtype; by default a new bfloat16 tensor.
+    workspace: uint8, at least `workspace_bytes`; by default it is allocated.
 
-    The same inputs give the same bits at every call; with `batch_invariant` so does a token in any batch, slower where
-    an expert has many tokens. Raises ValueError for inputs of another shape or dtype, or too small a workspace.
+    The same inputs give the same bits at every call. With `batch_invariant` a token has the same bits in any batch,
+    which is slower if an expert has many tokens. Raises ValueError for inputs of another shape or dtype, or too small a
+    workspace.
     """
     num_tokens, top_k = topk_ids.shape
     hidden_size = experts.shape.hidden_size
@@ -251,7 +263,7 @@ def fused_experts(
 
 
 def enough_workspace(workspace: torch.Tensor | None, needed: int, device: torch.device) -> torch.Tensor:
-    """The caller's workspace, or one of `needed` bytes where there is none. Raises ValueError for one that is too small."""
+    """Return the caller's workspace, or a new one of `needed` bytes. Raises ValueError if the caller's is too small."""
     if workspace is None:
         return torch.empty(needed, dtype=torch.uint8, device=device)
     if workspace.dtype != torch.uint8 or workspace.numel() < needed:
@@ -282,11 +294,11 @@ class Launcher:
         self.options = launch_options(experts.device.target.dependent)
 
     def section(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """A part of the workspace, by its name in `Plan.sections`."""
+        """Return a part of the workspace, by its name in `Plan.sections`, as a tensor of this dtype."""
         return self.sections[name].view(dtype)
 
     def run(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        """Launch everything on x `[num_tokens, hidden_size]`, contiguous; out like it."""
+        """Launch everything for x `[num_tokens, hidden_size]`; `out` is of the same shape, and both are contiguous."""
         plan, shape = self.plan, self.experts.shape
         num_pairs, hidden_size = plan.num_pairs, shape.hidden_size
         if plan.sorted:
@@ -332,7 +344,7 @@ class Launcher:
         epilogue: str,
         split_k: int,
     ) -> None:
-        """One launch of `moe_gemm_kernel`, whose arguments these are; x has a row for each `pairs_per_x` pairs."""
+        """Launch `moe_gemm_kernel` with these arguments; x has a row for each `pairs_per_x` pairs."""
         plan, device = self.plan, self.experts.device
         out_features, in_features = packed.shape[1], packed.shape[2] * PACK_FACTOR
         tiles = plan.max_blocks * (out_features // config.BLOCK_SIZE_N) * split_k

@@ -1,14 +1,15 @@
-"""How the kernels store INT4 weights: the order in which a matrix instruction takes them, 16 bytes to a thread.
+"""Rearrange INT4 weights into the order in which a matrix instruction takes them, 16 bytes to a thread.
 
-A thread loads chunks of four words (16 bytes). The eight weights of a word share a scale, and a chunk holds just what its
-thread feeds to the matrix instruction, so neither the words nor the unpacked weights move between threads. A program that
-streams 64 rows reads one contiguous range. Which input sits in which word only depends on the instruction: `FRAGMENTS`.
+A thread loads chunks of four words (16 bytes). The eight weights of a word share a scale, and a chunk holds just what
+its thread feeds to the matrix instruction, so neither the words nor the unpacked weights move between threads. A
+program that streams 64 rows reads one contiguous range. The instruction alone decides which input lies in which word:
+see `FRAGMENTS`.
 
-Tensors keep the shapes of the checkpoint, `packed` int32 `[E, N, K / 8]` and `scale` bfloat16 `[E, N, K / 32]`, and what
-belongs to an expert stays in its part. N must be a multiple of 64, K of 128.
+Tensors keep the shapes of the checkpoint, `packed` int32 `[E, N, K / 8]` and `scale` bfloat16 `[E, N, K / 32]`, and an
+expert's weights and scales stay in its own part of them. N must be a multiple of 64, K of 128.
 
-In w13 (`gated`) rows are interleaved, eight of the gate projection, then the eight of the up projection that belong to
-them: both halves of a SwiGLU end in the same thread.
+In w13 (`gated`) rows are interleaved: eight of the gate projection, then the eight of the up projection that belong to
+them, so that both halves of a SwiGLU end in the same thread.
 """
 
 from __future__ import annotations
@@ -21,19 +22,22 @@ GROUP_SIZE = 32
 PACK_FACTOR = 8
 ROWS = 64  # rows that are stored together
 K_MULTIPLE = 128
-# Weights rearranged at a time: a few small launches for an expert, and less scratch than one expert of the real size.
+# Weights that are rearranged at a time: this takes a few small launches for an expert, and less scratch memory than one
+# expert of the real size.
 SLAB = 2**23
 
-# A letter is an axis. Rows: n and of r a g l R; inputs: q and the rest. In a word, nibble i + 2 j + 4 h.
+# A letter is an axis, given here with its size. A fragment's axes of rows are n and those of r a g l R that it has; its
+# axes of inputs are q and the others. A weight is nibble i + 2 j + 4 h of its word.
 _SIZES = {"R": 64, "r": 4, "a": 2, "g": 8, "l": 16, "c": 2, "w": 4, "j": 2, "i": 2, "h": 2, "t": 4, "k": 4}
 
 
 @dataclass(frozen=True, slots=True)
 class Fragment:
-    """Where the weights of a step along K go.
+    """The order in which a matrix instruction takes the weights and scales of a step along K.
 
-    `matrix` names the axes in the checkpoint's order (outer to inner), `stored` in the kernels'. `step` is the number of
-    inputs that `matrix` covers after its axis q.
+    `matrix` names the weights' axes in the checkpoint's order (outer to inner), `stored` in the kernels' order;
+    `scale_matrix` and `scale_stored` do so for the scales. `step` is the number of inputs that `matrix` covers after
+    its axis q.
     """
 
     step: int
@@ -58,7 +62,7 @@ FRAGMENTS = {
 
 
 def check_sizes(out_features: int, in_features: int) -> None:
-    """Raises ValueError for a matrix that the layout cannot hold."""
+    """Raise ValueError for a matrix that the layout cannot hold."""
     if out_features % ROWS or in_features % K_MULTIPLE:
         raise ValueError(
             f"the kernels' layout holds matrices with a multiple of {ROWS} rows and of {K_MULTIPLE} inputs, "
@@ -67,18 +71,21 @@ def check_sizes(out_features: int, in_features: int) -> None:
 
 
 def row_order(out_features: int, gated: bool, device: torch.device) -> torch.Tensor:
-    """int64 `[out_features]`: which row of the checkpoint's matrix is stored at each place."""
+    """Return int64 `[out_features]`: for each stored row the number of the row in the checkpoint's matrix."""
     order = torch.arange(out_features, device=device)
     return order.unflatten(0, (2, -1, 8)).transpose(0, 1).flatten() if gated else order
 
 
 def repack(packed: torch.Tensor, scale: torch.Tensor, fragment: str, *, gated: bool) -> None:
-    """Rearrange the checkpoint's `packed` and `scale` in place, with a copy of one expert's matrix as scratch."""
+    """Rearrange the checkpoint's `packed` and `scale` in place, with a copy of one expert's matrix as scratch memory.
+
+    fragment: a name in FRAGMENTS. gated: whether the matrix is w13. Raises ValueError as `check_sizes` does.
+    """
     _rearrange(packed, scale, FRAGMENTS[fragment], gated, inverse=False)
 
 
 def restore(packed: torch.Tensor, scale: torch.Tensor, fragment: str, *, gated: bool) -> None:
-    """The inverse of `repack`, in place."""
+    """Undo `repack`, in place. Arguments and errors are those of `repack`."""
     _rearrange(packed, scale, FRAGMENTS[fragment], gated, inverse=True)
 
 
@@ -108,7 +115,7 @@ def _rearrange(packed: torch.Tensor, scale: torch.Tensor, fragment: Fragment, ga
 
 
 def _permuted(tensor: torch.Tensor, source: str, target: str, columns: int) -> torch.Tensor:
-    """`tensor`, whose elements are in the order of the axes `source`, in that of `target`, `[rows, columns]`."""
+    """Return `[rows, columns]` with the elements of `tensor` brought from the order of axes `source` to `target`."""
     steps = columns
     for axis in source:
         if axis in _SIZES and axis not in "Rragl":
@@ -119,13 +126,13 @@ def _permuted(tensor: torch.Tensor, source: str, target: str, columns: int) -> t
 
 
 def _unpack(packed: torch.Tensor) -> torch.Tensor:
-    """uint8 `[rows, K]`, a nibble each, from int32 `[rows, K / 8]`."""
+    """Return uint8 `[rows, K]`, one nibble in each byte, for int32 `[rows, K / 8]`."""
     low_high = packed.contiguous().view(torch.uint8)
     return torch.stack((low_high & 0xF, low_high >> 4), dim=-1).flatten(-2)
 
 
 def _pack(nibbles: torch.Tensor) -> torch.Tensor:
-    """The inverse of `_unpack`."""
+    """Return int32 `[rows, K / 8]` for nibbles, as the inverse of `_unpack`."""
     pairs = nibbles.unflatten(-1, (-1, 2))
     packed: torch.Tensor = (pairs[..., 0] | (pairs[..., 1] << 4)).contiguous().view(torch.int32)
     return packed

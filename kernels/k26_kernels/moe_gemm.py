@@ -1,4 +1,4 @@
-"""The two GEMMs of the experts: tokens times INT4 weights, with silu_and_mul or the routing weight in the epilogue."""
+"""Compute the experts' two GEMMs of tokens and INT4 weights, with silu_and_mul or the routing weight in the epilogue."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def write_tile(
     pair: tl.tensor, count: tl.tensor, rows_first: tl.tensor, part: tl.tensor, num_pairs: tl.tensor,
     N: tl.constexpr, EPILOGUE: tl.constexpr, BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_N: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Write one tile as EPILOGUE wants it: see `moe_gemm_kernel`."""
+    """Write one tile of results in the form that EPILOGUE names; `moe_gemm_kernel` lists these forms."""
     valid = (tl.arange(0, BLOCK_SIZE_M) < count)[None, :]
     if EPILOGUE == "silu_and_mul":
         halves = tl.permute(tl.reshape(acc, [BLOCK_SIZE_N // 16, 2, 8, BLOCK_SIZE_M]), [0, 2, 3, 1])
@@ -42,7 +42,7 @@ def multiply_step(
     rows_first: tl.tensor, k: tl.tensor, K: tl.constexpr, BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr,
     FRAGMENT: tl.constexpr, PACKED_MATH: tl.constexpr, WAIT: tl.constexpr, ONCE: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """acc with the products over BLOCK_SIZE_K inputs from k on added. ONCE: as in `load_words`."""
+    """Return acc plus the products over BLOCK_SIZE_K inputs from k on. ONCE: as in `load_words`."""
     w = load_words(words, rows_first, k, K, BLOCK_SIZE_N, BLOCK_SIZE_K, FRAGMENT, ONCE)
     s = load_scales(scales, rows_first, k, K, BLOCK_SIZE_N, BLOCK_SIZE_K, FRAGMENT)
     xt = tl.load(x_rows[None, :] + (k + tl.arange(0, BLOCK_SIZE_K))[:, None], mask=valid, other=0.0)
@@ -63,26 +63,27 @@ def moe_gemm_kernel(
     BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr,
     FRAGMENT: tl.constexpr, PACKED_MATH: tl.constexpr, WAIT: tl.constexpr, DEPENDENT: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Each program walks over tiles of (block of pairs, block of rows, part of K), from a table on the device.
+    """Compute one GEMM. Each program walks over tiles of (block of pairs, block of rows, part of K).
 
-    x: bfloat16 `[num_pairs / PAIRS_PER_X, K]`. packed, scale: an expert's N × K after another, as layout.py stores them.
-    SORTED: blocks of pairs come from `moe_align_block_size`; else every pair is a block of its own, and `sorted_pairs` and
-    `blocks` are not read.
-    EPILOGUE, and what it writes to `out` for each pair with an expert here:
+    x: bfloat16 `[num_pairs / PAIRS_PER_X, K]`. packed, scale: the experts' N × K matrices, as layout.py stores them.
+    SORTED: whether the blocks of pairs come from the table of `moe_align_block_size`; if not, every pair is a block of
+    its own, and `sorted_pairs` and `blocks` are not read.
+    EPILOGUE names what is written to `out` for each pair with a local expert:
       "silu_and_mul"  silu(gate) · up, bfloat16 `[num_pairs, N / 2]`; SPLIT_K is 1
       "weighted"      the result times the pair's routing weight, in the dtype of `out`, `[SPLIT_K, num_pairs, N]`
       "plain"         the result, in the dtype of `out`, `[num_pairs, N]`; SPLIT_K is 1
       "partial"       the split-K partial, float32 `[SPLIT_K, num_pairs, N]`, rows as they are stored
     WAIT: let each step's matrix instructions end before the next step's weights are made (`Target.waits`).
 
-    The steps along K are loaded ahead of their matrix instructions. Where one step is all, whole tiles are loaded ahead,
-    their rows of the table and their tokens with them.
+    The steps along K are loaded ahead of their matrix instructions. If there is only one step, whole tiles are loaded
+    ahead, with their rows of the table and their tokens.
     """
     after_previous(DEPENDENT)
     ROW_BLOCKS: tl.constexpr = N // BLOCK_SIZE_N
     K_PART: tl.constexpr = K // SPLIT_K
-    # Where pairs are sorted, the other blocks of an expert find its weights in the cache. Else only a few pairs are there,
-    # which seldom share an expert, and weights kept would push out what the next launches read.
+    # If pairs are sorted, the other blocks of an expert find its weights in the cache. If not, there are only a few
+    # pairs, which seldom share an expert, and weights that stay in the cache would push out what the next launches
+    # read.
     ONCE: tl.constexpr = not SORTED
     column = tl.arange(0, BLOCK_SIZE_M)
     num_blocks = num_pairs
@@ -92,7 +93,8 @@ def moe_gemm_kernel(
         part = tile % SPLIT_K
         output_tile = tile // SPLIT_K
         if SORTED:
-            # All blocks of an expert take a tile of its weights in turn, so only the first reads it from memory.
+            # All blocks of an expert take a tile of its weights in turn, so that only the first reads the tile from
+            # memory.
             row = blocks + 1 + output_tile // ROW_BLOCKS * COLUMNS
             first = tl.load(row + 3)
             siblings = tl.load(row + 4)
@@ -114,8 +116,8 @@ def moe_gemm_kernel(
         valid = (column < count)[None, :]
         acc = tl.zeros([BLOCK_SIZE_N, BLOCK_SIZE_M], tl.float32)
         if K_PART == BLOCK_SIZE_K:
-            # A branch would keep the next tiles from being loaded ahead: a pair without an expert here takes the first
-            # one's weights, and stores nothing.
+            # A branch would prevent the next tiles from being loaded ahead. So a pair without a local expert takes the
+            # first expert's weights, and stores nothing.
             some = tl.maximum(expert, 0).to(tl.int64)
             acc = multiply_step(
                 acc, packed + some * (N * K // 8), scale + some * (N * K // 32), x_rows, valid, rows_first,

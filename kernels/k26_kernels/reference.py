@@ -1,4 +1,4 @@
-"""The routed sum in plain PyTorch on weights in the kernels' layout: what all launches of a call give together."""
+"""Compute the routed sum in plain PyTorch from weights in the kernels' layout, to compare with what a call computes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from k26_kernels.layout import GROUP_SIZE, restore
 def dequantize_reference(
     packed: torch.Tensor, scale: torch.Tensor, fragment: str, dtype: torch.dtype = torch.bfloat16, *, gated: bool
 ) -> torch.Tensor:
-    """The matrices of all experts, `[E, N, K]`, in plain PyTorch from copies of the stored tensors."""
+    """Return the matrices of all experts, `[E, N, K]`, dequantized in plain PyTorch from copies of the stored tensors.
+
+    fragment, gated: as for `repack`.
+    """
     packed, scale = packed.clone(), scale.clone()
     restore(packed, scale, fragment, gated=gated)
     shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=packed.device)
@@ -28,7 +31,10 @@ def fused_experts_reference(
     *,
     expert_map: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """float32 `[num_tokens, hidden_size]`; arguments as in `fused_experts`. Dequantizes every expert: for small ones."""
+    """Return the routed sum, float32 `[num_tokens, hidden_size]`; arguments are those of `fused_experts`.
+
+    Every expert is dequantized, so this is for small experts.
+    """
     fragment = experts.device.target.fragment
     w13 = dequantize_reference(experts.w13_packed, experts.w13_scale, fragment, torch.float32, gated=True)
     w2 = dequantize_reference(experts.w2_packed, experts.w2_scale, fragment, torch.float32, gated=False)
@@ -46,7 +52,10 @@ def fused_experts_reference(
 def batched_experts_reference(
     hidden_states: torch.Tensor, experts: KernelExperts, counts: torch.Tensor
 ) -> torch.Tensor:
-    """float32 `[num_experts, max_tokens, hidden_size]`, arguments as in `batched_experts`; zero where no token is."""
+    """Return each expert's results, float32 `[num_experts, max_tokens, hidden_size]`, zero where a buffer has no token.
+
+    Arguments are those of `batched_experts`.
+    """
     num_experts, max_tokens, hidden_size = hidden_states.shape
     is_there = torch.arange(max_tokens, device=counts.device) < counts[:, None]
     topk_ids = torch.where(is_there, torch.arange(num_experts, device=counts.device)[:, None], -1).reshape(-1, 1)

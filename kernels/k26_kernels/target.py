@@ -1,4 +1,4 @@
-"""The kinds of GPU that the kernels are written for, and which one a device is."""
+"""Describe the kinds of GPU that the kernels are written for, and find out which kind a device is."""
 
 from __future__ import annotations
 
@@ -10,15 +10,19 @@ import triton
 
 from k26_kernels.unpack import INTERPRETED
 
-# Before 3.8 Triton lets a program write the next weights into registers that an instruction of sm_90 (wgmma) still reads
-# (triton issue 9433): its wait for the last but one group of them says nothing of the last.
+# Before version 3.8 Triton lets a program write the next weights into registers that an instruction of sm_90 (wgmma)
+# still reads (triton issue 9433): the program waits until the last but one group of these instructions has ended, and
+# the last group may still run.
 OVERWRITES_WEIGHTS = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 8)
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A kind of GPU. `fragment` names the weights' layout for it. Bytes of shared memory: what one program may use, and
-    what an SM (on AMD a compute unit) has for all of them."""
+    """A kind of GPU.
+
+    `fragment` names the weights' layout for it. `shared_memory` is the bytes of shared memory that one program may use,
+    `shared_memory_per_sm` the bytes that an SM (on AMD a compute unit) has for all its programs.
+    """
 
     name: str
     fragment: str
@@ -28,9 +32,9 @@ class Target:
 
     @property
     def options(self) -> dict[str, int]:
-        """Compiler options beside a config's own: on AMD, the instruction that the layout is made for.
+        """Compiler options beside a config's own; on AMD, the matrix instruction that the layout is made for.
 
-        Fused multiply and add is said aloud because Triton's default changes between versions.
+        The fusion of multiply and add is set explicitly because Triton's default changes between versions.
         """
         return {"enable_fp_fusion": True, **({"matrix_instr_nonkdim": 16} if self.amd else {})}
 
@@ -41,7 +45,7 @@ class Target:
 
     @property
     def waits(self) -> bool:
-        """Whether a kernel has to let its matrix instructions end before the weights change: slower, and right."""
+        """Whether a kernel must let its matrix instructions end before the weights change, which makes it slower."""
         return self.name == "sm_90" and OVERWRITES_WEIGHTS
 
 
@@ -57,27 +61,29 @@ TARGETS = {
         Target("gfx950", "mfma32", 163840, 163840, amd=True),
     )
 }
-TENSOR_COLUMNS = 512  # of an SM of sm_100
+TENSOR_COLUMNS = 512  # columns of tensor memory in an SM of sm_100
 _BY_MAJOR = {8: "sm_80", 9: "sm_90", 10: "sm_100", 12: "sm_120"}
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """What a launch needs to know of a device."""
+    """The properties of a device that launches depend on."""
 
     target: Target
     name: str
     num_sms: int
     shared_memory_per_sm: int = 0
-    """Bytes of shared memory; 0 for the target's."""
+    """Bytes of shared memory; 0 if the target's value holds."""
 
     def programs_per_sm(self, threads: int, registers: int, shared: int, columns: int = 0) -> int:
-        """How many programs an SM holds at a time, at least one.
+        """Return how many programs an SM holds at a time, at least one.
 
-        registers: of a thread. shared: bytes of shared memory, columns: of tensor memory, where there is such. Threads run
-        out later than registers, of which the GEMMs have more than 42 each.
+        threads: of a program. registers: of a thread. shared: a program's bytes of shared memory. columns: a program's
+        columns of tensor memory, on a GPU that has tensor memory. The threads of an SM are not counted, because they
+        run out later than its registers: a thread of the GEMMs has more than 42 registers.
         """
-        # Registers are given out eight at a time; on AMD there are twice as many. NVIDIA keeps 1 KB for each program.
+        # Registers are allocated eight at a time, and AMD has twice as many. NVIDIA keeps 1 KB of shared memory for
+        # each program.
         amd = self.target.amd
         limits = [
             (131072 if amd else 65536) // (threads * -(-registers // 8) * 8),
@@ -90,7 +96,10 @@ class Device:
 
 @cache
 def device_of(device: torch.device) -> Device:
-    """Raises ValueError for a device that no target fits. Under the interpreter a CPU passes for a small sm_90."""
+    """Return a device's properties. Under Triton's interpreter a CPU counts as a small sm_90.
+
+    Raises ValueError for a device that no target fits.
+    """
     if device.type == "cpu" and INTERPRETED:
         return Device(TARGETS["sm_90"], "interpreter", 4)
     if device.type != "cuda":
@@ -106,6 +115,6 @@ def device_of(device: torch.device) -> Device:
         raise ValueError(
             f"the Triton kernels have no layout for {properties.name} ({found}), only for {', '.join(TARGETS)}."
         )
-    # Not in every torch; a target of AMD is one size of it.
+    # Not every torch has this property. On AMD all GPUs of a target have the same shared memory.
     memory = 0 if torch.version.hip else getattr(properties, "shared_memory_per_multiprocessor", 0)
     return Device(target, properties.name, properties.multi_processor_count, memory)

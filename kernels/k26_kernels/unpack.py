@@ -1,4 +1,7 @@
-"""Device functions: stored words and scales to a tile of weights, in the registers where the instruction wants them."""
+"""Unpack stored words and scales to a tile of weights, in the registers from which the matrix instruction takes them.
+
+All functions here are device functions.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,14 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-# Under the interpreter (no GPU) the kernels are checked. The two helpers below mend its bfloat16 and compile to what their
-# last line says on a GPU.
+# Whether Triton's interpreter runs the kernels, as in tests without a GPU. The two helpers below correct the
+# interpreter's bfloat16; on a GPU they compile to their last lines alone.
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 
 @triton.jit
 def dot_operand(x: tl.tensor) -> tl.tensor:
-    """x as `tl.dot` takes it. The interpreter's `tl.dot` of bfloat16 multiplies raw bits, so there it gets float32."""
+    """Return x as `tl.dot` takes it: float32 in the interpreter, whose `tl.dot` multiplies the raw bits of bfloat16."""
     if INTERPRETED:
         return x.to(tl.float32)
     else:
@@ -22,7 +25,10 @@ def dot_operand(x: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def rounded(x: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
-    """float32 x to the nearest of DTYPE. The interpreter cuts bfloat16 off instead, twice the error and all to one side."""
+    """Round float32 x to the nearest value of DTYPE.
+
+    The interpreter by itself truncates to bfloat16, which has twice the error, always in the same direction.
+    """
     if INTERPRETED and DTYPE == tl.bfloat16:  # noqa: SIM300 - Triton compares from the left
         bits = x.to(tl.int32, bitcast=True)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
@@ -32,7 +38,7 @@ def rounded(x: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def settled(acc: tl.tensor) -> tl.tensor:
-    """acc, once the matrix instructions that it comes from have ended: to touch it makes the compiler wait for them."""
+    """Return acc once the matrix instructions that compute it have ended: accessing acc makes the compiler wait."""
     return tl.inline_asm_elementwise("mov.f32 $0, $1;", "=f,f", [acc], dtype=tl.float32, is_pure=True, pack=1)
 
 
@@ -41,12 +47,12 @@ def load_words(
     packed: tl.tensor, rows_first: tl.tensor, input_first: tl.tensor, K: tl.constexpr,
     BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr, FRAGMENT: tl.constexpr, ONCE: tl.constexpr = False,
 ) -> tl.tensor:  # fmt: skip
-    """int32 `[BLOCK_SIZE_N · BLOCK_SIZE_K / 32, 4]`: the chunks of a tile. `packed` points at the matrix of an expert.
+    """Load the chunks of a tile, int32 `[BLOCK_SIZE_N · BLOCK_SIZE_K / 32, 4]`. `packed` points at an expert's matrix.
 
-    ONCE: nothing else will read them, so the cache evicts them first. AMD and sm_80 have no such hint.
+    ONCE: nothing else will read these words, so the cache evicts them first. AMD and sm_80 have no such hint.
     """
     STEP: tl.constexpr = 64 if FRAGMENT == "mma" or FRAGMENT == "wgmma" else 128
-    CHUNKS: tl.constexpr = 2 * STEP  # of 64 rows and a step
+    CHUNKS: tl.constexpr = 2 * STEP  # in 64 rows of one step
     SLABS: tl.constexpr = BLOCK_SIZE_N // 64
     chunk = tl.arange(0, BLOCK_SIZE_N * BLOCK_SIZE_K // 32)
     slab = (chunk // CHUNKS) % SLABS
@@ -62,13 +68,13 @@ def load_scales(
     scale: tl.tensor, rows_first: tl.tensor, input_first: tl.tensor, K: tl.constexpr,
     BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr, FRAGMENT: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """bfloat16, the shape of `load_words`: the scale of each word. Threads of the same rows read the same ones."""
+    """Load each word's scale, bfloat16 in the shape of `load_words`. Threads of the same rows read the same scales."""
     STEP: tl.constexpr = 64 if FRAGMENT == "mma" or FRAGMENT == "wgmma" else 128
     CHUNKS: tl.constexpr = 2 * STEP
     SLABS: tl.constexpr = BLOCK_SIZE_N // 64
     first = rows_first * (K // 32) + input_first * 2
     if FRAGMENT == "tmem":
-        # Four groups of a row lie together, each of which is the scale of a whole chunk.
+        # The scales of four groups of a row lie together, and each of them is the scale of a whole chunk.
         row = tl.arange(0, BLOCK_SIZE_N * BLOCK_SIZE_K // 128)
         places = (row // 64) % SLABS * (2 * K) + row // (64 * SLABS) * 256 + row % 64 * 4
         groups = tl.load(scale + first + places[:, None] + tl.arange(0, 4)[None, :])
@@ -88,14 +94,15 @@ def weights_tile(
     words: tl.tensor, scales: tl.tensor, BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr,
     FRAGMENT: tl.constexpr, PACKED_MATH: tl.constexpr, DTYPE: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """`[BLOCK_SIZE_N, BLOCK_SIZE_K]` of DTYPE: (u − 8) · scale, rounded once.
+    """Return the weights (u − 8) · scale, rounded once, as `[BLOCK_SIZE_N, BLOCK_SIZE_K]` of DTYPE.
 
-    PACKED_MATH: two weights an instruction, for bfloat16 on NVIDIA. Both ways give the same bits.
+    PACKED_MATH: compute two weights with each instruction, for bfloat16 on NVIDIA. Both ways give the same bits.
     """
     if PACKED_MATH:
         doubled = scales.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-        # 128 + u is exact in bfloat16: its bits are 0x4300 | u. Subtract 136, then multiply: one rounding.
-        # The instructions of sm_80 have no bfloat16 subtraction or multiplication, so both are a fused multiply and add.
+        # 128 + u is exact in bfloat16: its bits are 0x4300 | u. Subtracting 136 is exact, so only the multiplication
+        # rounds. sm_80 has no instructions that subtract or multiply bfloat16, so both steps are a fused multiply and
+        # add.
         v0, v1, v2, v3 = tl.inline_asm_elementwise(
             asm="""
             {
@@ -134,7 +141,7 @@ def weights_tile(
         v = tl.join(tl.join(words, words >> 8), tl.join(words >> 4, words >> 12))
         u = tl.join(v, v >> 16) & 0xF
         values = rounded((u - 8).to(tl.float32) * scales.to(tl.float32)[:, :, None, None, None], DTYPE)
-    # Now [chunk, word, j, i, h], in the letters of layout.py; nr is n and r in one.
+    # The axes are now [chunk, word, j, i, h], in the letters of layout.py; nr is n and r as one axis.
     if FRAGMENT == "tmem":
         axes = tl.reshape(values, [BLOCK_SIZE_K // 128, BLOCK_SIZE_N // 64, 4, 64, 4, 2, 2, 2])  # q n k R w j i h
         tile = tl.permute(axes, [1, 3, 0, 2, 4, 5, 6, 7])  # n R q k w j i h

@@ -20,8 +20,7 @@ INTERVAL = 10.0
 BUDGET = 0.1
 # Mean number of uses of a layer's experts below which the layer's counts are too small to move an expert.
 EVIDENCE = 8.0
-# An expert moves if it is used this many times as often as the one whose place it takes; less of a difference is
-# chance.
+# An expert moves if it is used this many times as often as the one whose place it takes; less may be chance.
 GAIN = 1.5
 
 

@@ -55,8 +55,7 @@ class LayerExperts:
         *,
         device: torch.device | None = None,
     ) -> None:
-        """Register `w13_weight_packed`, `w2_weight_packed` and their `_scale`, each `[E, N, …]`, and leave the layer
-        open.
+        """Register `w13_weight_packed`, `w2_weight_packed` and their `_scale`, each `[E, N, …]`; the layer is open.
 
         intermediate_size: this rank's part. backend_name: as `create_experts` takes it. on_parameter: gives each
         parameter the attributes that the engine's weight loader reads. device: where the parameters are created; by
