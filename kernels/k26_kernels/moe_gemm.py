@@ -1,4 +1,4 @@
-"""Compute the experts' two GEMMs of tokens and INT4 weights, with silu_and_mul or the routing weight in the epilogue."""
+"""Compute the experts' two GEMMs, tokens times INT4 weights, with silu_and_mul or routing weights in the epilogue."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-// The routed INT4 experts of a layer on a CPU. `build.py` compiles this file, `threads.py` calls it; `layer.hpp` has the work on
-// a batch, `weights.hpp` that on weights.
+// Computes the routed INT4 experts of a layer on a CPU. `build.py` compiles this file and `threads.py` calls it.
+// `layer.hpp` has the work on a batch, `weights.hpp` the work on the weights in memory.
 
 #include <atomic>
 #include <cstdint>
@@ -13,7 +13,8 @@
 
 namespace k26 {
 
-// What a process has one of. Jobs follow one another, whoever submits them, because they share the scratch.
+// The state that a process has once. Jobs run one after another, whoever submits them, because they share the scratch
+// memory.
 struct Process {
   std::mutex submitting;
   State state;
@@ -26,11 +27,12 @@ struct Process {
     return lock;
   }
 
-  // A task is done by at most `threads` threads of the OpenMP runtime, or by the pool for 0: this many.
+  // Returns how many threads at most do a task: `threads` of the OpenMP runtime, or for 0 all threads of the pool.
   int64_t count(int64_t threads) const { return threads > 0 ? threads : pool->threads(); }
 
-  // Returns once the task is done. The turn ends as soon as the pool has the task, since the next turn waits for its end: a
-  // job in a stream, which has only so much patience, then never waits for the lock of one that hangs.
+  // Runs a task and returns once it is done. On the pool, the turn ends as soon as the pool has the task, since whoever
+  // takes the next turn waits for the task's end anyway. So a job in a stream, which waits for a limited time only,
+  // never waits for a lock that a hanging job holds.
   void run_on(int64_t threads, Task task, std::unique_lock<std::mutex> turn) {
     if (threads > 0) {
       team.run(task, &state, static_cast<int>(threads));
@@ -41,11 +43,12 @@ struct Process {
     pool->wait(job);
   }
 
-  // Set once, by a function in a device's stream, which has nobody to tell.
+  // Whether a job in a device's stream took too long. The functions that the stream calls set this, because they can
+  // return no error. It is never reset.
   std::atomic<bool> late{false};
 };
 
-// A layer's work on a batch that is in a device's stream: what the two functions get that the stream calls.
+// A layer's work on a batch in a device's stream: the argument of the two functions that the stream calls.
 struct StreamCall {
   Process* process;
   Layer layer;
@@ -71,22 +74,23 @@ struct StreamCall {
 
 extern "C" {
 
-// The calls below return this, or a number that is not negative.
+// The functions below that return a number return this if there is no memory; their other results are not negative.
 enum { kNoMemory = -1 };
 
 const char* k26_instruction_set() { return k26::kInstructionSet; }
 
-// 0 if the system lets this process use the instruction set, else errno: then nothing else may be called.
+// Returns 0 if the system lets this process use the instruction set, else errno; then no other function may be called.
 int64_t k26_refusal() { return k26::refusal(); }
 
-// A process' state. A child of fork makes its own: it has none of its parent's threads.
+// Creates a process' state, or returns null without memory. A forked child creates its own, because it has none of its
+// parent's threads.
 k26::Process* k26_create() { return new (std::nothrow) k26::Process; }
 
-// Whether there is an OpenMP runtime for `k26_repack` and `k26_run`.
+// Returns whether the process has an OpenMP runtime for `k26_repack` and `k26_run`.
 int64_t k26_has_team(const k26::Process* process) { return process->team.found(); }
 
-// Starts the pool for `k26_submit`, once: a thread for each cpu; nodes[i] is the NUMA node of cpus[i], equal nodes side
-// by side. False if the system gives no more threads.
+// Starts the pool for `k26_submit`, with a thread for each CPU; it may be called once. nodes[i] is the NUMA node of
+// cpus[i], and equal nodes are side by side. Returns false if the system gives no more threads.
 int64_t k26_start(k26::Process* process, const int32_t* cpus, const int32_t* nodes, int64_t count) try {
   auto* pool = new k26::Pool({cpus, cpus + count}, {nodes, nodes + count});
   if (pool->failed()) return false;
@@ -97,7 +101,7 @@ int64_t k26_start(k26::Process* process, const int32_t* cpus, const int32_t* nod
 }
 
 // Repacks a layer's weights in place, from the checkpoint's layout to the kernel's, on at most `threads` threads of the
-// OpenMP runtime, or on the pool for 0.
+// OpenMP runtime, or for 0 on the pool.
 int64_t k26_repack(k26::Process* process, const k26::Layer* layer, int64_t threads) try {
   using namespace k26;
   auto turn = process->turn();
@@ -111,15 +115,15 @@ int64_t k26_repack(k26::Process* process, const k26::Layer* layer, int64_t threa
   return kNoMemory;
 }
 
-// Gives a layer's memory, new and not yet written, huge pages, each on the NUMA node of a thread that will read it. Threads
-// are as for `k26_repack`. What the memory held is lost.
+// Gives a layer's memory, which is new and not yet written, huge pages, each on the NUMA node of a thread that will
+// read it. What the memory held is lost. threads: as for `k26_repack`.
 void k26_place(k26::Process* process, const k26::Layer* layer, int64_t threads) {
   auto turn = process->turn();
   process->state.layer = *layer;
   process->run_on(threads, k26::place, std::move(turn));
 }
 
-// A layer's work. Threads are as for `k26_repack`.
+// Does a layer's work on a batch and returns once it is done. threads: as for `k26_repack`.
 int64_t k26_run(k26::Process* process, const k26::Layer* layer, const k26::Call* call, int64_t threads) try {
   auto turn = process->turn();
   k26::prepare(process->state, *layer, *call, process->count(threads));
@@ -129,7 +133,8 @@ int64_t k26_run(k26::Process* process, const k26::Layer* layer, const k26::Call*
   return kNoMemory;
 }
 
-// Starts a layer's work on the pool. The tensors must live until `k26_wait` has returned for the number returned here.
+// Starts a layer's work on the pool and returns the job's number. The tensors must live until `k26_wait` has returned
+// for it.
 int64_t k26_submit(k26::Process* process, const k26::Layer* layer, const k26::Call* call) try {
   const auto turn = process->turn();
   k26::prepare(process->state, *layer, *call, process->pool->threads());
@@ -140,8 +145,9 @@ int64_t k26_submit(k26::Process* process, const k26::Layer* layer, const k26::Ca
 
 void k26_wait(k26::Process* process, int64_t job) { process->pool->wait(static_cast<uint32_t>(job)); }
 
-// What `k26_stream_submit` and `k26_stream_wait` take, or null without memory. A graph may hold its address until the process
-// ends, so it is never freed; the tensors of both structures must live as long as they are called.
+// Returns the argument of `k26_stream_submit` and `k26_stream_wait`, or null without memory. It is never freed, because
+// a CUDA graph may hold its address until the process ends. The tensors of `layer` and `call` must live as long as
+// these functions are called with it.
 k26::StreamCall* k26_stream_call(k26::Process* process, const k26::Layer* layer, const k26::Call* call, int64_t patience) try {
   const auto turn = process->turn();
   k26::prepare(process->state, *layer, *call, process->pool->threads());
@@ -150,8 +156,8 @@ k26::StreamCall* k26_stream_call(k26::Process* process, const k26::Layer* layer,
   return nullptr;
 }
 
-// The next two are of the type that `cudaLaunchHostFunc` takes: they neither allocate nor call Python or the device's
-// runtime. Between them the stream's kernels run beside the CPU.
+// The next two functions have the type that `cudaLaunchHostFunc` takes. They neither allocate memory nor call Python or
+// the device's runtime. The kernels between them in the stream run while the CPU works.
 
 // Starts the work.
 void k26_stream_submit(void* argument) {
@@ -160,21 +166,23 @@ void k26_stream_submit(void* argument) {
   const std::lock_guard<std::mutex> lock(process.submitting);
   it.started = !process.late && process.pool->wait_for_all(it.patience);
   if (!it.started) process.late = true;
-  // Not a number, in both formats: nothing looks like an answer that was not computed.
+  // These bytes are NaN both in bfloat16 and in float32, so that a result that was not computed does not look like an
+  // answer.
   std::memset(it.call.out, 0xFF, it.out_bytes());
   if (!it.started) return;
   it.count();
-  k26::prepare(process.state, it.layer, it.call, process.pool->threads());  // as large as in `k26_stream_call` at most
+  k26::prepare(process.state, it.layer, it.call, process.pool->threads());  // at most as large as in `k26_stream_call`
   it.job = process.pool->start(k26::run, &process.state);
 }
 
-// Waits for it. A job that takes longer than it may ends all work in streams: `k26_stream_late`.
+// Waits for the work. If a job takes longer than it may, no more work in streams is started: see `k26_stream_late`.
 void k26_stream_wait(void* argument) {
   auto& it = *static_cast<k26::StreamCall*>(argument);
   if (it.started && !it.process->pool->wait(it.job, it.patience)) it.process->late = true;
 }
 
-// Whether a job in a stream took too long. Its result is not a number, and so are those after it.
+// Returns whether a job in a stream took too long. Its result is NaN where it was not computed in time, and the results
+// of all later jobs in streams are NaN.
 int64_t k26_stream_late(const k26::Process* process) { return process->late; }
 
 }  // extern "C"

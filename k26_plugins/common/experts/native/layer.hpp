@@ -1,8 +1,9 @@
-// A layer's work on a CPU, in phases over all threads of a job.
+// Does a layer's work on a CPU, in phases in which all threads of a job take part.
 //
-// Inputs are rounded to 16 bits. Gate and up: a thread takes rows of an expert and writes silu(gate) · up. Then down: a thread
-// takes tiles of output rows and adds up the experts of each token in their order. Whichever thread takes a tile computes it
-// alone, so a result has the same bits with any number of threads and in any batch.
+// First the inputs are rounded to 16 bits. In the phase gate and up, a thread takes rows of an expert and writes
+// silu(gate) · up. In the phase down, a thread takes tiles of output rows and adds up each token's experts in the order
+// of the experts. A thread computes each tile that it takes alone, so a result has the same bits with any number of
+// threads and in any batch.
 
 #pragma once
 
@@ -22,23 +23,26 @@
 namespace k26 {
 namespace {
 
-// Tokens computed at a time: bounds the scratch, 90 MB at Kimi-K2.6's sizes and 160 with tiles.
+// Tokens that are computed at a time. This bounds the scratch memory: 90 MB at Kimi-K2.6's sizes, and 160 MB with tiles
+// (AMX).
 constexpr int64_t kChunkTokens = 1024;
-// Tokens of an expert that pass over a tile at once: their activations stay in a second-level cache. 32 and 128 measured
-// the same on a CPU whose third-level cache keeps up.
+// Tokens of an expert that are multiplied by one tile before the next: their activations stay in a second-level cache.
+// 32 and 128 tokens measured the same on a CPU whose third-level cache keeps up.
 constexpr int kBlockTokens = 64;
-// Groups of inputs over which several tokens pass at once, for all four tiles of gate and up: 9 KB of activations, which the
-// first-level cache keeps from tile to tile beside the tiles' totals. 512 tokens on two cores of a Zen 4: 274 GFLOP/s with
-// 2 and 265 with 16 (AVX2), 372 and 365 (AVX512 with VNNI). On a Zen 3, whose second-level cache has 512 KB: 193 with 16, 161
-// to 175 with all groups at once.
+// Groups of inputs that several tokens are multiplied by at once, in all four tiles of gate and up. Their activations
+// are 9 KB, which the first-level cache keeps from tile to tile beside the tiles' totals. 512 tokens on two cores of a
+// Zen 4 ran at 274 GFLOP/s with 2 groups and at 265 with 16 (AVX2), at 372 and 365 (AVX512 with VNNI). On a Zen 3,
+// whose second-level cache has 512 KB, they ran at 193 GFLOP/s with 16 groups and at 161 to 175 with all groups at
+// once.
 constexpr int64_t kChunkGroups = 2;
 
-// Groups of one token each over which rows pass in tiles: 270 KB, for the second-level cache.
+// Groups of activations, counted for each token, that are expanded for tile registers at a time: 270 KB, which fit the
+// second-level cache.
 constexpr int64_t kTileInputs = 2048;
-// Groups of rows that pass over activations while these are expanded into tiles: their products are 256 KB.
+// Groups of rows that are multiplied by the activations that are expanded at a time: their products are 256 KB.
 constexpr int64_t kTileGroups = 16;
 
-// As `threads.py` has them.
+// `Layer` and `Call` have the same fields in `threads.py`.
 struct Layer {
   uint8_t* w13;         // [E, I / 32, 4, H / 8] lines of 64 bytes: two tiles of gate, then the two of up
   uint16_t* w13_scale;  // bfloat16 [E, I / 32, 4, H / 32, 16]
@@ -51,23 +55,23 @@ struct Layer {
 
 struct Call {
   const uint16_t* x;      // bfloat16 [tokens, H]
-  const int32_t* ids;     // [tokens, top_k], −1 or anything that is no expert's for none
+  const int32_t* ids;     // [tokens, top_k], −1 or any other number that names no expert for none
   const float* weights;   // [tokens, top_k]
-  const int32_t* map;     // [map_size] global to local, or null
+  const int32_t* map;     // [map_size] the local index of each global id, or null
   int64_t map_size;
   int64_t tokens;
   int64_t top_k;
   void* out;              // [tokens, H], bfloat16 or float32
   int64_t out_is_float;
-  int64_t* counts = nullptr;  // [map_size] how often each global id was chosen, or null; of calls in a stream
+  int64_t* counts = nullptr;  // [map_size] uses of each global id, to which calls in a stream add theirs, or null
 };
 
-// Which pairs (token, expert) of a chunk each expert has, in order of expert and then token.
+// The token–expert pairs of a chunk of tokens, in order of expert and then token.
 struct Routing {
-  std::vector<int32_t> first;   // [E + 2] where an expert's pairs begin, and the last one's end
-  std::vector<int32_t> tokens;  // [pairs] token of the chunk
+  std::vector<int32_t> first;   // [E + 2] where each expert's pairs begin, and where the last expert's end
+  std::vector<int32_t> tokens;  // [pairs] index of the token in the chunk
   std::vector<float> weights;   // [pairs]
-  std::vector<int32_t> chosen;  // the experts that have any
+  std::vector<int32_t> chosen;  // the experts that have pairs
 
   void resize(int64_t experts, int64_t pairs) {
     first.resize(experts + 2);
@@ -83,7 +87,7 @@ struct Routing {
       return id < layer.experts ? id : -1;
     };
     std::fill(first.begin(), first.end(), 0);
-    // Counted two places on, so that filling in moves each beginning to its place.
+    // Pairs are counted two entries further on, so that filling in the pairs moves each beginning to its own entry.
     for (int64_t pair = begin * call.top_k; pair < end * call.top_k; ++pair)
       if (const int32_t expert = local(pair); expert >= 0) ++first[expert + 2];
     for (int64_t expert = 0; expert < layer.experts; ++expert) first[expert + 2] += first[expert + 1];
@@ -104,17 +108,17 @@ struct State {
   Layer layer;
   Call call;
   Routing routing;
-  Scratch queues;              // Queues [threads], a NUMA node's at the index of its first thread
+  Scratch queues;              // Queues [threads], those of a NUMA node at the index of its first thread
   Scratch x;                   // Quantized [H / 32, tokens]
-  Scratch x_terms;             // Terms, likewise
-  Scratch expanded;            // Expanded [threads], where there are tiles
-  Scratch products;            // Products [threads, kTileGroups], likewise
+  Scratch x_terms;             // Terms [H / 32, tokens]
+  Scratch expanded;            // Expanded [threads], if the instruction set has tiles
+  Scratch products;            // Products [threads, kTileGroups], if the instruction set has tiles
   Scratch intermediate;        // Quantized [I / 32, pairs]: silu(gate) · up
-  Scratch intermediate_tiles;  // TileInput, likewise, of the experts that are computed in tiles
-  Scratch intermediate_terms;  // Terms, likewise
-  Scratch total;               // float32 [H / 16, tokens, 16]: a tile's tokens lie side by side, which the caches take better
+  Scratch intermediate_tiles;  // TileInput [I / 32, pairs], for the experts that are computed in tiles
+  Scratch intermediate_terms;  // Terms [I / 32, pairs]
+  Scratch total;               // float32 [H / 16, tokens, 16]: a tile's tokens lie side by side, which suits the caches
   Scratch packed;              // one projection of an expert as the checkpoint has it
-  Scratch scales;
+  Scratch scales;              // the scales of that projection
 
   Queues& queues_of(const Worker& me) const { return queues.as<Queues>()[me.node_begin]; }
 };
@@ -129,12 +133,12 @@ void quantize_inputs(const Worker& me, const State& state, int64_t begin, int64_
     }
 }
 
-// Gate and up of some tokens: two tiles of each.
+// The products of some tokens with two tiles of gate and two of up.
 struct Products {
   alignas(64) float tiles[4][kBlockTokens * kRows];
 };
 
-// Some groups of an expert's tokens, side by side.
+// Some groups of the activations of an expert's tokens, expanded for tile registers and side by side.
 struct Expanded {
   static constexpr int64_t kSize = kTileInputs;
   alignas(64) TileInput groups[kSize + kBlockTokens];
@@ -151,7 +155,8 @@ struct Expanded {
   }
 };
 
-// Gate and up of an expert's tokens, for the groups [begin, end) of `down`'s inputs: a group is 32 rows of each.
+// Computes gate and up of an expert's tokens for the groups [begin, end) of `down`'s inputs. A group is 32 rows of gate
+// and 32 rows of up.
 void gate_and_up(const Worker& me, const State& state, int64_t tokens, int32_t expert, int64_t begin, int64_t end) {
   const Layer& layer = state.layer;
   const Routing& routing = state.routing;
@@ -164,7 +169,7 @@ void gate_and_up(const Worker& me, const State& state, int64_t tokens, int32_t e
   for (int32_t pair = routing.first[expert]; pair < last_pair; pair += kBlockTokens) {
     const int count = std::min(kBlockTokens, last_pair - pair);
     const Activations x{state.x.as<Quantized>(), state.x_terms.as<Terms>(), tokens, routing.tokens.data() + pair, count};
-    // Two tiles of gate and two of up, over some of the inputs.
+    // Multiplies two tiles of gate and two of up over some of the inputs.
     const auto multiply_four = [&](Products& products, int64_t group, int64_t first, int64_t last, const auto&... x) {
       for (int part = 0; part < 4; ++part) {
         const int64_t tile = (expert * groups + group) * 4 + part;
@@ -184,7 +189,7 @@ void gate_and_up(const Worker& me, const State& state, int64_t tokens, int32_t e
       }
     };
     if (count < kFewestInTiles) {
-      const int64_t step = count == 1 ? inputs : kChunkGroups;  // a tile's stream is not broken for a single token
+      const int64_t step = count == 1 ? inputs : kChunkGroups;  // for a single token a tile is read in one stream
       for (int64_t group = begin; group < end; ++group) {
         for (int64_t first = 0; first < inputs; first += step)
           multiply_four(single, group, first, std::min(first + step, inputs), x);
@@ -208,7 +213,7 @@ void gate_and_up(const Worker& me, const State& state, int64_t tokens, int32_t e
   }
 }
 
-// Gate and up of all experts, one after the other.
+// Computes gate and up of all experts, one after the other.
 void gate_and_up(const Worker& me, const State& state, int64_t tokens) {
   const auto [first, last] = of_node(me, state.layer.intermediate / kGroup);
   const int64_t each = last - first;
@@ -221,7 +226,8 @@ void gate_and_up(const Worker& me, const State& state, int64_t tokens) {
   });
 }
 
-// Down for the tiles [first, last) of the output's rows, summed over the experts of each token in their order.
+// Computes down for the tiles [first, last) of the output's rows, and adds up each token's experts in the experts'
+// order.
 void down(const Worker& me, const State& state, int64_t begin, int64_t tokens, int64_t first, int64_t last) {
   const Layer& layer = state.layer;
   const Routing& routing = state.routing;
@@ -235,7 +241,7 @@ void down(const Worker& me, const State& state, int64_t begin, int64_t tokens, i
   for (size_t place = 0; place < routing.chosen.size(); ++place) {
     const int32_t expert = routing.chosen[place];
     const int32_t end = routing.first[expert + 1];
-    // The last tile is followed by the first one of the next expert.
+    // After the last of these tiles the thread reads the first of these tiles of the next expert.
     const int64_t next = place + 1 < routing.chosen.size() ? routing.chosen[place + 1] : -1;
     const int64_t skipped = next < 0 ? 0 : (next - expert) * tiles + first - last;
     for (int32_t pair = routing.first[expert]; pair < end; pair += kBlockTokens) {
@@ -291,7 +297,7 @@ void run(const Worker& me, void* argument) {
   }
 }
 
-// Prepares the state for a call on at most so many threads.
+// Prepares the state for a call on at most `threads` threads.
 void prepare(State& state, const Layer& layer, const Call& call, int64_t threads) {
   const int64_t tokens = std::min(kChunkTokens, call.tokens);
   const int64_t pairs = tokens * call.top_k;

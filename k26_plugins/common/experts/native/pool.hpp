@@ -1,8 +1,10 @@
-// Who runs a job, all threads the same function: torch's OpenMP threads while the caller waits, or a pool of our own.
+// Runs a job, in which all threads call the same function: on torch's OpenMP threads while the caller waits, or on a
+// pool of the library's own threads.
 //
-// torch's threads spin for milliseconds after each of its operators. A layer on other threads of the same cores took
-// 11.3 ms after a product of torch's, where it took 4.0 ms alone (2 cores): so what the caller waits for runs on torch's
-// threads. What it does not wait for runs on the pool, which is meant for cores beside a GPU, where torch's threads rest.
+// torch's threads spin for milliseconds after each of torch's operators. A layer on other threads of the same cores
+// took 11.3 ms after a product of torch's and 4.0 ms alone (2 cores), so work that the caller waits for runs on torch's
+// threads. Work that the caller does not wait for runs on the pool, which is meant for cores beside a GPU, where
+// torch's threads rest.
 
 #pragma once
 
@@ -24,7 +26,8 @@ namespace k26 {
 
 constexpr int64_t kNoLimit = -1;
 
-// A counter that threads wait on: a short spin, because a layer follows a layer within microseconds, then asleep.
+// A counter that threads wait on. They spin for a short time, because a layer follows a layer within microseconds, and
+// then sleep.
 class Counter {
  public:
   uint32_t value() const { return value_.load(std::memory_order_acquire); }
@@ -35,7 +38,7 @@ class Counter {
       syscall(SYS_futex, &value_, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
   }
 
-  // Returns once the counter is no longer `seen`, or false after `limit` nanoseconds.
+  // Returns true once the counter is no longer `seen`, or false after `limit` nanoseconds.
   bool wait_beyond(uint32_t seen, int spins, int64_t limit = kNoLimit) {
     for (int i = 0; i < spins; ++i) {
       if (value() != seen) return true;
@@ -89,7 +92,7 @@ class Barrier {
   Counter round_;
 };
 
-// What a thread of a job knows of itself. The threads of its NUMA node are [node_begin, node_end).
+// A thread's place among the threads of a job. The threads of its NUMA node are [node_begin, node_end).
 struct Worker {
   int index;
   int count;
@@ -102,7 +105,8 @@ struct Worker {
 
 using Task = void (*)(const Worker&, void*);
 
-// torch's OpenMP runtime, whichever the process has: GNU's entry points, which the others offer too.
+// torch's OpenMP runtime, whichever one the process has. It is called by GNU's entry points, which the other runtimes
+// have too.
 class Team {
  public:
   Team()
@@ -112,7 +116,7 @@ class Team {
 
   bool found() const { return parallel_ && index_ && count_; }
 
-  // Runs the task on as many threads as the runtime gives, at most `threads`, this one among them.
+  // Runs the task on as many threads as the runtime gives, at most `threads`, including the calling thread.
   void run(Task task, void* argument, int threads) {
     struct Run {
       Team* team;
@@ -138,10 +142,11 @@ class Team {
 
 class Pool {
  public:
-  // One thread on each of `cpus`; nodes[i] is the NUMA node of cpus[i], equal nodes side by side.
+  // Starts one thread on each of `cpus`. nodes[i] is the NUMA node of cpus[i], and equal nodes are side by side.
   Pool(const std::vector<int>& cpus, const std::vector<int>& nodes) {
     const int count = static_cast<int>(cpus.size());
-    // Signals stay with the process' own threads: Python handles them.
+    // Signals are blocked in the pool's threads, so that they go to the process' own threads, where Python handles
+    // them.
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_BLOCK, &all, &before);
@@ -169,7 +174,7 @@ class Pool {
   bool failed() const { return failed_; }
   int threads() const { return threads_; }
 
-  // Starts a job; the one before must be done. Returns its number.
+  // Starts a job and returns its number. The job before must be done.
   uint32_t start(Task task, void* argument) {
     task_ = task;
     argument_ = argument;
@@ -178,8 +183,8 @@ class Pool {
     return submitted_.value();
   }
 
-  // Returns once that job is done, or false after `limit` nanoseconds in which none ended. The waiting thread sleeps at
-  // once: its core may be a worker's.
+  // Returns true once that job is done, or false after `limit` nanoseconds in which no job ended. The waiting thread
+  // sleeps at once, because its core may be a worker's.
   bool wait(uint32_t job, int64_t limit = kNoLimit) {
     for (uint32_t done = done_.value(); static_cast<int32_t>(done - job) < 0; done = done_.value())
       if (!done_.wait_beyond(done, 0, limit)) return false;

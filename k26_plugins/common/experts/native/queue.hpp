@@ -1,4 +1,4 @@
-// How the threads of a NUMA node share a phase of a layer's work.
+// Shares a phase of a layer's work among the threads of a NUMA node.
 
 #pragma once
 
@@ -11,15 +11,15 @@
 
 namespace k26 {
 
-// Work in parts that threads take as they come, so that one that is late is left with less, because something else runs on its
-// core or its memory is slower. The first parts are long, so that a stream of weights is seldom broken, and the last are
-// single ones, so that all threads end together.
+// Work in parts, of which each thread takes the next one whenever it is free. So a thread does less if it is late,
+// because something else runs on its core or its memory is slower. The first parts are long, so that a stream of
+// weights is seldom broken, and the last parts are single tiles or groups, so that all threads end together.
 class Queue {
  public:
   void reset() { next_.store(0, std::memory_order_relaxed); }
 
-  // Calls take(begin, end) for parts of [0, count) until all are taken. The threads of a node do so at the same time, each with
-  // the same count.
+  // Calls take(begin, end) for parts of [0, count) until all parts are taken. All threads of a node call `drain` at the
+  // same time, with the same count.
   template <class Take>
   void drain(const Worker& me, int64_t count, Take take) {
     const int64_t threads = me.node_end - me.node_begin;
@@ -46,7 +46,8 @@ struct Queues {
   }
 };
 
-// What the threads of a NUMA node take of `count` things: the same tiles of every expert, as they were placed in memory.
+// Returns the range of `count` tiles or groups that the threads of a NUMA node take. It is the same for every expert,
+// and the one by which the weights were placed in memory.
 inline std::pair<int64_t, int64_t> of_node(const Worker& me, int64_t count) {
   return {count * me.node_begin / me.count, count * me.node_end / me.count};
 }

@@ -1,4 +1,4 @@
-// Memory that grows and is kept from call to call.
+// Scratch memory that grows and is kept from call to call.
 
 #pragma once
 
@@ -12,7 +12,7 @@ namespace k26 {
 
 class Scratch {
  public:
-  // At least `bytes`, aligned to a page; what it held before is lost when it grows. Throws std::bad_alloc.
+  // Reserves at least `bytes`, aligned to a page. When the memory grows, what it held is lost. Throws std::bad_alloc.
   void reserve(size_t bytes) {
     if (bytes <= size_) return;
     if (data_) munmap(data_, size_);

@@ -1,10 +1,10 @@
-// AMX beside AVX512: the sums of 16 tokens with a group of a tile of weights. The names are those of `simd.hpp`, and what is not
-// here is AVX512's.
+// AMX beside AVX512, for the sums of 16 tokens with a group of a tile of weights. The names are those of `simd.hpp`;
+// names that are not here come from AVX512's file.
 //
-// A group of 32 inputs is the depth of a product of bfloat16, which holds u − 8 and each of the two bytes of an activation, the
-// higher one times 256. Their sums stay below 2^24 whatever their order, so they are exact in the registers' float32, and leave
-// these as one number to be scaled. A product of bytes has the same rate, because it would have half of its depth to fill, and
-// leaves two.
+// A group of 32 inputs fills the depth of a product of bfloat16. bfloat16 holds u − 8 and each of the two bytes of an
+// activation, the higher one times 256. Their sums stay below 2^24 in any order, so the registers' float32 holds them
+// exactly, and one number leaves the registers to be scaled. A product of bytes has the same rate, because a group
+// fills only half of its depth, and two numbers would leave the registers.
 
 #pragma once
 
@@ -18,18 +18,19 @@
 namespace k26 {
 
 constexpr int kTileTokens = 16;
-// Fewer tokens are AVX512's: from a cache 8 of them take as long by either way and 16 take 47 ns a group of a tile and not 68,
-// but in a whole layer 8 to 12 were up to a tenth slower in tiles (Emerald Rapids).
+// Fewer tokens are computed by AVX512's code. From a cache 8 tokens take as long either way, and 16 take 47 ns for a
+// group of a tile instead of 68, but in a whole layer 8 to 12 tokens were up to a tenth slower in tiles (Emerald
+// Rapids).
 constexpr int kFewestInTiles = 13;
 
-// Linux, since 5.16, gives tile registers to a process that asks for them; it may refuse.
+// Asks for the tile registers, which Linux gives since 5.16 to a process that asks for them, unless it refuses.
 inline int refusal() {
   constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, and the number of the registers' state
   return syscall(SYS_arch_prctl, kRequest, kTileData) == 0 ? 0 : errno;
 }
 
-// The tile registers, all of full size. 0 to 3: the sums of two groups, twice; 4 and 5: the groups' weights; 6 and 7: the tokens'
-// high and low bytes. Other users of the thread's registers set their own shapes.
+// The tile registers, all of full size. Registers 0 to 3 hold the sums of two groups, in two places; 4 and 5 the
+// groups' weights; 6 and 7 the tokens' high and low bytes. Other users of the thread's registers set their own shapes.
 class ThreadState {
  public:
   ThreadState() {
@@ -38,16 +39,17 @@ class ThreadState {
       uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
       uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     } shapes;
-    asm volatile("" : : "r"(&shapes) : "memory");  // GCC 12 takes the instruction to read 8 bytes only
+    asm volatile("" : : "r"(&shapes) : "memory");  // GCC 12 believes that the instruction reads 8 bytes only
     _tile_loadconfig(&shapes);
   }
-  // Registers in use are saved whenever the thread gives way.
+  // The registers are released because registers in use are saved whenever the thread gives way.
   ~ThreadState() { _tile_release(); }
   ThreadState(const ThreadState&) = delete;
 };
 
-// Of a group the high bytes, times 256, and the low ones. A row's 32 bits of a line of weights have the inputs 0, 4, 1, 5, 2, 6,
-// 3, 7, so that the pairs of a product are (0, 2), (4, 6), (1, 3) and (5, 7), and in this order the activations are kept.
+// The high bytes of a group, times 256, and the low bytes, in bfloat16. The 32 bits of a row in a line of weights hold
+// the inputs 0, 4, 1, 5, 2, 6, 3, 7, so that the pairs of a product are (0, 2), (4, 6), (1, 3) and (5, 7), and the
+// activations are kept in this order.
 struct TileInput {
   uint16_t high[32];
   uint16_t low[32];
@@ -58,7 +60,7 @@ inline void expand(const Quantized& from, TileInput& to) {
   const auto half = [&](const int8_t* bytes, int shift) {
     const __m512i values = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
     const __m512i ordered = _mm512_permutexvar_epi32(order, _mm512_slli_epi32(values, shift));
-    // Eight bits, which bfloat16 holds.
+    // The values have eight bits, which bfloat16 holds exactly.
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(_mm512_cvtepi32_ps(ordered)), 16));
   };
   for (int i = 0; i < 32; i += 16) {
@@ -67,7 +69,7 @@ inline void expand(const Quantized& from, TileInput& to) {
   }
 }
 
-// u − 8 in bfloat16: pairs of inputs of 16 rows side by side.
+// u − 8 in bfloat16, with the pairs of inputs of 16 rows side by side.
 using TileWeights = uint16_t[16][32];
 
 inline void unpack(const uint8_t* lines, TileWeights& to) {
@@ -75,7 +77,7 @@ inline void unpack(const uint8_t* lines, TileWeights& to) {
       0xC100, 0xC0E0, 0xC0C0, 0xC0A0, 0xC080, 0xC040, 0xC000, 0xBF80, 0x0000, 0x3F80, 0x4000,
       0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0, 0xC100, 0xC0E0, 0xC0C0, 0xC0A0, 0xC080, 0xC040,
       0xC000, 0xBF80, 0x0000, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0};
-  const __m512i values = _mm512_loadu_si512(kValues);  // twice, because the instruction looks at five bits
+  const __m512i values = _mm512_loadu_si512(kValues);  // each value twice, because the instruction looks at five bits
   for (int line = 0; line < 4; ++line) {
     const __m512i nibbles = _mm512_loadu_si512(lines + 64 * line);
 #pragma GCC unroll 4
@@ -84,15 +86,16 @@ inline void unpack(const uint8_t* lines, TileWeights& to) {
   }
 }
 
-// Of two groups.
+// Loads two groups of weights into the tile registers.
 inline void load_weights(const TileWeights (&groups)[2]) {
   asm volatile("" : : "r"(groups) : "memory");  // GCC does not know that loading a tile reads memory
   _tile_loadd(4, groups[0], 64);
   _tile_loadd(5, groups[1], 64);
 }
 
-// Σ (u − 8) · activation of 16 tokens, side by side from `first` and from `second` on, with the two groups that were loaded: into
-// one of two places. Registers have to be written as numbers.
+// Computes Σ (u − 8) · activation of 16 tokens with the two groups of weights that were loaded, into one of two places.
+// The tokens' activations lie side by side, from `first` on those of the first group and from `second` on those of the
+// second. Registers have to be written as numbers.
 inline void multiply_tiles(int which, const TileInput* first, const TileInput* second) {
   asm volatile("" : : "r"(first), "r"(second) : "memory");
   if (which) {

@@ -55,7 +55,7 @@ inline Floats round(Floats a) {
 }
 inline Floats to_float(Ints a) { return {_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)}; }
 
-// In two steps, each with an exponent that float32 has: the first is exact.
+// Multiplies in two steps, each by a power of two that float32 has. The first step is exact.
 inline Floats times_power_of_two(Floats a, Floats n) {
   const auto scaled = [](__m256 a, __m256 n) {
     const auto power = [](__m256i n) {
@@ -96,16 +96,17 @@ inline void store_bfloat16(uint16_t* to, Floats values) {
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(values, values, _CMP_UNORD_Q));
     return _mm256_srli_epi32(_mm256_blendv_epi8(nearest, quiet, nan), 16);
   };
-  // The instruction packs each half of its operands by itself.
+  // The instruction packs each half of its operands separately, so the quarters are put in order afterwards.
   const __m256i packed = _mm256_packus_epi32(rounded(values.low), rounded(values.high));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(packed, 0b11011000));
 }
 
-// The product takes pairs in 16 bits: u needs no offset to fit, and the activations are taken whole. With bytes, as AVX512
-// has it, high and low would be two products and two sums, and the sums of 16 bits would have to be widened in each group.
+// The product takes pairs of 16-bit values: u fits them without an offset, and activations fit them whole. With bytes,
+// as for AVX512, the high and the low bytes would need two products and two sums, and the sums in 16 bits would have to
+// be widened in each group.
 //
-// A line's row has in its 32 bits the inputs 0, 4, 1, 5, 2, 6, 3, 7. A mask at the shifts 0, 4, 8 and 12 leaves the pairs
-// (0, 2), (4, 6), (1, 3) and (5, 7), and in this order the activations are kept.
+// The 32 bits of a row in a line hold the inputs 0, 4, 1, 5, 2, 6, 3, 7. A mask after shifts by 0, 4, 8 and 12 leaves
+// the pairs (0, 2), (4, 6), (1, 3) and (5, 7), and the activations are kept in this order.
 struct Quantized {
   int16_t value[32];
 };
@@ -131,13 +132,14 @@ inline __m256i dot(__m256i sum, __m256i w, __m256i x) {
   return _mm256_dpwssd_avx_epi32(sum, w, x);
 #else
   sum = _mm256_add_epi32(sum, _mm256_madd_epi16(w, x));
-  // Without it GCC computes all products before it adds them up, and keeps them in memory meanwhile: a third of the rate.
+  // Without this line GCC computes all products before it adds them up and keeps them in memory meanwhile, at a third
+  // of the rate.
   asm("" : "+x"(sum));
   return sum;
 #endif
 }
 
-// The pair at one of the four shifts, of 8 rows.
+// Returns the pairs of 8 rows at one of the four shifts.
 template <int kPair>
 inline __m256i pair(__m256i line) {
   if (kPair == 3) return _mm256_srli_epi16(line, 12);
@@ -150,7 +152,7 @@ inline __m256i pair_of(const Quantized& x, int index) {
   return _mm256_set1_epi32(two);
 }
 
-// 32 vectors are more than there are registers: they are kept in the first-level cache.
+// The unpacked weights are 32 vectors, more than there are registers, so they are kept in the first-level cache.
 class Weights {
  public:
   explicit Weights(const uint8_t* lines) {
@@ -170,7 +172,7 @@ class Weights {
 #pragma GCC unroll 16
     for (int index = 0; index < 16; ++index) {
       __m256i low = w_[index][0], high = w_[index][1];
-      asm("" : "+x"(low), "+x"(high));  // loaded once, and not for each token
+      asm("" : "+x"(low), "+x"(high));  // so that they are loaded once and not for each token
 #pragma GCC unroll 8
       for (int i = 0; i < kTokens; ++i) {
         const __m256i two = pair_of(*x[i], index);
@@ -183,9 +185,9 @@ class Weights {
   __m256i w_[16][2];
 };
 
-// The nibbles stay where they are in their 16 bits, those at the shifts 4 and 8 as products 16 and 256 times as large: a mask
-// for each, and one shift for a whole sum. The largest is 256 · 15 · 32512 · 8, below 2^30.
-// Inlined always, because a call for each group of a tile would cost what the masks save.
+// The nibbles stay where they are in their 16 bits, so that those at the shifts 4 and 8 give products 16 and 256 times
+// as large. This takes a mask for each, and one shift for a whole sum. The largest sum is 256 · 15 · 32512 · 8, below
+// 2^30. The function is always inlined, because a call for each group of a tile would cost what the masks save.
 __attribute__((always_inline)) inline Ints sums_of_one(const uint8_t* lines, const Quantized& x, int32_t start) {
   const __m256i masks[3] = {_mm256_set1_epi16(0x000F), _mm256_set1_epi16(0x00F0), _mm256_set1_epi16(0x0F00)};
   __m256i sums[3][2] = {};

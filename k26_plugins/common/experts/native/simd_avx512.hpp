@@ -49,9 +49,10 @@ inline void store_bfloat16(uint16_t* to, Floats values) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16)));
 }
 
-// The product of AVX512-VNNI takes bytes: 64 of u, four inputs of each row, as they are in a line after one mask, or a shift
-// and a mask; and signed ones of the activations, so these are a high and a low byte, value = 256 · high + low. Two products
-// of 64 instead of one of 32 pairs with AVX512-BF16: the same arithmetic at half the unpacking.
+// The product of AVX512-VNNI takes bytes. One operand is 64 bytes of u, four inputs of each row, as a line has them
+// after one mask, or a shift and a mask. The other operand is signed bytes of activations, so an activation is kept as
+// a high and a low byte, value = 256 · high + low. These are two products of 64 bytes instead of one of 32 pairs with
+// AVX512-BF16: the same arithmetic with half the unpacking.
 struct Quantized {
   int8_t high[32];
   int8_t low[32];
@@ -97,12 +98,13 @@ class Weights {
 #if defined(__AVX512VNNI__)
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
-      // _mm512_dpbusd_epi32 with the broadcast as its memory operand, which GCC makes an instruction and a register of its own.
+      // This is _mm512_dpbusd_epi32 with the broadcast as its memory operand. From the intrinsics GCC makes the
+      // broadcast an instruction with a register of its own.
       asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w_[i]), "m"(*reinterpret_cast<const int32_t(*)>(x + 4 * i)));
     }
     return sum;
 #else
-    // Without VNNI: sums of two in 16 bits. Eight of them stay below 8 · 2 · 15 · 128 = 30720.
+    // Without VNNI the instruction adds two products in 16 bits. Eight such sums stay below 8 · 2 · 15 · 128 = 30720.
     __m512i pairs = _mm512_setzero_si512();
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {

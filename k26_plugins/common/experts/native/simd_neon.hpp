@@ -57,7 +57,7 @@ inline Floats fma(Floats a, Floats b, Floats c) {
 inline Floats fnma(Floats a, Floats b, Floats c) {
   return each_part([&](int i) { return vfmsq_f32(c.part[i], a.part[i], b.part[i]); });
 }
-// Of a NaN and a number these are the number, as x86's are where the number comes second.
+// For a NaN and a number these return the number, as x86's do if the number comes second.
 inline Floats max(Floats a, Floats b) {
   return each_part([&](int i) { return vmaxnmq_f32(a.part[i], b.part[i]); });
 }
@@ -74,7 +74,7 @@ inline Floats to_float(Ints a) {
   return each_part([&](int i) { return vcvtq_f32_s32(a.part[i]); });
 }
 
-// In two steps, each with an exponent that float32 has: the first is exact.
+// Multiplies in two steps, each by a power of two that float32 has. The first step is exact.
 inline Floats times_power_of_two(Floats a, Floats n) {
   return each_part([&](int i) {
     const auto power = [](int32x4_t n) {
@@ -109,18 +109,19 @@ inline void store_bfloat16(uint16_t* to, Floats values) {
   }
 }
 
-// Both products take signed bytes: u, and the activations as a high and a low byte, value = 256 · high + low.
+// Both products take signed bytes: u, and an activation as a high and a low byte, value = 256 · high + low.
 //
-// The dot product takes four inputs of each of four rows, as a line has them, and four of a token. That of matrices takes eight
-// inputs of each of two rows, and of two columns: here the high and the low bytes of one token, so that a token alone fills it.
+// The dot product takes four inputs of each of four rows, as a line has them, and four inputs of a token. The product
+// of matrices takes eight inputs of each of two rows and of each of two columns. The columns are the high and the low
+// bytes of one token, so that a single token fills the product.
 #if defined(__ARM_FEATURE_MATMUL_INT8)
-constexpr int kSpan = 8;  // inputs of which the high bytes lie together, then the low ones
+constexpr int kSpan = 8;  // inputs whose high bytes lie together, followed by their low bytes
 #else
 constexpr int kSpan = 32;
 #endif
 
 struct Quantized {
-  int8_t value[32 / kSpan][2][kSpan];  // [][0]: high
+  int8_t value[32 / kSpan][2][kSpan];  // [][0] are the high bytes
 };
 
 inline int32_t store_rounded(Quantized& to, Floats first, Floats second) {
@@ -143,8 +144,8 @@ inline int32_t store_rounded(Quantized& to, Floats first, Floats second) {
   return vaddvq_s32(sum);
 }
 
-// Four rows of a line as the product takes them: inputs 0 to 3 of each and 4 to 7, or all eight of the first two rows and of
-// the others.
+// Four rows of a line as the product takes them. For the dot product these are inputs 0 to 3 of each row, and inputs 4
+// to 7; for the product of matrices they are all eight inputs of the first two rows, and those of the other two.
 struct Halves {
   int8x16_t first, second;
 };
@@ -161,7 +162,7 @@ inline Halves unpack(const uint8_t* from) {
 
 #if defined(__ARM_FEATURE_MATMUL_INT8)
 
-// Sums of a token, [row][high, low] of two rows in each.
+// The sums of a token. Each vector has [row][high, low] for two rows.
 struct Sums {
   int32x4_t two_rows[8];
 
@@ -232,7 +233,7 @@ class Weights {
   Halves w_[4][4];
 };
 
-// A line at a time: all of a group's weights would not fit the registers.
+// This takes a line at a time, because all of a group's weights would not fit the registers.
 inline Ints sums_of_one(const uint8_t* lines, const Quantized& x, int32_t start) {
   Sums sums(start);
 #pragma GCC unroll 4

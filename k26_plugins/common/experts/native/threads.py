@@ -47,8 +47,7 @@ _imported_in = os.getpid()
 class Threads:
     """The threads of a process that compute experts.
 
-    torch's threads do the work that a caller waits for; the library's own pinned threads do the work that runs
-    meanwhile.
+    torch's threads do work that the caller waits for; the library's own pinned threads do work that runs meanwhile.
     """
 
     def __init__(self, native: ctypes.CDLL, pool: Sequence[Core] | None = None, team: int | None = None) -> None:

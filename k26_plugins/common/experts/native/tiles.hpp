@@ -1,4 +1,5 @@
-// The same product by a set that multiplies tiles: 16 rows by 16 tokens, in the same order and to the same bits.
+// Computes the product of kernel.hpp on an instruction set that multiplies tiles of 16 rows by 16 tokens, in the same
+// order and with the same bits.
 
 #pragma once
 
@@ -6,7 +7,7 @@
 
 namespace k26 {
 
-// The activations of the tokens of one expert, side by side: `[groups, stride]`, the first of them group `first`.
+// The activations of the tokens of one expert, side by side: `[groups, stride]`, beginning with group `first`.
 struct TileActivations {
   const TileInput* groups;
   const Terms* terms;
@@ -17,7 +18,8 @@ struct TileActivations {
 
 #if defined(__AMX_BF16__)
 
-// Where the work on some tokens and two groups stands, 16 tokens after 16, then two groups after two.
+// A step of the work: 16 tokens from `token` on, in two groups from `group` on. The steps go through all tokens first,
+// 16 at a time, and then to the next two groups.
 struct TileStep {
   int64_t group;
   int token;
@@ -30,9 +32,10 @@ struct TileStep {
   }
 };
 
-// As `multiply` of kernel.hpp; the weights `ahead` bytes on are fetched. Up to 15 tokens beyond the last are read, and left out.
-// A step's sums leave the registers in the next one and are added up in the one after: 16 tokens take 35 ns so, and 52 if each
-// step ends before the next begins (Emerald Rapids; the products alone 13).
+// Does what `multiply` of kernel.hpp does, and fetches the weights that are `ahead` bytes further on. Up to 15 tokens
+// beyond the last are read and left out. A step's sums leave the registers in the next step and are added up in the
+// step after that: 16 tokens then take 35 ns, and 52 ns if each step ends before the next one begins (Emerald Rapids;
+// the products alone take 13).
 inline void multiply(const uint8_t* tile, const uint16_t* scales, int64_t begin, int64_t end, const TileActivations& x,
                      int64_t ahead, float* totals) {
   alignas(64) TileWeights weights[2][2];

@@ -1,4 +1,4 @@
-// A layer's weights in memory: where their pages lie, and the repacking in place.
+// Places the pages of a layer's weights in memory, and repacks the weights in place.
 
 #pragma once
 
@@ -15,8 +15,8 @@
 namespace k26 {
 namespace {
 
-// The tiles [first, second) of so many that a thread repacks, and whose memory it places: `unit` of them stay together as in
-// `layer.hpp`, so that they are read by threads of the same NUMA node.
+// Returns the tiles [first, second), of `tiles`, that a thread repacks and whose memory it places. `unit` tiles stay
+// together as in `layer.hpp`, so that threads of the same NUMA node read them.
 std::pair<int64_t, int64_t> whole_tiles(const Worker& me, int64_t tiles, int64_t unit) {
   return {tiles / unit * me.index / me.count * unit, tiles / unit * (me.index + 1) / me.count * unit};
 }
@@ -29,7 +29,7 @@ template <class Source>
 void repack_projection(const Worker& me, const State& state, void* packed, uint16_t* scales, int64_t rows, int64_t inputs,
                        int64_t unit, Source source) {
   const int64_t tiles = rows / kRows;
-  const int64_t words = kRows * inputs / kLineInputs, groups = kRows * inputs / kGroup;  // of a tile
+  const int64_t words = kRows * inputs / kLineInputs, groups = kRows * inputs / kGroup;  // in a tile
   auto* weight = static_cast<uint32_t*>(packed);
   auto* from = state.packed.as<uint32_t>();
   auto* from_scales = state.scales.as<uint16_t>();
@@ -43,8 +43,8 @@ void repack_projection(const Worker& me, const State& state, void* packed, uint1
   me.meet();
 }
 
-// Advises on the huge pages that lie wholly in a tensor: a thread on its part of them, in one call, because each call waits
-// for every CPU of the machine.
+// Gives Linux advice on the huge pages that lie wholly in a tensor. Each thread does so for its part of them in one
+// call, because each call waits for every CPU of the machine.
 void advise_huge_pages(const Worker& me, const void* tensor, int64_t bytes, int advice) {
   constexpr uintptr_t kHuge = uintptr_t{2} << 20;
   const uintptr_t first = (reinterpret_cast<uintptr_t>(tensor) + kHuge - 1) / kHuge;
@@ -54,8 +54,8 @@ void advise_huge_pages(const Worker& me, const void* tensor, int64_t bytes, int 
   if (begin < end) madvise(reinterpret_cast<void*>(begin * kHuge), (end - begin) * kHuge, advice);
 }
 
-// Asks for huge pages under a layer's weights, for what is written from then on: one token takes 4.2 ms with them and 5.5 ms
-// without.
+// Asks Linux for huge pages under a layer's weights, for memory that is written from then on. One token takes 4.2 ms
+// with huge pages and 5.5 ms without.
 void use_huge_pages(const Worker& me, const Layer& layer, int advice = MADV_HUGEPAGE) {
   const int64_t projection = layer.hidden * layer.intermediate;
   advise_huge_pages(me, layer.w13, layer.experts * projection, advice);
@@ -65,7 +65,7 @@ void use_huge_pages(const Worker& me, const Layer& layer, int advice = MADV_HUGE
 void repack(const Worker& me, void* argument) {
   const State& state = *static_cast<State*>(argument);
   const Layer& layer = state.layer;
-  const int64_t projection = layer.hidden * layer.intermediate;  // weights of one of the three
+  const int64_t projection = layer.hidden * layer.intermediate;  // weights in one of the three projections
   for (int64_t expert = 0; expert < layer.experts; ++expert) {
     repack_projection(me, state, layer.w13 + expert * projection, layer.w13_scale + expert * 2 * projection / kGroup,
                       2 * layer.intermediate, layer.hidden, kGatedTiles, [&](int64_t tile) {
@@ -75,14 +75,15 @@ void repack(const Worker& me, void* argument) {
     repack_projection(me, state, layer.w2 + expert * projection / 2, layer.w2_scale + expert * projection / kGroup,
                       layer.hidden, layer.intermediate, kDownTiles, [](int64_t tile) { return tile; });
   }
-  // Nothing is left to do where the memory was made of them. Linux before 6.1 takes the first advice only, for later.
+  // If the memory has huge pages already, there is nothing left to do. Linux before 6.1 takes the first advice only,
+  // and follows it later.
   constexpr int kCollapse = 25;  // MADV_COLLAPSE, which older headers lack
   use_huge_pages(me, layer);
   use_huge_pages(me, layer, kCollapse);
 }
 
-// Puts each page of a layer's new memory on the NUMA node whose threads will read it: a page lies where it is first written. Of a
-// huge page in which tiles of two nodes meet one of them has the whole.
+// Puts each page of a layer's new memory on the NUMA node whose threads will read it, since a page lies on the node
+// of the thread that first writes it. If tiles of two nodes meet in a huge page, one of the nodes has the whole page.
 void place(const Worker& me, void* argument) {
   const Layer& layer = static_cast<State*>(argument)->layer;
   use_huge_pages(me, layer);
