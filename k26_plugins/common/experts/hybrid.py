@@ -77,7 +77,7 @@ class HybridExperts(RoutedExperts):
     def exchange(self, leaves: int, comes: int) -> None:
         """Move the expert `comes` to the device, in the place of `leaves`, which moves to the host.
 
-        Both are global ids. Only the contents of memory change and no addresses, so that CUDA graphs stay valid.
+        Both are global ids. The contents of memory change, but no addresses, so that CUDA graphs stay valid.
         Nothing may be running meanwhile. Raises ExpertsError if a backend keeps its weights to itself.
         """
         assert self.device_experts is not None, "the one that leaves is there"
@@ -197,7 +197,7 @@ class HybridExperts(RoutedExperts):
         return self.host_experts.submit(*host_inputs, expert_map=host_map), streamed_experts
 
     def _streamed(self, topk_ids: torch.Tensor) -> list[int]:
-        """Return the host's experts, by their index there, that are streamed for this batch."""
+        """Return the indices of those of the host's experts that are streamed for this batch."""
         if self.streaming is None or self.stream is None:
             return []
         local = local_ids(topk_ids, self.host_map, self.num_host_experts).flatten()

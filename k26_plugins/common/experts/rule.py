@@ -35,9 +35,9 @@ class Choice:
 def choose(timings: Iterable[Timing], purpose: Purpose) -> Choice:
     """Choose one kernel for all batches of a server, since the weights can have one layout only.
 
-    The core's kernel is chosen if it is faster than the fastest kernel of the engine by 3 % or more. This is the
-    geometric mean over the batches of the purpose, in which each size counts alike and, for `both`, decode counts as
-    much as prefill. A batch on which the two differ by less than 3 % counts as a tie, and so does one on which the
+    The core's kernel is chosen if it is faster than the fastest kernel of the engine by 3 % or more, in the geometric
+    mean over the batches of the purpose. In this mean each size counts alike and, for `both`, decode counts as much as
+    prefill. A batch on which the two differ by less than 3 % counts as a tie, and so does one on which the
     core's kernel is faster with a larger error; a batch on which it is slower counts whatever the errors are. A kernel
     that did not run, or gave a wrong result, on one of these batches is not chosen.
     """
@@ -64,8 +64,8 @@ def choose(timings: Iterable[Timing], purpose: Purpose) -> Choice:
 def _weights(cells: Iterable[tuple[str, int]], purpose: Purpose) -> dict[tuple[str, int], float]:
     """Return the weight of each batch that counts.
 
-    The sizes of decode share the weight 1 evenly, and so do the sizes of prefill; the routings of a size share its
-    weight.
+    The sizes of decode share the weight 1 evenly, and so do the sizes of prefill. The routings of a size share the
+    size's weight.
     """
     routings: dict[int, list[str]] = defaultdict(list)
     for routing, tokens in cells:

@@ -34,8 +34,7 @@ class Variant(NamedTuple):
     machine: str
     """The architecture, as `uname -m` names it."""
     capability: str
-    """The capability that torch must report, which can be less than the CPU's (ATEN_CPU_CAPABILITY); empty if any will
-    do."""
+    """The capability that torch must report, which can be less than the CPU's (ATEN_CPU_CAPABILITY); empty for any."""
     needs: frozenset[str]
     """The features that the CPU must have, as Linux names them."""
     flags: tuple[str, ...]
