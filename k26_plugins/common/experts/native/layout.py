@@ -17,7 +17,7 @@ def restore_rows(packed: torch.Tensor, scale: torch.Tensor, *, gated: bool) -> t
 
 
 def _neighbours(packed: torch.Tensor) -> torch.Tensor:
-    """Put neighbouring inputs into one byte, as in the checkpoint; repacked, byte j of a word has inputs j and 4 + j."""
+    """Put neighbouring inputs into a byte, as in the checkpoint; repacked, byte j of a word has inputs j and 4 + j."""
     stored = packed.contiguous().view(torch.uint8).unflatten(-1, (-1, 4))
     inputs = torch.cat((stored & 0xF, stored >> 4), dim=-1)
     words: torch.Tensor = (inputs[..., 0::2] | (inputs[..., 1::2] << 4)).flatten(-2).view(torch.int32)
