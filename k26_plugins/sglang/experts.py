@@ -171,7 +171,8 @@ def core_serves(layer: Any, backend_name: str, *, by_name: bool) -> bool:
     The layer's weights do not exist yet. If the experts cannot serve the layer, it is left to SGLang. Raises
     ExpertsError instead if no others may serve it, because of `by_name` or because SGLang's own were found wrong.
     """
-    reason = why_unsupported(sizes_of(layer), backend_name)
+    sizes = sizes_of(layer)
+    reason = why_unsupported(sizes, backend_name)
     all_to_all = compat.moe_all_to_all()
     if not all_to_all.is_none():
         reason = (
@@ -190,7 +191,7 @@ def core_serves(layer: Any, backend_name: str, *, by_name: bool) -> bool:
             f"the core's experts ({backend_name}) cannot serve here: {reason}. Or unset {EXPERTS.variable} and the --kt "
             f"flags for SGLang's own."
         )
-    return core_serves_layer(logger, "SGLang", backend_name, reason)
+    return core_serves_layer(logger, "SGLang", backend_name, sizes.device, reason)
 
 
 def leave_engine_experts(wrong: str) -> None:

@@ -174,7 +174,8 @@ def core_serves(moe: FusedMoEConfig, backend_name: str) -> bool:
 
     If the experts cannot serve it, the layer is left to vLLM; but if the user named a backend, raise ExpertsError.
     """
-    reason = why_unsupported(sizes_of(moe), backend_name)
+    sizes = sizes_of(moe)
+    reason = why_unsupported(sizes, backend_name)
     # This reason does not replace one found above: that would hold even if the user did what this message advises.
     if reason is None and moe.moe_parallel_config.use_batched_activation_format and EXPERTS.read() == "auto":
         reason = (
@@ -185,4 +186,4 @@ def core_serves(moe: FusedMoEConfig, backend_name: str) -> bool:
         raise ExpertsError(
             f"{EXPERTS.variable}={backend_name} cannot serve here: {reason}. Or unset {EXPERTS.variable} for vLLM's own."
         )
-    return core_serves_layer(logger, "vLLM", backend_name, reason)
+    return core_serves_layer(logger, "vLLM", backend_name, sizes.device, reason)

@@ -9,7 +9,12 @@ import pytest
 import torch
 
 from k26_plugins.common.adapters.engine import UnsupportedEngineError
-from k26_plugins.common.adapters.experts import answer_with, backend_of_layer, require_config
+from k26_plugins.common.adapters.experts import (
+    answer_with,
+    backend_of_layer,
+    core_serves_layer,
+    require_config,
+)
 from k26_plugins.common.experts.base import LayerSizes
 
 
@@ -62,3 +67,15 @@ def test_a_layer_is_the_cores_by_what_was_chosen(chosen: str, by_name: bool, exp
 
     assert (backend(True), backend(False)) == (expected, None)
     assert bool(asked) == (chosen == "auto" and not by_name)
+
+
+@pytest.mark.parametrize(("device", "said"), [("cpu", 1), ("meta", 0)])
+def test_the_core_is_named_where_its_experts_are_loaded(
+    device: str, said: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A server of encoders alone has the language model's layers on the meta device, where none is loaded."""
+    logger = logging.getLogger(f"{__name__}.{device}")
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            assert core_serves_layer(logger, "Engine", "cpu", torch.device(device), None)
+    assert caplog.text.count("INT4 experts run on the core (cpu)") == said

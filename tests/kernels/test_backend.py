@@ -149,6 +149,7 @@ print(unusable_on(torch.device("cuda")))
 
 SIZES = LayerSizes(48, 256, 128, torch.device("cpu"))
 """The sizes of a rank's part of a layer, on a CPU because Triton's interpreter takes the place of the rank's GPU."""
+LOGGER = logging.getLogger(__name__)
 
 
 @pytest.fixture
@@ -181,11 +182,11 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
 def test_auto_takes_what_won(measured: Callable[..., Path]) -> None:
     """Once an outcome is found, its kernel configs serve layers of the measured hidden and intermediate size with any
     number of experts, for example the two of the self-test."""
-    answer = tuned_answer(SIZES, "vllm 1.0")
+    answer = tuned_answer(SIZES, "vllm 1.0", LOGGER)
     assert answer.backend == "engine"
     assert answer.why.endswith("`k26 tune` would measure it")
     file = measured()
-    answer = tuned_answer(SIZES, "vllm 1.0")
+    answer = tuned_answer(SIZES, "vllm 1.0", LOGGER)
     assert answer.backend == "triton"
     assert "k26 takes 0.50 of the time of marlin" in answer.why
     assert str(file) in answer.why
@@ -195,8 +196,8 @@ def test_auto_takes_what_won(measured: Callable[..., Path]) -> None:
         assert (plan.config.BLOCK_SIZE_M, plan.config.w2.BLOCK_SIZE_K) == (16, 64)
     assert make_plan(device, Shape(128, 128, 48), 64, 1, 384).config == default_configs("sm_90")["16"]
     for other in (SIZES._replace(hidden_size=128), SIZES._replace(num_experts=47)):
-        assert tuned_answer(other, "vllm 1.0").backend == "engine"
-    assert tuned_answer(SIZES, "vllm 1.1").backend == "engine"
+        assert tuned_answer(other, "vllm 1.0", LOGGER).backend == "engine"
+    assert tuned_answer(SIZES, "vllm 1.1", LOGGER).backend == "engine"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="its GPU is the interpreter")
@@ -209,7 +210,7 @@ def test_auto_measures_at_the_start_where_it_is_asked_to(
     monkeypatch.setenv("K26_TUNE", "start")
     failed = "import sys; sys.exit('no memory for the weights.')"
     monkeypatch.setattr(tune_at_start, "COMMAND", (sys.executable, "-c", failed))
-    answer = tuned_answer(SIZES, "vllm 1.0")
+    answer = tuned_answer(SIZES, "vllm 1.0", LOGGER)
     assert answer.backend == "engine"
     assert "engine, and measuring failed: no memory for the weights; `k26 tune` would measure it" in answer.why
     file = measured()
@@ -217,16 +218,16 @@ def test_auto_measures_at_the_start_where_it_is_asked_to(
     file.unlink()
     code = f"import pathlib; pathlib.Path({str(file)!r}).write_bytes({made!r})"
     monkeypatch.setattr(tune_at_start, "COMMAND", (sys.executable, "-c", code))
-    assert tuned_answer(SIZES, "vllm 1.0").backend == "triton"
+    assert tuned_answer(SIZES, "vllm 1.0", LOGGER).backend == "triton"
     monkeypatch.setattr(tune_at_start, "COMMAND", (sys.executable, "-c", failed))
-    assert tuned_answer(SIZES, "vllm 1.0").backend == "triton"
+    assert tuned_answer(SIZES, "vllm 1.0", LOGGER).backend == "triton"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="its GPU is the interpreter")
 @pytest.mark.usefixtures("interpreted")
 def test_auto_keeps_the_engines_where_they_won(measured: Callable[..., Path]) -> None:
     measured(times=(1.0, 0.9))
-    answer = tuned_answer(SIZES, "vllm 1.0")
+    answer = tuned_answer(SIZES, "vllm 1.0", LOGGER)
     assert answer.backend == "engine"
     assert answer.why.startswith("marlin won: for decode k26 takes 1.11 of the time of marlin")
     assert not config.measured
@@ -236,7 +237,7 @@ def test_auto_keeps_the_engines_where_they_won(measured: Callable[..., Path]) ->
 @pytest.mark.usefixtures("interpreted")
 def test_tiles_that_cannot_cut_the_shape_are_not_used(measured: Callable[..., Path]) -> None:
     measured(block_size_k=96)
-    answer = tuned_answer(SIZES, "vllm 1.0")
+    answer = tuned_answer(SIZES, "vllm 1.0", LOGGER)
     assert answer.backend == "engine"
     assert "does not cut 128 inputs" in answer.why
     assert not config.measured

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import torch
+
 from k26_plugins.common.adapters.engine import UnsupportedEngineError
 from k26_plugins.common.experts.base import LayerSizes
 from k26_plugins.common.experts.tuned import backend_for, installed_engine
@@ -66,14 +68,18 @@ def backend_of_layer(
 
 
 @cache
-def core_serves_layer(logger: logging.Logger, engine: str, backend_name: str, reason: str | None) -> bool:
+def core_serves_layer(
+    logger: logging.Logger, engine: str, backend_name: str, device: torch.device, reason: str | None
+) -> bool:
     """Return whether the core's experts take a layer, and log the decision.
 
     The function is cached, so that a decision that all layers of a model share is logged once. reason: why the core's
-    experts cannot serve the layer, None if they can.
+    experts cannot serve the layer, None if they can. Layers on the meta device are never loaded, so nothing is logged of
+    them.
     """
     if reason is None:
-        logger.info("k26-plugins: INT4 experts run on the core (%s).", backend_name)
+        if device.type != "meta":
+            logger.info("k26-plugins: INT4 experts run on the core (%s).", backend_name)
         return True
     logger.warning("k26-plugins: %s's own INT4 experts are kept; the core's cannot serve here: %s.", engine, reason)
     return False

