@@ -61,7 +61,9 @@ _SHARED = (
         default=0.9,
         help="Share of each GPU's memory that the engine may use.",
     ),
-    click.option("--ram", type=float, help="System memory, GB, for the hybrid run. [default: this machine's]"),
+    click.option(
+        "--ram", type=float, help="System memory, GB, for the hybrid run. [default: this machine's, without --gpus]"
+    ),
     click.option(
         "--cores",
         type=click.IntRange(min=1),

@@ -21,7 +21,7 @@ from k26_plugins.operate.plan.fit import Load, fit, kv_bytes_per_token
 from k26_plugins.operate.plan.gpus import GPUS, SECONDARY, Gpu
 from k26_plugins.operate.plan.hardware import HardwareError, named, parse
 from k26_plugins.operate.plan.hybrid import expert_slot_bytes
-from k26_plugins.operate.plan.speed import experts_touched
+from k26_plugins.operate.plan.speed import decode_bound, experts_touched
 from k26_plugins.operate.plan.weights import Layout, LayoutError, check_layout, per_gpu, stages
 
 sys.path.insert(0, str(ROOT / "ci"))
@@ -367,6 +367,20 @@ def test_the_bound_on_decoding_by_hand() -> None:
     # A second copy that another engine holds is not read.
     other = plan("--gpus", "8xH200", "--engine", "sglang", "--context", "1024")
     assert other["bounds_tokens_per_second"] == pytest.approx(found["bounds_tokens_per_second"])
+
+
+@pytest.mark.parametrize("absorbed_copy", [False, True])
+def test_a_token_reads_as_much_in_stages_as_in_one(absorbed_copy: bool) -> None:
+    """Pipeline stages run one after the other and share the weights, so they do not change the bound for one request.
+
+    The layers do not divide evenly among three stages; the first stage has the embedding and the last one the head.
+    """
+    (_, gpu) = parse("8xH200")
+    whole, cut = (
+        decode_bound(PUBLISHED, fit(PUBLISHED, gpu, Layout(tp=8, pp=pp, absorbed_copy=absorbed_copy), Load()), 1, 1024)
+        for pp in (1, 3)
+    )
+    assert cut == pytest.approx(whole, rel=1e-6)
 
 
 def test_a_request_longer_than_the_model_is_refused() -> None:

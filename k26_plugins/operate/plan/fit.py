@@ -60,6 +60,8 @@ class Fit:
     layout: Layout
     gpu: Gpu
     load: Load
+    stage: int = 0
+    """Number of the pipeline stage."""
     weights: dict[str, int] = field(default_factory=dict)
     """Bytes by part, one of `weights.PARTS`."""
     activations: int = 0
@@ -157,6 +159,7 @@ def fit_stages(config: K26Config, gpu: Gpu, layout: Layout, load: Load) -> list[
                 layout=layout,
                 gpu=gpu,
                 load=load,
+                stage=stage,
                 weights=per_gpu(config, layout, stage),
                 activations=activation_bytes(config, layout.tp, load),
                 overhead=overhead,

@@ -6,7 +6,7 @@ The bound follows from published bandwidths, and no engine reaches it.
 from __future__ import annotations
 
 from k26_plugins.common.model.config import K26Config
-from k26_plugins.operate.plan.fit import Fit
+from k26_plugins.operate.plan.fit import Fit, fit_stages
 from k26_plugins.operate.plan.weights import ROUTED, absorbed_bytes, stages
 
 
@@ -19,13 +19,15 @@ def experts_touched(config: K26Config, tokens: int) -> float:
 def plain_bytes(config: K26Config, fit: Fit) -> float:
     """Return the bytes of all weights but routed experts that a GPU reads in every step of decoding.
 
-    The vision tower is left out, because it is idle; the embedding of a model in one pipeline stage, because a token
-    reads one row of it; and one copy of kv_b_proj where the engine holds two, because a step reads only one.
+    The vision tower is left out, because it is idle; the embedding, because a token reads one row of it; and one copy of
+    kv_b_proj where the engine holds two, because a step reads only one.
     """
-    embedding = fit.weights["embedding and head"] / 2 if fit.layout.pp == 1 else 0.0
-    plain = sum(size for part, size in fit.weights.items() if part not in (ROUTED, "vision")) - embedding
+    plain = float(sum(size for part, size in fit.weights.items() if part not in (ROUTED, "vision")))
+    if fit.stage == 0:
+        # The embedding is as large as the head, which is in the last stage.
+        plain -= fit.weights["embedding and head"] / (2 if fit.layout.pp == 1 else 1)
     if fit.layout.absorbed_copy:
-        layers = len(stages(config.text.num_hidden_layers, fit.layout.pp)[0])
+        layers = len(stages(config.text.num_hidden_layers, fit.layout.pp)[fit.stage])
         plain -= absorbed_bytes(config.text, layers, fit.layout.tp)
     return plain
 
@@ -42,7 +44,8 @@ def decode_bound(
     if fit.gpu.bandwidth is None:
         return None
     touched = experts_touched(config, sequences) / config.text.n_routed_experts
-    read = (
-        plain_bytes(config, fit) + fit.weights[ROUTED] * touched * gpu_experts + sequences * context * fit.kv_per_token
+    read = sum(
+        plain_bytes(config, one) + one.weights[ROUTED] * touched * gpu_experts + sequences * context * one.kv_per_token
+        for one in ([fit] if fit.layout.pp == 1 else fit_stages(config, fit.gpu, fit.layout, fit.load))
     )
-    return sequences * fit.gpu.bandwidth / (read * fit.layout.pp)
+    return sequences * fit.gpu.bandwidth / read
