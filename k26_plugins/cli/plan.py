@@ -70,7 +70,9 @@ _SHARED = (
         help="Physical CPU cores, for the hybrid run's command. [default: this machine's]",
     ),
     click.option(
-        "--sockets", type=click.IntRange(min=1), help="CPU sockets (NUMA nodes), likewise. [default: this machine's]"
+        "--sockets",
+        type=click.IntRange(min=1),
+        help="CPU sockets (NUMA nodes), for the hybrid run's command. [default: this machine's]",
     ),
 )
 

@@ -69,8 +69,10 @@ RUN_BY = {
 NOT_RUN = {
     "pip install 'k26-plugins[vllm]'": "the extra brings vLLM's CUDA build; the environments install its CPU build first",
     "pip install 'k26-plugins[sglang]'": "no index has the package yet; ci/install_sglang.py installs SGLang first",
-    "k26 tune --tp 8": "needs a GPU; tests/kernels/test_bench.py runs it with the interpreter in the GPU's place",
-    "k26 tune --ep 8 --quick --for decode": "likewise",
+    **dict.fromkeys(
+        ("k26 tune --tp 8", "k26 tune --ep 8 --quick --for decode"),
+        "needs a GPU; tests/kernels/test_bench.py runs it with the interpreter in the GPU's place",
+    ),
 }
 """For each command that CI does not run, the reason."""
 

@@ -17,6 +17,7 @@ from engine_names import GONE, SET_IN_A_METHOD, read_snapshot
 
 ROOT = Path(__file__).parents[2]
 _CHAT = "sglang.srt.entrypoints.openai"
+_READ_AS_TEXT = "before 0.5.23 answers are read as text: a quoted marker counts as one"
 ABSENT = {
     "vllm": {
         "vllm.entrypoints.serve.tokenize.serving:": "the class has one of two names",
@@ -42,10 +43,10 @@ ABSENT = {
         "vllm.v1.attention.backends.mla.prefill": "before 0.29 prefill on a CPU is computed elsewhere: vLLM's own stays",
     },
     "sglang": {
-        f"{_CHAT}.chat_encoding_adapters": "before 0.5.23 answers are read as text: a quoted marker counts as one",
-        f"{_CHAT}.serving_chat:OpenAIServingChat._encoding_output": "as above",
-        f"{_CHAT}.serving_chat:OpenAIServingChat._effective_tools": "as above: it is asked where answers are read by ids",
-        f"{_CHAT}.serving_chat:OpenAIServingChat._tool_call_parsing_active": "as above",
+        f"{_CHAT}.chat_encoding_adapters": _READ_AS_TEXT,
+        f"{_CHAT}.serving_chat:OpenAIServingChat._encoding_output": _READ_AS_TEXT,
+        f"{_CHAT}.serving_chat:OpenAIServingChat._effective_tools": _READ_AS_TEXT,
+        f"{_CHAT}.serving_chat:OpenAIServingChat._tool_call_parsing_active": _READ_AS_TEXT,
         f"{_CHAT}.serving_chat:OpenAIServingChat._engine_prompt": "before 0.5.20: said in the log",
         f"{_CHAT}.serving_chat:normalize_assistant_tool_call_arguments": "before 0.5.14: said in the log",
         f"{_CHAT}.serving_chat:OpenAIServingChat.supports_native_reasoning_history": "said in the log",

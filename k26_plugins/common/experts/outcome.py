@@ -105,10 +105,10 @@ def _timing(
 ) -> Timing:
     if milliseconds is None:
         return Timing(str(kernel), str(routing), int(tokens), note=str(note))
-    seconds, difference = float(milliseconds), math.inf if error is None else float(error)
-    if not 0 < seconds < math.inf or not difference >= 0:
+    time, difference = float(milliseconds), math.inf if error is None else float(error)
+    if not 0 < time < math.inf or not difference >= 0:
         raise ValueError(f"{kernel} took {milliseconds} ms with an error of {error}")
-    return Timing(str(kernel), str(routing), int(tokens), seconds, difference, str(note))
+    return Timing(str(kernel), str(routing), int(tokens), time, difference, str(note))
 
 
 def write_outcome(outcome: Outcome, file: Path) -> None:
