@@ -16,9 +16,11 @@ class Group(click.Group):
     """A group that lists its commands in the given order, where click sorts them, and ends with 130 on an interrupt."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of the commands in the given order."""
         return list(self.commands)
 
     def invoke(self, ctx: click.Context) -> Any:
+        """Run a command, and end with 130 if the user interrupts it."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as interrupt:
@@ -32,9 +34,11 @@ class Command(click.Command):
     """
 
     def get_short_help_str(self, limit: int = 45) -> str:
+        """Return the first paragraph of the help, for the list of commands."""
         return " ".join((self.help or "").partition("\n\n")[0].split())
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the help of the arguments, then that of the options."""
         arguments = [
             (parameter.human_readable_name, parameter.about)
             for parameter in self.params
@@ -58,6 +62,7 @@ class OneOf(click.Choice[StrEnum]):
     """A member of an enumeration that is given by its value; click's own class goes by the member's name."""
 
     def normalize_choice(self, choice: object, ctx: click.Context | None) -> str:
+        """Return the value by which a member is given."""
         return str(choice)
 
 
@@ -65,6 +70,7 @@ class FloatRange(click.FloatRange):
     """A range that refuses NaN, which click's own class takes because NaN is neither too small nor too large."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the number. Fails for NaN, and as click's own class does."""
         number = float(super().convert(value, param, ctx))
         if math.isnan(number):
             self.fail(f"{value} is not in the range {self._describe_range()}.", param, ctx)

@@ -58,6 +58,7 @@ class KtExperts(ExpertsBackend):
 
     @classmethod
     def unsupported(cls, weights: Sizes) -> str | None:
+        """Return why kt-kernel cannot compute these experts on this machine, or None if it can."""
         if weights.device.type != "cpu":
             return f"the weights are on {weights.device}"
         if (reason := compat.ends_the_process()) is not None:
@@ -124,9 +125,11 @@ class KtExperts(ExpertsBackend):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> Self:
+        """Raise ExpertsError, because kt-kernel keeps the weights in memory of its own."""
         raise ExpertsError(KEEPS_WEIGHTS)
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> ExpertWeights:
+        """Raise ExpertsError, because kt-kernel does not give its weights back."""
         raise ExpertsError(KEEPS_WEIGHTS)
 
     def _forward(self, batch: RoutedBatch) -> None:

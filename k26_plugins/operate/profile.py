@@ -22,6 +22,7 @@ class CountingMoE(MoE):
     """int64 `[n_routed_experts]`: how many tokens chose each expert."""
 
     def choose(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Choose the experts as the reference does, and count them."""
         topk_weights, topk_ids = super().choose(x)
         self.counts += torch.bincount(topk_ids.flatten(), minlength=len(self.counts))
         return topk_weights, topk_ids

@@ -43,6 +43,7 @@ class K26MoEScheme(compat.moe_scheme_base()):  # type: ignore[misc]
 
     @classmethod
     def get_min_capability(cls) -> int:
+        """Return 0, because the core's experts need no compute capability of a GPU."""
         return 0
 
     def create_weights(
@@ -54,6 +55,7 @@ class K26MoEScheme(compat.moe_scheme_base()):  # type: ignore[misc]
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
+        """Create the layer's parameters in the checkpoint's packed form."""
         sizes = (num_experts, hidden_size, intermediate_size_per_partition)
         # The number of global experts is None, because SGLang's dispatcher hands over local ids.
         self.batches = Batches(layer.top_k, None, params_dtype, logger)
@@ -65,6 +67,7 @@ class K26MoEScheme(compat.moe_scheme_base()):  # type: ignore[misc]
         self.output_scale = moe_runner_config.routed_scaling_factor if compat.experts_scale_output() else None
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Give the loaded parameters to the backend, unless an update of the weights has yet to end."""
         if not self.is_awaited:
             self.close()
 
@@ -92,6 +95,7 @@ class K26MoEScheme(compat.moe_scheme_base()):  # type: ignore[misc]
         self.experts.close(self.batches)
 
     def apply_weights(self, layer: torch.nn.Module, dispatch_output: Any) -> Any:
+        """Return the routed sum of SGLang's dispatched tokens, as its combiner takes it."""
         hidden_states = dispatch_output.hidden_states
         topk_weights, topk_ids, _ = dispatch_output.topk_output
         if self.output_scale is not None:

@@ -263,6 +263,7 @@ class K26HybridScheme(K26MoEScheme):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
+        """Create the parameters of both sets: on the device, and in host memory."""
         self.layer_number = layer.layer_id
         self._placement = self.settings.placement(self.layer_number)
         sizes = (hidden_size, intermediate_size_per_partition)
@@ -305,15 +306,18 @@ class K26HybridScheme(K26MoEScheme):
         return on_parameter
 
     def places(self, layer: Any) -> Places:
+        """Return the set and the slot of each expert."""
         places = self.placement.places
         sides = [self.experts, self.on_host]
         return Places(sides, lambda expert: [places[expert]], layer.moe_tp_rank, layer.moe_tp_size)
 
     def open(self) -> bool:
+        """Prepare both sets for new weights, and return whether either served."""
         self.is_ready = False
         return any([self.on_host.open(), self.experts.open()])
 
     def close(self) -> None:
+        """Give both sets to their backends, and put the backends together to one layer."""
         if self.is_ready:
             return
         # The host's experts may have been closed already, while later layers were loaded.
@@ -346,4 +350,5 @@ class K26HybridScheme(K26MoEScheme):
     def compute(
         self, out: torch.Tensor, hidden_states: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
     ) -> None:
+        """Write the routed sum to `out` by one custom operator, which finds this layer's experts by their number."""
         held_experts(out, hidden_states, topk_weights, topk_ids, None, self.number)

@@ -43,10 +43,12 @@ class K26ExpertsMethod(FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
+        """Create the layer's parameters in the checkpoint's packed form."""
         sizes = (num_experts, hidden_size, intermediate_size_per_partition)
         self.experts = LayerExperts(layer, *sizes, self.backend_name, loader_attributes(extra_weight_attrs))
 
     def process_weights_after_loading(self, layer: Any) -> None:
+        """Give the loaded parameters to the backend, and build vLLM's kernel around it if vLLM needs one."""
         expert_map, moe = layer.expert_map, self.moe
         num_global = None if expert_map is None else len(expert_map)
         by_expert = moe.moe_parallel_config.use_batched_activation_format
@@ -60,6 +62,7 @@ class K26ExpertsMethod(FusedMoEMethodBase):
         return experts_for(prepare_finalize, moe, quant_config, self.experts)
 
     def get_fused_moe_quant_config(self, layer: torch.nn.Module) -> Any:
+        """Return vLLM's configuration of layers that are not quantized."""
         # vLLM sees no quantization: activations are not quantized, and the core dequantizes the weights.
         return FUSED_MOE_UNQUANTIZED_CONFIG
 
@@ -69,6 +72,7 @@ class K26ExpertsMethod(FusedMoEMethodBase):
 
     @property
     def supports_eplb(self) -> bool:
+        """Return True, because the layer's parameters are the only copy of the weights."""
         return True
 
     def apply(
@@ -80,6 +84,7 @@ class K26ExpertsMethod(FusedMoEMethodBase):
         shared_experts: Any = None,
         shared_experts_input: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """Return the routed sum of `x`."""
         if self.moe_kernel is None:
             result = torch.empty_like(x, memory_format=torch.contiguous_format)
             self.experts.apply(result, x, topk_weights, topk_ids, layer.expert_map)

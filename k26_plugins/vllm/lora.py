@@ -35,6 +35,7 @@ class TakesAdapters:
     lora_manager: Any = None
 
     def get_mm_mapping(self) -> MultiModelKeys:
+        """Return which modules are the language model, the projector and the vision tower."""
         return MultiModelKeys.from_string_field(
             language_model="language_model", connector="mm_projector", tower_model="vision_tower"
         )

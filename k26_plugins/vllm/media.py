@@ -31,6 +31,7 @@ class K26ImageIO(ImageMediaIO):
     """
 
     def load_bytes(self, data: bytes) -> Any:
+        """Return the image as the model's own preprocessing opens it, with its bytes, by which vLLM caches it."""
         limit = getattr(envs, "VLLM_MAX_IMAGE_PIXELS", 0)
         with metrics.decoding("image"):
             return MediaWithBytes(open_image(data, min(limit, MAX_PIXELS) if limit > 0 else MAX_PIXELS), data)
@@ -53,13 +54,16 @@ class K26VideoIO(MediaIO):
         self.max_frames = num_frames if num_frames and num_frames > 0 else None
 
     def load_bytes(self, data: bytes) -> list[VideoChunk]:
+        """Return the chunks of frames that the model is given of a video."""
         with metrics.decoding("video"):
             return list(read_chunks(data, self.config, self.max_tokens, self.max_frames))
 
     def load_base64(self, media_type: str, data: str) -> list[VideoChunk]:
+        """Return the chunks of a video that is given in base64."""
         return self.load_bytes(base64_bytes(data))
 
     def load_file(self, filepath: Path) -> list[VideoChunk]:
+        """Return the chunks of a video in a local file."""
         return self.load_bytes(filepath.read_bytes())
 
 
@@ -90,11 +94,13 @@ class K26MediaConnector(MediaConnector):
         cls.model_config, cls.media_config = model_config, MediaConfig.from_dict(image_settings(model_config))
 
     def load_from_url(self, url: str, *args: Any, **kwargs: Any) -> Any:
+        """Fetch and decode a medium; an empty address, or one that cannot be fetched, is answered with 400."""
         require_url(url)
         with _fetching():
             return super().load_from_url(url, *args, **kwargs)
 
     async def load_from_url_async(self, url: str, *args: Any, **kwargs: Any) -> Any:
+        """Fetch and decode a medium as `load_from_url` does."""
         require_url(url)
         with _fetching():
             return await super().load_from_url_async(url, *args, **kwargs)
@@ -108,19 +114,23 @@ class K26MediaConnector(MediaConnector):
         return media_io.load_bytes(data_url_bytes(url if isinstance(url, str) else url.url))
 
     def fetch_image(self, image_url: str, **kwargs: Any) -> Any:
+        """Fetch an image and decode it by the core, or by vLLM if `media_io_kwargs` has options for images."""
         if "image" in self.media_io_kwargs:
             return super().fetch_image(image_url, **kwargs)
         return self.load_from_url(image_url, K26ImageIO(), fetch_timeout=envs.VLLM_IMAGE_FETCH_TIMEOUT)
 
     async def fetch_image_async(self, image_url: str, **kwargs: Any) -> Any:
+        """Fetch and decode an image as `fetch_image` does."""
         if "image" in self.media_io_kwargs:
             return await super().fetch_image_async(image_url, **kwargs)
         return await self.load_from_url_async(image_url, K26ImageIO(), fetch_timeout=envs.VLLM_IMAGE_FETCH_TIMEOUT)
 
     def fetch_video(self, video_url: str, **kwargs: Any) -> Any:
+        """Fetch a video and decode it by the core."""
         return self.load_from_url(video_url, self._video_io(), fetch_timeout=envs.VLLM_VIDEO_FETCH_TIMEOUT)
 
     async def fetch_video_async(self, video_url: str, **kwargs: Any) -> Any:
+        """Fetch and decode a video as `fetch_video` does."""
         return await self.load_from_url_async(video_url, self._video_io(), fetch_timeout=envs.VLLM_VIDEO_FETCH_TIMEOUT)
 
     def _video_io(self) -> K26VideoIO:

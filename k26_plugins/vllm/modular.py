@@ -38,6 +38,7 @@ class K26Experts(mk.FusedMoEExpertsModular):
 
     @staticmethod
     def activation_format() -> mk.FusedMoEActivationFormat:
+        """Return that all tokens come in one tensor."""
         return mk.FusedMoEActivationFormat.Standard
 
     # vLLM asks the following methods of each class that it may choose. It never chooses this one, because the
@@ -63,6 +64,7 @@ class K26Experts(mk.FusedMoEExpertsModular):
         return True
 
     def supports_expert_map(self) -> bool:
+        """Return True, because the core's experts take vLLM's `expert_map`."""
         return True
 
     def moe_problem_size(
@@ -85,11 +87,13 @@ class K26Experts(mk.FusedMoEExpertsModular):
         global_num_experts: int,
         *args: Any,
     ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of the two workspaces and of the output; the core needs the second workspace only."""
         # vLLM's second workspace is the core's scratch memory. The third shape is the output's.
         num_bytes = self.experts.workspace_bytes(M, topk, global_num_experts)
         return (0,), (-(-num_bytes // self.moe_config.in_dtype.itemsize),), (M, K)
 
     def finalize_weight_and_reduce_impl(self) -> Any:
+        """Return vLLM's step that does nothing, because the core weights and sums a token's experts."""
         return TopKWeightAndReduceNoOP()
 
     def apply(
@@ -108,6 +112,7 @@ class K26Experts(mk.FusedMoEExpertsModular):
         expert_tokens_meta: Any,
         **kwargs: Any,
     ) -> None:
+        """Write the routed sum to `output`."""
         # w1 and w2 are not used: `experts` reads them and their scales from the layer's parameters.
         workspace = workspace2.view(torch.uint8) if workspace2.numel() else None
         self.experts.apply(output, hidden_states, topk_weights, topk_ids, expert_map, workspace)
@@ -121,6 +126,7 @@ class K26BatchedExperts(K26Experts):
 
     @staticmethod
     def activation_format() -> mk.FusedMoEActivationFormat:
+        """Return that each expert's tokens come in a buffer of their own."""
         return mk.FusedMoEActivationFormat.BatchedExperts
 
     def moe_problem_size(
@@ -132,11 +138,13 @@ class K26BatchedExperts(K26Experts):
     def workspace_shapes(
         self, M: int, N: int, K: int, topk: int, global_num_experts: int, local_num_experts: int, *args: Any
     ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of the two workspaces, which are empty, and of the output."""
         assert self.max_num_tokens is not None
         assert self.num_dispatchers is not None
         return (0,), (0,), (local_num_experts, self.max_num_tokens * self.num_dispatchers, K)
 
     def finalize_weight_and_reduce_impl(self) -> Any:
+        """Return vLLM's step that leaves weighting and the sum to its combine."""
         return TopKWeightAndReduceDelegate()
 
     def apply(
@@ -154,6 +162,7 @@ class K26BatchedExperts(K26Experts):
         expert_tokens_meta: Any,
         **kwargs: Any,
     ) -> None:
+        """Write each expert's results to its buffer in `output`."""
         assert self.num_dispatchers is not None
         # The estimate assumes that each rank that sends tokens has about as many as this one.
         expected = topk_ids.numel() * self.num_dispatchers / global_num_experts

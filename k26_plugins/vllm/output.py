@@ -38,6 +38,7 @@ class K26ToolParser(KimiK2ToolParser):
     """
 
     def adjust_request(self, request: Any) -> Any:
+        """Return the request, with special tokens shown only if the tokenizer does not count the markers as ordinary."""
         # vLLM's parser would have special tokens shown. That is not needed if the tokenizer counts the markers as
         # ordinary.
         return request if markers_are_ordinary(self.model_tokenizer) else super().adjust_request(request)
@@ -51,6 +52,7 @@ class K26ReasoningParser(KimiK2ReasoningParser):
     """
 
     def adjust_request(self, request: Any) -> Any:
+        """Return the request, with special tokens shown only if the tokenizer does not count the markers as ordinary."""
         return request if markers_are_ordinary(self.model_tokenizer) else super().adjust_request(request)
 
 

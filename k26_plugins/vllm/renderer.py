@@ -31,12 +31,14 @@ class K26Renderer(HfRenderer):
         self.escape_messages = CONTROL_TOKENS.read() == "text"
 
     def render_messages(self, messages: Any, params: Any) -> Any:
+        """Return the conversation and the prompt of a chat whose text holds no control tokens."""
         ready, names = self._ready(messages, params)
         conversation, prompt = super().render_messages(ready, _params(params))
         _identify(prompt, names)
         return unescape_deep(conversation), prompt
 
     async def render_messages_async(self, messages: Any, params: Any) -> Any:
+        """Return the same as `render_messages`."""
         ready, names = self._ready(messages, params)
         conversation, prompt = await super().render_messages_async(ready, _params(params))
         _identify(prompt, names)

@@ -43,7 +43,7 @@ def test_a_seeded_fault_is_found_and_located(scripted_server: Server, golden_fil
 
 
 def test_without_a_fault_it_passes(scripted_server: Server, golden_file: Path) -> None:
-    """This test runs after all the faults, so that it shows each of them to be undone."""
+    """The test runs after all the faults, so that it shows each of them to be undone."""
     result = verify(scripted_server, golden_file)
     assert result.exit_code == 0, result.output
 

@@ -80,7 +80,7 @@ def test_a_seeded_fault_is_found_and_located(two_ranks: Server, golden_file: Pat
 
 
 def test_without_a_fault_it_passes(two_ranks: Server, golden_file: Path) -> None:
-    """This test runs after all the faults, so that it shows each of them to be undone."""
+    """The test runs after all the faults, so that it shows each of them to be undone."""
     result = verify(two_ranks, golden_file)
     assert result.exit_code == 0, result.output
 

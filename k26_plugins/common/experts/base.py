@@ -43,7 +43,7 @@ class Sizes(Protocol):
 
     @property
     def intermediate_size(self) -> int:
-        """This rank's part of an expert's width between its two GEMMs."""
+        """Width of an expert between its two GEMMs, as far as it is on this rank."""
 
     @property
     def device(self) -> torch.device:
@@ -127,7 +127,7 @@ class ExpertWeights:
 
     @property
     def intermediate_size(self) -> int:
-        """This rank's part of an expert's width between its two GEMMs."""
+        """Width of an expert between its two GEMMs, as far as it is on this rank."""
         return self.w2_packed.shape[2] * PACK_FACTOR
 
     @property

@@ -31,7 +31,7 @@ class ConfigError(ValueError):
 
 
 class OtherLayoutError(ConfigError):
-    """This architecture in a layout other than the published one, or with a part that the core does not compute.
+    """The architecture of Kimi-K2.6 in a layout other than the published one, or with a part that the core does not compute.
 
     The engine's own code may serve such a checkpoint.
     """

@@ -1,4 +1,4 @@
-"""Compare a checkpoint's chat template with the one that this package ships: on which conversations do the two differ?
+"""Find the conversations that a checkpoint's chat template renders differently from the template that this package ships.
 
 The checkpoint's template is the one that is used. A difference means that the shipped template, which is used where a
 folder has none, is not that model's, or that somebody changed the folder's file.

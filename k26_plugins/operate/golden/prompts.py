@@ -1,4 +1,6 @@
-"""Read a file of prompts, and render and tokenize them as the model wants them. Each line of the file is a JSON object:
+"""Read a file of prompts, and render and tokenize them as the model wants them.
+
+Each line of the file is a JSON object:
 
     {"id": "hello", "messages": [{"role": "user", "content": "Hello"}]}
     {"id": "photo", "messages": [{"role": "user", "content": [{"type": "image", "image": "photo.png"},

@@ -26,6 +26,7 @@ Activation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Return `silu(gate) * up`, elementwise."""
     return F.silu(gate) * up
 
 

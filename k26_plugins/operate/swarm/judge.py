@@ -53,10 +53,12 @@ class Figures:
 
     @property
     def prompt_tokens_per_second(self) -> float:
+        """Prompt tokens of the run, divided by its seconds."""
         return self.prompt_tokens / self.seconds
 
     @property
     def completion_tokens_per_second(self) -> float:
+        """Tokens of the answers of the run, divided by its seconds."""
         return self.completion_tokens / self.seconds
 
 

@@ -18,13 +18,16 @@ class OpenAIEndpoint(Endpoint):
     """
 
     def rendered(self, prompt: Prompt) -> Rendered:
+        """Return the number of the prompt's tokens; an unknown server does not tell their ids."""
         answer = self.chat(**self.chat_request(prompt), max_tokens=1)
         return Rendered(None, int(answer["usage"]["prompt_tokens"]))
 
     def prompt(self, prompt: Prompt, top: int) -> dict[int, Distribution]:
+        """Return nothing, because an unknown server gives no log-probabilities of a prompt."""
         return {}
 
     def answer(self, prompt: Prompt, count: int, top: int) -> Answer:
+        """Return a greedy answer of at most `count` tokens, with the likeliest tokens at each position."""
         top = min(top, MAX_TOP)
         request = self.chat_request(prompt)
         body = self.chat(**request, max_tokens=count, temperature=0, logprobs=True, top_logprobs=top)

@@ -17,6 +17,7 @@ class SGLangEndpoint(Endpoint):
     stream_ids: ClassVar[dict[str, Any]] = {"return_input_ids_in_sglext": True}
 
     def rendered(self, prompt: Prompt) -> Rendered:
+        """Return the token ids of the prompt as SGLang renders it."""
         if "messages" not in prompt.request:
             info = self._generate(prompt, 1, 1, logprob_start_len=0)
             return Rendered([int(token) for _, token, *_ in info["input_token_logprobs"]], int(info["prompt_tokens"]))
@@ -25,11 +26,13 @@ class SGLangEndpoint(Endpoint):
         return Rendered(token_ids, int(answer["usage"]["prompt_tokens"]))
 
     def prompt(self, prompt: Prompt, top: int) -> dict[int, Distribution]:
+        """Return the likeliest tokens after each position of the prompt."""
         info = self._generate(prompt, 1, top, logprob_start_len=0)
         entries = info["input_top_logprobs"]
         return {position - 1: _distribution(entry) for position, entry in enumerate(entries) if entry}
 
     def answer(self, prompt: Prompt, count: int, top: int) -> Answer:
+        """Return an answer of `count` tokens, with the likeliest tokens at each position."""
         info = self._generate(prompt, count, top)
         token_ids = [int(token) for _, token, *_ in info["output_token_logprobs"]]
         reason = info.get("finish_reason") or {}

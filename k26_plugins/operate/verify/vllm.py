@@ -21,6 +21,7 @@ class VLLMEndpoint(Endpoint):
     stream_ids: ClassVar[dict[str, Any]] = {"return_token_ids": True}
 
     def rendered(self, prompt: Prompt) -> Rendered:
+        """Return the token ids of the prompt as vLLM renders it."""
         if "messages" not in prompt.request:
             body = self._complete(prompt, max_tokens=1, return_token_ids=True)
             return Rendered(body["choices"][0].get("prompt_token_ids"), int(body["usage"]["prompt_tokens"]))
@@ -28,6 +29,7 @@ class VLLMEndpoint(Endpoint):
         return Rendered(answer.get("prompt_token_ids"), int(answer["usage"]["prompt_tokens"]))
 
     def prompt(self, prompt: Prompt, top: int) -> dict[int, Distribution]:
+        """Return the likeliest tokens after each position of the prompt."""
         top = min(top, MAX_TOP)
         if prompt.images:
             body = self.chat(**self.chat_request(prompt), max_tokens=1, temperature=0, prompt_logprobs=top)
@@ -43,6 +45,7 @@ class VLLMEndpoint(Endpoint):
         }
 
     def answer(self, prompt: Prompt, count: int, top: int) -> Answer:
+        """Return an answer of `count` tokens, with the likeliest tokens at each position."""
         top = min(top, MAX_TOP)
         if prompt.images:
             request = self.chat_request(prompt) | {"return_tokens_as_token_ids": True, "ignore_eos": True}

@@ -20,6 +20,7 @@ class Watcher:
 
     @classmethod
     def find_spec(cls, name: str, path: Sequence[str] | None = None, target: object = None) -> ModuleSpec | None:
+        """Find SGLang's first module, and have the plugin register once it is executed."""
         if name != WATCHED:
             return None
         sys.meta_path.remove(cls)
