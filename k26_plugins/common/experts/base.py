@@ -1,4 +1,9 @@
-"""Define the weights of one MoE layer's routed INT4 experts, and the interface that every backend offers."""
+"""Define the weights of one MoE layer's routed INT4 experts, and the interface that every backend offers.
+
+A new backend is a subclass of `ExpertsBackend`. Another package offers one under a name in the entry-point group
+`k26_plugins.experts`, and users choose it by that name; the core's own are in `BACKENDS` of this package's
+`__init__.py`, and their names in `CORE_BACKENDS` of `common/settings.py`, in the order in which `auto` tries them.
+"""
 
 from __future__ import annotations
 
