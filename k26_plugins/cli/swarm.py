@@ -56,7 +56,7 @@ NOT_ASKED = 2
     default=False,
     help="Those must be answered word for word as before: for batch-invariant servers.",
 )
-@click.option("--hostile", type=click.IntRange(min=0), default=0, help="Hostile requests during the run.")
+@click.option("--adversarial", type=click.IntRange(min=0), default=0, help="Adversarial requests during the run.")
 @click.option("--drops", type=click.IntRange(min=0), default=0, help="Clients that hang up in the middle of an answer.")
 @click.option("--pid", type=int, help="The server's process, for its memory. Found by the port on this machine.")
 @click.option("--seed", default=0, help="Everything sent follows from it.")
@@ -80,7 +80,7 @@ def swarm(
     secrets: bool | None,
     replays: int,
     deterministic: bool,
-    hostile: int,
+    adversarial: int,
     drops: int,
     pid: int | None,
     seed: int,
@@ -102,8 +102,8 @@ def swarm(
     (with --checkpoint; compared by their ids in vLLM and SGLang). Some steps are asked again alone in the end, to see
     that each answer under load belonged to its own conversation (word for word only with --deterministic).
 
-    --hostile and --drops add faults to the load: broken JSON, absurd sizes, corrupt media, injected control tokens,
-    deep tool schemas; clients that hang up in the middle of a stream. Every hostile request must be refused or
+    --adversarial and --drops add faults to the load: broken JSON, absurd sizes, corrupt media, injected control tokens,
+    deep tool schemas; clients that hang up in the middle of a stream. Every adversarial request must be refused or
     answered, without an error of the server's own.
 
     A small trial: k26 swarm --url http://localhost:8000 --agents 20 --steps 100
@@ -146,7 +146,7 @@ def swarm(
         replays=replays,
         pid=pid or server_pid(url),
         drops=drops,
-        hostile=hostile,
+        adversarial=adversarial,
     )
 
     async def send() -> tuple[Run, bool]:

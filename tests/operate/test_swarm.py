@@ -24,8 +24,8 @@ from support.mixing import ANSWER, HISTORY, mix
 
 from k26_plugins.cli import app
 from k26_plugins.operate.swarm import tools
+from k26_plugins.operate.swarm.adversarial import adversarial_requests
 from k26_plugins.operate.swarm.client import Step
-from k26_plugins.operate.swarm.hostile import hostile_requests
 from k26_plugins.operate.swarm.integrity import compare_alone
 from k26_plugins.operate.swarm.memory import growth, resident_bytes
 from k26_plugins.operate.swarm.metrics import PrefixCache, hit_rate, read_prefix_cache
@@ -156,7 +156,7 @@ def test_the_same_seed_sends_the_same(tmp_path: Path) -> None:
     assert make_agents(shape) == make_agents(shape)
     assert shared_prefix(shape, len) == shared_prefix(shape, len)
     assert make_agents(shape) != make_agents(Shape(agents=20, steps=100, prefix_tokens=50, seed=4))
-    one, same = ([request.content for request in hostile_requests(120, "m", 3)] for _ in range(2))
+    one, same = ([request.content for request in adversarial_requests(120, "m", 3)] for _ in range(2))
     assert one == same
 
 

@@ -33,8 +33,10 @@ def one_rank(scripted_server: Server) -> Server:
     return scripted_server
 
 
-def test_a_swarm_is_held_among_hostile_requests(one_rank: Server, tiny_folder: Path, tmp_path: Path) -> None:
-    assert_a_swarm_is_held(one_rank, tiny_folder, tmp_path / "run.json", agents=16, steps=40, hostile=63, known=KNOWN)
+def test_a_swarm_is_held_among_adversarial_requests(one_rank: Server, tiny_folder: Path, tmp_path: Path) -> None:
+    assert_a_swarm_is_held(
+        one_rank, tiny_folder, tmp_path / "run.json", agents=16, steps=40, adversarial=63, known=KNOWN
+    )
     assert_the_metrics_are_there(one_rank, ranks=1, layers=2)
 
 

@@ -33,7 +33,7 @@ class Ordered:
 
 class TestPromptPath(Ordered, PromptPathTests):
     parsers = "reasoning parser kimi_k2, tool-call parser kimi_k2"
-    hostile_requests = 25
+    adversarial_requests = 25
     places_of_tokens = False
 
     @pytest.mark.skipif(not HAS_GRPC, reason="this SGLang serves no gRPC")

@@ -124,7 +124,7 @@ _TOOLS = st.lists(
     max_size=2,
 )
 # Requests of roughly the right shape whose fields may hold anything.
-HOSTILE_BODIES = st.fixed_dictionaries(
+ADVERSARIAL_BODIES = st.fixed_dictionaries(
     {"messages": st.lists(_MESSAGES, min_size=1, max_size=4)},
     optional={
         "tools": _TOOLS,
@@ -142,7 +142,7 @@ class PromptPathTests:
 
     # The tool-call parser and the reasoning parser, as the server's log names them.
     parsers: str
-    hostile_requests: int
+    adversarial_requests: int
     # Whether the engine says at which offset of a completion's text a token stands.
     places_of_tokens: bool
 
@@ -269,9 +269,9 @@ class PromptPathTests:
             assert asked == "".join(map(unescape, parts))
 
     def test_no_request_breaks_the_server(self, server: Server) -> None:
-        @given(HOSTILE_BODIES)
+        @given(ADVERSARIAL_BODIES)
         @settings(
-            max_examples=self.hostile_requests,
+            max_examples=self.adversarial_requests,
             deadline=None,
             derandomize=True,
             database=None,

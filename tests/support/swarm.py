@@ -37,27 +37,28 @@ def assert_a_swarm_is_held(
     *,
     agents: int,
     steps: int,
-    hostile: int,
+    adversarial: int,
     known: frozenset[str] = frozenset(),
 ) -> None:
-    """Assert that the server passes a swarm with images, tools, hostile requests and clients that hang up.
+    """Assert that the server passes a swarm with images, tools, adversarial requests and clients that hang up.
 
-    folder: the checkpoint's. out: the file for the swarm's JSON. hostile: how many hostile requests must be sent.
-    known: the hostile requests, as "kind: name", to which the engine itself answers with a server error.
+    folder: the checkpoint's. out: the file for the swarm's JSON. adversarial: how many adversarial requests must be
+    sent. known: the adversarial requests, as "kind: name", to which the engine itself answers with a server error.
     """
-    extra = ["--images", "0.25", "--hostile", str(hostile), "--drops", "3"]
+    extra = ["--images", "0.25", "--adversarial", str(adversarial), "--drops", "3"]
     extra += ["--checkpoint", str(folder), "--json", str(out)]
     result = run_swarm(server.url, agents, steps, *extra)
     found: dict[str, Any] = json.loads(out.read_text())
-    names = ["answered", "token accounting", "asked again alone", "hostile requests", "dropped clients"]
+    names = ["answered", "token accounting", "asked again alone", "adversarial requests", "dropped clients"]
     assert [check["name"] for check in found["checks"]] == names
     # The swarm must have compared the prompts' token ids, not only their number.
     assert found["checks"][1]["detail"].endswith(f"{steps} of them compared id by id")
     failed = {check["name"] for check in found["checks"] if not check["passed"]}
-    assert failed == ({"hostile requests"} if known else set()), result.output
+    assert failed == ({"adversarial requests"} if known else set()), result.output
     assert result.exit_code == (1 if known else 0)
-    assert sum(attack["count"] for attack in found["hostile"]) == hostile
-    harmed = {f"{attack['kind']}: {attack['name']}" for attack in found["hostile"] if attack["outcome"] not in ANSWERED}
+    assert sum(attack["count"] for attack in found["adversarial"]) == adversarial
+    failures = [attack for attack in found["adversarial"] if attack["outcome"] not in ANSWERED]
+    harmed = {f"{attack['kind']}: {attack['name']}" for attack in failures}
     assert harmed == known, result.output
 
 

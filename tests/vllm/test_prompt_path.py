@@ -20,7 +20,7 @@ class Ordered:
 
 class TestPromptPath(Ordered, PromptPathTests):
     parsers = "reasoning parser k26, tool-call parser k26"
-    hostile_requests = 60
+    adversarial_requests = 60
     places_of_tokens = True
 
 

@@ -9,8 +9,8 @@ from support.server import Server
 from support.swarm import assert_a_mixed_swarm_is_found, assert_a_swarm_is_held, assert_the_metrics_are_there
 
 
-def test_a_swarm_is_held_among_hostile_requests(server: Server, tiny_folder: Path, tmp_path: Path) -> None:
-    assert_a_swarm_is_held(server, tiny_folder, tmp_path / "run.json", agents=8, steps=20, hostile=63)
+def test_a_swarm_is_held_among_adversarial_requests(server: Server, tiny_folder: Path, tmp_path: Path) -> None:
+    assert_a_swarm_is_held(server, tiny_folder, tmp_path / "run.json", agents=8, steps=20, adversarial=63)
     assert_the_metrics_are_there(server, ranks=1, layers=2)
 
 

@@ -1,4 +1,4 @@
-"""Send hostile requests beside the swarm, and streams whose client hangs up in the middle of the answer."""
+"""Send adversarial requests beside the swarm, and streams whose client hangs up in the middle of the answer."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 from httpx_sse import EventSource
 
+from k26_plugins.operate.swarm.adversarial import AdversarialRequest, adversarial_requests
 from k26_plugins.operate.swarm.client import Client
-from k26_plugins.operate.swarm.hostile import Hostile, hostile_requests
 from k26_plugins.operate.swarm.scenario import merge_request
 
 AT_ONCE = 4
@@ -20,7 +20,7 @@ AT_ONCE = 4
 
 @dataclass(frozen=True)
 class Attack:
-    """A hostile request that was sent, and how the server answered it."""
+    """An adversarial request that was sent, and how the server answered it."""
 
     kind: str
     name: str
@@ -39,7 +39,7 @@ class Attack:
 
 @dataclass
 class Extras:
-    """The hostile requests and dropped streams of a run, which are spread evenly over the run's steps."""
+    """The adversarial requests and dropped streams of a run, which are spread evenly over the run's steps."""
 
     attacks: list[Attack] = field(default_factory=list)
     drops: int = 0
@@ -51,18 +51,18 @@ class Extras:
         self,
         client: Client,
         prefix: list[dict[str, Any]],
-        hostile: int,
+        adversarial: int,
         drops: int,
         seed: int,
         done: Callable[[], float],
     ) -> None:
-        """Send `hostile` hostile requests and drop `drops` streams, and return when all of them have ended.
+        """Send `adversarial` adversarial requests and drop `drops` streams, and return when all of them have ended.
 
         prefix: the messages with which a dropped stream's request begins. done: returns the share of the run's steps
         that are done, which decides when each request is sent.
         """
         work: list[Callable[[], Awaitable[None]]] = [
-            partial(self._attack, client, request) for request in hostile_requests(hostile, client.model, seed)
+            partial(self._attack, client, request) for request in adversarial_requests(adversarial, client.model, seed)
         ]
         for number in range(drops):
             place = (number + 1) * len(work) // (drops + 1)
@@ -80,7 +80,7 @@ class Extras:
             running.append(asyncio.create_task(limited(job)))
         await asyncio.gather(*running)
 
-    async def _attack(self, client: Client, request: Hostile) -> None:
+    async def _attack(self, client: Client, request: AdversarialRequest) -> None:
         began = client.now()
         detail = ""
         try:

@@ -130,7 +130,7 @@ def judge(
         detail = f"the last quarter holds {change:+.1%} of the second quarter's (bound {FLAT:+.0%})"
         verdict.checks.append(Check("memory", change <= FLAT, detail))
     if run.extras.attacks:
-        verdict.checks.append(_hostile(run))
+        verdict.checks.append(_adversarial(run))
     if run.load.drops:
         rest = run.extras.undropped
         detail = f"{run.extras.drops} streams left after their first piece"
@@ -207,14 +207,16 @@ def _replays(run: Run, verdict: Verdict, *, deterministic: bool) -> list[Check]:
     return checks
 
 
-def _hostile(run: Run) -> Check:
+def _adversarial(run: Run) -> Check:
     kinds = Counter(attack.kind for attack in run.extras.attacks)
     bad = [attack for attack in run.extras.attacks if not attack.held]
     detail = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
     by_name = Counter(f"{attack.kind}: {attack.name} → {attack.outcome}" for attack in bad)
     listed = [f"{count} × {what}" for what, count in by_name.most_common(6)]
     return Check(
-        "hostile requests", not bad, "; ".join([f"{detail}, all refused or answered" if not bad else detail, *listed])
+        "adversarial requests",
+        not bad,
+        "; ".join([f"{detail}, all refused or answered" if not bad else detail, *listed]),
     )
 
 

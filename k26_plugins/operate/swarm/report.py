@@ -43,7 +43,7 @@ def as_json(url: str, engine: str, run: Run, figures: Figures, verdict: Verdict)
         "checks": [asdict(check) for check in verdict.checks],
         "faults": [asdict(fault) for fault in verdict.faults],
         "asked_again": None if verdict.compared is None else asdict(verdict.compared),
-        "hostile": [
+        "adversarial": [
             {"kind": kind, "name": name, "outcome": outcome, "count": count}
             for (kind, name, outcome), count in sorted(attacks.items())
         ],

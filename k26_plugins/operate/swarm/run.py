@@ -41,8 +41,8 @@ class Load:
     """The server's process, whose memory is sampled; None for no sampling."""
     drops: int = 0
     """Number of streams that are dropped in the middle of the answer."""
-    hostile: int = 0
-    """Number of hostile requests."""
+    adversarial: int = 0
+    """Number of adversarial requests."""
 
 
 @dataclass
@@ -141,7 +141,9 @@ class Swarm:
         client.began += client.now()
         sampling = asyncio.create_task(self._sample_memory())
         extras = asyncio.create_task(
-            run.extras.go(client, self.prefix, self.load.hostile, self.load.drops, self.shape.seed, self._share_done)
+            run.extras.go(
+                client, self.prefix, self.load.adversarial, self.load.drops, self.shape.seed, self._share_done
+            )
         )
         await self._ask(self._orchestrator(scenario.split_request(self.shape)), 0, "split")
         working = [asyncio.create_task(self._work(agent)) for agent in self.agents]

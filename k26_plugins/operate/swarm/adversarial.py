@@ -1,4 +1,4 @@
-"""Make hostile requests, such as every public server gets.
+"""Make adversarial requests, such as every public server gets.
 
 A server must answer or refuse each of them, and none may harm other requests.
 """
@@ -22,8 +22,8 @@ _DEPTH = 3000
 
 
 @dataclass(frozen=True)
-class Hostile:
-    """One hostile request. A server may refuse it (4xx) or, if the request has a meaning, answer it."""
+class AdversarialRequest:
+    """One adversarial request. A server may refuse it (4xx) or, if the request has a meaning, answer it."""
 
     kind: str
     """The group of faults, a key of `_KINDS`."""
@@ -33,16 +33,16 @@ class Hostile:
     """The body of the request."""
 
 
-def hostile_requests(count: int, model: str, seed: int) -> Iterator[Hostile]:
-    """Yield `count` hostile requests, going through all faults in turn. The same seed gives the same requests."""
-    rng = random.Random(f"hostile {seed}")
+def adversarial_requests(count: int, model: str, seed: int) -> Iterator[AdversarialRequest]:
+    """Yield `count` adversarial requests, going through all faults in turn. The same seed gives the same requests."""
+    rng = random.Random(f"adversarial {seed}")
     makers = [(kind, name, make) for kind, group in _KINDS.items() for name, make in group.items()]
     for number in range(count):
         kind, name, make = makers[number % len(makers)]
         content = make(model, rng)
         if not isinstance(content, bytes):
             content = json.dumps(content).encode()
-        yield Hostile(kind, name, content)
+        yield AdversarialRequest(kind, name, content)
 
 
 def _chat(model: str, content: Any = "Hello", **body: Any) -> dict[str, Any]:
