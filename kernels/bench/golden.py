@@ -97,7 +97,7 @@ def measure(folder: Path, tokens: int) -> dict[str, float]:
 def projected_seconds(operations_per_second: float, bytes_per_second: float) -> float:
     """Return the seconds of one pass over the published model at these rates.
 
-    The pass carries all prompts, their twins, and the suspects of SUSPECT_TEXTS prompts.
+    The pass carries all prompts twice, for the model and the bf16 baseline, and SUSPECT_TEXTS prompts for each suspect.
     """
     prompts, length = PUBLISHED_PROMPTS
     suspects = sum(variant.is_suspect and not variant.on_images_only for variant in VARIANTS)
@@ -126,7 +126,7 @@ def main() -> None:
         )
         make_quick(folder, sizes)
     disk, gemm = disk_rate(folder), gemm_rate()
-    table = Table("tokens", "with twin and suspects", "seconds", "GB/s", "of the disk", "GFLOP/s", "of a GEMM")
+    table = Table("tokens", "with bf16 baseline and suspects", "seconds", "GB/s", "of the disk", "GFLOP/s", "of a GEMM")
     found = []
     for tokens in TOKENS:
         row = measure(folder, tokens)

@@ -31,14 +31,15 @@ from k26_plugins.operate.golden.prompts import pixels
 def test_layers_streamed_give_the_reference(
     tiny_folder: Path, prompts_file: Path, golden_file: Path, dtype: torch.dtype
 ) -> None:
-    """The judge is one whole pass of the mapped model over prompt and answer, in float32 and in the twin's bfloat16."""
+    """The judge is one whole pass of the mapped model over prompt and answer, in float32 and, for the bf16
+    baseline, in bfloat16."""
     model = KimiK26(Checkpoint(tiny_folder), dtype)
     for prompt, found in zip(read_prompts(prompts_file, tiny_folder), Golden.load(golden_file).prompts, strict=True):
         token_ids = torch.tensor(found.token_ids)
         assert token_ids[: found.num_prompt_tokens].tolist() == prompt.token_ids
         media = pixels(prompt, tiny_folder)[:2] if prompt.images else ()
         logprobs = model.logprobs(token_ids[:-1], *media)
-        kept = found.top_logprobs if dtype == torch.float32 else found.twin_logprobs
+        kept = found.top_logprobs if dtype == torch.float32 else found.baseline_logprobs
         difference = (logprobs.gather(1, found.top_ids) - kept).abs().amax(-1)
         if dtype == torch.float32:
             assert difference.max() < 1e-4
@@ -52,14 +53,14 @@ def test_layers_streamed_give_the_reference(
             assert difference.median() < 0.02
 
 
-def test_the_twins_divergence_is_over_the_whole_vocabulary(tiny_folder: Path, golden_file: Path) -> None:
+def test_the_baselines_divergence_is_over_the_whole_vocabulary(tiny_folder: Path, golden_file: Path) -> None:
     found = Golden.load(golden_file).prompts[1]
     token_ids = torch.tensor(found.token_ids[:-1])
     exact, rounded = (
         KimiK26(Checkpoint(tiny_folder), dtype).logprobs(token_ids) for dtype in (torch.float32, torch.bfloat16)
     )
     kl = divergence(rounded, exact)
-    assert found.twin_kl.median() == pytest.approx(kl.median().item(), rel=0.2)
+    assert found.baseline_kl.median() == pytest.approx(kl.median().item(), rel=0.2)
 
 
 def test_experts_are_those_that_the_router_chose(tiny_folder: Path, golden_file: Path) -> None:
@@ -195,6 +196,17 @@ def test_another_file_is_no_golden_file(tiny_folder: Path, tmp_path: Path) -> No
     for file in (tmp_path / "text", next(tiny_folder.glob("*.safetensors")), tmp_path / "gone"):
         with pytest.raises(ValueError, match="k26 golden"):
             Golden.load(file)
+
+
+def test_a_file_of_an_earlier_format_is_refused(
+    golden_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    golden = Golden.load(golden_file)
+    with monkeypatch.context() as patch:
+        patch.setattr("k26_plugins.operate.golden.file.FORMAT", "k26-golden-2")
+        golden.save(tmp_path / "earlier")
+    with pytest.raises(ValueError, match=r"'k26-golden-2', expected .* Make one with `k26 golden`"):
+        Golden.load(tmp_path / "earlier")
 
 
 def test_the_published_model_needs_little_memory() -> None:

@@ -1,8 +1,8 @@
 """Seeds faults into a model in this process and lets `k26 verify` judge it, at the price of one forward per prompt.
 
-The model that stands for an engine is the reference in bfloat16, rounded otherwise than the golden file's twin: each
-number that a linear layer computes gets a normally distributed relative error. Engines on CPUs are between half and
-twice as far from the reference as the twin is.
+The model that stands for an engine is the reference in bfloat16, rounded otherwise than the golden file's bf16
+baseline: each number that a linear layer computes gets a normally distributed relative error. Engines on CPUs are
+between half and twice as far from the reference as the baseline is.
 """
 
 from __future__ import annotations

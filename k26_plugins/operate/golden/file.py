@@ -16,7 +16,7 @@ from k26_plugins.common.checkpoint.tensor_file import save_tensors
 from k26_plugins.operate.golden.prompts import Prompt
 from k26_plugins.operate.golden.state import StateError, read
 
-FORMAT = "k26-golden-2"
+FORMAT = "k26-golden-3"
 KEY = "k26_golden"
 
 
@@ -46,11 +46,11 @@ class GoldenPrompt:
     """float32 `[R, K]`: the log-probabilities of `top_ids`."""
     next_logprobs: torch.Tensor
     """float32 `[R]`: the log-probability of the token that follows each position."""
-    twin_logprobs: torch.Tensor
-    """float32 `[R, K]`: the log-probabilities of `top_ids` under the twin, the reference in bfloat16."""
-    twin_kl: torch.Tensor
-    """float32 `[R]`: the twin's KL divergence from the reference over the whole vocabulary: what rounding alone
-    does."""
+    baseline_logprobs: torch.Tensor
+    """float32 `[R, K]`: the log-probabilities of `top_ids` under the bf16 baseline, the reference in bfloat16."""
+    baseline_kl: torch.Tensor
+    """float32 `[R]`: the bf16 baseline's KL divergence from the reference over the whole vocabulary: what rounding
+    alone does."""
     experts: torch.Tensor
     """int16 `[R, MoE layers, num_experts_per_tok + NEAR]`: the experts that the router chose for each token, then the
     experts with the next best scores."""
@@ -70,7 +70,7 @@ class GoldenPrompt:
         return Prompt(name=self.name, request=self.request, text=self.text, token_ids=token_ids, images=self.images)
 
 
-_TENSORS = ("top_ids", "top_logprobs", "next_logprobs", "twin_logprobs", "twin_kl", "experts", "gaps")
+_TENSORS = ("top_ids", "top_logprobs", "next_logprobs", "baseline_logprobs", "baseline_kl", "experts", "gaps")
 
 
 @dataclass(slots=True)

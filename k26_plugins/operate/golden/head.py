@@ -18,7 +18,7 @@ LM_HEAD = "language_model.lm_head.weight"
 
 @dataclass(slots=True)
 class Other:
-    """The final hidden states of another carried model, the twin or a suspect, at some of the model's positions."""
+    """The final hidden states of the bf16 baseline or of a suspect, at some of the model's positions."""
 
     hidden: torch.Tensor
     """`[n, hidden_size]` in the other model's dtype, after the final norm."""

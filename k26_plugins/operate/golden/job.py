@@ -20,18 +20,18 @@ from k26_plugins.common.prompt.tokenizer import KimiTokenizer
 from k26_plugins.common.reference.decoder import rms_norm
 from k26_plugins.operate.golden import memory
 from k26_plugins.operate.golden.embed import embed_prompts, embed_tokens, largest_number_of_patches
-from k26_plugins.operate.golden.file import Golden, GoldenPrompt
+from k26_plugins.operate.golden.file import FORMAT, Golden, GoldenPrompt
 from k26_plugins.operate.golden.head import Answers, Other, answers
 from k26_plugins.operate.golden.layers import Choice, Keys, Layer, Stream
 from k26_plugins.operate.golden.prompts import Prompt
 from k26_plugins.operate.golden.state import State
 from k26_plugins.operate.golden.variants import (
+    BASELINE,
     BY_NAME,
     MODEL,
     SUSPECT_IMAGES,
     SUSPECT_TEXTS,
     SUSPECT_TOKENS,
-    TWIN,
     VARIANTS,
     Variant,
 )
@@ -159,7 +159,7 @@ class GoldenJob:
             "top_ids": found.top_ids,
             "top_logprobs": found.top_logprobs,
             "target_logprobs": found.target_logprobs,
-            "twin_kl": found.kl[0],
+            "baseline_kl": found.kl[0],
             **(_stacked(choices) or {name: torch.empty(len(found.top_ids), 0, 0) for name in ("experts", "gaps")}),
         }
         for stream, values in zip(streams[1:], found.others, strict=True):
@@ -222,8 +222,8 @@ class GoldenJob:
             found = state.answers(number)
             assert found is not None, "every pass has ended"
             lengths = found["lengths"].tolist()
-            whole = ("top_ids", "top_logprobs", "target_logprobs", "twin_kl", "experts", "gaps", f"other.{TWIN}")
-            for name in whole:
+            whole = ("top_ids", "top_logprobs", "target_logprobs", "baseline_kl", "experts", "gaps")
+            for name in (*whole, f"other.{BASELINE}"):
                 for index, value in zip(found["active"].tolist(), found[name].split(lengths), strict=True):
                     parts[index].setdefault(name, []).append(value)
             for stream in self._streams(number, found["active"].tolist(), tokens)[2:]:
@@ -248,8 +248,8 @@ class GoldenJob:
                     top_ids=joined["top_ids"],
                     top_logprobs=joined["top_logprobs"],
                     next_logprobs=following,
-                    twin_logprobs=joined[f"other.{TWIN}"],
-                    twin_kl=joined["twin_kl"],
+                    baseline_logprobs=joined[f"other.{BASELINE}"],
+                    baseline_kl=joined["baseline_kl"],
                     experts=joined["experts"].to(torch.int16),
                     gaps=joined["gaps"],
                     suspects={name: value for name, value in joined.items() if name in BY_NAME and name != MODEL},
@@ -278,6 +278,7 @@ class GoldenJob:
         """Return a hash of everything that must be the same for a run to continue from a state."""
         inputs = {
             "version": __version__,
+            "format": FORMAT,
             "weights": self.fingerprint,
             "top_k": self.top_k,
             "passes": self.num_passes,

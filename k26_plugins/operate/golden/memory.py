@@ -48,7 +48,7 @@ class Carried:
     """The sizes of a run's prompts, from which its memory is worked out."""
 
     tokens: int
-    """Number of prompt tokens that the model computes; its bfloat16 twin computes as many."""
+    """Number of prompt tokens that the model computes; the bf16 baseline computes as many."""
     suspect_tokens: int
     """Number of prompt tokens that all suspects together compute, in float32."""
     longest: int
@@ -58,7 +58,7 @@ class Carried:
 
     @property
     def all_tokens(self) -> int:
-        """Number of tokens over all carried models: the model, its twin and the suspects."""
+        """Number of tokens over all carried models: the model, the bf16 baseline and the suspects."""
         return 2 * self.tokens + self.suspect_tokens
 
 

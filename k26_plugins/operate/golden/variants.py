@@ -1,8 +1,9 @@
 """Define the models that a golden run carries through the checkpoint side by side.
 
-They are the right model in float32; its twin in bfloat16, which shows what rounding alone does to each answer; and a
-few suspects, each the same model with one mistake that serving code has made or could make. The checkpoint is read once
-for all of them. An endpoint that answers as a suspect does, and not as the model does, has the suspect's mistake.
+They are the right model in float32; the bf16 baseline, the same model in bfloat16, which shows what rounding alone does
+to each answer; and a few suspects, each the same model with one mistake that serving code has made or could make. The
+checkpoint is read once for all of them. An endpoint that answers as a suspect does, and not as the model does, has the
+suspect's mistake.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from k26_plugins.common.model.config import TextConfig
 
 MODEL = "model"
-TWIN = "bfloat16"
+BASELINE = "bfloat16"
 # A suspect computes only the first tokens of the first prompts. That is enough to tell suspects apart, and cheap.
 SUSPECT_TOKENS = 96
 SUSPECT_TEXTS = 4
@@ -62,7 +63,7 @@ class Variant:
     @property
     def is_suspect(self) -> bool:
         """Whether this is a model with a mistake."""
-        return self.name not in (MODEL, TWIN)
+        return self.name not in (MODEL, BASELINE)
 
     @property
     def on_images_only(self) -> bool:
@@ -98,7 +99,7 @@ def _swap_shards(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 VARIANTS = (
     Variant(name=MODEL, meaning="the model"),
-    Variant(name=TWIN, meaning="the model, rounded as engines round", dtype=torch.bfloat16),
+    Variant(name=BASELINE, meaning="the model, rounded as engines round", dtype=torch.bfloat16),
     Variant(
         name="gate-up-swapped",
         meaning="gate and up projection of the routed experts are taken for each other",

@@ -1,8 +1,8 @@
 """Judge from the measured distances whether an endpoint is right, and what is probably wrong if it is not.
 
-Rounding sets the bounds: at each position the golden file has the distance of the reference in bfloat16 (the twin) from
-the reference in float32. An engine rounds at other points of its computation, so its bound is a few times that
-distance.
+Rounding sets the bounds: at each position the golden file has the distance of the bf16 baseline, the reference in
+bfloat16, from the reference in float32. An engine rounds at other points of its computation, so its bound is a few
+times that distance.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from k26_plugins.operate.verify.localize import (
 )
 from k26_plugins.operate.verify.measure import ANSWER, IMAGE, TEXT, Measured, Position
 
-# The median distance may be this many times the twin's. On CPUs and the tiny checkpoint vLLM 0.32.0 is at 0.9 (text),
-# 1.5 (images) and 1.0 (answers) times the twin's, SGLang 0.5.23 at 0.7, 0.6 and 0.8; the mildest seeded fault, YaRN's
-# factor halved, is above 10.
+# The median distance may be this many times the bf16 baseline's. On CPUs and the tiny checkpoint vLLM 0.32.0 is at 0.9
+# (text), 1.5 (images) and 1.0 (answers) times the baseline's, SGLang 0.5.23 at 0.7, 0.6 and 0.8; the mildest seeded
+# fault, YaRN's factor halved, is above 10.
 TYPICAL_FACTOR = 4.0
 TYPICAL_FLOOR = 2e-5
 # Bounds for positions far beyond rounding, as those are whose token was sent to other experts by rounding. Engines have
-# about as many of them as the twin has.
+# about as many of them as the baseline has.
 LARGE_FACTOR = 100.0
 LARGE_FLOOR = 1e-2
 LARGE_SHARE_FACTOR = 3.0
@@ -138,8 +138,8 @@ def _distributions(name: str, group: list[Position], bound: float) -> Check:
     # Positions of one kind may be noisier than all positions together.
     bound = max(bound, typical_bound(group))
     share = share_above([position.kl for position in group], large(bound))
-    twin = share_above([position.noise for position in group], large(bound))
-    allowed = allowed_share(LARGE_SHARE_FACTOR * twin + LARGE_SHARE_ALLOWANCE, len(group))
+    baseline = share_above([position.noise for position in group], large(bound))
+    allowed = allowed_share(LARGE_SHARE_FACTOR * baseline + LARGE_SHARE_ALLOWANCE, len(group))
     detail = (
         f"median KL {typical:.1e} (bound {bound:.1e}), mean {math.fsum(p.kl for p in group) / len(group):.1e}, above "
         f"{large(bound):.0e} at {share:.1%} of {len(group)} positions (bound {allowed:.1%})"

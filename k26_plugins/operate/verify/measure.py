@@ -29,7 +29,7 @@ class Position:
     kl: float
     """KL divergence from the reference to the endpoint."""
     noise: float
-    """KL divergence from the reference to its twin in bfloat16, over the same tokens."""
+    """KL divergence from the reference to the bf16 baseline, over the same tokens."""
     suspects: dict[str, float] = field(default_factory=dict)
     """KL divergence from each suspect (a model with a known mistake) to the endpoint, by the suspect's name."""
 
@@ -134,7 +134,7 @@ def _position(prompt: GoldenPrompt, number: int, index: int, kind: str, distribu
         index=index,
         kind=kind,
         kl=kl_of_reported(expected, distribution),
-        noise=kl_of_reported(expected, kept(prompt.twin_logprobs)),
+        noise=kl_of_reported(expected, kept(prompt.baseline_logprobs)),
         suspects={
             name: kl_of_reported(kept(logprobs), distribution)
             for name, logprobs in prompt.suspects.items()
