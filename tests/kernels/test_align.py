@@ -1,4 +1,4 @@
-"""Tests of the table of blocks that `moe_align_block_size` builds on the device, against its plain PyTorch twin."""
+"""Tests of the table of blocks that `moe_align_block_size` builds on the device, against its PyTorch reference."""
 
 from __future__ import annotations
 

@@ -312,7 +312,7 @@ int cudaLaunchHostFunc(Stream* stream, HostFunction function, void* argument) {
   return permitted(__func__) ? put_host_function(stream, function, argument) : kNotPermitted;
 }
 
-// The twins of AMD's runtime.
+// The same functions under the names of AMD's runtime.
 
 const char* hipGetErrorString(int error) { return cudaGetErrorString(error); }
 
