@@ -148,7 +148,10 @@ def place_kernel(
 
 
 def global_experts(expert_map: torch.Tensor | None, num_experts: int) -> int:
-    """Return how many expert ids there are: the length of the map, or without a map the number of local experts."""
+    """Return how many expert ids there are: the length of the map, or without a map the number of local experts.
+
+    expert_map: int32 `[num_global_experts]`, or None.
+    """
     return num_experts if expert_map is None else expert_map.shape[0]
 
 
@@ -179,9 +182,12 @@ def moe_align_block_size(
     says how many pairs each block has, so that nothing is padded.
 
     topk_ids: integers `[num_tokens, top_k]`, contiguous; −1, or any other number that names no expert, for none.
-    sorted_pairs: int32 `[num_pairs]`. blocks: int32 `[1 + max_blocks · 5]`: the number of blocks, then for each block
-    its expert, its first place in `sorted_pairs`, its number of pairs, its expert's first block, and its expert's
-    number of blocks. counts: int32 scratch memory of `counts_bytes`. dependent: as `launch_options` takes it.
+    expert_map: int32 `[num_global_experts]`, the local index of each global id, −1 for an expert of another rank; None
+    if the ids are local. num_experts: how many experts this rank has. sorted_pairs: int32 `[num_pairs]`, written.
+    blocks: int32 `[1 + 5 · max_blocks(num_pairs, num_experts, block_size)]`, written: the number of blocks, then for
+    each block its expert, its first place in `sorted_pairs`, its number of pairs, its expert's first block, and its
+    expert's number of blocks. counts: int32 scratch memory of `counts_bytes` bytes. All tensors are on one device.
+    dependent: as `launch_options` takes it.
     """
     num_pairs = topk_ids.numel()
     chosen = topk_ids, topk_ids if expert_map is None else expert_map
@@ -205,7 +211,10 @@ def moe_align_block_size(
 def moe_align_block_size_reference(
     topk_ids: torch.Tensor, expert_map: torch.Tensor | None, num_experts: int, block_size: int
 ) -> tuple[list[int], list[tuple[int, ...]]]:
-    """Return what `moe_align_block_size` writes, as lists: the sorted pairs of local experts, and the table's rows."""
+    """Return what `moe_align_block_size` writes, as lists: the sorted pairs of local experts, and the table's rows.
+
+    topk_ids: integers `[num_tokens, top_k]`. expert_map: integers `[num_global_experts]`, or None.
+    """
     local = topk_ids.flatten().tolist()
     if expert_map is not None:
         local = [expert_map[expert].item() if 0 <= expert < len(expert_map) else -1 for expert in local]

@@ -52,7 +52,8 @@ def batched_plan(
 ) -> Plan:
     """Return the plan for buffers of `max_tokens` tokens each.
 
-    expected: the mean number of tokens of an expert, because the host does not know their counts.
+    shape: the experts', which says how many buffers there are. expected: the mean number of tokens of an expert,
+    because the host does not know their counts. out_dtype: of `out`. The plan's `bytes` are those of the workspace.
     """
     choices = kernel_configs(device, shape)
     config = choices[INVARIANT if batch_invariant else least_work(choices, expected)]
@@ -81,9 +82,10 @@ def batched_experts(
     """Write down(silu(gate · x) · (up · x)) of the first `counts[e]` tokens in expert e's buffer to `out`.
 
     Other rows of `out` are not written. hidden_states: bfloat16 `[num_experts, max_tokens, hidden_size]`, contiguous.
-    counts: int32 `[num_experts]`, on the device. out: like hidden_states, of any floating dtype. expected: the mean
-    number of tokens of an expert. workspace: uint8, as many bytes as `batched_plan` says; by default it is allocated.
-    Raises ValueError for inputs of another shape, or too small a workspace.
+    counts: int32 `[num_experts]`, contiguous. out: `[num_experts, max_tokens, hidden_size]`, contiguous, of any
+    floating dtype. expected: the mean number of tokens of an expert. workspace: contiguous uint8, at least
+    `batched_plan(…).bytes` elements; by default it is allocated. All tensors are on the device of `experts`. Raises
+    ValueError for inputs of another shape or dtype, or too small a workspace.
     """
     shape = experts.shape
     expected_shape = (shape.num_experts, hidden_states.shape[1], shape.hidden_size)

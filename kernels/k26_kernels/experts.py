@@ -47,7 +47,11 @@ _REDUCE_BLOCK = 1024
 
 @dataclass(slots=True)
 class KernelExperts:
-    """A layer's experts in the kernels' layout: the checkpoint's tensors, rearranged in place."""
+    """A layer's experts in the kernels' layout: the checkpoint's tensors, rearranged in place.
+
+    `E` is the number of experts on this rank, `H` the hidden size and `I` this rank's part of the intermediate size.
+    All four tensors are contiguous and on one GPU.
+    """
 
     w13_packed: torch.Tensor
     """int32 `[E, 2 I, H / 8]`."""
@@ -66,7 +70,10 @@ class KernelExperts:
     ) -> KernelExperts:
         """Take over the checkpoint's tensors and rearrange them in place.
 
-        Raises ValueError for a device or sizes that the kernels do not support.
+        w13_packed: int32 `[E, 2 I, H / 8]`, the gate projection's rows, then the up projection's. w13_scale: bfloat16
+        `[E, 2 I, H / 32]`. w2_packed: int32 `[E, H, I / 8]`. w2_scale: bfloat16 `[E, H, I / 32]`. All are contiguous
+        and on the device that computes, a CUDA or ROCm GPU (or the CPU under Triton's interpreter). Raises ValueError
+        for a device that the kernels do not support, and unless H and I are multiples of 128.
         """
         experts = cls.from_repacked(w13_packed, w13_scale, w2_packed, w2_scale)
         repack(w13_packed, w13_scale, experts.device.target.fragment, gated=True)
@@ -77,7 +84,10 @@ class KernelExperts:
     def from_repacked(
         cls, w13_packed: torch.Tensor, w13_scale: torch.Tensor, w2_packed: torch.Tensor, w2_scale: torch.Tensor
     ) -> KernelExperts:
-        """Take over tensors that are in the kernels' layout already. Raises ValueError as `from_checkpoint` does."""
+        """Take over tensors that are in the kernels' layout already.
+
+        Shapes, dtypes, devices and errors are those of `from_checkpoint`.
+        """
         shape = Shape(w2_packed.shape[1], w2_packed.shape[2] * PACK_FACTOR, w13_packed.shape[0])
         return cls(w13_packed, w13_scale, w2_packed, w2_scale, device_of(w13_packed.device), shape)
 
@@ -187,7 +197,11 @@ def sections_of(sizes: dict[str, int]) -> tuple[dict[str, tuple[int, int]], int]
 
 
 def use_configs(device: Device, shape: Shape, configs: dict[str, Any]) -> None:
-    """Use measured configs for experts of this size in this process. Raises ValueError as `config.checked` does."""
+    """Use measured configs for experts of this size in this process. Raises ValueError as `config.checked` does.
+
+    device: as `device_of` returns it. shape: its number of experts does not matter. configs: for each of the config
+    names in configs/default.json the fields of a `KernelConfig`, as `dataclasses.asdict` gives them.
+    """
     measured[device, shape.hidden_size, shape.intermediate_size] = checked(configs, device.target.name, shape)
     make_plan.cache_clear()
 
@@ -199,9 +213,10 @@ def workspace_bytes(
     global_experts: int | None = None,
     batch_invariant: bool = False,
 ) -> int:
-    """Return the bytes of workspace that `fused_experts` needs for up to `num_tokens` tokens.
+    """Return the bytes of workspace that `fused_experts` needs for up to `num_tokens` tokens of `top_k` experts each.
 
-    global_experts: the length of the expert map; by default there is none.
+    The workspace is a uint8 tensor of at least so many elements on the device of `experts`. global_experts: the length
+    of the expert map; by default there is none. batch_invariant: as it will be passed to `fused_experts`.
     """
     shape, total = experts.shape, global_experts or experts.shape.num_experts
     # The bytes grow with the tokens, except where GEMMs may be cut along K and where float32 outputs end.
@@ -226,9 +241,10 @@ def fused_experts(
     """Return Σ weight · down(silu(gate · x) · (up · x)) over each token's local experts, `[num_tokens, hidden_size]`.
 
     hidden_states: bfloat16 `[num_tokens, hidden_size]`. topk_ids: integers `[num_tokens, top_k]`, −1 for none.
-    topk_weights: float32 `[num_tokens, top_k]`. expert_map: int32 `[num_global_experts]`, the local index of a global id
-    or −1; without it the ids are local. out: contiguous, of any floating dtype; by default a new bfloat16 tensor.
-    workspace: uint8, at least `workspace_bytes`; by default it is allocated.
+    topk_weights: float32 `[num_tokens, top_k]`. expert_map: int32 `[num_global_experts]`, the local index of a global
+    id or −1; without it the ids are local. out: contiguous `[num_tokens, hidden_size]`, of any floating dtype; by
+    default a new bfloat16 tensor. workspace: contiguous uint8, at least `workspace_bytes` elements; by default it is
+    allocated. All tensors are on the device of `experts`.
 
     The same inputs give the same bits at every call. With `batch_invariant` a token has the same bits in any batch,
     which is slower if an expert has many tokens. Raises ValueError for inputs of another shape or dtype, or too small a
@@ -263,7 +279,10 @@ def fused_experts(
 
 
 def enough_workspace(workspace: torch.Tensor | None, needed: int, device: torch.device) -> torch.Tensor:
-    """Return the caller's workspace, or a new one of `needed` bytes. Raises ValueError if the caller's is too small."""
+    """Return the caller's workspace, or a new one, uint8 `[needed]` on `device`.
+
+    Raises ValueError if the caller's is too small or not uint8.
+    """
     if workspace is None:
         return torch.empty(needed, dtype=torch.uint8, device=device)
     if workspace.dtype != torch.uint8 or workspace.numel() < needed:
@@ -285,6 +304,13 @@ class Launcher:
         topk_weights: torch.Tensor,
         expert_map: torch.Tensor | None,
     ) -> None:
+        """Keep the inputs of the launches, and cut the workspace into the plan's sections.
+
+        plan: for as many token–expert pairs as `topk_ids` has elements. workspace: contiguous uint8, at least
+        `plan.bytes` elements. topk_ids: integers `[num_tokens, top_k]`. topk_weights: float32 `[num_tokens, top_k]`.
+        expert_map: int32 `[num_global_experts]`, or None if the ids are local. All are contiguous and on the device of
+        `experts`.
+        """
         self.experts, self.plan = experts, plan
         self.topk_ids, self.topk_weights, self.expert_map = topk_ids, topk_weights, expert_map
         self.sections = {name: workspace[at : at + size] for name, (at, size) in plan.sections.items()}
@@ -294,11 +320,15 @@ class Launcher:
         self.options = launch_options(experts.device.target.dependent)
 
     def section(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """Return a part of the workspace, by its name in `Plan.sections`, as a tensor of this dtype."""
+        """Return a part of the workspace, by its name in `Plan.sections`, as a one-dimensional tensor of this dtype."""
         return self.sections[name].view(dtype)
 
     def run(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        """Launch everything for x `[num_tokens, hidden_size]`; `out` is of the same shape, and both are contiguous."""
+        """Launch everything that writes the routed sum of `x` to `out`.
+
+        x: bfloat16 `[num_tokens, hidden_size]`. out: `[num_tokens, hidden_size]`, of any floating dtype. Both are
+        contiguous and on the device of the experts.
+        """
         plan, shape = self.plan, self.experts.shape
         num_pairs, hidden_size = plan.num_pairs, shape.hidden_size
         if plan.sorted:
@@ -344,7 +374,11 @@ class Launcher:
         epilogue: str,
         split_k: int,
     ) -> None:
-        """Launch `moe_gemm_kernel` with these arguments; x has a row for each `pairs_per_x` pairs."""
+        """Launch `moe_gemm_kernel` with these arguments.
+
+        x: bfloat16, one row of K inputs for each `pairs_per_x` pairs. packed: int32 `[E, N, K / 8]`. scale: bfloat16
+        `[E, N, K / 32]`. out: in the shape and dtype that `moe_gemm_kernel` lists for the epilogue. All are contiguous.
+        """
         plan, device = self.plan, self.experts.device
         out_features, in_features = packed.shape[1], packed.shape[2] * PACK_FACTOR
         tiles = plan.max_blocks * (out_features // config.BLOCK_SIZE_N) * split_k

@@ -79,13 +79,14 @@ def row_order(out_features: int, gated: bool, device: torch.device) -> torch.Ten
 def repack(packed: torch.Tensor, scale: torch.Tensor, fragment: str, *, gated: bool) -> None:
     """Rearrange the checkpoint's `packed` and `scale` in place, with a copy of one expert's matrix as scratch memory.
 
-    fragment: a name in FRAGMENTS. gated: whether the matrix is w13. Raises ValueError as `check_sizes` does.
+    packed: int32 `[E, N, K / 8]`. scale: bfloat16 `[E, N, K / 32]`. Both are on one device, a GPU or a CPU. fragment: a
+    name in FRAGMENTS. gated: whether the matrix is w13. Raises ValueError unless N is a multiple of 64 and K of 128.
     """
     _rearrange(packed, scale, FRAGMENTS[fragment], gated, inverse=False)
 
 
 def restore(packed: torch.Tensor, scale: torch.Tensor, fragment: str, *, gated: bool) -> None:
-    """Undo `repack`, in place. Arguments and errors are those of `repack`."""
+    """Undo `repack`, in place: `packed` and `scale` keep their shapes and dtypes. Arguments and errors are as there."""
     _rearrange(packed, scale, FRAGMENTS[fragment], gated, inverse=True)
 
 

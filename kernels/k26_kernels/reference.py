@@ -12,9 +12,9 @@ from k26_kernels.layout import GROUP_SIZE, restore
 def dequantize_reference(
     packed: torch.Tensor, scale: torch.Tensor, fragment: str, dtype: torch.dtype = torch.bfloat16, *, gated: bool
 ) -> torch.Tensor:
-    """Return the matrices of all experts, `[E, N, K]`, dequantized in plain PyTorch from copies of the stored tensors.
+    """Return the matrices of all experts, `[E, N, K]` in `dtype`, dequantized from copies of the stored tensors.
 
-    fragment, gated: as for `repack`.
+    packed: int32 `[E, N, K / 8]`. scale: bfloat16 `[E, N, K / 32]`. fragment, gated: as for `repack`.
     """
     packed, scale = packed.clone(), scale.clone()
     restore(packed, scale, fragment, gated=gated)
