@@ -80,7 +80,7 @@ class LayerSizes(NamedTuple):
 
 @dataclass(slots=True)
 class ExpertWeights:
-    """The experts of a layer that live on this rank, each field of `Expert` stacked to `[E, ...]`.
+    """The experts of a layer that live on this rank, each field of `Expert` stacked to `[E, ...]`, on one device.
 
     Under tensor parallelism `I` is this rank's part, which cuts the rows of w13 (of gate and up each) and the columns
     of w2. Raises ExpertsError, when it is created, for tensors of another dtype or shape.
@@ -213,9 +213,11 @@ class RoutedExperts(ABC):
     ) -> torch.Tensor:
         """Return the routed sum, `[num_tokens, hidden_size]` in the dtype of `hidden_states`, or in `out` if given.
 
-        hidden_states: `[num_tokens, hidden_size]`. topk_ids: `[num_tokens, top_k]` integers, −1 for no expert.
-        topk_weights: `[num_tokens, top_k]` float32. expert_map: `[num_global_experts]`, the local index of a global id
-        or −1; without it the ids are local. workspace: uint8, at least `workspace_bytes`.
+        hidden_states: `[num_tokens, hidden_size]`, of a floating dtype; most backends round it to bfloat16. topk_ids:
+        integers `[num_tokens, top_k]`, −1 for no expert. topk_weights: float32 `[num_tokens, top_k]`. expert_map:
+        integers `[num_global_experts]`, the local index of a global id or −1; without it the ids are local. out:
+        `[num_tokens, hidden_size]`, of a floating dtype; by default a new tensor on the device of `hidden_states`.
+        workspace: uint8, at least `workspace_bytes` elements, on the device of the weights.
 
         Any other number that names no expert, in the ids or in the map, counts as −1 on every backend, as it does in
         vLLM's own kernels: padded rows of a batch may hold anything, and raising an error would make the host wait for
@@ -289,8 +291,9 @@ class ExpertsBackend(RoutedExperts):
     ) -> torch.Tensor:
         """Check the batch, convert it to the form in which every backend takes it, and compute it.
 
-        The checks read no values, and a tensor that already has that form is used as it is; then the preparation
-        launches nothing on a device and does not wait for it.
+        Arguments and result are those of `RoutedExperts.apply`. A tensor on another device than the weights is copied
+        to theirs. The checks read no values, and a tensor that already has that form is used as it is; then the
+        preparation launches nothing on a device and does not wait for it.
         """
         batch = self._batch(hidden_states, topk_ids, topk_weights, expert_map, out, workspace)
         self._forward(batch)
@@ -305,7 +308,10 @@ class ExpertsBackend(RoutedExperts):
         expert_map: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
     ) -> Callable[[], torch.Tensor]:
-        """Start `apply` and return a function that waits for its result. The arguments must not change until then."""
+        """Start `apply` and return a function that waits for its result. The arguments must not change until then.
+
+        Arguments and result are those of `RoutedExperts.apply`.
+        """
         batch = self._batch(hidden_states, topk_ids, topk_weights, expert_map, out, None)
         wait_for_forward = self._start_forward(batch)
 
@@ -361,9 +367,11 @@ class ExpertsBackend(RoutedExperts):
 
         Tokens come in such buffers from DeepEP's low-latency dispatch, for example.
 
-        hidden_states: `[num_experts, max_tokens, hidden_size]`, contiguous. counts: int32 `[num_experts]`, the number
-        of tokens in each buffer. out: as hidden_states; its rows beyond an expert's tokens are undefined. expected: the
-        mean number of tokens of an expert, by which a backend may choose its code path.
+        hidden_states: `[num_experts, max_tokens, hidden_size]`, contiguous, of a floating dtype; most backends round it
+        to bfloat16. counts: int32 `[num_experts]`, the number of tokens in each buffer. out: contiguous
+        `[num_experts, max_tokens, hidden_size]`, of a floating dtype; its rows beyond an expert's tokens are undefined.
+        All are on the device of the weights. expected: the mean number of tokens of an expert, by which a backend may
+        choose its code path.
         """
         del expected
         num_experts, max_tokens, hidden_size = hidden_states.shape
@@ -377,8 +385,10 @@ class ExpertsBackend(RoutedExperts):
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the repacked weights by name, each contiguous `[E, ...]`; an expert's rows need no other expert's.
 
-        An engine may register these tensors as parameters and move an expert's rows between ranks (EPLB): the results
-        follow the rows. The dict is empty for a backend that keeps its weights to itself.
+        The names are those of the fields of `Expert`. Dtypes are int32 for packed weights and bfloat16 for scales;
+        shapes beyond the first dimension are the backend's own. An engine may register these tensors as parameters and
+        move an expert's rows between ranks (EPLB): the results follow the rows. The dict is empty for a backend that
+        keeps its weights to itself.
         """
 
     @classmethod
@@ -406,7 +416,10 @@ def check_shapes(
     expert_map: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> None:
-    """Raise ExpertsError, which names the tensor, unless the shapes are those that `RoutedExperts.apply` takes."""
+    """Raise ExpertsError, which names the tensor, unless the shapes are those that `RoutedExperts.apply` takes.
+
+    Dtypes and devices are not checked.
+    """
     if topk_ids.dim() != 2:
         raise ExpertsError(f"topk_ids has shape {list(topk_ids.shape)}, expected [num_tokens, top_k].")
     num_tokens, top_k = topk_ids.shape
@@ -433,7 +446,7 @@ def _laid_out(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) ->
 
 
 def as_int32(ids: torch.Tensor) -> torch.Tensor:
-    """Return ids as int32, the only width that kernels take.
+    """Return ids of any shape as int32, the only width that kernels take, on the same device.
 
     Wider numbers are clamped: if a number that names no expert were cut to 32 bits, it could become an expert's id.
     """
@@ -447,7 +460,8 @@ def as_int32(ids: torch.Tensor) -> torch.Tensor:
 def local_ids(topk_ids: torch.Tensor, expert_map: torch.Tensor | None, num_experts: int) -> torch.Tensor:
     """Return int64 local ids, in the shape of `topk_ids`: −1 for no expert and for an expert of another rank.
 
-    num_experts: how many experts this rank has.
+    topk_ids: integers of any shape. expert_map: integers `[num_global_experts]`, on the same device, or None if the ids
+    are local. num_experts: how many experts this rank has.
     """
     local = topk_ids.long()
     if expert_map is not None:
@@ -460,7 +474,11 @@ def local_ids(topk_ids: torch.Tensor, expert_map: torch.Tensor | None, num_exper
 def tokens_by_expert(
     topk_ids: torch.Tensor, expert_map: torch.Tensor | None, num_experts: int
 ) -> list[tuple[int, torch.Tensor]]:
-    """Return (index, token–expert pairs) of each local expert with tokens, in order; a pair is token · top_k + k."""
+    """Return (index, token–expert pairs) of each local expert with tokens, in order; a pair is token · top_k + k.
+
+    topk_ids: integers `[num_tokens, top_k]`. expert_map, num_experts: as for `local_ids`. The pairs of an expert are
+    int64 `[num_pairs]`, in ascending order.
+    """
     local = local_ids(topk_ids, expert_map, num_experts).flatten()
     order = torch.argsort(local, stable=True)
     # Pairs with −1 sort first and are dropped.

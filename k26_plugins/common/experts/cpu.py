@@ -47,7 +47,7 @@ class PackedLayout:
     interleaved: bool
 
     def pack(self, packed: torch.Tensor) -> torch.Tensor:
-        """Return bytes `[N / block, K, block / 2]` for the checkpoint's int32 `[N, K / 8]`."""
+        """Return uint8 `[N / block, K, block / 2]` for the checkpoint's int32 `[N, K / 8]`."""
         rows = packed.shape[0]
         source = packed.contiguous().view(torch.uint8).view(rows // self.block, self.block, -1)
         if self.interleaved:
@@ -59,7 +59,10 @@ class PackedLayout:
         return torch.stack((even, odd), dim=-1).flatten(-2).transpose(1, 2).contiguous()
 
     def unpack(self, stored: torch.Tensor, rows: int) -> torch.Tensor:
-        """Return int32 `[E, N, K / 8]` for the packed bytes of E experts with N = `rows`, as the inverse of `pack`."""
+        """Return int32 `[E, N, K / 8]` for the packed bytes of E experts with N = `rows`, as the inverse of `pack`.
+
+        stored: a tensor `[E, …]` of any dtype that holds these bytes.
+        """
         blocks = stored.contiguous().view(torch.uint8).reshape(len(stored), rows // self.block, -1, self.block // 2)
         pairs = blocks.transpose(2, 3).unflatten(-1, (-1, 2))  # [E, blocks, block / 2, K / 2, (even, odd)]
         low = (pairs[..., 0] & 0xF) | (pairs[..., 1] << 4)
@@ -70,7 +73,7 @@ class PackedLayout:
     def dequantize(self, tile: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """Return weights `[blocks, K, block]` in the dtype of `scale`.
 
-        tile: bytes `[blocks, K, block / 2]`. scale: `[blocks, K / 32, block]`.
+        tile: uint8 `[blocks, K, block / 2]`. scale: bfloat16 or float32 `[blocks, K / 32, block]`.
         """
         low, high = tile & 0xF, tile >> 4
         nibbles = torch.stack((low, high), -1).flatten(-2) if self.interleaved else torch.cat((low, high), -1)
@@ -119,7 +122,11 @@ class Int4Matrix:
         return cls(packed, scale_and_zero, layout)
 
     def restore(self, packed: torch.Tensor, scale_and_zero: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the checkpoint's packed weights and scales for some experts' `packed` and `scale_and_zero`."""
+        """Return the checkpoint's packed weights, int32 `[E, N, K / 8]`, and scales, bfloat16 `[E, N, K / 32]`.
+
+        packed: int32 `[E, N, K / 8]`, bytes in the layout. scale_and_zero: bfloat16 `[E, K / 32, N, 2]`. Both hold the
+        same E experts, which may be any of the matrix's.
+        """
         return self.layout.unpack(packed, self.rows), scale_and_zero[..., 0].transpose(1, 2)
 
     def gemm(self, expert: int, x: torch.Tensor) -> torch.Tensor:
@@ -186,7 +193,7 @@ class CpuExperts(ExpertsBackend):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> Self:
-        """Take over matrices that are in the operator's layout."""
+        """Take over matrices that are in the operator's layout, in the shapes and dtypes of `tensors()`."""
         layout = packed_layout()
         assert layout is not None, "they were repacked in this layout"
         return cls(
@@ -195,7 +202,11 @@ class CpuExperts(ExpertsBackend):
         )
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return the operator's packed weights, and the scales with a zero point beside each."""
+        """Return the operator's packed weights, int32, and the scales with a zero point beside each, bfloat16.
+
+        The shapes are `[E, 2 I, H / 8]` and `[E, H / 32, 2 I, 2]` for w13, `[E, H, I / 8]` and `[E, I / 32, H, 2]` for
+        w2.
+        """
         return {
             "w13_packed": self.w13.packed,
             "w13_scale": self.w13.scale_and_zero,

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 Result = Callable[[], torch.Tensor]
-"""A function that waits for a routed sum and returns it, on the device or on the host."""
+"""A function that waits for a routed sum `[num_tokens, hidden_size]` and returns it, on the device or on the host."""
 
 
 class Deferral:
@@ -30,7 +30,11 @@ class Deferral:
     def split(
         self, layer: int, topk_ids: torch.Tensor, topk_weights: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return two copies of `topk_ids`: with −1 for each deferred expert, and with −1 for each other one."""
+        """Return two copies of `topk_ids`: with −1 for each deferred expert, and with −1 for each other one.
+
+        topk_ids: integers `[num_tokens, top_k]`. topk_weights: floats `[num_tokens, top_k]`. Both are on one device.
+        The copies have the shape, dtype and device of `topk_ids`.
+        """
         count = 0 if layer == self.last_layer else min(self.per_token, topk_ids.shape[1])
         least = topk_weights.topk(count, largest=False).indices
         is_deferred = torch.zeros_like(topk_ids, dtype=torch.bool).scatter_(1, least, True)

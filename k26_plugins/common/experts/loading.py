@@ -114,10 +114,10 @@ def load_experts(
 ) -> Generator[tuple[str, torch.Tensor], None, None]:
     """Load the routed experts among the weights into the layers' parameters, and yield all other weights.
 
-    layers: this rank's layers, by their number in the model. A layer that serves is opened at its first tensor and
-    closed at the end, even if the loading fails; a layer that was open already is left to the engine to close. When a
-    whole checkpoint is loaded, experts in host memory are repacked as soon as the last tensor of their layer has
-    arrived.
+    weights: names and tensors in the checkpoint's shapes and dtypes (`tensor_table`), on any device. layers: this
+    rank's layers, by their number in the model. A layer that serves is opened at its first tensor and closed at the
+    end, even if the loading fails; a layer that was open already is left to the engine to close. When a whole
+    checkpoint is loaded, experts in host memory are repacked as soon as the last tensor of their layer has arrived.
     """
     names = expert_names(config)
     opened: dict[int, ExpertsOfLayer] = {}

@@ -27,6 +27,12 @@ def routed_experts(
 ) -> None:
     """Write the routed sum `[num_tokens, hidden_size]` to `out`, with weights that `backend` has repacked.
 
+    out: a floating dtype `[num_tokens, hidden_size]`. hidden_states: a floating dtype `[num_tokens, hidden_size]`, most
+    often bfloat16. topk_weights: float32 `[num_tokens, top_k]`. topk_ids: integers `[num_tokens, top_k]`. expert_map:
+    integers `[num_global_experts]` or None. w13_packed, w2_packed: int32 `[E, …]`; w13_scale, w2_scale: bfloat16
+    `[E, …]`, all as the `tensors()` of the backend. workspace: uint8, at least `RoutedExperts.workspace_bytes`
+    elements, or None. All are on one device.
+
     The owner of the weights may move or overwrite them between two calls, because the operator keeps nothing of them.
     """
     tensors = {"w13_packed": w13_packed, "w13_scale": w13_scale, "w2_packed": w2_packed, "w2_scale": w2_scale}
@@ -58,6 +64,7 @@ def held_experts(
 ) -> None:
     """Write the routed sum to `out` like `routed_experts`, for experts whose weights no engine can hold.
 
-    Such weights are a library's own copies, or lie in another memory. number: as `number_of` gave it.
+    Such weights are a library's own copies, or lie in another memory. Shapes and dtypes are those of `routed_experts`.
+    number: as `number_of` gave it.
     """
     _holders[number].apply(hidden_states, topk_ids, topk_weights, expert_map=expert_map, out=out)

@@ -104,7 +104,10 @@ class LayerExperts:
         return self.layer.get_parameter(PACKED_NAMES[0]).device.type == "cpu"
 
     def place(self, projection: str, part: str) -> torch.Tensor | None:
-        """Return the tensor `[num_experts, N, K]` to which a loader may copy tensors of a kind while the layer is open.
+        """Return the tensor to which a loader may copy tensors of a kind while the layer is open.
+
+        The tensor is a view, int32 `[num_experts, N, K / 8]` for packed weights or bfloat16 `[num_experts, N, K / 32]`
+        for scales.
 
         Returns None if the parameter's `weight_loader` is no longer the one that it was created with: then each tensor
         must be given to the one that replaced it. projection: gate, up or down. part: packed or scale.
@@ -193,7 +196,9 @@ class LayerExperts:
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the parameters with which the closed layer serves, by the names of `ExpertsBackend.tensors()`.
 
-        The dict is empty for a backend that keeps its weights to itself. Raises ExpertsError while the layer is open.
+        The packed weights are int32 and the scales bfloat16, `[num_experts, …]` in the backend's own shapes, on
+        `device`. The dict is empty for a backend that keeps its weights to itself. Raises ExpertsError while the layer
+        is open.
         """
         if self.is_open:
             raise ExpertsError("a layer's experts were asked while its weights are loaded: end the update first.")
@@ -202,9 +207,10 @@ class LayerExperts:
         return {name: getattr(self.layer, f"k26_{name}") for name in Expert._fields}
 
     def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the repacked w13 and w2 for an engine that passes them on.
+        """Return the repacked w13 and w2, both int32 `[num_experts, …]`, for an engine that passes them on.
 
-        For a backend that keeps its weights to itself both tensors are empty, `[num_experts, 0]`.
+        For a backend that keeps its weights to itself both tensors are empty, `[num_experts, 0]`, of torch's default
+        dtype.
         """
         tensors = self.tensors()
         if not tensors:
@@ -236,7 +242,10 @@ class LayerExperts:
         expert_map: torch.Tensor | None = None,
         workspace: torch.Tensor | None = None,
     ) -> None:
-        """Write the routed sum to `out`. Shapes are those of `RoutedExperts.apply`."""
+        """Write the routed sum to `out`, `[num_tokens, hidden_size]` in any floating dtype.
+
+        Shapes, dtypes and devices of all arguments are those of `RoutedExperts.apply`.
+        """
         tensors = self.tensors()
         if not tensors:
             held_experts(out, hidden_states, topk_weights, topk_ids, expert_map, self._number)
@@ -247,7 +256,10 @@ class LayerExperts:
     def apply_by_expert(
         self, out: torch.Tensor, hidden_states: torch.Tensor, counts: torch.Tensor, expected: float
     ) -> None:
-        """Write each expert's results for its buffer to `out`. Shapes are those of `ExpertsBackend.apply_by_expert`."""
+        """Write each expert's results for its buffer to `out`.
+
+        Shapes, dtypes and devices of all arguments are those of `ExpertsBackend.apply_by_expert`.
+        """
         self.backend().apply_by_expert(hidden_states, counts, out, expected=expected)
 
     def _packed(self) -> ExpertWeights:

@@ -30,7 +30,7 @@ def reference_experts(
     """Return the routed sum `[num_tokens, hidden_size]`, in float64 if `hidden_states` is float64, else in float32.
 
     `expert(index)` is called once for each expert that a token chose, so that experts can be read one by one from a
-    mapped checkpoint. Shapes are those of `ExpertsBackend.apply`.
+    mapped checkpoint. Shapes and dtypes are those of `RoutedExperts.apply`.
     """
     dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
     return routed_sum(
@@ -44,7 +44,7 @@ def reference_experts(
 
 
 def dense_matrices(packed: Expert, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return an expert's dequantized w13 `[2 I, H]` and w2 `[H, I]`."""
+    """Return an expert's dequantized w13 `[2 I, H]` and w2 `[H, I]`, both in `dtype`."""
     w13 = dequantize(packed.w13_packed, packed.w13_scale, dtype)
     return w13, dequantize(packed.w2_packed, packed.w2_scale, dtype)
 
@@ -59,6 +59,7 @@ def routed_sum(
 ) -> torch.Tensor:
     """Return the routed sum `[num_tokens, hidden_size]` of experts that are given as dense matrices.
 
+    x: float32 or float64 `[num_tokens, hidden_size]`. topk_ids, topk_weights, expert_map: as for `RoutedExperts.apply`.
     matrices: returns w13 `[2 I, H]` and w2 `[H, I]` of an expert, in the dtype of `x`, which is also the result's.
     """
     weights = topk_weights.to(x.dtype).flatten()

@@ -159,7 +159,10 @@ class TritonExperts(ExpertsBackend):
     def apply_by_expert(
         self, hidden_states: torch.Tensor, counts: torch.Tensor, out: torch.Tensor, *, expected: float
     ) -> None:
-        """Compute each expert for its buffer: the table of blocks comes from the counts, without sorting."""
+        """Compute each expert for its buffer: the table of blocks comes from the counts, without sorting.
+
+        Shapes and dtypes are those of `ExpertsBackend.apply_by_expert`.
+        """
         from k26_kernels import batched_experts
 
         batched_experts(

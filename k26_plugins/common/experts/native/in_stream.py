@@ -87,9 +87,10 @@ class ExpertsInStream:
     ) -> Callable[[], torch.Tensor]:
         """Put the work into the current stream, and return a function that puts the wait for it there.
 
-        That function returns the routed sum, on the device. Shapes are those of `RoutedExperts.apply`; the tensors are
-        on the device, and their shapes were checked. deferred: whether other work is submitted to the stream before
-        this work is waited for. Raises ExpertsError if work that was put into a stream before did not end in time.
+        That function returns the routed sum on the device, in the dtype of `hidden_states`. Shapes and dtypes are those
+        of `RoutedExperts.apply`; the tensors are on the device, and their shapes were checked. deferred: whether other
+        work is submitted to the stream before this work is waited for. Raises ExpertsError if work that was put into a
+        stream before did not end in time.
         """
         threads = process_threads()
         threads.check_streams()
