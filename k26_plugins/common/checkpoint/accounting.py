@@ -24,8 +24,9 @@ def account(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the weights unchanged, and check each tensor against the table.
 
-    Raises CheckpointError for a tensor that is extra, repeated, or of a wrong shape or dtype, and, after the last one,
-    for tensors that are missing. is_expected: returns False for a tensor that the loader may leave out.
+    weights: names and tensors as an engine's loader delivers them, on any device. Raises CheckpointError for a tensor
+    that is extra, repeated, or of a wrong shape or dtype, and, after the last one, for tensors that are missing.
+    is_expected: returns False for a tensor that the loader may leave out.
     """
     names = expert_names(config)
     seen: set[str] = set()

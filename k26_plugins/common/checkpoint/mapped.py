@@ -80,7 +80,7 @@ def mapped_tensors(
     on_bytes: Callable[[int], None] = lambda count: None,
     window_bytes: int = WINDOW_BYTES,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every tensor of the files with its name, as a view of the mapped file.
+    """Yield every tensor of the files with its name, as a view of the mapped file in the stored shape and dtype.
 
     is_read: returns whether the bytes of the named tensor will be touched; other tensors are not read ahead. By default
     all are. on_bytes: called with the length of each window once all its tensors were consumed. Raises CheckpointError

@@ -65,14 +65,20 @@ class StreamedCheckpoint:
             os.close(descriptor)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Return the tensor `name` in the table's dtype, in memory of its own. Raises CheckpointError."""
+        """Return the tensor `name` in the table's shape and dtype, in host memory of its own.
+
+        Raises CheckpointError.
+        """
         spec = self._spec(name)
         out = torch.empty(spec.shape, dtype=TORCH_DTYPES[self._place(name).dtype])
         self._read(name, 0, out)
         return out.to(TORCH_DTYPES[spec.dtype])
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Return rows `start` to `stop` (exclusive) of a tensor along its first dimension. Raises CheckpointError."""
+        """Return rows `start` to `stop` (exclusive) of a tensor along its first dimension, `[stop − start, …]`.
+
+        The rows have the table's dtype and host memory of their own. Raises CheckpointError.
+        """
         spec = self._spec(name)
         out = torch.empty((stop - start, *spec.shape[1:]), dtype=TORCH_DTYPES[spec.dtype])
         self._read(name, start * (spec.num_bytes // spec.shape[0]), out)

@@ -58,9 +58,10 @@ class ShardError(ValueError):
 def shard(tensor: torch.Tensor, spec: TensorSpec, rank: int, size: int) -> torch.Tensor:
     """Return the part of the whole `tensor` that tensor-parallel `rank` of `size` ranks holds.
 
-    The part is a view if the tensor has one block (`shard_blocks` 1). A row-parallel matrix (`shard_dim` 1) gives
-    partial sums, which the ranks add up; its bias is not sharded and is added once. Raises ShardError if `size` does
-    not divide the dimension.
+    tensor: in the shape of `spec`, of any dtype and on any device. The part has the same dtype and device; its length
+    along `spec.shard_dim` is divided by `size`. The part is a view if the tensor has one block (`shard_blocks` 1). A
+    row-parallel matrix (`shard_dim` 1) gives partial sums, which the ranks add up; its bias is not sharded and is added
+    once. Raises ShardError if `size` does not divide the dimension.
     """
     if spec.shard_dim is None or size == 1:
         return tensor

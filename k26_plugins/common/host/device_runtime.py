@@ -69,7 +69,8 @@ class DeviceRuntime:
     def copy(self, stream: int, target: torch.Tensor, source: torch.Tensor, *, to_host: bool) -> None:
         """Enqueue on the stream a copy of `source` to the beginning of `target`. Raises DeviceRuntimeError.
 
-        source: contiguous. to_host: the copy goes from the device to the host, else from the host to the device.
+        source: contiguous, of any shape and dtype. target: at least as many bytes. to_host: the copy goes from the
+        device to the host, else from the host to the device.
         """
         size, kind = ctypes.c_size_t(source.nbytes), ctypes.c_int(TO_HOST if to_host else TO_DEVICE)
         addresses = (ctypes.c_void_p(target.data_ptr()), ctypes.c_void_p(source.data_ptr()))

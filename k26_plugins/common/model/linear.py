@@ -29,7 +29,7 @@ class Linear(nn.Linear):
     """`torch.nn.Linear` that computes by `linear`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return `[..., out_features]` for x `[..., in_features]`."""
+        """Return `[..., out_features]` for x `[..., in_features]`, in the dtype of x and the weight."""
         return linear(x, self.weight, self.bias)
 
 

@@ -24,7 +24,10 @@ class Frame:
 
 
 def unpatchify(patches: npt.NDArray[np.uint8], grid_thw: tuple[int, int, int]) -> npt.NDArray[np.uint8]:
-    """Join patches `[t · h · w, 3, patch, patch]` to frames `[t, h · patch, w · patch, 3]`, padding included."""
+    """Join patches, uint8 `[t · h · w, 3, patch, patch]`, to frames, uint8 `[t, h · patch, w · patch, 3]`.
+
+    The frames include the padding. grid_thw: (t, h, w), the number of frames and of rows and columns of patches.
+    """
     frames, grid_h, grid_w = grid_thw
     patch = patches.shape[-1]
     cut = patches.reshape(frames, grid_h, grid_w, 3, patch, patch)

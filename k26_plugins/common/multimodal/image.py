@@ -242,7 +242,8 @@ def media_resize(frames: Sequence[Image.Image], config: MediaConfig, *, is_video
 def patchify(frames: Sequence[Image.Image], resize: Resize, config: MediaConfig) -> npt.NDArray[np.uint8]:
     """Resize frames, pad them with 0 and cut them into patches.
 
-    Returns uint8 `[frames · grid_h · grid_w, 3, patch, patch]`, frame by frame, row by row.
+    frames: of one size. resize: theirs, as `media_resize` returns it. Returns uint8
+    `[frames · grid_h · grid_w, 3, patch, patch]`, frame by frame, row by row.
     """
     patch = config.patch_size
     size = (resize.width, resize.height)

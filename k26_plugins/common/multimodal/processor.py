@@ -47,7 +47,7 @@ class MediaProcessor:
         """Return the vision tower's input for the media, as a dict. Raises MediaError.
 
         `pixel_values`: `[Σ t · h · w, 3, patch, patch]`, float32, or raw uint8 without `do_normalize`. `grid_thws`:
-        int64 `[num_media, 3]`.
+        int64 `[num_media, 3]`, frames, rows and columns of patches. Both are in host memory.
         """
         with metrics.preprocessing():
             return self._preprocess(medias, do_normalize=do_normalize)

@@ -82,8 +82,9 @@ class VideoChunk:
     timestamp: str
     """The time of its first frame, as text."""
     patches: npt.NDArray[np.uint8]
-    """uint8 `[t · grid_h · grid_w, 3, patch, patch]`."""
+    """uint8 `[t · grid_h · grid_w, 3, patch, patch]`, not normalized."""
     grid_thw: tuple[int, int, int]
+    """Number of frames, and of rows and columns of patches."""
     num_tokens: int
 
     @property

@@ -1,9 +1,9 @@
 """The text decoder in plain PyTorch: the definition of the model, with which every engine's results are compared.
 
-It computes one sequence, without a batch dimension. In the shapes, `T` is the number of tokens, `H` the hidden size,
-`N` the number of attention heads, `C` kv_lora_rank and `R` qk_rope_head_dim. Weights are views of the mapped
-checkpoint. Each routed expert is read when a token chooses it, so that the published 594 GB can be computed with little
-memory.
+It computes one sequence, without a batch dimension, on the CPU. In the shapes, `T` is the number of tokens, `H` the
+hidden size, `N` the number of attention heads, `C` kv_lora_rank and `R` qk_rope_head_dim. Activations have the dtype
+that `TextModel` was given, bfloat16 by default. Weights are views of the mapped checkpoint. Each routed expert is read
+when a token chooses it, so that the published 594 GB can be computed with little memory.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class KVCache:
     A run that computes one layer after the other serves only some.
     """
     latent: torch.Tensor = field(init=False)
-    """`[layers, max_tokens, C]`."""
+    """`[layers, max_tokens, C]` in `dtype`."""
     k_rope: torch.Tensor = field(init=False)
-    """`[layers, max_tokens, R]`."""
+    """`[layers, max_tokens, R]` in `dtype`."""
 
     def __post_init__(self) -> None:
         if self.layers is None:
@@ -51,7 +51,7 @@ class KVCache:
         self.k_rope = torch.zeros(*shape, self.config.qk_rope_head_dim, dtype=self.dtype)
 
     def of_layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the latents `[max_tokens, C]` and the keys `[max_tokens, R]` of a decoder layer, as views."""
+        """Return the latents `[max_tokens, C]` and the keys `[max_tokens, R]` of a decoder layer, views in `dtype`."""
         assert self.layers is not None, "set when it is made"
         index = self.layers.index(layer)
         return self.latent[index], self.k_rope[index]
@@ -60,7 +60,8 @@ class KVCache:
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Apply root-mean-square norm over the last dimension in float32, then the weight in the dtype of `x`.
 
-    A float64 `x` is normalized in float64.
+    x: `[..., D]`, of a floating dtype; a float64 `x` is normalized in float64. weight: `[D]`, in the dtype of `x`, in
+    which the result, of the shape of `x`, is too.
     """
     compute = x.double() if x.dtype == torch.float64 else x.float()
     normed = compute * torch.rsqrt(compute.square().mean(-1, keepdim=True) + eps)
@@ -86,7 +87,7 @@ class Attention:
         self.o_proj = weights(f"{prefix}.o_proj.weight")
 
     def forward(self, x: torch.Tensor, cache: KVCache, *, absorbed: bool) -> torch.Tensor:
-        """Return attention's output `[T, H]` for x `[T, H]`, and append the tokens to the cache.
+        """Return attention's output `[T, H]` for x `[T, H]`, in the dtype of `x`, and append the tokens to the cache.
 
         The tokens attend to the cached ones and causally to each other. absorbed: whether queries are projected into
         the latent's space, instead of latents into keys and values.
@@ -160,7 +161,7 @@ class SwiGLU:
         self.down_proj = weights(f"{prefix}.down_proj.weight")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the output, of the same shape, for x `[T, H]`."""
+        """Return the output for x `[T, H]`, in the shape and dtype of `x`."""
         return linear(F.silu(linear(x, self.gate_proj)) * linear(x, self.up_proj), self.down_proj)
 
 
@@ -189,7 +190,7 @@ class MoE:
         )
 
     def choose(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the weights (float32) and ids (int64) of the experts for x `[T, H]`.
+        """Return the weights (float32) and ids (int64) of the experts for x `[T, H]`, of any floating dtype.
 
         Both have the shape `[T, top_k]`.
         """
@@ -203,7 +204,7 @@ class MoE:
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the output, of the same shape, for x `[T, H]`."""
+        """Return the output for x `[T, H]`, in the shape and dtype of `x`."""
         topk_weights, topk_ids = self.choose(x)
         routed = reference_experts(x, topk_ids, topk_weights, self.expert, self.config.n_routed_experts)
         return routed.to(x.dtype) + self.shared_experts.forward(x)
@@ -221,7 +222,7 @@ class Block:
         self.mlp = MoE(config, weights, layer) if config.is_moe_layer(layer) else SwiGLU(weights, f"{prefix}.mlp")
 
     def forward(self, x: torch.Tensor, cache: KVCache, *, absorbed: bool) -> torch.Tensor:
-        """Return the output, of the same shape, for x `[T, H]`, and append the tokens to `cache`.
+        """Return the output for x `[T, H]`, in the shape and dtype of `x`, and append the tokens to `cache`.
 
         absorbed: the form of attention, see `Attention.forward`.
         """
@@ -257,14 +258,14 @@ class TextModel:
         self.lm_head = cast(f"{LANGUAGE_MODEL}lm_head.weight")
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Return embeddings `[T, H]` for token ids `[T]`."""
+        """Return embeddings `[T, H]`, in the model's dtype, for int64 token ids `[T]`."""
         return F.embedding(input_ids, self.embed_tokens).to(self.dtype)
 
     def forward(self, x: torch.Tensor, cache: KVCache, *, absorbed: bool | None = None) -> torch.Tensor:
         """Return the final hidden states `[T, H]` for embeddings `[T, H]` that follow the cached tokens.
 
-        absorbed: the form of attention; by default the plain form on an empty cache and the absorbed form otherwise.
-        Raises ValueError if the cache is too small.
+        Both are in the model's dtype. absorbed: the form of attention; by default the plain form on an empty cache and
+        the absorbed form otherwise. Raises ValueError if the cache is too small.
         """
         if cache.length + len(x) > cache.max_tokens:
             raise ValueError(f"{cache.length} + {len(x)} tokens do not fit in a cache of {cache.max_tokens}.")
@@ -275,6 +276,6 @@ class TextModel:
         return rms_norm(x, self.norm, self.config.rms_norm_eps)
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Return logits `[T, vocab_size]` in float32 (float64 for float64 input)."""
+        """Return logits `[T, vocab_size]` in float32 (float64 for float64 input) for final hidden states `[T, H]`."""
         logits = linear(hidden_states, self.lm_head)
         return logits if logits.dtype == torch.float64 else logits.float()

@@ -32,7 +32,7 @@ class KimiK26:
         pixel_values: torch.Tensor | None = None,
         grid_thw: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return the embeddings `[T, hidden_size]` of token ids `[T]` and media.
+        """Return the embeddings `[T, hidden_size]` of int64 token ids `[T]` and media, in the model's dtype.
 
         The embeddings of media take the place of the placeholder tokens. pixel_values, grid_thw: as for
         `MoonViT.forward`. Raises ValueError if the media do not have as many tokens as there are placeholders.
@@ -59,7 +59,10 @@ class KimiK26:
         pixel_values: torch.Tensor | None = None,
         grid_thw: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return float32 `[T, vocab_size]`; row t has the log-probabilities of the token after `input_ids[t]`."""
+        """Return float32 `[T, vocab_size]`; row t has the log-probabilities of the token after `input_ids[t]`.
+
+        Arguments are those of `embed`.
+        """
         cache = KVCache(self.config.text, len(input_ids), self.text.dtype)
         hidden_states = self.text.forward(self.embed(input_ids, pixel_values, grid_thw), cache)
         return self.text.logits(hidden_states).float().log_softmax(-1)
@@ -78,8 +81,9 @@ class KimiK26:
     ) -> Iterator[int]:
         """Yield token ids until the stop token, which is not yielded, or until `max_new_tokens`.
 
-        With temperature 0, the likeliest token is taken. Otherwise, tokens are drawn from the smallest set of the
-        likeliest tokens whose probability together is at least `top_p`.
+        input_ids: int64 `[T]`. pixel_values, grid_thw: as for `embed`. With temperature 0, the likeliest token is
+        taken. Otherwise, tokens are drawn from the smallest set of the likeliest tokens whose probability together is
+        at least `top_p`.
         """
         generator = torch.Generator().manual_seed(seed)
         cache = KVCache(self.config.text, len(input_ids) + max_new_tokens, self.text.dtype)

@@ -2,6 +2,7 @@
 
 Parameters have the checkpoint's names. A medium is an image (t = 1) or a chunk of at most four video frames. In the
 shapes, `P` is the number of patches of all media and `D` the tower's width; patches are ordered by frame, row, column.
+Activations have the dtype of the parameters. Everything is computed on the CPU.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ def rope_angles(t: int, h: int, w: int, head_dim: int) -> torch.Tensor:
 
 
 def rotate_pairs(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    """Rotate adjacent pairs of x `[P, heads, head_dim]` by `angles` `[P, head_dim / 2]`, in float32.
+    """Rotate adjacent pairs of x `[P, heads, head_dim]` by `angles`, float32 `[P, head_dim / 2]`, in float32.
 
-    A float64 `x` is rotated in float64.
+    A float64 `x` is rotated in float64. The result has the shape and dtype of `x`.
     """
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     cos, sin = angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
@@ -64,7 +65,7 @@ class PositionEmbedding(nn.Module):
     def forward(self, t: int, h: int, w: int) -> torch.Tensor:
         """Return position embeddings `[t · h · w, D]` for t frames of h rows and w columns of patches.
 
-        Raises ValueError for more frames than a chunk may have.
+        Their dtype is that of the parameters. Raises ValueError for more frames than a chunk may have.
         """
         if not 1 <= t <= self.max_frames:
             raise ValueError(f"a medium has {t} frames, expected 1 to {self.max_frames}: split the video into chunks.")
@@ -93,7 +94,7 @@ class PatchEmbed(nn.Module):
     def forward(self, pixel_values: torch.Tensor, grids: list[tuple[int, int, int]]) -> torch.Tensor:
         """Return `[P, D]` for the patches `[P, 3, patch_size, patch_size]` of all media, one after the other.
 
-        grids: (frames, rows, columns) of each medium.
+        Both are in the parameters' dtype. grids: (frames, rows, columns) of each medium.
         """
         x: torch.Tensor = self.proj(pixel_values).flatten(1)
         return x + torch.cat([self.pos_emb(*grid) for grid in grids])
@@ -108,7 +109,7 @@ class Mlp(nn.Module):
         self.fc1 = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the output, of the same shape, for x `[P, D]`."""
+        """Return the output for x `[P, D]`, in the shape and dtype of `x`, which is the parameters' dtype."""
         out: torch.Tensor = self.fc1(F.gelu(self.fc0(x), approximate="tanh"))
         return out
 
@@ -126,10 +127,10 @@ class EncoderBlock(nn.Module):
         self.mlp = Mlp(config)
 
     def forward(self, x: torch.Tensor, angles: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-        """Return the output, of the same shape, for x `[P, D]`.
+        """Return the output for x `[P, D]`, in the shape and dtype of `x`, which is the parameters' dtype.
 
-        angles: the rotary angles of each patch. lengths: number of patches of each medium; only patches of the same
-        medium attend to each other.
+        angles: the rotary angles, float32 `[P, head_dim / 2]`, as `rope_angles` returns them. lengths: number of
+        patches of each medium; only patches of the same medium attend to each other.
         """
         x = x + self.wo(self._attention(self.wqkv(self.norm0(x)), angles, lengths))
         out: torch.Tensor = x + self.mlp(self.norm1(x))
@@ -154,9 +155,9 @@ class Encoder(nn.Module):
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, x: torch.Tensor, grids: list[tuple[int, int, int]]) -> torch.Tensor:
-        """Return the output, of the same shape, for x `[P, D]`, the patches of all media.
+        """Return the output for x `[P, D]`, the patches of all media, in the shape and dtype of `x`.
 
-        grids: (frames, rows, columns) of each medium.
+        x is in the parameters' dtype. grids: (frames, rows, columns) of each medium.
         """
         angles = torch.cat([rope_angles(*grid, self.head_dim) for grid in grids])
         lengths = [t * h * w for t, h, w in grids]
@@ -178,7 +179,8 @@ class VisionTower(nn.Module):
     def forward(self, pixel_values: torch.Tensor, grids: list[tuple[int, int, int]]) -> list[torch.Tensor]:
         """Return `[tokens, 4, D]` for each medium: the mean over its frames, with 2 × 2 patches for each token.
 
-        pixel_values: `[P, 3, patch, patch]`, normalized. grids: (frames, rows, columns) of each medium.
+        pixel_values: `[P, 3, patch_size, patch_size]`, normalized, in the parameters' dtype, as the results are. grids:
+        (frames, rows, columns) of each medium.
         """
         x = self.encoder(self.patch_embed(pixel_values, grids), grids)
         rows, columns = self.merge
@@ -205,7 +207,10 @@ class Projector(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return `[tokens, hidden size of the text model]` for x `[tokens, 4, D]`, 2 × 2 patches for each token."""
+        """Return `[tokens, text_hidden_size]` for x `[tokens, 4, D]`, 2 × 2 patches for each token.
+
+        Both are in the parameters' dtype.
+        """
         out: torch.Tensor = self.proj(self.pre_norm(x).flatten(1))
         return out
 
@@ -219,10 +224,10 @@ class MoonViT(nn.Module):
         self.mm_projector = Projector(config)
 
     def forward(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> list[torch.Tensor]:
-        """Return the embeddings `[tokens, text_hidden_size]` of each medium.
+        """Return the embeddings `[tokens, text_hidden_size]` of each medium, in the parameters' dtype.
 
-        pixel_values: `[P, 3, patch, patch]`, normalized. grid_thw: `[num_media, 3]`, frames, rows and columns of
-        patches.
+        pixel_values: `[P, 3, patch_size, patch_size]`, normalized, of any floating dtype. grid_thw: integers
+        `[num_media, 3]`, frames, rows and columns of patches.
         """
         grids = [(t, h, w) for t, h, w in grid_thw.tolist()]
         dtype = self.vision_tower.patch_embed.proj.weight.dtype
