@@ -36,6 +36,16 @@ def check(folder: str | Path, on_file: Callable[[int, int], None] = lambda done,
 
     `on_file(done, total)` is called after each file. Raises ConfigError or CheckpointError if there is nothing to
     examine: no readable config.json, or no weight files.
+
+    Examples:
+        `tiny_folder` is a checkpoint's folder, here one that `make_tiny` wrote.
+
+        >>> report = check(tiny_folder)
+        >>> report.num_files, report.problems, report.other_layout
+        (3, [], [])
+        >>> from k26_plugins.common.model.config import K26Config
+        >>> report.num_tensors == len(tensor_table(K26Config.from_path(tiny_folder)))
+        True
     """
     folder = Path(folder)
     with paused():

@@ -19,7 +19,16 @@ _SAFETENSORS_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 class Checkpoint:
-    """The tensors of a checkpoint's folder, by name."""
+    """The tensors of a checkpoint's folder, by name.
+
+    Examples:
+        `tiny_folder` is a checkpoint's folder, here one that `make_tiny` wrote.
+
+        >>> checkpoint = Checkpoint(tiny_folder)
+        >>> head = checkpoint.tensor("language_model.lm_head.weight")
+        >>> head.shape, head.dtype
+        (torch.Size([512, 128]), torch.bfloat16)
+    """
 
     def __init__(self, folder: str | Path) -> None:
         """Read the configuration. Raises ConfigError."""

@@ -82,6 +82,15 @@ def tensor_table(config: K26Config, *, experts: int | None = None) -> dict[str, 
 
     experts: how many routed experts of each layer are listed, by default all. The experts of a layer are alike, and
     their tensors are 99 of 100 tensors of a checkpoint.
+
+    Examples:
+        The default configuration is the published model's:
+
+        >>> table = tensor_table(K26Config())
+        >>> len(table), sum(spec.num_bytes for spec in table.values())
+        (208550, 595148192736)
+        >>> table["language_model.lm_head.weight"].shape
+        (163840, 7168)
     """
     experts = config.text.n_routed_experts if experts is None else experts
     with paused():

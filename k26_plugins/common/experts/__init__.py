@@ -114,6 +114,18 @@ def create_experts(
 
     update: whether these are new weights of a layer that was loaded before. batches: the batches for which the backend
     compiles its kernels; if None, it compiles nothing beforehand. Raises ExpertsError if no backend can be used.
+
+    Examples:
+        Four random experts of hidden size 128 and intermediate size 64; the second token chooses no expert:
+
+        >>> import torch
+        >>> from k26_plugins.common.model.int4 import quantize
+        >>> w13, w2 = torch.randn(4, 2 * 64, 128), torch.randn(4, 128, 64)
+        >>> experts = create_experts(ExpertWeights(*quantize(w13), *quantize(w2)))
+        >>> topk_ids, topk_weights = torch.tensor([[0, 3], [-1, -1]]), torch.tensor([[0.7, 0.3], [0.5, 0.5]])
+        >>> out = experts.apply(torch.randn(2, 128).to(torch.bfloat16), topk_ids, topk_weights)
+        >>> out.shape, out.dtype, out.any(dim=1).tolist()
+        (torch.Size([2, 128]), torch.bfloat16, [True, False])
     """
     refused: list[str] = []
     for candidate in _candidates(weights, backend):

@@ -26,6 +26,12 @@ def pack(q: torch.Tensor) -> torch.Tensor:
     """Pack integers q in [-8, 7], `[..., N, K]`, into int32 `[..., N, K / 8]`.
 
     Raises PackingError; K must be a multiple of 8.
+
+    Examples:
+        The first of a word's eight values lies in its lowest four bits, as value + 8:
+
+        >>> hex(pack(torch.tensor([[-8, -7, -6, -5, -4, -3, -2, -1]])).item())
+        '0x76543210'
     """
     if q.shape[-1] % PACK_FACTOR:
         raise PackingError(f"cannot pack {tuple(q.shape)}: the last dimension must be a multiple of {PACK_FACTOR}.")
@@ -98,6 +104,16 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     Returns packed int32 `[..., N, K / 8]` and bfloat16 scales `[..., N, K / 32]`. Raises PackingError; K must be a
     multiple of 32.
+
+    Examples:
+        The weights come back to half a step of 1 / 7.5, and what bfloat16 rounds off the scale:
+
+        >>> weight = torch.linspace(-1, 1, 128).view(2, 64)
+        >>> packed, scale = quantize(weight)
+        >>> packed.shape, scale.shape
+        (torch.Size([2, 8]), torch.Size([2, 2]))
+        >>> bool((dequantize(packed, scale, torch.float32) - weight).abs().max() < 0.07)
+        True
     """
     if weight.shape[-1] % GROUP_SIZE:
         raise PackingError(f"cannot quantize {tuple(weight.shape)}: the last dimension is no multiple of {GROUP_SIZE}.")

@@ -122,6 +122,12 @@ def navit_resize(width: int, height: int, config: MediaConfig, patch_limit: int 
 
     docs/model.md, 4.4 gives the rule. patch_limit: most patches, by default those of an image. Raises MediaError for an
     empty image.
+
+    Examples:
+        A Full HD image is not shrunk. It is padded to 1932 × 1092 pixels, which are 69 × 39 tokens of 28 × 28 pixels:
+
+        >>> navit_resize(1920, 1080, MediaConfig())
+        Resize(width=1920, height=1080, pad_width=12, pad_height=12, grid_h=78, grid_w=138, num_tokens=2691)
     """
     if width <= 0 or height <= 0:
         raise MediaError(f"the image is {width} × {height} pixels, expected at least 1 × 1.")

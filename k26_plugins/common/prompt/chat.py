@@ -126,6 +126,12 @@ def render(
     folder: the checkpoint, whose `chat_template.jinja` is used if it has one. The template runs in jinja2's sandbox.
     continue_final_message: leave the last message open and start no new one. Raises ValueError if that message has no
     text, and jinja2.TemplateError if the template raises it.
+
+    Examples:
+        >>> render([{"role": "user", "content": "1 + 1 = ?"}])
+        '<|im_user|>user<|im_middle|>1 + 1 = ?<|im_end|><|im_assistant|>assistant<|im_middle|><think>'
+        >>> render([{"role": "user", "content": "1 + 1 = ?"}], thinking=False).endswith("<think></think>")
+        True
     """
     file = None if folder is None else Path(folder) / TEMPLATE_FILE
     source = file.read_text(encoding="utf-8") if file is not None and file.exists() else own_template()
@@ -164,6 +170,10 @@ def expand_media_placeholders(
     """Repeat each placeholder token as often as its medium has tokens.
 
     Raises ValueError if there are not as many placeholders as media.
+
+    Examples:
+        >>> expand_media_placeholders([11, 163605, 12], tokens_per_medium=[3], placeholder_id=163605)
+        [11, 163605, 163605, 163605, 12]
     """
     found = sum(token_id == placeholder_id for token_id in token_ids)
     if found != len(tokens_per_medium):

@@ -105,6 +105,15 @@ class OutputParser:
 
     However an answer is cut into pieces, the events are the same, except for where their texts are cut. White space at
     the end of the reasoning, around arguments, and alone before a section of calls is dropped.
+
+    Examples:
+        A marker may be cut between two chunks:
+
+        >>> parser = OutputParser(in_reasoning=True)
+        >>> parser.feed("One and one.</th")
+        [Reasoning(text='One and one.')]
+        >>> parser.feed("ink>2") + parser.finish()
+        [Content(text='2')]
     """
 
     def __init__(self, *, in_reasoning: bool, tools: Tools | None = None) -> None:

@@ -23,6 +23,14 @@ def template_options(
     request's own field, as in Moonshot's API: `{"type": "disabled"}` or `{"type": "enabled", "keep": "all"}`; the
     latter also sets `preserve_thinking`. The first value that is given, in this order, counts: `thinking` in the
     options, `thinking` in the request, `enable_thinking`, a reasoning effort of `none`.
+
+    Examples:
+        >>> template_options(None, thinking={"type": "disabled"})
+        {'thinking': False}
+        >>> template_options({"enable_thinking": True}, reasoning_effort="none")
+        {'thinking': True}
+        >>> template_options(None)
+        {}
     """
     given = dict(options or {})
     said = [given.pop("thinking", None), thinking, given.pop("enable_thinking", None)]

@@ -49,7 +49,20 @@ class TokenizerError(ValueError):
 
 
 class KimiTokenizer:
-    """Converts text to token ids and back."""
+    """Converts text to token ids and back.
+
+    Examples:
+        `tiny_folder` is a checkpoint's folder, here one that `make_tiny` wrote: its ids below 256 are the bytes, and
+        `<|im_end|>` is the third special token, as in the published vocabulary.
+
+        >>> tokenizer = KimiTokenizer(tiny_folder)
+        >>> tokenizer.encode("Hi!")
+        [72, 105, 33]
+        >>> tokenizer.encode_prompt("Hi!<|im_end|>")
+        [72, 105, 33, 258]
+        >>> tokenizer.decode([72, 105, 33, 258])
+        'Hi!<|im_end|>'
+    """
 
     def __init__(self, folder: str | Path) -> None:
         """Read `tiktoken.model` of a checkpoint's folder. Raises TokenizerError."""

@@ -66,6 +66,21 @@ def declare_tools(tools: Sequence[Schema]) -> str | None:
 
     Return None, and log a warning, if a schema cannot be expressed in TypeScript. The chat template then writes all
     tools as JSON, as the published tokenizer does.
+
+    Examples:
+        >>> parameters = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+        >>> function = {"name": "get_weather", "description": "Current weather.", "parameters": parameters}
+        >>> print(declare_tools([{"type": "function", "function": function}]))
+        # Tools
+        <BLANKLINE>
+        ## functions
+        namespace functions {
+        // Current weather.
+        type get_weather = (_: {
+          city: string
+        }) => any;
+        }
+        <BLANKLINE>
     """
     try:
         functions = [

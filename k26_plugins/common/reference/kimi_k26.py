@@ -12,7 +12,19 @@ from k26_plugins.common.reference.moonvit import MoonViT
 
 
 class KimiK26:
-    """Kimi-K2.6 in plain PyTorch, slow but small and readable; engines' answers are compared with it."""
+    """Kimi-K2.6 in plain PyTorch, slow but small and readable; engines' answers are compared with it.
+
+    Examples:
+        `tiny_folder` is a checkpoint's folder, here one that `make_tiny` wrote.
+
+        >>> model = KimiK26(Checkpoint(tiny_folder))
+        >>> prompt = torch.tensor([72, 105, 33])
+        >>> logprobs = model.logprobs(prompt)
+        >>> logprobs.shape, logprobs.dtype
+        (torch.Size([3, 512]), torch.float32)
+        >>> next(model.generate(prompt)) == int(logprobs[-1].argmax())
+        True
+    """
 
     def __init__(
         self, checkpoint: Checkpoint, dtype: torch.dtype = torch.bfloat16, low_rank_norm_eps: float | None = None

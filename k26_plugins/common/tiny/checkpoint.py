@@ -70,6 +70,15 @@ def make_tiny(folder: str | Path, sizes: TinySizes | None = None, *, seed: int =
 
     The same sizes and seed give the same bytes. Raises ConfigError for sizes that the model cannot have, ValueError for
     a vocabulary that is too small, and FileExistsError if the folder already contains something.
+
+    Examples:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     config = make_tiny(folder, TinySizes(layers=2, shards=2))
+        ...     sorted(file.name for file in Path(folder).glob("*.safetensors"))
+        ['model-00001-of-000002.safetensors', 'model-00002-of-000002.safetensors']
+        >>> config.text.num_hidden_layers, config.text.vocab_size
+        (2, 512)
     """
     folder = Path(folder)
     sizes = sizes or TinySizes()
