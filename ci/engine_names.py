@@ -67,9 +67,10 @@ class Source(ast.NodeVisitor):
         self.words: set[str] = set()
         """The name of every attribute and method in the source, whatever object has it."""
         self.hidden: set[str] = set()
-        """Attributes with a leading underscore that are taken from other objects than the adapter's own."""
-        # Such attributes of the adapter's own objects, and `_replace`, which Python promises for named tuples.
-        self._own = {"_replace"}
+        """Attributes with a leading underscore that the source uses and does not define: they are the engine's."""
+        # Attributes with a leading underscore that the source defines, and `_replace`, which Python promises for named
+        # tuples.
+        self._defined = {"_replace"}
         # The engine's names that functions without arguments return. Each is filled in when its function has been read.
         self._returned: dict[str, set[str]] = {}
         # The engine's names that variables hold where the source is being read.
@@ -80,7 +81,7 @@ class Source(ast.NodeVisitor):
         for file in sorted(files, key=lambda one: (not one.name.startswith("compat"), one)):
             self._values = {}
             self.visit(ast.parse(file.read_text(encoding="utf-8")))
-        self.hidden -= self._own
+        self.hidden -= self._defined
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
         """Note what is imported from the engine."""
@@ -93,6 +94,7 @@ class Source(ast.NodeVisitor):
     def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
         """Read a function with variables of its own, and note which of the engine's names it returns."""
         self.words.add(node.name)
+        self._defined.update(_hidden(node.name))
         outside = self._values
         arguments = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
         self._values = {name: its for name, its in outside.items() if name not in {one.arg for one in arguments}}
@@ -112,6 +114,8 @@ class Source(ast.NodeVisitor):
     def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
         """Note which of the engine's names a variable now holds."""
         self.generic_visit(node)
+        if isinstance(node.target, ast.Name):
+            self._defined.update(_hidden(node.target.id))  # a field of a class
         if node.value is not None:
             self._bind(node.target, node.value)
 
@@ -135,8 +139,8 @@ class Source(ast.NodeVisitor):
         self.generic_visit(node)
         self.words.add(node.attr)
         self.found.update(self._names(node))
-        is_own = ast.unparse(node.value) in ("self", "cls", "super()")
-        (self._own if is_own else self.hidden).update(_hidden(node.attr))
+        is_defined = isinstance(node.ctx, ast.Store) and ast.unparse(node.value) in ("self", "cls")
+        (self._defined if is_defined else self.hidden).update(_hidden(node.attr))
         if ast.unparse(node.value) == "names" and node.attr in self.table:
             self.constants.add(node.attr)
             self.words.add(self.table[node.attr].attribute)
@@ -219,9 +223,21 @@ def not_in_table(adapter: str) -> set[str]:
     tabled = [key(name) for name in table(adapter).values()]
     members = tuple(f"{name}." for name in tabled if ":" in name)
     its = source(adapter)
-    known = {re.split(r"[.:]", name)[-1] for name in (*tabled, *its.found)}
+    known = {re.split(r"[.:]", name)[-1] for name in tabled}
     found = {name for name in its.found if name not in tabled and not name.startswith(members)}
     return found | (its.hidden - known)
+
+
+def overridden_not_in_table(adapter: str) -> set[str]:
+    """Return the methods with a leading underscore that the adapter's classes override, if some release has them and the
+    table does not."""
+    tabled = {key(name) for name in table(adapter).values()}
+    releases = [release for engine, its in ENGINES.items() if its == adapter for release in read_snapshot(engine).values()]
+    return {
+        name
+        for name in source(adapter).overridden - tabled
+        if _hidden(name.rpartition(".")[2]) and any(release.get(name, GONE) != GONE for release in releases)
+    }
 
 
 def not_touched(adapter: str) -> set[str]:

@@ -126,7 +126,7 @@ def register_tokenizer_hook(changes: Registration, module: str, name: str) -> No
     hook = getattr(importlib.import_module(module), name)
     if has_entry_point():
         registry, around, target = private(names.HOOK_REGISTRY), private(names.HOOK_TYPE).AROUND, str(_get_tokenizer())
-        registered = registry._hooks
+        registered = private(names.HOOKS)
 
         def register() -> Callable[[], None]:
             before = list(registered.get(target, ()))
@@ -138,6 +138,15 @@ def register_tokenizer_hook(changes: Registration, module: str, name: str) -> No
         changes.call(register)
     else:
         wrap(changes, _get_tokenizer(), hook)
+
+
+def hook_gpu_call(around: Callable[..., Any]) -> None:
+    """Have `around(original, wrapper, text, images, …)` called where SGLang would prepare images on a GPU.
+
+    Nothing is done in SGLang 0.5.10, which prepares them in the processor only.
+    """
+    if ENGINE.has(names.GPU_CALL):
+        ENGINE.hook(around, names.GPU_CALL)
 
 
 def register_argument_hook(changes: Registration, module: str, name: str) -> None:

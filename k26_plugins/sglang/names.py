@@ -109,6 +109,13 @@ HOOK_REGISTRY = EngineName(
     remove_when=_PLUGINS,
     since="0.5.11",
 )
+HOOKS = EngineName(
+    "sglang.srt.plugins.hook_registry",
+    "HookRegistry._hooks",
+    why="take its hook back where the registration fails half way",
+    remove_when="SGLang's registry has a way to take a hook back",
+    since="0.5.11",
+)
 HOOK_TYPE = EngineName(
     "sglang.srt.plugins.hook_registry",
     "HookType",
@@ -223,9 +230,21 @@ IN_TREE_MEDIA_CLASS = EngineName(
     why="take videos, and images as the core decodes them",
     remove_when=_MEDIA,
 )
-GPU_PROCESSOR = EngineName(
+LOAD_SINGLE_ITEM = EngineName(
     IN_TREE_MEDIA.module,
-    "KimiGPUProcessorWrapper",
+    "KimiK2_5VLImageProcessor._load_single_item",
+    why="decode images and videos by the core",
+    remove_when=_MEDIA,
+)
+PROCESSOR = EngineName(
+    IN_TREE_MEDIA.module,
+    "KimiK2_5VLImageProcessor._processor",
+    why="cut videos by the checkpoint's settings, and put their chunks among a prompt's token ids",
+    remove_when=_MEDIA,
+)
+GPU_CALL = EngineName(
+    IN_TREE_MEDIA.module,
+    "KimiGPUProcessorWrapper._gpu_call",
     why="have the core prepare pixels on every device",
     remove_when="SGLang prepares the same pixels with a GPU as without",
     since="0.5.11",
@@ -233,8 +252,8 @@ GPU_PROCESSOR = EngineName(
 CPU_CALL = EngineName(
     IN_TREE_MEDIA.module,
     "KimiGPUProcessorWrapper._cpu_call",
-    why=GPU_PROCESSOR.why,
-    remove_when=GPU_PROCESSOR.remove_when,
+    why=GPU_CALL.why,
+    remove_when=GPU_CALL.remove_when,
     since="0.5.11",
 )
 GET_IMAGE_BYTES = EngineName(
@@ -594,6 +613,18 @@ TORCH_NATIVE = EngineName(
     "sglang.srt.layers.attention.torch_native_backend",
     "TorchNativeAttnBackend",
     why="compute MLA on the plain torch backend at the cost of the new tokens",
+    remove_when=_TORCH_NATIVE,
+)
+SDPA_EXTEND = EngineName(
+    "sglang.srt.layers.attention.torch_native_backend",
+    "TorchNativeAttnBackend._run_sdpa_forward_extend",
+    why=TORCH_NATIVE.why,
+    remove_when=_TORCH_NATIVE,
+)
+SDPA_DECODE = EngineName(
+    "sglang.srt.layers.attention.torch_native_backend",
+    "TorchNativeAttnBackend._run_sdpa_forward_decode",
+    why=TORCH_NATIVE.why,
     remove_when=_TORCH_NATIVE,
 )
 ATTENTION_BACKENDS = EngineName(

@@ -179,6 +179,13 @@ DELEGATING_PARSER = EngineName(
     why="be a parser of whole answers",
     remove_when=_IN_TREE_PARSER,
 )
+APPLY_STRUCTURAL_TAG = EngineName(
+    "vllm.parser.abstract_parser",
+    "DelegatingParser._apply_structural_tag",
+    why="hold answers with calls and a schema to one grammar",
+    remove_when=_IN_TREE_PARSER,
+    since="0.24.0",
+)
 DELTA_MESSAGE = EngineName(
     "vllm.parser.abstract_parser",
     "DeltaMessage",
@@ -347,6 +354,12 @@ MEDIA_CONNECTOR = EngineName(
     why="fetch media as vLLM does and decode them as the core does",
     remove_when=_MEDIA,
 )
+LOAD_DATA_URL = EngineName(
+    "vllm.multimodal.media",
+    "MediaConnector._load_data_url",
+    why="read `data:` URLs in every form of base64",
+    remove_when="vLLM reads `data:` URLs as RFC 2397 has them",
+)
 MEDIA_WITH_BYTES = EngineName(
     "vllm.multimodal.media",
     "MediaWithBytes",
@@ -410,6 +423,36 @@ BATCHED_FORM = EngineName(
     "FusedMoEParallelConfig.use_batched_activation_format",
     why="know whether each expert gets its tokens in a buffer of its own",
     remove_when=_METHOD,
+)
+SUPPORTS_DEVICE = EngineName(
+    "vllm.model_executor.layers.fused_moe",
+    "modular_kernel.FusedMoEExpertsModular._supports_current_device",
+    why="be a class that vLLM's modular kernel could choose",
+    remove_when=_MODULAR,
+)
+SUPPORTS_NO_ACT_AND_MUL = EngineName(
+    "vllm.model_executor.layers.fused_moe",
+    "modular_kernel.FusedMoEExpertsModular._supports_no_act_and_mul",
+    why=SUPPORTS_DEVICE.why,
+    remove_when=_MODULAR,
+)
+SUPPORTS_QUANT_SCHEME = EngineName(
+    "vllm.model_executor.layers.fused_moe",
+    "modular_kernel.FusedMoEExpertsModular._supports_quant_scheme",
+    why=SUPPORTS_DEVICE.why,
+    remove_when=_MODULAR,
+)
+SUPPORTS_ACTIVATION = EngineName(
+    "vllm.model_executor.layers.fused_moe",
+    "modular_kernel.FusedMoEExpertsModular._supports_activation",
+    why=SUPPORTS_DEVICE.why,
+    remove_when=_MODULAR,
+)
+SUPPORTS_PARALLEL_CONFIG = EngineName(
+    "vllm.model_executor.layers.fused_moe",
+    "modular_kernel.FusedMoEExpertsModular._supports_parallel_config",
+    why=SUPPORTS_DEVICE.why,
+    remove_when=_MODULAR,
 )
 MODULAR_KERNEL = EngineName(
     "vllm.model_executor.layers.fused_moe",
@@ -574,6 +617,13 @@ CPU_PREFILL = EngineName(
     "vllm.v1.attention.backends.mla.prefill.cpu_sdpa",
     "CPUSDPAMLAPrefillBackend",
     why="compute MLA's prefill on a CPU in less memory",
+    remove_when=_PREFILL_ON_CPU,
+    since="0.29.0",
+)
+RAGGED_SDPA = EngineName(
+    "vllm.v1.attention.backends.mla.prefill.cpu_sdpa",
+    "CPUSDPAMLAPrefillBackend._ragged_sdpa",
+    why=CPU_PREFILL.why,
     remove_when=_PREFILL_ON_CPU,
     since="0.29.0",
 )

@@ -9,7 +9,7 @@ tests/vllm/adapter/test_names.py and tests/sglang/adapter/test_names.py.
 from __future__ import annotations
 
 import pytest
-from engine_names import ENGINES, GONE, changes, key, not_in_table, not_touched, read_snapshot, table, touched
+from engine_names import ENGINES, GONE, changes, key, not_in_table, not_touched, overridden_not_in_table, read_snapshot, table, touched
 from support.versions import ABSENT, documented_rows, release_rows
 
 CHECKED = {
@@ -25,6 +25,7 @@ RELEASES = [(engine, release) for engine in ENGINES for release in read_snapshot
 def test_the_table_is_what_the_source_touches(adapter: str) -> None:
     """Whatever the source looks up, patches, imports or derives from has an entry, and no entry is left over."""
     assert not_in_table(adapter) == set()
+    assert overridden_not_in_table(adapter) == set()
     assert not_touched(adapter) == set()
     entries = [key(name) for name in table(adapter).values()]
     assert len(entries) == len(set(entries))

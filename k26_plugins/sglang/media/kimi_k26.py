@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
@@ -23,22 +24,19 @@ _NO_ENCODER = (
     "(--encoder-register-urls)."
 )
 
-# SGLang 0.5.10 has no `KimiGPUProcessorWrapper`: it prepares images in the processor only, which is the core's.
-if MEDIA.read() != ENGINE and hasattr(_in_tree, "KimiGPUProcessorWrapper"):
 
-    class CoreWrapper(_in_tree.KimiGPUProcessorWrapper):  # type: ignore[name-defined]
-        """The in-tree wrapper without its use of a GPU.
 
-        The in-tree class resizes images on a GPU where there is one. Its arithmetic is another there, and pixels differ
-        by a few levels.
-        """
+def prepare_on_the_cpu(original: Callable[..., Any], wrapper: Any, text: Any, images: Any, *args: Any) -> Any:
+    """Wrap the in-tree `KimiGPUProcessorWrapper._gpu_call` so that images are prepared on the CPU by the core.
 
-        def _gpu_call(self, text: Any, images: Any, *args: Any) -> Any:
-            return self._cpu_call(text, images, *args, return_tensors="pt")
+    The in-tree class resizes images on a GPU if there is one. Its arithmetic differs there, and pixels are off by a few
+    levels.
+    """
+    return wrapper._cpu_call(text, images, *args, return_tensors="pt")
 
-    # The wrapper is replaced in the module, because the in-tree media class builds it by this name and copies it for
-    # its workers before a subclass could replace it.
-    _in_tree.KimiGPUProcessorWrapper = CoreWrapper
+
+if MEDIA.read() != ENGINE:
+    compat.hook_gpu_call(prepare_on_the_cpu)
 
 
 class K26MediaProcessor(_in_tree.KimiK2_5VLImageProcessor):  # type: ignore[name-defined]
@@ -79,7 +77,7 @@ class K26MediaProcessor(_in_tree.KimiK2_5VLImageProcessor):  # type: ignore[name
             limit = kwargs.get("max_req_input_len") or MAX_TOKENS
             loaded = await asyncio.gather(*(asyncio.to_thread(self._chunks, video, limit) for video in videos))
             if isinstance(input_text, str):
-                input_text = self._tokenizer.encode(input_text, add_special_tokens=False)
+                input_text = self._processor.tokenizer.encode(input_text, add_special_tokens=False)
             image_data, input_text = self._in_order(list(image_data or []), loaded, list(input_text))
         return await super().process_mm_data_async(image_data, input_text, request_obj, *args, **kwargs)
 
@@ -95,10 +93,10 @@ class K26MediaProcessor(_in_tree.KimiK2_5VLImageProcessor):  # type: ignore[name
 
         Raises ValueError if the prompt has another number of images or of videos than was given.
         """
-        kinds = media_kinds(token_ids, self._tokenizer)
+        kinds = media_kinds(token_ids, self._processor.tokenizer)
         if kinds.count("image") != len(images):
             raise ValueError(f"the prompt has {kinds.count('image')} places for images and {len(images)} were given.")
-        placed = place_videos(token_ids, [[chunk.prompt for chunk in video] for video in videos], self._tokenizer)
+        placed = place_videos(token_ids, [[chunk.prompt for chunk in video] for video in videos], self._processor.tokenizer)
         next_image, next_video = iter(images), iter(videos)
         media: list[Any] = []
         for kind in kinds:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from support.sameness import SIZES, image_of, media_line, recorded
 from support.sglang_parts import hf_utils
+from support.videos import make_video
 
 from k26_plugins.common.adapters.engine import UnsupportedEngineError
 from k26_plugins.common.adapters.registration import Registration
@@ -29,9 +33,12 @@ def test_pixels_are_those_of_vllm(tiny_folder: Path) -> None:
         assert line == recorded()["media"][f"{size[0]}x{size[1]}"]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def media_processor(tiny_folder: Path) -> Any:
-    """Return the media processor that SGLang chooses for this model, built as its tokenizer manager builds it."""
+    """Return the media processor that SGLang chooses for this model, built as its tokenizer manager builds it.
+
+    It is made once, because a second import of the packages in one process would leave SGLang's own class in front.
+    """
     from sglang.srt.managers import multimodal_processor
     from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
 
@@ -54,6 +61,19 @@ def test_sglangs_media_class_takes_the_core_s_pixels_on_any_device(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     found = media_processor._processor(text=["a<|media_pad|>b"], images=[image_of((640, 480))])
     assert media_line(found["pixel_values"], found["image_grid_thw"][0]) == recorded()["media"]["640x480"]
+
+
+def test_a_video_s_chunks_stand_among_the_prompt_s_tokens(media_processor: Any) -> None:
+    """Every release hands videos to this class, and KTransformers' fork keeps other attributes than SGLang does.
+
+    A video of 4 seconds at two frames a second has 8 frames, which are two chunks of four.
+    """
+    prompt = "a<|media_begin|>video<|media_content|><|media_pad|><|media_end|>b"
+    request = SimpleNamespace(video_data=[make_video(40, fps=10)])
+    found = asyncio.run(media_processor.process_mm_data_async([], prompt, request, max_req_input_len=4096))
+    token_ids = found["input_ids"] if isinstance(found, dict) else found.input_ids
+    text = media_processor._processor.tokenizer.decode(token_ids)
+    assert re.fullmatch(r"a(00:00:0[02]\S*<\|media_begin\|>video<\|media_content\|>(<\|media_pad\|>)+<\|media_end\|>){2}b", text), text
 
 
 def test_another_media_package_of_the_user_s_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
