@@ -232,7 +232,9 @@ def overridden_not_in_table(adapter: str) -> set[str]:
     """Return the methods with a leading underscore that the adapter's classes override, if some release has them and the
     table does not."""
     tabled = {key(name) for name in table(adapter).values()}
-    releases = [release for engine, its in ENGINES.items() if its == adapter for release in read_snapshot(engine).values()]
+    releases = [
+        release for engine, its in ENGINES.items() if its == adapter for release in read_snapshot(engine).values()
+    ]
     return {
         name
         for name in source(adapter).overridden - tabled

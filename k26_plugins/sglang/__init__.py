@@ -34,4 +34,4 @@ def _note(changes: Registration) -> None:
     compat.register_argument_hook(changes, "k26_plugins.sglang.arguments", "before_settling")
     compat.register_models(changes, "k26_plugins.sglang.models")
     # This change must be the last: SGLang's own registry of hooks cannot take back a hook that it has applied.
-    compat.register_tokenizer_hook(changes, "k26_plugins.sglang.tokenizer", "get_tokenizer")
+    compat.register_tokenizer_hook(changes, "k26_plugins.sglang.process", "prepare")

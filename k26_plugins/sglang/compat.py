@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -138,6 +139,17 @@ def register_tokenizer_hook(changes: Registration, module: str, name: str) -> No
         changes.call(register)
     else:
         wrap(changes, _get_tokenizer(), hook)
+
+
+def hook_loading_of_media(around: Callable[..., Any]) -> None:
+    """Have `around(original, data, modality, …)` called where KTransformers' fork loads one medium.
+
+    The fork calls its base class's static method, whatever a model's class overrides. SGLang itself calls the method of the
+    model's class, so nothing is done there.
+    """
+    base = private(names.LOAD_SINGLE_ITEM_OF_BASE.owner)
+    if isinstance(inspect.getattr_static(base, names.LOAD_SINGLE_ITEM_OF_BASE.attribute), staticmethod):
+        ENGINE.hook(around, names.LOAD_SINGLE_ITEM_OF_BASE)
 
 
 def hook_gpu_call(around: Callable[..., Any]) -> None:

@@ -236,6 +236,12 @@ LOAD_SINGLE_ITEM = EngineName(
     why="decode images and videos by the core",
     remove_when=_MEDIA,
 )
+LOAD_SINGLE_ITEM_OF_BASE = EngineName(
+    "sglang.srt.multimodal.processors.base_processor",
+    "BaseMultimodalProcessor._load_single_item",
+    why=LOAD_SINGLE_ITEM.why,
+    remove_when="KTransformers' fork loads media by the method of the model's own class, as SGLang does",
+)
 PROCESSOR = EngineName(
     IN_TREE_MEDIA.module,
     "KimiK2_5VLImageProcessor._processor",

@@ -9,7 +9,18 @@ tests/vllm/adapter/test_names.py and tests/sglang/adapter/test_names.py.
 from __future__ import annotations
 
 import pytest
-from engine_names import ENGINES, GONE, changes, key, not_in_table, not_touched, overridden_not_in_table, read_snapshot, table, touched
+from engine_names import (
+    ENGINES,
+    GONE,
+    changes,
+    key,
+    not_in_table,
+    not_touched,
+    overridden_not_in_table,
+    read_snapshot,
+    table,
+    touched,
+)
 from support.versions import ABSENT, documented_rows, release_rows
 
 CHECKED = {

@@ -25,7 +25,6 @@ _NO_ENCODER = (
 )
 
 
-
 def prepare_on_the_cpu(original: Callable[..., Any], wrapper: Any, text: Any, images: Any, *args: Any) -> Any:
     """Wrap the in-tree `KimiGPUProcessorWrapper._gpu_call` so that images are prepared on the CPU by the core.
 
@@ -35,8 +34,23 @@ def prepare_on_the_cpu(original: Callable[..., Any], wrapper: Any, text: Any, im
     return wrapper._cpu_call(text, images, *args, return_tensors="pt")
 
 
+def load_item(original: Callable[..., Any], data: Any, modality: Any, *args: Any, **kwargs: Any) -> Any:
+    """Wrap SGLang's `_load_single_item` so that the core decodes images. Raises MediaError.
+
+    A chunk of a video, which is decoded already, passes as an image.
+    """
+    if modality.name == "IMAGE" and isinstance(data, VideoChunk):
+        return compat.loaded_image(data, data.patches)
+    sent = compat.image_bytes(data) if modality.name == "IMAGE" else None
+    if sent is None:
+        return original(data, modality, *args, **kwargs)
+    with metrics.decoding("image"):
+        return compat.loaded_image(open_image(sent), sent)
+
+
 if MEDIA.read() != ENGINE:
     compat.hook_gpu_call(prepare_on_the_cpu)
+    compat.hook_loading_of_media(load_item)
 
 
 class K26MediaProcessor(_in_tree.KimiK2_5VLImageProcessor):  # type: ignore[name-defined]
@@ -53,13 +67,7 @@ class K26MediaProcessor(_in_tree.KimiK2_5VLImageProcessor):  # type: ignore[name
     @classmethod
     def _load_single_item(cls, data: Any, modality: Any, *args: Any, **kwargs: Any) -> Any:
         """Decode one medium of a request by the core. SGLang calls this in its threads. Raises MediaError."""
-        if modality.name == "IMAGE" and isinstance(data, VideoChunk):
-            return compat.loaded_image(data, data.patches)
-        sent = compat.image_bytes(data) if modality.name == "IMAGE" else None
-        if sent is None:
-            return super()._load_single_item(data, modality, *args, **kwargs)
-        with metrics.decoding("image"):
-            return compat.loaded_image(open_image(sent), sent)
+        return load_item(super()._load_single_item, data, modality, *args, **kwargs)
 
     async def process_mm_data_async(
         self, image_data: Any, input_text: Any, request_obj: Any, *args: Any, **kwargs: Any
@@ -96,7 +104,9 @@ class K26MediaProcessor(_in_tree.KimiK2_5VLImageProcessor):  # type: ignore[name
         kinds = media_kinds(token_ids, self._processor.tokenizer)
         if kinds.count("image") != len(images):
             raise ValueError(f"the prompt has {kinds.count('image')} places for images and {len(images)} were given.")
-        placed = place_videos(token_ids, [[chunk.prompt for chunk in video] for video in videos], self._processor.tokenizer)
+        placed = place_videos(
+            token_ids, [[chunk.prompt for chunk in video] for video in videos], self._processor.tokenizer
+        )
         next_image, next_video = iter(images), iter(videos)
         media: list[Any] = []
         for kind in kinds:

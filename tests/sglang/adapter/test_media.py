@@ -73,7 +73,9 @@ def test_a_video_s_chunks_stand_among_the_prompt_s_tokens(media_processor: Any) 
     found = asyncio.run(media_processor.process_mm_data_async([], prompt, request, max_req_input_len=4096))
     token_ids = found["input_ids"] if isinstance(found, dict) else found.input_ids
     text = media_processor._processor.tokenizer.decode(token_ids)
-    assert re.fullmatch(r"a(00:00:0[02]\S*<\|media_begin\|>video<\|media_content\|>(<\|media_pad\|>)+<\|media_end\|>){2}b", text), text
+    assert re.fullmatch(
+        r"a(00:00:0[02]\S*<\|media_begin\|>video<\|media_content\|>(<\|media_pad\|>)+<\|media_end\|>){2}b", text
+    ), text
 
 
 def test_another_media_package_of_the_user_s_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,13 @@
-"""Gives SGLang the core's tokenizer wherever it loads one for this model, by a hook around SGLang's `get_tokenizer`."""
+"""Prepares a process of SGLang's to serve this model.
+
+A process first says which model it serves when it asks SGLang's `get_tokenizer` for the tokenizer. So the adapter has its
+hook there: another model's process stays as it is.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from k26_plugins.common.prompt.hf_tokenizer import (
@@ -16,12 +21,12 @@ from k26_plugins.sglang import compat, compat_chats, compat_loading, logger, ser
 from k26_plugins.sglang.grammars import create_backend
 
 
-def get_tokenizer(original: Callable[..., Any], tokenizer_name: str, *args: Any, **kwargs: Any) -> Any:
-    """Wrap SGLang's `get_tokenizer` so that it returns the core's tokenizer for this model.
+def prepare(original: Callable[..., Any], tokenizer_name: str, *args: Any, **kwargs: Any) -> Any:
+    """Wrap SGLang's `get_tokenizer` so that a process which serves this model is prepared, and return the tokenizer.
 
-    SGLang loads the tokenizer itself for another model, or if the user chose a tokenizer mode or the checkpoint brings
-    another tokenizer. No Python file of the checkpoint is executed. In an API server this call also installs the hooks
-    around chats, and in the scheduler's process those around grammars.
+    An API server's process gets the hooks around chats, the scheduler's process that around grammars, and every process
+    the core's tokenizer. SGLang loads the tokenizer itself for another model, or if the user chose a tokenizer mode or the
+    checkpoint brings another tokenizer. No Python file of the checkpoint is executed.
     """
     revision = kwargs.get("revision") or kwargs.get("tokenizer_revision")
     folder = compat_loading.object_store_folder(tokenizer_name)
@@ -33,5 +38,13 @@ def get_tokenizer(original: Callable[..., Any], tokenizer_name: str, *args: Any,
         logger.info("k26-plugins: the tokenizer is SGLang's own.")
         return original(tokenizer_name, *args, **kwargs)
     compat_chats.hook_grammars(create_backend)
+    return load_tokenizer(folder, revision)
+
+
+def load_tokenizer(folder: str | Path, revision: str | None) -> Any:
+    """Return the core's tokenizer, with the attributes that SGLang's own loading gives it. It changes nothing else.
+
+    folder: the checkpoint's, or its name on the hub.
+    """
     small_files = tokenizer_folder(folder, revision)
     return compat.finish_tokenizer(load_hf_tokenizer(small_files, video_place=CHUNK_PLACE, name_or_path=str(folder)))
