@@ -76,16 +76,14 @@ def batched_experts(
     out: torch.Tensor,
     *,
     expected: float,
-    workspace: torch.Tensor | None = None,
     batch_invariant: bool = False,
 ) -> None:
     """Write down(silu(gate · x) · (up · x)) of the first `counts[e]` tokens in expert e's buffer to `out`.
 
     Other rows of `out` are not written. hidden_states: bfloat16 `[num_experts, max_tokens, hidden_size]`, contiguous.
     counts: int32 `[num_experts]`, contiguous. out: `[num_experts, max_tokens, hidden_size]`, contiguous, of any
-    floating dtype. expected: the mean number of tokens of an expert. workspace: contiguous uint8, at least
-    `batched_plan(…).bytes` elements; by default it is allocated. All tensors are on the device of `experts`. Raises
-    ValueError for inputs of another shape or dtype, or too small a workspace.
+    floating dtype. expected: the mean number of tokens of an expert. All tensors are on the
+    device of `experts`. Raises ValueError for inputs of another shape or dtype.
     """
     shape = experts.shape
     expected_shape = (shape.num_experts, hidden_states.shape[1], shape.hidden_size)
@@ -100,7 +98,7 @@ def batched_experts(
         raise ValueError(f"counts are {counts.dtype} {list(counts.shape)}, expected torch.int32 [{shape.num_experts}].")
     max_tokens = expected_shape[1]
     plan = batched_plan(experts.device, shape, max_tokens, expected, out.dtype, batch_invariant)
-    workspace = enough_workspace(workspace, plan.bytes, hidden_states.device)
+    workspace = enough_workspace(None, plan.bytes, hidden_states.device)
     # The GEMMs below read neither ids nor routing weights, so `counts` stands in for both.
     launcher = Launcher(experts, plan, workspace, counts, counts, None)
     sorted_pairs, blocks = (launcher.section(name, torch.int32) for name in ("sorted_pairs", "blocks"))

@@ -57,30 +57,24 @@ class Classification:
         return f"{self.reasons[0]}{more}" if self.reasons else ""
 
 
-def classify_folder(
-    folder: str | Path, on_file: Callable[[int, int], None] = lambda done, total: None
-) -> Classification:
+def classify_folder(folder: str | Path) -> Classification:
     """Classify the checkpoint in `folder` by its own config.json.
 
     Raises ConfigError or CheckpointError, as `classify` does.
     """
     folder = Path(folder)
-    return classify(read_config_json(folder), folder, on_file)
+    return classify(read_config_json(folder), folder)
 
 
-def classify(
-    config: Mapping[str, Any],
-    folder: Path | None,
-    on_file: Callable[[int, int], None] = lambda done, total: None,
-) -> Classification:
+def classify(config: Mapping[str, Any], folder: Path | None) -> Classification:
     """Classify a checkpoint from its configuration, as a file or an engine has it, and from the weights in `folder`.
 
     folder: None, or a folder without weights, if the weights are not on this machine yet (a name on the hub, dummy
-    weights). The configuration alone decides then, and the weights are checked while they are loaded. `on_file(done,
-    total)` is called after each file. Raises ConfigError for another model or impossible sizes, and CheckpointError for
-    weights that are damaged or contradict the configuration.
+    weights). The configuration alone decides then, and the weights are checked while they are loaded. Raises ConfigError
+    for another model or impossible sizes, and CheckpointError for weights that are damaged or contradict the
+    configuration.
     """
-    examined = examine_all(config, folder, on_file)
+    examined = examine_all(config, folder)
     if examined.problems:
         raise CheckpointError(
             f"the checkpoint in {folder} has {len(examined.problems)} faults:\n{listed(examined.problems)}\n"

@@ -41,14 +41,14 @@ def whole_folder(folder: Path) -> Path | None:
     return folder if here else None
 
 
-def weights_folder(name: str | Path, revision: str | None = None, cache_dir: str | None = None) -> Path | None:
+def weights_folder(name: str | Path, revision: str | None = None) -> Path | None:
     """Return the folder that `local_folder` finds, or None if the folder has an index but none of the weight files.
 
     Engines keep the small files of a checkpoint in an object store in such a folder and stream the weights; others load
     dummy weights. If real weights are wanted and missing, the engine reports it. A state that an engine saved counts as
     weights, even if a checkpoint's index was copied beside it.
     """
-    folder = local_folder(name, revision, cache_dir)
+    folder = local_folder(name, revision)
     if (
         folder is not None
         and (folder / INDEX_FILE).exists()

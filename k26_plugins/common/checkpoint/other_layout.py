@@ -45,8 +45,8 @@ def examine(
     expected = _by_module(table)
     problems, reasons = [], []
     for found_problems, found_reasons in (
-        _lost(modules, expected, table),
-        _converted(modules, expected, table, bool(departures)),
+        _lost(modules, expected),
+        _converted(modules, expected, bool(departures)),
         _extra(modules, expected, sizes, config, bool(departures)),
     ):
         problems += found_problems
@@ -76,9 +76,7 @@ def _by_module(entries: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return modules
 
 
-def _lost(
-    modules: Modules, expected: Mapping[str, Mapping[str, TensorSpec]], table: Mapping[str, TensorSpec]
-) -> tuple[list[Problem], list[str]]:
+def _lost(modules: Modules, expected: Mapping[str, Mapping[str, TensorSpec]]) -> tuple[list[Problem], list[str]]:
     """Return the faults and the departures of tensors in the table that the checkpoint lacks.
 
     If every module of a kind lacks the tensor, and the checkpoint has modules that the table does not know, this is
@@ -107,7 +105,6 @@ def _lost(
 def _converted(
     modules: Modules,
     expected: Mapping[str, Mapping[str, TensorSpec]],
-    table: Mapping[str, TensorSpec],
     departs: bool,
 ) -> tuple[list[Problem], list[str]]:
     """Return the faults and the departures of tensors that are stored differently.

@@ -20,9 +20,8 @@ class Verified:
     If the cache folder cannot be written, nothing is remembered, which only costs time.
     """
 
-    def __init__(self, file: Path | None = None) -> None:
-        """Set where the hashes are kept: `file`, by default `verified.json` in `cache_folder()`."""
-        self.file = file or cache_folder() / "verified.json"
+    def __init__(self) -> None:
+        self.file = cache_folder() / "verified.json"
         self._lock = threading.Lock()
         self.num_known = 0
         """Files that did not have to be read again."""

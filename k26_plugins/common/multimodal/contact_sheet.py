@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 
 _THUMBNAIL = 320
 _LABEL = 16
+_COLUMNS = 4
 _GAP = 4
 
 
@@ -41,9 +42,9 @@ def thumbnail(pixels: npt.NDArray[np.uint8], label: str) -> Frame:
     return Frame(label, image)
 
 
-def contact_sheet(frames: Sequence[Frame], columns: int = 4) -> Image.Image:
-    """Draw the frames row by row, `columns` in a row, each with its label above it. At least one frame is needed."""
-    columns = min(columns, len(frames))
+def contact_sheet(frames: Sequence[Frame]) -> Image.Image:
+    """Draw the frames row by row, four in a row, each with its label above it. At least one frame is needed."""
+    columns = min(_COLUMNS, len(frames))
     width = max(frame.image.width for frame in frames)
     height = max(frame.image.height for frame in frames) + _LABEL
     rows = math.ceil(len(frames) / columns)

@@ -121,7 +121,7 @@ class GoldenJob:
         The batch is all prompt tokens in pass 0, and the last token of each active answer in later passes. resumed: the
         state after `passed` layers of this pass, if an earlier process left one.
         """
-        streams = self._streams(number, active, tokens)
+        streams = self._streams(number, active)
         choices: list[Choice] = []
         if resumed is not None:
             for stream in streams:
@@ -166,7 +166,7 @@ class GoldenJob:
             named[f"other.{stream.variant.name}"] = values
         return named
 
-    def _streams(self, number: int, active: list[int], tokens: list[list[int]]) -> list[Stream]:
+    def _streams(self, number: int, active: list[int]) -> list[Stream]:
         streams = []
         for variant in VARIANTS:
             if variant.is_suspect and number:
@@ -226,7 +226,7 @@ class GoldenJob:
             for name in (*whole, f"other.{BASELINE}"):
                 for index, value in zip(found["active"].tolist(), found[name].split(lengths), strict=True):
                     parts[index].setdefault(name, []).append(value)
-            for stream in self._streams(number, found["active"].tolist(), tokens)[2:]:
+            for stream in self._streams(number, found["active"].tolist())[2:]:
                 values = found[f"other.{stream.variant.name}"].split(stream.lengths)
                 for index, value in zip(stream.prompts, values, strict=True):
                     parts[index].setdefault(stream.variant.name, []).append(value)

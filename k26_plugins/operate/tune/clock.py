@@ -11,10 +11,13 @@ import torch
 Clock = Callable[[Callable[[], object], bool], float]
 
 
-def clock_of(device: torch.device, repeats: int = 5) -> Clock:
+RUNS = 5
+
+
+def clock_of(device: torch.device) -> Clock:
     """Return the clock for a device.
 
-    On a GPU the clock gives the fastest of `repeats` runs, after one run in which kernels are compiled. On any other
+    On a GPU the clock gives the fastest of five runs, after one run in which kernels are compiled. On any other
     device it gives the seconds of a single run, and captures nothing.
     """
 
@@ -22,7 +25,7 @@ def clock_of(device: torch.device, repeats: int = 5) -> Clock:
         timed = in_graph(run) if graph else run
         timed()
         times = []
-        for _ in range(repeats):
+        for _ in range(RUNS):
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
             timed()
