@@ -139,9 +139,11 @@ class Source(ast.NodeVisitor):
         self.generic_visit(node)
         self.words.add(node.attr)
         self.found.update(self._names(node))
-        is_defined = isinstance(node.ctx, ast.Store) and ast.unparse(node.value) in ("self", "cls")
-        (self._defined if is_defined else self.hidden).update(_hidden(node.attr))
-        if ast.unparse(node.value) == "names" and node.attr in self.table:
+        owner = ast.unparse(node.value)
+        is_defined = isinstance(node.ctx, ast.Store) and owner in ("self", "cls")
+        if owner != "torch.ops":  # which holds namespaces of compiled operators: no file of a release shows them
+            (self._defined if is_defined else self.hidden).update(_hidden(node.attr))
+        if owner == "names" and node.attr in self.table:
             self.constants.add(node.attr)
             self.words.add(self.table[node.attr].attribute)
 

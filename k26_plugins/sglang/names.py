@@ -25,6 +25,7 @@ _LOADER = "SGLang tells a model whether its weights are a whole checkpoint, and 
 _TORCH_NATIVE = "SGLang's plain torch backend runs MLA in its absorbed form"
 _ARGUMENTS = "SGLang documents how a plugin reads the server's arguments"
 _PLATFORM = "SGLang documents the question for plugins"
+_PEER = "`k26 tune` compares with this kernel no more"
 
 # --- the model's class and its configuration
 
@@ -651,4 +652,87 @@ FORWARD_METHOD = EngineName(
     "AttnForwardMethod",
     why=FORWARD_REGISTRY.why,
     remove_when=_TORCH_NATIVE,
+)
+
+# --- kernels that `k26 tune` times beside the core's
+
+FUSED_MARLIN_MOE = EngineName(
+    "sglang.srt.layers.moe.fused_moe_triton.fused_marlin_moe",
+    "fused_marlin_moe",
+    why="time SGLang's Marlin kernel",
+    remove_when=_PEER,
+)
+MARLIN_REPACK = EngineName(
+    "sglang.srt.layers.quantization.compressed_tensors.schemes.compressed_tensors_wNa16_moe",
+    "gptq_marlin_moe_repack",
+    why="time SGLang's Marlin kernel",
+    remove_when=_PEER,
+)
+MARLIN_WORKSPACE = EngineName(
+    "sglang.srt.layers.quantization.compressed_tensors.schemes.compressed_tensors_wNa16_moe",
+    "marlin_make_workspace",
+    why="time SGLang's Marlin kernel",
+    remove_when=_PEER,
+    since="0.5.13",
+)
+MARLIN_PERMUTE_SCALES = EngineName(
+    "sglang.srt.layers.quantization.compressed_tensors.schemes.compressed_tensors_wNa16_moe",
+    "marlin_moe_permute_scales",
+    why="time SGLang's Marlin kernel",
+    remove_when=_PEER,
+)
+FUSED_EXPERTS = EngineName(
+    "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe",
+    "fused_experts",
+    why="time SGLang's Triton kernel",
+    remove_when=_PEER,
+    since="0.5.11",
+)
+MOE_RUNNER_CONFIG = EngineName(
+    "sglang.srt.layers.moe.moe_runner.base",
+    "MoeRunnerConfig",
+    why="time SGLang's Triton kernel",
+    remove_when=_PEER,
+)
+TOPK_OUTPUT = EngineName(
+    "sglang.srt.layers.moe.topk",
+    "StandardTopKOutput",
+    why="time SGLang's Triton kernel",
+    remove_when=_PEER,
+)
+MXINT4 = EngineName(
+    "sglang.srt.layers.quantization.compressed_tensors.schemes",
+    "CompressedTensorsMxInt4MoE",
+    why="time FlashInfer's experts as SGLang runs them",
+    remove_when=_PEER,
+)
+ROUTING_METHOD = EngineName(
+    "sglang.srt.layers.moe.utils",
+    "RoutingMethodType",
+    why="time FlashInfer's experts as SGLang runs them",
+    remove_when=_PEER,
+)
+SERVER_ARGS = EngineName(
+    "sglang.srt.server_args",
+    "ServerArgs",
+    why="give SGLang's kernels the settings that they read of a server",
+    remove_when=_PEER,
+)
+SET_SERVER_ARGS = EngineName(
+    "sglang.srt.server_args",
+    "set_global_server_args_for_scheduler",
+    why="give SGLang's kernels the settings that they read of a server",
+    remove_when=_PEER,
+)
+INIT_DISTRIBUTED = EngineName(
+    "sglang.srt.distributed.parallel_state",
+    "init_distributed_environment",
+    why="give SGLang's kernels the groups of a single rank",
+    remove_when=_PEER,
+)
+INIT_PARALLEL = EngineName(
+    "sglang.srt.distributed.parallel_state",
+    "initialize_model_parallel",
+    why="give SGLang's kernels the groups of a single rank",
+    remove_when=_PEER,
 )

@@ -21,6 +21,7 @@ _THINKING = "vLLM makes one value of a request's `thinking`, in each of its form
 _LOADER = "vLLM tells a model whether its weights are a whole checkpoint, and from which files they come"
 _PREFILL_ON_CPU = "vLLM's own prefill on a CPU takes memory that grows with a prompt's length and not with its square"
 _NO_ADAPTER_ON_CPU = "no release below 0.33 is served: from there on vLLM leaves tokens without adapter alone"
+_PEER = "`k26 tune` compares with this kernel no more"
 
 # --- the model's class and its configuration
 
@@ -653,4 +654,63 @@ EXPAND_BATCH = EngineName(
     "expand_batch_to_tokens",
     why="judge each guess of speculative decoding on a CPU by its request's own temperature, top_k and top_p",
     remove_when="vLLM's function for a CPU keeps the values' dtype (vLLM issue 55005)",
+)
+
+# --- kernels that `k26 tune` times beside the core's
+
+CUSTOM_OPS = EngineName(
+    "vllm",
+    "_custom_ops",
+    why="time vLLM's Marlin kernel",
+    remove_when=_PEER,
+)
+FUSED_MARLIN_MOE = EngineName(
+    "vllm.model_executor.layers.fused_moe.experts.marlin_moe",
+    "fused_marlin_moe",
+    why="time vLLM's Marlin kernel",
+    remove_when=_PEER,
+    since="0.21.0",
+)
+MARLIN_PERMUTE_SCALES = EngineName(
+    "vllm.model_executor.layers.quantization.utils.marlin_utils",
+    "marlin_moe_permute_scales",
+    why="time vLLM's Marlin kernel",
+    remove_when=_PEER,
+)
+SCALAR_TYPES = EngineName(
+    "vllm.scalar_type",
+    "scalar_types",
+    why="time vLLM's Marlin kernel",
+    remove_when=_PEER,
+)
+INT4_QUANT_CONFIG = EngineName(
+    "vllm.model_executor.layers.fused_moe.config",
+    "int4_w4a16_moe_quant_config",
+    why="time vLLM's Triton kernel",
+    remove_when=_PEER,
+)
+FUSED_EXPERTS = EngineName(
+    "vllm.model_executor.layers.fused_moe.fused_moe",
+    "fused_experts",
+    why="time vLLM's Triton kernel",
+    remove_when=_PEER,
+)
+MOE_ALIGN_BLOCK_SIZE = EngineName(
+    "vllm.model_executor.layers.fused_moe.moe_align_block_size",
+    "moe_align_block_size",
+    why="time Humming's GEMMs as vLLM runs them",
+    remove_when=_PEER,
+)
+MOE_FUSED_MUL_SUM = EngineName(
+    "vllm.model_executor.layers.fused_moe.moe_fused_mul_sum",
+    "moe_fused_mul_sum",
+    why="time Humming's GEMMs as vLLM runs them",
+    remove_when=_PEER,
+    since="0.20.0",
+)
+MXINT4 = EngineName(
+    "vllm.model_executor.layers.quantization.utils",
+    "flashinfer_mxint4_moe",
+    why="time FlashInfer's experts as vLLM runs them",
+    remove_when=_PEER,
 )

@@ -33,7 +33,7 @@ from k26_plugins.common.experts.peer import NotHereError, Run
 from k26_plugins.operate.tune.clock import Clock, clock_of
 from k26_plugins.operate.tune.measure import random_weights
 from k26_plugins.operate.tune.routing import Batch, Layer
-from k26_plugins.peers.vllm import PEERS
+from k26_plugins.vllm.peers import PEERS
 
 RESULTS = Path(__file__).parent / "results"
 ROUTINGS = ("uniform", "zipf", "prefix")

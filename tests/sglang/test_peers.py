@@ -17,7 +17,7 @@ from support.peers import stand_ins
 
 from k26_plugins.operate.tune.measure import random_weights
 from k26_plugins.operate.tune.routing import Layer
-from k26_plugins.peers import sglang as peers
+from k26_plugins.sglang import peers
 
 SCHEME = "sglang.srt.layers.quantization.compressed_tensors.schemes.compressed_tensors_wNa16_moe"
 if not hasattr(import_module(SCHEME), "gptq_marlin_moe_repack"):

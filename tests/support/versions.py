@@ -18,6 +18,7 @@ from engine_names import GONE, SET_IN_A_METHOD, read_snapshot
 ROOT = Path(__file__).parents[2]
 _CHAT = "sglang.srt.entrypoints.openai"
 _READ_AS_TEXT = "before 0.5.23 answers are read as text: a quoted marker counts as one"
+_ROW_OF_TUNE = "the kernel's row in the table of `k26 tune` says so"
 ABSENT = {
     "vllm": {
         "vllm.entrypoints.serve.tokenize.serving:": "the class has one of two names",
@@ -32,6 +33,8 @@ ABSENT = {
         ),
         "vllm.model_executor.layers.fused_moe.layer:FusedMoE._": "`RoutedExperts` since 0.24; without tables before 0.22",
         "vllm.model_executor.layers.fused_moe.routed_experts:": "`FusedMoE` before 0.24",
+        "vllm.model_executor.layers.fused_moe.experts.marlin_moe:": _ROW_OF_TUNE,
+        "vllm.model_executor.layers.fused_moe.moe_fused_mul_sum:": _ROW_OF_TUNE,
         "vllm.model_executor.model_loader.default_loader:DefaultModelLoader._encoder_only_lm_prefixes": (
             "before 0.31 vLLM reads all of the checkpoint"
         ),
@@ -54,6 +57,8 @@ ABSENT = {
         "sglang.srt.disaggregation.encoder": "before 0.5.19 a server of the encoder alone is as SGLang has it",
         "sglang.srt.function_call.kimik2_detector:KimiK2Detector.finish": "before 0.5.18 SGLang calls no such method",
         "sglang.srt.layers.moe.fused_moe_triton.layer:create_kt_config_from_server_args": "the fork has a switch",
+        "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:": _ROW_OF_TUNE,
+        "sglang.srt.layers.quantization.compressed_tensors.schemes.compressed_tensors_wNa16_moe:": _ROW_OF_TUNE,
         "sglang.srt.layers.moe.utils:speculative_kt_ep_disabled_context": "the fork's alone",
         "sglang.srt.managers.mm_schedule": "the cache of images is in `mm_utils` before 0.5.18",
         "sglang.srt.managers.mm_utils:embedding_cache": "it is in `mm_schedule` since",

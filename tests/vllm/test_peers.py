@@ -16,7 +16,7 @@ from support.peers import stand_ins
 
 from k26_plugins.operate.tune.measure import random_weights
 from k26_plugins.operate.tune.routing import Layer
-from k26_plugins.peers import vllm as peers
+from k26_plugins.vllm import peers
 
 CPU = torch.device("cpu")
 EXPERTS, HIDDEN, INNER, TOKENS, TOP_K = 4, 256, 128, 3, 2

@@ -45,5 +45,5 @@ def engine_to_measure(engine: str | None) -> str:
 def peers_of(engine: str) -> Mapping[str, Peer]:
     """Return an engine's kernels for the experts, by name. engine: `vllm` or `sglang`."""
     # The module is imported by its name because `operate` imports no engine, and this module's functions do.
-    peers: Mapping[str, Peer] = import_module(f"k26_plugins.peers.{engine}").PEERS
+    peers: Mapping[str, Peer] = import_module(f"k26_plugins.{engine}.peers").PEERS
     return peers

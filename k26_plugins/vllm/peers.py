@@ -1,7 +1,8 @@
 """Provides vLLM's kernels for INT4 experts, made from the checkpoint's tensors, for `k26 tune`.
 
-The names that the kernels need were read in the source of vLLM 0.32, of Humming 0.1.19 and of FlashInfer as vLLM 0.32
-uses it, and tests/vllm/test_peers.py checks them. None of the kernels has been run yet.
+No server imports this module. If a release lacks a name that a kernel needs, the kernel's row in the table of `k26 tune`
+says so. The names that the kernels need were read in the source of vLLM 0.32, of Humming 0.1.19 and of FlashInfer as vLLM
+0.32 uses it, and tests/vllm/test_peers.py checks them. None of the kernels has been run yet.
 """
 
 from __future__ import annotations

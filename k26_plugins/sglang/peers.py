@@ -1,7 +1,8 @@
 """Provides SGLang's kernels for INT4 experts, made from the checkpoint's tensors, for `k26 tune`.
 
-The names that the kernels need were read in the source of SGLang 0.5.23, and tests/sglang/test_peers.py checks them.
-None of the kernels has been run yet.
+No server imports this module. If a release lacks a name that a kernel needs, the kernel's row in the table of `k26 tune`
+says so. The names that the kernels need were read in the source of SGLang 0.5.23, and tests/sglang/test_peers.py checks
+them. None of the kernels has been run yet.
 """
 
 from __future__ import annotations
