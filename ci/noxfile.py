@@ -25,6 +25,7 @@ from functools import wraps
 from pathlib import Path
 
 import nox
+from packaging.version import Version  # which nox itself needs
 
 TORCH = "torch==2.13.0"
 # The newest vLLM has no CPU build on PyPI, so the newest one that has a CPU build is served.
@@ -288,7 +289,7 @@ def vllm_release(session: nox.Session, version: str) -> None:
     _install_vllm(session, version, "--torch", "2.13.0")
     session.env["PYTHONDONTWRITEBYTECODE"] = ""
     session.run("pytest", "-q", "tests/vllm/adapter", "tests/vllm/test_output.py")
-    if version >= "0.29":
+    if Version(version) >= Version("0.29"):
         _demo(session, "vllm")
 
 

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from k26_plugins.common.adapters.engine import Engine
-from k26_plugins.common.experts.native.build import cpu_flags
+from k26_plugins.common.host.cpu import cpu_flags
 from k26_plugins.ktransformers import names
 
 CHECKED_VERSIONS = "0.6.1 to 0.7.2"

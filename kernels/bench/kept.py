@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import subprocess
 from datetime import date
 from pathlib import Path
 from typing import Any
+
+from k26_plugins.common.host.cpu import cpu_model
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -19,15 +20,10 @@ def machine() -> dict[str, Any]:
     Call this at the start of a benchmark: the load is then other work on the cores, which makes the measured times
     longer.
     """
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        cpu = platform.processor()
     command = ["git", "-C", str(RESULTS), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     cores, load = len(os.sched_getaffinity(0)), round(os.getloadavg()[0], 1)
-    return {"date": date.today().isoformat(), "cpu": cpu, "cores": cores, "load": load, "commit": commit}
+    return {"date": date.today().isoformat(), "cpu": cpu_model(), "cores": cores, "load": load, "commit": commit}
 
 
 def keep(kind: str, found: dict[str, Any], *more: str) -> Path:

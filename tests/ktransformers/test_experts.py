@@ -18,9 +18,9 @@ from k26_plugins.common.experts import ExpertsError, create_experts
 from k26_plugins.common.experts.base import ExpertWeights
 from k26_plugins.common.experts.deferred import Deferral
 from k26_plugins.common.experts.hybrid import HybridExperts
-from k26_plugins.common.experts.native.build import cpu_flags
 from k26_plugins.common.experts.placement import place
 from k26_plugins.common.host.cores import Core
+from k26_plugins.common.host.cpu import cpu_flags
 from k26_plugins.ktransformers import compat, names
 from k26_plugins.ktransformers.experts import KtExperts
 

@@ -9,9 +9,10 @@ import torch
 
 from k26_plugins.common.checkpoint import Checkpoint, CheckpointError, Layout, classify_folder
 from k26_plugins.common.experts import BACKENDS, ExpertsError, ExpertWeights, find_backend
-from k26_plugins.common.experts.native.build import BuildError, cpu_flags
+from k26_plugins.common.experts.native.build import BuildError
 from k26_plugins.common.experts.native.threads import process_threads
 from k26_plugins.common.experts.selftest import self_test_error
+from k26_plugins.common.host.cpu import cpu_flags
 from k26_plugins.common.model.config import ConfigError, OtherLayoutError, TextConfig
 from k26_plugins.common.reference.decoder import MoE
 from k26_plugins.common.settings import ENGINE, EXPERTS, backend_names

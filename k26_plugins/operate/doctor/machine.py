@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 from packaging.version import InvalidVersion, Version
 
 from k26_plugins.common.host.control_groups import cpu_quota, usable_cpus
+from k26_plugins.common.host.cpu import cpu_flags, cpu_model
 from k26_plugins.common.host.memory import available_bytes, total_bytes
 from k26_plugins.operate.accelerators import AcceleratorError, accelerators
 from k26_plugins.operate.doctor.finding import Finding, Level
@@ -54,19 +54,18 @@ def version_findings() -> list[Finding]:
     return findings
 
 
+# By Linux's names: those that the C++ experts tell apart, and bfloat16's for torch.
+INSTRUCTION_SETS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "asimddp", "i8mm")
+
+
 def machine_findings() -> list[Finding]:
     """Return the findings about the CPU, the memory and the GPUs."""
-    info = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
-    lines = dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
-    fields = {key.strip(): value.strip() for key, value in lines.items()}
-    flags = set(fields.get("flags", "").split())
-    sets = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_tile") if name in flags]
-    model = fields.get("model name", platform.machine())
+    sets = [name for name in INSTRUCTION_SETS if name in cpu_flags()]
     usable, quota = usable_cpus(), cpu_quota()
     limits = f", {usable} of them for this process" if usable < (os.cpu_count() or 0) else ""
     limits += f" (a control group gives the time of {quota:g})" if quota is not None else ""
     threads = f"{os.cpu_count()} threads{limits}"
-    findings = [Finding(Level.OK, "CPU", f"{model}, {threads}, {', '.join(sets) or 'no AVX2'}")]
+    findings = [Finding(Level.OK, "CPU", f"{cpu_model()}, {threads}, {', '.join(sets) or 'no AVX2'}")]
     total, available = total_bytes(), available_bytes()
     findings.append(Finding(Level.OK, "memory", f"{total / 1e9:.1f} GB, {available / 1e9:.1f} GB available"))
     return findings + _gpus()

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 
 from k26_plugins.common.host.cache_folder import cache_folder
+from k26_plugins.common.host.cpu import cpu_flags
 
 logger = logging.getLogger(__name__)
 
@@ -114,15 +115,6 @@ def variants() -> list[str]:
     allowed = CAPABILITIES[: 1 + max(i for i, name in enumerate(CAPABILITIES) if found.startswith(name))]
     flags = cpu_flags()
     return [name for name, variant in VARIANTS.items() if variant.capability in allowed and variant.needs <= flags]
-
-
-def cpu_flags() -> frozenset[str]:
-    """Return the features of this CPU as Linux names them; empty if Linux does not tell."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
-    return frozenset(next((line.split() for line in lines if line.startswith(("flags", "Features"))), ()))
 
 
 def file_name(variant: str) -> str:
