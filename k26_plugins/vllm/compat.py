@@ -195,7 +195,7 @@ def is_routed_experts(layer: object) -> bool:
 
     The layer's class is `RoutedExperts` since vLLM 0.24 and `FusedMoE` before; both have a `moe_config`.
     """
-    return hasattr(layer, "moe_config")
+    return hasattr(layer, names.MOE_CONFIG.attribute)
 
 
 def cpu_prefill_backend() -> Any:

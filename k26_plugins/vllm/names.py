@@ -485,6 +485,20 @@ WEIGHTED_BY_THE_CORE = EngineName(
     why="weight and sum a token's experts itself",
     remove_when=_MODULAR,
 )
+MOE_CONFIG = EngineName(
+    "vllm.model_executor.layers.fused_moe.routed_experts",
+    "RoutedExperts.moe_config",
+    why="tell a layer of routed experts from the other layers",
+    remove_when=_METHOD,
+    since="0.24.0",
+)
+MOE_CONFIG_BEFORE = EngineName(
+    "vllm.model_executor.layers.fused_moe.layer",
+    "FusedMoE.moe_config",
+    why=MOE_CONFIG.why,
+    remove_when="no release below 0.24 is served",
+    until="0.23.0",
+)
 EXPERT_MAP = EngineName(
     "vllm.model_executor.layers.fused_moe.routed_experts",
     "RoutedExperts._expert_map",

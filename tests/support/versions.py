@@ -31,7 +31,7 @@ ABSENT = {
         "vllm.model_executor.layers.attention.mla_attention:MLAAttention.is_amx_bmm_enabled": (
             "before 0.29 vLLM keeps that weight on every CPU"
         ),
-        "vllm.model_executor.layers.fused_moe.layer:FusedMoE._": "`RoutedExperts` since 0.24; without tables before 0.22",
+        "vllm.model_executor.layers.fused_moe.layer:FusedMoE.": "`RoutedExperts` since 0.24; without tables before 0.22",
         "vllm.model_executor.layers.fused_moe.routed_experts:": "`FusedMoE` before 0.24",
         "vllm.model_executor.layers.fused_moe.experts.marlin_moe:": _ROW_OF_TUNE,
         "vllm.model_executor.layers.fused_moe.moe_fused_mul_sum:": _ROW_OF_TUNE,
