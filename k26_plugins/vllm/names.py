@@ -722,9 +722,15 @@ MOE_FUSED_MUL_SUM = EngineName(
     remove_when=_PEER,
     since="0.20.0",
 )
-MXINT4 = EngineName(
-    "vllm.model_executor.layers.quantization.utils",
-    "flashinfer_mxint4_moe",
+PREPARE_MXINT4 = EngineName(
+    "vllm.model_executor.layers.quantization.utils.flashinfer_mxint4_moe",
+    "prepare_static_weights_for_trtllm_mxint4_moe",
     why="time FlashInfer's experts as vLLM runs them",
+    remove_when=_PEER,
+)
+MXINT4 = EngineName(
+    "vllm.model_executor.layers.quantization.utils.flashinfer_mxint4_moe",
+    "flashinfer_trtllm_mxint4_moe",
+    why=PREPARE_MXINT4.why,
     remove_when=_PEER,
 )

@@ -147,10 +147,13 @@ def flashinfer_mxint4(weights: ExpertWeights) -> Run:
     if torch.cuda.get_device_capability()[0] != 10:
         raise NotHereError("its MXINT4 experts are for sm_100")
     from flashinfer import RoutingMethodType
-    from vllm.model_executor.layers.quantization.utils import flashinfer_mxint4_moe as mxint4
+    from vllm.model_executor.layers.quantization.utils.flashinfer_mxint4_moe import (
+        flashinfer_trtllm_mxint4_moe,
+        prepare_static_weights_for_trtllm_mxint4_moe,
+    )
 
     experts, inner = len(weights.w13_packed), weights.w13_packed.shape[1] // 2
-    prepared = mxint4.prepare_static_weights_for_trtllm_mxint4_moe(
+    prepared = prepare_static_weights_for_trtllm_mxint4_moe(
         weights.w13_packed.clone(), weights.w13_scale, weights.w2_packed.clone(), weights.w2_scale
     )
 
@@ -158,7 +161,7 @@ def flashinfer_mxint4(weights: ExpertWeights) -> Run:
         x: torch.Tensor, topk_weights: torch.Tensor, ids: torch.Tensor, expert_map: torch.Tensor | None
     ) -> torch.Tensor:
         num_global = experts if expert_map is None else len(expert_map)
-        out = mxint4.flashinfer_trtllm_mxint4_moe(
+        out = flashinfer_trtllm_mxint4_moe(
             x=x,
             router_logits=asking_for(ids, topk_weights, num_global),
             w13_weight_packed=prepared["gemm1_weights"],
