@@ -24,8 +24,6 @@ from typing import Any
 
 import torch
 
-FOLDER_VARIABLE = "K26_METRICS_FOLDER"
-"""The environment variable that tells worker processes where to write their files; `collect_from_workers` sets it."""
 _MULTIPROCESS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 _EXPERTS = {
@@ -50,6 +48,8 @@ class _Experts:
 
 
 _loaded: dict[str, _Experts] = {}
+# Where this process writes its figures; None if they go another way, or nowhere.
+_folder: Path | None = None
 _CHOICE = "k26_experts_choice"
 _CHOICE_HELP = "1 for the INT4 experts that `auto` took on a GPU, the core's or the engine's own, and why, by rank."
 _chosen: dict[str, str] = {}
@@ -103,25 +103,31 @@ def preprocessing() -> Iterator[None]:
 
 
 @functools.cache
-def collect_from_workers() -> None:
-    """Make the workers of this API server report their figures, and show these figures on the server's endpoint.
+def collect_from_workers() -> Path | None:
+    """Show the figures of this API server's workers on the server's endpoint, and return the folder for their files.
 
-    The function must be called before the API server starts its workers. It does nothing in the workers themselves, nor
-    where prometheus_client runs in its multiprocess mode.
+    The adapter hands the folder to the workers, each of which passes it to `report_to`. Returns None in the workers
+    themselves, and where prometheus_client runs in its multiprocess mode.
     """
     if multiprocessing.parent_process() is not None or _MULTIPROCESS_VARIABLE in os.environ:
-        return
+        return None
     from prometheus_client import REGISTRY
 
-    folder, owner = tempfile.mkdtemp(prefix="k26-metrics-"), os.getpid()
-    os.environ[FOLDER_VARIABLE] = folder
-    REGISTRY.register(_Collector(Path(folder)))
+    folder, owner = Path(tempfile.mkdtemp(prefix="k26-metrics-")), os.getpid()
+    REGISTRY.register(_Collector(folder))
 
     def remove() -> None:
         if os.getpid() == owner:  # a forked child runs this handler too
             shutil.rmtree(folder, ignore_errors=True)
 
     atexit.register(remove)
+    return folder
+
+
+def report_to(folder: Path | None) -> None:
+    """Write this process's figures into `folder` from now on, as `collect_from_workers` returned it."""
+    global _folder
+    _folder = folder
 
 
 class _Collector:
@@ -167,12 +173,11 @@ def _report(gauges: Iterable[tuple[str, str, dict[str, str], float]]) -> None:
 
     The gauges go through prometheus_client in its multiprocess mode, otherwise through this process's file.
     """
-    folder = os.environ.get(FOLDER_VARIABLE)
     if _MULTIPROCESS_VARIABLE in os.environ:
         for name, text, labels, value in gauges:
             _gauge(name, text, *labels, "rank").labels(*labels.values(), _rank()).set(value)
-    elif folder is not None:
-        _write(Path(folder))
+    elif _folder is not None:
+        _write(_folder)
 
 
 @functools.cache

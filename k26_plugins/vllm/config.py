@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from k26_plugins.common import metrics
@@ -27,6 +28,8 @@ class Answer:
     """None for a checkpoint that vLLM's own code serves."""
     saved_experts: bool = False
     """Whether the checkpoint is a state that vLLM saved with the core's experts, which no other experts can read."""
+    metrics_folder: Path | None = None
+    """The folder in which the API server reads its workers' figures, None if they go another way."""
 
 
 def choose_tokenizer(original: Callable[..., Any], model_config: Any, *args: Any, **kwargs: Any) -> Any:
@@ -56,12 +59,12 @@ def prepare(model_config: Any) -> None:
     """
     check_settings()
     answer = core_answer(model_config.hf_config, files.checked_folder(model_config), logger.warning)
+    folder = metrics.collect_from_workers()
     if answer is None:
-        model_config.k26_plugins = Answer(None)
+        model_config.k26_plugins = Answer(None, metrics_folder=folder)
     else:
         _write_back(answer.config, model_config.hf_config)
-        model_config.k26_plugins = Answer(answer.config, answer.layout is Layout.SAVED)
-    metrics.collect_from_workers()
+        model_config.k26_plugins = Answer(answer.config, answer.layout is Layout.SAVED, folder)
     if MEDIA.read() != ENGINE:
         compat.use_media_connector("k26_plugins.vllm.media", "K26MediaConnector", model_config)
 

@@ -9,6 +9,7 @@ import torch
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.platforms import current_platform
 
+from k26_plugins.common import metrics
 from k26_plugins.common.adapters.ranks import require_everywhere
 from k26_plugins.common.checkpoint import TensorSpec, account
 from k26_plugins.common.checkpoint.engine_files import engine_files, is_under_way, with_mapped_files
@@ -46,6 +47,7 @@ class KimiK25ForConditionalGeneration(TakesAdapters, _in_tree.KimiK25ForConditio
     def __init__(self, vllm_config: Any, prefix: str = "") -> None:
         require_everywhere("VLLM_PLUGINS")
         answer = vllm_config.model_config.k26_plugins
+        metrics.report_to(answer.metrics_folder)
         self.core_config = answer.core_config
         setting = EXPERTS.read()
         if answer.saved_experts:

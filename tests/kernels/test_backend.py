@@ -21,12 +21,12 @@ from k26_kernels.experts import make_plan
 from k26_kernels.target import TARGETS, Device
 from support.experts import error, inputs, judge, make_weights, route, to_device
 
+from k26_plugins.common import metrics
 from k26_plugins.common.experts import BACKENDS, Expert, ExpertsError, create_experts, tune_at_start
 from k26_plugins.common.experts.base import LayerSizes
 from k26_plugins.common.experts.outcome import OURS, Outcome, Timing, outcome_file, write_outcome
 from k26_plugins.common.experts.triton import TritonExperts, unusable_on
 from k26_plugins.common.experts.tuned import backend_for, here, tuned_answer
-from k26_plugins.common.metrics import FOLDER_VARIABLE
 from k26_plugins.common.purpose import Purpose
 from k26_plugins.common.settings import BATCH_INVARIANT
 from k26_plugins.operate.doctor.tuned import tuned_findings
@@ -285,7 +285,7 @@ def test_what_auto_is_elsewhere(
     A worker's report to the server's endpoint says which experts were taken and why.
     """
     monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
-    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(metrics, "_folder", tmp_path)
     logger = logging.getLogger("k26")
     assert backend_for("auto", SIZES, "vllm 1.0", logger) == "auto"
     xpu = SIZES._replace(device=torch.device("xpu"))

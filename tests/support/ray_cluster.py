@@ -17,8 +17,6 @@ from pathlib import Path
 
 from support.server import end, free_port, wait_until
 
-from k26_plugins.common.metrics import FOLDER_VARIABLE
-
 # This code runs when a Python process starts, because vLLM's drivers and Ray's workers ask for the device before they
 # load any plugin.
 _NAMES_A_DEVICE = """
@@ -68,11 +66,8 @@ def ray_cluster(folder: Path, *python_path: Path) -> Iterator[dict[str, str]]:
         command += ["--min-worker-port", "0", "--max-worker-port", "0"]
         log_file = folder / "ray.log"
         with log_file.open("w") as log:
-            # A test in this process may have set this variable when it prepared a configuration; that folder is not the
-            # server's.
-            inherited = {name: value for name, value in os.environ.items() if name != FOLDER_VARIABLE}
             process = subprocess.Popen(
-                command, env={**inherited, **settings}, stdout=log, stderr=log, start_new_session=True
+                command, env={**os.environ, **settings}, stdout=log, stderr=log, start_new_session=True
             )
         try:
             # A driver that asks before the cluster accepts drivers waits five seconds and gives up.
