@@ -14,7 +14,7 @@ import triton.language as tl
 from k26_kernels.align import COLUMNS, num_bins, write_blocks
 from k26_kernels.config import INVARIANT, Shape, kernel_configs, least_work
 from k26_kernels.dependent import after_previous, launch_options
-from k26_kernels.experts import KernelExperts, Launcher, Plan, enough_workspace, sections_of
+from k26_kernels.experts import KernelExperts, Launcher, Plan, sections_of
 from k26_kernels.target import Device
 
 TOKENS_WRITTEN = 256
@@ -98,7 +98,7 @@ def batched_experts(
         raise ValueError(f"counts are {counts.dtype} {list(counts.shape)}, expected torch.int32 [{shape.num_experts}].")
     max_tokens = expected_shape[1]
     plan = batched_plan(experts.device, shape, max_tokens, expected, out.dtype, batch_invariant)
-    workspace = enough_workspace(None, plan.bytes, hidden_states.device)
+    workspace = torch.empty(plan.bytes, dtype=torch.uint8, device=hidden_states.device)
     # The GEMMs below read neither ids nor routing weights, so `counts` stands in for both.
     launcher = Launcher(experts, plan, workspace, counts, counts, None)
     sorted_pairs, blocks = (launcher.section(name, torch.int32) for name in ("sorted_pairs", "blocks"))

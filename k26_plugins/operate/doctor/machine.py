@@ -60,7 +60,8 @@ INSTRUCTION_SETS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16",
 
 def machine_findings() -> list[Finding]:
     """Return the findings about the CPU, the memory and the GPUs."""
-    sets = [name for name in INSTRUCTION_SETS if name in cpu_flags()]
+    flags = cpu_flags()
+    sets = [name for name in INSTRUCTION_SETS if name in flags]
     usable, quota = usable_cpus(), cpu_quota()
     limits = f", {usable} of them for this process" if usable < (os.cpu_count() or 0) else ""
     limits += f" (a control group gives the time of {quota:g})" if quota is not None else ""

@@ -46,6 +46,6 @@ def decode_bound(
     touched = experts_touched(config, sequences) / config.text.n_routed_experts
     read = sum(
         plain_bytes(config, one) + one.weights[ROUTED] * touched * gpu_experts + sequences * context * one.kv_per_token
-        for one in ([fit] if fit.layout.pp == 1 else fit_stages(config, fit.gpu, fit.layout, fit.load))
+        for one in fit_stages(config, fit.gpu, fit.layout, fit.load)
     )
     return sequences * fit.gpu.bandwidth / read
